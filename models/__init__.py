@@ -1,0 +1,1 @@
+"""The method: networks, patches, losses, samplers and checkpoints in pure torch (no Ray, no MLflow)."""

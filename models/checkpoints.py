@@ -1,0 +1,137 @@
+"""Checkpoints: models and training states as safetensors and JSON; nothing is pickled."""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from patchloom.models.autoencoder import Autoencoder, load_autoencoder
+from patchloom.models.codec import Space
+from patchloom.models.denoiser import Denoiser, build_denoiser
+from patchloom.models.step import TrainingState
+
+MODEL_FORMAT = 1
+CHECKPOINT_FORMAT = 1
+
+
+class CheckpointError(ValueError):
+    """A model or checkpoint folder that cannot be read, with what was found and what was wanted."""
+
+
+@dataclass(frozen=True)
+class Model:
+    """All that sampling needs: the denoiser, its space, the decoder of a latent model, its card."""
+
+    denoiser: Denoiser
+    space: Space
+    autoencoder: Autoencoder | None
+    card: dict[str, Any]
+
+
+def save_model(folder: Path, denoiser: Denoiser, card: dict[str, Any]) -> None:
+    """Write `model.safetensors` and `model.json` into an existing folder; the card last, with the weights' sha256."""
+    weights = {name: tensor.contiguous() for name, tensor in denoiser.state_dict().items()}
+    save_file(weights, folder / "model.safetensors")
+    sha256 = file_sha256(folder / "model.safetensors")
+    card = {"format_version": MODEL_FORMAT, "kind": "denoiser", **card, "weights_sha256": sha256}
+    (folder / "model.json").write_text(json.dumps(card, indent=2) + "\n")
+
+
+def read_card(folder: Path | str, kind: str) -> dict[str, Any]:
+    """The checked `model.json` of a folder that must hold a `kind` ("denoiser" or "autoencoder")."""
+    path = Path(folder) / "model.json"
+    if not path.is_file():
+        raise CheckpointError(f"{folder} holds no model.json: give a model folder or models:/NAME@ALIAS")
+    try:
+        card: dict[str, Any] = json.loads(path.read_text())
+    except ValueError as error:
+        raise CheckpointError(f"{path} is not JSON ({error}): fetch the model again") from None
+    if card.get("kind") != kind:
+        raise CheckpointError(f"{folder} is a model of kind {card.get('kind')!r}, and a {kind} was wanted")
+    if card.get("format_version", 0) > MODEL_FORMAT:
+        raise CheckpointError(
+            f"{path} has format {card['format_version']} and this version reads up to {MODEL_FORMAT}: update patchloom"
+        )
+    return card
+
+
+def load_model(folder: Path | str) -> Denoiser:
+    """The denoiser of a model folder, in eval mode on the CPU; needs torch and safetensors only.
+
+    Raises CheckpointError where the folder is not a model or its weights do not match their checksum.
+    """
+    folder = Path(folder)
+    card = read_card(folder, "denoiser")
+    weights = folder / "model.safetensors"
+    if not weights.is_file():
+        raise CheckpointError(f"{folder} holds no model.safetensors: fetch the model again")
+    sha256 = file_sha256(weights)
+    if sha256 != card["weights_sha256"]:
+        raise CheckpointError(
+            f"{weights} has sha256 {sha256[:12]} and its card says {card['weights_sha256'][:12]}: fetch it again"
+        )
+    denoiser = build_denoiser(card["denoiser"])
+    denoiser.load_state_dict(load_file(weights))
+    return denoiser.eval().requires_grad_(False)
+
+
+def load_whole_model(folder: Path | str, device: torch.device | str = "cpu") -> Model:
+    """`load_model` with its space and, for latents, the decoder that travels in the folder."""
+    card = read_card(folder, "denoiser")
+    space = Space(card["space"]["kind"], tuple(card["space"]["mean"]), tuple(card["space"]["scale"]))
+    autoencoder = None
+    if space.kind == "latents":
+        autoencoder = load_autoencoder(Path(folder) / "autoencoder", device)
+    return Model(load_model(folder).to(device), space, autoencoder, card)
+
+
+def save_checkpoint(folder: Path, state: TrainingState, identity: dict[str, Any]) -> None:
+    """Write weights, averages and optimiser into an existing folder; `checkpoint.json` last."""
+    tensors = {f"denoiser/{name}": tensor for name, tensor in state.denoiser.state_dict().items()}
+    for index, ema in enumerate(state.emas):
+        tensors |= {f"ema{index}/{name}": tensor for name, tensor in ema.module.state_dict().items()}
+    for index, moments in state.optimizer.state_dict()["state"].items():
+        tensors |= {f"optimizer/{index}/{name}": tensor for name, tensor in moments.items()}
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / "state.safetensors")
+    card = {
+        "format_version": CHECKPOINT_FORMAT,
+        "step": state.step,
+        "images_seen": state.images_seen,
+        "crops_by_size": state.crops_by_size,
+        "state_sha256": file_sha256(folder / "state.safetensors"),
+        **identity,
+    }
+    (folder / "checkpoint.json").write_text(json.dumps(card, indent=2) + "\n")
+
+
+def load_checkpoint(folder: Path, state: TrainingState) -> None:
+    """Bring `state` to where the checkpoint stood; raises CheckpointError where it is not whole."""
+    card = json.loads((folder / "checkpoint.json").read_text())
+    if file_sha256(folder / "state.safetensors") != card["state_sha256"]:
+        raise CheckpointError(f"{folder} does not match its checksum: remove it to go on from the one before")
+    tensors = load_file(folder / "state.safetensors")
+
+    def under(prefix: str) -> dict[str, Tensor]:
+        return {name[len(prefix) :]: tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+
+    state.denoiser.load_state_dict(under("denoiser/"))
+    for index, ema in enumerate(state.emas):
+        ema.module.load_state_dict(under(f"ema{index}/"))
+    optimizer = state.optimizer.state_dict()
+    moments: dict[int, dict[str, Tensor]] = {}
+    for name, tensor in under("optimizer/").items():
+        index, moment = name.split("/")
+        moments.setdefault(int(index), {})[moment] = tensor
+    state.optimizer.load_state_dict({"state": moments, "param_groups": optimizer["param_groups"]})
+    state.step, state.crops_by_size = card["step"], card["crops_by_size"]
+
+
+def file_sha256(path: Path) -> str:
+    """The sha256 of a file's bytes, read in pieces."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,56 @@
+"""Codec: from stored rows to the numbers a network sees, and from what it makes back to pixels."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from patchloom.models.autoencoder import Autoencoder
+
+
+@dataclass(frozen=True)
+class Space:
+    """The affine map from stored values to the network's: x = (stored - mean) * scale, per channel.
+
+    Pixels 0..255 become -1..1; latents are whitened to the denoiser's sigma_data, or only scaled.
+    """
+
+    kind: str  # "pixels" or "latents"
+    mean: tuple[float, ...]
+    scale: tuple[float, ...]
+
+    def normalise(self, stored: Tensor) -> Tensor:
+        """(B, C, H, W) stored values (uint8 or float) -> (B, C, H, W) float32."""
+        mean, scale = self._columns(stored.device)
+        return (stored.float() - mean) * scale
+
+    def restore(self, x: Tensor) -> Tensor:
+        """The way back: (B, C, H, W) network values -> stored units, float32."""
+        mean, scale = self._columns(x.device)
+        return x.float() / scale + mean
+
+    def _columns(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        mean = torch.tensor(self.mean, dtype=torch.float32, device=device)[:, None, None]
+        return mean, torch.tensor(self.scale, dtype=torch.float32, device=device)[:, None, None]
+
+    def describe(self) -> dict[str, Any]:
+        """As it stands in `model.json`."""
+        return {"kind": self.kind, "mean": list(self.mean), "scale": list(self.scale)}
+
+
+def pixel_space(channels: int = 3) -> Space:
+    """uint8 / 127.5 - 1, as EDM does."""
+    return Space("pixels", (127.5,) * channels, (1 / 127.5,) * channels)
+
+
+def to_pixels(x: Tensor, space: Space, autoencoder: Autoencoder | None) -> Tensor:
+    """(B, C, H, W) of the network's values -> (B, 3, H', W') uint8 images, decoded where they are latents.
+
+    Pixels are x * 127.5 + 128, clipped to 0..255 and truncated (EDM).
+    """
+    if space.kind == "latents":
+        if autoencoder is None:
+            raise ValueError("latents need the autoencoder that they were encoded with")
+        return autoencoder.decode(space.restore(x))
+    return (x.float() * 127.5 + 128).clamp(0, 255).to(torch.uint8)

@@ -1,0 +1,75 @@
+"""Luck: every random number of a run as a pure function of (seed, step, block), and the order of its rows.
+
+Numbers are drawn in an order that does not depend on patch size until the noise itself, so that two
+runs that differ only in p or schedule see the same rows, labels, noise levels and crop positions.
+"""
+
+import hashlib
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+
+def derive_seed(*parts: int | str) -> int:
+    """One 63-bit seed from several names and numbers, alike on every machine."""
+    digest = hashlib.sha256("/".join(map(str, parts)).encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
+
+
+@dataclass(frozen=True)
+class Luck:
+    """The draws of a block of B crops, in the order in which they are drawn."""
+
+    label_kept: Tensor  # (B,) uniform
+    mirrored: Tensor  # (B,) uniform
+    sigma: Tensor  # (B,) standard normal
+    corner: Tensor  # (B, 2) uniform
+    posterior: Tensor  # (B, C, R, R) standard normal; empty for pixels
+    noise: Tensor  # (B, C, s, s) standard normal
+
+
+def draw_block(
+    seed: int, step: int, block: int, count: int, channels: int, resolution: int, size: int,
+    latent: bool, device: torch.device,
+) -> Luck:  # fmt: skip
+    """The luck of one block: its own generator, so that any worker can draw it."""
+    generator = torch.Generator(device).manual_seed(derive_seed(seed, step, block))
+    rand = {"generator": generator, "device": device}
+    posterior = (count, channels, resolution, resolution) if latent else (count, 0)
+    return Luck(
+        torch.rand(count, **rand),
+        torch.rand(count, **rand),
+        torch.randn(count, **rand),
+        torch.rand(count, 2, **rand),
+        torch.randn(posterior, **rand),
+        torch.randn(count, channels, size, size, **rand),
+    )
+
+
+def join(blocks: list[Luck]) -> Luck:
+    """Several blocks as one batch."""
+    return Luck(*(torch.cat([getattr(block, field.name) for block in blocks]) for field in fields(Luck)))
+
+
+def size_luck(seed: int, step: int) -> float:
+    """The uniform in [0, 1) that settles a step's patch size, the same for all workers."""
+    generator = torch.Generator().manual_seed(derive_seed(seed, step, "size"))
+    return float(torch.rand((), generator=generator))
+
+
+class RowOrder:
+    """Which of N rows is the k-th of a run: entry k mod N of the permutation seeded by (seed, k div N)."""
+
+    def __init__(self, rows: int, seed: int) -> None:
+        self.rows, self.seed = rows, seed
+        self._permutations: dict[int, Tensor] = {}
+
+    def __getitem__(self, k: int) -> int:
+        epoch, entry = divmod(k, self.rows)
+        if epoch not in self._permutations:
+            # one step may cross an epoch's end, so the epoch before stays
+            self._permutations = {e: p for e, p in self._permutations.items() if e == epoch - 1}
+            generator = torch.Generator().manual_seed(derive_seed(self.seed, "rows", epoch))
+            self._permutations[epoch] = torch.randperm(self.rows, generator=generator)
+        return int(self._permutations[epoch][entry])

@@ -1,0 +1,37 @@
+"""Pictures: contact sheets that are looked at before any number is read."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+GAP = 2
+
+
+def contact_sheet(images: np.ndarray, columns: int = 8, scale: int = 1) -> Image.Image:
+    """(N, 3, H, W) uint8 images as one picture, row by row on white; each pixel `scale` pixels wide."""
+    count, _, height, width = images.shape
+    columns = max(1, min(columns, count))
+    rows = (count + columns - 1) // columns
+    sheet = np.full((rows * (height + GAP) - GAP, columns * (width + GAP) - GAP, 3), 255, np.uint8)
+    for index, image in enumerate(images):
+        top, left = (index // columns) * (height + GAP), (index % columns) * (width + GAP)
+        sheet[top : top + height, left : left + width] = image.transpose(1, 2, 0)
+    picture = Image.fromarray(sheet)
+    if scale > 1:
+        picture = picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.NEAREST)
+    return picture
+
+
+def save_png(picture: Image.Image, path: Path) -> None:
+    """Write a PNG whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    picture.save(partial, format="PNG")
+    partial.replace(path)
+
+
+def side_by_side(rows: Sequence[np.ndarray], scale: int = 1) -> Image.Image:
+    """Several (N, 3, H, W) batches of the same length, one below the other: originals above what became of them."""
+    return contact_sheet(np.concatenate(rows), columns=len(rows[0]), scale=scale)

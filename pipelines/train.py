@@ -1,0 +1,274 @@
+"""Train: launch a run of a recipe on Ray Train (or in this process), watched and tracked."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from patchloom import __version__
+from patchloom.models.denoiser import build_denoiser
+from patchloom.models.flops import parameter_count, training_flops
+from patchloom.pipelines.train_loop import method_of, train_worker
+from patchloom.platform.cluster import run_workers
+from patchloom.platform.dataset import Dataset, open_dataset
+from patchloom.platform.errors import UserError
+from patchloom.platform.progress import progress, say
+from patchloom.platform.recipe import Recipe, recipe_yaml
+from patchloom.platform.storage import local_path, locked, make_folder, read_json, write_atomic, write_json
+from patchloom.platform.tracking import (
+    Follower,
+    begin_run,
+    end_run,
+    flat_parameters,
+    log_artifacts,
+    log_dataset,
+    require_reachable,
+)
+
+RUN_FORMAT = 1
+NETWORKS: dict[str, tuple[str, dict[str, Any]]] = {
+    "ddpmpp": ("song", {"embedding": "positional"}),
+    "ncsnpp": (
+        "song",
+        {
+            "embedding": "fourier",
+            "residual_input": True,
+            "filter_taps": [1, 3, 3, 1],
+            "noise_width_multiplier": 2,
+        },
+    ),
+    "adm": ("dhariwal", {}),
+}
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """A finished run: its folder, its MLflow run and its last progress line."""
+
+    folder: Path
+    run_id: str
+    last: dict[str, Any]
+
+    @property
+    def model(self) -> Path:
+        """The model folder of the averaged weights."""
+        return self.folder / "model"
+
+
+def model_card(recipe: Recipe, dataset: Dataset) -> dict[str, Any]:
+    """What `model.json` will say: the network, its space and its classes; raises UserError where they do not fit."""
+    card, model = dataset.card, recipe.model
+    _check_fit(recipe, dataset)
+    network, options = NETWORKS[model.network]
+    class_names = dataset.class_names if model.class_conditional else []
+    denoiser = {
+        "network": network,
+        "network_options": {
+            "width": model.width,
+            "width_multipliers": list(model.width_multipliers),
+            "blocks": model.blocks,
+            "attention": list(model.attention),
+            "dropout": model.dropout,
+            **options,
+        },
+        "resolution": card["resolution"],
+        "channels": card["channels"],
+        "classes": len(class_names),
+        "coordinates": model.coordinates,
+        "sigma_data": model.sigma_data,
+    }
+    try:
+        with torch.device("meta"):
+            build_denoiser(denoiser)
+    except ValueError as error:
+        raise UserError(f"model: {error}") from None
+    return {
+        "name": recipe.name,
+        "denoiser": denoiser,
+        "space": _space(recipe, card),
+        "class_names": class_names,
+        "label_dropout": model.label_dropout,
+        "patches": recipe.patches.model_dump(mode="json"),
+        "dataset_fingerprint": dataset.fingerprint,
+        "code_version": __version__,
+    }
+
+
+def _space(recipe: Recipe, card: dict[str, Any]) -> dict[str, Any]:
+    channels = card["channels"]
+    if card["kind"] == "pixels":
+        return {"kind": "pixels", "mean": [127.5] * channels, "scale": [1 / 127.5] * channels}
+    if recipe.data.whiten:
+        scale = [recipe.model.sigma_data / std for std in card["std"]]
+        return {"kind": "latents", "mean": card["mean"], "scale": scale}
+    return {"kind": "latents", "mean": [0.0] * channels, "scale": [card["autoencoder"]["scale"]] * channels}
+
+
+def _check_fit(recipe: Recipe, dataset: Dataset) -> None:
+    """Raise UserError where the recipe asks of the dataset what it does not have."""
+    card = dataset.card
+    if recipe.model.class_conditional and not dataset.class_names:
+        raise UserError(
+            "model.class_conditional is true, and the dataset has no classes: set it to false, or prepare a folder "
+            "whose sub-folders are the classes"
+        )
+    if recipe.data.mirror and card["kind"] == "latents":
+        raise UserError(
+            "data.mirror is true, and the mirror of a latent is not the latent of a mirror: set it to false"
+        )
+    halvings = len(recipe.model.width_multipliers) - 1
+    for fraction in (1.0, *(size.fraction for size in recipe.patches.sizes)):
+        side = fraction * card["resolution"]
+        if side != int(side) or int(side) % 2**halvings:
+            raise UserError(
+                f"patches.sizes: fraction {fraction:g} of {card['resolution']} pixels is {side:g}, and the network "
+                f"halves {halvings} times; choose fractions that give a multiple of {2**halvings}"
+            )
+    if not len(dataset.indices("train", recipe.data.held_out_fraction)):
+        raise UserError(
+            f"data.held_out_fraction {recipe.data.held_out_fraction:g} leaves no row of {len(dataset)} to train on: "
+            "lower it"
+        )
+
+
+def train(
+    recipe: Recipe,
+    dataset: str,
+    out: str,
+    *,
+    workers: int = 1,
+    resume: bool = False,
+    parent_run: str | None = None,
+    show: Callable[[dict[str, Any]], None] | None = None,
+) -> TrainResult:
+    """Train a recipe on a prepared dataset into the run folder `out`; returns when `out/model` is written.
+
+    workers: Ray Train workers; 0 trains in this process without Ray. resume: go on from the newest
+    checkpoint of `out` (a finished run returns at once). parent_run: the MLflow run that this is a trial
+    of. show: called with each progress line instead of a progress bar. Raises UserError for a recipe that
+    does not fit the dataset, or a folder that holds another run.
+    """
+    rows = open_dataset(dataset)
+    card = model_card(recipe, rows)
+    folder = make_folder(local_path(out))
+    with locked(folder):
+        run = _open_folder(folder, recipe, rows, resume, parent_run)
+        if (folder / "model" / "model.json").is_file():
+            say(f"{folder} is finished: its model is {folder / 'model'}")
+            return TrainResult(folder, run["run_id"], _last_line(folder))
+        config = {
+            "recipe": recipe.model_dump(mode="json"),
+            "card": card,
+            "dataset": str(rows.path),
+            "folder": str(folder),
+        }
+        try:
+            last = _launch(config, recipe, run["run_id"], workers, show)
+        except BaseException:
+            _end_quietly(run["run_id"], "FAILED")
+            raise
+        _end_quietly(run["run_id"], "FINISHED")
+    return TrainResult(folder, run["run_id"], last)
+
+
+def _launch(
+    config: dict[str, Any], recipe: Recipe, run_id: str, workers: int, show: Callable[[dict[str, Any]], None] | None
+) -> dict[str, Any]:
+    folder = Path(config["folder"])
+
+    def work(shown: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+        with Follower(folder, run_id, shown):
+            last: dict[str, Any] = run_workers(train_worker, config, workers, folder / ".ray", "train")
+            return last
+
+    if show is not None:
+        return work(show)
+    with progress(f"training {recipe.name}", recipe.train.images, "images") as meter:
+
+        def on_line(line: dict[str, Any]) -> None:
+            sizes = "  ".join(f"{size}px {loss:.3f}" for size, loss in line["loss_by_patch_size"].items())
+            meter.update(line["images_seen"], f"loss {line['loss']:.3f} ({sizes})")
+
+        return work(on_line)
+
+
+def _open_folder(
+    folder: Path, recipe: Recipe, dataset: Dataset, resume: bool, parent_run: str | None
+) -> dict[str, Any]:
+    """The run's `run.json`: a new one, or that of the run that goes on; refuses to mix two runs."""
+    path = folder / "run.json"
+    if path.is_file():
+        if not resume:
+            raise UserError(f"{folder} holds a run: give --resume to go on with it, or choose another folder")
+        run: dict[str, Any] = read_json(path)
+        if run["dataset_fingerprint"] != dataset.fingerprint:
+            raise UserError(
+                f"{folder} was trained on another dataset than {dataset.path}: give the same, or a new --out"
+            )
+        if (folder / "recipe.yaml").read_text() != recipe_yaml(recipe):
+            raise UserError(
+                f"{folder} was begun with another recipe ({folder / 'recipe.yaml'}): give the same, or a new --out"
+            )
+        return run
+    require_reachable()
+    write_atomic(folder / "recipe.yaml", recipe_yaml(recipe))
+    tags = {"patchloom.dataset": dataset.fingerprint, "patchloom.version": __version__, "patchloom.folder": str(folder)}
+    run_id = begin_run(recipe.name, "train", flat_parameters(recipe.model_dump(mode="json")), tags, parent_run)
+    log_artifacts(run_id, folder / "recipe.yaml")
+    log_dataset(run_id, dataset.path, dataset.fingerprint)
+    run = {
+        "format_version": RUN_FORMAT,
+        "kind": "train",
+        "run_id": run_id,
+        "dataset": str(dataset.path),
+        "dataset_fingerprint": dataset.fingerprint,
+        "code_version": __version__,
+    }
+    write_json(path, run)
+    return run
+
+
+def _end_quietly(run_id: str, status: str) -> None:
+    """A store that is away at the end of a run must not undo the run."""
+    try:
+        end_run(run_id, status)
+    except Exception as error:
+        say(f"  MLflow did not take the end of run {run_id} ({type(error).__name__}); the run folder is complete")
+
+
+def _last_line(folder: Path) -> dict[str, Any]:
+    from patchloom.platform.storage import read_json_lines
+    from patchloom.platform.tracking import PROGRESS_FILE
+
+    return read_json_lines(folder / PROGRESS_FILE)[-1]
+
+
+def describe_plan(recipe: Recipe, dataset: str) -> dict[str, Any]:
+    """What a run would be, without running it: parameters, FLOPs a crop, expected counts and memory."""
+    rows = open_dataset(dataset)
+    card = model_card(recipe, rows)
+    method = method_of(recipe, card["denoiser"]["resolution"])
+    parameters = parameter_count(build_denoiser(card["denoiser"]))
+    batch, updates = method.batch_size, method.updates
+    sizes = []
+    for size in method.schedule.sizes:
+        crops = updates * size.probability * batch * size.batch_multiplier
+        sizes.append({
+            "pixels": size.pixels,
+            "share_of_updates": size.probability,
+            "crops": round(crops),
+            "flops_per_crop": training_flops(card["denoiser"], size.pixels),
+        })  # fmt: skip
+    return {
+        "parameters": parameters,
+        "updates": updates,
+        "crops": sum(size["crops"] for size in sizes),
+        "full_size_images": sizes[0]["crops"],
+        "flops": sum(size["crops"] * size["flops_per_crop"] for size in sizes),
+        "sizes": sizes,
+        # weights, gradients, Adam's two moments and the averages, in float32
+        "state_bytes": parameters * 4 * (4 + len(recipe.ema)),
+        "train_rows": len(rows.indices("train", recipe.data.held_out_fraction)),
+    }

@@ -1,0 +1,158 @@
+"""Registry: models as versions of a registered name in MLflow, fetched as folders and never unpickled."""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from patchloom.platform.errors import UserError
+from patchloom.platform.storage import local_path
+from patchloom.platform.tracking import connect, tracking_uri
+
+MODEL_FOLDER = "model"  # where a version keeps its model folder, below its artifacts
+
+
+@dataclass(frozen=True)
+class FetchedModel:
+    """A model folder on this machine and where it came from."""
+
+    folder: Path
+    reference: str  # what a worker elsewhere can fetch again: models:/NAME/VERSION or the folder
+    run_id: str | None = None
+    name: str | None = None
+    version: str | None = None
+
+
+def fetch_model(reference: str) -> FetchedModel:
+    """Fetch `models:/NAME@ALIAS`, `models:/NAME/VERSION`, `runs:/ID/path` or a folder to this machine."""
+    if reference.startswith("models:/"):
+        return _fetch_version(reference)
+    if reference.startswith("runs:/"):
+        folder = _download(reference)
+        return FetchedModel(_model_folder(folder), reference, run_id=reference.split("/")[1])
+    folder = local_path(reference)
+    if (folder / "model" / "model.json").is_file():  # a run folder holds its model folder
+        folder = folder / "model"
+    if not (folder / "model.json").is_file():
+        raise UserError(
+            f"{reference} is no model: give models:/NAME@ALIAS, models:/NAME/VERSION, runs:/ID/model or a model folder"
+        )
+    return FetchedModel(folder, str(folder))
+
+
+def _fetch_version(reference: str) -> FetchedModel:
+    match = re.fullmatch(r"models:/([^/@]+)(?:@([^/@]+)|/(\d+))", reference)
+    if not match:
+        raise UserError(f"{reference} is not of the form models:/NAME@ALIAS or models:/NAME/VERSION")
+    name, alias, number = match.groups()
+    version = find_version(name, alias=alias, version=number)
+    folder = _download(f"models:/{name}/{version.version}")
+    return FetchedModel(
+        _model_folder(folder), f"models:/{name}/{version.version}", version.run_id, name, str(version.version)
+    )
+
+
+def find_version(name: str, alias: str | None = None, version: str | None = None) -> Any:
+    """The registered version behind an alias or number; raises UserError where there is none."""
+    from mlflow.exceptions import MlflowException
+
+    client = connect()
+    try:
+        if alias:
+            return client.get_model_version_by_alias(name, alias)
+        return client.get_model_version(name, version)
+    except MlflowException:
+        wanted = f"{name}@{alias}" if alias else f"{name}/{version}"
+        raise UserError(
+            f"models:/{wanted} is not in the registry at {tracking_uri()}: `patchloom models list` shows what is"
+        ) from None
+
+
+def _download(uri: str) -> Path:
+    import mlflow.artifacts
+    from mlflow.exceptions import MlflowException
+
+    connect()
+    try:
+        return Path(mlflow.artifacts.download_artifacts(artifact_uri=uri))
+    except (MlflowException, OSError) as error:
+        problem = str(error).strip().split("\n")[0]
+        raise UserError(f"{uri} cannot be fetched from {tracking_uri()} ({problem})") from None
+
+
+def _model_folder(folder: Path) -> Path:
+    for candidate in (folder, folder / MODEL_FOLDER, folder / "artifacts" / MODEL_FOLDER):
+        if (candidate / "model.json").is_file():
+            return candidate
+    raise UserError(f"{folder} holds no model.json: it was not registered by patchloom")
+
+
+def register_pyfunc(folder: Path, name: str, run_id: str, entry: Path, requirements: list[str], signature: Any) -> str:
+    """Register a model folder as a version that MLflow's own users can load; returns the version's number.
+
+    entry: the one Python file of the version (models from code: nothing is pickled).
+    """
+    import mlflow
+
+    connect()
+    with mlflow.start_run(run_id=run_id):
+        info = mlflow.pyfunc.log_model(
+            name="model",
+            python_model=str(entry),
+            artifacts={MODEL_FOLDER: str(folder)},
+            pip_requirements=requirements,
+            signature=signature,
+            registered_model_name=name,
+        )
+    return str(info.registered_model_version)
+
+
+def register_folder(folder: Path, name: str, run_id: str) -> str:
+    """Register a plain folder (an autoencoder) as a version; returns its number."""
+    from mlflow.exceptions import MlflowException
+
+    client = connect()
+    client.log_artifacts(run_id, str(folder), MODEL_FOLDER)
+    try:
+        client.create_registered_model(name)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_ALREADY_EXISTS":
+            raise
+    source = f"{client.get_run(run_id).info.artifact_uri}/{MODEL_FOLDER}"
+    return str(client.create_model_version(name, source, run_id).version)
+
+
+def describe_version(name: str, version: str, description: str, tags: dict[str, Any]) -> None:
+    """Write a version's card: its description and tags."""
+    client = connect()
+    client.update_model_version(name, version, description)
+    for key, value in tags.items():
+        client.set_model_version_tag(name, version, key, str(value))
+
+
+def promote(name: str, version: str, alias: str) -> None:
+    """Point an alias at a version."""
+    find_version(name, version=version)
+    connect().set_registered_model_alias(name, alias, version)
+
+
+def list_versions() -> list[dict[str, Any]]:
+    """Every version of every registered model, newest first within a name."""
+    client = connect()
+    rows = []
+    for model in client.search_registered_models():
+        aliases: dict[str, list[str]] = {}
+        for alias, number in model.aliases.items():
+            aliases.setdefault(str(number), []).append(alias)
+        versions = client.search_model_versions(f"name = '{model.name}'")
+        for version in sorted(versions, key=lambda found: -int(found.version)):
+            rows.append({
+                "name": model.name,
+                "version": str(version.version),
+                "aliases": sorted(aliases.get(str(version.version), [])),
+                "run_id": version.run_id,
+                "created_unix_s": version.creation_timestamp / 1000,
+                "description": version.description or "",
+                "tags": dict(version.tags),
+            })  # fmt: skip
+    return rows

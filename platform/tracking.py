@@ -1,0 +1,200 @@
+"""Tracking: runs in MLflow, fed from the lines that a run writes on disk first."""
+
+import logging
+import os
+import threading
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from patchloom.platform.cluster import quiet_environment
+from patchloom.platform.errors import UserError
+from patchloom.platform.progress import say
+from patchloom.platform.storage import read_json_lines
+
+EXPERIMENT = "patchloom"
+RETRY_S = 10.0
+PROGRESS_FILE = "progress.jsonl"
+
+
+def tracking_uri() -> str:
+    """Where MLflow keeps runs and models: MLFLOW_TRACKING_URI, else `mlflow.db` here; always absolute."""
+    uri = os.environ.get("MLFLOW_TRACKING_URI") or "sqlite:///mlflow.db"
+    prefix = "sqlite:///"
+    if uri.startswith(prefix) and not uri.startswith(prefix + "/"):
+        uri = f"{prefix}{Path(uri.removeprefix(prefix)).absolute()}"
+    return uri
+
+
+def connect() -> Any:
+    """A quiet MLflow client on `tracking_uri()`, which is made if it does not exist."""
+    quiet_environment()
+    logging.getLogger("alembic").setLevel(logging.ERROR)
+    import mlflow
+
+    for name in ("mlflow", "alembic", "mlflow.store.db.utils"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module="mlflow")
+    mlflow.set_tracking_uri(tracking_uri())
+    mlflow.set_registry_uri(tracking_uri())
+    return mlflow.MlflowClient()
+
+
+def experiment_id(client: Any) -> str:
+    """The experiment of MLFLOW_EXPERIMENT_NAME, else `patchloom`; artifacts of a local store lie beside it."""
+    name = os.environ.get("MLFLOW_EXPERIMENT_NAME", EXPERIMENT)
+    found = client.get_experiment_by_name(name)
+    if found is not None:
+        return str(found.experiment_id)
+    uri, location = tracking_uri(), None
+    if uri.startswith("sqlite:///"):
+        location = (Path(uri.removeprefix("sqlite:///")).parent / "mlruns" / name).as_uri()
+    return str(client.create_experiment(name, artifact_location=location))
+
+
+def begin_run(name: str, kind: str, params: dict[str, Any], tags: dict[str, str], parent: str | None = None) -> str:
+    """A new run, perhaps the child of another; returns its id."""
+    client = connect()
+    tags = {"mlflow.runName": name, "patchloom.kind": kind, **tags}
+    if parent:
+        tags["mlflow.parentRunId"] = parent
+    run_id = str(client.create_run(experiment_id(client), tags=tags).info.run_id)
+    from mlflow.entities import Param
+
+    client.log_batch(run_id, params=[Param(key, str(value)[:500]) for key, value in params.items()])
+    return run_id
+
+
+def end_run(run_id: str, status: str = "FINISHED") -> None:
+    """Close a run as FINISHED, FAILED or KILLED."""
+    connect().set_terminated(run_id, status)
+
+
+def log_artifacts(run_id: str, *files: Path, under: str | None = None) -> None:
+    """Keep files or folders with a run."""
+    client = connect()
+    for file in files:
+        if file.is_dir():
+            client.log_artifacts(run_id, str(file), f"{under}/{file.name}" if under else file.name)
+        else:
+            client.log_artifact(run_id, str(file), under)
+
+
+def log_metrics(run_id: str, metrics: dict[str, float], step: int = 0) -> None:
+    """Record numbers of a finished step."""
+    from mlflow.entities import Metric
+
+    now = int(time.time() * 1000)
+    connect().log_batch(run_id, metrics=[Metric(key, float(value), now, step) for key, value in metrics.items()])
+
+
+def flat_parameters(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested values as `patches.p`-like keys."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, dict):
+            flat |= flat_parameters(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def line_metrics(line: dict[str, Any]) -> dict[str, float]:
+    """The numbers of a progress line, nested ones as `loss_by_patch_size/16`."""
+    flat: dict[str, float] = {}
+    for key, value in line.items():
+        if key in ("step", "time_unix_s"):
+            continue
+        if isinstance(value, dict):
+            flat |= {f"{key}/{inner}": float(number) for inner, number in value.items()}
+        elif isinstance(value, (int, float)):
+            flat[key] = float(value)
+    return flat
+
+
+class Follower:
+    """Follows a run's `progress.jsonl` while the block runs: shows each line, and sends it to MLflow.
+
+    The file is the truth. A store that does not answer costs nothing but time: lines wait and are sent
+    again, and a line whose step is already in MLflow is never sent twice.
+    """
+
+    def __init__(self, folder: Path, run_id: str | None, show: Callable[[dict[str, Any]], None]) -> None:
+        self.folder, self.run_id, self.show = folder, run_id, show
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._follow, name="follower", daemon=True)
+        self._sent_step: int | None = None
+        self._shown = 0
+        self._retry_at = 0.0
+
+    def __enter__(self) -> "Follower":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+        self._retry_at = 0.0
+        self._look()
+        waiting = len(self._unsent(read_json_lines(self.folder / PROGRESS_FILE))) if self.run_id else 0
+        if waiting:
+            say(f"  MLflow at {tracking_uri()} took no answer: {waiting} lines wait in {self.folder / PROGRESS_FILE}")
+
+    def _follow(self) -> None:
+        while not self._stop.wait(0.5):
+            self._look()
+
+    def _look(self) -> None:
+        lines = read_json_lines(self.folder / PROGRESS_FILE)
+        self._shown = min(self._shown, len(lines))  # a restarted worker takes back lines past its checkpoint
+        for line in lines[self._shown :]:
+            self.show(line)
+        self._shown = len(lines)
+        if self.run_id and time.monotonic() >= self._retry_at:
+            try:
+                for line in self._unsent(lines):
+                    self._send(line)
+            except Exception:  # whatever a store's client raises, training goes on
+                self._retry_at = time.monotonic() + RETRY_S
+
+    def _unsent(self, lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        return [line for line in lines if line["step"] > (-1 if self._sent_step is None else self._sent_step)]
+
+    def _send(self, line: dict[str, Any]) -> None:
+        from mlflow.entities import Metric
+        from PIL import Image
+
+        client = connect()
+        if self._sent_step is None:
+            history = client.get_metric_history(self.run_id, "images_seen")
+            self._sent_step = max((point.step for point in history), default=-1)
+            if line["step"] <= self._sent_step:
+                return
+        if "preview" in line:
+            with Image.open(self.folder / line["preview"]) as picture:
+                client.log_image(self.run_id, picture.convert("RGB"), key="preview", step=line["step"])
+        stamp = int(line["time_unix_s"] * 1000)
+        metrics = [Metric(key, value, stamp, line["step"]) for key, value in line_metrics(line).items()]
+        client.log_batch(self.run_id, metrics=metrics)
+        self._sent_step = line["step"]
+
+
+def require_reachable() -> None:
+    """Raise UserError where the tracking store cannot be opened."""
+    try:
+        experiment_id(connect())
+    except Exception as error:
+        problem = str(error).strip().split("\n")[0]
+        raise UserError(f"MLflow at {tracking_uri()} cannot be opened ({problem}): check MLFLOW_TRACKING_URI") from None
+
+
+def log_dataset(run_id: str, path: Path, fingerprint: str) -> None:
+    """Tie a prepared dataset to a run, by its place and fingerprint."""
+    from mlflow.entities import Dataset, DatasetInput
+
+    entity = Dataset(
+        name=path.name, digest=fingerprint[:32], source_type="local", source=f'{{"uri": "{path.as_uri()}"}}'
+    )
+    connect().log_inputs(run_id, [DatasetInput(entity, [])])
