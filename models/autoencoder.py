@@ -50,7 +50,7 @@ class Autoencoder:
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         """(B, C, h, w) latents as `encode` gives them -> (B, 3, H, W) uint8."""
-        images = self.network.decode(latents.float()).sample
+        images: Tensor = self.network.decode(latents.float()).sample
         return (images * 127.5 + 128).clamp(0, 255).to(torch.uint8)
 
     def describe(self) -> dict[str, Any]:
@@ -88,7 +88,8 @@ def autoencoder_loss(network: AutoencoderKL, images: Tensor, kl_weight: float, g
     """
     posterior = network.encode(images).latent_dist
     decoded = network.decode(posterior.sample(generator)).sample
-    return F.l1_loss(decoded, images) + kl_weight * posterior.kl().mean() / posterior.mean[0].numel()
+    loss: Tensor = F.l1_loss(decoded, images) + kl_weight * posterior.kl().mean() / posterior.mean[0].numel()
+    return loss
 
 
 def save_autoencoder(network: AutoencoderKL, folder: Path) -> str:

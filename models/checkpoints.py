@@ -125,8 +125,8 @@ def load_checkpoint(folder: Path, state: TrainingState) -> None:
     optimizer = state.optimizer.state_dict()
     moments: dict[int, dict[str, Tensor]] = {}
     for name, tensor in under("optimizer/").items():
-        index, moment = name.split("/")
-        moments.setdefault(int(index), {})[moment] = tensor
+        parameter, moment = name.split("/")
+        moments.setdefault(int(parameter), {})[moment] = tensor
     state.optimizer.load_state_dict({"state": moments, "param_groups": optimizer["param_groups"]})
     state.step, state.crops_by_size = card["step"], card["crops_by_size"]
 

@@ -26,5 +26,5 @@ class HalfLifeEMA:
     def update(self, module: nn.Module, images_seen: int, images_in_step: int) -> None:
         """Move the average towards the module's parameters after a step that ended at `images_seen`."""
         share = 1 - self.decay(images_seen, images_in_step)
-        averages = list(self.module.parameters())
+        averages = [average.detach() for average in self.module.parameters()]
         torch._foreach_lerp_(averages, [p.detach() for p in module.parameters()], share)

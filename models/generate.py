@@ -30,3 +30,19 @@ def generate(model: Model, seeds: list[int], labels: list[int], steps: int = 18,
 def default_labels(seeds: list[int], classes: int) -> list[int]:
     """Classes in turn, so that any run of seeds is balanced; -1 where the model has none."""
     return [seed % classes if classes else -1 for seed in seeds]
+
+
+def generate_padded(
+    model: Model, seeds: list[int], labels: list[int], batch: int, steps: int = 18, guidance: float = 1.0
+) -> Tensor:
+    """`generate` in compute batches of exactly `batch`, the last one padded: (len(seeds), 3, H, W) uint8.
+
+    Equal batches give equal bits, so a seed's bytes are the same in a job of any size.
+    """
+    images = []
+    for start in range(0, len(seeds), batch):
+        some, their = seeds[start : start + batch], labels[start : start + batch]
+        pad = batch - len(some)
+        made = generate(model, some + some[-1:] * pad, their + their[-1:] * pad, steps, guidance)
+        images.append(made[: len(some)])
+    return torch.cat(images)

@@ -29,7 +29,8 @@ def denoising_loss(
     estimate = denoiser(clean + spread * noise, sigma, coordinates, labels)
     error = (estimate - clean).square().flatten(1)
     error = error.sum(1) if reduction == "sum" else error.mean(1)
-    return edm_weight(sigma, denoiser.sigma_data) * error
+    weighted: Tensor = edm_weight(sigma, denoiser.sigma_data) * error
+    return weighted
 
 
 @torch.no_grad()

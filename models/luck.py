@@ -35,15 +35,14 @@ def draw_block(
 ) -> Luck:  # fmt: skip
     """The luck of one block: its own generator, so that any worker can draw it."""
     generator = torch.Generator(device).manual_seed(derive_seed(seed, step, block))
-    rand = {"generator": generator, "device": device}
     posterior = (count, channels, resolution, resolution) if latent else (count, 0)
     return Luck(
-        torch.rand(count, **rand),
-        torch.rand(count, **rand),
-        torch.randn(count, **rand),
-        torch.rand(count, 2, **rand),
-        torch.randn(posterior, **rand),
-        torch.randn(count, channels, size, size, **rand),
+        torch.rand(count, generator=generator, device=device),
+        torch.rand(count, generator=generator, device=device),
+        torch.randn(count, generator=generator, device=device),
+        torch.rand(count, 2, generator=generator, device=device),
+        torch.randn(posterior, generator=generator, device=device),
+        torch.randn(count, channels, size, size, generator=generator, device=device),
     )
 
 

@@ -112,7 +112,7 @@ class Gradients:
     @property
     def loss_and_crops(self) -> Tensor:
         """(sizes, 2): the sum of the losses and the number of crops."""
-        return self.flat[self.length :].unflatten(0, (-1, 2))
+        return self.flat[self.length :].view(-1, 2)
 
     def clean(self) -> None:
         """NaN becomes 0 and infinity 1e5, as EDM does, so that one bad crop does not end a run."""

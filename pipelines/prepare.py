@@ -129,7 +129,7 @@ def _plan(
         rows = open_dataset(source)
         if rows.kind != "pixels":
             raise UserError(f"{source} holds {rows.kind}, and only pixels can be encoded: give the pixel dataset")
-        inputs = [{"row": row} for row in range(len(rows))]
+        inputs: list[dict[str, Any]] = [{"row": row} for row in range(len(rows))]
         return inputs, Plan(str(source), "dataset", None, rows.class_names, None, shard_rows, rows.fingerprint)
 
     if crop not in CROPS:
@@ -177,8 +177,8 @@ def _windows(source: Path, name: str, label: int, transform: Transform) -> list[
     whole = {"key": name, "file": name, "label": label}
     try:
         with Image.open(source / name) as image:
-            image = ImageOps.exif_transpose(image)
-            width, height = _fitted(image.size, transform.short_side or 0)
+            upright = ImageOps.exif_transpose(image)
+            width, height = _fitted(upright.size, transform.short_side or 0)
     except Exception:
         return [whole]  # its shard finds out why, and lists it
     side, stride = transform.resolution, transform.stride or 1
@@ -243,7 +243,7 @@ def _make_shards(folder: Path, plan: Plan, inputs: int, workers: int | None) -> 
     title = "encoding" if plan.autoencoder else "preparing"
     kept = inputs - sum(min(plan.shard_rows, inputs - item["shard"] * plan.shard_rows) for item in todo)
     with progress(title, inputs, "images") as meter:
-        meter.update(kept)
+        meter.begin(kept)
         if todo:
             with ray_session():
                 _run_on_ray_data(folder, todo, workers, meter)

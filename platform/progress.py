@@ -33,6 +33,10 @@ class Meter:
         self.total, self.unit, self.done, self.note = total, unit, 0.0, ""
         self._started: tuple[float, float] | None = None  # when and where the work itself began
 
+    def begin(self, done: float) -> None:
+        """Say how much an earlier call had done, before the work goes on."""
+        self.done = done
+
     def update(self, done: float, note: str = "") -> None:
         """Say how much is done now, and perhaps what else is worth knowing."""
         if self._started is None:

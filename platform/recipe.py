@@ -13,30 +13,25 @@ from pydantic_core import PydanticCustomError
 
 from patchloom.platform.errors import UserError
 
-RECIPE_FORMAT = 1
-SEARCH_FORMAT = 1
+Number = TypeVar("Number", int, float)
 SHIPPED = Path(__file__).parent.parent / "tune_configs"
 
 
-def _within(low: float, high: float) -> Any:
-    def check(value: float) -> float:
-        if not low <= value <= high:
-            raise PydanticCustomError("within", f"{value:g} is not within {low:g} and {high:g}")
-        return value
-
-    return Annotated[float, AfterValidator(check), Field(json_schema_extra={"minimum": low, "maximum": high})]
+def _fraction(value: float) -> float:
+    if not 0 <= value <= 1:
+        raise PydanticCustomError("within", f"{value:g} is not within 0 and 1")
+    return value
 
 
-def _above_zero(value: float) -> float:
+def _above_zero(value: Number) -> Number:
     if not value > 0:
         raise PydanticCustomError("above_zero", f"{value:g} is not above 0")
     return value
 
 
-Fraction = _within(0, 1)
+Fraction = Annotated[float, AfterValidator(_fraction), Field(json_schema_extra={"minimum": 0, "maximum": 1})]
 Positive = Annotated[float, AfterValidator(_above_zero), Field(json_schema_extra={"exclusiveMinimum": 0})]
 Count = Annotated[int, AfterValidator(_above_zero), Field(json_schema_extra={"minimum": 1})]
-NonNegative = _within(0, float(2**62))
 
 
 class Section(BaseModel):
@@ -45,7 +40,7 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
 
 
-S = TypeVar("S", bound=Section)
+SectionType = TypeVar("SectionType", bound=Section)
 
 
 class Data(Section):
@@ -161,7 +156,7 @@ class Preview(Section):
 class Recipe(Section):
     """What a model is. Where it runs (workers, devices, addresses) never stands here."""
 
-    format_version: Literal[1] = RECIPE_FORMAT
+    format_version: Literal[1] = 1
     name: Annotated[str, Field(min_length=1)]
     seed: Annotated[int, Field(ge=0)] = 0
     data: Data = Data()
@@ -199,7 +194,7 @@ class Budget(Section):
 class Search(Section):
     """Many runs of one recipe: a grid over its keys at an equal budget, compared on the held-out loss."""
 
-    format_version: Literal[1] = SEARCH_FORMAT
+    format_version: Literal[1] = 1
     name: Annotated[str, Field(min_length=1)]
     recipe: str
     set: dict[str, Any] = {}
@@ -308,7 +303,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     return values
 
 
-def _checked(kind: type[S], values: dict[str, Any]) -> S:
+def _checked(kind: type[SectionType], values: dict[str, Any]) -> SectionType:
     try:
         return kind.model_validate(values)
     except ValidationError as error:

@@ -1,6 +1,8 @@
 """Registry: models as versions of a registered name in MLflow, fetched as folders and never unpickled."""
 
+import io
 import re
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -95,7 +97,8 @@ def register_pyfunc(folder: Path, name: str, run_id: str, entry: Path, requireme
     import mlflow
 
     connect()
-    with mlflow.start_run(run_id=run_id):
+    chatter = io.StringIO()  # MLflow prints what it registered; so do we
+    with mlflow.start_run(run_id=run_id), redirect_stdout(chatter), redirect_stderr(chatter):
         info = mlflow.pyfunc.log_model(
             name="model",
             python_model=str(entry),
@@ -124,8 +127,13 @@ def register_folder(folder: Path, name: str, run_id: str) -> str:
 
 def describe_version(name: str, version: str, description: str, tags: dict[str, Any]) -> None:
     """Write a version's card: its description and tags."""
+    connect().update_model_version(name, version, description)
+    tag_version(name, version, tags)
+
+
+def tag_version(name: str, version: str, tags: dict[str, Any]) -> None:
+    """Add tags to a version."""
     client = connect()
-    client.update_model_version(name, version, description)
     for key, value in tags.items():
         client.set_model_version_tag(name, version, key, str(value))
 

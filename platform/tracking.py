@@ -198,3 +198,14 @@ def log_dataset(run_id: str, path: Path, fingerprint: str) -> None:
         name=path.name, digest=fingerprint[:32], source_type="local", source=f'{{"uri": "{path.as_uri()}"}}'
     )
     connect().log_inputs(run_id, [DatasetInput(entity, [])])
+
+
+def run_exists(run_id: str) -> bool:
+    """Whether this store knows a run."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        connect().get_run(run_id)
+    except MlflowException:
+        return False
+    return True

@@ -1,0 +1,295 @@
+"""The command line: parse, call one pipeline function, print; what a user got wrong is one line and exit code 2."""
+
+import json
+import sys
+import traceback
+from typing import Annotated, Any, NoReturn
+
+import typer
+
+from patchloom import __version__
+from patchloom.platform.errors import UserError
+
+app = typer.Typer(
+    help="Patchloom trains image diffusion models on patches, on Ray, and keeps every run and model in MLflow.",
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+autoencoder_app = typer.Typer(help="Train an autoencoder of one's own.", rich_markup_mode=None)
+models_app = typer.Typer(help="Browse and promote registered models.", rich_markup_mode=None)
+app.add_typer(autoencoder_app, name="autoencoder")
+app.add_typer(models_app, name="models")
+
+Workers = Annotated[int | None, typer.Option(min=1, help="Processes at once; all CPUs or GPUs by default")]
+Settings = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a recipe key")]
+
+
+@app.command(epilog="Example: patchloom demo --out demo")
+def demo(
+    out: Annotated[str, typer.Option(help="Folder for everything that the demo makes")] = "demo",
+    pixels: Annotated[bool, typer.Option("--pixels", help="Diffuse pixels, without an autoencoder")] = False,
+) -> None:
+    """Run the whole chain on photographs that ship with scikit-image."""
+    from patchloom.pipelines.demo import demo as run
+
+    run(out, pixels=pixels)
+
+
+@app.command(epilog="Example: patchloom prepare photos dataset --resolution 64 --crop center")
+def prepare(
+    source: Annotated[str, typer.Argument(help="A folder of images (class = first sub-folder), or a pixel dataset")],
+    dataset: Annotated[str, typer.Argument(help="The folder to write")],
+    resolution: Annotated[int | None, typer.Option(min=1, help="Side of the prepared images, in pixels")] = None,
+    autoencoder: Annotated[str | None, typer.Option(help="Encode to latents: models:/NAME/VERSION or a folder")] = None,
+    crop: Annotated[
+        str, typer.Option(help="center, dhariwal (as ADM), none, or windows of large photographs")
+    ] = "center",
+    short_side: Annotated[int | None, typer.Option(min=1, help="windows: photographs are resized to it")] = None,
+    stride: Annotated[int | None, typer.Option(min=1, help="windows: pixels between them")] = None,
+    workers: Workers = None,
+) -> None:
+    """Turn images into an Arrow dataset of pixels or latents."""
+    from patchloom.pipelines.prepare import prepare as run
+
+    run(
+        source, dataset, resolution=resolution, crop=crop, autoencoder=autoencoder,
+        short_side=short_side, stride=stride, workers=workers,
+    )  # fmt: skip
+
+
+@app.command(epilog="Example: patchloom inspect dataset")
+def inspect(
+    what: Annotated[str, typer.Argument(help="A dataset folder, a model folder or models:/NAME@ALIAS")],
+) -> None:
+    """Verify a dataset or model and print its card."""
+    from patchloom.pipelines.inspect import inspect as run
+
+    print(json.dumps(run(what), indent=2, ensure_ascii=False))
+
+
+@autoencoder_app.command("train", epilog="Example: patchloom autoencoder train dataset --out ae --register my-vae")
+def autoencoder_train(
+    dataset: Annotated[str, typer.Argument(help="A prepared dataset of pixels")],
+    out: Annotated[str, typer.Option(help="The run folder")],
+    widths: Annotated[str, typer.Option(help="Channels a level; each further one halves the image")] = "16,32,32",
+    latent_channels: Annotated[int, typer.Option(min=1)] = 4,
+    images: Annotated[int, typer.Option(min=1, help="Patches to train on")] = 8_000,
+    batch_size: Annotated[int, typer.Option(min=1)] = 8,
+    patch: Annotated[int, typer.Option(min=1, help="Side of the patches, in pixels")] = 32,
+    lr: Annotated[float, typer.Option(min=0, help="Adam's learning rate at its peak")] = 5e-3,
+    workers: Annotated[int, typer.Option(min=0, help="Ray Train workers; 0 is this process")] = 1,
+    register: Annotated[str | None, typer.Option(help="Name in the MLflow registry")] = None,
+) -> None:
+    """Train a small variational autoencoder (diffusers' AutoencoderKL) and measure it on held-out images."""
+    from patchloom.pipelines.autoencode import AutoencoderSettings, train_autoencoder
+
+    if not all(part.strip().isdigit() for part in widths.split(",")):
+        raise UserError(f"--widths {widths} is not a list of whole numbers: write 16,32,32")
+    settings = AutoencoderSettings(
+        tuple(int(part) for part in widths.split(",")), latent_channels, images, batch_size, patch, lr
+    )
+    train_autoencoder(dataset, out, settings, workers=workers, register=register)
+
+
+@app.command(epilog="Example: patchloom train demo_latents --data latents --out run --set patches.p=0.25 --workers 2")
+def train(
+    recipe: Annotated[str, typer.Argument(help="A recipe: a YAML file, or the name of a shipped one")],
+    data: Annotated[str, typer.Option(help="A prepared dataset")],
+    out: Annotated[str | None, typer.Option(help="The run folder")] = None,
+    set_: Settings = None,
+    workers: Annotated[int, typer.Option(min=0, help="Ray Train workers; 0 is this process")] = 1,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint of --out")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what the run would be, and stop")] = False,
+) -> None:
+    """Train a recipe on a prepared dataset."""
+    from patchloom.platform.recipe import load_recipe
+
+    loaded = load_recipe(recipe, set_ or [])
+    if dry_run:
+        from patchloom.pipelines.plan import run_plan
+
+        print(run_plan(loaded, data))
+        return
+    if not out:
+        raise UserError("--out is missing: give the folder of the run")
+    from patchloom.pipelines.train import train as run
+
+    result = run(loaded, data, out, workers=workers, resume=resume)
+    print(f"the model is {result.model}; register it: patchloom models register {result.folder} NAME --alias champion")
+
+
+@app.command(epilog="Example: patchloom tune demo_search --data latents --out search")
+def tune(
+    search: Annotated[str, typer.Argument(help="A search: a YAML file, or the name of a shipped one")],
+    data: Annotated[str, typer.Option(help="A prepared dataset")],
+    out: Annotated[str | None, typer.Option(help="The folder of the search")] = None,
+    restore: Annotated[bool, typer.Option("--restore", help="Go on with an interrupted search")] = False,
+    concurrent: Annotated[int | None, typer.Option(min=1, help="Trials at once; all CPUs by default")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the trials and their cost, and stop")] = False,
+) -> None:
+    """Search recipe keys (p, the schedule, ...) at an equal budget."""
+    if dry_run:
+        from patchloom.pipelines.plan import search_plan
+
+        print(search_plan(search, data))
+        return
+    if not out:
+        raise UserError("--out is missing: give the folder of the search")
+    from patchloom.pipelines.tune import tune as run
+
+    result = run(search, data, out, restore=restore, concurrent=concurrent)
+    print(f"train the best at full length: patchloom train {result.folder / 'best.yaml'} --data {data} --out RUN")
+
+
+@models_app.command("list")
+def models_list() -> None:
+    """Every version of every registered model."""
+    from patchloom.pipelines.inspect import models_table
+
+    print(models_table())
+
+
+@models_app.command("show", epilog="Example: patchloom models show models:/patchloom-demo@champion")
+def models_show(model: Annotated[str, typer.Argument(help="models:/NAME@ALIAS or models:/NAME/VERSION")]) -> None:
+    """One version: its card and lineage."""
+    from patchloom.pipelines.inspect import show_model
+
+    print(show_model(model))
+
+
+@models_app.command("register", epilog="Example: patchloom models register run my-model --alias champion")
+def models_register(
+    run: Annotated[str, typer.Argument(help="The folder of a finished run")],
+    name: Annotated[str, typer.Argument(help="Name in the registry")],
+    alias: Annotated[str | None, typer.Option(help="Point this alias at the version: champion, candidate")] = None,
+) -> None:
+    """Make a run's model a version of a registered name."""
+    from patchloom.pipelines.register import register
+
+    register(run, name, alias)
+
+
+@models_app.command("promote", epilog="Example: patchloom models promote my-model 3 --alias champion")
+def models_promote(
+    name: Annotated[str, typer.Argument(help="Name in the registry")],
+    version: Annotated[int, typer.Argument(help="Number of the version")],
+    alias: Annotated[str, typer.Option(help="The alias to point at it")] = "champion",
+) -> None:
+    """Point an alias at a version."""
+    from patchloom.platform.registry import promote
+
+    promote(name, str(version), alias)
+    print(f"models:/{name}@{alias} is version {version}")
+
+
+@app.command(epilog="Example: patchloom sample models:/patchloom-demo@champion samples --seeds 0-63")
+def sample(
+    model: Annotated[str, typer.Argument(help="models:/NAME@ALIAS, models:/NAME/VERSION, runs:/... or a folder")],
+    out: Annotated[str, typer.Argument(help="The folder to write")],
+    seeds: Annotated[str, typer.Option(help="0-63, or 0,5,9, or a file of seeds")] = "0-63",
+    steps: Annotated[int, typer.Option(min=1, help="Noise levels; Heun takes 2 x steps - 1 evaluations")] = 18,
+    sampler: Annotated[str, typer.Option(help="heun")] = "heun",
+    guidance: Annotated[float, typer.Option(help="Classifier-free guidance; 1 is none")] = 1.0,
+    label: Annotated[str | None, typer.Option(help="A class by name or number; all in turn by default")] = None,
+    batch: Annotated[int, typer.Option(min=1, help="Images a compute batch; bytes depend on it")] = 8,
+    workers: Workers = None,
+) -> None:
+    """Sample images in batches."""
+    from patchloom.pipelines.sample import sample as run
+
+    run(
+        model, out, seeds, steps=steps, sampler=sampler, guidance=guidance, label=label, batch=batch, workers=workers
+    )  # fmt: skip
+
+
+@app.command(epilog="Example: patchloom evaluate samples --reference dataset")
+def evaluate(
+    samples: Annotated[str, typer.Argument(help="The folder of `patchloom sample`")],
+    reference: Annotated[str, typer.Option(help="A prepared dataset of pixels")],
+    metrics: Annotated[str, typer.Option(help="fd: Fréchet distance on a named feature")] = "fd",
+    out: Annotated[str | None, typer.Option(help="JSON file; SAMPLES/metrics.json by default")] = None,
+) -> None:
+    """Measure samples against a dataset."""
+    from patchloom.pipelines.evaluate import evaluate as run
+
+    run(samples, reference, metrics=tuple(metrics.split(",")), out=out)
+
+
+@app.command(epilog="Example: patchloom report demo report.html")
+def report(
+    folder: Annotated[str, typer.Argument(help="A run, a search, or the folder of a demo")],
+    out: Annotated[str, typer.Argument(help="The HTML file to write")],
+) -> None:
+    """One page: data, curves, trials, samples, numbers and what to do next."""
+    from patchloom.pipelines.report import report as run
+
+    print(f"open {run(folder, out)}")
+
+
+@app.command()
+def doctor() -> None:
+    """What works here: Ray, GPUs, MLflow, disk."""
+    from patchloom.pipelines.inspect import doctor as run
+
+    raise typer.Exit(0 if run() else 1)
+
+
+@app.callback(invoke_without_command=True)
+def _root(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Print the version and stop")] = False,
+) -> None:
+    if version:
+        print(f"patchloom {__version__}")
+        raise typer.Exit
+    if context.invoked_subcommand is None:
+        print(context.get_help())
+
+
+def main() -> None:
+    """Run the command line: exit code 0 done, 2 the user's mistake in one line, 1 a failure of ours."""
+    try:
+        code: Any = typer.main.get_command(app)(standalone_mode=False)
+    except KeyboardInterrupt:
+        _stopped()
+    except Exception as error:
+        if type(error).__name__ == "Abort":  # what typer makes of Ctrl-C
+            _stopped()
+        mistake = _usage_words(error) or _users_mistake(error)
+        if mistake is not None:
+            print(f"patchloom: {' '.join(mistake.split())}", file=sys.stderr)
+            sys.exit(2)
+        traceback.print_exc()
+        sys.exit(1)
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _stopped() -> NoReturn:
+    print("patchloom: stopped; the same command goes on (train with --resume, tune with --restore)", file=sys.stderr)
+    sys.exit(130)
+
+
+def _usage_words(error: Exception) -> str | None:
+    """What typer says of a wrong command line, in one line; its exceptions live in click or in typer itself."""
+    if not hasattr(error, "format_message"):
+        return None
+    words = str(error.format_message()).replace("\n", " ").rstrip(".")
+    context = getattr(error, "ctx", None)
+    path = context.command_path.split()[1:] if context else []
+    return f"{words}; see `{' '.join(['patchloom', *path])} --help`"
+
+
+def _users_mistake(error: BaseException | None) -> str | None:
+    """The message of a user's mistake, also where a worker of Ray wrapped it."""
+    from patchloom.models.checkpoints import CheckpointError
+
+    while error is not None:
+        if isinstance(error, (UserError, CheckpointError)):
+            return str(error)
+        error = getattr(error, "cause", None) or error.__cause__
+    return None
+
+
+if __name__ == "__main__":
+    main()

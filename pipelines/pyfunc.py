@@ -1,0 +1,62 @@
+"""Pyfunc: a registered model as MLflow's own users load and serve it."""
+
+import base64
+import io
+from typing import Any
+
+import pandas as pd
+from mlflow.models.signature import ModelSignature
+from mlflow.pyfunc import PythonModel
+from mlflow.types.schema import ColSpec, DataType, ParamSchema, ParamSpec, Schema
+from PIL import Image
+
+from patchloom.models.checkpoints import load_whole_model
+from patchloom.models.generate import default_labels, generate_padded
+from patchloom.platform.registry import MODEL_FOLDER
+
+COMPUTE_BATCH = 8  # that of `patchloom sample` on a CPU, so that both give the same bytes
+
+
+def signature() -> ModelSignature:
+    """In: seed and, if wanted, label (a class number). Out: seed, label, png (base64)."""
+    return ModelSignature(
+        inputs=Schema([ColSpec(DataType.long, "seed"), ColSpec(DataType.long, "label", required=False)]),
+        outputs=Schema([
+            ColSpec(DataType.long, "seed"),
+            ColSpec(DataType.long, "label"),
+            ColSpec(DataType.string, "png"),
+        ]),
+        params=ParamSchema([
+            ParamSpec("steps", DataType.long, 18),
+            ParamSpec("guidance", DataType.double, 1.0),
+        ]),
+    )  # fmt: skip
+
+
+class SamplerModel(PythonModel):
+    """Samples images for a table of seeds."""
+
+    def load_context(self, context: Any) -> None:
+        """Build the model from its folder; nothing is unpickled."""
+        self.model = load_whole_model(context.artifacts[MODEL_FOLDER])
+
+    def predict(self, context: Any, model_input: pd.DataFrame, params: dict[str, Any] | None = None) -> pd.DataFrame:
+        """`seed` (and `label`) columns -> seed, label and the PNG as base64 text."""
+        options = {"steps": 18, "guidance": 1.0, **(params or {})}
+        seeds = [int(seed) for seed in model_input["seed"]]
+        labels = default_labels(seeds, self.model.denoiser.classes)
+        if "label" in model_input:
+            given = model_input["label"]
+            labels = [default if pd.isna(label) else int(label) for label, default in zip(given, labels, strict=True)]
+        images = generate_padded(
+            self.model, seeds, labels, COMPUTE_BATCH, int(options["steps"]), float(options["guidance"])
+        )
+        pngs = [base64.b64encode(png_bytes(image)).decode() for image in images.numpy()]
+        return pd.DataFrame({"seed": seeds, "label": labels, "png": pngs})
+
+
+def png_bytes(image: Any) -> bytes:
+    """One (3, H, W) uint8 image as the bytes of a PNG."""
+    buffer = io.BytesIO()
+    Image.fromarray(image.transpose(1, 2, 0)).save(buffer, format="PNG")
+    return buffer.getvalue()

@@ -1,0 +1,241 @@
+"""Tune: many short runs of one recipe on Ray Tune, at an equal budget, compared on the held-out loss."""
+
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from patchloom import __version__
+from patchloom.models.flops import training_flops
+from patchloom.pipelines.train import model_card, train
+from patchloom.pipelines.train_loop import method_of
+from patchloom.platform.cluster import quiet_environment, ray_session, session_cpus
+from patchloom.platform.dataset import Dataset, open_dataset
+from patchloom.platform.errors import UserError
+from patchloom.platform.progress import Meter, progress, say
+from patchloom.platform.recipe import Budget, Recipe, Search, check_recipe, load_search, recipe_yaml, with_values
+from patchloom.platform.storage import (
+    local_path,
+    locked,
+    make_folder,
+    read_json,
+    read_json_lines,
+    write_atomic,
+    write_json,
+    write_json_lines,
+)
+from patchloom.platform.tracking import (
+    PROGRESS_FILE,
+    begin_run,
+    end_run,
+    flat_parameters,
+    log_artifacts,
+    log_dataset,
+    log_metrics,
+    require_reachable,
+    tracking_uri,
+)
+
+SEARCH_FORMAT = 1
+METRIC = "held_out_loss"
+
+
+@dataclass(frozen=True)
+class TuneResult:
+    """A finished search: its trials, best first, and the recipe of the best at full length."""
+
+    folder: Path
+    run_id: str
+    trials: list[dict[str, Any]]
+    best: Recipe
+
+
+def plan_trials(search: Search, recipes: list[Recipe], dataset: Dataset) -> list[Recipe]:
+    """Each trial's recipe with the images that its budget buys; raises UserError where one does not fit."""
+    planned = []
+    for number, recipe in enumerate(recipes):
+        try:
+            images = _images_for(search.budget, recipe, model_card(recipe, dataset)["denoiser"])
+        except UserError as error:
+            raise UserError(f"trial {number} ({search.settings()[number]}): {error}") from None
+        planned.append(with_values(recipe, {"train.images": images}))
+    return planned
+
+
+def _images_for(budget: Budget, recipe: Recipe, denoiser: dict[str, Any]) -> int:
+    method = method_of(recipe, denoiser["resolution"])
+    per_update = method.batch_size * method.schedule.mean_multiplier
+    if budget.updates is not None:
+        return round(budget.updates * per_update)
+    if budget.flops is not None:
+        per_step = sum(
+            size.probability * size.batch_multiplier * method.batch_size * training_flops(denoiser, size.pixels)
+            for size in method.schedule.sizes
+        )
+        return max(1, round(budget.flops / per_step * per_update))
+    assert budget.images is not None  # the schema holds exactly one of the three
+    return budget.images
+
+
+def tune(search: str, dataset: str, out: str, *, restore: bool = False, concurrent: int | None = None) -> TuneResult:
+    """Run a search into the folder `out`: one run folder and one MLflow child run a trial.
+
+    search: a YAML file or the name of a shipped one. concurrent: trials at once, all CPUs by default.
+    restore: go on with an interrupted search; finished trials stay, others resume from their checkpoints.
+    Raises UserError for a search that does not fit the dataset, or when every trial failed.
+    """
+    definition, recipes = load_search(search)
+    rows = open_dataset(dataset)
+    planned = plan_trials(definition, recipes, rows)
+    folder = make_folder(local_path(out))
+    with locked(folder):
+        run_id = _open_folder(folder, definition, rows, restore)
+        began = time.monotonic()
+        with progress(f"searching {definition.name}", sum(r.train.images for r in planned), "images") as meter:
+            trials = _run_trials(folder, definition, planned, rows, run_id, concurrent, meter)
+        good = sorted((t for t in trials if t["status"] == "finished"), key=lambda t: float(t[METRIC]))
+        failed = [trial for trial in trials if trial["status"] != "finished"]
+        write_json_lines(folder / "trials.jsonl", good + failed)
+        if not good:
+            end_run(run_id, "FAILED")
+            raise UserError(f"all {len(trials)} trials failed; the first: {failed[0]['error']}")
+        best = recipes[good[0]["trial"]]
+        write_atomic(folder / "best.yaml", recipe_yaml(best))
+        log_metrics(run_id, {METRIC: good[0][METRIC], "trials": len(trials), "seconds": time.monotonic() - began})
+        log_artifacts(run_id, folder / "trials.jsonl", folder / "best.yaml")
+        end_run(run_id)
+    say(f"  best of {len(trials)}: {_words(good[0]['settings'])}, {METRIC} {good[0][METRIC]:.4f}")
+    return TuneResult(folder, run_id, good + failed, best)
+
+
+def _words(settings: dict[str, Any]) -> str:
+    return ", ".join(f"{key.split('.')[-1]} {value}" for key, value in settings.items())
+
+
+def _open_folder(folder: Path, search: Search, dataset: Dataset, restore: bool) -> str:
+    wanted = {"search": search.model_dump(mode="json"), "dataset_fingerprint": dataset.fingerprint}
+    path = folder / "search.json"
+    if path.is_file():
+        if not restore:
+            raise UserError(f"{folder} holds a search: give --restore to go on with it, or choose another folder")
+        found = read_json(path)
+        if {key: found.get(key) for key in wanted} != wanted:
+            raise UserError(f"{folder} holds another search or dataset: give the same, or choose another folder")
+        return str(found["run_id"])
+    require_reachable()
+    tags = {"patchloom.dataset": dataset.fingerprint, "patchloom.version": __version__, "patchloom.folder": str(folder)}
+    run_id = begin_run(search.name, "search", flat_parameters(search.model_dump(mode="json")), tags)
+    log_dataset(run_id, dataset.path, dataset.fingerprint)
+    write_atomic(folder / "search.yaml", yaml.safe_dump(wanted["search"], sort_keys=False))
+    write_json(path, {"format_version": SEARCH_FORMAT, "kind": "search", "run_id": run_id, **wanted})
+    return run_id
+
+
+def _run_trials(
+    folder: Path,
+    search: Search,
+    recipes: list[Recipe],
+    dataset: Dataset,
+    run_id: str,
+    concurrent: int | None,
+    meter: Meter,
+) -> list[dict[str, Any]]:
+    from ray import tune as ray_tune
+
+    jobs: list[dict[str, Any]] = [
+        {
+            "trial": number,
+            "settings": setting,
+            "recipe": recipe.model_dump(mode="json"),
+            "dataset": str(dataset.path),
+            "folder": str(folder / "trials" / f"{number:03d}"),
+            "parent_run": run_id,
+            "tracking_uri": tracking_uri(),
+        }
+        for number, (setting, recipe) in enumerate(zip(search.settings(), recipes, strict=True))
+    ]
+    with ray_session():
+        import ray
+
+        gpus = 1 if ray.cluster_resources().get("GPU", 0) else 0
+        tuner = ray_tune.Tuner(
+            ray_tune.with_resources(run_trial, {"cpu": 1, "gpu": gpus}),
+            param_space={"job": ray_tune.grid_search(jobs)},
+            tune_config=ray_tune.TuneConfig(max_concurrent_trials=min(concurrent or session_cpus(), len(jobs))),
+            run_config=ray_tune.RunConfig(
+                name="tune",
+                storage_path=str(folder / ".ray"),
+                verbose=0,
+                failure_config=ray_tune.FailureConfig(max_failures=1),
+            ),
+        )
+        with _watched([Path(job["folder"]) for job in jobs], meter):
+            results = tuner.fit()
+    rows = []
+    for result in results:
+        job = result.config["job"]
+        row = {"trial": job["trial"], "settings": job["settings"]}
+        if result.error is None:
+            rows.append(row | {"status": "finished"} | result.metrics["trial"])
+        else:
+            reason = str(result.error).strip().split("\n")[-1]
+            rows.append(row | {"status": "failed", "error": reason})
+    return sorted(rows, key=lambda row: int(row["trial"]))
+
+
+def run_trial(config: dict[str, Any]) -> None:
+    """One trial in its own process: a run like any other, without Ray workers inside it."""
+    import os
+
+    from ray import tune as ray_tune
+
+    quiet_environment()
+    job = config["job"]
+    os.environ["MLFLOW_TRACKING_URI"] = job["tracking_uri"]
+    began = time.monotonic()
+    result = train(
+        check_recipe(job["recipe"]),
+        job["dataset"],
+        job["folder"],
+        workers=0,
+        resume=True,
+        parent_run=job["parent_run"],
+        show=lambda _: None,
+    )
+    kept = ("updates", "images_seen", "full_size_images", "flops", METRIC, "held_out_loss_by_sigma", "loss")
+    row = {key: result.last[key] for key in kept if key in result.last}
+    row |= {"seconds": time.monotonic() - began, "run_id": result.run_id, "folder": str(result.folder)}
+    if METRIC not in row:
+        raise ValueError("no row is held out, so trials cannot be compared: raise data.held_out_fraction")
+    ray_tune.report({"trial": row, METRIC: row[METRIC]})
+
+
+class _watched:
+    """Feeds a meter from the progress files of many runs while the block runs."""
+
+    def __init__(self, folders: list[Path], meter: Meter) -> None:
+        self.folders, self.meter = folders, meter
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+
+    def __enter__(self) -> None:
+        self._thread.start()
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+        self._look()
+
+    def _watch(self) -> None:
+        while not self._stop.wait(1.0):
+            self._look()
+
+    def _look(self) -> None:
+        lines = [read_json_lines(folder / PROGRESS_FILE)[-1:] for folder in self.folders]
+        seen = sum(line[0]["images_seen"] for line in lines if line)
+        if seen:
+            running = sum(1 for line in lines if line)
+            self.meter.update(seen, f"{running} of {len(self.folders)} trials begun")
