@@ -30,8 +30,8 @@ def run_plan(recipe: Recipe, dataset: str) -> str:
 
 def search_plan(search: str, dataset: str) -> str:
     """Each trial of a search with its counts and cost."""
-    definition, recipes = load_search(search)
-    planned = plan_trials(definition, recipes, open_dataset(dataset))
+    definition, base = load_search(search)
+    planned = plan_trials(definition, base, open_dataset(dataset))
     lines = [f"{definition.name}: {len(planned)} trials"]
     total = 0
     for number, (setting, recipe) in enumerate(zip(definition.settings(), planned, strict=True)):

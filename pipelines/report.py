@@ -5,6 +5,7 @@ import html
 import io
 from collections.abc import Iterable
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from patchloom import __version__
@@ -148,7 +149,7 @@ def _run_sections(folder: Path) -> list[str]:
             ("counted images", f"{last['images_seen']:,}"),
             *([("full-size images", f"{last['full_size_images']:,}")] if "full_size_images" in last else []),
             *([("TFLOP", f"{last['flops'] / 1e12:,.1f}")] if "flops" in last else []),
-            ("images/s at the end", f"{last['images_per_second']:,.0f}"),
+            ("images/s (median)", f"{median(line['images_per_second'] for line in lines):,.0f}"),
         ),
         f"<figure>{_curves(lines)}<figcaption>Loss of the trained weights by patch size, and that of the averaged "
         "weights on held-out full-size images.</figcaption></figure>",

@@ -53,14 +53,15 @@ class TuneResult:
     best: Recipe
 
 
-def plan_trials(search: Search, recipes: list[Recipe], dataset: Dataset) -> list[Recipe]:
+def plan_trials(search: Search, base: Recipe, dataset: Dataset) -> list[Recipe]:
     """Each trial's recipe with the images that its budget buys; raises UserError where one does not fit."""
     planned = []
-    for number, recipe in enumerate(recipes):
+    for number, setting in enumerate(search.settings()):
         try:
+            recipe = with_values(base, {**search.set, **setting})
             images = _images_for(search.budget, recipe, model_card(recipe, dataset)["denoiser"])
         except UserError as error:
-            raise UserError(f"trial {number} ({search.settings()[number]}): {error}") from None
+            raise UserError(f"trial {number} ({_words(setting)}): {error}") from None
         planned.append(with_values(recipe, {"train.images": images}))
     return planned
 
@@ -87,9 +88,9 @@ def tune(search: str, dataset: str, out: str, *, restore: bool = False, concurre
     restore: go on with an interrupted search; finished trials stay, others resume from their checkpoints.
     Raises UserError for a search that does not fit the dataset, or when every trial failed.
     """
-    definition, recipes = load_search(search)
+    definition, base = load_search(search)
     rows = open_dataset(dataset)
-    planned = plan_trials(definition, recipes, rows)
+    planned = plan_trials(definition, base, rows)
     folder = make_folder(local_path(out))
     with locked(folder):
         run_id = _open_folder(folder, definition, rows, restore)
@@ -102,7 +103,7 @@ def tune(search: str, dataset: str, out: str, *, restore: bool = False, concurre
         if not good:
             end_run(run_id, "FAILED")
             raise UserError(f"all {len(trials)} trials failed; the first: {failed[0]['error']}")
-        best = recipes[good[0]["trial"]]
+        best = with_values(base, good[0]["settings"])
         write_atomic(folder / "best.yaml", recipe_yaml(best))
         log_metrics(run_id, {METRIC: good[0][METRIC], "trials": len(trials), "seconds": time.monotonic() - began})
         log_artifacts(run_id, folder / "trials.jsonl", folder / "best.yaml")

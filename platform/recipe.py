@@ -197,7 +197,7 @@ class Search(Section):
     format_version: Literal[1] = 1
     name: Annotated[str, Field(min_length=1)]
     recipe: str
-    set: dict[str, Any] = {}
+    set: dict[str, Any] = Field({}, description="Recipe keys that only the trials have, such as shorter ramps")
     space: Annotated[dict[str, Values], Field(min_length=1)]
     budget: Budget
 
@@ -232,19 +232,12 @@ def check_recipe(values: dict[str, Any]) -> Recipe:
     return _checked(Recipe, values)
 
 
-def load_search(name: str | Path) -> tuple[Search, list[Recipe]]:
-    """Read a search and the recipe of each of its trials; the trials' budgets are still to be set."""
+def load_search(name: str | Path) -> tuple[Search, Recipe]:
+    """Read a search and the recipe that it starts from, which lies beside it or is a shipped one."""
     path = find_config(str(name))
     search = _checked(Search, _read_yaml(path))
     beside = path.parent / search.recipe
-    base = _read_yaml(beside if beside.is_file() else find_config(search.recipe))
-    recipes = []
-    for setting in search.settings():
-        values = json.loads(json.dumps(base))
-        for key, value in {**search.set, **setting}.items():
-            set_key(values, key, value)
-        recipes.append(check_recipe(values))
-    return search, recipes
+    return search, load_recipe(beside if beside.is_file() else search.recipe)
 
 
 def with_values(recipe: Recipe, changes: dict[str, Any]) -> Recipe:
@@ -348,3 +341,12 @@ def _arguments(annotation: Any) -> tuple[Any, ...]:
 
 def _is_section(annotation: Any) -> bool:
     return isinstance(annotation, type) and issubclass(annotation, BaseModel)
+
+
+def recipe_schema() -> str:
+    """The JSON schema of a recipe, for editors that complete and check YAML."""
+    return json.dumps(Recipe.model_json_schema(), indent=2) + "\n"
+
+
+if __name__ == "__main__":
+    print(recipe_schema(), end="")

@@ -1,0 +1,162 @@
+"""Preparation: every input is a row or listed, the bytes are the source's, and a kill loses nothing."""
+
+import hashlib
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import skimage
+from PIL import Image
+
+from patchloom.pipelines.prepare import Transform, _transformed, prepare
+from patchloom.platform.dataset import open_dataset
+from patchloom.platform.errors import UserError
+
+pytestmark = pytest.mark.ray
+
+
+def shard_hashes(folder: Path) -> dict[str, str]:
+    files = sorted((folder / "shards").iterdir())
+    return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
+
+
+def test_rows_and_skipped_add_up_to_the_inputs(images: Path, pixels: Path) -> None:
+    card = open_dataset(pixels).card
+    skipped = [json.loads(line) for line in (pixels / "skipped.jsonl").read_text().splitlines()]
+    assert len(list(images.rglob("*.png"))) == card["inputs"] == 49
+    assert card["rows"] + len(skipped) == card["inputs"]
+    assert [entry["key"] for entry in skipped] == ["chelsea/note.png"]
+    assert "UnidentifiedImageError" in skipped[0]["error"]
+    assert str(images) not in (pixels / "skipped.jsonl").read_text()
+
+
+def test_rows_are_the_files_in_the_order_of_their_names(images: Path, pixels: Path) -> None:
+    rows = open_dataset(pixels).rows(range(48))
+    names = sorted(path.relative_to(images).as_posix() for path in images.rglob("[0-9]*.png"))
+    assert list(rows["key"]) == names
+    for name, image, label in zip(names, rows["image"], rows["label"], strict=True):
+        with Image.open(images / name) as file:
+            assert np.array_equal(image, np.asarray(file).transpose(2, 0, 1))
+        assert label == ("chelsea", "coffee").index(name.split("/")[0])
+
+
+def test_the_card_holds_numpys_statistics(pixels: Path) -> None:
+    dataset = open_dataset(pixels)
+    values = dataset.rows(range(48))["image"].astype(np.float64)
+    np.testing.assert_allclose(dataset.card["mean"], values.mean((0, 2, 3)), rtol=1e-12)
+    np.testing.assert_allclose(dataset.card["std"], values.std((0, 2, 3)), rtol=1e-12)
+    assert dataset.card["classes"] == [{"name": "chelsea", "rows": 24}, {"name": "coffee", "rows": 24}]
+
+
+def test_one_worker_and_two_write_the_same_bytes(images: Path, pixels: Path, tmp_path: Path) -> None:
+    prepare(str(images), str(tmp_path / "again"), resolution=16, shard_rows=20, workers=1)
+    assert shard_hashes(tmp_path / "again") == shard_hashes(pixels)
+    assert (tmp_path / "again" / "dataset.json").read_bytes() == (pixels / "dataset.json").read_bytes()
+
+
+def test_an_unfinished_preparation_goes_on_and_keeps_what_is_finished(
+    images: Path, pixels: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from patchloom.pipelines import prepare as module
+
+    folder = tmp_path / "data"
+    with monkeypatch.context() as patch:  # stop where a kill between the last shard and the card would
+        patch.setattr(module, "_finish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            prepare(str(images), str(folder), resolution=16, shard_rows=20)
+    with pytest.raises(UserError, match="incomplete"):
+        open_dataset(folder)
+    (folder / ".work" / "part-00001.json").unlink()  # its shard was not finished
+    kept = (folder / "shards" / "part-00000.arrow").stat().st_mtime_ns
+    prepare(str(images), str(folder), resolution=16, shard_rows=20)
+    assert (folder / "shards" / "part-00000.arrow").stat().st_mtime_ns == kept
+    assert shard_hashes(folder) == shard_hashes(pixels)
+
+
+def test_a_second_call_has_nothing_to_do_and_another_is_refused(images: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "data"
+    first = prepare(str(images), str(folder), resolution=8)
+    written = (folder / "dataset.json").stat().st_mtime_ns
+    assert len(prepare(str(images), str(folder), resolution=8)) == len(first)
+    assert (folder / "dataset.json").stat().st_mtime_ns == written
+    with pytest.raises(UserError, match="another dataset"):
+        prepare(str(images), str(folder), resolution=4)
+
+
+def test_a_source_without_a_usable_image_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="holds no image"):
+        prepare(str(tmp_path / "empty"), str(tmp_path / "out"), resolution=16)
+    (tmp_path / "bad").mkdir()
+    (tmp_path / "bad" / "a.png").write_text("text")
+    with pytest.raises(UserError, match="none of the 1 inputs"):
+        prepare(str(tmp_path / "bad"), str(tmp_path / "out2"), resolution=16)
+    assert not (tmp_path / "out2" / "dataset.json").exists()
+
+
+def test_a_folder_with_other_files_is_left_alone(images: Path, tmp_path: Path) -> None:
+    (tmp_path / "mine.txt").write_text("precious")
+    with pytest.raises(UserError, match="not empty"):
+        prepare(str(images), str(tmp_path), resolution=16)
+    assert (tmp_path / "mine.txt").read_text() == "precious"
+
+
+def test_windows_of_held_out_regions_share_no_pixel_with_training_windows(tmp_path: Path) -> None:
+    source = tmp_path / "photos" / "cat"
+    source.mkdir(parents=True)
+    shutil.copy(Path(skimage.__file__).parent / "data" / "chelsea.png", source / "cat.png")
+    dataset = prepare(str(tmp_path / "photos"), str(tmp_path / "data"), resolution=16, crop="windows", stride=8)
+    keys = dataset.rows(range(len(dataset)))["key"]
+    corners = [tuple(map(int, key.rsplit("#", 1)[1].split(","))) for key in keys]
+    covered = {}
+    for split in ("train", "held_out"):
+        mask = np.zeros((64, 200), dtype=bool)
+        for index in dataset.indices(split, 0.3):
+            y, x = corners[index]
+            mask[y : y + 16, x : x + 16] = True
+        covered[split] = mask
+    assert covered["train"].any() and covered["held_out"].any()
+    assert not (covered["train"] & covered["held_out"]).any()
+    skipped = (tmp_path / "data" / "skipped.jsonl").read_text().splitlines()
+    assert len(dataset) + len(skipped) == dataset.card["inputs"]
+
+
+def test_a_centre_crop_is_the_middle_of_the_image() -> None:
+    wide = np.zeros((4, 8, 3), np.uint8)
+    wide[:, 2:6] = np.arange(48, dtype=np.uint8).reshape(4, 4, 3)
+    cropped = _transformed(Image.fromarray(wide), Transform(4))
+    assert np.array_equal(cropped, wide[:, 2:6])
+
+
+def test_adms_crop_halves_by_the_mean_of_two_by_two_boxes() -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8)
+    boxes = pixels.reshape(4, 2, 4, 2, 3).astype(float).mean((1, 3))
+    cropped = _transformed(Image.fromarray(pixels), Transform(4, crop="dhariwal"))
+    assert np.abs(cropped - boxes).max() <= 1  # Pillow rounds after the rows and after the columns
+
+
+def test_latents_are_what_diffusers_encodes(pixels: Path, tmp_path: Path) -> None:
+    import torch
+    from diffusers import AutoencoderKL
+
+    from patchloom.models.autoencoder import new_autoencoder, save_autoencoder
+
+    torch.manual_seed(0)
+    (tmp_path / "ae").mkdir()
+    save_autoencoder(new_autoencoder((8, 16), 4), tmp_path / "ae")
+    latents = prepare(str(pixels), str(tmp_path / "latents"), autoencoder=str(tmp_path / "ae"))
+    theirs = AutoencoderKL.from_pretrained(tmp_path / "ae").eval()
+    images, rows = open_dataset(pixels).rows(range(48)), latents.rows(range(48))
+    with torch.no_grad():
+        posterior = theirs.encode(torch.from_numpy(images["image"]) / 127.5 - 1).latent_dist
+    np.testing.assert_allclose(rows["mean"], posterior.mean, atol=1e-3, rtol=1e-3)
+    np.testing.assert_allclose(rows["std"], posterior.std, atol=1e-3, rtol=1e-3)
+    assert list(rows["key"]) == list(images["key"])
+    assert list(rows["label"]) == list(images["label"])
+    z = rows["mean"].astype(np.float64), rows["std"].astype(np.float64)
+    variance = (z[0] ** 2 + z[1] ** 2).mean((0, 2, 3)) - z[0].mean((0, 2, 3)) ** 2
+    np.testing.assert_allclose(latents.card["std"], np.sqrt(variance), rtol=1e-9)
+    shutil.rmtree(tmp_path / "ae")
+    assert (latents.path / "autoencoder" / "model.json").is_file()

@@ -1,0 +1,198 @@
+"""Training: counts that add up, runs that go on where they were killed, and lines that MLflow mirrors."""
+
+import contextlib
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import mlflow
+import psutil
+import pytest
+import torch
+import yaml
+from helpers import start_cli, tiny_recipe
+from safetensors.torch import load_file
+
+from patchloom.models.checkpoints import load_model
+from patchloom.pipelines.train import describe_plan, train
+from patchloom.pipelines.train_loop import newest_checkpoint
+from patchloom.platform.errors import UserError
+from patchloom.platform.recipe import recipe_yaml
+from patchloom.platform.storage import read_json, read_json_lines
+
+pytestmark = pytest.mark.ray
+
+
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    return load_file(run / "model" / "model.safetensors")
+
+
+def assert_equal_models(one: Path, other: Path) -> None:
+    first, second = weights(one), weights(other)
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_a_run_has_as_many_updates_as_its_images_buy(trained: Path) -> None:
+    lines = read_json_lines(trained / "progress.jsonl")
+    assert lines[-1]["step"] == round(600 / (8 * 1.9)) == 39
+    assert [line["step"] for line in lines] == sorted({line["step"] for line in lines})
+    last = lines[-1]
+    # every update takes 8 full images, 16 crops of a quarter of the pixels, or 32 of a sixteenth
+    full, rest = last["full_size_images"], last["images_seen"] - last["full_size_images"]
+    assert full % 8 == 0 and rest % 16 == 0
+    assert full + rest / 16 <= last["pixel_equivalent_images"] <= full + rest / 4
+    assert set().union(*(line["loss_by_patch_size"] for line in lines)) == {"16", "8", "4"}
+
+
+def test_the_model_folder_builds_without_ray_or_mlflow(trained: Path) -> None:
+    denoiser = load_model(trained / "model")
+    clean = denoiser(torch.zeros(2, 3, 16, 16), 0.5, labels=torch.eye(2))
+    assert clean.shape == (2, 3, 16, 16) and clean.isfinite().all()
+    assert read_json(trained / "model" / "model.json")["class_names"] == ["chelsea", "coffee"]
+
+
+def test_mlflow_holds_the_lines_the_parameters_and_the_preview(trained: Path) -> None:
+    lines = read_json_lines(trained / "progress.jsonl")
+    run_id = read_json(trained / "run.json")["run_id"]
+    client = mlflow.MlflowClient(os.environ["MLFLOW_TRACKING_URI"])
+    history = client.get_metric_history(run_id, "loss")
+    assert [(point.step, point.value) for point in history] == [(line["step"], line["loss"]) for line in lines]
+    run = client.get_run(run_id)
+    assert run.info.status == "FINISHED"
+    assert run.data.params["patches.p"] == "0.5"
+    assert run.inputs.dataset_inputs[0].dataset.digest == read_json(trained / "run.json")["dataset_fingerprint"][:32]
+    assert any("preview" in item.path for item in client.list_artifacts(run_id, "images"))
+
+
+def test_a_dry_run_predicts_the_counts_of_the_run(trained: Path, pixels: Path) -> None:
+    plan = describe_plan(tiny_recipe(), str(pixels))
+    last = read_json_lines(trained / "progress.jsonl")[-1]
+    assert plan["updates"] == last["updates"]
+    assert plan["crops"] == pytest.approx(last["images_seen"], rel=0.25)  # 39 random draws of the patch size
+    assert plan["parameters"] == sum(p.numel() for p in load_model(trained / "model").parameters())
+    small = {size["pixels"]: size["flops_per_crop"] for size in plan["sizes"]}
+    assert small[16] / small[8] == pytest.approx(4, rel=0.1)  # convolutions cost what their pixels do
+
+
+def test_a_killed_run_goes_on_and_ends_as_if_never_stopped(trained: Path, pixels: Path, tmp_path: Path) -> None:
+    run, recipe = tmp_path / "run", tmp_path / "recipe.yaml"
+    recipe.write_text(recipe_yaml(tiny_recipe()))
+    arguments = ["train", str(recipe), "--data", str(pixels), "--out", str(run), "--workers", "0"]
+    process = start_cli(*arguments, cwd=tmp_path)
+    wait_until(lambda: newest_checkpoint(run) is not None, process)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert not (run / "model").exists()
+    resumed_at = read_json(newest_checkpoint(run) / "checkpoint.json")["step"]  # type: ignore[operator]
+    assert 0 < resumed_at < 39
+    finished = start_cli(*arguments, "--resume", cwd=tmp_path)
+    output, _ = finished.communicate(timeout=120)
+    assert finished.returncode == 0, output
+    assert_equal_models(run, trained)
+    steps = [line["step"] for line in read_json_lines(run / "progress.jsonl")]
+    assert steps == [line["step"] for line in read_json_lines(trained / "progress.jsonl")]
+
+
+def test_a_killed_worker_of_two_is_replaced_and_changes_nothing(
+    ray_cluster: None, pixels: Path, tmp_path: Path
+) -> None:
+    recipe = tiny_recipe(train__images=1500)
+    undisturbed, disturbed = tmp_path / "undisturbed", tmp_path / "disturbed"
+    train(recipe, str(pixels), str(undisturbed), workers=2)
+
+    killed: list[int] = []
+
+    def kill_one(line: dict[str, int]) -> None:
+        if not killed and newest_checkpoint(disturbed) is not None:
+            victim = train_workers()[0]
+            killed.append(victim.pid)
+            victim.kill()
+
+    train(recipe, str(pixels), str(disturbed), workers=2, show=kill_one)
+    assert killed
+    assert_equal_models(disturbed, undisturbed)
+
+
+def test_two_workers_train_what_one_does(trained: Path, ray_cluster: None, pixels: Path, tmp_path: Path) -> None:
+    recipe = tiny_recipe(model__dropout=0, train__images=300)
+    for workers in (0, 2):
+        train(recipe, str(pixels), str(tmp_path / str(workers)), workers=workers)
+    one, two = (read_json_lines(tmp_path / str(workers) / "progress.jsonl") for workers in (0, 2))
+    assert [line["images_seen"] for line in one] == [line["images_seen"] for line in two]
+    for a, b in zip(one, two, strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
+
+
+def test_a_folder_that_holds_another_run_is_refused(trained: Path, pixels: Path) -> None:
+    with pytest.raises(UserError, match="--resume"):
+        train(tiny_recipe(), str(pixels), str(trained), workers=0)
+    with pytest.raises(UserError, match="another recipe"):
+        train(tiny_recipe(seed=4), str(pixels), str(trained), workers=0, resume=True)
+
+
+def test_a_finished_run_has_nothing_to_do(trained: Path, pixels: Path) -> None:
+    before = (trained / "model" / "model.safetensors").stat().st_mtime_ns
+    result = train(tiny_recipe(), str(pixels), str(trained), workers=0, resume=True)
+    assert result.last["step"] == 39
+    assert (trained / "model" / "model.safetensors").stat().st_mtime_ns == before
+
+
+def test_a_second_process_on_a_run_is_refused(pixels: Path, tmp_path: Path) -> None:
+    from patchloom.platform.storage import locked
+
+    (tmp_path / "run").mkdir()
+    with locked(tmp_path / "run"), pytest.raises(UserError, match="in use"):
+        train(tiny_recipe(), str(pixels), str(tmp_path / "run"), workers=0)
+
+
+def test_a_recipe_that_does_not_fit_is_refused_with_its_arithmetic(pixels: Path, tmp_path: Path) -> None:
+    recipe = tiny_recipe(patches__sizes=[{"fraction": 0.3125, "weight": 1, "batch_multiplier": 2}])
+    with pytest.raises(UserError, match=r"fraction 0.3125 of 16 pixels is 5, and the network halves 1 times"):
+        train(recipe, str(pixels), str(tmp_path / "run"), workers=0)
+    with pytest.raises(UserError, match="multiple of 32"):
+        train(tiny_recipe(model__width=144), str(pixels), str(tmp_path / "run"), workers=0)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_survives_a_store_that_goes_away(
+    pixels: Path, tmp_path: Path, trained: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    store = tmp_path / "store"
+    store.mkdir()
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{store / 'mlflow.db'}")
+    run = tmp_path / "run"
+
+    def spoil(line: dict[str, int]) -> None:
+        for file in store.glob("mlflow.db*"):
+            with contextlib.suppress(FileNotFoundError):
+                file.write_bytes(b"this is no database")
+
+    train(tiny_recipe(), str(pixels), str(run), workers=0, show=spoil)
+    assert_equal_models(run, trained)
+    assert "lines wait in" in capsys.readouterr().out
+
+
+def train_workers() -> list[psutil.Process]:
+    """The Ray Train worker processes of this test's session."""
+    found = []
+    for process in psutil.process_iter(["name", "cmdline"]):
+        if any("RayTrainWorker" in part for part in process.info["cmdline"] or []):
+            found.append(process)
+    return found
+
+
+def wait_until(condition: object, process: subprocess.Popen[str], timeout_s: float = 120) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():  # type: ignore[operator]
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline, "the run wrote no checkpoint in time"
+        time.sleep(0.02)
+
+
+def test_the_recipe_that_travels_with_a_run_is_the_one_it_was_given(trained: Path) -> None:
+    given = tiny_recipe().model_dump(mode="json")
+    assert yaml.safe_load((trained / "recipe.yaml").read_text()) == given
+    assert yaml.safe_load((trained / "model" / "recipe.yaml").read_text()) == given

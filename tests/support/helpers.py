@@ -1,0 +1,51 @@
+"""Small things that several tests use."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import skimage
+from PIL import Image
+
+from patchloom.platform.recipe import Recipe, check_recipe, with_values
+
+
+def photograph(name: str) -> np.ndarray:
+    """One of the photographs inside scikit-image, (H, W, 3) uint8."""
+    with Image.open(Path(skimage.__file__).parent / "data" / name) as image:
+        return np.asarray(image.convert("RGB"))
+
+
+def tiny_recipe(**changes: Any) -> Recipe:
+    """A recipe that trains within seconds; `changes` by dotted keys with `__` for the dot."""
+    recipe = check_recipe({
+        "name": "tiny",
+        "seed": 3,
+        "data": {"held_out_fraction": 0.2},
+        "model": {"width": 8, "width_multipliers": [1, 2], "blocks": 1, "attention": [8], "class_conditional": True,
+                  "label_dropout": 0.1, "dropout": 0.1},
+        "patches": {"p": 0.5},
+        "optimizer": {"lr": 1e-3, "lr_rampup_images": 100},
+        "ema": [{"halflife_images": 200}],
+        "train": {"images": 600, "batch_size": 8, "checkpoint_every_images": 150, "log_every_images": 60},
+        "preview": {"every_images": 300, "count": 4, "steps": 2},
+    })  # fmt: skip
+    return with_values(recipe, {key.replace("__", "."): value for key, value in changes.items()})
+
+
+def run_python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run code in a new interpreter, away from the repository."""
+    return subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, **environment}, cwd="/"
+    )
+
+
+def start_cli(*arguments: str, cwd: Path) -> subprocess.Popen[str]:
+    """Start the command line as a user would, in a process group of its own."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "patchloom.pipelines.cli", *arguments],
+        cwd=cwd, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
+    )  # fmt: skip
