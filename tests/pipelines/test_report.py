@@ -1,0 +1,58 @@
+"""Reports: pages that stand alone, with pictures that open and the numbers of the folder."""
+
+import base64
+import io
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from patchloom.pipelines.report import report
+from patchloom.platform.errors import UserError
+from patchloom.platform.storage import read_json_lines
+
+pytestmark = pytest.mark.ray
+
+
+class Page(HTMLParser):
+    """What a browser would load: the pictures, and whether every tag is closed."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.sources: list[str] = []
+        self.open: list[str] = []
+        self.words: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.sources += [value or "" for name, value in attrs if name == "src"]
+        if tag not in ("meta", "img", "br"):
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        pass
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.words.append(data)
+
+
+def test_a_runs_page_stands_alone_and_shows_its_counts(trained: Path, tmp_path: Path) -> None:
+    page = Page(report(str(trained), str(tmp_path / "run.html")).read_text())
+    assert page.open == []
+    previews = [line for line in read_json_lines(trained / "progress.jsonl") if "preview" in line]
+    assert len(page.sources) == len(previews) > 0
+    for source in page.sources:
+        assert source.startswith("data:image/png;base64,")
+        with Image.open(io.BytesIO(base64.b64decode(source.split(",")[1]))) as picture:
+            assert picture.size == (4 * 18 - 2, 16)
+    last = read_json_lines(trained / "progress.jsonl")[-1]
+    assert {f"{last['step']:,}", f"{last['images_seen']:,}", f"{last['full_size_images']:,}"} <= set(page.words)
+
+
+def test_a_folder_in_the_pages_place_is_refused(trained: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="is a folder"):
+        report(str(trained), str(tmp_path))

@@ -1,0 +1,173 @@
+"""Sampling: a seed's bytes are its own, a second call does what is missing, and nothing is mixed."""
+
+import base64
+import hashlib
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+from helpers import run_python
+from PIL import Image
+
+from patchloom.pipelines.evaluate import evaluate
+from patchloom.pipelines.sample import parse_seeds, sample
+from patchloom.platform.errors import UserError
+
+pytestmark = pytest.mark.ray
+OPTIONS = {"steps": 3, "batch": 4}
+
+
+def png_bytes(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.glob("[0-9]*/*.png"))}
+
+
+@pytest.fixture(scope="module")
+def samples(champion: str, ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Ten seeds of the tiny champion, made by one worker."""
+    folder = tmp_path_factory.mktemp("samples") / "samples"
+    sample(champion, str(folder), "0-9", workers=1, **OPTIONS)
+    return folder
+
+
+def test_every_seed_has_a_file_that_the_manifest_vouches_for(samples: Path) -> None:
+    entries = [json.loads(line) for line in (samples / "manifest.jsonl").read_text().splitlines()]
+    assert [entry["seed"] for entry in entries] == list(range(10))
+    assert [entry["label"] for entry in entries] == [0, 1] * 5
+    for entry in entries:
+        assert entry["file"] == f"000000/{entry['seed']:06d}.png"
+        content = (samples / entry["file"]).read_bytes()
+        assert hashlib.sha256(content).hexdigest() == entry["sha256"]
+    assert len({entry["sha256"] for entry in entries}) == 10
+    with Image.open(samples / "contact_sheet.png") as sheet:
+        assert sheet.size == (2 * (8 * 18 - 2), 2 * (2 * 18 - 2))
+
+
+def test_two_workers_more_seeds_and_another_order_give_the_same_bytes(
+    champion: str, samples: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "samples"
+    sample(champion, str(folder), "7,3", workers=2, **OPTIONS)
+    sample(champion, str(folder), "0-9", workers=2, **OPTIONS)
+    assert png_bytes(folder) == png_bytes(samples)
+    assert (folder / "manifest.jsonl").read_bytes() == (samples / "manifest.jsonl").read_bytes()
+    assert (folder / "contact_sheet.png").read_bytes() == (samples / "contact_sheet.png").read_bytes()
+
+
+def test_a_spoilt_or_lost_image_is_made_again(champion: str, samples: Path, pixels: Path) -> None:
+    before = png_bytes(samples)
+    (samples / "000000" / "000002.png").unlink()
+    (samples / "000000" / "000005.png").write_bytes(b"spoilt")
+    with pytest.raises(UserError, match=r"000002\.png is missing"):
+        evaluate(str(samples), str(pixels))
+    sample(champion, str(samples), "0-9", **OPTIONS)
+    assert png_bytes(samples) == before
+
+
+def test_other_options_in_the_same_folder_are_refused(champion: str, samples: Path) -> None:
+    with pytest.raises(UserError, match="steps was 3 and is now 4"):
+        sample(champion, str(samples), "0-9", steps=4, batch=4)
+    with pytest.raises(UserError, match="not a class of this model: it knows chelsea, coffee"):
+        sample(champion, str(samples), "0-9", label="dog", **OPTIONS)
+
+
+def test_a_guided_class_is_sampled(champion: str, tmp_path: Path) -> None:
+    folder = tmp_path / "samples"
+    sample(champion, str(folder), [1, 2], label="coffee", guidance=1.5, **OPTIONS)
+    lines = (folder / "manifest.jsonl").read_text().splitlines()
+    assert [json.loads(line)["label"] for line in lines] == [1, 1]
+    assert json.loads((folder / "sampling.json").read_text())["network_evaluations"] == 2 * (2 * 3 - 1)
+
+
+@pytest.mark.parametrize(("text", "seeds"), [("0-3", [0, 1, 2, 3]), ("5,0,9", [0, 5, 9]), ("0-2,2,7", [0, 1, 2, 7])])
+def test_seeds_are_ranges_or_lists(text: str, seeds: list[int]) -> None:
+    assert parse_seeds(text) == seeds
+
+
+@pytest.mark.parametrize("text", ["", "a-b", "3-1", "-4", "1.5"])
+def test_what_is_no_seed_is_refused(text: str) -> None:
+    with pytest.raises(UserError, match="seed"):
+        parse_seeds(text)
+
+
+def test_seeds_come_from_a_file(tmp_path: Path) -> None:
+    (tmp_path / "seeds.txt").write_text("4\n2\n")
+    assert parse_seeds(str(tmp_path / "seeds.txt")) == [2, 4]
+
+
+def test_pyfunc_loads_without_pickle_and_samples_the_same_bytes(champion: str, tmp_path: Path) -> None:
+    folder = tmp_path / "samples"
+    sample(champion, str(folder), "0-3", steps=2)
+    code = (
+        "import mlflow, pandas\n"
+        f"model = mlflow.pyfunc.load_model({champion!r})\n"
+        "table = model.predict(pandas.DataFrame({'seed': [0, 3]}), params={'steps': 2})\n"
+        "print(table.to_json(orient='records'))\n"
+    )
+    done = run_python(code, MLFLOW_ALLOW_PICKLE_DESERIALIZATION="false")
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(done.stdout.strip().splitlines()[-1])
+    assert [(row["seed"], row["label"]) for row in rows] == [(0, 0), (3, 1)]
+    for row in rows:
+        assert base64.b64decode(row["png"]) == (folder / "000000" / f"00000{row['seed']}.png").read_bytes()
+
+
+def test_no_file_of_a_registered_version_is_a_pickle(champion: str, mlflow_store: Path) -> None:
+    files = [path for path in mlflow_store.rglob("*") if path.is_file()]
+    assert any(path.name == "model.safetensors" for path in files)
+    assert not [path for path in files if path.suffix in (".pkl", ".pickle", ".pt", ".pth", ".bin")]
+    assert not [path for path in files if path.read_bytes()[:2] == b"\x80\x04"]
+
+
+def test_a_version_carries_its_lineage(champion: str, trained: Path) -> None:
+    from patchloom.pipelines.register import register
+    from patchloom.platform.registry import list_versions
+
+    rows = [row for row in list_versions() if row["name"] == "tiny"]
+    run = json.loads((trained / "run.json").read_text())
+    assert [(row["version"], row["run_id"]) for row in rows] == [("1", run["run_id"])]
+    assert "champion" in rows[0]["aliases"]
+    tags = rows[0]["tags"]
+    assert tags["dataset_fingerprint"] == run["dataset_fingerprint"]
+    assert tags["weights_sha256"] == hashlib.sha256((trained / "model/model.safetensors").read_bytes()).hexdigest()
+    assert tags["recipe_sha256"] == hashlib.sha256((trained / "recipe.yaml").read_bytes()).hexdigest()
+    assert "patchloom sample models:/tiny/1" in rows[0]["description"]
+    assert register(str(trained), "tiny") == "models:/tiny/1"  # the same weights again: the same version
+
+
+def test_a_tampered_model_is_refused(trained: Path, tmp_path: Path) -> None:
+    import shutil
+
+    model = tmp_path / "model"
+    shutil.copytree(trained / "model", model)
+    weights = bytearray((model / "model.safetensors").read_bytes())
+    weights[-1] ^= 1
+    (model / "model.safetensors").write_bytes(weights)
+    from patchloom.models.checkpoints import CheckpointError, load_model
+
+    with pytest.raises(CheckpointError, match="sha256"):
+        load_model(model)
+
+
+def test_evaluation_measures_the_distance_of_mean_tile_colours(samples: Path, pixels: Path, tmp_path: Path) -> None:
+    from scipy.linalg import sqrtm
+
+    from patchloom.platform.dataset import open_dataset
+
+    result = evaluate(str(samples), str(pixels), out=str(tmp_path / "metrics.json"))
+    ours = np.stack([np.asarray(Image.open(path)) for path in sorted(samples.glob("[0-9]*/*.png"))])
+    theirs = open_dataset(pixels).rows(range(48))["image"].transpose(0, 2, 3, 1)
+    a, b = (x.reshape(-1, 4, 4, 4, 4, 3).mean((2, 4)) / 255 for x in (ours, theirs))
+    a, b = (x.transpose(0, 3, 1, 2).reshape(len(x), 48) for x in (a, b))
+    cov_a, cov_b = np.cov(a.T), np.cov(b.T)
+    root = np.real(sqrtm(cov_a @ cov_b)).trace()
+    wanted = ((a.mean(0) - b.mean(0)) ** 2).sum() + cov_a.trace() + cov_b.trace() - 2 * root
+    assert result["frechet_distance"] == pytest.approx(wanted, abs=1e-4)
+    assert (result["n_samples"], result["n_reference"]) == (10, 48)
+    assert json.loads((tmp_path / "metrics.json").read_text())["features"] == "colour-layout-48"
+    import mlflow
+
+    client = mlflow.MlflowClient(os.environ["MLFLOW_TRACKING_URI"])
+    version = client.get_model_version("tiny", "1")
+    assert "n=10" in version.tags["frechet_distance"]
