@@ -53,7 +53,7 @@ class AutoencoderSettings:
 
     widths: tuple[int, ...] = (16, 32, 32)
     latent_channels: int = 4
-    images: int = 8_000  # patches seen
+    images: int = 7_000  # patches seen
     batch_size: int = 8
     patch: int = 32  # side in pixels: an autoencoder without attention learns as well on patches
     lr: float = 5e-3

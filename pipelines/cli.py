@@ -74,7 +74,7 @@ def autoencoder_train(
     out: Annotated[str, typer.Option(help="The run folder")],
     widths: Annotated[str, typer.Option(help="Channels a level; each further one halves the image")] = "16,32,32",
     latent_channels: Annotated[int, typer.Option(min=1)] = 4,
-    images: Annotated[int, typer.Option(min=1, help="Patches to train on")] = 8_000,
+    images: Annotated[int, typer.Option(min=1, help="Patches to train on")] = 7_000,
     batch_size: Annotated[int, typer.Option(min=1)] = 8,
     patch: Annotated[int, typer.Option(min=1, help="Side of the patches, in pixels")] = 32,
     lr: Annotated[float, typer.Option(min=0, help="Adam's learning rate at its peak")] = 5e-3,

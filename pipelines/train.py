@@ -157,6 +157,8 @@ def train(
         run = _open_folder(folder, recipe, rows, resume, parent_run)
         if (folder / "model" / "model.json").is_file():
             say(f"{folder} is finished: its model is {folder / 'model'}")
+            with Follower(folder, run["run_id"], lambda _: None):
+                pass  # lines that a store did not take while it was away are sent now
             return TrainResult(folder, run["run_id"], _last_line(folder))
         config = {
             "recipe": recipe.model_dump(mode="json"),

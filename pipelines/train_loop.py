@@ -76,6 +76,7 @@ class Reader:
     def __init__(self, dataset: Dataset, recipe: Recipe, device: torch.device) -> None:
         self.dataset, self.device = dataset, device
         self.train = dataset.indices("train", recipe.data.held_out_fraction)
+        self.held_out = dataset.indices("held_out", recipe.data.held_out_fraction)
         self.order = RowOrder(len(self.train), recipe.seed)
 
     def rows(self, crops: range) -> Rows | None:
@@ -279,7 +280,7 @@ class Monitor:
 
     def _held_out(self) -> dict[float, float]:
         run = self.run
-        indices = run.reader.dataset.indices("held_out", run.recipe.data.held_out_fraction)
+        indices = run.reader.held_out
         if not len(indices):
             return {}
         spread = np.linspace(0, len(indices) - 1, min(HELD_OUT_IMAGES, len(indices))).astype(int)

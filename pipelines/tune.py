@@ -1,5 +1,6 @@
 """Tune: many short runs of one recipe on Ray Tune, at an equal budget, compared on the held-out loss."""
 
+import shutil
 import threading
 import time
 from dataclasses import dataclass
@@ -22,13 +23,13 @@ from patchloom.platform.storage import (
     locked,
     make_folder,
     read_json,
-    read_json_lines,
     write_atomic,
     write_json,
     write_json_lines,
 )
 from patchloom.platform.tracking import (
     PROGRESS_FILE,
+    JsonLinesTail,
     begin_run,
     end_run,
     flat_parameters,
@@ -175,6 +176,7 @@ def _run_trials(
         )
         with _watched([Path(job["folder"]) for job in jobs], meter):
             results = tuner.fit()
+    shutil.rmtree(folder / ".ray", ignore_errors=True)
     rows = []
     for result in results:
         job = result.config["job"]
@@ -218,7 +220,9 @@ class _watched:
     """Feeds a meter from the progress files of many runs while the block runs."""
 
     def __init__(self, folders: list[Path], meter: Meter) -> None:
-        self.folders, self.meter = folders, meter
+        self.meter = meter
+        self.tails = [JsonLinesTail(folder / PROGRESS_FILE) for folder in folders]
+        self.seen = [0] * len(folders)
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
 
@@ -235,8 +239,9 @@ class _watched:
             self._look()
 
     def _look(self) -> None:
-        lines = [read_json_lines(folder / PROGRESS_FILE)[-1:] for folder in self.folders]
-        seen = sum(line[0]["images_seen"] for line in lines if line)
-        if seen:
-            running = sum(1 for line in lines if line)
-            self.meter.update(seen, f"{running} of {len(self.folders)} trials begun")
+        for number, tail in enumerate(self.tails):
+            for line in tail.new_lines():
+                self.seen[number] = line["images_seen"]
+        if any(self.seen):
+            begun = sum(1 for seen in self.seen if seen)
+            self.meter.update(sum(self.seen), f"{begun} of {len(self.seen)} trials begun")

@@ -3,6 +3,7 @@
 import contextlib
 import logging
 import os
+import shutil
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -164,4 +165,6 @@ def _run_on_ray_train(
             failure_config=ray.train.FailureConfig(max_failures=3, controller_failure_limit=3),
         ),
     )
-    return trainer.fit().return_value
+    result = trainer.fit().return_value
+    shutil.rmtree(scratch, ignore_errors=True)
+    return result

@@ -1,5 +1,6 @@
 """Tracking: runs in MLflow, fed from the lines that a run writes on disk first."""
 
+import json
 import logging
 import os
 import threading
@@ -12,7 +13,6 @@ from typing import Any
 from patchloom.platform.cluster import quiet_environment
 from patchloom.platform.errors import UserError
 from patchloom.platform.progress import say
-from patchloom.platform.storage import read_json_lines
 
 EXPERIMENT = "patchloom"
 RETRY_S = 10.0
@@ -114,6 +114,28 @@ def line_metrics(line: dict[str, Any]) -> dict[str, float]:
     return flat
 
 
+class JsonLinesTail:
+    """Reads what is new in a JSON-lines file; one that was replaced is read from its start."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._file, self._offset = 0, 0  # which file (inode) was read, and how far
+
+    def new_lines(self) -> list[dict[str, Any]]:
+        """Whole lines since the last call; what follows the last newline is still being written."""
+        try:
+            with self.path.open("rb") as file:
+                if os.fstat(file.fileno()).st_ino != self._file:
+                    self._file, self._offset = os.fstat(file.fileno()).st_ino, 0
+                file.seek(self._offset)
+                content = file.read()
+        except FileNotFoundError:
+            return []
+        whole = content[: content.rfind(b"\n") + 1]
+        self._offset += len(whole)
+        return [json.loads(line) for line in whole.splitlines()]
+
+
 class Follower:
     """Follows a run's `progress.jsonl` while the block runs: shows each line, and sends it to MLflow.
 
@@ -125,8 +147,9 @@ class Follower:
         self.folder, self.run_id, self.show = folder, run_id, show
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._follow, name="follower", daemon=True)
+        self._tail = JsonLinesTail(folder / PROGRESS_FILE)
+        self._waiting: list[dict[str, Any]] = []  # read and not yet in MLflow
         self._sent_step: int | None = None
-        self._shown = 0
         self._retry_at = 0.0
 
     def __enter__(self) -> "Follower":
@@ -138,29 +161,26 @@ class Follower:
         self._thread.join()
         self._retry_at = 0.0
         self._look()
-        waiting = len(self._unsent(read_json_lines(self.folder / PROGRESS_FILE))) if self.run_id else 0
-        if waiting:
-            say(f"  MLflow at {tracking_uri()} took no answer: {waiting} lines wait in {self.folder / PROGRESS_FILE}")
+        if self._waiting:
+            count, place = len(self._waiting), self.folder / PROGRESS_FILE
+            say(f"  MLflow at {tracking_uri()} does not answer: {count} lines wait in {place}, and --resume sends them")
 
     def _follow(self) -> None:
         while not self._stop.wait(0.5):
             self._look()
 
     def _look(self) -> None:
-        lines = read_json_lines(self.folder / PROGRESS_FILE)
-        self._shown = min(self._shown, len(lines))  # a restarted worker takes back lines past its checkpoint
-        for line in lines[self._shown :]:
+        for line in self._tail.new_lines():
             self.show(line)
-        self._shown = len(lines)
-        if self.run_id and time.monotonic() >= self._retry_at:
+            if self.run_id:
+                self._waiting.append(line)
+        if self._waiting and time.monotonic() >= self._retry_at:
             try:
-                for line in self._unsent(lines):
-                    self._send(line)
+                while self._waiting:
+                    self._send(self._waiting[0])
+                    self._waiting.pop(0)
             except Exception:  # whatever a store's client raises, training goes on
                 self._retry_at = time.monotonic() + RETRY_S
-
-    def _unsent(self, lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        return [line for line in lines if line["step"] > (-1 if self._sent_step is None else self._sent_step)]
 
     def _send(self, line: dict[str, Any]) -> None:
         from mlflow.entities import Metric
@@ -170,8 +190,8 @@ class Follower:
         if self._sent_step is None:
             history = client.get_metric_history(self.run_id, "images_seen")
             self._sent_step = max((point.step for point in history), default=-1)
-            if line["step"] <= self._sent_step:
-                return
+        if line["step"] <= self._sent_step:
+            return
         if "preview" in line:
             with Image.open(self.folder / line["preview"]) as picture:
                 client.log_image(self.run_id, picture.convert("RGB"), key="preview", step=line["step"])
