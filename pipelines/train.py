@@ -10,7 +10,7 @@ import torch
 from patchloom import __version__
 from patchloom.models.denoiser import build_denoiser
 from patchloom.models.flops import parameter_count, training_flops
-from patchloom.pipelines.train_loop import method_of, train_worker
+from patchloom.pipelines.train_loop import method_of, newest_checkpoint, train_worker
 from patchloom.platform.cluster import run_workers
 from patchloom.platform.dataset import Dataset, open_dataset
 from patchloom.platform.errors import UserError
@@ -187,9 +187,16 @@ def _launch(
 
     if show is not None:
         return work(show)
+    newest = newest_checkpoint(folder)
+    begun = read_json(newest / "checkpoint.json") if newest else {"step": 0, "images_seen": 0}
+    if newest:
+        say(f"  going on from step {begun['step']:,} ({begun['images_seen']:,} images)")
     with progress(f"training {recipe.name}", recipe.train.images, "images") as meter:
+        meter.begin(begun["images_seen"])
 
         def on_line(line: dict[str, Any]) -> None:
+            if line["step"] <= begun["step"]:
+                return  # of before the stop
             sizes = "  ".join(f"{size}px {loss:.3f}" for size, loss in line["loss_by_patch_size"].items())
             meter.update(line["images_seen"], f"loss {line['loss']:.3f} ({sizes})")
 

@@ -42,6 +42,7 @@ from patchloom.platform.tracking import (
 
 SEARCH_FORMAT = 1
 METRIC = "held_out_loss"
+TRIAL = "trial.json"  # in a trial's run folder: its row of the table, once it is finished
 
 
 @dataclass(frozen=True)
@@ -92,6 +93,8 @@ def tune(search: str, dataset: str, out: str, *, restore: bool = False, concurre
     definition, base = load_search(search)
     rows = open_dataset(dataset)
     planned = plan_trials(definition, base, rows)
+    if not len(rows.indices("held_out", base.data.held_out_fraction)):
+        raise UserError("data.held_out_fraction holds no row out, so trials cannot be compared: raise it")
     folder = make_folder(local_path(out))
     with locked(folder):
         run_id = _open_folder(folder, definition, rows, restore)
@@ -100,6 +103,8 @@ def tune(search: str, dataset: str, out: str, *, restore: bool = False, concurre
             trials = _run_trials(folder, definition, planned, rows, run_id, concurrent, meter)
         good = sorted((t for t in trials if t["status"] == "finished"), key=lambda t: float(t[METRIC]))
         failed = [trial for trial in trials if trial["status"] != "finished"]
+        for trial in failed:
+            say(f"  trial {trial['trial']} ({_words(trial['settings'])}) failed: {trial['error']}")
         write_json_lines(folder / "trials.jsonl", good + failed)
         if not good:
             end_run(run_id, "FAILED")
@@ -145,8 +150,6 @@ def _run_trials(
     concurrent: int | None,
     meter: Meter,
 ) -> list[dict[str, Any]]:
-    from ray import tune as ray_tune
-
     jobs: list[dict[str, Any]] = [
         {
             "trial": number,
@@ -159,6 +162,20 @@ def _run_trials(
         }
         for number, (setting, recipe) in enumerate(zip(search.settings(), recipes, strict=True))
     ]
+    rows = [read_json(Path(job["folder"]) / TRIAL) for job in jobs if (Path(job["folder"]) / TRIAL).is_file()]
+    finished = {row["trial"] for row in rows}
+    meter.begin(sum(row["images_seen"] for row in rows))
+    todo = [job for job in jobs if job["trial"] not in finished]
+    if todo:
+        with _watched([Path(job["folder"]) for job in todo], meter):
+            rows += _run_on_ray_tune(folder, todo, concurrent)
+        shutil.rmtree(folder / ".ray", ignore_errors=True)
+    return sorted(rows, key=lambda row: int(row["trial"]))
+
+
+def _run_on_ray_tune(folder: Path, jobs: list[dict[str, Any]], concurrent: int | None) -> list[dict[str, Any]]:
+    from ray import tune as ray_tune
+
     with ray_session():
         import ray
 
@@ -174,19 +191,16 @@ def _run_trials(
                 failure_config=ray_tune.FailureConfig(max_failures=1),
             ),
         )
-        with _watched([Path(job["folder"]) for job in jobs], meter):
-            results = tuner.fit()
-    shutil.rmtree(folder / ".ray", ignore_errors=True)
+        results = tuner.fit()
     rows = []
     for result in results:
         job = result.config["job"]
-        row = {"trial": job["trial"], "settings": job["settings"]}
         if result.error is None:
-            rows.append(row | {"status": "finished"} | result.metrics["trial"])
+            rows.append(read_json(Path(job["folder"]) / TRIAL))
         else:
             reason = str(result.error).strip().split("\n")[-1]
-            rows.append(row | {"status": "failed", "error": reason})
-    return sorted(rows, key=lambda row: int(row["trial"]))
+            rows.append({"trial": job["trial"], "settings": job["settings"], "status": "failed", "error": reason})
+    return rows
 
 
 def run_trial(config: dict[str, Any]) -> None:
@@ -209,11 +223,11 @@ def run_trial(config: dict[str, Any]) -> None:
         show=lambda _: None,
     )
     kept = ("updates", "images_seen", "full_size_images", "flops", METRIC, "held_out_loss_by_sigma", "loss")
-    row = {key: result.last[key] for key in kept if key in result.last}
+    row = {"trial": job["trial"], "settings": job["settings"], "status": "finished"}
+    row |= {key: result.last[key] for key in kept if key in result.last}
     row |= {"seconds": time.monotonic() - began, "run_id": result.run_id, "folder": str(result.folder)}
-    if METRIC not in row:
-        raise ValueError("no row is held out, so trials cannot be compared: raise data.held_out_fraction")
-    ray_tune.report({"trial": row, METRIC: row[METRIC]})
+    write_json(result.folder / TRIAL, row)
+    ray_tune.report({METRIC: row[METRIC]})
 
 
 class _watched:

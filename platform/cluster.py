@@ -90,7 +90,7 @@ def _quiet_loggers() -> None:
     import ray.data
 
     for name in ("ray.data", "ray.train", "ray.tune", "ray.air"):
-        logging.getLogger(name).setLevel(logging.ERROR)
+        logging.getLogger(name).setLevel(logging.CRITICAL)  # what failed comes back as an exception or a result
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False

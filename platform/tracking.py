@@ -51,7 +51,8 @@ def experiment_id(client: Any) -> str:
     uri, location = tracking_uri(), None
     if uri.startswith("sqlite:///"):
         location = (Path(uri.removeprefix("sqlite:///")).parent / "mlruns" / name).as_uri()
-    return str(client.create_experiment(name, artifact_location=location))
+    tags = {"mlflow.experimentKind": "custom_model_development"}  # the UI then opens on runs and their curves
+    return str(client.create_experiment(name, artifact_location=location, tags=tags))
 
 
 def begin_run(name: str, kind: str, params: dict[str, Any], tags: dict[str, str], parent: str | None = None) -> str:
@@ -129,7 +130,7 @@ class JsonLinesTail:
                     self._file, self._offset = os.fstat(file.fileno()).st_ino, 0
                 file.seek(self._offset)
                 content = file.read()
-        except FileNotFoundError:
+        except OSError:  # not there yet, or not readable just now: the next call looks again
             return []
         whole = content[: content.rfind(b"\n") + 1]
         self._offset += len(whole)

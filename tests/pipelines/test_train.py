@@ -96,6 +96,24 @@ def test_a_killed_run_goes_on_and_ends_as_if_never_stopped(trained: Path, pixels
     assert steps == [line["step"] for line in read_json_lines(trained / "progress.jsonl")]
 
 
+@pytest.mark.slow
+def test_a_killed_command_leaves_no_worker_that_writes(pixels: Path, tmp_path: Path) -> None:
+    run, recipe = tmp_path / "run", tmp_path / "recipe.yaml"
+    tiny = tiny_recipe(train__images=3000)
+    recipe.write_text(recipe_yaml(tiny))
+    arguments = ["train", str(recipe), "--data", str(pixels), "--out", str(run), "--workers", "2"]
+    process = start_cli(*arguments, cwd=tmp_path)
+    wait_until(lambda: newest_checkpoint(run) is not None, process)
+    process.kill()  # the command alone: its workers are orphans now
+    process.wait()
+    finished = start_cli(*arguments, "--resume", cwd=tmp_path)
+    output, _ = finished.communicate(timeout=240)
+    assert finished.returncode == 0, output
+    assert "going on from step" in output
+    steps = [line["step"] for line in read_json_lines(run / "progress.jsonl")]
+    assert steps == sorted(set(steps)) and steps[-1] == round(3000 / (8 * 1.9))
+
+
 def test_a_killed_worker_of_two_is_replaced_and_changes_nothing(
     ray_cluster: None, pixels: Path, tmp_path: Path
 ) -> None:

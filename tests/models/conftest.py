@@ -1,0 +1,44 @@
+"""What the tests of the method share: small networks with every weight at work, and images that fit them."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from patchloom.models.denoiser import Denoiser, build_denoiser
+
+
+@pytest.fixture(scope="session")
+def tiny_config() -> Callable[..., dict[str, Any]]:
+    """The description of a 16 x 16 DDPM++ that runs in milliseconds; `changes` replace its entries."""
+
+    def config(**changes: Any) -> dict[str, Any]:
+        options = {"width": 8, "width_multipliers": [1, 2], "blocks": 1, "attention": [8], "dropout": 0.0}
+        base = {"network": "song", "network_options": options, "resolution": 16, "channels": 3, "classes": 0}
+        return {**base, "coordinates": True, "sigma_data": 0.5, **changes}
+
+    return config
+
+
+@pytest.fixture(scope="session")
+def tiny_denoiser(tiny_config: Callable[..., dict[str, Any]]) -> Callable[..., Denoiser]:
+    """Builds that network with weights that are all far from zero (fresh ones end in a layer that is silent)."""
+
+    def build(seed: int = 0, **changes: Any) -> Denoiser:
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            denoiser = build_denoiser(tiny_config(**changes)).eval()
+            for parameter in denoiser.parameters():
+                nn.init.normal_(parameter, 0.0, 0.15)
+        return denoiser
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def linear_denoiser(tiny_config: Callable[..., dict[str, Any]]) -> Denoiser:
+    """A fresh ADM: its last layer is zero, so D = c_skip x, which is ideal where the data is N(0, sigma_data^2)."""
+    options = {"width": 8, "width_multipliers": [1, 2], "blocks": 1, "attention": [8], "dropout": 0.0}
+    return build_denoiser(tiny_config(network="dhariwal", network_options=options)).eval()

@@ -1,0 +1,176 @@
+"""The step: plain EDM at p = 1, workers that add up to one, and luck that settings share."""
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+
+from patchloom.models.codec import Space, pixel_space, to_pixels
+from patchloom.models.denoiser import build_denoiser
+from patchloom.models.ema import HalfLifeEMA
+from patchloom.models.luck import RowOrder, draw_block, join
+from patchloom.models.patches import coordinate_grid, patch_schedule
+from patchloom.models.step import (
+    Gradients,
+    Method,
+    Rows,
+    StepPlan,
+    TrainingState,
+    learning_rate,
+    new_state,
+    one_hot,
+    plan_step,
+    training_step,
+)
+
+R = 8
+SPACE = Space("latents", (0.1, -0.2), (2.0, 0.5))
+
+
+def make_state(method: Method) -> TrainingState:
+    torch.manual_seed(1)
+    options = {"width": 8, "width_multipliers": [1, 2], "blocks": 1, "attention": [4], "dropout": 0.0}
+    denoiser = build_denoiser({
+        "network": "song", "network_options": options, "resolution": R, "channels": 2, "classes": 3,
+        "coordinates": True, "sigma_data": 0.5,
+    })  # fmt: skip
+    return new_state(denoiser, [HalfLifeEMA(denoiser, 50.0, 0.5)], method, (0.9, 0.999), 1e-8)
+
+
+def make_method(p: float, **changes: Any) -> Method:
+    values = {"seed": 5, "schedule": patch_schedule(R, p), "updates": 10, "batch_size": 8, "block_size": 4,
+              "lr": 1e-2, "lr_rampup_images": 32, "label_dropout": 0.3}  # fmt: skip
+    return Method(**{**values, **changes})
+
+
+def make_rows(count: int) -> Rows:
+    generator = torch.Generator().manual_seed(2)
+    mean = torch.randn(count, 2, R, R, generator=generator)
+    return Rows(mean, torch.arange(count) % 3, mean.abs() * 0.1)
+
+
+def test_at_p_of_1_a_step_is_edms() -> None:
+    method = make_method(1.0, reduction="sum")
+    state = make_state(method)
+    plain = copy.deepcopy(state.denoiser)
+    average = copy.deepcopy(state.denoiser)
+    optimizer = torch.optim.Adam(plain.parameters(), lr=1e-2, betas=(0.9, 0.999), eps=1e-8)
+    grid = coordinate_grid(R, R)[None].expand(8, -1, -1, -1)
+    for step in range(3):
+        rows = make_rows(8)
+        training_step(state, method, plan_step(method, step, step * 8), rows, SPACE, lambda _: None)
+
+        luck = join([draw_block(5, step, block, 4, 2, R, R, True, torch.device("cpu")) for block in range(2)])
+        images = rows.image + rows.std * luck.posterior
+        images = (images - torch.tensor([0.1, -0.2])[:, None, None]) * torch.tensor([2.0, 0.5])[:, None, None]
+        sigma = (1.2 * luck.sigma - 1.2).exp()[:, None, None, None]
+        labels = torch.eye(3)[rows.label] * (luck.label_kept >= 0.3)[:, None]
+        denoised = plain(images + sigma * luck.noise, sigma.flatten(), grid, labels)
+        weight = (sigma**2 + 0.25) / (sigma * 0.5) ** 2
+        optimizer.zero_grad()
+        (weight * (denoised - images) ** 2).sum().div(8).backward()
+        seen = (step + 1) * 8
+        optimizer.param_groups[0]["lr"] = 1e-2 * min(1, seen / 32)
+        optimizer.step()
+        beta = 0.5 ** (8 / min(50, 0.5 * seen))
+        with torch.no_grad():
+            for ours, new in zip(average.parameters(), plain.parameters(), strict=True):
+                ours.copy_(beta * ours + (1 - beta) * new)
+    for ours, theirs in zip(state.denoiser.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-4)
+    for ours, theirs in zip(state.emas[0].module.parameters(), average.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-4)
+    assert state.images_seen == 24 and state.step == 3
+
+
+@pytest.mark.parametrize("workers", [2, 3, 5])
+def test_the_gradients_of_workers_add_up_to_those_of_one(workers: int) -> None:
+    method = make_method(0.0)
+    plan = plan_step(method, 4, 96)
+    assert plan.size.pixels in (4, 2)
+    rows = make_rows(plan.crops)
+    flats = []
+    for count in (1, workers):
+        total = torch.zeros(())
+        for worker in range(count):
+            state = make_state(method)
+            mine = plan.crop_numbers(plan.blocks_of(worker, count))
+            here = slice(mine.start - 96, mine.stop - 96)
+            share = Rows(rows.image[here], rows.label[here], rows.std[here]) if mine else None  # type: ignore[index]
+            kept: list[torch.Tensor] = []
+            training_step(state, method, plan, share, SPACE, lambda flat, k=kept: k.append(flat.clone()), worker, count)
+            total = total + kept[0]
+        flats.append(total)
+    torch.testing.assert_close(flats[1], flats[0], atol=1e-5, rtol=1e-4)
+    crops = flats[1][-6:].view(-1, 2)[:, 1]
+    assert crops.sum() == plan.crops
+
+
+@pytest.mark.parametrize("workers", [1, 2, 3, 4, 7])
+def test_every_block_belongs_to_one_worker(workers: int) -> None:
+    plan = StepPlan(0, patch_schedule(64, 0.5).sizes[2], 1000, 4 * 24, 8)
+    numbers = [number for worker in range(workers) for number in plan.crop_numbers(plan.blocks_of(worker, workers))]
+    assert numbers == list(range(1000, 1096))
+
+
+def test_settings_share_their_luck_up_to_the_noise() -> None:
+    large, small = (draw_block(1, 2, 3, 4, 2, 16, size, True, torch.device("cpu")) for size in (16, 4))
+    for name in ("label_kept", "mirrored", "sigma", "corner", "posterior"):
+        assert torch.equal(getattr(large, name), getattr(small, name))
+    other = draw_block(1, 2, 4, 4, 2, 16, 16, True, torch.device("cpu"))
+    assert not torch.equal(large.sigma, other.sigma)
+
+
+def test_rows_come_in_a_new_order_every_epoch() -> None:
+    order = RowOrder(50, seed=1)
+    epochs = [[order[k] for k in range(start, start + 50)] for start in (0, 50, 100)]
+    assert all(sorted(epoch) == list(range(50)) for epoch in epochs)
+    assert epochs[0] != epochs[1] != epochs[2]
+    assert [RowOrder(50, seed=1)[k] for k in range(50, 100)] == epochs[1]  # whatever was asked before
+
+
+def test_minus_one_is_no_class() -> None:
+    assert one_hot(torch.tensor([2, -1, 0]), 3).tolist() == [[0, 0, 1], [0, 0, 0], [1, 0, 0]]
+
+
+def test_bad_gradients_are_cleaned_and_good_ones_kept() -> None:
+    layer = torch.nn.Linear(3, 1, bias=False)
+    gradients = Gradients(layer, sizes=1)
+    assert layer.weight.grad is not None
+    layer.weight.grad.copy_(torch.tensor([[float("nan"), float("inf"), -float("inf")]]))
+    gradients.loss_and_crops[0] = torch.tensor([float("nan"), 8.0])
+    gradients.clean()
+    assert layer.weight.grad.tolist() == [[0.0, 1e5, -1e5]]
+    assert gradients.loss_and_crops[0].isnan().tolist() == [True, False]  # a diverged loss is not hidden
+
+
+def test_the_learning_rate_ramps_up_over_images() -> None:
+    method = make_method(0.5)
+    assert [learning_rate(method, seen) for seen in (0, 16, 32, 99)] == [0, 0.005, 0.01, 0.01]
+
+
+def test_an_average_moves_half_way_in_a_half_life() -> None:
+    layer = torch.nn.Linear(1, 1)
+    torch.nn.init.zeros_(layer.weight)
+    ema = HalfLifeEMA(layer, halflife_images=1000, rampup_ratio=0.05)
+    torch.nn.init.ones_(layer.weight)
+    for step in range(10):
+        ema.update(layer, images_seen=10**9 + step * 100, images_in_step=100)
+    assert float(ema.module.weight) == pytest.approx(0.5, abs=1e-6)
+    assert ema.decay(images_seen=2000, images_in_step=100) == pytest.approx(0.5)  # ramp: 5% of 2000 is 100
+    assert ema.decay(images_seen=0, images_in_step=100) == 0
+
+
+def test_pixels_go_there_and_back_unchanged() -> None:
+    values = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16).expand(1, 3, -1, -1)
+    x = pixel_space().normalise(values)
+    assert (float(x.min()), float(x.max())) == (-1, 1)
+    assert torch.equal(to_pixels(x, pixel_space(), None), values)
+
+
+def test_a_space_is_affine_and_undone() -> None:
+    stored = torch.randn(4, 2, 3, 3)
+    x = SPACE.normalise(stored)
+    torch.testing.assert_close(x[:, 1], (stored[:, 1] + 0.2) * 0.5)
+    torch.testing.assert_close(SPACE.restore(x), stored)
