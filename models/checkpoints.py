@@ -13,14 +13,24 @@ from torch import Tensor
 from patchloom.models.autoencoder import Autoencoder, load_autoencoder
 from patchloom.models.codec import Space
 from patchloom.models.denoiser import Denoiser, build_denoiser
+from patchloom.models.errors import CheckpointError
+from patchloom.models.snapshots import load_edm_snapshot
 from patchloom.models.step import TrainingState
+
+__all__ = [
+    "CheckpointError",
+    "Model",
+    "load_checkpoint",
+    "load_edm_snapshot",
+    "load_model",
+    "load_whole_model",
+    "read_card",
+    "save_checkpoint",
+    "save_model",
+]
 
 MODEL_FORMAT = 1
 CHECKPOINT_FORMAT = 1
-
-
-class CheckpointError(ValueError):
-    """A model or checkpoint folder that cannot be read, with what was found and what was wanted."""
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from patchloom.models.denoiser import Denoiser
+from patchloom.models.luck import derive_seed
 
 
 def edm_weight(sigma: Tensor, sigma_data: float = 0.5) -> Tensor:
@@ -47,7 +48,7 @@ def held_out_loss(
     clean: (N, C, R, R); labels: (N, K) or None. The same images, seed and sigmas give the same luck, so
     that models are compared and not draws.
     """
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(derive_seed(seed, "held out"))
     losses: dict[float, float] = {}
     for sigma in sigmas:
         noise = torch.randn(clean.shape, generator=generator).to(clean.device)

@@ -1,0 +1,124 @@
+"""Pixels survive the way to the network and back, and latents are those of diffusers."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.distributions import Normal, kl_divergence
+
+from patchloom.models.autoencoder import (
+    Autoencoder,
+    autoencoder_loss,
+    load_autoencoder,
+    new_autoencoder,
+    save_autoencoder,
+)
+from patchloom.models.codec import Space, pixel_space, to_pixels
+
+
+@pytest.fixture(scope="module")
+def network() -> Iterator[Any]:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        yield new_autoencoder(widths=(8, 16, 16), latent_channels=4).eval().requires_grad_(False)
+
+
+@pytest.fixture(scope="module")
+def images() -> Tensor:
+    return torch.randint(0, 256, (2, 3, 16, 24), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+
+
+def test_every_grey_level_survives_the_round_trip() -> None:
+    levels = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16).expand(1, 3, 16, 16)
+    seen = pixel_space().normalise(levels)
+    torch.testing.assert_close(seen, levels / 127.5 - 1)
+    assert torch.equal(to_pixels(seen, pixel_space(), None), levels)
+    torch.testing.assert_close(pixel_space().restore(seen), levels.float())
+
+
+def test_values_beyond_the_range_are_clipped() -> None:
+    x = torch.tensor([-9.0, -1.0, 0.0, 1.0, 9.0]).view(1, 1, 1, 5)
+    assert to_pixels(x, pixel_space(1), None).flatten().tolist() == [0, 0, 128, 255, 255]
+
+
+def test_whitened_latents_have_mean_0_and_deviation_sigma_data_in_every_channel() -> None:
+    generator = torch.Generator().manual_seed(0)
+    stored = torch.randn(8, 3, 16, 16, generator=generator) * torch.tensor([1.0, 5.0, 0.2])[:, None, None] + 7
+    by_channel = stored.transpose(0, 1).flatten(1).double()
+    mean, std = by_channel.mean(1), by_channel.std(1, correction=0)
+    space = Space("latents", tuple(mean.tolist()), tuple((0.5 / std).tolist()))
+    white = space.normalise(stored).transpose(0, 1).flatten(1).double()
+    torch.testing.assert_close(white.mean(1), torch.zeros(3, dtype=torch.float64), atol=1e-5, rtol=0)
+    torch.testing.assert_close(white.std(1, correction=0), torch.full((3,), 0.5, dtype=torch.float64))
+    torch.testing.assert_close(space.restore(space.normalise(stored)), stored)
+
+
+def test_latents_without_an_autoencoder_are_refused() -> None:
+    with pytest.raises(ValueError, match="latents need the autoencoder"):
+        to_pixels(torch.zeros(1, 4, 4, 4), Space("latents", (0,) * 4, (1,) * 4), None)
+
+
+def test_encoding_is_diffusers_own_of_images_in_minus_1_to_1(network: Any, images: Tensor) -> None:
+    autoencoder = Autoencoder(network, "")
+    mean, std = autoencoder.encode(images)
+    posterior = network.encode(images.float() / 127.5 - 1).latent_dist
+    assert mean.shape == std.shape == (2, 4, 4, 6)
+    assert mean.dtype == std.dtype == torch.float32
+    assert (std > 0).all()
+    assert torch.equal(mean, posterior.mean)
+    assert torch.equal(std, posterior.std)
+
+
+def test_decoding_gives_bytes_of_the_images_size(network: Any, images: Tensor) -> None:
+    autoencoder = Autoencoder(network, "")
+    mean, _ = autoencoder.encode(images)
+    decoded = autoencoder.decode(mean)
+    assert decoded.shape == images.shape
+    assert decoded.dtype == torch.uint8
+    exact = network.decode(mean).sample.double() * 127.5 + 128
+    assert float((decoded.double() + 0.5 - exact.clamp(0, 255.5)).abs().max()) <= 0.501
+
+
+def test_latents_go_back_to_pixels_through_the_space_and_the_decoder(network: Any, images: Tensor) -> None:
+    autoencoder = Autoencoder(network, "")
+    mean, _ = autoencoder.encode(images)
+    space = Space("latents", (0.3, -0.2, 0.0, 1.0), (2.0, 4.0, 0.5, 1.0))
+    found, wanted = to_pixels(space.normalise(mean), space, autoencoder), autoencoder.decode(mean)
+    assert int((found.int() - wanted.int()).abs().max()) <= 1  # rounding may tip a value over a grey level
+
+
+def test_a_saved_autoencoder_comes_back_as_it_was(network: Any, images: Tensor, tmp_path: Path) -> None:
+    sha256 = save_autoencoder(network, tmp_path)
+    loaded = load_autoencoder(tmp_path)
+    assert loaded.weights_sha256 == sha256
+    assert (loaded.downscale, loaded.latent_channels) == (4, 4)
+    mean, std = loaded.encode(images)
+    wanted_mean, wanted_std = Autoencoder(network, sha256).encode(images)
+    assert torch.equal(mean, wanted_mean)
+    assert torch.equal(std, wanted_std)
+
+
+def test_changed_or_missing_weights_are_refused(network: Any, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"holds no diffusion_pytorch_model\.safetensors"):
+        load_autoencoder(tmp_path)
+    save_autoencoder(network, tmp_path)
+    weights = tmp_path / "diffusion_pytorch_model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[len(content) // 2] ^= 1
+    weights.write_bytes(content)
+    with pytest.raises(ValueError, match="fetch it again"):
+        load_autoencoder(tmp_path)
+
+
+def test_the_loss_is_the_absolute_error_plus_the_weighted_kl_of_a_latent_value(network: Any, images: Tensor) -> None:
+    x = images.float() / 127.5 - 1
+    without, with_kl = (autoencoder_loss(network, x, kl, torch.Generator().manual_seed(1)) for kl in (0.0, 2.0))
+    mean, std = Autoencoder(network, "").encode(images)
+    kl = kl_divergence(Normal(mean, std), Normal(0.0, 1.0)).mean()
+    torch.testing.assert_close(with_kl - without, 2 * kl, rtol=1e-4, atol=1e-5)
+    noise = torch.randn(mean.shape, generator=torch.Generator().manual_seed(1))
+    decoded = network.decode(mean + std * noise).sample
+    torch.testing.assert_close(without, (decoded - x).abs().mean())

@@ -1,0 +1,138 @@
+"""A step on patches trains on the crops it says it does, and any number of workers takes the same one."""
+
+import copy
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from patchloom.models.codec import pixel_space
+from patchloom.models.denoiser import Denoiser
+from patchloom.models.ema import HalfLifeEMA
+from patchloom.models.luck import derive_seed
+from patchloom.models.patches import patch_schedule
+from patchloom.models.step import Method, Rows, StepPlan, TrainingState, new_state, training_step
+
+METHOD = Method(
+    seed=7, schedule=patch_schedule(16, 0.0, smaller=[(0.5, 1.0, 2)]), updates=5, batch_size=8, block_size=4,
+    lr=1e-3, lr_rampup_images=0, mirror=True,
+)  # fmt: skip
+PLAN = StepPlan(step=3, size=METHOD.schedule.sizes[1], first_crop=100, crops=16, block_size=4)
+
+
+def state_of(denoiser: Denoiser, method: Method = METHOD) -> TrainingState:
+    """A fresh state; Adam's eps is large so that gradients that are zero but for rounding stay small."""
+    mine = copy.deepcopy(denoiser).train()
+    return new_state(mine, [HalfLifeEMA(mine, 100)], method, (0.9, 0.999), 1e-3)
+
+
+@pytest.fixture
+def rows() -> Rows:
+    generator = torch.Generator().manual_seed(0)
+    image = torch.randint(0, 256, (16, 3, 16, 16), generator=generator, dtype=torch.uint8)
+    return Rows(image, torch.randint(-1, 2, (16,), generator=generator))
+
+
+def part_of(rows: Rows, worker: int, workers: int) -> Rows | None:
+    numbers = PLAN.crop_numbers(PLAN.blocks_of(worker, workers))
+    part = slice(numbers.start - PLAN.first_crop, numbers.stop - PLAN.first_crop)
+    return Rows(rows.image[part], rows.label[part]) if numbers else None
+
+
+def step_of(denoiser: Denoiser, rows: Rows, workers: int, method: Method = METHOD) -> list[TrainingState]:
+    """What each of `workers` holds after the step; the all-reduce adds flats that were made one by one."""
+    flats: list[Tensor] = []
+    for worker in range(workers):
+        training_step(
+            state_of(denoiser, method), method, PLAN, part_of(rows, worker, workers), pixel_space(),
+            lambda flat: flats.append(flat.clone()), worker, workers,
+        )  # fmt: skip
+    states = [state_of(denoiser, method) for _ in range(workers)]
+    for worker, state in enumerate(states):
+        training_step(
+            state, method, PLAN, part_of(rows, worker, workers), pixel_space(),
+            lambda flat: flat.copy_(torch.stack(flats).sum(0)), worker, workers,
+        )  # fmt: skip
+    return states
+
+
+def flat_weights(state: TrainingState) -> Tensor:
+    return torch.cat([parameter.detach().flatten() for parameter in state.denoiser.parameters()])
+
+
+def test_a_step_on_patches_is_the_loss_of_python_slices(tiny_denoiser: Callable[..., Denoiser], rows: Rows) -> None:
+    denoiser = tiny_denoiser()
+    state = state_of(denoiser)
+    training_step(state, METHOD, PLAN, rows, pixel_space(), lambda _: None)
+
+    plain = copy.deepcopy(denoiser).train()
+    axis, total = torch.linspace(-1, 1, 16), torch.zeros(())
+    for block in range(4):
+        generator = torch.Generator().manual_seed(derive_seed(7, 3, block))
+        torch.rand(4, generator=generator)  # whether the label is kept
+        mirrored, sigmas = torch.rand(4, generator=generator), torch.randn(4, generator=generator)
+        corners = (torch.rand(4, 2, generator=generator) * 9).long()  # 9 positions of an 8-pixel patch in 16
+        torch.randn(4, 0, generator=generator)  # pixels have no posterior
+        noise = torch.randn(4, 3, 8, 8, generator=generator)
+        for number in range(4):
+            image = rows.image[4 * block + number].float() / 127.5 - 1
+            image = image if mirrored[number] < 0.5 else image.flip(-1)
+            left, top = corners[number].tolist()
+            patch = image[:, top : top + 8, left : left + 8]
+            x, y = axis[left : left + 8].expand(8, 8), axis[top : top + 8, None].expand(8, 8)
+            sigma = (1.2 * sigmas[number] - 1.2).exp()
+            noisy = patch + sigma * noise[number]
+            denoised = plain(noisy[None], sigma, torch.stack([x, y])[None])[0]
+            total = total + (sigma**2 + 0.25) / (sigma * 0.5) ** 2 * (denoised - patch).square().mean()
+    (total / 16).backward()
+    wanted = torch.cat([parameter.grad.flatten() for parameter in plain.parameters() if parameter.grad is not None])
+    found = state.gradients.flat[: state.gradients.length]
+    assert float((found - wanted).abs().max() / wanted.abs().max()) < 1e-5
+    loss, crops = state.gradients.loss_and_crops[1].tolist()
+    assert loss == pytest.approx(float(total.detach()), rel=1e-5)
+    assert crops == 16
+    assert (state.step, state.images_seen, state.crops_by_size) == (1, 16, [0, 16])
+
+
+@pytest.mark.parametrize("workers", [2, 3, 4, 5])
+def test_any_number_of_workers_takes_the_step_of_one(
+    tiny_denoiser: Callable[..., Denoiser], rows: Rows, workers: int
+) -> None:
+    denoiser = tiny_denoiser(classes=2)
+    method = replace(METHOD, label_dropout=0.3)
+    (alone,) = step_of(denoiser, rows, 1, method)
+    together = step_of(denoiser, rows, workers, method)
+    for state in together:
+        torch.testing.assert_close(flat_weights(state), flat_weights(alone), rtol=0, atol=1e-6)
+        assert torch.equal(flat_weights(state), flat_weights(together[0]))
+        assert state.gradients.loss_and_crops[1, 1] == 16
+
+
+def test_dropout_is_the_same_for_any_number_of_workers(tiny_denoiser: Callable[..., Denoiser], rows: Rows) -> None:
+    options = {"width": 8, "width_multipliers": [1, 2], "blocks": 1, "attention": [8], "dropout": 0.5}
+    denoiser = tiny_denoiser(network_options=options)
+    method = replace(METHOD, dropout=True)
+    one, two = (step_of(denoiser, rows, workers, method)[0].gradients for workers in (1, 2))
+    gradient = one.flat[: one.length]
+    assert float((gradient - two.flat[: two.length]).abs().max() / gradient.abs().max()) < 1e-5
+
+
+def test_dropout_repeats_whatever_the_global_generator_was(tiny_denoiser: Callable[..., Denoiser], rows: Rows) -> None:
+    options = {"width": 8, "width_multipliers": [1, 2], "blocks": 1, "attention": [8], "dropout": 0.5}
+    denoiser, flats = tiny_denoiser(network_options=options), []
+    for method in (replace(METHOD, dropout=True), replace(METHOD, dropout=True), replace(METHOD, dropout=True, seed=8)):
+        torch.rand(len(flats) + 1)
+        flats.append(step_of(denoiser, rows, 1, method)[0].gradients.flat)
+    assert torch.equal(flats[0], flats[1])
+    assert not torch.allclose(flats[0], flats[2])
+
+
+def test_one_bad_crop_does_not_end_a_run(tiny_denoiser: Callable[..., Denoiser], rows: Rows) -> None:
+    state = state_of(tiny_denoiser())
+    broken = Rows(rows.image.float(), rows.label)
+    broken.image[5] = float("nan")
+    training_step(state, METHOD, PLAN, broken, pixel_space(), lambda _: None)
+    assert flat_weights(state).isfinite().all()
+    assert state.gradients.loss_and_crops[1, 0].isnan()  # and the record says so
