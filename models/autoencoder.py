@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from patchloom.models.errors import CheckpointError
+
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL
 
@@ -102,18 +104,24 @@ def save_autoencoder(network: AutoencoderKL, folder: Path) -> str:
 
 
 def load_autoencoder(folder: Path | str, device: torch.device | str = "cpu") -> Autoencoder:
-    """Read a folder of diffusers (safetensors only, no pickle); raises ValueError where its checksum is wrong."""
+    """Read a folder of diffusers (safetensors only, no pickle); raises CheckpointError where it is not whole."""
     from diffusers import AutoencoderKL
 
     folder = Path(folder)
     if not (folder / WEIGHTS).is_file():
-        raise ValueError(f"{folder} holds no {WEIGHTS}: give the folder of a diffusers AutoencoderKL")
+        raise CheckpointError(f"{folder} holds no {WEIGHTS}: give the folder of a diffusers AutoencoderKL")
     sha256 = hashlib.sha256((folder / WEIGHTS).read_bytes()).hexdigest()
     card = folder / "model.json"
     if card.is_file():
-        wanted = json.loads(card.read_text())["weights_sha256"]
+        described = json.loads(card.read_text())
+        if described["format_version"] > AUTOENCODER_FORMAT:
+            raise CheckpointError(
+                f"{card} has format {described['format_version']} and this version reads up to {AUTOENCODER_FORMAT}: "
+                "update patchloom"
+            )
+        wanted = described["weights_sha256"]
         if wanted != sha256:
-            raise ValueError(
+            raise CheckpointError(
                 f"{folder / WEIGHTS} has sha256 {sha256[:12]} and its card says {wanted[:12]}: fetch it again"
             )
     network = AutoencoderKL.from_pretrained(folder, use_safetensors=True, low_cpu_mem_usage=False)

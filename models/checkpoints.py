@@ -54,18 +54,26 @@ def save_model(folder: Path, denoiser: Denoiser, card: dict[str, Any]) -> None:
 
 def read_card(folder: Path | str, kind: str) -> dict[str, Any]:
     """The checked `model.json` of a folder that must hold a `kind` ("denoiser" or "autoencoder")."""
-    path = Path(folder) / "model.json"
-    if not path.is_file():
-        raise CheckpointError(f"{folder} holds no model.json: give a model folder or models:/NAME@ALIAS")
-    try:
-        card: dict[str, Any] = json.loads(path.read_text())
-    except ValueError as error:
-        raise CheckpointError(f"{path} is not JSON ({error}): fetch the model again") from None
+    card = _card_of(Path(folder) / "model.json", MODEL_FORMAT)
     if card.get("kind") != kind:
         raise CheckpointError(f"{folder} is a model of kind {card.get('kind')!r}, and a {kind} was wanted")
-    if card.get("format_version", 0) > MODEL_FORMAT:
+    if "weights_sha256" not in card:
+        raise CheckpointError(f"{folder}/model.json holds no weights_sha256: fetch the model again")
+    return card
+
+
+def _card_of(path: Path, newest_format: int) -> dict[str, Any]:
+    if not path.is_file():
+        raise CheckpointError(f"{path.parent} holds no {path.name}: give a model folder or models:/NAME@ALIAS")
+    try:
+        card = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise CheckpointError(f"{path} is not JSON ({error}): fetch it again") from None
+    if not isinstance(card, dict) or not isinstance(card.get("format_version"), int):
+        raise CheckpointError(f"{path} has no format_version, so it is not patchloom's: fetch it again")
+    if card["format_version"] > newest_format:
         raise CheckpointError(
-            f"{path} has format {card['format_version']} and this version reads up to {MODEL_FORMAT}: update patchloom"
+            f"{path} has format {card['format_version']} and this version reads up to {newest_format}: update patchloom"
         )
     return card
 
@@ -121,7 +129,9 @@ def save_checkpoint(folder: Path, state: TrainingState, identity: dict[str, Any]
 
 def load_checkpoint(folder: Path, state: TrainingState) -> None:
     """Bring `state` to where the checkpoint stood; raises CheckpointError where it is not whole."""
-    card = json.loads((folder / "checkpoint.json").read_text())
+    card = _card_of(folder / "checkpoint.json", CHECKPOINT_FORMAT)
+    if not (folder / "state.safetensors").is_file():
+        raise CheckpointError(f"{folder} holds no state.safetensors: remove it to go on from the one before")
     if file_sha256(folder / "state.safetensors") != card["state_sha256"]:
         raise CheckpointError(f"{folder} does not match its checksum: remove it to go on from the one before")
     tensors = load_file(folder / "state.safetensors")

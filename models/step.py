@@ -3,7 +3,8 @@
 A step is a pure function of the method, the data, the step's number and the crops consumed before it.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +18,7 @@ from patchloom.models.loss import denoising_loss
 from patchloom.models.luck import Luck, derive_seed, draw_block, join, size_luck
 from patchloom.models.noise import training_sigmas
 from patchloom.models.patches import PatchSchedule, PatchSize, crop, offsets
+from patchloom.models.unet import Dropout
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,6 @@ class Method:
     reduction: str = "mean"
     label_dropout: float = 0.0
     mirror: bool = False
-    dropout: bool = False  # whether the network draws any
 
 
 @dataclass(frozen=True)
@@ -145,6 +146,19 @@ def new_state(
     return TrainingState(denoiser, emas, optimizer, Gradients(denoiser, sizes), [0] * sizes)
 
 
+@contextmanager
+def dropout_luck(network: nn.Module, seed: int, step: int, blocks: range, device: torch.device) -> Iterator[None]:
+    """Dropout layers draw from one generator a block while this holds: masks do not depend on who owns a block."""
+    layers = [layer for layer in network.modules() if isinstance(layer, Dropout) and layer.rate]
+    seeds = [derive_seed(seed, step, block, "dropout") for block in blocks] if layers else []
+    generators = [torch.Generator(device).manual_seed(number) for number in seeds]
+    for layer in layers:
+        layer.generators = generators
+    yield
+    for layer in layers:
+        layer.generators = []
+
+
 def learning_rate(method: Method, images_seen: int) -> float:
     """A linear ramp over the first images, then constant (EDM)."""
     return method.lr * min(1.0, images_seen / max(method.lr_rampup_images, 1))
@@ -177,9 +191,8 @@ def training_step(
             )
             for block in blocks
         ])  # fmt: skip
-        if method.dropout:  # torch's dropout knows no generator of its own
-            torch.manual_seed(derive_seed(method.seed, plan.step, blocks.start, "dropout"))
-        losses = crop_losses(state.denoiser, rows, luck, size, method, space)
+        with dropout_luck(state.denoiser, method.seed, plan.step, blocks, rows.image.device):
+            losses = crop_losses(state.denoiser, rows, luck, size, method, space)
         (losses.sum() / plan.crops).backward()
         record = state.gradients.loss_and_crops[number]
         record += torch.stack([losses.detach().sum(), losses.new_tensor(len(losses))])

@@ -115,6 +115,26 @@ class Convolution(nn.Module):
         return F.conv_transpose2d(x, 4 * taps, groups=channels, stride=2, padding=padding)
 
 
+class Dropout(nn.Module):
+    """Dropout whose masks come from one generator a block of the batch, so that workers can share a batch.
+
+    `generators` are set before a training step; without any, torch's own dropout draws.
+    """
+
+    def __init__(self, rate: float) -> None:
+        super().__init__()
+        self.rate = rate
+        self.generators: list[torch.Generator] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) -> the same with a share of values at 0 and the others scaled up, in training."""
+        if not self.training or not self.rate or not self.generators:
+            return F.dropout(x, self.rate, self.training)
+        shape = (len(x) // len(self.generators), *x.shape[1:])
+        luck = [torch.rand(shape, generator=generator, device=x.device) for generator in self.generators]
+        return x * (torch.cat(luck) >= self.rate) / (1 - self.rate)
+
+
 class Block(nn.Module):
     """A residual block: normalise, convolve, add the noise embedding, convolve, and perhaps attend."""
 
@@ -138,12 +158,13 @@ class Block(nn.Module):
     ) -> None:
         super().__init__()
         self.channels_in, self.channels_out, self.heads = channels_in, channels_out, heads
-        self.dropout, self.skip_scale, self.adaptive_scale = dropout, skip_scale, adaptive_scale
+        self.skip_scale, self.adaptive_scale = skip_scale, adaptive_scale
         resampling: dict[str, Any] = {"resample": resample, "filter_taps": filter_taps}
         self.norm0 = group_norm(channels_in, eps)
         self.conv0 = Convolution(channels_in, channels_out, 3, init, **resampling)
         self.affine = linear(embedding, channels_out * (2 if adaptive_scale else 1), init)
         self.norm1 = group_norm(channels_out, eps)
+        self.dropout = Dropout(dropout)
         self.conv1 = Convolution(channels_out, channels_out, 3, init.scaled(last_gain))
         self.skip: Convolution | None = None
         if channels_in != channels_out or resample:
@@ -164,7 +185,7 @@ class Block(nn.Module):
             x = F.silu(torch.addcmul(shift, self.norm1(x), scale + 1))
         else:
             x = F.silu(self.norm1(x + condition))
-        x = self.conv1(F.dropout(x, self.dropout, self.training))
+        x = self.conv1(self.dropout(x))
         x = (x + residual) * self.skip_scale
         if self.heads:
             x = (self._attend(self.norm2(x)) + x) * self.skip_scale

@@ -66,7 +66,6 @@ def method_of(recipe: Recipe, resolution: int) -> Method:
         reduction=recipe.loss.reduction,
         label_dropout=recipe.model.label_dropout,
         mirror=recipe.data.mirror,
-        dropout=recipe.model.dropout > 0,
     )
 
 

@@ -69,7 +69,7 @@ class Shard:
             table = pa.ipc.open_file(pa.memory_map(str(self.path))).read_all()
             self._columns = {}
             for name in table.column_names:
-                column = table.column(name).combine_chunks()
+                column = table.column(name).chunk(0)  # a shard is one batch; combining chunks would copy the map
                 if isinstance(column, pa.FixedShapeTensorArray):
                     self._columns[name] = column.to_numpy_ndarray()
                 else:
@@ -155,8 +155,8 @@ def open_dataset(path: str | Path) -> Dataset:
     if not (folder / CARD).is_file():
         raise UserError(f"{folder} has no {CARD}, so it is incomplete or no dataset: run prepare again")
     card = read_json(folder / CARD)
-    version = card.get("format_version")
-    if version is None:
+    version = card.get("format_version") if isinstance(card, dict) else None
+    if not isinstance(version, int):
         raise UserError(f"{folder / CARD} has no format_version, so it is not a prepared dataset: run prepare first")
     if version > DATASET_FORMAT:
         raise UserError(

@@ -5,7 +5,7 @@ import itertools
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -37,7 +37,7 @@ Count = Annotated[int, AfterValidator(_above_zero), Field(json_schema_extra={"mi
 class Section(BaseModel):
     """Frozen, and refuses keys that it does not know."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False)
 
 
 SectionType = TypeVar("SectionType", bound=Section)
@@ -56,9 +56,9 @@ class Model(Section):
 
     network: Literal["ddpmpp", "ncsnpp", "adm"] = "ddpmpp"
     width: Count = 128
-    width_multipliers: tuple[Count, ...] = (1, 2, 2, 2)
+    width_multipliers: Annotated[tuple[Count, ...], Field(min_length=1)] = (1, 2, 2, 2)
     blocks: Count = 4
-    attention: tuple[int, ...] = Field((16,), description="Resolutions of the full-size image that attend")
+    attention: tuple[Count, ...] = Field((16,), description="Resolutions of the full-size image that attend")
     dropout: Fraction = 0.0
     coordinates: bool = True
     class_conditional: bool = False
@@ -219,12 +219,22 @@ def find_config(name: str) -> Path:
 def load_recipe(name: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """Read a recipe, with `a.b=value` overrides; raises UserError at the path of what is wrong."""
     values = _read_yaml(find_config(str(name)))
+    if overrides:
+        values = _with_defaults(values)
     for override in overrides:
         key, equals, text = override.partition("=")
         if not equals:
             raise UserError(f"--set {override} has no '=': write --set patches.p=0.25")
         set_key(values, key, _parse_value(text, key))
     return check_recipe(values)
+
+
+def _with_defaults(values: dict[str, Any]) -> dict[str, Any]:
+    """Every default written out, so that overrides reach into lists; what needs its overrides stays as it is."""
+    try:
+        return Recipe.model_validate(values).model_dump(mode="json")
+    except ValidationError:
+        return values
 
 
 def check_recipe(values: dict[str, Any]) -> Recipe:
@@ -322,21 +332,17 @@ def _problem(kind: type[Section], item: Any) -> str:
 
 
 def _keys_at(kind: type[BaseModel], location: tuple[Any, ...]) -> list[str]:
-    """The known keys of the section that a path leads to."""
+    """The known keys of the section that a path leads to, through lists and dictionaries of sections."""
     current: type[BaseModel] = kind
     for part in location:
-        if isinstance(part, int):
-            continue
+        if part not in current.model_fields:
+            continue  # a position in a list, or a key of a dictionary
         annotation = current.model_fields[part].annotation
-        sections = [inner for inner in (annotation, *_arguments(annotation)) if _is_section(inner)]
+        sections = [inner for inner in (annotation, *get_args(annotation)) if _is_section(inner)]
         if not sections:
             break
         current = sections[0]
     return list(current.model_fields)
-
-
-def _arguments(annotation: Any) -> tuple[Any, ...]:
-    return getattr(annotation, "__args__", ())
 
 
 def _is_section(annotation: Any) -> bool:

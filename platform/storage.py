@@ -64,9 +64,12 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
     """The objects of a JSON-lines file; a last line cut off by a crash is left out."""
     if not path.is_file():
         return []
-    lines = path.read_text().split("\n")
-    whole = [line for line in lines[:-1] if line]  # what follows the last newline was never finished
-    return [json.loads(line) for line in whole]
+    content = path.read_bytes()
+    whole = content[: content.rfind(b"\n") + 1]  # what follows the last newline was never finished
+    try:
+        return [json.loads(line) for line in whole.splitlines() if line]
+    except ValueError as error:
+        raise UserError(f"{path} has a damaged line ({error}): remove that line or restore the file") from None
 
 
 def write_json_lines(path: Path, rows: list[dict[str, Any]]) -> None:

@@ -135,7 +135,7 @@ def test_a_killed_worker_of_two_is_replaced_and_changes_nothing(
 
 
 def test_two_workers_train_what_one_does(trained: Path, ray_cluster: None, pixels: Path, tmp_path: Path) -> None:
-    recipe = tiny_recipe(model__dropout=0, train__images=300)
+    recipe = tiny_recipe(train__images=300)
     for workers in (0, 2):
         train(recipe, str(pixels), str(tmp_path / str(workers)), workers=workers)
     one, two = (read_json_lines(tmp_path / str(workers) / "progress.jsonl") for workers in (0, 2))
