@@ -131,6 +131,8 @@ def _run(folder: Path, chain: Chain, step: _Steps) -> None:
 def _check_folder(folder: Path, chain: Chain) -> None:
     """Refuse to continue the other chain, or one whose runs are in another MLflow store."""
     mark = folder / ".chain"
+    if not mark.is_file() and any(folder.iterdir()):
+        raise UserError(f"{folder} is not empty and holds no demo: choose another --out, or an empty folder")
     if mark.is_file() and mark.read_text() != chain.name:
         raise UserError(f"{folder} holds the chain {mark.read_text()}: choose another --out, or remove it")
     for run in (folder / "autoencoder" / "run.json", folder / "search" / "search.json", folder / "run" / "run.json"):

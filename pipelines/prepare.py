@@ -10,7 +10,7 @@ import os
 import shutil
 import warnings
 from collections import Counter
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -97,11 +97,14 @@ def prepare(
     a call after a kill does what is missing. Raises UserError for what cannot be prepared.
     """
     folder_in, folder_out = local_path(source), local_path(dataset)
-    fetched = fetch_model(autoencoder) if autoencoder else None
+    encoder: Path | None = None
     inputs, plan = _plan(folder_in, resolution, crop, short_side, stride, shard_rows)
-    if fetched:
-        card = load_autoencoder(fetched.folder).describe() | {"reference": fetched.reference}
-        plan = Plan(**{**plan.__dict__, "autoencoder": card})
+    if autoencoder:
+        encoder, card = _fetch_autoencoder(autoencoder)
+        side = plan.transform.resolution if plan.transform else open_dataset(folder_in).card["resolution"]
+        if side % card["downscale"]:
+            raise UserError(f"images of {side} pixels cannot be halved to {card['downscale']} times smaller latents")
+        plan = replace(plan, autoencoder=card)
     elif plan.source_kind == "dataset":
         raise UserError(f"{source} is prepared already: give --autoencoder to encode it, or a folder of images")
 
@@ -111,11 +114,21 @@ def prepare(
             say(f"{folder_out} is complete: {len(open_dataset(folder_out)):,} rows")
             return open_dataset(folder_out)
         _start_work(folder_out, plan, inputs)
-        if fetched:
-            shutil.copytree(fetched.folder, folder_out / "autoencoder", dirs_exist_ok=True)
+        if encoder:
+            shutil.copytree(encoder, folder_out / "autoencoder", dirs_exist_ok=True)
         _make_shards(folder_out, plan, len(inputs), workers)
         _finish(folder_out, plan, len(inputs))
     return open_dataset(folder_out)
+
+
+def _fetch_autoencoder(reference: str) -> tuple[Path, dict[str, Any]]:
+    """The folder of an autoencoder, from the registry or any diffusers folder, and what the card says of it."""
+    if reference.startswith(("models:/", "runs:/")):
+        fetched = fetch_model(reference)
+        folder, resolved = fetched.folder, fetched.reference
+    else:
+        folder, resolved = local_path(reference), Path(reference).name  # where it lies is this machine's affair
+    return folder, load_autoencoder(folder).describe() | {"reference": resolved}
 
 
 def _plan(
@@ -281,6 +294,7 @@ class ShardMaker:
 
     def __call__(self, item: dict[str, int]) -> dict[str, int]:
         """Make shard `item["shard"]`: its Arrow file, then the note that says it is finished."""
+        self._photograph = None  # every shard reads, and hashes, what it needs itself
         first = item["shard"] * self.plan.shard_rows
         inputs = self.inputs[first : first + self.plan.shard_rows]
         if self.pixels is not None:

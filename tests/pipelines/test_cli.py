@@ -32,6 +32,12 @@ MISTAKES = {
     "a missing source": (["prepare", "{tmp}/nowhere", "{tmp}/out", "--resolution", "16"], "does not exist"),
     "no resolution": (["prepare", "{images}", "{tmp}/out"], "--resolution is missing"),
     "an output below a file": (["prepare", "{images}", "{tmp}/file/out", "--resolution", "16"], "cannot be made"),
+    "a demo among other files": (["demo", "--out", "{tmp}"], "is not empty and holds no demo"),
+    "an autoencoder that is none": (
+        ["prepare", "{pixels}", "{tmp}/out", "--autoencoder", "{tmp}/empty"],
+        "holds no diffusion_pytorch_model.safetensors",
+    ),
+    "pixels prepared twice": (["prepare", "{pixels}", "{tmp}/out"], "give --autoencoder"),
     "a demo below a file": (["demo", "--out", "{tmp}/file/out"], "cannot be made"),
     "a run below a file": (["train", "{recipe}", "--data", "{pixels}", "--out", "{tmp}/file/run"], "cannot be made"),
     "an unknown crop": (["prepare", "{images}", "{tmp}/out", "--resolution", "16", "--crop", "round"], "--crop round"),
