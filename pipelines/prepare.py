@@ -8,7 +8,6 @@ import hashlib
 import json
 import os
 import shutil
-import warnings
 from collections import Counter
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -18,10 +17,10 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from patchloom.models.autoencoder import load_autoencoder
-from patchloom.platform.cluster import quiet_environment, ray_session, session_cpus
+from patchloom.platform.cluster import map_on_actors, quiet_environment
 from patchloom.platform.dataset import CARD, DATASET_FORMAT, Dataset, is_dataset, open_dataset, write_shard
 from patchloom.platform.errors import UserError
-from patchloom.platform.progress import Meter, progress, say
+from patchloom.platform.progress import progress, say
 from patchloom.platform.registry import fetch_model
 from patchloom.platform.storage import (
     file_sha256,
@@ -257,23 +256,8 @@ def _make_shards(folder: Path, plan: Plan, inputs: int, workers: int | None) -> 
     kept = inputs - sum(min(plan.shard_rows, inputs - item["shard"] * plan.shard_rows) for item in todo)
     with progress(title, inputs, "images") as meter:
         meter.begin(kept)
-        if todo:
-            with ray_session():
-                _run_on_ray_data(folder, todo, workers, meter)
-
-
-def _run_on_ray_data(folder: Path, todo: list[dict[str, int]], workers: int | None, meter: Meter) -> None:
-    import ray.data
-    import ray.util.annotations
-
-    pool = ray.data.ActorPoolStrategy(min_size=1, max_size=min(workers or session_cpus(), len(todo)))
-    with warnings.catch_warnings():  # without the restart options a worker that dies hard is retried for ever
-        warnings.simplefilter("ignore", ray.util.annotations.RayDeprecationWarning)
-        made = ray.data.from_items(todo, override_num_blocks=len(todo)).map(
-            ShardMaker, fn_constructor_args=(str(folder),), compute=pool, num_cpus=1, max_restarts=2, max_task_retries=2
-        )
-    for row in made.iter_rows():
-        meter.update(meter.done + row["inputs"])
+        for row in map_on_actors(ShardMaker, str(folder), todo, workers):
+            meter.update(meter.done + row["inputs"])
 
 
 class ShardMaker:

@@ -14,9 +14,9 @@ from patchloom.models.checkpoints import load_whole_model, read_card
 from patchloom.models.generate import default_labels, generate_padded
 from patchloom.pipelines.pictures import contact_sheet, save_png
 from patchloom.pipelines.pyfunc import png_bytes
-from patchloom.platform.cluster import quiet_environment, ray_session, session_cpus
+from patchloom.platform.cluster import map_on_actors, quiet_environment
 from patchloom.platform.errors import UserError
-from patchloom.platform.progress import progress, say
+from patchloom.platform.progress import Meter, progress, say
 from patchloom.platform.registry import FetchedModel, fetch_model
 from patchloom.platform.storage import (
     local_path,
@@ -110,8 +110,8 @@ def sample(
         todo = [seed for seed in wanted if seed not in done]
         with progress("sampling", len(wanted), "images") as meter:
             meter.begin(len(wanted) - len(todo))
-            if todo:
-                _run_on_ray_data(folder, fetched, options, todo, workers, meter)
+            write_json_lines(folder / MANIFEST, list(done.values()))
+            _run(folder, fetched, options, todo, workers, meter)
         return _finish(folder)
 
 
@@ -158,34 +158,17 @@ def _finished(folder: Path) -> dict[int, dict[str, Any]]:
     return {seed: entry for seed, entry in entries.items() if whole(entry)}
 
 
-def _run_on_ray_data(
-    folder: Path, fetched: FetchedModel, options: dict[str, Any], todo: list[int], workers: int | None, meter: Any
+def _run(
+    folder: Path, fetched: FetchedModel, options: dict[str, Any], todo: list[int], workers: int | None, meter: Meter
 ) -> None:
-    import warnings
-
-    import ray.util.annotations
-
-    write_json_lines(folder / MANIFEST, list(_finished(folder).values()))
     batches = [{"seeds": todo[start : start + options["batch"]]} for start in range(0, len(todo), options["batch"])]
-    with ray_session():
-        import ray.data
-
-        gpus = ray.cluster_resources().get("GPU", 0)
-        most = int(gpus) if gpus else session_cpus()
-        pool = ray.data.ActorPoolStrategy(min_size=1, max_size=max(1, min(workers or most, len(batches))))
-        job = {"folder": str(folder), "reference": fetched.reference, "options": options, "tracking": tracking_uri()}
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", ray.util.annotations.RayDeprecationWarning)
-            made = ray.data.from_items(batches, override_num_blocks=len(batches)).map(
-                BatchSampler, fn_constructor_args=(job,), compute=pool, num_cpus=1, num_gpus=1 if gpus else 0,
-                max_restarts=2, max_task_retries=2,
-            )  # fmt: skip
-        with (folder / MANIFEST).open("a") as manifest:
-            for row in made.iter_rows():
-                entries = json.loads(row["entries"])
-                manifest.write("".join(json.dumps(entry) + "\n" for entry in entries))
-                manifest.flush()
-                meter.update(meter.done + len(entries))
+    job = {"folder": str(folder), "reference": fetched.reference, "options": options, "tracking": tracking_uri()}
+    with (folder / MANIFEST).open("a") as manifest:
+        for row in map_on_actors(BatchSampler, job, batches, workers, on_gpus=True):
+            entries = json.loads(row["entries"])
+            manifest.write("".join(json.dumps(entry) + "\n" for entry in entries))
+            manifest.flush()
+            meter.update(meter.done + len(entries))
 
 
 class BatchSampler:

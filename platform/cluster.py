@@ -105,6 +105,31 @@ def session_cpus() -> int:
     return int(ray.cluster_resources().get("CPU", 1))
 
 
+def map_on_actors(
+    actor: type, argument: Any, items: list[dict[str, Any]], workers: int | None, on_gpus: bool = False
+) -> Iterator[dict[str, Any]]:
+    """What `actor(argument)(item)` returns for every item, as they come, from a pool of actors on Ray Data.
+
+    workers: how many at most; all CPUs of the session by default, or, with `on_gpus` where there are any,
+    all GPUs, one an actor. An actor that dies hard is restarted twice, and its item tried again.
+    """
+    if not items:
+        return
+    with ray_session():
+        import ray.data
+        import ray.util.annotations
+
+        gpus = int(ray.cluster_resources().get("GPU", 0)) if on_gpus else 0
+        most = max(1, min(workers or gpus or session_cpus(), len(items)))
+        with warnings.catch_warnings():  # without the restart options a dead worker's item is retried for ever
+            warnings.simplefilter("ignore", ray.util.annotations.RayDeprecationWarning)
+            made = ray.data.from_items(items, override_num_blocks=len(items)).map(
+                actor, fn_constructor_args=(argument,), compute=ray.data.ActorPoolStrategy(min_size=1, max_size=most),
+                num_cpus=1, num_gpus=1 if gpus else 0, max_restarts=2, max_task_retries=2,
+            )  # fmt: skip
+        yield from made.iter_rows()
+
+
 @dataclass(frozen=True)
 class Worker:
     """Which of how many workers this process is, and how it adds up tensors with the others."""

@@ -14,6 +14,7 @@ from pydantic_core import PydanticCustomError
 from patchloom.platform.errors import UserError
 
 Number = TypeVar("Number", int, float)
+SHOWN_PROBLEMS = 4
 SHIPPED = Path(__file__).parent.parent / "tune_configs"
 
 
@@ -219,6 +220,8 @@ def find_config(name: str) -> Path:
 def load_recipe(name: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """Read a recipe, with `a.b=value` overrides; raises UserError at the path of what is wrong."""
     values = _read_yaml(find_config(str(name)))
+    if "space" in values:
+        raise UserError(f"{name} is a search: run it with `patchloom tune`, or give a recipe")
     if overrides:
         values = _with_defaults(values)
     for override in overrides:
@@ -245,7 +248,10 @@ def check_recipe(values: dict[str, Any]) -> Recipe:
 def load_search(name: str | Path) -> tuple[Search, Recipe]:
     """Read a search and the recipe that it starts from, which lies beside it or is a shipped one."""
     path = find_config(str(name))
-    search = _checked(Search, _read_yaml(path))
+    values = _read_yaml(path)
+    if "space" not in values and "train" in values:
+        raise UserError(f"{name} is a recipe: train it with `patchloom train`, or give a search (with a `space`)")
+    search = _checked(Search, values)
     beside = path.parent / search.recipe
     return search, load_recipe(beside if beside.is_file() else search.recipe)
 
@@ -311,7 +317,8 @@ def _checked(kind: type[SectionType], values: dict[str, Any]) -> SectionType:
         return kind.model_validate(values)
     except ValidationError as error:
         problems = [_problem(kind, item) for item in error.errors(include_url=False)]
-        raise UserError("; ".join(problems)) from None
+        more = [f"and {len(problems) - SHOWN_PROBLEMS} more"] if len(problems) > SHOWN_PROBLEMS else []
+        raise UserError("; ".join(problems[:SHOWN_PROBLEMS] + more)) from None
 
 
 def _problem(kind: type[Section], item: Any) -> str:

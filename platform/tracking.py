@@ -208,6 +208,7 @@ def require_reachable() -> None:
         experiment_id(connect())
     except Exception as error:
         problem = str(error).strip().split("\n")[0]
+        problem = problem if len(problem) <= 120 else f"{problem[:117]}..."
         raise UserError(f"MLflow at {tracking_uri()} cannot be opened ({problem}): check MLFLOW_TRACKING_URI") from None
 
 

@@ -55,6 +55,8 @@ MISTAKES = {
         "has no dataset.json",
     ),
     "an unknown recipe": (["train", "nonesuch", "--data", "{pixels}", "--out", "{tmp}/out"], "shipped"),
+    "a search for a recipe": (["train", "demo_search", "--data", "{pixels}", "--out", "{tmp}/out"], "is a search"),
+    "a recipe for a search": (["tune", "{recipe}", "--data", "{pixels}", "--out", "{tmp}/out"], "is a recipe"),
     "no run folder": (["train", "{recipe}", "--data", "{pixels}"], "--out is missing"),
     "an unknown model name": (["sample", "models:/nonesuch@champion", "{tmp}/out"], "is not in the registry"),
     "an unknown version": (["sample", "models:/nonesuch/7", "{tmp}/out"], "is not in the registry"),
