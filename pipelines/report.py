@@ -23,8 +23,8 @@ h1 { font-size: 1.9rem; margin: 0 0 .25rem; letter-spacing: -.01em; }
 h2 { font-size: 1.2rem; margin: 2.75rem 0 .75rem; padding-top: .75rem; border-top: 1px solid var(--line); }
 p { margin: .4rem 0 .9rem; max-width: 46rem; }
 .lead, figcaption, .note { color: var(--soft); }
-.numbers { display: flex; flex-wrap: wrap; gap: .75rem; margin: 1.25rem 0; }
-.numbers div { flex: 1 1 9rem; background: var(--wash); border-radius: .5rem; padding: .7rem .9rem; }
+.numbers { display: grid; grid-template-columns: repeat(auto-fit, minmax(8rem, 1fr)); gap: .75rem; margin: 1.25rem 0; }
+.numbers div { background: var(--wash); border-radius: .5rem; padding: .7rem .9rem; }
 .numbers b { display: block; font-size: 1.35rem; font-variant-numeric: tabular-nums; }
 .numbers span { color: var(--soft); font-size: .85rem; }
 figure { margin: 0 0 1.25rem; }
