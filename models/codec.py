@@ -45,12 +45,25 @@ def pixel_space(channels: int = 3) -> Space:
 
 
 def to_pixels(x: Tensor, space: Space, autoencoder: Autoencoder | None) -> Tensor:
-    """(B, C, H, W) of the network's values -> (B, 3, H', W') uint8 images, decoded where they are latents.
+    """(B, C, H, W) of the network's values -> uint8 images, (B, 3, H', W') where they are decoded from latents.
 
-    Pixels are x * 127.5 + 128, clipped to 0..255 and truncated (EDM).
+    Pixels are x * 127.5 + 128, clipped to 0..255 and truncated (EDM). Raises ValueError for a space of
+    latents without its autoencoder.
     """
     if space.kind == "latents":
         if autoencoder is None:
             raise ValueError("latents need the autoencoder that they were encoded with")
         return autoencoder.decode(space.restore(x))
     return (x.float() * 127.5 + 128).clamp(0, 255).to(torch.uint8)
+
+
+def from_pixels(images: Tensor, space: Space, autoencoder: Autoencoder | None) -> Tensor:
+    """(B, C, H, W) uint8 images -> (B, C', H', W') float32 of the network's values; latents are posterior means.
+
+    Raises ValueError for a space of latents without its autoencoder.
+    """
+    if space.kind == "pixels":
+        return space.normalise(images)
+    if autoencoder is None:
+        raise ValueError("latents need the autoencoder that they were encoded with")
+    return space.normalise(autoencoder.encode(images)[0])

@@ -5,16 +5,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from patchloom.models.patches import coordinate_grid
-from patchloom.models.unet import NETWORKS
-
-COORDINATE_CHANNELS = 2
+from patchloom.models.backbones import build_backbone
+from patchloom.models.patches import COORDINATE_CHANNELS, coordinate_grid, encode_coordinates
+from patchloom.models.unet import NETWORKS, UNet
 
 
 class Denoiser(nn.Module):
     """D(x; sigma), the clean estimate of a noisy image or patch (EDM, Eq. 7; Patch Diffusion, Eq. 4).
 
     The patch's coordinates are joined here, as channels beside the image; they are not scaled by c_in.
+    `coordinates` is their encoding: "linear", "periodic", "implicit" (linear, with 1x1 convolutions first
+    in the network) or "none". With `patch_size` the network is told the side of the patch over that of
+    the image.
     """
 
     def __init__(
@@ -24,13 +26,14 @@ class Denoiser(nn.Module):
         channels: int,
         resolution: int,
         classes: int = 0,
-        coordinates: bool = True,
+        coordinates: str = "linear",
+        patch_size: bool = False,
         sigma_data: float = 0.5,
     ) -> None:
         super().__init__()
         self.model = network
         self.channels, self.resolution, self.classes = channels, resolution, classes
-        self.coordinates, self.sigma_data = coordinates, sigma_data
+        self.coordinates, self.patch_size, self.sigma_data = coordinates, patch_size, sigma_data
 
     def forward(
         self,
@@ -38,15 +41,18 @@ class Denoiser(nn.Module):
         sigma: Tensor | float,
         coordinates: Tensor | None = None,
         labels: Tensor | None = None,
+        *,
+        augmentation: Tensor | None = None,
     ) -> Tensor:
         """(B, C, H, W) noisy images at noise level `sigma` -> their clean estimate, float32.
 
         sigma: (B,) or scalar, in units of the data. coordinates: (B, 2, H, W), x first, or None for the
         full grid of the input's own size. labels: one-hot (B, K), or None for the zero vector (no class).
-        Raises ValueError for coordinates or labels that the network has no channels for.
+        augmentation: (B, A) labels of `augment`, or None for images as they are. Raises ValueError for
+        coordinates or labels that the network has no channels for, and for sides that it cannot halve.
         """
         noisy = noisy.to(torch.float32)
-        batch, _, height, width = noisy.shape
+        batch = len(noisy)
         sigma = torch.as_tensor(sigma, dtype=torch.float32, device=noisy.device).expand(batch)
         spread = sigma[:, None, None, None]
         total = (spread**2 + self.sigma_data**2).sqrt()
@@ -55,15 +61,29 @@ class Denoiser(nn.Module):
         c_in = 1 / total
         c_noise = sigma.log() / 4
 
-        x = c_in * noisy
-        if self.coordinates:
-            if coordinates is None:
-                coordinates = coordinate_grid(height, width, noisy.device)[None].expand(batch, -1, -1, -1)
-            x = torch.cat([x, coordinates.to(torch.float32)], dim=1)
-        elif coordinates is not None:
-            raise ValueError("coordinates were given to a network without coordinate channels")
-        estimate: Tensor = self.model(x, c_noise, self._labels(labels, batch, noisy.device))
+        conditions = self._conditions(noisy, coordinates, augmentation)
+        x = self._join_coordinates(c_in * noisy, coordinates)
+        estimate: Tensor = self.model(x, c_noise, self._labels(labels, batch, noisy.device), **conditions)
         return c_skip * noisy + c_out * estimate.to(torch.float32)
+
+    def _join_coordinates(self, x: Tensor, coordinates: Tensor | None) -> Tensor:
+        batch, _, height, width = x.shape
+        if self.coordinates == "none":
+            if coordinates is not None:
+                raise ValueError("coordinates were given to a network without coordinate channels")
+            return x
+        if coordinates is None:
+            coordinates = coordinate_grid(height, width, x.device)[None].expand(batch, -1, -1, -1)
+        encoding = "linear" if self.coordinates == "implicit" else self.coordinates
+        return torch.cat([x, encode_coordinates(coordinates.to(torch.float32), encoding)], dim=1)
+
+    def _conditions(self, noisy: Tensor, coordinates: Tensor | None, augmentation: Tensor | None) -> dict[str, Tensor]:
+        """What the network is told beside the noise level and the class, where there is something to tell."""
+        conditions = {} if augmentation is None else {"augmentation": augmentation}
+        if self.patch_size:  # without coordinates of its own an input is a whole image, whatever its size
+            fraction = 1.0 if coordinates is None else min(1.0, max(noisy.shape[2:]) / self.resolution)
+            conditions["patch_fraction"] = torch.full((len(noisy),), fraction, device=noisy.device)
+        return conditions
 
     def _labels(self, labels: Tensor | None, batch: int, device: torch.device) -> Tensor | None:
         if not self.classes:
@@ -78,24 +98,47 @@ class Denoiser(nn.Module):
 def build_denoiser(config: dict[str, Any]) -> Denoiser:
     """A denoiser with freshly drawn weights from its description in `model.json`.
 
-    config: `network` ("song" or "dhariwal"), `network_options` (its constructor's arguments),
-    `resolution`, `channels`, `classes`, `coordinates`, `sigma_data`.
+    config: `network` ("song", "dhariwal", or "package.module:Class" for a backbone of one's own),
+    `network_options` (further arguments of its constructor), `resolution`, `channels`, `classes`,
+    `coordinates` (see `Denoiser`), `patch_size` and `sigma_data`. Raises ValueError for a network or
+    encoding that is not known, a backbone that was not allowed, and sizes that do not fit together.
     """
-    if config["network"] not in NETWORKS:
-        known = ", ".join(sorted(NETWORKS))
-        raise ValueError(f"network {config['network']!r} is unknown: choose one of {known}")
-    network = NETWORKS[config["network"]](
+    # format 1 of `model.json` said true and false where there are four encodings now
+    coordinates = {True: "linear", False: "none"}.get(config["coordinates"], config["coordinates"])
+    if coordinates not in COORDINATE_CHANNELS:
+        known = ", ".join(COORDINATE_CHANNELS)
+        raise ValueError(f"coordinate encoding {coordinates!r} is unknown: choose one of {known}")
+    name, patch_size = config["network"], config.get("patch_size", False)
+    options: dict[str, Any] = dict(
         resolution=config["resolution"],
-        channels_in=config["channels"] + (COORDINATE_CHANNELS if config["coordinates"] else 0),
+        channels_in=config["channels"] + COORDINATE_CHANNELS[coordinates],
         channels_out=config["channels"],
         classes=config["classes"],
         **config["network_options"],
     )
+    if ":" in name:
+        network = build_backbone(name, options)
+    elif name in NETWORKS:
+        network = NETWORKS[name](**options, patch_size=patch_size)
+    else:
+        known = ", ".join(sorted(NETWORKS))
+        raise ValueError(f"network {name!r} is unknown: choose one of {known}, or package.module:Class")
     return Denoiser(
         network,
         channels=config["channels"],
         resolution=config["resolution"],
         classes=config["classes"],
-        coordinates=config["coordinates"],
+        coordinates=coordinates,
+        patch_size=patch_size,
         sigma_data=config["sigma_data"],
     )
+
+
+def halvings_of(config: dict[str, Any]) -> int:
+    """How often the network of `config` halves its input, so that sides must be multiples of 2 to that power.
+
+    0 for a backbone of one's own, which knows best. Raises ValueError where the network cannot be built.
+    """
+    with torch.device("meta"):
+        network = build_denoiser(config).model
+    return network.halvings if isinstance(network, UNet) else 0

@@ -11,9 +11,17 @@ from patchloom.models.denoiser import Denoiser, build_denoiser
 def training_flops(config: dict[str, Any], size: int) -> int:
     """FLOPs of one crop of `size` pixels, forward and backward, attention included.
 
-    A multiply-add counts 2, and the backward pass twice the forward. config: see `build_denoiser`.
+    A multiply-add counts 2, and the backward pass twice the forward. config: see `build_denoiser`. Raises
+    ValueError for a network that cannot be built, or a size that it cannot halve.
     """
-    with torch.device("meta"):
+    try:
+        return _counted(config, size, "meta")
+    except NotImplementedError:  # a backbone may need numbers to work with
+        return _counted(config, size, "cpu")
+
+
+def _counted(config: dict[str, Any], size: int, device: str) -> int:
+    with torch.device(device):
         denoiser = build_denoiser(config).eval()
         noisy = torch.zeros(1, config["channels"], size, size)
         with FlopCounterMode(display=False) as counter, torch.no_grad():

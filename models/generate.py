@@ -1,29 +1,155 @@
 """Generate: seeds in, images out; the image of a seed does not depend on its neighbours."""
 
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from patchloom.models.checkpoints import Model
-from patchloom.models.codec import to_pixels
-from patchloom.models.guidance import guided
-from patchloom.models.noise import karras_sigmas
-from patchloom.models.samplers import heun, seeded_noise
+from patchloom.models.codec import from_pixels, to_pixels
+from patchloom.models.denoiser import halvings_of
+from patchloom.models.guidance import EVERYWHERE, guided, guides_at, keep_centre
+from patchloom.models.noise import LADDERS
+from patchloom.models.patches import extended_grid
+from patchloom.models.samplers import (
+    Denoise,
+    Noise,
+    SeededNoise,
+    ancestral,
+    ddim,
+    dpmpp_2m,
+    dpmpp_2m_sde,
+    euler,
+    heun,
+    plms,
+)
 from patchloom.models.step import one_hot
+
+SAMPLERS: dict[str, Callable[..., Tensor]] = {
+    "heun": heun,
+    "euler": euler,
+    "ddim": ddim,
+    "ancestral": ancestral,
+    "dpmpp-2m": dpmpp_2m,
+    "dpmpp-2m-sde": dpmpp_2m_sde,
+    "plms": plms,
+}
+CANVASES = ("rescale", "extrapolate")
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How noise becomes images: with the model, the seed and the label, all that an image depends on.
+
+    churn, churn_between, churn_noise: EDM's S_churn, (S_tmin, S_tmax), S_noise, for `heun`.
+    guidance_between: the noise levels at which guidance acts. size: (height, width) of the images in
+    pixels, None for the trained one; on other sizes `canvas` says what the coordinates are: "rescale", the
+    larger grid again spans [-1, 1] (Patch Diffusion, section 4.5), or "extrapolate", the trained spacing
+    goes on beyond it. Raises ValueError for what no sampler does.
+    """
+
+    sampler: str = "heun"
+    steps: int = 18
+    ladder: str = "karras"
+    churn: float = 0.0
+    churn_between: tuple[float, float] | None = None
+    churn_noise: float = 1.0
+    guidance: float = 1.0
+    guidance_between: tuple[float, float] | None = None
+    size: tuple[int, int] | None = None
+    canvas: str = "rescale"
+
+    def __post_init__(self) -> None:
+        for name, value, known in (
+            ("sampler", self.sampler, tuple(SAMPLERS)),
+            ("ladder", self.ladder, tuple(LADDERS)),
+            ("canvas", self.canvas, CANVASES),
+        ):
+            if value not in known:
+                raise ValueError(f"{name} {value} is unknown: choose one of {', '.join(known)}")
+        for name, least in (("steps", 1), ("churn", 0), ("churn_noise", 0)):
+            if not getattr(self, name) >= least:
+                raise ValueError(f"{name} {getattr(self, name)} is below {least}")
+        if self.churn and self.sampler != "heun":
+            raise ValueError(f"churn is EDM's, of the sampler heun, and the sampler is {self.sampler}: leave it at 0")
+        for name in ("churn_between", "guidance_between"):
+            low, high = getattr(self, name) or EVERYWHERE
+            if not 0 <= low < high:
+                raise ValueError(f"{name} is {low:g}-{high:g}, and two rising noise levels were wanted, such as 0.3-5")
+        self.sigmas()
+
+    def sigmas(self) -> Tensor:
+        """The (steps + 1,) float64 noise levels, ending in 0."""
+        return LADDERS[self.ladder](self.steps)
+
+    def __call__(self, denoise: Denoise, noise: Noise) -> Tensor:
+        """Sample from `noise`, whose first draw is the start: (B, C, H, W) float64."""
+        options: dict[str, Any] = {}
+        if self.sampler == "heun":
+            low, high = self.churn_between or EVERYWHERE
+            options = {"churn": self.churn, "churn_min": low, "churn_max": high, "churn_noise": self.churn_noise}
+        if self.sampler in ("heun", "ancestral", "dpmpp-2m-sde"):
+            options["noise"] = noise
+        sigmas = self.sigmas()
+        return SAMPLERS[self.sampler](denoise, noise().double() * sigmas[0], sigmas, **options)
+
+    @property
+    def network_evaluations(self) -> int:
+        """How often an image goes through the network; counted by sampling one that is all zero."""
+        count = 0
+
+        def counted(x: Tensor, sigma: Tensor) -> Tensor:
+            nonlocal count
+            count += 2 if guides_at(float(sigma), self.guidance, self.guidance_between or EVERYWHERE) else 1
+            return x
+
+        self(counted, lambda: torch.zeros(1, 1, 1, 1))
+        return count
+
+
+def check_fit(sampling: Sampling, card: dict[str, Any]) -> None:
+    """Raise ValueError where the model of this card (`model.json`) cannot be sampled so, with the reason."""
+    if sampling.guidance != 1 and not (card["class_names"] and card["label_dropout"] > 0):
+        lacks = "label dropout" if card["class_names"] else "classes"
+        raise ValueError(
+            f"guidance {sampling.guidance:g} compares a class with no class, and this model was trained without "
+            f"{lacks}, so it never learned one of them: leave it at 1"
+        )
+    if sampling.size is None:
+        return
+    multiple = 2 ** halvings_of(card["denoiser"]) * card.get("autoencoder", {}).get("downscale", 1)
+    if any(side % multiple or side < 1 for side in sampling.size):
+        raise ValueError(
+            f"size {sampling.size[0]}x{sampling.size[1]} cannot be halved as often as the networks do: "
+            f"choose multiples of {multiple}"
+        )
 
 
 @torch.no_grad()
-def generate(model: Model, seeds: list[int], labels: list[int], steps: int = 18, guidance: float = 1.0) -> Tensor:
-    """(B, 3, H, W) uint8 images, one a seed, by Heun's sampler on the full grid of coordinates (section 3.4).
+def generate(
+    model: Model, seeds: list[int], labels: list[int], sampling: Sampling, centre: Tensor | None = None
+) -> Tensor:
+    """(B, C, H, W) uint8 images, one a seed, by the sampler on the full grid of coordinates (section 3.4).
 
-    labels: a class number a seed, -1 for none. The bytes of an image depend on its seed, its label, the
-    options and the size of the batch, not on what else is in the batch.
+    labels: a class number a seed, -1 for none. centre: (C, h, w) uint8, an image that stays in the middle
+    of a larger canvas. The bytes of an image depend on its seed, its label, the options and the size of the
+    batch, not on what else is in the batch. Raises ValueError for sizes that do not fit the network.
     """
     denoiser = model.denoiser
     device = next(denoiser.parameters()).device
-    noise = seeded_noise(seeds, (denoiser.channels, denoiser.resolution, denoiser.resolution)).to(device)
+    downscale = model.autoencoder.downscale if model.autoencoder else 1
+    height, width = (side // downscale for side in sampling.size or (denoiser.resolution * downscale,) * 2)
+    noise = SeededNoise(seeds, (denoiser.channels, height, width))
     classes = one_hot(torch.tensor(labels), denoiser.classes).to(device) if denoiser.classes else None
-    sigmas = karras_sigmas(steps)
-    x = heun(guided(denoiser, classes, guidance), noise.double() * sigmas[0], sigmas)
+    coordinates = None
+    if denoiser.coordinates != "none" and sampling.canvas == "extrapolate":
+        coordinates = extended_grid(height, width, denoiser.resolution, device)
+    denoise = guided(denoiser, classes, sampling.guidance, sampling.guidance_between or EVERYWHERE, coordinates)
+    if centre is not None:
+        denoise = keep_centre(denoise, from_pixels(centre[None].to(device), model.space, model.autoencoder))
+    x = sampling(denoise, lambda: noise().to(device))
     return to_pixels(x, model.space, model.autoencoder)
 
 
@@ -33,9 +159,9 @@ def default_labels(seeds: list[int], classes: int) -> list[int]:
 
 
 def generate_padded(
-    model: Model, seeds: list[int], labels: list[int], batch: int, steps: int = 18, guidance: float = 1.0
+    model: Model, seeds: list[int], labels: list[int], batch: int, sampling: Sampling, centre: Tensor | None = None
 ) -> Tensor:
-    """`generate` in compute batches of exactly `batch`, the last one padded: (len(seeds), 3, H, W) uint8.
+    """`generate` in compute batches of exactly `batch`, the last one padded: (len(seeds), C, H, W) uint8.
 
     Equal batches give equal bits, so a seed's bytes are the same in a job of any size.
     """
@@ -43,6 +169,6 @@ def generate_padded(
     for start in range(0, len(seeds), batch):
         some, their = seeds[start : start + batch], labels[start : start + batch]
         pad = batch - len(some)
-        made = generate(model, some + some[-1:] * pad, their + their[-1:] * pad, steps, guidance)
+        made = generate(model, some + some[-1:] * pad, their + their[-1:] * pad, sampling, centre)
         images.append(made[: len(some)])
     return torch.cat(images)

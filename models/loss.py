@@ -6,9 +6,15 @@ from torch import Tensor
 from patchloom.models.denoiser import Denoiser
 from patchloom.models.luck import derive_seed
 
+SIGMA_EDGES = (0.1, 0.3, 1.0, 3.0)  # of the noise levels that losses are told apart by
+SIGMA_BINS = ("0-0.1", "0.1-0.3", "0.3-1", "1-3", "3-inf")
+
 
 def edm_weight(sigma: Tensor, sigma_data: float = 0.5) -> Tensor:
-    """The weight that makes every noise level matter equally at initialisation (EDM, Table 1)."""
+    """The weight that makes every noise level matter equally at initialisation (EDM, Table 1); elementwise.
+
+    sigma: noise levels of any shape; sigma_data: the data's standard deviation, in the same units.
+    """
     return (sigma**2 + sigma_data**2) / (sigma * sigma_data) ** 2
 
 
@@ -20,18 +26,27 @@ def denoising_loss(
     coordinates: Tensor | None = None,
     labels: Tensor | None = None,
     reduction: str = "mean",
+    augmentation: Tensor | None = None,
 ) -> Tensor:
-    """The weighted squared error of each patch, (B,) (Patch Diffusion, Eq. 4).
+    """The weighted squared error of each patch, (B,) (Patch Diffusion, Eq. 4; EDM, Eq. 8).
 
-    clean, noise: (B, C, s, s), noise of unit variance; sigma: (B,). `reduction` runs over a patch's
-    channels and pixels: "mean", or "sum" as the paper's released code does.
+    clean, noise: (B, C, s, s), noise of unit variance; sigma: (B,); coordinates: (B, 2, s, s); labels:
+    (B, K); augmentation: (B, A). `reduction` runs over a patch's channels and pixels: "mean", or "sum" as
+    the paper's released code does.
     """
     spread = sigma[:, None, None, None]
-    estimate = denoiser(clean + spread * noise, sigma, coordinates, labels)
+    estimate = denoiser(clean + spread * noise, sigma, coordinates, labels, augmentation=augmentation)
     error = (estimate - clean).square().flatten(1)
     error = error.sum(1) if reduction == "sum" else error.mean(1)
     weighted: Tensor = edm_weight(sigma, denoiser.sigma_data) * error
     return weighted
+
+
+def losses_by_sigma(losses: Tensor, sigma: Tensor) -> Tensor:
+    """(B,) losses and their (B,) noise levels -> (5, 2): sum and count in each of `SIGMA_BINS`."""
+    bins = torch.bucketize(sigma, torch.tensor(SIGMA_EDGES, device=sigma.device))
+    sums = torch.zeros(len(SIGMA_BINS), 2, device=losses.device)
+    return sums.index_add_(0, bins, torch.stack([losses.detach(), torch.ones_like(losses)], dim=1))
 
 
 @torch.no_grad()

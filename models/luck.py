@@ -10,6 +10,8 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
+from patchloom.models.augment import draw_parameters
+
 
 def derive_seed(*parts: int | str) -> int:
     """One 63-bit seed from several names and numbers, alike on every machine."""
@@ -27,15 +29,20 @@ class Luck:
     corner: Tensor  # (B, 2) uniform
     posterior: Tensor  # (B, C, R, R) standard normal; empty for pixels
     noise: Tensor  # (B, C, s, s) standard normal
+    augmentation: Tensor  # (B, 8) parameters, from a generator of their own; (B, 0) without
 
 
 def draw_block(
     seed: int, step: int, block: int, count: int, channels: int, resolution: int, size: int,
-    latent: bool, device: torch.device,
+    latent: bool, device: torch.device, augmentation: float = 0.0,
 ) -> Luck:  # fmt: skip
     """The luck of one block: its own generator, so that any worker can draw it."""
     generator = torch.Generator(device).manual_seed(derive_seed(seed, step, block))
     posterior = (count, channels, resolution, resolution) if latent else (count, 0)
+    parameters = torch.zeros(count, 0, device=device)
+    if augmentation:
+        geometric = torch.Generator(device).manual_seed(derive_seed(seed, step, block, "augmentation"))
+        parameters = draw_parameters(count, augmentation, geometric)
     return Luck(
         torch.rand(count, generator=generator, device=device),
         torch.rand(count, generator=generator, device=device),
@@ -43,6 +50,7 @@ def draw_block(
         torch.rand(count, 2, generator=generator, device=device),
         torch.randn(posterior, generator=generator, device=device),
         torch.randn(count, channels, size, size, generator=generator, device=device),
+        parameters,
     )
 
 
@@ -51,9 +59,9 @@ def join(blocks: list[Luck]) -> Luck:
     return Luck(*(torch.cat([getattr(block, field.name) for block in blocks]) for field in fields(Luck)))
 
 
-def size_luck(seed: int, step: int) -> float:
-    """The uniform in [0, 1) that settles a step's patch size, the same for all workers."""
-    generator = torch.Generator().manual_seed(derive_seed(seed, step, "size"))
+def size_luck(seed: int, step: int, rank: int = 0) -> float:
+    """The uniform in [0, 1) that settles the patch size of a step, or of one of its emulated ranks."""
+    generator = torch.Generator().manual_seed(derive_seed(seed, step, "size", rank))
     return float(torch.rand((), generator=generator))
 
 

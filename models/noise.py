@@ -1,4 +1,7 @@
-"""Noise: the levels that training draws and the ladder that sampling climbs down."""
+"""Noise: the levels that training draws and the ladders that sampling climbs down."""
+
+import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -10,9 +13,75 @@ def training_sigmas(luck: Tensor, mean: float = -1.2, std: float = 1.2) -> Tenso
 
 
 def karras_sigmas(steps: int, sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float = 7.0) -> Tensor:
-    """The (steps + 1,) float64 noise levels of EDM, Eq. 5, from sigma_max down to sigma_min, then 0."""
+    """The (steps + 1,) float64 noise levels of EDM, Eq. 5, from sigma_max down to sigma_min, then 0.
+
+    Levels are in units of the data; rho bends the ladder towards low noise. Raises ValueError below 1 step.
+    """
+    top, bottom = sigma_max ** (1 / rho), sigma_min ** (1 / rho)
+    return _with_zero((top + _ramp(steps) * (bottom - top)) ** rho)
+
+
+def linear_sigmas(steps: int, sigma_min: float = 0.002, sigma_max: float = 80.0) -> Tensor:
+    """(steps + 1,) float64 levels at equal distances from sigma_max down to sigma_min, then 0.
+
+    Raises ValueError below 1 step.
+    """
+    return _with_zero(sigma_max + _ramp(steps) * (sigma_min - sigma_max))
+
+
+def ve_sigmas(steps: int, sigma_min: float = 0.02, sigma_max: float = 100.0) -> Tensor:
+    """(steps + 1,) float64 levels in equal ratios, as for variance-exploding diffusion, then 0 (EDM, Table 1).
+
+    Raises ValueError below 1 step.
+    """
+    return _with_zero(sigma_max * (sigma_min / sigma_max) ** _ramp(steps))
+
+
+def vp_sigmas(steps: int, beta_d: float = 19.9, beta_min: float = 0.1, end: float = 1e-3) -> Tensor:
+    """(steps + 1,) float64 levels of variance-preserving diffusion, then 0 (EDM, Table 1).
+
+    sigma(t) = sqrt(exp(beta_d t^2 / 2 + beta_min t) - 1) at equal distances of t from 1 down to `end`.
+    Raises ValueError below 1 step.
+    """
+    t = 1 + _ramp(steps) * (end - 1)
+    return _with_zero(torch.expm1(beta_d * t**2 / 2 + beta_min * t).sqrt())
+
+
+def iddpm_sigmas(
+    steps: int, first: int = 8, levels: int = 1000, smallest_ratio: float = 0.001, shift: float = 0.008
+) -> Tensor:
+    """(steps + 1,) float64 levels of improved DDPM's cosine schedule, then 0 (EDM, Table 1).
+
+    Of `levels` levels u_j those from number `first` on (81 with the default 8) at equal distances of j.
+    Raises ValueError below 1 step, or above the number of levels that are left.
+    """
+    if steps > levels - first:
+        raise ValueError(f"steps is {steps}: this ladder has {levels - first} levels")
+    j = torch.arange(levels + 1, dtype=torch.float64)
+    kept = (math.pi / 2 * j / (levels * (shift + 1))).sin() ** 2  # the signal's share of the variance at level j
+    u = torch.zeros(levels + 1, dtype=torch.float64)
+    for number in range(levels, 0, -1):
+        ratio = (kept[number - 1] / kept[number]).clamp(min=smallest_ratio)
+        u[number - 1] = ((u[number] ** 2 + 1) / ratio - 1).sqrt()
+    chosen = (first + _ramp(steps) * (levels - 1 - first) + 0.5).floor().long()
+    return _with_zero(u[chosen])
+
+
+LADDERS: dict[str, Callable[..., Tensor]] = {
+    "karras": karras_sigmas,
+    "vp": vp_sigmas,
+    "ve": ve_sigmas,
+    "linear": linear_sigmas,
+    "iddpm": iddpm_sigmas,
+}
+
+
+def _ramp(steps: int) -> Tensor:
+    """(steps,) from 0 to 1."""
     if steps < 1:
         raise ValueError(f"steps is {steps}: sampling takes at least 1")
-    ramp = torch.arange(steps, dtype=torch.float64) / max(steps - 1, 1)
-    top, bottom = sigma_max ** (1 / rho), sigma_min ** (1 / rho)
-    return torch.cat([(top + ramp * (bottom - top)) ** rho, torch.zeros(1, dtype=torch.float64)])
+    return torch.arange(steps, dtype=torch.float64) / max(steps - 1, 1)
+
+
+def _with_zero(sigmas: Tensor) -> Tensor:
+    return torch.cat([sigmas, torch.zeros(1, dtype=torch.float64)])

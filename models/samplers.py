@@ -1,34 +1,178 @@
-"""Samplers: from noise to images, down a ladder of noise levels."""
+"""Samplers: from noise to images, down a ladder of noise levels.
 
-from collections.abc import Callable
+All are written for x = clean + sigma * noise (EDM's variables), whatever their papers use; with
+denoise(x, sigma) -> clean estimate, called with float64 x (B, C, H, W) and a 0-dim float64 sigma; start
+(B, C, H, W), already scaled by sigmas[0]; sigmas (steps + 1,) falling, the last one usually 0; and, where
+a sampler adds noise of its own, noise() -> unit normal (B, C, H, W). All return (B, C, H, W) float64.
+"""
+
+from collections import deque
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 
 import torch
 from torch import Tensor
 
 Denoise = Callable[[Tensor, Tensor], Tensor]
+Noise = Callable[[], Tensor]
 
 
 @torch.no_grad()
-def heun(denoise: Denoise, start: Tensor, sigmas: Tensor) -> Tensor:
-    """Heun's 2nd-order deterministic sampler (EDM, Algorithm 1).
+def heun(
+    denoise: Denoise,
+    start: Tensor,
+    sigmas: Tensor,
+    *,
+    churn: float = 0.0,
+    churn_min: float = 0.0,
+    churn_max: float = float("inf"),
+    churn_noise: float = 1.0,
+    noise: Noise | None = None,
+) -> Tensor:
+    """Heun's 2nd-order sampler (EDM, Algorithm 1), with `churn` its stochastic one (Algorithm 2).
 
-    denoise: (x, sigma) -> clean estimate, called with float64 x (B, C, H, W) and a 0-dim float64 sigma;
-    start: (B, C, H, W) noise, already scaled by sigmas[0]; sigmas: (steps + 1,) falling, ending in 0.
-    Returns (B, C, H, W) float64, after 2 * steps - 1 calls of `denoise`.
+    churn, churn_min, churn_max, churn_noise: EDM's S_churn, S_tmin, S_tmax, S_noise. Makes
+    2 * steps - 1 calls of `denoise` on a ladder that ends in 0. Raises ValueError for churn without `noise`.
     """
-    sigmas = sigmas.to(device=start.device, dtype=torch.float64)
-    x = start.to(torch.float64)
+    x, sigmas = _begin(start, sigmas)
+    gamma = min(churn / (len(sigmas) - 1), 2**0.5 - 1)
     for sigma, lower in pairwise(sigmas):
-        slope = (x - denoise(x, sigma).to(torch.float64)) / sigma
-        euler = x + (lower - sigma) * slope
+        if gamma and churn_min <= sigma <= churn_max:
+            raised = sigma * (1 + gamma)
+            x = x + (raised**2 - sigma**2).sqrt() * churn_noise * _drawn(noise, x)
+            sigma = raised
+        slope = (x - _estimate(denoise, x, sigma)) / sigma
+        ahead = x + (lower - sigma) * slope
         if lower > 0:
-            lower_slope = (euler - denoise(euler, lower).to(torch.float64)) / lower
-            euler = x + (lower - sigma) * (slope + lower_slope) / 2
-        x = euler
+            lower_slope = (ahead - _estimate(denoise, ahead, lower)) / lower
+            ahead = x + (lower - sigma) * (slope + lower_slope) / 2
+        x = ahead
     return x
 
 
-def seeded_noise(seeds: list[int], shape: tuple[int, int, int]) -> Tensor:
-    """Unit noise (B, C, H, W) float32, each image from its own seed and whatever its neighbours are."""
-    return torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
+@torch.no_grad()
+def euler(denoise: Denoise, start: Tensor, sigmas: Tensor) -> Tensor:
+    """Euler's 1st-order steps along dx/dsigma = (x - D(x; sigma)) / sigma (EDM, Eq. 1); one call a step."""
+    x, sigmas = _begin(start, sigmas)
+    for sigma, lower in pairwise(sigmas):
+        x = x + (lower - sigma) * (x - _estimate(denoise, x, sigma)) / sigma
+    return x
+
+
+@torch.no_grad()
+def ddim(denoise: Denoise, start: Tensor, sigmas: Tensor, *, eta: float = 0.0, noise: Noise | None = None) -> Tensor:
+    """DDIM (Song et al. 2021a, Eq. 12 and 16): keep the clean estimate, lower its noise, renew a part of it.
+
+    eta: 0 renews none (then DDIM is Euler's step), 1 as much as ancestral sampling does. One call a step.
+    Raises ValueError for eta above 0 without `noise`.
+    """
+    x, sigmas = _begin(start, sigmas)
+    for sigma, lower in pairwise(sigmas):
+        clean = _estimate(denoise, x, sigma)
+        renewed = eta * lower * (1 - (lower / sigma) ** 2).sqrt()
+        x = clean + (lower**2 - renewed**2).sqrt() * (x - clean) / sigma
+        if renewed > 0:
+            x = x + renewed * _drawn(noise, x)
+    return x
+
+
+def ancestral(denoise: Denoise, start: Tensor, sigmas: Tensor, *, noise: Noise | None = None) -> Tensor:
+    """DDPM's ancestral sampling (Ho et al. 2020, Algorithm 2): each level from its posterior; one call a step.
+
+    Raises ValueError without `noise`.
+    """
+    return ddim(denoise, start, sigmas, eta=1.0, noise=noise)
+
+
+def dpmpp_2m(denoise: Denoise, start: Tensor, sigmas: Tensor) -> Tensor:
+    """DPM-Solver++(2M) (Lu et al. 2022, Algorithm 2): 2nd order from one call a step and the one before."""
+    return _multistep(denoise, start, sigmas, eta=0.0, noise=None)
+
+
+def dpmpp_2m_sde(denoise: Denoise, start: Tensor, sigmas: Tensor, *, noise: Noise | None = None) -> Tensor:
+    """SDE-DPM-Solver++(2M) (Lu et al. 2022, section 5.4): the same along the reverse SDE; one call a step.
+
+    Raises ValueError without `noise`.
+    """
+    return _multistep(denoise, start, sigmas, eta=1.0, noise=noise)
+
+
+@torch.no_grad()
+def _multistep(denoise: Denoise, start: Tensor, sigmas: Tensor, eta: float, noise: Noise | None) -> Tensor:
+    """Exponential integrator in l = -ln(sigma), with a linear extrapolation of the clean estimate."""
+    x, sigmas = _begin(start, sigmas)
+    before: Tensor | None = None
+    width_before = sigmas.new_zeros(())
+    for sigma, lower in pairwise(sigmas):
+        clean = _estimate(denoise, x, sigma)
+        if lower == 0:
+            return clean
+        width = (sigma / lower).log()
+        ahead = clean
+        if before is not None:  # the estimate in the middle of the step
+            ahead = clean + (clean - before) * width / (2 * width_before)
+        kept = (-(1 + eta) * width).exp()
+        x = lower / sigma * (-eta * width).exp() * x + (1 - kept) * ahead
+        if eta:
+            x = x + lower * (-torch.expm1(-2 * eta * width)).sqrt() * _drawn(noise, x)
+        before, width_before = clean, width
+    return x
+
+
+# Adams-Bashforth's weights of the newest slope, the one before, ...
+ADAMS_BASHFORTH = ((1.0,), (3 / 2, -1 / 2), (23 / 12, -16 / 12, 5 / 12), (55 / 24, -59 / 24, 37 / 24, -9 / 24))
+
+
+@torch.no_grad()
+def plms(denoise: Denoise, start: Tensor, sigmas: Tensor) -> Tensor:
+    """PLMS, the linear multistep of PNDM (Liu et al. 2022, Eq. 12 and 13), begun by one Heun step.
+
+    The slope (predicted noise) of up to four levels is extrapolated as on equal distances: of 4th order
+    where the ladder is linear, and meant for ladders that change slowly. steps + 1 calls.
+    """
+    x, sigmas = _begin(start, sigmas)
+    slopes: deque[Tensor] = deque(maxlen=4)
+    for number, (sigma, lower) in enumerate(pairwise(sigmas)):
+        slopes.appendleft((x - _estimate(denoise, x, sigma)) / sigma)
+        slope = _weighted(slopes, ADAMS_BASHFORTH[len(slopes) - 1])
+        if number == 0 and lower > 0:
+            ahead = x + (lower - sigma) * slope
+            slope = (slope + (ahead - _estimate(denoise, ahead, lower)) / lower) / 2
+        x = x + (lower - sigma) * slope
+    return x
+
+
+def _weighted(slopes: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
+    total = torch.zeros_like(slopes[0])
+    for slope, weight in zip(slopes, weights, strict=True):
+        total += weight * slope
+    return total
+
+
+def _begin(start: Tensor, sigmas: Tensor) -> tuple[Tensor, Tensor]:
+    return start.to(torch.float64), sigmas.to(device=start.device, dtype=torch.float64)
+
+
+def _estimate(denoise: Denoise, x: Tensor, sigma: Tensor) -> Tensor:
+    return denoise(x, sigma).to(torch.float64)
+
+
+def _drawn(noise: Noise | None, x: Tensor) -> Tensor:
+    if noise is None:
+        raise ValueError("this sampler adds noise while it samples: give `noise`, such as SeededNoise(seeds, shape)")
+    return noise().to(x)
+
+
+class SeededNoise:
+    """Unit noise for a batch in which each image draws from its own seed, whatever its neighbours are.
+
+    Every call gives the next (B, C, H, W) float32; the first is what sampling starts from.
+    """
+
+    def __init__(self, seeds: Sequence[int], shape: tuple[int, int, int]) -> None:
+        self.shape = shape
+        self.generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+
+    def __call__(self) -> Tensor:
+        """The next noise of every image; drawn on the CPU, so that all devices start alike."""
+        return torch.stack([torch.randn(self.shape, generator=generator) for generator in self.generators])

@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from patchloom.models.denoiser import COORDINATE_CHANNELS, Denoiser, build_denoiser
+from patchloom.models.denoiser import Denoiser, build_denoiser
 from patchloom.models.errors import CheckpointError
+from patchloom.models.patches import COORDINATE_CHANNELS
 
 PRECONDITIONINGS = ("EDMPrecond", "Patch_EDMPrecond")
 NUMBERS = {"f2", "f4", "f8", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "b1"}
@@ -28,6 +29,7 @@ SHARED_ARGUMENTS = {
     "num_blocks": "blocks",
     "attn_resolutions": "attention",
     "dropout": "dropout",
+    "augment_dim": "augmentation",
 }
 SONG_ARGUMENTS = SHARED_ARGUMENTS | {
     "embedding_type": "embedding",
@@ -36,8 +38,8 @@ SONG_ARGUMENTS = SHARED_ARGUMENTS | {
 }
 NETWORKS = {"SongUNet": ("song", SONG_ARGUMENTS), "DhariwalUNet": ("dhariwal", SHARED_ARGUMENTS)}
 # Arguments that say nothing about the network, or that the reader handles by name.
-OTHER_ARGUMENTS = {"img_resolution", "in_channels", "out_channels", "label_dim", "augment_dim", "label_dropout",
-                   "encoder_type", "decoder_type", "channel_mult_emb"}  # fmt: skip
+OTHER_ARGUMENTS = {"img_resolution", "in_channels", "out_channels", "label_dim", "label_dropout",
+                   "encoder_type", "decoder_type", "channel_mult_emb", "implicit_mlp"}  # fmt: skip
 
 
 def load_edm_snapshot(path: str | Path) -> Denoiser:
@@ -139,6 +141,8 @@ def _inert_reader(file: Any, path: Path) -> pickle.Unpickler:
         ("numpy._core.multiarray", "scalar"): number,
         ("torch.nn.modules.container", "ModuleDict"): Attributes,
         ("torch.nn.modules.container", "ModuleList"): Attributes,
+        ("torch.nn.modules.container", "Sequential"): Attributes,
+        ("torch.nn.modules.activation", "SiLU"): Attributes,
     }
 
     class Reader(pickle.Unpickler):
@@ -162,8 +166,8 @@ def _denoiser(ema: _Record, path: str | Path) -> Denoiser:
         raise CheckpointError(f"{path} holds a network {found}, and one of {', '.join(NETWORKS)} was wanted")
     arguments = dict(network.get("_init_kwargs") or {})
     try:
-        denoiser = build_denoiser(_config(network["class_name"], arguments, ema))
-        tensors = {name: value.float() for name, value in _tensors(ema).items() if "map_augment" not in name}
+        tensors = {name: value.float() for name, value in _tensors(ema).items()}
+        denoiser = build_denoiser(_config(network["class_name"], arguments, ema, tensors))
         denoiser.load_state_dict(tensors)
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())
@@ -171,7 +175,7 @@ def _denoiser(ema: _Record, path: str | Path) -> Denoiser:
     return denoiser.eval().requires_grad_(False)
 
 
-def _config(class_name: str, arguments: dict[str, Any], ema: _Record) -> dict[str, Any]:
+def _config(class_name: str, arguments: dict[str, Any], ema: _Record, tensors: dict[str, Tensor]) -> dict[str, Any]:
     network, names = NETWORKS[class_name]
     unknown = sorted(set(arguments) - set(names) - OTHER_ARGUMENTS)
     if unknown:
@@ -184,19 +188,28 @@ def _config(class_name: str, arguments: dict[str, Any], ema: _Record) -> dict[st
         if encoder not in ("standard", "residual"):
             raise ValueError(f"its network has the encoder {encoder!r}, and standard or residual was wanted")
         options["residual_input"] = encoder == "residual"
-    channels = arguments["out_channels"]
+    resolution, channels = arguments["img_resolution"], arguments["out_channels"]
     extra = arguments["in_channels"] - channels
-    if extra not in (0, COORDINATE_CHANNELS):
+    coordinates = "linear" if extra else "none"
+    if arguments.get("implicit_mlp"):
+        coordinates, options["stem"] = "implicit", _stem_widths(tensors, f"model.enc.{resolution}x{resolution}_conv.")
+    if extra != COORDINATE_CHANNELS[coordinates]:
         raise ValueError(f"its network has {extra} more input than output channels, and 0 or 2 was wanted")
     return {
         "network": network,
         "network_options": options,
-        "resolution": arguments["img_resolution"],
+        "resolution": resolution,
         "channels": channels,
         "classes": arguments.get("label_dim", 0),
-        "coordinates": extra == COORDINATE_CHANNELS,
+        "coordinates": coordinates,
         "sigma_data": float(ema["sigma_data"]),
     }
+
+
+def _stem_widths(tensors: dict[str, Tensor], prefix: str) -> list[int]:
+    """Widths of the 1x1 convolutions that stand before the first 3x3."""
+    weights = [tensor for name, tensor in tensors.items() if name.startswith(prefix) and name.endswith("weight")]
+    return [len(weight) for weight in weights if weight.shape[-1] == 1]
 
 
 def _modules(record: _Record) -> dict[str, Any]:

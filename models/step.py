@@ -3,7 +3,8 @@
 A step is a pure function of the method, the data, the step's number and the crops consumed before it.
 """
 
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -11,14 +12,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from patchloom.models.augment import augment, augmentation_labels
 from patchloom.models.codec import Space
 from patchloom.models.denoiser import Denoiser
-from patchloom.models.ema import HalfLifeEMA
-from patchloom.models.loss import denoising_loss
+from patchloom.models.ema import WeightAverage
+from patchloom.models.layers import Dropout
+from patchloom.models.loss import SIGMA_BINS, denoising_loss, losses_by_sigma
 from patchloom.models.luck import Luck, derive_seed, draw_block, join, size_luck
 from patchloom.models.noise import training_sigmas
 from patchloom.models.patches import PatchSchedule, PatchSize, crop, offsets
-from patchloom.models.unet import Dropout
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,9 @@ class Method:
     reduction: str = "mean"
     label_dropout: float = 0.0
     mirror: bool = False
+    augmentation: float = 0.0
+    draw: str = "shared"
+    emulated_ranks: int = 1
 
 
 @dataclass(frozen=True)
@@ -49,30 +54,70 @@ class Rows:
 
 
 @dataclass(frozen=True)
+class Group:
+    """Crops of one size in a step: whole blocks of them, trained on together."""
+
+    size: PatchSize
+    blocks: range  # their numbers in the step
+    crops: range  # their numbers in the run
+
+
+@dataclass(frozen=True)
 class StepPlan:
-    """What one step trains on: one patch size for all workers, and which of the run's crops."""
+    """What one step trains on: how many blocks of which patch sizes, one after the other.
+
+    Workers split every group, so that all have the same work; with `whole_groups` each group is an emulated
+    rank and belongs to one worker, and a step waits for the slowest.
+    """
 
     step: int
-    size: PatchSize
     first_crop: int
-    crops: int
     block_size: int
+    sizes: tuple[PatchSize, ...]
+    blocks: tuple[int, ...]  # of each group
+    whole_groups: bool = False
 
-    def blocks_of(self, worker: int, workers: int) -> range:
-        """The whole blocks that a worker owns; together they cover the step's batch once."""
-        blocks = self.crops // self.block_size
-        return range(blocks * worker // workers, blocks * (worker + 1) // workers)
+    @property
+    def crops(self) -> int:
+        """Crops of all workers."""
+        return sum(self.blocks) * self.block_size
 
-    def crop_numbers(self, blocks: range) -> range:
-        """Which crops of the run these blocks are."""
-        first = self.first_crop
-        return range(first + blocks.start * self.block_size, first + blocks.stop * self.block_size)
+    def share(self, worker: int, workers: int) -> list[Group]:
+        """What a worker owns, empty groups left out; all shares together cover the step's batch once."""
+        groups, first = [], 0
+        for number, (size, count) in enumerate(zip(self.sizes, self.blocks, strict=True)):
+            if self.whole_groups:
+                begin, end = (0, count) if number * workers // len(self.sizes) == worker else (0, 0)
+            else:
+                begin, end = count * worker // workers, count * (worker + 1) // workers
+            if begin < end:
+                groups.append(self._group(size, range(first + begin, first + end)))
+            first += count
+        return groups
+
+    def _group(self, size: PatchSize, blocks: range) -> Group:
+        crops = range(self.first_crop + blocks.start * self.block_size, self.first_crop + blocks.stop * self.block_size)
+        return Group(size, blocks, crops)
 
 
 def plan_step(method: Method, step: int, crops_consumed: int) -> StepPlan:
-    """Draw the step's patch size (Eq. 5); smaller patches come in larger batches."""
-    size = method.schedule.size_at(step, method.updates, size_luck(method.seed, step))
-    return StepPlan(step, size, crops_consumed, method.batch_size * size.batch_multiplier, method.block_size)
+    """The step's patch sizes (Eq. 5); smaller patches come in larger batches.
+
+    `shared` draws one size, `independent` one for each emulated rank; `stratified` takes every size in its
+    share, rounded to whole blocks so that the shares hold over any number of steps.
+    """
+    schedule, block_size = method.schedule, method.block_size
+    if method.draw == "stratified":
+        sizes = schedule.sizes
+        due = [method.batch_size * size.probability * size.batch_multiplier / block_size for size in sizes]
+        blocks = [round((step + 1) * share) - round(step * share) for share in due]
+    else:
+        ranks = method.emulated_ranks if method.draw == "independent" else 1
+        lucks = [size_luck(method.seed, step, rank) for rank in range(ranks)]
+        sizes = tuple(schedule.size_at(step, method.updates, luck) for luck in lucks)
+        blocks = [method.batch_size * size.batch_multiplier // (ranks * block_size) for size in sizes]
+    whole_groups = method.draw == "independent"
+    return StepPlan(step, crops_consumed, block_size, sizes, tuple(blocks), whole_groups)
 
 
 def one_hot(labels: Tensor, classes: int) -> Tensor:
@@ -80,31 +125,42 @@ def one_hot(labels: Tensor, classes: int) -> Tensor:
     return F.one_hot(labels.long() + 1, classes + 1)[:, 1:].float()
 
 
-def crop_losses(denoiser: Denoiser, rows: Rows, luck: Luck, size: int, method: Method, space: Space) -> Tensor:
-    """The loss of each crop, (B,): crop, add noise, denoise, compare (Patch Diffusion, Eq. 4)."""
+def crop_losses(
+    denoiser: Denoiser, rows: Rows, luck: Luck, size: int, method: Method, space: Space
+) -> tuple[Tensor, Tensor]:
+    """The loss of each crop and its noise level, both (B,): crop, add noise, denoise, compare (Eq. 4)."""
     images = rows.image if rows.std is None else rows.image + rows.std * luck.posterior
     if method.mirror:  # the image is mirrored and the coordinates are not
         images = torch.where(luck.mirrored[:, None, None, None] < 0.5, images, images.flip(3))
-    patches, where = crop(images, offsets(luck.corner, images.shape[-1], size), size)
+    grid = augmentation = None
+    if method.augmentation:  # here the coordinates move with the image
+        images, grid = augment(images, luck.augmentation)
+        augmentation = augmentation_labels(luck.augmentation)
+    patches, where = crop(images, offsets(luck.corner, images.shape[-1], size), size, grid)
     labels = None
     if denoiser.classes:
         kept = luck.label_kept >= method.label_dropout
         labels = one_hot(torch.where(kept, rows.label, -1), denoiser.classes)
     sigma = training_sigmas(luck.sigma, method.noise_mean, method.noise_std)
-    return denoising_loss(denoiser, space.normalise(patches), luck.noise, sigma, where, labels, method.reduction)
+    losses = denoising_loss(
+        denoiser, space.normalise(patches), luck.noise, sigma,
+        where if denoiser.coordinates != "none" else None, labels, method.reduction, augmentation,
+    )  # fmt: skip
+    return losses, sigma
 
 
 class Gradients:
-    """All gradients in one flat tensor, followed by the loss and crop count of every patch size.
+    """All gradients in one flat tensor, followed by sums of losses and counts of crops.
 
     One tensor means one all-reduce in a layout that never changes, so that a restarted run adds up in
     the same order as one that was never stopped.
     """
 
-    def __init__(self, module: nn.Module, sizes: int) -> None:
+    def __init__(self, module: nn.Module, record: tuple[int, ...]) -> None:
         parameters = [p for p in module.parameters() if p.requires_grad]
         self.length = sum(p.numel() for p in parameters)
-        self.flat = torch.zeros(self.length + 2 * sizes, device=parameters[0].device)
+        self._record_shape = (*record, 2)
+        self.flat = torch.zeros(self.length + math.prod(self._record_shape), device=parameters[0].device)
         start = 0
         for parameter in parameters:
             parameter.grad = self.flat[start : start + parameter.numel()].view_as(parameter)
@@ -112,8 +168,8 @@ class Gradients:
 
     @property
     def loss_and_crops(self) -> Tensor:
-        """(sizes, 2): the sum of the losses and the number of crops."""
-        return self.flat[self.length :].view(-1, 2)
+        """(*record, 2): the sum of the losses and the number of crops; in training (patch sizes, sigma bins, 2)."""
+        return self.flat[self.length :].view(self._record_shape)
 
     def clean(self) -> None:
         """NaN becomes 0 and infinity 1e5, as EDM does, so that one bad crop does not end a run."""
@@ -125,7 +181,7 @@ class TrainingState:
     """What a checkpoint holds: weights, averages, the optimiser, and how far the run is."""
 
     denoiser: Denoiser
-    emas: list[HalfLifeEMA]
+    emas: list[WeightAverage]
     optimizer: torch.optim.Optimizer
     gradients: Gradients
     crops_by_size: list[int]  # crops consumed of each of the schedule's sizes, full images first
@@ -138,12 +194,13 @@ class TrainingState:
 
 
 def new_state(
-    denoiser: Denoiser, emas: list[HalfLifeEMA], method: Method, betas: tuple[float, float], eps: float
+    denoiser: Denoiser, emas: list[WeightAverage], method: Method, betas: tuple[float, float], eps: float
 ) -> TrainingState:
     """A run before its first step: EDM's Adam and one flat tensor of gradients."""
     optimizer = torch.optim.Adam(denoiser.parameters(), lr=method.lr, betas=betas, eps=eps, fused=True)
     sizes = len(method.schedule.sizes)
-    return TrainingState(denoiser, emas, optimizer, Gradients(denoiser, sizes), [0] * sizes)
+    gradients = Gradients(denoiser, (sizes, len(SIGMA_BINS)))
+    return TrainingState(denoiser, emas, optimizer, gradients, [0] * sizes)
 
 
 @contextmanager
@@ -168,7 +225,7 @@ def training_step(
     state: TrainingState,
     method: Method,
     plan: StepPlan,
-    rows: Rows | None,
+    rows: Sequence[Rows],
     space: Space,
     reduce: Callable[[Tensor], object],
     worker: int = 0,
@@ -176,33 +233,40 @@ def training_step(
 ) -> None:
     """Take one step on this worker's share of the batch and move `state` on.
 
-    rows: those of `plan.crop_numbers(plan.blocks_of(worker, workers))`, or None where the share is empty.
-    reduce: sums a tensor over all workers in place; with one worker it does nothing.
+    rows: those of the crops of each group of `plan.share(worker, workers)`. reduce: sums a tensor over all
+    workers in place; with one worker it does nothing. A crop weighs 1 / (batch size x its multiplier), so
+    that every draw of sizes minimises the same loss (Patch Diffusion, Eq. 4 and 5).
     """
     state.gradients.flat.zero_()
-    blocks = plan.blocks_of(worker, workers)
-    size, number = plan.size.pixels, method.schedule.sizes.index(plan.size)
-    if rows is not None:
-        channels, resolution = rows.image.shape[1], rows.image.shape[-1]
-        luck = join([
-            draw_block(
-                method.seed, plan.step, block, plan.block_size, channels, resolution, size,
-                rows.std is not None, rows.image.device,
-            )
-            for block in blocks
-        ])  # fmt: skip
-        with dropout_luck(state.denoiser, method.seed, plan.step, blocks, rows.image.device):
-            losses = crop_losses(state.denoiser, rows, luck, size, method, space)
-        (losses.sum() / plan.crops).backward()
-        record = state.gradients.loss_and_crops[number]
-        record += torch.stack([losses.detach().sum(), losses.new_tensor(len(losses))])
+    for group, their_rows in zip(plan.share(worker, workers), rows, strict=True):
+        _add_gradients(state, method, plan, group, their_rows, space)
     reduce(state.gradients.flat)
     state.gradients.clean()
 
-    state.crops_by_size[number] += plan.crops
-    for group in state.optimizer.param_groups:
-        group["lr"] = learning_rate(method, state.images_seen)
+    for size, blocks in zip(plan.sizes, plan.blocks, strict=True):
+        state.crops_by_size[method.schedule.sizes.index(size)] += blocks * plan.block_size
+    for settings in state.optimizer.param_groups:
+        settings["lr"] = learning_rate(method, state.images_seen)
     state.optimizer.step()
     for ema in state.emas:
         ema.update(state.denoiser, state.images_seen, plan.crops)
     state.step += 1
+
+
+def _add_gradients(
+    state: TrainingState, method: Method, plan: StepPlan, group: Group, rows: Rows, space: Space
+) -> None:
+    """One microbatch: the gradients of a group's crops, and its losses by patch size and noise level."""
+    size, device = group.size, rows.image.device
+    channels, resolution = rows.image.shape[1], rows.image.shape[-1]
+    luck = join([
+        draw_block(
+            method.seed, plan.step, block, plan.block_size, channels, resolution, size.pixels,
+            rows.std is not None, device, method.augmentation,
+        )
+        for block in group.blocks
+    ])  # fmt: skip
+    with dropout_luck(state.denoiser, method.seed, plan.step, group.blocks, device):
+        losses, sigma = crop_losses(state.denoiser, rows, luck, size.pixels, method, space)
+    (losses.sum() / (method.batch_size * size.batch_multiplier)).backward()
+    state.gradients.loss_and_crops[method.schedule.sizes.index(size)] += losses_by_sigma(losses, sigma)

@@ -5,224 +5,30 @@ Nichol 2021. Parameter names follow EDM's published snapshots, so that their wei
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from patchloom.models.layers import Block, Convolution, Initialiser, NoiseEmbedding, group_norm, linear
+
 SQRT_HALF = 0.5**0.5
 
 
-class Initialiser:
-    """How a network draws its first weights: uniform, with EDM's gain per layer.
+def first_layer(channels_in: int, width: int, stem: Sequence[int], init: Initialiser) -> nn.Module:
+    """A 3x3 convolution, or, with `stem` widths, 1x1 convolutions and SiLUs before it.
 
-    `fan` is "average" (Xavier, SongUNet) or "in" (Kaiming, DhariwalUNet); `gain` multiplies the weights
-    and `bias_gain` the biases.
+    The latter mixes coordinates into every pixel before any neighbour is seen: the "implicit" variant of
+    Patch Diffusion's released code.
     """
-
-    def __init__(self, fan: str = "average", gain: float = 1.0, bias_gain: float = 0.0) -> None:
-        self.fan, self.gain, self.bias_gain = fan, gain, bias_gain
-
-    def scaled(self, gain: float) -> "Initialiser":
-        """The same rule with weights `gain` times the usual; a gain of 0 silences the bias too."""
-        return Initialiser(self.fan, gain, self.bias_gain if gain else 0.0)
-
-    def __call__(self, weight: Tensor, bias: Tensor | None) -> None:
-        """Draw a layer's weights and biases in place."""
-        receptive = weight[0, 0].numel()
-        fan_in, fan_out = weight.shape[1] * receptive, weight.shape[0] * receptive
-        bound = (3 / fan_in) ** 0.5 if self.fan == "in" else (6 / (fan_in + fan_out)) ** 0.5
-        nn.init.uniform_(weight, -bound, bound)
-        weight.data.mul_(self.gain)
-        if bias is not None:
-            nn.init.uniform_(bias, -bound, bound)
-            bias.data.mul_(self.bias_gain)
-
-
-def linear(features_in: int, features_out: int, init: Initialiser, bias: bool = True) -> nn.Linear:
-    """A linear layer drawn by `init`."""
-    layer = nn.Linear(features_in, features_out, bias=bias)
-    init(layer.weight, layer.bias)
-    return layer
-
-
-def group_norm(channels: int, eps: float) -> nn.GroupNorm:
-    """Group normalisation with at most 32 groups of at least 4 channels (EDM, F.2.1)."""
-    groups = min(32, channels // 4)
-    if not groups or channels % groups:
-        raise ValueError(f"{channels} channels cannot be normalised in groups: make every width a multiple of 32")
-    return nn.GroupNorm(groups, channels, eps=eps)
-
-
-class Convolution(nn.Module):
-    """A convolution that may first halve or double the image through a low-pass filter.
-
-    `kernel` 0 resamples only. `filter_last` convolves before the filter, as NCSN++'s residual input does.
-    """
-
-    resample_filter: Tensor
-
-    def __init__(
-        self,
-        channels_in: int,
-        channels_out: int,
-        kernel: int,
-        init: Initialiser,
-        *,
-        resample: str | None = None,
-        filter_taps: Sequence[int] = (1, 1),
-        filter_last: bool = False,
-        bias: bool = True,
-    ) -> None:
-        super().__init__()
-        self.kernel, self.resample, self.filter_last = kernel, resample, filter_last
-        self.weight: nn.Parameter | None = None
-        self.bias: nn.Parameter | None = None
-        if kernel:
-            self.weight = nn.Parameter(torch.empty(channels_out, channels_in, kernel, kernel))
-            self.bias = nn.Parameter(torch.empty(channels_out)) if bias else None
-            init(self.weight, self.bias)
-        self.is_box = tuple(filter_taps) == (1, 1)
-        if resample:
-            taps = torch.tensor(filter_taps, dtype=torch.float32)
-            self.register_buffer("resample_filter", (taps.outer(taps) / taps.sum() ** 2)[None, None])
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, C, H, W) -> (B, C', H, W), H and W halved or doubled where the layer resamples."""
-        if self.filter_last and self.resample == "down" and self.weight is not None:
-            margin = self.kernel // 2 + (self.resample_filter.shape[-1] - 1) // 2
-            x = F.conv2d(x, self.weight.to(x.dtype), padding=margin)
-            x = self._filter(x, padding=0)
-            return x if self.bias is None else x + self.bias.to(x.dtype)[:, None, None]
-        if self.resample:
-            x = self._filter(x, padding=(self.resample_filter.shape[-1] - 1) // 2)
-        if self.weight is None:
-            return x
-        bias = None if self.bias is None else self.bias.to(x.dtype)
-        return F.conv2d(x, self.weight.to(x.dtype), bias, padding=self.kernel // 2)
-
-    def _filter(self, x: Tensor, padding: int) -> Tensor:
-        if self.is_box:  # the 2x2 box is pooling or repetition, far cheaper than a depthwise convolution
-            if self.resample == "down":
-                return F.avg_pool2d(x, 2)
-            return F.interpolate(x, scale_factor=2.0, mode="nearest")
-        channels = x.shape[1]
-        taps = self.resample_filter.to(x.dtype).expand(channels, 1, -1, -1)
-        if self.resample == "down":
-            return F.conv2d(x, taps, groups=channels, stride=2, padding=padding)
-        return F.conv_transpose2d(x, 4 * taps, groups=channels, stride=2, padding=padding)
-
-
-class Dropout(nn.Module):
-    """Dropout whose masks come from one generator a block of the batch, so that workers can share a batch.
-
-    `generators` are set before a training step; without any, torch's own dropout draws.
-    """
-
-    def __init__(self, rate: float) -> None:
-        super().__init__()
-        self.rate = rate
-        self.generators: list[torch.Generator] = []
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, C, H, W) -> the same with a share of values at 0 and the others scaled up, in training."""
-        if not self.training or not self.rate or not self.generators:
-            return F.dropout(x, self.rate, self.training)
-        shape = (len(x) // len(self.generators), *x.shape[1:])
-        luck = [torch.rand(shape, generator=generator, device=x.device) for generator in self.generators]
-        return x * (torch.cat(luck) >= self.rate) / (1 - self.rate)
-
-
-class Block(nn.Module):
-    """A residual block: normalise, convolve, add the noise embedding, convolve, and perhaps attend."""
-
-    def __init__(
-        self,
-        channels_in: int,
-        channels_out: int,
-        embedding: int,
-        init: Initialiser,
-        *,
-        heads: int = 0,
-        resample: str | None = None,
-        filter_taps: Sequence[int] = (1, 1),
-        dropout: float = 0.0,
-        skip_scale: float = 1.0,
-        eps: float = 1e-5,
-        adaptive_scale: bool = True,
-        project_resampled: bool = False,
-        last_gain: float = 0.0,
-        attention_gain: float = 1.0,
-    ) -> None:
-        super().__init__()
-        self.channels_in, self.channels_out, self.heads = channels_in, channels_out, heads
-        self.skip_scale, self.adaptive_scale = skip_scale, adaptive_scale
-        resampling: dict[str, Any] = {"resample": resample, "filter_taps": filter_taps}
-        self.norm0 = group_norm(channels_in, eps)
-        self.conv0 = Convolution(channels_in, channels_out, 3, init, **resampling)
-        self.affine = linear(embedding, channels_out * (2 if adaptive_scale else 1), init)
-        self.norm1 = group_norm(channels_out, eps)
-        self.dropout = Dropout(dropout)
-        self.conv1 = Convolution(channels_out, channels_out, 3, init.scaled(last_gain))
-        self.skip: Convolution | None = None
-        if channels_in != channels_out or resample:
-            kernel = 1 if channels_in != channels_out or project_resampled else 0
-            self.skip = Convolution(channels_in, channels_out, kernel, init, **resampling)
-        if heads:
-            self.norm2 = group_norm(channels_out, eps)
-            self.qkv = Convolution(channels_out, 3 * channels_out, 1, init.scaled(attention_gain))
-            self.proj = Convolution(channels_out, channels_out, 1, init.scaled(last_gain))
-
-    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
-        """(B, C, H, W) and (B, E) -> (B, C', H', W')."""
-        residual = x if self.skip is None else self.skip(x)
-        x = self.conv0(F.silu(self.norm0(x)))
-        condition = self.affine(embedding).to(x.dtype)[:, :, None, None]
-        if self.adaptive_scale:
-            scale, shift = condition.chunk(2, dim=1)
-            x = F.silu(torch.addcmul(shift, self.norm1(x), scale + 1))
-        else:
-            x = F.silu(self.norm1(x + condition))
-        x = self.conv1(self.dropout(x))
-        x = (x + residual) * self.skip_scale
-        if self.heads:
-            x = (self._attend(self.norm2(x)) + x) * self.skip_scale
-        return x
-
-    def _attend(self, x: Tensor) -> Tensor:
-        batch, channels, height, width = x.shape
-        # EDM's channel order: head, then feature, then which of query, key and value.
-        qkv = self.qkv(x).reshape(batch, self.heads, channels // self.heads, 3, height * width)
-        query, key, value = (part.transpose(-1, -2).contiguous() for part in qkv.unbind(3))
-        mixed = F.scaled_dot_product_attention(query, key, value)
-        out: Tensor = self.proj(mixed.transpose(-1, -2).reshape(batch, channels, height, width))
-        return out
-
-
-class NoiseEmbedding(nn.Module):
-    """The noise level as sines and cosines: `positional` (DDPM) or `fourier` (random, NCSN++)."""
-
-    def __init__(self, channels: int, kind: str = "positional", endpoint: bool = False) -> None:
-        super().__init__()
-        half = channels // 2
-        if kind == "fourier":
-            self.register_buffer("freqs", torch.randn(half) * 16)
-        elif kind == "positional":
-            steps = torch.arange(half, dtype=torch.float32) / (half - (1 if endpoint else 0))
-            self.register_buffer("frequencies", (1 / 10000) ** steps, persistent=False)
-        else:
-            raise ValueError(f"embedding {kind!r} is unknown: choose positional or fourier")
-        self.kind = kind
-
-    def forward(self, noise_condition: Tensor) -> Tensor:
-        """(B,) -> (B, channels), cosines first."""
-        if self.kind == "fourier":
-            angles = noise_condition.outer((2 * torch.pi * self.get_buffer("freqs")).to(noise_condition.dtype))
-        else:
-            angles = noise_condition.outer(self.get_buffer("frequencies").to(noise_condition.dtype))
-        return torch.cat([angles.cos(), angles.sin()], dim=1)
+    layers: list[nn.Module] = []
+    for channels in stem:
+        layers += [Convolution(channels_in, channels, 1, init), nn.SiLU()]
+        channels_in = channels
+    last = Convolution(channels_in, width, 3, init)
+    return nn.Sequential(*layers, last) if layers else last
 
 
 class UNet(nn.Module, ABC):
@@ -230,14 +36,25 @@ class UNet(nn.Module, ABC):
 
     enc: nn.ModuleDict
     dec: nn.ModuleDict
+    map_noise: NoiseEmbedding
+    map_augment: nn.Linear | None = None
+    map_size: nn.Linear | None = None
 
     @abstractmethod
-    def embed(self, noise_condition: Tensor, labels: Tensor | None) -> Tensor:
-        """(B,) noise condition and (B, K) labels -> (B, E) embedding that every block reads."""
+    def embed(self, conditions: Tensor, labels: Tensor | None) -> Tensor:
+        """(B, N) embedded noise (and size, and augmentation) and (B, K) labels -> (B, E) that every block reads."""
 
     @abstractmethod
     def finish(self, x: Tensor) -> Tensor:
         """The last normalisation and convolution: (B, C, H, W) features -> (B, channels_out, H, W)."""
+
+    def _add_conditions(self, noise_width: int, augmentation: int, patch_size: bool, init: Initialiser) -> None:
+        """Linear maps for the conditions that join the embedded noise level."""
+        if augmentation:
+            self.map_augment = linear(augmentation, noise_width, init, bias=False)
+        if patch_size:
+            self.embed_size = NoiseEmbedding(noise_width)
+            self.map_size = linear(noise_width, noise_width, init)
 
     def _build(
         self,
@@ -246,8 +63,9 @@ class UNet(nn.Module, ABC):
         widths: Sequence[int],
         blocks: int,
         attention: Sequence[int],
-        heads_of: Any,
-        block: Any,
+        stem: Sequence[int],
+        heads_of: Callable[[int], int],
+        block: Callable[..., Block],
         init: Initialiser,
         first_width: int,
         attention_only_last: bool,
@@ -255,12 +73,14 @@ class UNet(nn.Module, ABC):
         filter_taps: Sequence[int],
     ) -> int:
         """Lay out the encoder and decoder, names as in EDM's snapshots; returns the decoder's last width."""
+        self.halvings = len(widths) - 1
+        self.check_size(resolution, resolution)
         self.enc, self.dec = nn.ModuleDict(), nn.ModuleDict()
         kept, width, aux_width = [], first_width, channels_in
         for level, level_width in enumerate(widths):
             size = resolution >> level
             if level == 0:
-                self.enc[f"{size}x{size}_conv"] = Convolution(channels_in, first_width, 3, init)
+                self.enc[f"{size}x{size}_conv"] = first_layer(channels_in, first_width, stem, init)
             else:
                 self.enc[f"{size}x{size}_down"] = block(width, width, resample="down")
                 if residual_input:
@@ -288,9 +108,37 @@ class UNet(nn.Module, ABC):
                 width = level_width
         return width
 
-    def forward(self, x: Tensor, noise_condition: Tensor, labels: Tensor | None = None) -> Tensor:
-        """(B, C, H, W), (B,) and one-hot (B, K) -> (B, channels_out, H, W)."""
-        embedding = self.embed(noise_condition, labels)
+    def check_size(self, height: int, width: int) -> None:
+        """Raises ValueError for a side, in pixels, that the network cannot halve as often as it must."""
+        multiple = 2**self.halvings
+        if height % multiple or width % multiple or not height or not width:
+            raise ValueError(
+                f"{height} x {width} pixels cannot be halved {self.halvings} times: choose sides that are multiples "
+                f"of {multiple}, or fewer width multipliers"
+            )
+
+    def forward(
+        self,
+        x: Tensor,
+        noise_condition: Tensor,
+        labels: Tensor | None = None,
+        *,
+        augmentation: Tensor | None = None,
+        patch_fraction: Tensor | None = None,
+    ) -> Tensor:
+        """(B, C, H, W), (B,) and one-hot (B, K) -> (B, channels_out, H, W).
+
+        augmentation: (B, A) labels of `augment`, None for an image as it is; patch_fraction: (B,) side of
+        the patch over that of the image, for a network built with `patch_size`. Raises ValueError for sides
+        that cannot be halved as often as the network does.
+        """
+        self.check_size(x.shape[2], x.shape[3])
+        conditions = self.map_noise(noise_condition)
+        if self.map_augment is not None and augmentation is not None:
+            conditions = conditions + self.map_augment(augmentation.to(conditions.dtype))
+        if self.map_size is not None and patch_fraction is not None:
+            conditions = conditions + self.map_size(self.embed_size(patch_fraction.log2()))
+        embedding = self.embed(conditions, labels)
         kept: list[Tensor] = []
         aux = x
         for name, layer in self.enc.items():
@@ -311,7 +159,10 @@ class SongUNet(UNet):
     """DDPM++ (`embedding="positional"`, box filter) and NCSN++ (`embedding="fourier"`, residual input).
 
     Sizes follow EDM, Table 7: `width` channels times each of `width_multipliers`, `blocks` residual
-    blocks a level, attention at the `attention` resolutions of the full-size image.
+    blocks a level, attention at the `attention` resolutions of the full-size image. `stem` holds the widths
+    of 1x1 convolutions before the first 3x3; `augmentation` is the number of augmentation labels; with
+    `patch_size` the patch's size is a condition. Raises ValueError for a resolution that cannot be halved
+    once a level, or widths that cannot be normalised in groups.
     """
 
     def __init__(
@@ -329,11 +180,15 @@ class SongUNet(UNet):
         residual_input: bool = False,
         filter_taps: Sequence[int] = (1, 1),
         noise_width_multiplier: int = 1,
+        stem: Sequence[int] = (),
+        augmentation: int = 0,
+        patch_size: bool = False,
     ) -> None:
         super().__init__()
         embedding_width, noise_width = 4 * width, width * noise_width_multiplier
         init = Initialiser("average")
-        self.map_noise = NoiseEmbedding(noise_width, embedding, endpoint=True)
+        self.map_noise = NoiseEmbedding(noise_width, embedding, endpoint=True, sines_first=True)
+        self._add_conditions(noise_width, augmentation, patch_size, init)
         self.map_label = linear(classes, noise_width, init) if classes else None
         self.map_layer0 = linear(noise_width, embedding_width, init)
         self.map_layer1 = linear(embedding_width, embedding_width, init)
@@ -346,7 +201,7 @@ class SongUNet(UNet):
             )  # fmt: skip
 
         last = self._build(
-            resolution, channels_in, [width * m for m in width_multipliers], blocks, attention,
+            resolution, channels_in, [width * m for m in width_multipliers], blocks, attention, stem,
             heads_of=lambda _: 1, block=block, init=init, first_width=width, attention_only_last=True,
             residual_input=residual_input, filter_taps=filter_taps,
         )  # fmt: skip
@@ -354,13 +209,11 @@ class SongUNet(UNet):
         self.dec[f"{self.last_level}_aux_norm"] = group_norm(last, 1e-6)
         self.dec[f"{self.last_level}_aux_conv"] = Convolution(last, channels_out, 3, init.scaled(1e-5))
 
-    def embed(self, noise_condition: Tensor, labels: Tensor | None) -> Tensor:
+    def embed(self, conditions: Tensor, labels: Tensor | None) -> Tensor:
         """Noise, then labels scaled to unit variance, through two layers with SiLU (EDM, F.2.1)."""
-        embedding = self.map_noise(noise_condition)
-        embedding = embedding.unflatten(1, (2, -1)).flip(1).flatten(1)  # DDPM puts the sines first
         if self.map_label is not None and labels is not None:
-            embedding = embedding + self.map_label(labels * self.map_label.in_features**0.5)
-        out: Tensor = F.silu(self.map_layer1(F.silu(self.map_layer0(embedding))))
+            conditions = conditions + self.map_label(labels * self.map_label.in_features**0.5)
+        out: Tensor = F.silu(self.map_layer1(F.silu(self.map_layer0(conditions))))
         return out
 
     def finish(self, x: Tensor) -> Tensor:
@@ -371,7 +224,10 @@ class SongUNet(UNet):
 
 
 class DhariwalUNet(UNet):
-    """ADM: more heads, scale-and-shift conditioning, attention in every block of its levels (EDM, F.2.2)."""
+    """ADM: more heads, scale-and-shift conditioning, attention in every block of its levels (EDM, F.2.2).
+
+    The arguments are SongUNet's; `head_width` is the number of channels of an attention head.
+    """
 
     def __init__(
         self,
@@ -385,11 +241,15 @@ class DhariwalUNet(UNet):
         attention: Sequence[int] = (32, 16, 8),
         dropout: float = 0.10,
         head_width: int = 64,
+        stem: Sequence[int] = (),
+        augmentation: int = 0,
+        patch_size: bool = False,
     ) -> None:
         super().__init__()
         embedding_width = 4 * width
         init = Initialiser("in", gain=(1 / 3) ** 0.5, bias_gain=(1 / 3) ** 0.5)
         self.map_noise = NoiseEmbedding(width)
+        self._add_conditions(width, augmentation, patch_size, init.scaled(0.0))
         self.map_layer0 = linear(width, embedding_width, init)
         self.map_layer1 = linear(embedding_width, embedding_width, init)
         self.map_label = None
@@ -404,7 +264,7 @@ class DhariwalUNet(UNet):
             )  # fmt: skip
 
         last = self._build(
-            resolution, channels_in, [width * m for m in width_multipliers], blocks, attention,
+            resolution, channels_in, [width * m for m in width_multipliers], blocks, attention, stem,
             heads_of=lambda channels: max(1, channels // head_width), block=block, init=init,
             first_width=width * width_multipliers[0], attention_only_last=False, residual_input=False,
             filter_taps=(1, 1),
@@ -412,9 +272,9 @@ class DhariwalUNet(UNet):
         self.out_norm = group_norm(last, 1e-5)
         self.out_conv = Convolution(last, channels_out, 3, init.scaled(0.0))
 
-    def embed(self, noise_condition: Tensor, labels: Tensor | None) -> Tensor:
+    def embed(self, conditions: Tensor, labels: Tensor | None) -> Tensor:
         """Noise through two layers; labels join before the last SiLU (EDM, F.2.2)."""
-        embedding = self.map_layer1(F.silu(self.map_layer0(self.map_noise(noise_condition))))
+        embedding = self.map_layer1(F.silu(self.map_layer0(conditions)))
         if self.map_label is not None and labels is not None:
             embedding = embedding + self.map_label(labels)
         return F.silu(embedding)

@@ -154,7 +154,7 @@ def autoencoder_worker(worker: Worker, config: dict[str, Any]) -> None:
     with torch.no_grad():  # start with sharp posteriors: noise of unit variance would drown the first steps
         network.quant_conv.bias[settings.latent_channels :] = -6
     optimizer = torch.optim.Adam(network.parameters(), lr=settings.lr, betas=(0.9, 0.99), fused=True)
-    gradients = Gradients(network, sizes=1)
+    gradients = Gradients(network, (1,))
     log = ProgressLog(folder / PROGRESS_FILE, settings.batch_size) if worker.rank == 0 else None
     for step in range(settings.steps):
         batch = range(step * settings.batch_size, (step + 1) * settings.batch_size)

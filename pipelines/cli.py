@@ -8,6 +8,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from patchloom import __version__
+from patchloom.models.backbones import allow_backbones
 from patchloom.platform.errors import UserError
 
 app = typer.Typer(
@@ -22,6 +23,10 @@ app.add_typer(autoencoder_app, name="autoencoder")
 app.add_typer(models_app, name="models")
 
 Workers = Annotated[int | None, typer.Option(min=1, help="Processes at once; all CPUs or GPUs by default")]
+Backbones = Annotated[
+    list[str] | None,
+    typer.Option("--allow-backbone", metavar="PACKAGE", help="A package that networks may be imported from"),
+]
 Settings = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a recipe key")]
 
 
@@ -61,8 +66,10 @@ def prepare(
 @app.command(epilog="Example: patchloom inspect dataset")
 def inspect(
     what: Annotated[str, typer.Argument(help="A dataset folder, a model folder or models:/NAME@ALIAS")],
+    allow_backbone: Backbones = None,
 ) -> None:
     """Verify a dataset or model and print its card."""
+    allow_backbones(*allow_backbone or [])
     from patchloom.pipelines.inspect import inspect as run
 
     print(json.dumps(run(what), indent=2, ensure_ascii=False))
@@ -101,10 +108,12 @@ def train(
     workers: Annotated[int, typer.Option(min=0, help="Ray Train workers; 0 is this process")] = 1,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint of --out")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what the run would be, and stop")] = False,
+    allow_backbone: Backbones = None,
 ) -> None:
     """Train a recipe on a prepared dataset."""
     from patchloom.platform.recipe import load_recipe
 
+    allow_backbones(*allow_backbone or [])
     loaded = load_recipe(recipe, set_ or [])
     if dry_run:
         from patchloom.pipelines.plan import run_plan
@@ -127,8 +136,10 @@ def tune(
     restore: Annotated[bool, typer.Option("--restore", help="Go on with an interrupted search")] = False,
     concurrent: Annotated[int | None, typer.Option(min=1, help="Trials at once; all CPUs by default")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the trials and their cost, and stop")] = False,
+    allow_backbone: Backbones = None,
 ) -> None:
     """Search recipe keys (p, the schedule, ...) at an equal budget."""
+    allow_backbones(*allow_backbone or [])
     if dry_run:
         from patchloom.pipelines.plan import search_plan
 
@@ -189,17 +200,33 @@ def sample(
     out: Annotated[str, typer.Argument(help="The folder to write")],
     seeds: Annotated[str, typer.Option(help="0-63, or 0,5,9, or a file of seeds")] = "0-63",
     steps: Annotated[int, typer.Option(min=1, help="Noise levels; Heun takes 2 x steps - 1 evaluations")] = 18,
-    sampler: Annotated[str, typer.Option(help="heun")] = "heun",
+    sampler: Annotated[str, typer.Option(help="heun, euler, ddim, ancestral, dpmpp-2m, dpmpp-2m-sde, plms")] = "heun",
+    ladder: Annotated[str, typer.Option(help="Noise levels: karras, vp, ve, linear, iddpm")] = "karras",
+    churn: Annotated[float, typer.Option(min=0, help="heun: EDM's S_churn, noise added over all steps")] = 0.0,
+    churn_between: Annotated[str | None, typer.Option(metavar="LOW-HIGH", help="Noise levels that churn")] = None,
+    churn_noise: Annotated[float, typer.Option(min=0, help="EDM's S_noise, such as 1.003")] = 1.0,
     guidance: Annotated[float, typer.Option(help="Classifier-free guidance; 1 is none")] = 1.0,
+    guidance_between: Annotated[str | None, typer.Option(metavar="LOW-HIGH", help="Noise levels it acts at")] = None,
     label: Annotated[str | None, typer.Option(help="A class by name or number; all in turn by default")] = None,
+    size: Annotated[str | None, typer.Option(metavar="HxW", help="Pixels; the trained size by default")] = None,
+    canvas: Annotated[str, typer.Option(help="Other sizes: rescale (again -1..1) or extrapolate (beyond)")] = "rescale",
+    centre: Annotated[str | None, typer.Option(help="An image that stays in the middle: out-painting")] = None,
     batch: Annotated[int, typer.Option(min=1, help="Images a compute batch; bytes depend on it")] = 8,
+    allow_backbone: Backbones = None,
     workers: Workers = None,
 ) -> None:
     """Sample images in batches."""
+    from patchloom.pipelines.sample import parse_levels, parse_size
     from patchloom.pipelines.sample import sample as run
 
+    allow_backbones(*allow_backbone or [])
     run(
-        model, out, seeds, steps=steps, sampler=sampler, guidance=guidance, label=label, batch=batch, workers=workers
+        model, out, seeds, steps=steps, sampler=sampler, ladder=ladder, churn=churn,
+        churn_between=parse_levels(churn_between, "--churn-between") if churn_between else None,
+        churn_noise=churn_noise, guidance=guidance,
+        guidance_between=parse_levels(guidance_between, "--guidance-between") if guidance_between else None,
+        label=label, size=parse_size(size) if size else None, canvas=canvas, centre=centre, batch=batch,
+        workers=workers,
     )  # fmt: skip
 
 

@@ -10,7 +10,7 @@ GAP = 2
 
 
 def contact_sheet(images: np.ndarray, columns: int = 8, scale: int = 1) -> Image.Image:
-    """(N, 3, H, W) uint8 images as one picture, row by row on white; each pixel `scale` pixels wide."""
+    """(N, C, H, W) uint8 images, grey or RGB, as one picture on white; each pixel `scale` pixels wide."""
     count, _, height, width = images.shape
     columns = max(1, min(columns, count))
     rows = (count + columns - 1) // columns

@@ -11,7 +11,7 @@ from mlflow.types.schema import ColSpec, DataType, ParamSchema, ParamSpec, Schem
 from PIL import Image
 
 from patchloom.models.checkpoints import load_whole_model
-from patchloom.models.generate import default_labels, generate_padded
+from patchloom.models.generate import Sampling, check_fit, default_labels, generate_padded
 from patchloom.platform.registry import MODEL_FOLDER
 
 COMPUTE_BATCH = 8  # that of `patchloom sample` on a CPU, so that both give the same bytes
@@ -27,6 +27,7 @@ def signature() -> ModelSignature:
             ColSpec(DataType.string, "png"),
         ]),
         params=ParamSchema([
+            ParamSpec("sampler", DataType.string, "heun"),
             ParamSpec("steps", DataType.long, 18),
             ParamSpec("guidance", DataType.double, 1.0),
         ]),
@@ -42,21 +43,20 @@ class SamplerModel(PythonModel):
 
     def predict(self, context: Any, model_input: pd.DataFrame, params: dict[str, Any] | None = None) -> pd.DataFrame:
         """`seed` (and `label`) columns -> seed, label and the PNG as base64 text."""
-        options = {"steps": 18, "guidance": 1.0, **(params or {})}
+        sampling = Sampling(**(params or {}))
+        check_fit(sampling, self.model.card)
         seeds = [int(seed) for seed in model_input["seed"]]
         labels = default_labels(seeds, self.model.denoiser.classes)
         if "label" in model_input:
             given = model_input["label"]
             labels = [default if pd.isna(label) else int(label) for label, default in zip(given, labels, strict=True)]
-        images = generate_padded(
-            self.model, seeds, labels, COMPUTE_BATCH, int(options["steps"]), float(options["guidance"])
-        )
+        images = generate_padded(self.model, seeds, labels, COMPUTE_BATCH, sampling)
         pngs = [base64.b64encode(png_bytes(image)).decode() for image in images.numpy()]
         return pd.DataFrame({"seed": seeds, "label": labels, "png": pngs})
 
 
 def png_bytes(image: Any) -> bytes:
-    """One (3, H, W) uint8 image as the bytes of a PNG."""
+    """One (C, H, W) uint8 image as the bytes of a PNG; grey where C is 1."""
     buffer = io.BytesIO()
-    Image.fromarray(image.transpose(1, 2, 0)).save(buffer, format="PNG")
+    Image.fromarray(image[0] if len(image) == 1 else image.transpose(1, 2, 0)).save(buffer, format="PNG")
     return buffer.getvalue()

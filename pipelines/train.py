@@ -5,10 +5,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from patchloom import __version__
-from patchloom.models.denoiser import build_denoiser
+from patchloom.models.augment import LABELS
+from patchloom.models.backbones import allowed_backbones
+from patchloom.models.denoiser import build_denoiser, halvings_of
 from patchloom.models.flops import parameter_count, training_flops
 from patchloom.pipelines.train_loop import method_of, newest_checkpoint, train_worker
 from patchloom.platform.cluster import run_workers
@@ -28,6 +28,7 @@ from patchloom.platform.tracking import (
 )
 
 RUN_FORMAT = 1
+STEM_LAYERS = 3  # 1x1 convolutions of implicit coordinates, as in the released code
 NETWORKS: dict[str, tuple[str, dict[str, Any]]] = {
     "ddpmpp": ("song", {"embedding": "positional"}),
     "ncsnpp": (
@@ -61,38 +62,58 @@ def model_card(recipe: Recipe, dataset: Dataset) -> dict[str, Any]:
     """What `model.json` will say: the network, its space and its classes; raises UserError where they do not fit."""
     card, model = dataset.card, recipe.model
     _check_fit(recipe, dataset)
-    network, options = NETWORKS[model.network]
     class_names = dataset.class_names if model.class_conditional else []
+    network, options = _network(recipe)
     denoiser = {
         "network": network,
-        "network_options": {
-            "width": model.width,
-            "width_multipliers": list(model.width_multipliers),
-            "blocks": model.blocks,
-            "attention": list(model.attention),
-            "dropout": model.dropout,
-            **options,
-        },
+        "network_options": options,
         "resolution": card["resolution"],
         "channels": card["channels"],
         "classes": len(class_names),
         "coordinates": model.coordinates,
+        "patch_size": model.patch_size_condition,
         "sigma_data": model.sigma_data,
     }
     try:
-        with torch.device("meta"):
-            build_denoiser(denoiser)
+        multiple = 2 ** halvings_of(denoiser)
     except ValueError as error:
         raise UserError(f"model: {error}") from None
+    for fraction in (1.0, *(size.fraction for size in recipe.patches.sizes)):
+        side = fraction * card["resolution"]
+        if side != int(side) or int(side) % multiple:
+            raise UserError(
+                f"patches.sizes: fraction {fraction:g} of {card['resolution']} pixels is {side:g}, and the network "
+                f"halves {multiple.bit_length() - 1} times; choose fractions that give a multiple of {multiple}"
+            )
+    latents = {"autoencoder": card["autoencoder"]} if card["kind"] == "latents" else {}
     return {
         "name": recipe.name,
         "denoiser": denoiser,
         "space": _space(recipe, card),
+        **latents,
         "class_names": class_names,
         "label_dropout": model.label_dropout,
         "patches": recipe.patches.model_dump(mode="json"),
         "dataset_fingerprint": dataset.fingerprint,
         "code_version": __version__,
+    }
+
+
+def _network(recipe: Recipe) -> tuple[str, dict[str, Any]]:
+    """The network's name and its constructor's arguments, as `build_denoiser` takes them."""
+    model = recipe.model
+    if model.backbone is not None:
+        return model.backbone, model.backbone_options
+    network, options = NETWORKS[model.network]
+    return network, {
+        "width": model.width,
+        "width_multipliers": list(model.width_multipliers),
+        "blocks": model.blocks,
+        "attention": list(model.attention),
+        "dropout": model.dropout,
+        "stem": [model.width] * STEM_LAYERS if model.coordinates == "implicit" else [],
+        "augmentation": LABELS if recipe.data.augment else 0,
+        **options,
     }
 
 
@@ -118,14 +139,13 @@ def _check_fit(recipe: Recipe, dataset: Dataset) -> None:
         raise UserError(
             "data.mirror is true, and the mirror of a latent is not the latent of a mirror: set it to false"
         )
-    halvings = len(recipe.model.width_multipliers) - 1
-    for fraction in (1.0, *(size.fraction for size in recipe.patches.sizes)):
-        side = fraction * card["resolution"]
-        if side != int(side) or int(side) % 2**halvings:
-            raise UserError(
-                f"patches.sizes: fraction {fraction:g} of {card['resolution']} pixels is {side:g}, and the network "
-                f"halves {halvings} times; choose fractions that give a multiple of {2**halvings}"
-            )
+    if recipe.data.augment and (card["kind"] == "latents" or recipe.model.backbone):
+        what = (
+            "a turned latent is not the latent of a turned image"
+            if card["kind"] == "latents"
+            else ("a backbone takes no augmentation labels")
+        )
+        raise UserError(f"data.augment is {recipe.data.augment:g}, and {what}: set it to 0")
     if not len(dataset.indices("train", recipe.data.held_out_fraction)):
         raise UserError(
             f"data.held_out_fraction {recipe.data.held_out_fraction:g} leaves no row of {len(dataset)} to train on: "
@@ -165,6 +185,7 @@ def train(
             "card": card,
             "dataset": str(rows.path),
             "folder": str(folder),
+            "backbones": allowed_backbones(),
         }
         try:
             last = _launch(config, recipe, run["run_id"], workers, show)

@@ -10,13 +10,14 @@ from typing import Any
 import numpy as np
 import torch
 
+from patchloom.models.backbones import allow_backbones
 from patchloom.models.checkpoints import Model, load_checkpoint, save_checkpoint, save_model
 from patchloom.models.codec import Space
-from patchloom.models.denoiser import build_denoiser
-from patchloom.models.ema import HalfLifeEMA
+from patchloom.models.denoiser import Denoiser, build_denoiser
+from patchloom.models.ema import HalfLifeEMA, PowerEMA, WeightAverage
 from patchloom.models.flops import training_flops
-from patchloom.models.generate import default_labels, generate
-from patchloom.models.loss import held_out_loss
+from patchloom.models.generate import Sampling, default_labels, generate
+from patchloom.models.loss import SIGMA_BINS, held_out_loss
 from patchloom.models.luck import RowOrder, derive_seed
 from patchloom.models.patches import patch_schedule
 from patchloom.models.step import (
@@ -33,7 +34,7 @@ from patchloom.models.step import (
 from patchloom.pipelines.pictures import contact_sheet, save_png
 from patchloom.platform.cluster import Worker
 from patchloom.platform.dataset import Dataset, open_dataset
-from patchloom.platform.recipe import Recipe, check_recipe, recipe_yaml
+from patchloom.platform.recipe import Average, Recipe, check_recipe, recipe_yaml
 from patchloom.platform.storage import (
     locked,
     read_json_lines,
@@ -52,7 +53,8 @@ LEAVING_WORKER_S = 60.0  # an orphan of a killed session may still be writing
 def method_of(recipe: Recipe, resolution: int) -> Method:
     """The recipe in the plain values that a step takes."""
     sizes = [(size.fraction, size.weight, size.batch_multiplier) for size in recipe.patches.sizes]
-    schedule = patch_schedule(resolution, recipe.patches.p, recipe.patches.schedule, sizes)
+    patches = recipe.patches
+    schedule = patch_schedule(resolution, patches.p, patches.schedule, sizes, patches.shares_of)
     return Method(
         seed=recipe.seed,
         schedule=schedule,
@@ -66,6 +68,9 @@ def method_of(recipe: Recipe, resolution: int) -> Method:
         reduction=recipe.loss.reduction,
         label_dropout=recipe.model.label_dropout,
         mirror=recipe.data.mirror,
+        augmentation=recipe.data.augment,
+        draw=patches.draw,
+        emulated_ranks=recipe.train.emulated_ranks,
     )
 
 
@@ -78,10 +83,8 @@ class Reader:
         self.held_out = dataset.indices("held_out", recipe.data.held_out_fraction)
         self.order = RowOrder(len(self.train), recipe.seed)
 
-    def rows(self, crops: range) -> Rows | None:
-        """The rows that these crops of the run are cut from; None for no crops."""
-        if not crops:
-            return None
+    def rows(self, crops: range) -> Rows:
+        """The rows that these crops of the run are cut from."""
         return self.at(self.train[[self.order[k] for k in crops]])
 
     def at(self, indices: np.ndarray) -> Rows:
@@ -126,7 +129,7 @@ def _train(worker: Worker, config: dict[str, Any]) -> dict[str, Any]:
     state, method = run.state, run.method
     while state.step < method.updates:
         plan = plan_step(method, state.step, state.images_seen)
-        rows = run.reader.rows(plan.crop_numbers(plan.blocks_of(worker.rank, worker.count)))
+        rows = [run.reader.rows(group.crops) for group in plan.share(worker.rank, worker.count)]
         training_step(state, method, plan, rows, run.space, worker.reduce, worker.rank, worker.count)
         monitor.after_step(plan)
     if worker.rank == 0:
@@ -136,13 +139,14 @@ def _train(worker: Worker, config: dict[str, Any]) -> dict[str, Any]:
 
 def open_run(worker: Worker, config: dict[str, Any]) -> Run:
     """Build the networks and bring them to the newest whole checkpoint, if there is one."""
+    allow_backbones(*config["backbones"])
     recipe = check_recipe(config["recipe"])
     card: dict[str, Any] = config["card"]
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     method = method_of(recipe, card["denoiser"]["resolution"])
     torch.manual_seed(derive_seed(recipe.seed, "weights"))
     denoiser = build_denoiser(card["denoiser"]).to(device).train()
-    emas = [HalfLifeEMA(denoiser, average.halflife_images, average.rampup_ratio) for average in recipe.ema]
+    emas = [new_average(denoiser, average) for average in recipe.ema]
     optimizer = recipe.optimizer
     state = new_state(denoiser, emas, method, (optimizer.beta1, optimizer.beta2), optimizer.eps)
     folder = Path(config["folder"])
@@ -152,6 +156,13 @@ def open_run(worker: Worker, config: dict[str, Any]) -> Run:
     space = Space(card["space"]["kind"], tuple(card["space"]["mean"]), tuple(card["space"]["scale"]))
     reader = Reader(open_dataset(config["dataset"]), recipe, device)
     return Run(folder, recipe, card, method, space, reader, state, worker, device)
+
+
+def new_average(denoiser: Denoiser, settings: Average) -> WeightAverage:
+    """The running average that a recipe's entry asks for."""
+    if settings.sigma_rel is not None:
+        return PowerEMA(denoiser, settings.sigma_rel)
+    return HalfLifeEMA(denoiser, settings.halflife_images, settings.rampup_ratio)
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
@@ -222,8 +233,9 @@ class Monitor:
         state, sizes = self.run.state, self.run.method.schedule.sizes
         began, at = self._since
         rate = (state.images_seen - at) / max(time.monotonic() - began - extra.pop("seconds", 0.0), 1e-9)
-        losses, crops = self.totals.double().cpu().unbind(1)
+        totals = self.totals.double().cpu()  # (patch sizes, sigma bins, 2)
         self.totals.zero_()
+        losses, crops = totals.sum(1).unbind(1)
         full = sizes[0].pixels
         line = {
             "step": state.step,
@@ -237,6 +249,9 @@ class Monitor:
             "loss": float(losses.sum() / crops.sum()),
             "loss_by_patch_size": {
                 str(size.pixels): float(loss / n) for size, loss, n in zip(sizes, losses, crops, strict=True) if n
+            },
+            "loss_by_sigma": {
+                name: float(loss / n) for name, (loss, n) in zip(SIGMA_BINS, totals.sum(0), strict=True) if n
             },
             "learning_rate": learning_rate(self.run.method, state.images_seen),
             "images_per_second": rate,
@@ -272,7 +287,7 @@ class Monitor:
             self._model = Model(average, run.space, autoencoder, run.card)
         seeds = list(range(preview.count))
         labels = default_labels(seeds, self._model.denoiser.classes)
-        images = generate(self._model, seeds, labels, preview.steps).cpu().numpy()
+        images = generate(self._model, seeds, labels, Sampling(steps=preview.steps)).cpu().numpy()
         name = f"previews/step-{run.state.step:08d}.png"
         save_png(contact_sheet(images), run.folder / name)
         return name

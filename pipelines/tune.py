@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 
 from patchloom import __version__
+from patchloom.models.backbones import allow_backbones, allowed_backbones
 from patchloom.models.flops import training_flops
 from patchloom.pipelines.train import model_card, train
 from patchloom.pipelines.train_loop import method_of
@@ -159,6 +160,7 @@ def _run_trials(
             "folder": str(folder / "trials" / f"{number:03d}"),
             "parent_run": run_id,
             "tracking_uri": tracking_uri(),
+            "backbones": allowed_backbones(),
         }
         for number, (setting, recipe) in enumerate(zip(search.settings(), recipes, strict=True))
     ]
@@ -212,6 +214,7 @@ def run_trial(config: dict[str, Any]) -> None:
     quiet_environment()
     job = config["job"]
     os.environ["MLFLOW_TRACKING_URI"] = job["tracking_uri"]
+    allow_backbones(*job["backbones"])
     began = time.monotonic()
     result = train(
         check_recipe(job["recipe"]),

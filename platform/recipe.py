@@ -1,47 +1,28 @@
 """Recipes: one YAML file that says what a model is, read into frozen values with every error at its path."""
 
-import difflib
 import itertools
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, get_args
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BeforeValidator, Field, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
 
 from patchloom.platform.errors import UserError
+from patchloom.platform.sections import (
+    Count,
+    Fraction,
+    Positive,
+    Section,
+    checked,
+    parse_value,
+    read_yaml,
+    set_key,
+)
 
-Number = TypeVar("Number", int, float)
-SHOWN_PROBLEMS = 4
 SHIPPED = Path(__file__).parent.parent / "tune_configs"
-
-
-def _fraction(value: float) -> float:
-    if not 0 <= value <= 1:
-        raise PydanticCustomError("within", f"{value:g} is not within 0 and 1")
-    return value
-
-
-def _above_zero(value: Number) -> Number:
-    if not value > 0:
-        raise PydanticCustomError("above_zero", f"{value:g} is not above 0")
-    return value
-
-
-Fraction = Annotated[float, AfterValidator(_fraction), Field(json_schema_extra={"minimum": 0, "maximum": 1})]
-Positive = Annotated[float, AfterValidator(_above_zero), Field(json_schema_extra={"exclusiveMinimum": 0})]
-Count = Annotated[int, AfterValidator(_above_zero), Field(json_schema_extra={"minimum": 1})]
-
-
-class Section(BaseModel):
-    """Frozen, and refuses keys that it does not know."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False)
-
-
-SectionType = TypeVar("SectionType", bound=Section)
 
 
 class Data(Section):
@@ -49,11 +30,19 @@ class Data(Section):
 
     held_out_fraction: Fraction = 0.05
     whiten: bool = Field(True, description="Latents: per channel to mean 0 and std sigma_data, from the dataset's card")
-    mirror: bool = Field(False, description="Pixels: mirror half of the images")
+    mirror: bool = Field(False, description="Pixels: mirror half of the images, and not the coordinates")
+    augment: Fraction = Field(
+        0.0, description="Pixels: probability of each of EDM's geometric transformations; the coordinates move along"
+    )
+
+
+def _encoding(value: Any) -> Any:
+    """`true` and `false` (YAML's `on` and `off`) are what there was before there were several encodings."""
+    return {True: "linear", False: "none"}[value] if isinstance(value, bool) else value
 
 
 class Model(Section):
-    """The network. DDPM++ and NCSN++ are EDM's SongUNet, ADM its DhariwalUNet."""
+    """The network. DDPM++ and NCSN++ are EDM's SongUNet, ADM its DhariwalUNet; or a `backbone` of one's own."""
 
     network: Literal["ddpmpp", "ncsnpp", "adm"] = "ddpmpp"
     width: Count = 128
@@ -61,10 +50,38 @@ class Model(Section):
     blocks: Count = 4
     attention: tuple[Count, ...] = Field((16,), description="Resolutions of the full-size image that attend")
     dropout: Fraction = 0.0
-    coordinates: bool = True
+    backbone: str | None = Field(
+        None,
+        pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$",
+        description="package.module:Class of a network of one's own, called as net(x, noise_condition, labels); "
+        "needs --allow-backbone",
+    )
+    backbone_options: dict[str, Any] = Field({}, description="Further arguments of its constructor")
+    coordinates: Annotated[Literal["linear", "periodic", "implicit", "none"], BeforeValidator(_encoding)] = Field(
+        "linear", description="How a patch's place is told: as channels, or not at all"
+    )
+    patch_size_condition: bool = Field(False, description="Tell the network the patch's size too (Eq. 4)")
     class_conditional: bool = False
     label_dropout: Fraction = Field(0.0, description="Share of labels left out, for guidance; the paper uses 0.1")
     sigma_data: Positive = 0.5
+
+    @model_validator(mode="after")
+    def _one_network(self) -> "Model":
+        if self.backbone is None:
+            if self.backbone_options:
+                raise PydanticCustomError("backbone", "backbone_options are given and there is no backbone: name one")
+            return self
+        named = ("network", "width", "width_multipliers", "blocks", "attention", "dropout")
+        changed = [name for name in named if getattr(self, name) != type(self).model_fields[name].default]
+        if changed:
+            raise PydanticCustomError(
+                "backbone", f"{', '.join(changed)}: a backbone builds itself; move them to backbone_options"
+            )
+        if self.coordinates == "implicit" or self.patch_size_condition:
+            raise PydanticCustomError(
+                "backbone", "implicit coordinates and patch_size_condition are inside patchloom's networks: leave them"
+            )
+        return self
 
 
 class SmallerPatch(Section):
@@ -84,7 +101,25 @@ class Patches(Section):
         SmallerPatch(fraction=0.5, weight=0.6, batch_multiplier=2),
         SmallerPatch(fraction=0.25, weight=0.4, batch_multiplier=4),
     )
-    draw: Literal["shared"] = Field("shared", description="One size per optimisation step for all workers")
+    draw: Literal["shared", "stratified", "independent"] = Field(
+        "shared",
+        description="A stochastic step's sizes: one for all workers, the same mix of all in every step, or one for "
+        "each of train.emulated_ranks",
+    )
+    shares_of: Literal["updates", "images"] = Field(
+        "updates", description="What a progressive schedule's shares are of: updates (paper) or images (released code)"
+    )
+
+    @model_validator(mode="after")
+    def _schedule_makes_sense(self) -> "Patches":
+        if self.schedule == "progressive" and self.draw != "shared":
+            raise PydanticCustomError(
+                "draw",
+                f"a progressive schedule has one size at a time and nothing to draw {self.draw}: set draw: shared",
+            )
+        if self.schedule == "stochastic" and self.shares_of != "updates":
+            raise PydanticCustomError("shares_of", "a stochastic schedule draws updates: set shares_of: updates")
+        return self
 
     @model_validator(mode="after")
     def _sizes_make_sense(self) -> "Patches":
@@ -122,10 +157,24 @@ class Optimizer(Section):
 
 
 class Average(Section):
-    """One running average of the weights; the first of the list is the one that is registered."""
+    """A running average of the weights: EDM's, which forgets half in `halflife_images`, or EDM2's power function."""
 
     halflife_images: Positive = 500_000
     rampup_ratio: Positive = 0.05
+    sigma_rel: Annotated[float, Field(gt=0, lt=0.28)] | None = Field(
+        None, description="A power-function average of this width relative to the run, in place of a half-life"
+    )
+    snapshot_every_images: Annotated[int, Field(ge=0)] = Field(
+        0, description="Power functions: keep the average in RUN/ema, for `patchloom models average`; 0 keeps none"
+    )
+
+    @model_validator(mode="after")
+    def _snapshots_are_of_power_functions(self) -> "Average":
+        if self.snapshot_every_images and self.sigma_rel is None:
+            raise PydanticCustomError(
+                "snapshots", "snapshots are of power-function averages: set sigma_rel, or snapshot_every_images: 0"
+            )
+        return self
 
 
 class Train(Section):
@@ -134,6 +183,9 @@ class Train(Section):
     images: Count
     batch_size: Count = 512
     block_size: Count = Field(8, description="Samples that share a random generator; divides the batch")
+    emulated_ranks: Count = Field(
+        1, description="Groups of the batch that draw their own patch size (patches.draw: independent)"
+    )
     checkpoint_every_images: Count = 1_000_000
     log_every_images: Count = 50_000
 
@@ -166,9 +218,42 @@ class Recipe(Section):
     noise: Noise = Noise()
     loss: Loss = Loss()
     optimizer: Optimizer = Optimizer()
-    ema: Annotated[tuple[Average, ...], Field(min_length=1)] = (Average(),)
+    ema: Annotated[tuple[Average, ...], Field(min_length=1)] = Field(
+        (Average(),), description="The first is the one that is registered"
+    )
     train: Train
     preview: Preview = Preview()
+
+    @model_validator(mode="after")
+    def _draws_fit_the_batch(self) -> "Recipe":
+        batch, block, ranks = self.train.batch_size, self.train.block_size, self.train.emulated_ranks
+        if self.patches.draw == "independent" and batch % (block * ranks):
+            raise PydanticCustomError(
+                "ranks",
+                f"train.emulated_ranks: {ranks} ranks cannot share batch_size {batch} in whole blocks of {block}: "
+                f"make the batch a multiple of {block * ranks}",
+            )
+        if self.patches.draw != "independent" and ranks > 1:
+            raise PydanticCustomError(
+                "ranks", "train.emulated_ranks draw their own sizes: set patches.draw: independent, or leave it at 1"
+            )
+        if self.patches.draw == "stratified":
+            self._every_size_in_every_step()
+        return self
+
+    def _every_size_in_every_step(self) -> None:
+        patches, blocks = self.patches, self.train.batch_size / self.train.block_size
+        total = sum(size.weight for size in patches.sizes)
+        shares = {
+            size.fraction: (1 - patches.p) * size.weight / total * size.batch_multiplier for size in patches.sizes
+        }
+        for fraction, share in {1.0: patches.p, **shares}.items():
+            if 0 < share * blocks < 1:
+                raise PydanticCustomError(
+                    "draw",
+                    f"patches.draw: a stratified step would hold {share * blocks:.2g} blocks of size {fraction:g}, and "
+                    "at least 1 was wanted: raise train.batch_size or lower train.block_size",
+                )
 
 
 class Values(Section):
@@ -219,7 +304,7 @@ def find_config(name: str) -> Path:
 
 def load_recipe(name: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """Read a recipe, with `a.b=value` overrides; raises UserError at the path of what is wrong."""
-    values = _read_yaml(find_config(str(name)))
+    values = read_yaml(find_config(str(name)))
     if "space" in values:
         raise UserError(f"{name} is a search: run it with `patchloom tune`, or give a recipe")
     if overrides:
@@ -228,7 +313,7 @@ def load_recipe(name: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         key, equals, text = override.partition("=")
         if not equals:
             raise UserError(f"--set {override} has no '=': write --set patches.p=0.25")
-        set_key(values, key, _parse_value(text, key))
+        set_key(values, key, parse_value(text, key))
     return check_recipe(values)
 
 
@@ -242,16 +327,16 @@ def _with_defaults(values: dict[str, Any]) -> dict[str, Any]:
 
 def check_recipe(values: dict[str, Any]) -> Recipe:
     """A recipe from plain values."""
-    return _checked(Recipe, values)
+    return checked(Recipe, values)
 
 
 def load_search(name: str | Path) -> tuple[Search, Recipe]:
     """Read a search and the recipe that it starts from, which lies beside it or is a shipped one."""
     path = find_config(str(name))
-    values = _read_yaml(path)
+    values = read_yaml(path)
     if "space" not in values and "train" in values:
         raise UserError(f"{name} is a recipe: train it with `patchloom train`, or give a search (with a `space`)")
-    search = _checked(Search, values)
+    search = checked(Search, values)
     beside = path.parent / search.recipe
     return search, load_recipe(beside if beside.is_file() else search.recipe)
 
@@ -267,93 +352,6 @@ def with_values(recipe: Recipe, changes: dict[str, Any]) -> Recipe:
 def recipe_yaml(recipe: Recipe) -> str:
     """A recipe as YAML, every default written out."""
     return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False)
-
-
-def set_key(values: dict[str, Any], key: str, value: Any) -> None:
-    """Set `a.b.0.c` in nested dictionaries and lists."""
-    *path, last = key.split(".")
-    place: Any = values
-    for part in path:
-        if isinstance(place, list):
-            place = place[_list_index(place, part, key)]
-        elif isinstance(place, dict):
-            place = place.setdefault(part, {})
-        else:
-            raise UserError(f"{key}: {part} is inside a single value: check the key")
-    if isinstance(place, list):
-        place[_list_index(place, last, key)] = value
-    elif isinstance(place, dict):
-        place[last] = value
-    else:
-        raise UserError(f"{key}: {last} is inside a single value: check the key")
-
-
-def _list_index(place: list[Any], part: str, key: str) -> int:
-    if not part.isdigit() or int(part) >= len(place):
-        raise UserError(f"{key}: {part} is no position of a list of {len(place)}: count from 0")
-    return int(part)
-
-
-def _parse_value(text: str, key: str) -> Any:
-    try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError:
-        raise UserError(f"--set {key}={text}: the value is not YAML: quote it") from None
-
-
-def _read_yaml(path: Path) -> dict[str, Any]:
-    try:
-        values = yaml.safe_load(path.read_text())
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        problem = str(error).replace("\n", " ")
-        raise UserError(f"{path} is not YAML: {problem}") from None
-    if not isinstance(values, dict):
-        raise UserError(f"{path} holds no keys: a recipe starts with `name:`")
-    return values
-
-
-def _checked(kind: type[SectionType], values: dict[str, Any]) -> SectionType:
-    try:
-        return kind.model_validate(values)
-    except ValidationError as error:
-        problems = [_problem(kind, item) for item in error.errors(include_url=False)]
-        more = [f"and {len(problems) - SHOWN_PROBLEMS} more"] if len(problems) > SHOWN_PROBLEMS else []
-        raise UserError("; ".join(problems[:SHOWN_PROBLEMS] + more)) from None
-
-
-def _problem(kind: type[Section], item: Any) -> str:
-    path = ".".join(str(part) for part in item["loc"])
-    if item["type"] == "extra_forbidden":
-        known = _keys_at(kind, item["loc"][:-1])
-        close = difflib.get_close_matches(str(item["loc"][-1]), known, n=1)
-        hint = f"did you mean {close[0]}?" if close else f"known here: {', '.join(known)}"
-        return f"{path}: unknown key; {hint}"
-    if item["type"] == "missing":
-        return f"{path}: is missing and has no default"
-    message = item["msg"]
-    if item["type"] == "literal_error":
-        message = f"{item['input']!r} is not one of {item['ctx']['expected']}"
-    elif "valid" in message.lower():
-        message = f"{item['input']!r} is wrong: {message[0].lower()}{message[1:]}"
-    return f"{path}: {message}" if path else message
-
-
-def _keys_at(kind: type[BaseModel], location: tuple[Any, ...]) -> list[str]:
-    """The known keys of the section that a path leads to, through lists and dictionaries of sections."""
-    current: type[BaseModel] = kind
-    for part in location:
-        if part not in current.model_fields:
-            continue  # a position in a list, or a key of a dictionary
-        annotation = current.model_fields[part].annotation
-        sections = [inner for inner in (annotation, *get_args(annotation)) if _is_section(inner)]
-        if not sections:
-            break
-        current = sections[0]
-    return list(current.model_fields)
-
-
-def _is_section(annotation: Any) -> bool:
-    return isinstance(annotation, type) and issubclass(annotation, BaseModel)
 
 
 def recipe_schema() -> str:

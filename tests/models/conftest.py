@@ -17,7 +17,7 @@ def tiny_config() -> Callable[..., dict[str, Any]]:
     def config(**changes: Any) -> dict[str, Any]:
         options = {"width": 8, "width_multipliers": [1, 2], "blocks": 1, "attention": [8], "dropout": 0.0}
         base = {"network": "song", "network_options": options, "resolution": 16, "channels": 3, "classes": 0}
-        return {**base, "coordinates": True, "sigma_data": 0.5, **changes}
+        return {**base, "coordinates": "linear", "sigma_data": 0.5, **changes}
 
     return config
 

@@ -19,14 +19,14 @@ from patchloom.models.checkpoints import (
     save_checkpoint,
     save_model,
 )
-from patchloom.models.generate import generate, generate_padded
+from patchloom.models.generate import Sampling, generate, generate_padded
 from patchloom.models.step import TrainingState, plan_step, training_step
 
 CARD = {
     "denoiser": {
         "network": "song",
         "network_options": {"width": 8, "width_multipliers": [1, 2], "blocks": 1, "attention": [4], "dropout": 0.0},
-        "resolution": 8, "channels": 2, "classes": 3, "coordinates": True, "sigma_data": 0.5,
+        "resolution": 8, "channels": 2, "classes": 3, "coordinates": "linear", "sigma_data": 0.5,
     },
     "space": {"kind": "latents", "mean": [0.1, -0.2], "scale": [2.0, 0.5]},
     "class_names": ["a", "b", "c"],
@@ -37,7 +37,7 @@ def advance(state: TrainingState, steps: int) -> None:
     method = make_method(0.5)
     for _ in range(steps):
         plan = plan_step(method, state.step, state.images_seen)
-        training_step(state, method, plan, make_rows(plan.crops), SPACE, lambda _: None)
+        training_step(state, method, plan, [make_rows(plan.crops)], SPACE, lambda _: None)
 
 
 def test_a_run_goes_on_from_its_checkpoint_bit_for_bit(tmp_path: Path) -> None:
@@ -120,13 +120,13 @@ def test_an_autoencoder_comes_back_and_a_changed_one_is_refused(tmp_path: Path) 
 
 def test_an_image_does_not_depend_on_its_neighbours(model_folder: Path) -> None:
     model: Model = load_whole_model(model_folder)
-    together = generate(model, [4, 1, 7, 9], [0, 1, 2, -1], steps=2)
+    together = generate(model, [4, 1, 7, 9], [0, 1, 2, -1], Sampling(steps=2))
     assert together.shape == (4, 3, 16, 16) and together.dtype == torch.uint8
-    turned = generate(model, [9, 7, 1, 4], [-1, 2, 1, 0], steps=2)
+    turned = generate(model, [9, 7, 1, 4], [-1, 2, 1, 0], Sampling(steps=2))
     assert torch.equal(together, turned.flip(0))
-    padded = generate_padded(model, [7], [2], batch=4, steps=2)
+    padded = generate_padded(model, [7], [2], 4, Sampling(steps=2))
     assert torch.equal(padded[0], together[2])
-    assert not torch.equal(generate(model, [7], [0], steps=2)[0], together[2])
+    assert not torch.equal(generate(model, [7], [0], Sampling(steps=2))[0], together[2])
 
 
 def test_the_models_import_without_ray_mlflow_or_pydantic() -> None:

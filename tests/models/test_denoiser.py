@@ -7,7 +7,7 @@ import torch
 
 from patchloom.models.denoiser import Denoiser, build_denoiser
 
-BASE: dict[str, Any] = {"classes": 0, "coordinates": True, "sigma_data": 0.5}
+BASE: dict[str, Any] = {"classes": 0, "coordinates": "linear", "sigma_data": 0.5}
 
 
 def small(**changes: Any) -> Denoiser:
@@ -43,7 +43,7 @@ def test_none_is_the_full_grid_and_no_class() -> None:
 def test_what_a_network_has_no_channels_for_is_refused() -> None:
     x = torch.randn(1, 2, 8, 8)
     with pytest.raises(ValueError, match="coordinate"):
-        small(coordinates=False)(x, 1.0, torch.zeros(1, 2, 8, 8))
+        small(coordinates="none")(x, 1.0, torch.zeros(1, 2, 8, 8))
     with pytest.raises(ValueError, match="classes"):
         small()(x, 1.0, labels=torch.ones(1, 3))
 

@@ -9,9 +9,9 @@ from torch import Tensor
 from patchloom.models.checkpoints import Model
 from patchloom.models.codec import pixel_space
 from patchloom.models.denoiser import Denoiser
-from patchloom.models.generate import default_labels, generate, generate_padded
+from patchloom.models.generate import Sampling, default_labels, generate, generate_padded
 from patchloom.models.noise import karras_sigmas
-from patchloom.models.samplers import seeded_noise
+from patchloom.models.samplers import SeededNoise
 
 SEEDS = [3, 14, 15, 92, 65, 35, 89]
 
@@ -23,7 +23,7 @@ def model(tiny_denoiser: Callable[..., Denoiser]) -> Model:
 
 def by_seed(model: Model, seeds: list[int], batch: int = 4) -> dict[int, Tensor]:
     labels = default_labels(seeds, 3)
-    return dict(zip(seeds, generate_padded(model, seeds, labels, batch, steps=3, guidance=1.3), strict=True))
+    return dict(zip(seeds, generate_padded(model, seeds, labels, batch, Sampling(steps=3, guidance=1.3)), strict=True))
 
 
 @pytest.fixture(scope="module")
@@ -45,15 +45,15 @@ def test_an_image_does_not_depend_on_neighbours_order_or_padding(
 
 
 def test_the_label_matters(model: Model) -> None:
-    first, second, none = (generate(model, [3] * 4, [label] * 4, steps=3)[0] for label in (0, 1, -1))
+    first, second, none = (generate(model, [3] * 4, [label] * 4, Sampling(steps=3))[0] for label in (0, 1, -1))
     assert not torch.equal(first, second)
     assert not torch.equal(first, none)
 
 
 def test_gaussian_data_is_sampled_along_its_exact_path(linear_denoiser: Denoiser) -> None:
-    made = generate(Model(linear_denoiser, pixel_space(), None, {}), [1, 2], [-1, -1], steps=100)
+    made = generate(Model(linear_denoiser, pixel_space(), None, {}), [1, 2], [-1, -1], Sampling(steps=100))
     # the flow of N(0, 0.5^2) shrinks noise at sigma = 80 by 0.5 / sqrt(0.5^2 + 80^2)
-    wanted = seeded_noise([1, 2], (3, 16, 16)).double() * 80 * 0.5 / (0.25 + 80**2) ** 0.5
+    wanted = SeededNoise([1, 2], (3, 16, 16))().double() * 80 * 0.5 / (0.25 + 80**2) ** 0.5
     grey = (wanted * 127.5 + 128).clamp(0, 255)
     assert float((made.double() + 0.5 - grey).abs().max()) < 1.5
     assert karras_sigmas(100)[0].item() == pytest.approx(80)

@@ -11,7 +11,7 @@ from torch import Tensor
 from patchloom.models.denoiser import Denoiser
 from patchloom.models.guidance import guided
 from patchloom.models.noise import karras_sigmas, training_sigmas
-from patchloom.models.samplers import heun, seeded_noise
+from patchloom.models.samplers import SeededNoise, heun
 
 SPREAD = 0.5  # of the Gaussian data
 
@@ -99,10 +99,10 @@ def test_heun_evaluates_twice_a_step_but_once_in_the_last(steps: int) -> None:
 
 
 def test_a_seeds_noise_is_unit_and_does_not_depend_on_its_neighbours() -> None:
-    noise = seeded_noise([5, 9, 5], (3, 64, 64))
+    noise = SeededNoise([5, 9, 5], (3, 64, 64))()
     assert noise.dtype == torch.float32
     assert torch.equal(noise[0], noise[2])
-    assert torch.equal(noise[1], seeded_noise([9], (3, 64, 64))[0])
+    assert torch.equal(noise[1], SeededNoise([9], (3, 64, 64))()[0])
     assert abs(float(torch.corrcoef(noise[:2].flatten(1))[0, 1])) < 0.05
     assert float(noise[0].mean()) == pytest.approx(0, abs=0.04)
     assert float(noise[0].std()) == pytest.approx(1, abs=0.03)

@@ -98,7 +98,7 @@ def test_no_coordinates_mean_the_full_grid_of_the_inputs_own_size(
 def test_a_network_without_coordinates_has_no_channels_for_them(
     tiny_denoiser: Callable[..., Denoiser], images: Tensor
 ) -> None:
-    denoiser = tiny_denoiser(coordinates=False)
+    denoiser = tiny_denoiser(coordinates="none")
     x, _, _ = what_the_network_sees(denoiser, images, 1.0)
     assert x.shape[1] == 3
     with pytest.raises(ValueError, match="without coordinate channels"):

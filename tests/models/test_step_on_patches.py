@@ -19,7 +19,7 @@ METHOD = Method(
     seed=7, schedule=patch_schedule(16, 0.0, smaller=[(0.5, 1.0, 2)]), updates=5, batch_size=8, block_size=4,
     lr=1e-3, lr_rampup_images=0, mirror=True,
 )  # fmt: skip
-PLAN = StepPlan(step=3, size=METHOD.schedule.sizes[1], first_crop=100, crops=16, block_size=4)
+PLAN = StepPlan(step=3, first_crop=100, block_size=4, sizes=(METHOD.schedule.sizes[1],), blocks=(4,))
 
 
 def state_of(denoiser: Denoiser, method: Method = METHOD) -> TrainingState:
@@ -35,10 +35,9 @@ def rows() -> Rows:
     return Rows(image, torch.randint(-1, 2, (16,), generator=generator))
 
 
-def part_of(rows: Rows, worker: int, workers: int) -> Rows | None:
-    numbers = PLAN.crop_numbers(PLAN.blocks_of(worker, workers))
-    part = slice(numbers.start - PLAN.first_crop, numbers.stop - PLAN.first_crop)
-    return Rows(rows.image[part], rows.label[part]) if numbers else None
+def parts_of(rows: Rows, worker: int, workers: int) -> list[Rows]:
+    parts = [slice(g.crops.start - 100, g.crops.stop - 100) for g in PLAN.share(worker, workers)]
+    return [Rows(rows.image[part], rows.label[part]) for part in parts]
 
 
 def step_of(denoiser: Denoiser, rows: Rows, workers: int, method: Method = METHOD) -> list[TrainingState]:
@@ -46,13 +45,13 @@ def step_of(denoiser: Denoiser, rows: Rows, workers: int, method: Method = METHO
     flats: list[Tensor] = []
     for worker in range(workers):
         training_step(
-            state_of(denoiser, method), method, PLAN, part_of(rows, worker, workers), pixel_space(),
+            state_of(denoiser, method), method, PLAN, parts_of(rows, worker, workers), pixel_space(),
             lambda flat: flats.append(flat.clone()), worker, workers,
         )  # fmt: skip
     states = [state_of(denoiser, method) for _ in range(workers)]
     for worker, state in enumerate(states):
         training_step(
-            state, method, PLAN, part_of(rows, worker, workers), pixel_space(),
+            state, method, PLAN, parts_of(rows, worker, workers), pixel_space(),
             lambda flat: flat.copy_(torch.stack(flats).sum(0)), worker, workers,
         )  # fmt: skip
     return states
@@ -65,7 +64,7 @@ def flat_weights(state: TrainingState) -> Tensor:
 def test_a_step_on_patches_is_the_loss_of_python_slices(tiny_denoiser: Callable[..., Denoiser], rows: Rows) -> None:
     denoiser = tiny_denoiser()
     state = state_of(denoiser)
-    training_step(state, METHOD, PLAN, rows, pixel_space(), lambda _: None)
+    training_step(state, METHOD, PLAN, [rows], pixel_space(), lambda _: None)
 
     plain = copy.deepcopy(denoiser).train()
     axis, total = torch.linspace(-1, 1, 16), torch.zeros(())
@@ -90,7 +89,7 @@ def test_a_step_on_patches_is_the_loss_of_python_slices(tiny_denoiser: Callable[
     wanted = torch.cat([parameter.grad.flatten() for parameter in plain.parameters() if parameter.grad is not None])
     found = state.gradients.flat[: state.gradients.length]
     assert float((found - wanted).abs().max() / wanted.abs().max()) < 1e-5
-    loss, crops = state.gradients.loss_and_crops[1].tolist()
+    loss, crops = state.gradients.loss_and_crops[1].sum(0).tolist()
     assert loss == pytest.approx(float(total.detach()), rel=1e-5)
     assert crops == 16
     assert (state.step, state.images_seen, state.crops_by_size) == (1, 16, [0, 16])
@@ -107,7 +106,7 @@ def test_any_number_of_workers_takes_the_step_of_one(
     for state in together:
         torch.testing.assert_close(flat_weights(state), flat_weights(alone), rtol=0, atol=1e-6)
         assert torch.equal(flat_weights(state), flat_weights(together[0]))
-        assert state.gradients.loss_and_crops[1, 1] == 16
+        assert state.gradients.loss_and_crops[1].sum(0)[1] == 16
 
 
 def test_dropout_is_the_same_for_any_number_of_workers(tiny_denoiser: Callable[..., Denoiser], rows: Rows) -> None:
@@ -133,6 +132,6 @@ def test_one_bad_crop_does_not_end_a_run(tiny_denoiser: Callable[..., Denoiser],
     state = state_of(tiny_denoiser())
     broken = Rows(rows.image.float(), rows.label)
     broken.image[5] = float("nan")
-    training_step(state, METHOD, PLAN, broken, pixel_space(), lambda _: None)
+    training_step(state, METHOD, PLAN, [broken], pixel_space(), lambda _: None)
     assert flat_weights(state).isfinite().all()
-    assert state.gradients.loss_and_crops[1, 0].isnan()  # and the record says so
+    assert state.gradients.loss_and_crops[1, :, 0].isnan().any()  # and the record says so

@@ -24,12 +24,12 @@ SIZES = (32, 16, 8)
 CELEBA = {
     "network": "song",
     "network_options": {"width": 128, "width_multipliers": [1, 2, 2, 2], "blocks": 4, "attention": [16]},
-    "resolution": 64, "channels": 3, "classes": 0, "coordinates": True, "sigma_data": 0.5,
+    "resolution": 64, "channels": 3, "classes": 0, "coordinates": "linear", "sigma_data": 0.5,
 }  # fmt: skip
 LSUN = {
     "network": "dhariwal",
     "network_options": {},
-    "resolution": 32, "channels": 4, "classes": 0, "coordinates": True, "sigma_data": 0.5,
+    "resolution": 32, "channels": 4, "classes": 0, "coordinates": "linear", "sigma_data": 0.5,
 }  # fmt: skip
 
 
@@ -73,7 +73,7 @@ class Golden:
             "resolution": theirs["img_resolution"],
             "channels": theirs["img_channels_without_coordinates"],
             "classes": theirs["label_dim"],
-            "coordinates": True,
+            "coordinates": "linear",
             "sigma_data": 0.5,
         }
 

@@ -1,0 +1,96 @@
+"""Augmentation: EDM's geometric transformations of a whole image, with the labels that tell the network of them."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from patchloom.models.patches import coordinate_grid
+
+PARAMETERS = 8
+LABELS = 9
+SCALE = 2**0.2  # of isotropic and anisotropic scaling, per standard deviation
+SHIFT = 1 / 8  # of the image's side, per standard deviation
+
+
+def draw_parameters(count: int, probability: float, generator: torch.Generator) -> Tensor:
+    """(B, 8) parameters a0 ... a7 of EDM, Table 6: flips, scale, rotation, anisotropy (2), translation (2).
+
+    Each transformation but the horizontal flip is drawn with `probability`, and stands at 0 otherwise; the
+    horizontal flip, as in EDM's runs, is always a fair coin.
+    """
+    device = generator.device
+    used = torch.rand(count, 5, generator=generator, device=device) < probability
+    flips = (torch.rand(count, 2, generator=generator, device=device) < 0.5).float()
+    angles = (torch.rand(count, 2, generator=generator, device=device) * 2 - 1) * math.pi
+    normals = torch.randn(count, 4, generator=generator, device=device)
+    vertical, scaled, rotated, stretched, shifted = used.float().unbind(1)
+    return torch.stack([
+        flips[:, 0],
+        flips[:, 1] * vertical,
+        normals[:, 0] * scaled,
+        angles[:, 0] * rotated,
+        angles[:, 1] * stretched,
+        normals[:, 1] * stretched,
+        normals[:, 2] * shifted,
+        normals[:, 3] * shifted,
+    ], dim=1)  # fmt: skip
+
+
+def augmentation_labels(parameters: Tensor) -> Tensor:
+    """(B, 8) parameters -> (B, 9) conditioning of EDM, Table 6; all 0 for an image as it is."""
+    a0, a1, a2, a3, a4, a5, a6, a7 = parameters.unbind(1)
+    return torch.stack([a0, a1, a2, a3.cos() - 1, a3.sin(), a5 * a4.cos(), a5 * a4.sin(), a6, a7], dim=1)
+
+
+def augment(images: Tensor, parameters: Tensor) -> tuple[Tensor, Tensor]:
+    """Transform whole images, and their coordinates with them.
+
+    images: (B, C, R, R), any dtype; parameters: (B, 8). Returns float32 images of the same shape and their
+    (B, 2, R, R) coordinates: each pixel keeps those of the place that it came from, so that a crop of a
+    rotated image knows where its content lay. What lies outside the image is its reflection. Bicubic.
+    """
+    matrix = _output_to_input(parameters)
+    height, width = images.shape[2:]
+    grid = coordinate_grid(height, width, images.device)
+    ones = torch.ones_like(grid[:1])
+    where = torch.einsum("bij,jhw->bihw", matrix, torch.cat([grid, ones]))
+    where = 1 - ((where + 1) % 4 - 2).abs()  # folded at the edges: reflection
+    moved = F.grid_sample(
+        images.float(), where.permute(0, 2, 3, 1), mode="bicubic", padding_mode="reflection", align_corners=True
+    )
+    return moved, where
+
+
+def _output_to_input(parameters: Tensor) -> Tensor:
+    """(B, 2, 3) maps from coordinates of the result to those of the image, the transformations undone in turn."""
+    a0, a1, a2, a3, a4, a5, a6, a7 = parameters.unbind(1)
+    forward = (
+        _translation(2 * SHIFT * a6, 2 * SHIFT * a7)  # the image is 2 wide in coordinates
+        @ _rotation(a4) @ _scaling(SCALE**a5, SCALE**-a5) @ _rotation(-a4)
+        @ _rotation(-a3)
+        @ _scaling(SCALE**a2, SCALE**a2)
+        @ _scaling(1 - 2 * a0, 1 - 2 * a1)
+    )  # fmt: skip
+    inverse: Tensor = torch.linalg.inv(forward)
+    return inverse[:, :2]
+
+
+def _matrix(rows: list[list[Tensor]]) -> Tensor:
+    return torch.stack([torch.stack(row, dim=-1) for row in rows], dim=-2)
+
+
+def _translation(x: Tensor, y: Tensor) -> Tensor:
+    one, zero = torch.ones_like(x), torch.zeros_like(x)
+    return _matrix([[one, zero, x], [zero, one, y], [zero, zero, one]])
+
+
+def _scaling(x: Tensor, y: Tensor) -> Tensor:
+    one, zero = torch.ones_like(x), torch.zeros_like(x)
+    return _matrix([[x, zero, zero], [zero, y, zero], [zero, zero, one]])
+
+
+def _rotation(angle: Tensor) -> Tensor:
+    one, zero, cos, sin = torch.ones_like(angle), torch.zeros_like(angle), angle.cos(), angle.sin()
+    return _matrix([[cos, -sin, zero], [sin, cos, zero], [zero, zero, one]])
