@@ -7,14 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from patchloom.models.autoencoder import Autoencoder, load_autoencoder
 from patchloom.models.codec import Space
 from patchloom.models.denoiser import Denoiser, build_denoiser
+from patchloom.models.ema import PowerEMA, PowerProfile
 from patchloom.models.errors import CheckpointError
-from patchloom.models.snapshots import load_edm_snapshot
+from patchloom.models.snapshots import load_edm_snapshot, read_edm_snapshot
 from patchloom.models.step import TrainingState
 
 __all__ = [
@@ -25,12 +27,17 @@ __all__ = [
     "load_model",
     "load_whole_model",
     "read_card",
+    "read_edm_snapshot",
+    "read_profile",
+    "save_average",
     "save_checkpoint",
     "save_model",
+    "verified_card",
 ]
 
 MODEL_FORMAT = 1
 CHECKPOINT_FORMAT = 1
+AVERAGE_FORMAT = 1
 
 
 @dataclass(frozen=True)
@@ -84,6 +91,14 @@ def load_model(folder: Path | str) -> Denoiser:
     Raises CheckpointError where the folder is not a model or its weights do not match their checksum.
     """
     folder = Path(folder)
+    card = verified_card(folder)
+    denoiser = build_denoiser(card["denoiser"])
+    denoiser.load_state_dict(load_file(folder / "model.safetensors"))
+    return denoiser.eval().requires_grad_(False)
+
+
+def verified_card(folder: Path) -> dict[str, Any]:
+    """The card of a denoiser's folder whose weights match their checksum; raises CheckpointError otherwise."""
     card = read_card(folder, "denoiser")
     weights = folder / "model.safetensors"
     if not weights.is_file():
@@ -93,9 +108,7 @@ def load_model(folder: Path | str) -> Denoiser:
         raise CheckpointError(
             f"{weights} has sha256 {sha256[:12]} and its card says {card['weights_sha256'][:12]}: fetch it again"
         )
-    denoiser = build_denoiser(card["denoiser"])
-    denoiser.load_state_dict(load_file(weights))
-    return denoiser.eval().requires_grad_(False)
+    return card
 
 
 def load_whole_model(folder: Path | str, device: torch.device | str = "cpu") -> Model:
@@ -149,6 +162,29 @@ def load_checkpoint(folder: Path, state: TrainingState) -> None:
         moments.setdefault(int(parameter), {})[moment] = tensor
     state.optimizer.load_state_dict({"state": moments, "param_groups": optimizer["param_groups"]})
     state.step, state.crops_by_size = card["step"], card["crops_by_size"]
+
+
+def save_average(path: Path, average: PowerEMA, images_seen: int) -> None:
+    """Keep a power-function average as it stands, whole or not at all: parameters, and which profile they have."""
+    parameters = {name: parameter.contiguous() for name, parameter in average.module.named_parameters()}
+    profile = {
+        "format_version": str(AVERAGE_FORMAT),
+        "sigma_rel": repr(average.sigma_rel),
+        "images_seen": str(images_seen),
+    }
+    partial = path.with_name(f".{path.name}.partial")
+    save_file(parameters, partial, metadata=profile)
+    partial.replace(path)
+
+
+def read_profile(path: Path) -> PowerProfile:
+    """Which average a file of `save_average` holds; raises CheckpointError where it is none."""
+    try:
+        with safe_open(path, "pt") as file:
+            profile = file.metadata() or {}
+        return PowerProfile(float(profile["sigma_rel"]), float(profile["images_seen"]))
+    except (OSError, KeyError, ValueError, SafetensorError) as error:
+        raise CheckpointError(f"{path} is not a kept average ({error}): remove it") from None
 
 
 def file_sha256(path: Path) -> str:

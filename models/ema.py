@@ -2,7 +2,7 @@
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -104,10 +104,11 @@ def reconstruction(kept: Sequence[PowerProfile], wanted: PowerProfile) -> np.nda
     return np.asarray(solution / scale)
 
 
-def combine(kept: Sequence[dict[str, Tensor]], shares: np.ndarray) -> dict[str, Tensor]:
-    """The weighted sum of state dicts, summed in float64 and given in the first one's types."""
-    combined = {}
-    for name, tensor in kept[0].items():
-        stacked = torch.stack([weights[name].double() for weights in kept])
-        combined[name] = torch.tensordot(torch.from_numpy(shares), stacked, dims=1).to(tensor.dtype)
-    return combined
+def combine(kept: Iterable[dict[str, Tensor]], shares: np.ndarray) -> dict[str, Tensor]:
+    """The weighted sum of parameters by name, one average in memory at a time; summed in float64, given in float32."""
+    total: dict[str, Tensor] = {}
+    for parameters, share in zip(kept, shares, strict=True):
+        for name, tensor in parameters.items():
+            weighed = tensor.double() * float(share)
+            total[name] = total[name] + weighed if name in total else weighed
+    return {name: tensor.float() for name, tensor in total.items()}

@@ -48,6 +48,11 @@ def load_edm_snapshot(path: str | Path) -> Denoiser:
     Raises CheckpointError for a file that is no such snapshot, that is cut off, or that names anything but
     tensors and plain values: the name is in the message, and nothing of the file has been run.
     """
+    return read_edm_snapshot(path)[0]
+
+
+def read_edm_snapshot(path: str | Path) -> tuple[Denoiser, dict[str, Any]]:
+    """`load_edm_snapshot` with the network's description, as `build_denoiser` takes it; raises the same."""
     snapshot = _read(Path(path))
     if not isinstance(snapshot, dict) or not isinstance(snapshot.get("ema"), _Record):
         raise CheckpointError(f"{path} holds no `ema` network: give an EDM snapshot (network-snapshot-*.pkl)")
@@ -156,7 +161,7 @@ def _inert_reader(file: Any, path: Path) -> pickle.Unpickler:
     return Reader(file)
 
 
-def _denoiser(ema: _Record, path: str | Path) -> Denoiser:
+def _denoiser(ema: _Record, path: str | Path) -> tuple[Denoiser, dict[str, Any]]:
     if ema.get("class_name") not in PRECONDITIONINGS:
         wanted = " or ".join(PRECONDITIONINGS)
         raise CheckpointError(f"{path} holds a {ema.get('class_name')}, and {wanted} was wanted")
@@ -167,12 +172,13 @@ def _denoiser(ema: _Record, path: str | Path) -> Denoiser:
     arguments = dict(network.get("_init_kwargs") or {})
     try:
         tensors = {name: value.float() for name, value in _tensors(ema).items()}
-        denoiser = build_denoiser(_config(network["class_name"], arguments, ema, tensors))
+        config = _config(network["class_name"], arguments, ema, tensors)
+        denoiser = build_denoiser(config)
         denoiser.load_state_dict(tensors)
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())
         raise CheckpointError(f"{path}: its tensors do not fit the network that it describes ({reason})") from None
-    return denoiser.eval().requires_grad_(False)
+    return denoiser.eval().requires_grad_(False), config
 
 
 def _config(class_name: str, arguments: dict[str, Any], ema: _Record, tensors: dict[str, Tensor]) -> dict[str, Any]:

@@ -171,14 +171,55 @@ def models_show(model: Annotated[str, typer.Argument(help="models:/NAME@ALIAS or
 
 @models_app.command("register", epilog="Example: patchloom models register run my-model --alias champion")
 def models_register(
-    run: Annotated[str, typer.Argument(help="The folder of a finished run")],
+    run: Annotated[str, typer.Argument(help="The folder of a finished run, or of a model")],
     name: Annotated[str, typer.Argument(help="Name in the registry")],
     alias: Annotated[str | None, typer.Option(help="Point this alias at the version: champion, candidate")] = None,
 ) -> None:
-    """Make a run's model a version of a registered name."""
+    """Make the model of a run, or an imported one, a version of a registered name."""
     from patchloom.pipelines.register import register
 
     register(run, name, alias)
+
+
+@models_app.command("import", epilog="Example: patchloom models import network-snapshot-200000.pkl ffhq")
+def models_import(
+    snapshot: Annotated[str, typer.Argument(help="A snapshot of EDM or Patch Diffusion (.pkl); nothing in it is run")],
+    out: Annotated[str, typer.Argument(help="The model folder to write")],
+    autoencoder: Annotated[
+        str | None, typer.Option(help="For latents: the diffusers folder, or models:/..., that they belong to")
+    ] = None,
+) -> None:
+    """Turn an EDM snapshot into a model folder."""
+    from patchloom.pipelines.convert import import_model
+
+    folder = import_model(snapshot, out, autoencoder)
+    print(f"sample from it: patchloom sample {folder} samples --seeds 0-63")
+
+
+@models_app.command("export", epilog="Example: patchloom models export models:/my-model@champion my-model")
+def models_export(
+    model: Annotated[str, typer.Argument(help="models:/NAME@ALIAS, models:/NAME/VERSION, runs:/... or a folder")],
+    out: Annotated[str, typer.Argument(help="The folder to write")],
+) -> None:
+    """Copy a model out of the registry: safetensors and JSON."""
+    from patchloom.pipelines.convert import export_model
+
+    export_model(model, out)
+
+
+@models_app.command("average", epilog="Example: patchloom models average run wider --sigma-rel 0.15")
+def models_average(
+    run: Annotated[str, typer.Argument(help="A finished run that kept power-function averages")],
+    out: Annotated[str, typer.Argument(help="The model folder to write")],
+    sigma_rel: Annotated[float, typer.Option(help="Width of the average relative to the run, 0 to 0.288")],
+    allow_backbone: Backbones = None,
+) -> None:
+    """Make a model of any length of average after the run (EDM2)."""
+    from patchloom.pipelines.convert import average_model
+
+    allow_backbones(*allow_backbone or [])
+    folder = average_model(run, out, sigma_rel)
+    print(f"sample from it: patchloom sample {folder} samples --seeds 0-63")
 
 
 @models_app.command("promote", epilog="Example: patchloom models promote my-model 3 --alias champion")

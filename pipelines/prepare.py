@@ -99,7 +99,7 @@ def prepare(
     encoder: Path | None = None
     inputs, plan = _plan(folder_in, resolution, crop, short_side, stride, shard_rows)
     if autoencoder:
-        encoder, card = _fetch_autoencoder(autoencoder)
+        encoder, card = fetch_autoencoder(autoencoder)
         side = plan.transform.resolution if plan.transform else open_dataset(folder_in).card["resolution"]
         if side % card["downscale"]:
             raise UserError(f"images of {side} pixels cannot be halved to {card['downscale']} times smaller latents")
@@ -120,7 +120,7 @@ def prepare(
     return open_dataset(folder_out)
 
 
-def _fetch_autoencoder(reference: str) -> tuple[Path, dict[str, Any]]:
+def fetch_autoencoder(reference: str) -> tuple[Path, dict[str, Any]]:
     """The folder of an autoencoder, from the registry or any diffusers folder, and what the card says of it."""
     if reference.startswith(("models:/", "runs:/")):
         fetched = fetch_model(reference)

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from patchloom.models.backbones import allow_backbones
-from patchloom.models.checkpoints import Model, load_checkpoint, save_checkpoint, save_model
+from patchloom.models.checkpoints import Model, load_checkpoint, save_average, save_checkpoint, save_model
 from patchloom.models.codec import Space
 from patchloom.models.denoiser import Denoiser, build_denoiser
 from patchloom.models.ema import HalfLifeEMA, PowerEMA, WeightAverage
@@ -221,9 +221,20 @@ class Monitor:
         look = finished or self._due(recipe.preview.every_images, plan)
         if look or self._due(recipe.train.log_every_images, plan):
             self._write_line(self._looked_at() if look else {})
+        for average, settings in zip(self.run.state.emas, recipe.ema, strict=True):
+            every = settings.snapshot_every_images
+            if isinstance(average, PowerEMA) and every and (finished or self._due(every, plan)):
+                self._keep(average)
         if finished or self._due(recipe.train.checkpoint_every_images, plan):
             save_run_checkpoint(self.run)
             self._since = (time.monotonic(), self.run.state.images_seen)
+
+    def _keep(self, average: PowerEMA) -> None:
+        """`ema/sigma-rel-0.1/step-00001000.safetensors`."""
+        state = self.run.state
+        folder = self.run.folder / "ema" / f"sigma-rel-{average.sigma_rel:g}"
+        folder.mkdir(parents=True, exist_ok=True)
+        save_average(folder / f"step-{state.step:08d}.safetensors", average, state.images_seen)
 
     def _due(self, every_images: int, plan: StepPlan) -> bool:
         seen = self.run.state.images_seen
