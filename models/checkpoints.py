@@ -60,7 +60,10 @@ def save_model(folder: Path, denoiser: Denoiser, card: dict[str, Any]) -> None:
 
 
 def read_card(folder: Path | str, kind: str) -> dict[str, Any]:
-    """The checked `model.json` of a folder that must hold a `kind` ("denoiser" or "autoencoder")."""
+    """The checked `model.json` of a folder that must hold a `kind` ("denoiser" or "autoencoder").
+
+    Raises CheckpointError where it does not, or where a newer version wrote it.
+    """
     card = _card_of(Path(folder) / "model.json", MODEL_FORMAT)
     if card.get("kind") != kind:
         raise CheckpointError(f"{folder} is a model of kind {card.get('kind')!r}, and a {kind} was wanted")
@@ -88,11 +91,15 @@ def _card_of(path: Path, newest_format: int) -> dict[str, Any]:
 def load_model(folder: Path | str) -> Denoiser:
     """The denoiser of a model folder, in eval mode on the CPU; needs torch and safetensors only.
 
-    Raises CheckpointError where the folder is not a model or its weights do not match their checksum.
+    Raises CheckpointError where the folder is not a model, its weights do not match their checksum, or its
+    network is from a package that was not allowed (`backbones.allow_backbones`).
     """
     folder = Path(folder)
     card = verified_card(folder)
-    denoiser = build_denoiser(card["denoiser"])
+    try:
+        denoiser = build_denoiser(card["denoiser"])
+    except ValueError as error:
+        raise CheckpointError(f"{folder}: {error}") from None
     denoiser.load_state_dict(load_file(folder / "model.safetensors"))
     return denoiser.eval().requires_grad_(False)
 

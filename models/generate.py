@@ -117,10 +117,8 @@ def check_fit(sampling: Sampling, card: dict[str, Any]) -> None:
             f"guidance {sampling.guidance:g} compares a class with no class, and this model was trained without "
             f"{lacks}, so it never learned one of them: leave it at 1"
         )
-    if sampling.size is None:
-        return
     multiple = 2 ** halvings_of(card["denoiser"]) * card.get("autoencoder", {}).get("downscale", 1)
-    if any(side % multiple or side < 1 for side in sampling.size):
+    if sampling.size and any(side % multiple or side < 1 for side in sampling.size):
         raise ValueError(
             f"size {sampling.size[0]}x{sampling.size[1]} cannot be halved as often as the networks do: "
             f"choose multiples of {multiple}"
@@ -161,7 +159,7 @@ def default_labels(seeds: list[int], classes: int) -> list[int]:
 def generate_padded(
     model: Model, seeds: list[int], labels: list[int], batch: int, sampling: Sampling, centre: Tensor | None = None
 ) -> Tensor:
-    """`generate` in compute batches of exactly `batch`, the last one padded: (len(seeds), C, H, W) uint8.
+    """`generate` in compute batches of exactly `batch`, the last one padded: (N, C, H, W) uint8, one a seed.
 
     Equal batches give equal bits, so a seed's bytes are the same in a job of any size.
     """

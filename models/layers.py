@@ -45,7 +45,10 @@ def linear(features_in: int, features_out: int, init: Initialiser, bias: bool = 
 
 
 def group_norm(channels: int, eps: float) -> nn.GroupNorm:
-    """Group normalisation with at most 32 groups of at least 4 channels (EDM, F.2.1)."""
+    """Group normalisation with at most 32 groups of at least 4 channels (EDM, F.2.1).
+
+    Raises ValueError for a number of channels that does not divide into them.
+    """
     groups = min(32, channels // 4)
     if not groups or channels % groups:
         raise ValueError(f"{channels} channels cannot be normalised in groups: make every width a multiple of 32")

@@ -31,8 +31,9 @@ def heun(
 ) -> Tensor:
     """Heun's 2nd-order sampler (EDM, Algorithm 1), with `churn` its stochastic one (Algorithm 2).
 
-    churn, churn_min, churn_max, churn_noise: EDM's S_churn, S_tmin, S_tmax, S_noise. Makes
-    2 * steps - 1 calls of `denoise` on a ladder that ends in 0. Raises ValueError for churn without `noise`.
+    (B, C, H, W) noise -> (B, C, H, W) clean, float64, by 2 * steps - 1 calls on a ladder that ends in 0.
+    churn, churn_min, churn_max, churn_noise: EDM's S_churn, S_tmin, S_tmax, S_noise; levels in units of the
+    data. Raises ValueError for churn without `noise`.
     """
     x, sigmas = _begin(start, sigmas)
     gamma = min(churn / (len(sigmas) - 1), 2**0.5 - 1)
@@ -52,7 +53,10 @@ def heun(
 
 @torch.no_grad()
 def euler(denoise: Denoise, start: Tensor, sigmas: Tensor) -> Tensor:
-    """Euler's 1st-order steps along dx/dsigma = (x - D(x; sigma)) / sigma (EDM, Eq. 1); one call a step."""
+    """Euler's 1st-order steps along dx/dsigma = (x - D(x; sigma)) / sigma (EDM, Eq. 1 and 3).
+
+    (B, C, H, W) noise -> (B, C, H, W) clean, float64, by one call a step.
+    """
     x, sigmas = _begin(start, sigmas)
     for sigma, lower in pairwise(sigmas):
         x = x + (lower - sigma) * (x - _estimate(denoise, x, sigma)) / sigma
@@ -63,8 +67,8 @@ def euler(denoise: Denoise, start: Tensor, sigmas: Tensor) -> Tensor:
 def ddim(denoise: Denoise, start: Tensor, sigmas: Tensor, *, eta: float = 0.0, noise: Noise | None = None) -> Tensor:
     """DDIM (Song et al. 2021a, Eq. 12 and 16): keep the clean estimate, lower its noise, renew a part of it.
 
-    eta: 0 renews none (then DDIM is Euler's step), 1 as much as ancestral sampling does. One call a step.
-    Raises ValueError for eta above 0 without `noise`.
+    (B, C, H, W) noise -> (B, C, H, W) clean, float64, by one call a step. eta: 0 renews none (then DDIM is
+    Euler's step), 1 as much as ancestral sampling does. Raises ValueError for eta above 0 without `noise`.
     """
     x, sigmas = _begin(start, sigmas)
     for sigma, lower in pairwise(sigmas):
@@ -77,22 +81,25 @@ def ddim(denoise: Denoise, start: Tensor, sigmas: Tensor, *, eta: float = 0.0, n
 
 
 def ancestral(denoise: Denoise, start: Tensor, sigmas: Tensor, *, noise: Noise | None = None) -> Tensor:
-    """DDPM's ancestral sampling (Ho et al. 2020, Algorithm 2): each level from its posterior; one call a step.
+    """DDPM's ancestral sampling (Ho et al. 2020, Algorithm 2): each level from its posterior.
 
-    Raises ValueError without `noise`.
+    (B, C, H, W) noise -> (B, C, H, W) clean, float64, by one call a step. Raises ValueError without `noise`.
     """
     return ddim(denoise, start, sigmas, eta=1.0, noise=noise)
 
 
 def dpmpp_2m(denoise: Denoise, start: Tensor, sigmas: Tensor) -> Tensor:
-    """DPM-Solver++(2M) (Lu et al. 2022, Algorithm 2): 2nd order from one call a step and the one before."""
+    """DPM-Solver++(2M) (Lu et al. 2022, Algorithm 2): 2nd order from the estimate before this one.
+
+    (B, C, H, W) noise -> (B, C, H, W) clean, float64, by one call a step.
+    """
     return _multistep(denoise, start, sigmas, eta=0.0, noise=None)
 
 
 def dpmpp_2m_sde(denoise: Denoise, start: Tensor, sigmas: Tensor, *, noise: Noise | None = None) -> Tensor:
-    """SDE-DPM-Solver++(2M) (Lu et al. 2022, section 5.4): the same along the reverse SDE; one call a step.
+    """SDE-DPM-Solver++(2M) (Lu et al. 2022): the same along the reverse SDE, with noise renewed in every step.
 
-    Raises ValueError without `noise`.
+    (B, C, H, W) noise -> (B, C, H, W) clean, float64, by one call a step. Raises ValueError without `noise`.
     """
     return _multistep(denoise, start, sigmas, eta=1.0, noise=noise)
 
@@ -127,8 +134,8 @@ ADAMS_BASHFORTH = ((1.0,), (3 / 2, -1 / 2), (23 / 12, -16 / 12, 5 / 12), (55 / 2
 def plms(denoise: Denoise, start: Tensor, sigmas: Tensor) -> Tensor:
     """PLMS, the linear multistep of PNDM (Liu et al. 2022, Eq. 12 and 13), begun by one Heun step.
 
-    The slope (predicted noise) of up to four levels is extrapolated as on equal distances: of 4th order
-    where the ladder is linear, and meant for ladders that change slowly. steps + 1 calls.
+    (B, C, H, W) noise -> (B, C, H, W) clean, float64, by steps + 1 calls. The slopes (predicted noise) of up
+    to four levels are extrapolated as on equal distances, which is exact where the ladder is linear.
     """
     x, sigmas = _begin(start, sigmas)
     slopes: deque[Tensor] = deque(maxlen=4)

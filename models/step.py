@@ -21,6 +21,7 @@ from patchloom.models.loss import SIGMA_BINS, denoising_loss, losses_by_sigma
 from patchloom.models.luck import Luck, derive_seed, draw_block, join, size_luck
 from patchloom.models.noise import training_sigmas
 from patchloom.models.patches import PatchSchedule, PatchSize, crop, offsets
+from patchloom.models.unet import UNet
 
 
 @dataclass(frozen=True)
@@ -205,13 +206,20 @@ def new_state(
 
 @contextmanager
 def dropout_luck(network: nn.Module, seed: int, step: int, blocks: range, device: torch.device) -> Iterator[None]:
-    """Dropout layers draw from one generator a block while this holds: masks do not depend on who owns a block."""
+    """Dropout layers draw from one generator a block while this holds: masks do not depend on who owns a block.
+
+    Layers of a backbone of one's own know torch's global generator alone; it is seeded, and given back after.
+    """
     layers = [layer for layer in network.modules() if isinstance(layer, Dropout) and layer.rate]
     seeds = [derive_seed(seed, step, block, "dropout") for block in blocks] if layers else []
     generators = [torch.Generator(device).manual_seed(number) for number in seeds]
     for layer in layers:
         layer.generators = generators
-    yield
+    is_ours = any(isinstance(module, UNet) for module in network.modules())
+    with torch.random.fork_rng([device] if device.type == "cuda" else [], enabled=not is_ours):
+        if not is_ours:
+            torch.manual_seed(derive_seed(seed, step, blocks.start, "dropout"))
+        yield
     for layer in layers:
         layer.generators = []
 

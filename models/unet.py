@@ -217,7 +217,7 @@ class SongUNet(UNet):
         return out
 
     def finish(self, x: Tensor) -> Tensor:
-        """The decoder's own last layers, under the names of the full-size level."""
+        """(B, C, H, W) -> (B, channels_out, H, W): the decoder's own last layers, named after the full-size level."""
         x = F.silu(self.dec[f"{self.last_level}_aux_norm"](x))
         out: Tensor = self.dec[f"{self.last_level}_aux_conv"](x)
         return out
@@ -280,7 +280,7 @@ class DhariwalUNet(UNet):
         return F.silu(embedding)
 
     def finish(self, x: Tensor) -> Tensor:
-        """The last normalisation, SiLU and convolution."""
+        """(B, C, H, W) -> (B, channels_out, H, W): the last normalisation, SiLU and convolution."""
         out: Tensor = self.out_conv(F.silu(self.out_norm(x)))
         return out
 

@@ -69,6 +69,62 @@ MISTAKES = {
     "an unknown option": (["train", "--fast"], "No such option"),
     "a missing argument": (["train"], "Missing"),
     "a number that is none": (["sample", "a", "b", "--steps", "many"], "--steps"),
+    "an unknown sampler": (["sample", "{model}", "{tmp}/out", "--sampler", "magic"], "sampler magic is unknown"),
+    "an unknown ladder": (["sample", "{model}", "{tmp}/out", "--ladder", "rope"], "ladder rope is unknown"),
+    "churn without heun": (["sample", "{model}", "{tmp}/out", "--sampler", "ddim", "--churn", "9"], "churn is EDM's"),
+    "a size that cannot be halved": (["sample", "{model}", "{tmp}/out", "--size", "17x16"], "multiples of 2"),
+    "a size that is none": (["sample", "{model}", "{tmp}/out", "--size", "big"], "is not of the form HxW"),
+    "levels that fall": (
+        ["sample", "{model}", "{tmp}/out", "--guidance", "2", "--guidance-between", "5-1"],
+        "two rising noise levels",
+    ),
+    "a centre without a size": (["sample", "{model}", "{tmp}/out", "--centre", "a.png"], "give its --size"),
+    "a centre that is too large": (
+        ["sample", "{model}", "{tmp}/out", "--size", "8x8", "--centre", "{images}/coffee/00.png"],
+        "cannot stand in the middle",
+    ),
+    "an import of nothing": (["models", "import", "{tmp}/none.pkl", "{tmp}/out"], "is not a file"),
+    "an import of a text": (["models", "import", "{tmp}/file", "{tmp}/out"], "is not a whole pickle"),
+    "an export over a folder": (["models", "export", "{model}", "{tmp}/bad"], "is not empty"),
+    "an average of nothing": (
+        ["models", "average", "{tmp}/empty", "{tmp}/out", "--sigma-rel", "0.1"],
+        "no finished run",
+    ),
+    "an average that was not kept": (
+        ["models", "average", "{model}/..", "{tmp}/out", "--sigma-rel", "0.1"],
+        "kept no averages",
+    ),
+    "ranks without their draw": (
+        ["train", "{recipe}", "--data", "{pixels}", "--out", "{tmp}/out", "--set", "train.emulated_ranks=2"],
+        "set patches.draw: independent",
+    ),
+    "a stratified step without room": (
+        ["train", "{recipe}", "--data", "{pixels}", "--out", "{tmp}/out", "--set", "patches.draw=stratified"],
+        "raise train.batch_size or lower train.block_size",
+    ),
+    "a progressive mix": (
+        [
+            "train",
+            "{recipe}",
+            "--data",
+            "{pixels}",
+            "--out",
+            "{tmp}/out",
+            "--set",
+            "patches.schedule=progressive",
+            "--set",
+            "patches.draw=stratified",
+        ],
+        "one size at a time",
+    ),
+    "a network from nowhere": (
+        ["train", "{tmp}/own.yaml", "--data", "{pixels}", "--out", "{tmp}/out"],
+        "give --allow-backbone somebody",
+    ),
+    "an allowed network that is not there": (
+        ["train", "{tmp}/own.yaml", "--data", "{pixels}", "--out", "{tmp}/out", "--allow-backbone", "somebody"],
+        "cannot be imported",
+    ),
     "a remote folder": (["inspect", "s3://bucket/data"], "remote"),
 }
 
@@ -76,15 +132,17 @@ MISTAKES = {
 @pytest.mark.ray
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_a_mistake_is_one_line_and_exit_code_2(
-    mistake: str, images: Path, pixels: Path, recipe: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    mistake: str, images: Path, pixels: Path, recipe: str, trained: Path, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     (tmp_path / "empty").mkdir()
     (tmp_path / "bad").mkdir()
     (tmp_path / "bad" / "a.png").write_text("not an image")
     (tmp_path / "file").write_text("a regular file")
+    (tmp_path / "own.yaml").write_text("name: own\nmodel: {backbone: 'somebody.nets:Net'}\ntrain: {images: 100}\n")
+    monkeypatch.setenv("PATCHLOOM_ALLOW_BACKBONE", "")
     arguments, words = MISTAKES[mistake]
-    places = {"tmp": tmp_path, "images": images, "pixels": pixels, "recipe": recipe}
+    places = {"tmp": tmp_path, "images": images, "pixels": pixels, "recipe": recipe, "model": trained / "model"}
     capsys.readouterr()
     assert run_main(monkeypatch, *(argument.format(**places) for argument in arguments)) == 2
     error = capsys.readouterr().err
@@ -167,7 +225,7 @@ def test_every_command_explains_itself_with_an_example(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     commands = ["demo", "prepare", "inspect", "autoencoder train", "train", "tune", "models register", "models show",
-                "sample", "evaluate", "report"]  # fmt: skip
+                "models import", "models export", "models average", "sample", "evaluate", "report"]  # fmt: skip
     for command in commands:
         assert run_main(monkeypatch, *command.split(), "--help") == 0
         words = " ".join(capsys.readouterr().out.split())

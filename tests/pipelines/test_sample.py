@@ -80,6 +80,21 @@ def test_a_guided_class_is_sampled(champion: str, tmp_path: Path) -> None:
     assert json.loads((folder / "sampling.json").read_text())["network_evaluations"] == 2 * (2 * 3 - 1)
 
 
+def test_a_photograph_stays_in_the_middle_of_a_larger_canvas(champion: str, images: Path, tmp_path: Path) -> None:
+    centre, folder = images / "coffee" / "00.png", tmp_path / "samples"
+    sample(champion, str(folder), [0, 1], sampler="dpmpp-2m-sde", size=(24, 32), canvas="extrapolate",
+           centre=str(centre), **OPTIONS)  # fmt: skip
+    wanted = np.asarray(Image.open(centre)).astype(int)
+    made = [np.asarray(Image.open(folder / "000000" / f"00000{seed}.png")).astype(int) for seed in (0, 1)]
+    for image in made:
+        assert image.shape == (24, 32, 3)
+        assert abs(image[4:20, 8:24] - wanted).max() <= 1  # x * 127.5 + 128 truncates
+    assert abs(made[0] - made[1])[:, :8].max() > 10
+    options = json.loads((folder / "sampling.json").read_text())
+    assert options["size"] == [24, 32] and options["network_evaluations"] == 3
+    assert options["centre"]["sha256"] == hashlib.sha256(centre.read_bytes()).hexdigest()
+
+
 @pytest.mark.parametrize(("text", "seeds"), [("0-3", [0, 1, 2, 3]), ("5,0,9", [0, 5, 9]), ("0-2,2,7", [0, 1, 2, 7])])
 def test_seeds_are_ranges_or_lists(text: str, seeds: list[int]) -> None:
     assert parse_seeds(text) == seeds
