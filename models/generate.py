@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from math import isfinite
 from typing import Any
 
 import torch
@@ -74,11 +75,13 @@ class Sampling:
                 raise ValueError(f"{name} {getattr(self, name)} is below {least}")
         if self.churn and self.sampler != "heun":
             raise ValueError(f"churn is EDM's, of the sampler heun, and the sampler is {self.sampler}: leave it at 0")
+        if not isfinite(self.guidance):
+            raise ValueError(f"guidance is {self.guidance}: a number was wanted, and 1 is none")
         for name in ("churn_between", "guidance_between"):
             low, high = getattr(self, name) or EVERYWHERE
             if not 0 <= low < high:
                 raise ValueError(f"{name} is {low:g}-{high:g}, and two rising noise levels were wanted, such as 0.3-5")
-        self.sigmas()
+        self.sigmas()  # refuses as many steps as the ladder does not have
 
     def sigmas(self) -> Tensor:
         """The (steps + 1,) float64 noise levels, ending in 0."""

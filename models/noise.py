@@ -52,7 +52,7 @@ def iddpm_sigmas(
 ) -> Tensor:
     """(steps + 1,) float64 levels of improved DDPM's cosine schedule, then 0 (EDM, Table 1).
 
-    Of `levels` levels u_j those from number `first` on (81 with the default 8) at equal distances of j.
+    Of `levels` levels u_j those from number `first` on (80.2 with the default 8) at equal distances of j.
     Raises ValueError below 1 step, or above the number of levels that are left.
     """
     if steps > levels - first:

@@ -68,8 +68,11 @@ def ddim(denoise: Denoise, start: Tensor, sigmas: Tensor, *, eta: float = 0.0, n
     """DDIM (Song et al. 2021a, Eq. 12 and 16): keep the clean estimate, lower its noise, renew a part of it.
 
     (B, C, H, W) noise -> (B, C, H, W) clean, float64, by one call a step. eta: 0 renews none (then DDIM is
-    Euler's step), 1 as much as ancestral sampling does. Raises ValueError for eta above 0 without `noise`.
+    Euler's step), 1 as much as ancestral sampling does. Raises ValueError for another eta, and for one above
+    0 without `noise`.
     """
+    if not 0 <= eta <= 1:
+        raise ValueError(f"eta is {eta:g}: the share of the noise that is renewed lies between 0 and 1")
     x, sigmas = _begin(start, sigmas)
     for sigma, lower in pairwise(sigmas):
         clean = _estimate(denoise, x, sigma)
@@ -134,7 +137,7 @@ ADAMS_BASHFORTH = ((1.0,), (3 / 2, -1 / 2), (23 / 12, -16 / 12, 5 / 12), (55 / 2
 def plms(denoise: Denoise, start: Tensor, sigmas: Tensor) -> Tensor:
     """PLMS, the linear multistep of PNDM (Liu et al. 2022, Eq. 12 and 13), begun by one Heun step.
 
-    (B, C, H, W) noise -> (B, C, H, W) clean, float64, by steps + 1 calls. The slopes (predicted noise) of up
+    (B, C, H, W) noise -> (B, C, H, W) clean, float64, by one call a step and one more. The slopes (predicted noise) of up
     to four levels are extrapolated as on equal distances, which is exact where the ladder is linear.
     """
     x, sigmas = _begin(start, sigmas)
