@@ -1,13 +1,15 @@
 """What the tests of the method share: small networks with every weight at work, and images that fit them."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from patchloom.models.denoiser import Denoiser, build_denoiser
+from patchloom.pipelines.pictures import contact_sheet, save_png
 
 
 @pytest.fixture(scope="session")
@@ -42,3 +44,15 @@ def linear_denoiser(tiny_config: Callable[..., dict[str, Any]]) -> Denoiser:
     """A fresh ADM: its last layer is zero, so D = c_skip x, which is ideal where the data is N(0, sigma_data^2)."""
     options = {"width": 8, "width_multipliers": [1, 2], "blocks": 1, "attention": [8], "dropout": 0.0}
     return build_denoiser(tiny_config(network="dhariwal", network_options=options)).eval()
+
+
+@pytest.fixture
+def artefacts(pytestconfig: pytest.Config) -> Callable[[str, Tensor], Path]:
+    """Keeps (N, 3, H, W) uint8 images as a picture in `artefacts/`, to be looked at."""
+
+    def keep(name: str, images: Tensor) -> Path:
+        path = pytestconfig.rootpath / "artefacts" / f"{name}.png"
+        save_png(contact_sheet(images.numpy(), scale=4), path)
+        return path
+
+    return keep
