@@ -138,7 +138,7 @@ def plms(denoise: Denoise, start: Tensor, sigmas: Tensor) -> Tensor:
     """PLMS, the linear multistep of PNDM (Liu et al. 2022, Eq. 12 and 13), begun by one Heun step.
 
     (B, C, H, W) noise -> (B, C, H, W) clean, float64, by one call a step and one more. The slopes
-    (predicted noise) of up to four levels are extrapolated as on equal distances, which is exact where the ladder is linear.
+    (predicted noise) of up to four levels are extrapolated as on equal distances, which holds on a linear ladder.
     """
     x, sigmas = _begin(start, sigmas)
     slopes: deque[Tensor] = deque(maxlen=4)
