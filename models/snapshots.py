@@ -5,9 +5,12 @@ each an inert meaning (a tensor, a number, a bag of attributes), and refuses eve
 looked up. Python source that travels in a snapshot is never compiled.
 """
 
+import contextlib
 import io
 import pickle
+import pickletools
 import re
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -82,7 +85,7 @@ def _read(path: Path) -> Any:
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read ({error.strerror})") from None
     except Exception as error:  # a damaged pickle may raise anything
-        what = str(error) or type(error).__name__
+        what = " ".join(str(error).split()) or type(error).__name__
         raise CheckpointError(f"{path} is not a whole pickle of a snapshot ({what}): fetch it again") from None
 
 
@@ -103,10 +106,12 @@ def _inert_reader(file: Any, path: Path) -> pickle.Unpickler:
         if not isinstance(content, bytes):
             raise CheckpointError(f"{path}: a tensor's storage is no bytes: fetch the snapshot again")
         try:
-            return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", UserWarning)  # of pickle protocols that torch does not write
+                return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
         except Exception as error:
-            named = re.search(r"GLOBAL (\S+)", str(error))
-            what = f"name {named[1]}" if named else "are no storage"
+            named = re.findall(r"GLOBAL (\S+)", str(error)) or _names_in(content)
+            what = f"name {', '.join(named)}" if named else "are no storage"
             raise CheckpointError(f"{path}: a tensor's bytes {what}: refused, nothing was run") from None
 
     def tensor(stored: Any, offset: int, size: Any, stride: Any, *_: object) -> Tensor:
@@ -134,7 +139,13 @@ def _inert_reader(file: Any, path: Path) -> pickle.Unpickler:
             raise CheckpointError(f"{path}: a number is damaged: fetch the snapshot again")
         return np.frombuffer(content, np.dtype(kind["type"]))[0].item()
 
+    def latin1_bytes(text: object, encoding: object = "latin1") -> bytes:  # how old pickle protocols write bytes
+        if not isinstance(text, str) or encoding != "latin1":
+            raise CheckpointError(f"{path}: bytes are damaged: fetch the snapshot again")
+        return text.encode("latin1")
+
     known: dict[tuple[str, str], Callable[..., Any]] = {
+        ("_codecs", "encode"): latin1_bytes,
         ("collections", "OrderedDict"): Attributes,
         ("dnnlib.util", "EasyDict"): Attributes,
         ("torch_utils.persistence", "_reconstruct_persistent_obj"): persistent,
@@ -159,6 +170,20 @@ def _inert_reader(file: Any, path: Path) -> pickle.Unpickler:
             return known[module, name]
 
     return Reader(file)
+
+
+def _names_in(content: bytes) -> list[str]:
+    """What a pickle would import, read from its opcodes without running them, for the refusal's words."""
+    names, strings = [], [""]
+    with contextlib.suppress(Exception):  # whatever comes after the last whole opcode
+        for opcode, argument, _ in pickletools.genops(content):
+            if opcode.name in ("GLOBAL", "INST"):
+                names.append(str(argument).replace(" ", "."))
+            elif opcode.name == "STACK_GLOBAL":
+                names.append(".".join(strings[-2:]))
+            elif isinstance(argument, str):
+                strings.append(argument)
+    return names
 
 
 def _denoiser(ema: _Record, path: str | Path) -> tuple[Denoiser, dict[str, Any]]:

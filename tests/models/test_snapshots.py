@@ -51,7 +51,7 @@ def storage_bytes(payload: Any) -> bytes:
     ("function", "name"),
     [(os.system, "system"), (eval, "builtins.eval"), (exec, "builtins.exec"), (getattr, "builtins.getattr")],
 )
-@pytest.mark.parametrize("where", ["top", "nested", "tensor"])
+@pytest.mark.parametrize("where", ["top", "nested", "tensor", "tensor as a raw pickle"])
 def test_a_name_that_no_snapshot_needs_is_refused_and_not_run(
     function: Any, name: str, where: str, tmp_path: Path
 ) -> None:
@@ -68,6 +68,8 @@ def test_a_name_that_no_snapshot_needs_is_refused_and_not_run(
         payload = {"ema": {"state": [{"deep": call}]}}
     elif where == "tensor":
         payload = {"ema": Call(torch.storage._load_from_bytes, storage_bytes(call))}
+    elif where == "tensor as a raw pickle":
+        payload = {"ema": Call(torch.storage._load_from_bytes, pickle.dumps(call))}
     (tmp_path / "bad.pkl").write_bytes(pickle.dumps(payload))
     with pytest.raises(CheckpointError, match=name.rpartition(".")[2]):  # torch leaves `builtins` out
         load_edm_snapshot(tmp_path / "bad.pkl")
