@@ -251,7 +251,7 @@ def sample(
     label: Annotated[str | None, typer.Option(help="A class by name or number; all in turn by default")] = None,
     size: Annotated[str | None, typer.Option(metavar="HxW", help="Pixels; the trained size by default")] = None,
     canvas: Annotated[str, typer.Option(help="Other sizes: rescale (again -1..1) or extrapolate (beyond)")] = "rescale",
-    centre: Annotated[str | None, typer.Option(help="An image that stays in the middle: out-painting")] = None,
+    centre: Annotated[str | None, typer.Option(metavar="IMAGE", help="Stays in the middle: out-painting")] = None,
     batch: Annotated[int, typer.Option(min=1, help="Images a compute batch; bytes depend on it")] = 8,
     allow_backbone: Backbones = None,
     workers: Workers = None,
