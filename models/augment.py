@@ -68,7 +68,7 @@ def _output_to_input(parameters: Tensor) -> Tensor:
     a0, a1, a2, a3, a4, a5, a6, a7 = parameters.unbind(1)
     forward = (
         _translation(2 * SHIFT * a6, 2 * SHIFT * a7)  # the image is 2 wide in coordinates
-        @ _rotation(a4) @ _scaling(SCALE**a5, SCALE**-a5) @ _rotation(-a4)
+        @ _rotation(-a4) @ _scaling(SCALE**a5, SCALE**-a5) @ _rotation(a4)  # EDM's networks know this sign
         @ _rotation(-a3)
         @ _scaling(SCALE**a2, SCALE**a2)
         @ _scaling(1 - 2 * a0, 1 - 2 * a1)

@@ -44,11 +44,12 @@ def build_backbone(name: str, options: dict[str, Any]) -> nn.Module:
             f"if you trust it, give --allow-backbone {package}"
         )
     try:
-        network = getattr(importlib.import_module(module_name), class_name)
+        module = importlib.import_module(module_name)
     except ImportError as error:
         raise ValueError(f"the network {name} cannot be imported ({error}): install it or set PYTHONPATH") from error
-    except AttributeError:
-        raise ValueError(f"the module {module_name} holds no {class_name}: check the network's name") from None
+    network = getattr(module, class_name, None)
+    if network is None:
+        raise ValueError(f"the module {module_name} holds no {class_name}: check the network's name")
     try:
         built = network(**options)
     except TypeError as error:

@@ -80,8 +80,9 @@ class Denoiser(nn.Module):
     def _conditions(self, noisy: Tensor, coordinates: Tensor | None, augmentation: Tensor | None) -> dict[str, Tensor]:
         """What the network is told beside the noise level and the class, where there is something to tell."""
         conditions = {} if augmentation is None else {"augmentation": augmentation}
-        if self.patch_size:  # without coordinates of its own an input is a whole image, whatever its size
-            fraction = 1.0 if coordinates is None else min(1.0, max(noisy.shape[2:]) / self.resolution)
+        if self.patch_size:  # an input that could have coordinates and has none is a whole image, whatever its size
+            is_whole = coordinates is None and self.coordinates != "none"
+            fraction = 1.0 if is_whole else min(1.0, max(noisy.shape[2:]) / self.resolution)
             conditions["patch_fraction"] = torch.full((len(noisy),), fraction, device=noisy.device)
         return conditions
 

@@ -1,6 +1,7 @@
 """EMA: running averages of the weights, which are what is sampled from and registered."""
 
 import copy
+import functools
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -61,6 +62,7 @@ class PowerEMA(WeightAverage):
         return float((1 - images_in_step / images_seen) ** (self.gamma + 1)) if images_seen else 0.0
 
 
+@functools.cache
 def power_of_width(sigma_rel: float) -> float:
     """gamma of the power function whose standard deviation is `sigma_rel` of the run's length (EDM2, Eq. 3).
 
@@ -92,16 +94,20 @@ class PowerProfile:
 def reconstruction(kept: Sequence[PowerProfile], wanted: PowerProfile) -> np.ndarray:
     """How much of each kept average makes the wanted one: (N,) float64 (EDM2, section 3.2).
 
-    The combination of the kept densities that is nearest to the wanted one in the mean square. Raises
-    ValueError where nothing was kept.
+    The combination of the kept densities that is nearest to the wanted one in the mean square, among those
+    whose shares add up to 1: what is left of a width out of reach is then a coarser average, and not a
+    shrunken one. Raises ValueError where nothing was kept.
     """
     if not kept:
         raise ValueError("no average was kept: set snapshot_every_images in the recipe's ema")
     products = np.array([[one.overlap(other) for other in kept] for one in kept])
     target = np.array([one.overlap(wanted) for one in kept])
     scale = np.sqrt(np.diag(products))  # densities of unit length: far better conditioned
-    solution, *_ = np.linalg.lstsq(products / np.outer(scale, scale), target / scale, rcond=1e-12)
-    return np.asarray(solution / scale)
+    system = np.zeros((len(kept) + 1, len(kept) + 1))
+    system[:-1, :-1] = products / np.outer(scale, scale)
+    system[:-1, -1] = system[-1, :-1] = scale.min() / scale  # the constraint and its multiplier
+    solution, *_ = np.linalg.lstsq(system, np.append(target / scale, scale.min()), rcond=1e-12)
+    return np.asarray(solution[:-1] / scale)
 
 
 def combine(kept: Iterable[dict[str, Tensor]], shares: np.ndarray) -> dict[str, Tensor]:

@@ -146,6 +146,8 @@ def _inert_reader(file: Any, path: Path) -> pickle.Unpickler:
 
     known: dict[tuple[str, str], Callable[..., Any]] = {
         ("_codecs", "encode"): latin1_bytes,
+        ("builtins", "set"): Attributes,  # protocols below 4
+        ("__builtin__", "set"): Attributes,
         ("collections", "OrderedDict"): Attributes,
         ("dnnlib.util", "EasyDict"): Attributes,
         ("torch_utils.persistence", "_reconstruct_persistent_obj"): persistent,

@@ -37,8 +37,8 @@ class UNet(nn.Module, ABC):
     enc: nn.ModuleDict
     dec: nn.ModuleDict
     map_noise: NoiseEmbedding
-    map_augment: nn.Linear | None = None
-    map_size: nn.Linear | None = None
+    map_augment: nn.Linear | None
+    map_size: nn.Linear | None
 
     @abstractmethod
     def embed(self, conditions: Tensor, labels: Tensor | None) -> Tensor:
@@ -50,11 +50,9 @@ class UNet(nn.Module, ABC):
 
     def _add_conditions(self, noise_width: int, augmentation: int, patch_size: bool, init: Initialiser) -> None:
         """Linear maps for the conditions that join the embedded noise level."""
-        if augmentation:
-            self.map_augment = linear(augmentation, noise_width, init, bias=False)
-        if patch_size:
-            self.embed_size = NoiseEmbedding(noise_width)
-            self.map_size = linear(noise_width, noise_width, init)
+        self.map_augment = linear(augmentation, noise_width, init, bias=False) if augmentation else None
+        self.embed_size = NoiseEmbedding(noise_width)
+        self.map_size = linear(noise_width, noise_width, init) if patch_size else None
 
     def _build(
         self,
@@ -226,7 +224,8 @@ class SongUNet(UNet):
 class DhariwalUNet(UNet):
     """ADM: more heads, scale-and-shift conditioning, attention in every block of its levels (EDM, F.2.2).
 
-    The arguments are SongUNet's; `head_width` is the number of channels of an attention head.
+    The arguments are SongUNet's; `head_width` is the number of channels of an attention head, and levels
+    that are narrower do not attend.
     """
 
     def __init__(
@@ -265,7 +264,7 @@ class DhariwalUNet(UNet):
 
         last = self._build(
             resolution, channels_in, [width * m for m in width_multipliers], blocks, attention, stem,
-            heads_of=lambda channels: max(1, channels // head_width), block=block, init=init,
+            heads_of=lambda channels: channels // head_width, block=block, init=init,
             first_width=width * width_multipliers[0], attention_only_last=False, residual_input=False,
             filter_taps=(1, 1),
         )  # fmt: skip

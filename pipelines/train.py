@@ -28,6 +28,7 @@ from patchloom.platform.tracking import (
 )
 
 RUN_FORMAT = 1
+HEAD_WIDTH = 64
 STEM_LAYERS = 3  # 1x1 convolutions of implicit coordinates, as in the released code
 NETWORKS: dict[str, tuple[str, dict[str, Any]]] = {
     "ddpmpp": ("song", {"embedding": "positional"}),
@@ -105,6 +106,8 @@ def _network(recipe: Recipe) -> tuple[str, dict[str, Any]]:
     if model.backbone is not None:
         return model.backbone, model.backbone_options
     network, options = NETWORKS[model.network]
+    if network == "dhariwal":  # EDM's heads of 64 channels, or one head where there are fewer
+        options = options | {"head_width": min(HEAD_WIDTH, model.width * min(model.width_multipliers))}
     return network, {
         "width": model.width,
         "width_multipliers": list(model.width_multipliers),

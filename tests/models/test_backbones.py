@@ -166,13 +166,13 @@ def test_a_network_that_cannot_be_had_is_refused_in_words(name: str, words: str)
 
 def test_a_package_that_is_not_installed_is_refused_in_words(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(ALLOWED, "a_module_that_is_nowhere")
-    with pytest.raises(ValueError, match="cannot be imported .*a_module_that_is_nowhere"):
+    with pytest.raises(ValueError, match=r"cannot be imported .*a_module_that_is_nowhere"):
         build_backbone("a_module_that_is_nowhere:Network", ARGUMENTS)
 
 
 @pytest.mark.usefixtures("allowed")
 def test_an_option_that_the_network_does_not_know_is_refused_in_words(config: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match="was not built with .*colour.*let it take them"):
+    with pytest.raises(ValueError, match=r"was not built with .*colour.*let it take them"):
         build_denoiser({**config, "network_options": {**OPTIONS, "colour": 1}})
 
 

@@ -9,8 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from patchloom.models.augment import augmentation_labels
+from patchloom.models.codec import pixel_space
 from patchloom.models.denoiser import Denoiser, build_denoiser, halvings_of
-from patchloom.models.patches import coordinate_grid, encode_coordinates, extended_grid
+from patchloom.models.patches import coordinate_grid, encode_coordinates, extended_grid, patch_schedule
+from patchloom.models.step import Method, Rows, StepPlan, new_state, training_step
 
 Build = Callable[..., Denoiser]
 WIDTHS: dict[str, Any] = {"width": 8, "width_multipliers": [1, 2], "blocks": 1, "attention": [8], "dropout": 0.0}
@@ -270,6 +272,28 @@ def test_all_conditions_work_together(tiny_denoiser: Build) -> None:
     assert largest_difference(denoiser(x, 0.5, where, torch.eye(3)[:2]), plain) > 1e-5
 
 
+@pytest.mark.parametrize("network", ["song", "dhariwal"])
+@pytest.mark.parametrize("coordinates", ["linear", "none"])
+def test_a_training_step_reaches_the_weights_of_every_condition(
+    tiny_denoiser: Build, network: str, coordinates: str
+) -> None:
+    options = {**WIDTHS, "augmentation": 9}
+    denoiser = tiny_denoiser(network=network, network_options=options, patch_size=True, coordinates=coordinates)
+    schedule = patch_schedule(16, 0.5)
+    method = Method(
+        seed=0, schedule=schedule, updates=1, batch_size=4, block_size=4, lr=1e-3, lr_rampup_images=0, augmentation=0.9
+    )
+    state = new_state(denoiser.train(), [], method, (0.9, 0.999), 1e-8)
+    told = fractions_told(denoiser)
+    images = torch.randint(0, 256, (8, 3, 16, 16), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
+    plan = StepPlan(0, 0, 4, (schedule.sizes[1],), (2,))
+    training_step(state, method, plan, [Rows(images, torch.full((8,), -1))], pixel_space(), lambda _: None)
+    for name in ("map_augment", "map_size"):
+        gradient = denoiser.model.get_parameter(f"{name}.weight").grad
+        assert gradient is not None and gradient.abs().max() > 0
+    assert told == [[0.5] * 8]
+
+
 # Channels and sides
 
 
@@ -293,6 +317,7 @@ def test_any_number_of_image_channels_goes_in_and_out(tiny_denoiser: Build, netw
 @torch.no_grad()
 def test_a_resolution_need_only_be_divisible(tiny_denoiser: Build, network: str, resolution: int) -> None:
     options = {**WIDTHS, "width_multipliers": [1, 2, 2], "attention": [resolution // 2]}
+    options |= {"head_width": 8} if network == "dhariwal" else {}  # levels narrower than a head do not attend
     denoiser = tiny_denoiser(network=network, network_options=options, resolution=resolution)
     attending = {name for name, layer in denoiser.model.named_modules() if hasattr(layer, "qkv")}
     assert any(f"{resolution // 2}x{resolution // 2}_block0" in name for name in attending)

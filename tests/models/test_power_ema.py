@@ -247,3 +247,9 @@ def test_a_combination_is_summed_in_float64() -> None:
 def test_averages_and_shares_that_differ_in_number_are_refused() -> None:
     with pytest.raises(ValueError, match="zip"):
         combine([{"a": torch.ones(1)}], np.ones(2))
+
+
+@pytest.mark.parametrize(("times", "width"), [(1, 0.25), (4, 0.25), (4, 0.01), (32, 0.2)])
+def test_the_shares_of_a_reconstruction_add_up_to_1_whatever_is_out_of_reach(times: int, width: float) -> None:
+    kept = [PowerProfile(sigma_rel, 1000.0 * (t + 1) / times) for t in range(times) for sigma_rel in (0.05, 0.10)]
+    assert reconstruction(kept, PowerProfile(width, 1000.0)).sum() == pytest.approx(1, abs=1e-9)
