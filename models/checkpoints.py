@@ -141,6 +141,7 @@ def save_checkpoint(folder: Path, state: TrainingState, identity: dict[str, Any]
         "step": state.step,
         "images_seen": state.images_seen,
         "crops_by_size": state.crops_by_size,
+        "grad_scaler": state.scaler.state_dict(),
         "state_sha256": file_sha256(folder / "state.safetensors"),
         **identity,
     }
@@ -168,6 +169,8 @@ def load_checkpoint(folder: Path, state: TrainingState) -> None:
         parameter, moment = name.split("/")
         moments.setdefault(int(parameter), {})[moment] = tensor
     state.optimizer.load_state_dict({"state": moments, "param_groups": optimizer["param_groups"]})
+    if card.get("grad_scaler"):
+        state.scaler.load_state_dict(card["grad_scaler"])
     state.step, state.crops_by_size = card["step"], card["crops_by_size"]
 
 

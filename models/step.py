@@ -4,7 +4,7 @@ A step is a pure function of the method, the data, the step's number and the cro
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -18,31 +18,13 @@ from patchloom.models.denoiser import Denoiser
 from patchloom.models.ema import WeightAverage
 from patchloom.models.layers import Dropout
 from patchloom.models.loss import SIGMA_BINS, denoising_loss, losses_by_sigma
-from patchloom.models.luck import Luck, derive_seed, draw_block, join, size_luck
+from patchloom.models.luck import Luck, derive_seed, draw_block, join
 from patchloom.models.noise import training_sigmas
-from patchloom.models.patches import PatchSchedule, PatchSize, crop, offsets
+from patchloom.models.patches import crop, offsets
+from patchloom.models.plan import Group, Method, StepPlan
 from patchloom.models.unet import UNet
 
-
-@dataclass(frozen=True)
-class Method:
-    """What a run trains, in plain values: with the data, all that a step depends on."""
-
-    seed: int
-    schedule: PatchSchedule
-    updates: int
-    batch_size: int
-    block_size: int
-    lr: float
-    lr_rampup_images: int
-    noise_mean: float = -1.2
-    noise_std: float = 1.2
-    reduction: str = "mean"
-    label_dropout: float = 0.0
-    mirror: bool = False
-    augmentation: float = 0.0
-    draw: str = "shared"
-    emulated_ranks: int = 1
+HALF_PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -52,73 +34,6 @@ class Rows:
     image: Tensor
     label: Tensor
     std: Tensor | None = None
-
-
-@dataclass(frozen=True)
-class Group:
-    """Crops of one size in a step: whole blocks of them, trained on together."""
-
-    size: PatchSize
-    blocks: range  # their numbers in the step
-    crops: range  # their numbers in the run
-
-
-@dataclass(frozen=True)
-class StepPlan:
-    """What one step trains on: how many blocks of which patch sizes, one after the other.
-
-    Workers split every group, so that all have the same work; with `whole_groups` each group is an emulated
-    rank and belongs to one worker, and a step waits for the slowest.
-    """
-
-    step: int
-    first_crop: int
-    block_size: int
-    sizes: tuple[PatchSize, ...]
-    blocks: tuple[int, ...]  # of each group
-    whole_groups: bool = False
-
-    @property
-    def crops(self) -> int:
-        """Crops of all workers."""
-        return sum(self.blocks) * self.block_size
-
-    def share(self, worker: int, workers: int) -> list[Group]:
-        """What a worker owns, empty groups left out; all shares together cover the step's batch once."""
-        groups, first = [], 0
-        for number, (size, count) in enumerate(zip(self.sizes, self.blocks, strict=True)):
-            if self.whole_groups:
-                begin, end = (0, count) if number * workers // len(self.sizes) == worker else (0, 0)
-            else:
-                begin, end = count * worker // workers, count * (worker + 1) // workers
-            if begin < end:
-                groups.append(self._group(size, range(first + begin, first + end)))
-            first += count
-        return groups
-
-    def _group(self, size: PatchSize, blocks: range) -> Group:
-        crops = range(self.first_crop + blocks.start * self.block_size, self.first_crop + blocks.stop * self.block_size)
-        return Group(size, blocks, crops)
-
-
-def plan_step(method: Method, step: int, crops_consumed: int) -> StepPlan:
-    """The step's patch sizes (Eq. 5); smaller patches come in larger batches.
-
-    `shared` draws one size, `independent` one for each emulated rank; `stratified` takes every size in its
-    share, rounded to whole blocks so that the shares hold over any number of steps.
-    """
-    schedule, block_size = method.schedule, method.block_size
-    if method.draw == "stratified":
-        sizes = schedule.sizes
-        due = [method.batch_size * size.probability * size.batch_multiplier / block_size for size in sizes]
-        blocks = [round((step + 1) * share) - round(step * share) for share in due]
-    else:
-        ranks = method.emulated_ranks if method.draw == "independent" else 1
-        lucks = [size_luck(method.seed, step, rank) for rank in range(ranks)]
-        sizes = tuple(schedule.size_at(step, method.updates, luck) for luck in lucks)
-        blocks = [method.batch_size * size.batch_multiplier // (ranks * block_size) for size in sizes]
-    whole_groups = method.draw == "independent"
-    return StepPlan(step, crops_consumed, block_size, sizes, tuple(blocks), whole_groups)
 
 
 def one_hot(labels: Tensor, classes: int) -> Tensor:
@@ -185,6 +100,7 @@ class TrainingState:
     emas: list[WeightAverage]
     optimizer: torch.optim.Optimizer
     gradients: Gradients
+    scaler: torch.amp.GradScaler  # idle but in fp16
     crops_by_size: list[int]  # crops consumed of each of the schedule's sizes, full images first
     step: int = 0
 
@@ -201,7 +117,8 @@ def new_state(
     optimizer = torch.optim.Adam(denoiser.parameters(), lr=method.lr, betas=betas, eps=eps, fused=True)
     sizes = len(method.schedule.sizes)
     gradients = Gradients(denoiser, (sizes, len(SIGMA_BINS)))
-    return TrainingState(denoiser, emas, optimizer, gradients, [0] * sizes)
+    scaler = torch.amp.GradScaler(gradients.flat.device.type, enabled=method.precision == "fp16")
+    return TrainingState(denoiser, emas, optimizer, gradients, scaler, [0] * sizes)
 
 
 @contextmanager
@@ -233,29 +150,29 @@ def training_step(
     state: TrainingState,
     method: Method,
     plan: StepPlan,
-    rows: Sequence[Rows],
+    work: Iterable[tuple[Group, Rows]],
     space: Space,
     reduce: Callable[[Tensor], object],
-    worker: int = 0,
-    workers: int = 1,
 ) -> None:
     """Take one step on this worker's share of the batch and move `state` on.
 
-    rows: those of the crops of each group of `plan.share(worker, workers)`. reduce: sums a tensor over all
+    work: the groups of `plan.share(...)`, each with the rows of its crops. reduce: sums a tensor over all
     workers in place; with one worker it does nothing. A crop weighs 1 / (batch size x its multiplier), so
     that every draw of sizes minimises the same loss (Patch Diffusion, Eq. 4 and 5).
     """
     state.gradients.flat.zero_()
-    for group, their_rows in zip(plan.share(worker, workers), rows, strict=True):
-        _add_gradients(state, method, plan, group, their_rows, space)
+    for group, rows in work:
+        _add_gradients(state, method, plan, group, rows, space)
     reduce(state.gradients.flat)
+    state.scaler.unscale_(state.optimizer)
     state.gradients.clean()
 
     for size, blocks in zip(plan.sizes, plan.blocks, strict=True):
         state.crops_by_size[method.schedule.sizes.index(size)] += blocks * plan.block_size
     for settings in state.optimizer.param_groups:
         settings["lr"] = learning_rate(method, state.images_seen)
-    state.optimizer.step()
+    state.scaler.step(state.optimizer)  # in fp16 not where the gradients overflowed
+    state.scaler.update()
     for ema in state.emas:
         ema.update(state.denoiser, state.images_seen, plan.crops)
     state.step += 1
@@ -274,7 +191,12 @@ def _add_gradients(
         )
         for block in group.blocks
     ])  # fmt: skip
-    with dropout_luck(state.denoiser, method.seed, plan.step, group.blocks, device):
+    half = HALF_PRECISIONS.get(method.precision)
+    with (
+        dropout_luck(state.denoiser, method.seed, plan.step, group.blocks, device),
+        torch.autocast(device.type, half, enabled=half is not None),
+    ):
         losses, sigma = crop_losses(state.denoiser, rows, luck, size.pixels, method, space)
-    (losses.sum() / (method.batch_size * size.batch_multiplier)).backward()
+    loss = losses.sum() / (method.batch_size * size.batch_multiplier)
+    state.scaler.scale(loss).backward()
     state.gradients.loss_and_crops[method.schedule.sizes.index(size)] += losses_by_sigma(losses, sigma)

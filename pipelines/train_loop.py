@@ -20,17 +20,8 @@ from patchloom.models.generate import Sampling, default_labels, generate
 from patchloom.models.loss import SIGMA_BINS, held_out_loss
 from patchloom.models.luck import RowOrder, derive_seed
 from patchloom.models.patches import patch_schedule
-from patchloom.models.step import (
-    Method,
-    Rows,
-    StepPlan,
-    TrainingState,
-    learning_rate,
-    new_state,
-    one_hot,
-    plan_step,
-    training_step,
-)
+from patchloom.models.plan import Method, StepPlan, plan_step
+from patchloom.models.step import Rows, TrainingState, learning_rate, new_state, one_hot, training_step
 from patchloom.pipelines.pictures import contact_sheet, save_png
 from patchloom.platform.cluster import Worker
 from patchloom.platform.dataset import Dataset, open_dataset
@@ -71,6 +62,7 @@ def method_of(recipe: Recipe, resolution: int) -> Method:
         augmentation=recipe.data.augment,
         draw=patches.draw,
         emulated_ranks=recipe.train.emulated_ranks,
+        precision=recipe.train.precision,
     )
 
 
@@ -129,8 +121,8 @@ def _train(worker: Worker, config: dict[str, Any]) -> dict[str, Any]:
     state, method = run.state, run.method
     while state.step < method.updates:
         plan = plan_step(method, state.step, state.images_seen)
-        rows = [run.reader.rows(group.crops) for group in plan.share(worker.rank, worker.count)]
-        training_step(state, method, plan, rows, run.space, worker.reduce, worker.rank, worker.count)
+        work = [(group, run.reader.rows(group.crops)) for group in plan.share(worker.rank, worker.count)]
+        training_step(state, method, plan, work, run.space, worker.reduce)
         monitor.after_step(plan)
     if worker.rank == 0:
         save_run_model(run)

@@ -183,6 +183,9 @@ class Train(Section):
     images: Count
     batch_size: Count = 512
     block_size: Count = Field(8, description="Samples that share a random generator; divides the batch")
+    precision: Literal["fp32", "tf32", "bf16", "fp16"] = Field(
+        "fp32", description="Of the network's arithmetic; weights and averages stay fp32"
+    )
     emulated_ranks: Count = Field(
         1, description="Groups of the batch that draw their own patch size (patches.draw: independent)"
     )

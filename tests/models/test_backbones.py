@@ -17,7 +17,8 @@ from patchloom.models.ema import HalfLifeEMA
 from patchloom.models.flops import training_flops
 from patchloom.models.loss import held_out_loss
 from patchloom.models.patches import coordinate_grid, patch_schedule
-from patchloom.models.step import Method, Rows, TrainingState, new_state, plan_step, training_step
+from patchloom.models.plan import Method, plan_step
+from patchloom.models.step import Rows, TrainingState, new_state, training_step
 
 PACKAGE = "somebodys_network"
 ADAPTER = """
@@ -251,7 +252,7 @@ def train(state: TrainingState, method: Method, steps: int) -> None:
             Rows(rows.image[[crop % 16 for crop in group.crops]], rows.label[: len(group.crops)])
             for group in plan.share(0, 1)
         ]
-        training_step(state, method, plan, parts, pixel_space(), lambda _: None)
+        training_step(state, method, plan, zip(plan.share(), parts, strict=True), pixel_space(), lambda _: None)
 
 
 @pytest.mark.parametrize("draw", ["shared", "stratified"])

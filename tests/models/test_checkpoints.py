@@ -20,7 +20,8 @@ from patchloom.models.checkpoints import (
     save_model,
 )
 from patchloom.models.generate import Sampling, generate, generate_padded
-from patchloom.models.step import TrainingState, plan_step, training_step
+from patchloom.models.plan import plan_step
+from patchloom.models.step import TrainingState, training_step
 
 CARD = {
     "denoiser": {
@@ -37,7 +38,8 @@ def advance(state: TrainingState, steps: int) -> None:
     method = make_method(0.5)
     for _ in range(steps):
         plan = plan_step(method, state.step, state.images_seen)
-        training_step(state, method, plan, [make_rows(plan.crops)], SPACE, lambda _: None)
+        work = [(group, make_rows(plan.crops)) for group in plan.share()]
+        training_step(state, method, plan, work, SPACE, lambda _: None)
 
 
 def test_a_run_goes_on_from_its_checkpoint_bit_for_bit(tmp_path: Path) -> None:

@@ -12,7 +12,8 @@ from patchloom.models.augment import augmentation_labels
 from patchloom.models.codec import pixel_space
 from patchloom.models.denoiser import Denoiser, build_denoiser, halvings_of
 from patchloom.models.patches import coordinate_grid, encode_coordinates, extended_grid, patch_schedule
-from patchloom.models.step import Method, Rows, StepPlan, new_state, training_step
+from patchloom.models.plan import Method, StepPlan
+from patchloom.models.step import Rows, new_state, training_step
 
 Build = Callable[..., Denoiser]
 WIDTHS: dict[str, Any] = {"width": 8, "width_multipliers": [1, 2], "blocks": 1, "attention": [8], "dropout": 0.0}
@@ -287,7 +288,8 @@ def test_a_training_step_reaches_the_weights_of_every_condition(
     told = fractions_told(denoiser)
     images = torch.randint(0, 256, (8, 3, 16, 16), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
     plan = StepPlan(0, 0, 4, (schedule.sizes[1],), (2,))
-    training_step(state, method, plan, [Rows(images, torch.full((8,), -1))], pixel_space(), lambda _: None)
+    rows = Rows(images, torch.full((8,), -1))
+    training_step(state, method, plan, zip(plan.share(), [rows], strict=True), pixel_space(), lambda _: None)
     for name in ("map_augment", "map_size"):
         gradient = denoiser.model.get_parameter(f"{name}.weight").grad
         assert gradient is not None and gradient.abs().max() > 0

@@ -18,7 +18,8 @@ from patchloom.models.ema import HalfLifeEMA
 from patchloom.models.loss import SIGMA_BINS, losses_by_sigma
 from patchloom.models.luck import draw_block, join, size_luck
 from patchloom.models.patches import PatchSchedule, patch_schedule
-from patchloom.models.step import Method, Rows, StepPlan, crop_losses, new_state, plan_step, training_step
+from patchloom.models.plan import Method, StepPlan, plan_step
+from patchloom.models.step import Rows, crop_losses, new_state, training_step
 
 SHARES = {64: 0.5, 32: 0.3, 16: 0.2}  # Eq. 5 at p = 0.5
 MULTIPLIERS = {64: 1, 32: 2, 16: 4}
@@ -202,7 +203,8 @@ def flat_of(denoiser: Denoiser, method: Method, plan: StepPlan, worker: int = 0,
     state = new_state(mine, [HalfLifeEMA(mine, 100)], method, (0.9, 0.999), 1e-3)
     kept: list[Tensor] = []
     rows = [rows_of(group.crops) for group in plan.share(worker, workers)]
-    training_step(state, method, plan, rows, pixel_space(), lambda flat: kept.append(flat.clone()), worker, workers)
+    work = zip(plan.share(worker, workers), rows, strict=True)
+    training_step(state, method, plan, work, pixel_space(), lambda flat: kept.append(flat.clone()))
     assert state.images_seen == plan.crops  # of all workers
     return kept[0]
 

@@ -19,7 +19,8 @@ from patchloom.models.ema import HalfLifeEMA
 from patchloom.models.generate import Sampling, generate
 from patchloom.models.luck import RowOrder
 from patchloom.models.patches import coordinate_grid, patch_schedule
-from patchloom.models.step import Method, Rows, new_state, plan_step, training_step
+from patchloom.models.plan import Method, plan_step
+from patchloom.models.step import Rows, new_state, training_step
 
 SIDE, UPDATES = 16, 1600
 NAMES = ("astronaut.png", "chelsea.png", "coffee.png", "rocket.jpg")
@@ -57,7 +58,7 @@ def overfitted() -> tuple[Denoiser, Tensor]:
         numbers = [torch.tensor([order[k] for k in group.crops]) for group in plan.share(0, 1)]
         rows = [Rows(images[number], number) for number in numbers]
         falling = replace(method, lr=method.lr * min(1.0, 2.5 * (1 - step / UPDATES)))
-        training_step(state, falling, plan, rows, pixel_space(), lambda _: None)
+        training_step(state, falling, plan, zip(plan.share(), rows, strict=True), pixel_space(), lambda _: None)
     average = state.emas[0].module
     assert isinstance(average, Denoiser)
     return average, images

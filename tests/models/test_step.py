@@ -11,18 +11,8 @@ from patchloom.models.denoiser import build_denoiser
 from patchloom.models.ema import HalfLifeEMA
 from patchloom.models.luck import RowOrder, draw_block, join
 from patchloom.models.patches import coordinate_grid, patch_schedule
-from patchloom.models.step import (
-    Gradients,
-    Method,
-    Rows,
-    StepPlan,
-    TrainingState,
-    learning_rate,
-    new_state,
-    one_hot,
-    plan_step,
-    training_step,
-)
+from patchloom.models.plan import Method, StepPlan, plan_step
+from patchloom.models.step import Gradients, Rows, TrainingState, learning_rate, new_state, one_hot, training_step
 
 R = 8
 SPACE = Space("latents", (0.1, -0.2), (2.0, 0.5))
@@ -65,7 +55,8 @@ def test_at_p_of_1_a_step_is_edms() -> None:
     grid = coordinate_grid(R, R)[None].expand(8, -1, -1, -1)
     for step in range(3):
         rows = make_rows(8)
-        training_step(state, method, plan_step(method, step, step * 8), [rows], SPACE, lambda _: None)
+        plan = plan_step(method, step, step * 8)
+        training_step(state, method, plan, zip(plan.share(), [rows], strict=True), SPACE, lambda _: None)
 
         luck = join([draw_block(5, step, block, 4, 2, R, R, True, torch.device("cpu")) for block in range(2)])
         images = rows.image + rows.std * luck.posterior
@@ -102,8 +93,8 @@ def test_the_gradients_of_workers_add_up_to_those_of_one(workers: int) -> None:
         for worker in range(count):
             state = make_state(method)
             kept: list[torch.Tensor] = []
-            share = [rows_of(rows, group.crops, 96) for group in plan.share(worker, count)]
-            training_step(state, method, plan, share, SPACE, lambda flat, k=kept: k.append(flat.clone()), worker, count)
+            work = [(group, rows_of(rows, group.crops, 96)) for group in plan.share(worker, count)]
+            training_step(state, method, plan, work, SPACE, lambda flat, k=kept: k.append(flat.clone()))
             total = total + kept[0]
         flats.append(total)
     torch.testing.assert_close(flats[1], flats[0], atol=1e-5, rtol=1e-4)

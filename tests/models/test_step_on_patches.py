@@ -3,17 +3,20 @@
 import copy
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
+from patchloom.models.checkpoints import load_checkpoint, save_checkpoint
 from patchloom.models.codec import pixel_space
 from patchloom.models.denoiser import Denoiser
 from patchloom.models.ema import HalfLifeEMA
 from patchloom.models.luck import derive_seed
 from patchloom.models.patches import patch_schedule
-from patchloom.models.step import Method, Rows, StepPlan, TrainingState, new_state, training_step
+from patchloom.models.plan import Group, Method, StepPlan
+from patchloom.models.step import Rows, TrainingState, new_state, training_step
 
 METHOD = Method(
     seed=7, schedule=patch_schedule(16, 0.0, smaller=[(0.5, 1.0, 2)]), updates=5, batch_size=8, block_size=4,
@@ -35,9 +38,10 @@ def rows() -> Rows:
     return Rows(image, torch.randint(-1, 2, (16,), generator=generator))
 
 
-def parts_of(rows: Rows, worker: int, workers: int) -> list[Rows]:
-    parts = [slice(g.crops.start - 100, g.crops.stop - 100) for g in PLAN.share(worker, workers)]
-    return [Rows(rows.image[part], rows.label[part]) for part in parts]
+def parts_of(rows: Rows, worker: int, workers: int, microbatch: int | None = None) -> list[tuple[Group, Rows]]:
+    groups = PLAN.share(worker, workers, microbatch)
+    parts = [slice(group.crops.start - 100, group.crops.stop - 100) for group in groups]
+    return [(group, Rows(rows.image[part], rows.label[part])) for group, part in zip(groups, parts, strict=True)]
 
 
 def step_of(denoiser: Denoiser, rows: Rows, workers: int, method: Method = METHOD) -> list[TrainingState]:
@@ -46,13 +50,13 @@ def step_of(denoiser: Denoiser, rows: Rows, workers: int, method: Method = METHO
     for worker in range(workers):
         training_step(
             state_of(denoiser, method), method, PLAN, parts_of(rows, worker, workers), pixel_space(),
-            lambda flat: flats.append(flat.clone()), worker, workers,
+            lambda flat: flats.append(flat.clone()),
         )  # fmt: skip
     states = [state_of(denoiser, method) for _ in range(workers)]
     for worker, state in enumerate(states):
         training_step(
             state, method, PLAN, parts_of(rows, worker, workers), pixel_space(),
-            lambda flat: flat.copy_(torch.stack(flats).sum(0)), worker, workers,
+            lambda flat: flat.copy_(torch.stack(flats).sum(0)),
         )  # fmt: skip
     return states
 
@@ -64,7 +68,7 @@ def flat_weights(state: TrainingState) -> Tensor:
 def test_a_step_on_patches_is_the_loss_of_python_slices(tiny_denoiser: Callable[..., Denoiser], rows: Rows) -> None:
     denoiser = tiny_denoiser()
     state = state_of(denoiser)
-    training_step(state, METHOD, PLAN, [rows], pixel_space(), lambda _: None)
+    training_step(state, METHOD, PLAN, parts_of(rows, 0, 1), pixel_space(), lambda _: None)
 
     plain = copy.deepcopy(denoiser).train()
     axis, total = torch.linspace(-1, 1, 16), torch.zeros(())
@@ -109,6 +113,48 @@ def test_any_number_of_workers_takes_the_step_of_one(
         assert state.gradients.loss_and_crops[1].sum(0)[1] == 16
 
 
+@pytest.mark.parametrize("microbatch", [1, 4, 9, 100])
+def test_microbatches_add_up_to_the_batch(tiny_denoiser: Callable[..., Denoiser], rows: Rows, microbatch: int) -> None:
+    denoiser, flats = tiny_denoiser(), []
+    for most in (None, microbatch):
+        state = state_of(denoiser)
+        training_step(state, METHOD, PLAN, parts_of(rows, 0, 1, most), pixel_space(), lambda _: None)
+        flats.append(state.gradients.flat)
+    torch.testing.assert_close(flats[1], flats[0], rtol=1e-4, atol=1e-5 * float(flats[0].abs().max()))
+    blocks = [len(group.blocks) for group in PLAN.share(0, 1, microbatch)]
+    assert sum(blocks) == 4 and max(blocks) == max(1, min(4, microbatch // 4))
+
+
+@pytest.mark.parametrize(("precision", "tolerance"), [("bf16", 0.1), ("fp16", 0.02)])
+def test_half_precision_comes_near_the_gradients_of_single(
+    tiny_denoiser: Callable[..., Denoiser], rows: Rows, precision: str, tolerance: float
+) -> None:
+    denoiser, flats = tiny_denoiser(), []
+    for method in (METHOD, replace(METHOD, precision=precision)):
+        state = state_of(denoiser, method)
+        training_step(state, method, PLAN, parts_of(rows, 0, 1), pixel_space(), lambda _: None)
+        flats.append(state.gradients.flat[: state.gradients.length])
+        assert next(state.denoiser.parameters()).dtype == torch.float32
+    assert 0 < float((flats[1] - flats[0]).norm() / flats[0].norm()) < tolerance
+
+
+def test_an_overflow_in_fp16_skips_the_step_and_halves_the_scale(
+    tiny_denoiser: Callable[..., Denoiser], rows: Rows, tmp_path: Path
+) -> None:
+    method = replace(METHOD, precision="fp16")
+    state = state_of(tiny_denoiser(), method)
+    state.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40)
+    before = flat_weights(state).clone()
+    training_step(state, method, PLAN, parts_of(rows, 0, 1), pixel_space(), lambda _: None)
+    assert torch.equal(flat_weights(state), before)
+    assert state.scaler.get_scale() == 2.0**39
+    assert state.images_seen == 16  # the crops were seen all the same
+    save_checkpoint(tmp_path, state, {})
+    resumed = state_of(tiny_denoiser(), method)
+    load_checkpoint(tmp_path, resumed)
+    assert resumed.scaler.state_dict() == state.scaler.state_dict()
+
+
 def test_dropout_is_the_same_for_any_number_of_workers(tiny_denoiser: Callable[..., Denoiser], rows: Rows) -> None:
     options = {"width": 8, "width_multipliers": [1, 2], "blocks": 1, "attention": [8], "dropout": 0.5}
     denoiser = tiny_denoiser(network_options=options)
@@ -132,6 +178,6 @@ def test_one_bad_crop_does_not_end_a_run(tiny_denoiser: Callable[..., Denoiser],
     state = state_of(tiny_denoiser())
     broken = Rows(rows.image.float(), rows.label)
     broken.image[5] = float("nan")
-    training_step(state, METHOD, PLAN, [broken], pixel_space(), lambda _: None)
+    training_step(state, METHOD, PLAN, parts_of(broken, 0, 1), pixel_space(), lambda _: None)
     assert flat_weights(state).isfinite().all()
     assert state.gradients.loss_and_crops[1, :, 0].isnan().any()  # and the record says so
