@@ -22,6 +22,7 @@ from patchloom.models.step import TrainingState
 __all__ = [
     "CheckpointError",
     "Model",
+    "checkpoint_content",
     "load_checkpoint",
     "load_edm_snapshot",
     "load_model",
@@ -33,6 +34,7 @@ __all__ = [
     "save_checkpoint",
     "save_model",
     "verified_card",
+    "write_checkpoint",
 ]
 
 MODEL_FORMAT = 1
@@ -130,21 +132,31 @@ def load_whole_model(folder: Path | str, device: torch.device | str = "cpu") -> 
 
 def save_checkpoint(folder: Path, state: TrainingState, identity: dict[str, Any]) -> None:
     """Write weights, averages and optimiser into an existing folder; `checkpoint.json` last."""
+    write_checkpoint(folder, *checkpoint_content(state, identity))
+
+
+def checkpoint_content(state: TrainingState, identity: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """A copy of all that a run goes on from, which training cannot change any more: tensors on the CPU, and a card."""
     tensors = {f"denoiser/{name}": tensor for name, tensor in state.denoiser.state_dict().items()}
     for index, ema in enumerate(state.emas):
         tensors |= {f"ema{index}/{name}": tensor for name, tensor in ema.module.state_dict().items()}
     for index, moments in state.optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer/{index}/{name}": tensor for name, tensor in moments.items()}
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / "state.safetensors")
     card = {
         "format_version": CHECKPOINT_FORMAT,
         "step": state.step,
         "images_seen": state.images_seen,
-        "crops_by_size": state.crops_by_size,
+        "crops_by_size": list(state.crops_by_size),
         "grad_scaler": state.scaler.state_dict(),
-        "state_sha256": file_sha256(folder / "state.safetensors"),
         **identity,
     }
+    return {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}, card
+
+
+def write_checkpoint(folder: Path, tensors: dict[str, Tensor], card: dict[str, Any]) -> None:
+    """Write `checkpoint_content` into an existing folder; `checkpoint.json` last."""
+    save_file(tensors, folder / "state.safetensors")
+    card = card | {"state_sha256": file_sha256(folder / "state.safetensors")}
     (folder / "checkpoint.json").write_text(json.dumps(card, indent=2) + "\n")
 
 

@@ -43,10 +43,14 @@ def denoising_loss(
 
 
 def losses_by_sigma(losses: Tensor, sigma: Tensor) -> Tensor:
-    """(B,) losses and their (B,) noise levels -> (5, 2): sum and count in each of `SIGMA_BINS`."""
+    """(B,) losses and their (B,) noise levels -> (5, 2): sum and count in each of `SIGMA_BINS`.
+
+    A loss that is no number is left out of both, so that one bad crop does not hide all the others.
+    """
     bins = torch.bucketize(sigma, torch.tensor(SIGMA_EDGES, device=sigma.device))
+    good = losses.isfinite()
     sums = torch.zeros(len(SIGMA_BINS), 2, device=losses.device)
-    return sums.index_add_(0, bins, torch.stack([losses.detach(), torch.ones_like(losses)], dim=1))
+    return sums.index_add_(0, bins, torch.stack([losses.detach().where(good, 0), good.float()], dim=1))
 
 
 @torch.no_grad()

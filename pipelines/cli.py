@@ -1,6 +1,7 @@
 """The command line: parse, call one pipeline function, print; what a user got wrong is one line and exit code 2."""
 
 import json
+import signal
 import sys
 import traceback
 from typing import Annotated, Any, NoReturn
@@ -9,7 +10,7 @@ import typer
 
 from patchloom import __version__
 from patchloom.models.backbones import allow_backbones
-from patchloom.platform.errors import UserError
+from patchloom.platform.errors import Stopped, UserError
 
 app = typer.Typer(
     help="Patchloom trains image diffusion models on patches, on Ray, and keeps every run and model in MLflow.",
@@ -106,6 +107,9 @@ def train(
     out: Annotated[str | None, typer.Option(help="The run folder")] = None,
     set_: Settings = None,
     workers: Annotated[int, typer.Option(min=0, help="Ray Train workers; 0 is this process")] = 1,
+    microbatch: Annotated[
+        int | None, typer.Option(min=1, help="Crops at once in a worker, where memory is short; the batch stays")
+    ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint of --out")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what the run would be, and stop")] = False,
     allow_backbone: Backbones = None,
@@ -124,7 +128,7 @@ def train(
         raise UserError("--out is missing: give the folder of the run")
     from patchloom.pipelines.train import train as run
 
-    result = run(loaded, data, out, workers=workers, resume=resume)
+    result = run(loaded, data, out, workers=workers, microbatch=microbatch, resume=resume)
     print(f"the model is {result.model}; register it: patchloom models register {result.folder} NAME --alias champion")
 
 
@@ -324,6 +328,9 @@ def main() -> None:
     except Exception as error:
         if type(error).__name__ == "Abort":  # what typer makes of Ctrl-C
             _stopped()
+        if isinstance(error, Stopped):
+            print(f"patchloom: stopped; {error}", file=sys.stderr)
+            sys.exit(128 + signal.SIGTERM)
         mistake = _usage_words(error) or _users_mistake(error)
         if mistake is not None:
             print(f"patchloom: {' '.join(mistake.split())}", file=sys.stderr)

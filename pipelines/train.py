@@ -10,10 +10,13 @@ from patchloom.models.augment import LABELS
 from patchloom.models.backbones import allowed_backbones
 from patchloom.models.denoiser import build_denoiser, halvings_of
 from patchloom.models.flops import parameter_count, training_flops
-from patchloom.pipelines.train_loop import method_of, newest_checkpoint, train_worker
+from patchloom.pipelines.checkpointer import newest_checkpoint
+from patchloom.pipelines.monitor import STOP_FILE, ask_to_stop
+from patchloom.pipelines.run import method_of
+from patchloom.pipelines.train_loop import train_worker
 from patchloom.platform.cluster import run_workers
 from patchloom.platform.dataset import Dataset, open_dataset
-from patchloom.platform.errors import UserError
+from patchloom.platform.errors import Stopped, UserError
 from patchloom.platform.progress import progress, say
 from patchloom.platform.recipe import Recipe, recipe_yaml
 from patchloom.platform.storage import local_path, locked, make_folder, read_json, write_atomic, write_json
@@ -162,16 +165,19 @@ def train(
     out: str,
     *,
     workers: int = 1,
+    microbatch: int | None = None,
     resume: bool = False,
     parent_run: str | None = None,
     show: Callable[[dict[str, Any]], None] | None = None,
 ) -> TrainResult:
     """Train a recipe on a prepared dataset into the run folder `out`; returns when `out/model` is written.
 
-    workers: Ray Train workers; 0 trains in this process without Ray. resume: go on from the newest
+    workers: Ray Train workers; 0 trains in this process without Ray. microbatch: at most so many crops at
+    once in a worker, whose gradients add up to the batch's. resume: go on from the newest
     checkpoint of `out` (a finished run returns at once). parent_run: the MLflow run that this is a trial
     of. show: called with each progress line instead of a progress bar. Raises UserError for a recipe that
-    does not fit the dataset, or a folder that holds another run.
+    does not fit the dataset, a folder that holds another run, or a loss that diverged; and Stopped where
+    SIGTERM ended it with a checkpoint.
     """
     rows = open_dataset(dataset)
     card = model_card(recipe, rows)
@@ -189,9 +195,14 @@ def train(
             "dataset": str(rows.path),
             "folder": str(folder),
             "backbones": allowed_backbones(),
+            "microbatch": microbatch,
         }
+        (folder / STOP_FILE).unlink(missing_ok=True)
         try:
             last = _launch(config, recipe, run["run_id"], workers, show)
+        except Stopped:
+            _end_quietly(run["run_id"], "KILLED")
+            raise
         except BaseException:
             _end_quietly(run["run_id"], "FAILED")
             raise
@@ -206,8 +217,10 @@ def _launch(
 
     def work(shown: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
         with Follower(folder, run_id, shown):
-            last: dict[str, Any] = run_workers(train_worker, config, workers, folder / ".ray", "train")
-            return last
+            ended = run_workers(
+                train_worker, config, workers, folder / ".ray", "train", on_stop=lambda: ask_to_stop(folder)
+            )
+        return _judged(folder, ended)
 
     if show is not None:
         return work(show)
@@ -222,9 +235,25 @@ def _launch(
             if line["step"] <= begun["step"]:
                 return  # of before the stop
             sizes = "  ".join(f"{size}px {loss:.3f}" for size, loss in line["loss_by_patch_size"].items())
-            meter.update(line["images_seen"], f"loss {line['loss']:.3f} ({sizes})")
+            loss = "no number" if line["loss"] is None else f"{line['loss']:.3f}"
+            meter.update(line["images_seen"], f"loss {loss} ({sizes})")
 
         return work(on_line)
+
+
+def _judged(folder: Path, ended: dict[str, Any]) -> dict[str, Any]:
+    """The last line of a run that finished; raises where it was stopped or came to nothing."""
+    line: dict[str, Any] = ended["line"]
+    if ended["verdict"] == "stopped":
+        raise Stopped(f"{folder} has a checkpoint of step {line['step']:,}: go on with --resume")
+    if ended["verdict"] == "diverged":
+        newest = newest_checkpoint(folder)
+        where = f"the newest checkpoint is {newest}" if newest else "there is no checkpoint"
+        raise UserError(
+            f"{folder}: the loss diverged by step {line['step']:,} (it was {line['loss']}), and {where}: "
+            "begin again with a lower optimizer.lr or a longer optimizer.lr_rampup_images"
+        )
+    return line
 
 
 def _open_folder(

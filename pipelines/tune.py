@@ -12,8 +12,8 @@ import yaml
 from patchloom import __version__
 from patchloom.models.backbones import allow_backbones, allowed_backbones
 from patchloom.models.flops import training_flops
+from patchloom.pipelines.run import method_of
 from patchloom.pipelines.train import model_card, train
-from patchloom.pipelines.train_loop import method_of
 from patchloom.platform.cluster import quiet_environment, ray_session, session_cpus
 from patchloom.platform.dataset import Dataset, open_dataset
 from patchloom.platform.errors import UserError

@@ -4,7 +4,9 @@ import contextlib
 import logging
 import os
 import shutil
+import signal
 import sys
+import threading
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -144,18 +146,50 @@ class Worker:
 
             torch.distributed.all_reduce(tensor)
 
+    def any(self, mine: bool) -> bool:
+        """Whether any worker says yes; all of them must ask at the same moment."""
+        if self.count == 1:
+            return mine
+        import torch
+        import torch.distributed
+
+        device = "cuda" if torch.distributed.get_backend() == "nccl" else "cpu"
+        votes = torch.tensor([float(mine)], device=device)
+        torch.distributed.all_reduce(votes)
+        return votes.item() > 0
+
 
 def run_workers(
-    loop: Callable[[Worker, dict[str, Any]], Any], config: dict[str, Any], workers: int, scratch: Path, name: str
+    loop: Callable[[Worker, dict[str, Any]], Any],
+    config: dict[str, Any],
+    workers: int,
+    scratch: Path,
+    name: str,
+    on_stop: Callable[[], None] | None = None,
 ) -> Any:
     """Run `loop(worker, config)` on Ray Train workers and return rank 0's value; a worker that dies is restarted.
 
     workers: 0 runs the loop in this process, without Ray. scratch: where Ray Train keeps its own notes.
+    on_stop: called on SIGTERM, in place of an end; it is for the loop to return then.
     """
     if workers == 0:
-        return loop(Worker(), config)
-    with ray_session(workers):
+        with _on_sigterm(on_stop):
+            return loop(Worker(), config)
+    with ray_session(workers), _on_sigterm(on_stop):  # in this order: Ray sets a handler of its own
         return _run_on_ray_train(loop, config, workers, scratch, name)
+
+
+@contextlib.contextmanager
+def _on_sigterm(action: Callable[[], None] | None) -> Iterator[None]:
+    """Do something else than to die on SIGTERM while this holds; only a main thread can."""
+    if action is None or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, lambda *_: action())
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _run_on_ray_train(

@@ -1,6 +1,10 @@
 """Errors: what a person did that cannot work, said in one line."""
 
 
+class Stopped(Exception):
+    """A job that was asked to stop has left everything so that it can go on; says how."""
+
+
 class UserError(Exception):
     """Something the user can put right: the command line prints it as one line and ends with exit code 2.
 

@@ -177,6 +177,14 @@ class Average(Section):
         return self
 
 
+class Keep(Section):
+    """Which checkpoints stay: the newest, one every so many images, and those of the lowest held-out loss."""
+
+    last: Count = 2
+    every_images: Annotated[int, Field(ge=0)] = 0
+    best: Annotated[int, Field(ge=0)] = 0
+
+
 class Train(Section):
     """How long, in counted images, and in which pieces."""
 
@@ -190,6 +198,7 @@ class Train(Section):
         1, description="Groups of the batch that draw their own patch size (patches.draw: independent)"
     )
     checkpoint_every_images: Count = 1_000_000
+    keep: Keep = Keep()
     log_every_images: Count = 50_000
 
     @model_validator(mode="after")

@@ -180,4 +180,5 @@ def test_one_bad_crop_does_not_end_a_run(tiny_denoiser: Callable[..., Denoiser],
     broken.image[5] = float("nan")
     training_step(state, METHOD, PLAN, parts_of(broken, 0, 1), pixel_space(), lambda _: None)
     assert flat_weights(state).isfinite().all()
-    assert state.gradients.loss_and_crops[1, :, 0].isnan().any()  # and the record says so
+    loss, crops = state.gradients.loss_and_crops[1].sum(0).tolist()
+    assert crops == 15 and loss > 0  # and the record says so

@@ -11,9 +11,9 @@ from helpers import start_cli, tiny_recipe
 from patchloom.models.backbones import ALLOWED
 from patchloom.models.checkpoints import load_model, load_whole_model
 from patchloom.models.generate import Sampling, generate
+from patchloom.pipelines.checkpointer import newest_checkpoint
 from patchloom.pipelines.convert import average_model
 from patchloom.pipelines.train import train
-from patchloom.pipelines.train_loop import newest_checkpoint
 from patchloom.platform.errors import UserError
 from patchloom.platform.recipe import Recipe, check_recipe, recipe_yaml
 from patchloom.platform.storage import read_json, read_json_lines

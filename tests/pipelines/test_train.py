@@ -16,8 +16,8 @@ from helpers import start_cli, tiny_recipe
 from safetensors.torch import load_file
 
 from patchloom.models.checkpoints import load_model
+from patchloom.pipelines.checkpointer import newest_checkpoint
 from patchloom.pipelines.train import describe_plan, train
-from patchloom.pipelines.train_loop import newest_checkpoint
 from patchloom.platform.errors import UserError
 from patchloom.platform.recipe import recipe_yaml
 from patchloom.platform.storage import read_json, read_json_lines

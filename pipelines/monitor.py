@@ -1,0 +1,256 @@
+"""Monitor: what a run tells while it trains (lines, previews, the held-out loss), and when it must end."""
+
+import json
+import math
+import resource
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from patchloom.models.autoencoder import load_autoencoder
+from patchloom.models.checkpoints import Model, save_average
+from patchloom.models.ema import PowerEMA
+from patchloom.models.flops import training_flops
+from patchloom.models.generate import Sampling, default_labels, generate
+from patchloom.models.loss import SIGMA_BINS, held_out_loss
+from patchloom.models.patches import PatchSize
+from patchloom.models.plan import StepPlan
+from patchloom.models.step import learning_rate, one_hot
+from patchloom.pipelines.checkpointer import Checkpointer
+from patchloom.pipelines.pictures import contact_sheet, save_png
+from patchloom.pipelines.run import Run
+from patchloom.platform.storage import read_json_lines, write_json_lines
+from patchloom.platform.tracking import PROGRESS_FILE
+
+HELD_OUT_IMAGES = 64
+STOP_FILE = ".stop"  # in the run folder: somebody asks for a checkpoint and an end
+VOTE_EVERY_STEPS = 8  # several workers must agree on where to stop
+DIVERGED = 100.0  # times the lowest loss of a line
+# Dense peaks of the tensor cores in bf16 and fp16, FLOP/s, by what the device's name holds (NVIDIA's data sheets)
+PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "V100": 125e12, "L40S": 362e12, "T4": 65e12}
+
+
+class Monitor:
+    """Watches a run after every step; `verdict` is "training" until it is "finished", "stopped" or "diverged".
+
+    Losses gather on the device and are read only when a line is written, which all workers do at the same
+    steps, so that they come to the same verdict. Only worker 0 writes.
+    """
+
+    def __init__(self, run: Run) -> None:
+        self.run, self.is_first = run, run.worker.rank == 0
+        self.checkpointer = Checkpointer(run.folder, run.recipe.train.keep)
+        self.verdict = "training" if run.state.step < run.method.updates else "finished"
+        self.last_line: dict[str, Any] = {}
+        self._flops = [training_flops(run.card["denoiser"], size.pixels) for size in run.method.schedule.sizes]
+        self._lowest_loss = math.inf
+        self._model: Model | None = None
+        if self.is_first:  # lines past the checkpoint are about to be written again
+            lines = read_json_lines(run.folder / PROGRESS_FILE)
+            kept = [line for line in lines if line["step"] <= run.state.step]
+            write_json_lines(run.folder / PROGRESS_FILE, kept)
+            self.last_line = kept[-1] if kept else {}
+        self._begin_interval()
+
+    def __enter__(self) -> "Monitor":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.checkpointer.wait()
+
+    def after_step(self, plan: StepPlan) -> None:
+        """Count the step, do what is due after it, and settle whether there is another."""
+        self._totals += self.run.state.gradients.loss_and_crops
+        self._marks.append((self._size_of(plan), plan.crops, self._mark()))
+        train, preview = self.run.recipe.train, self.run.recipe.preview
+        if self.run.state.step == self.run.method.updates:
+            self.verdict = "finished"
+        elif self._asked_to_stop():
+            self.verdict = "stopped"
+        ends = self.verdict != "training"
+        looks = self.verdict == "finished" or self._due(preview.every_images, plan)
+        if ends or looks or self._due(train.log_every_images, plan):
+            self._tell(looks)
+        if self.verdict != "diverged" and self.is_first:
+            self._keep(plan, ends)
+
+    def _due(self, every_images: int, plan: StepPlan) -> bool:
+        seen = self.run.state.images_seen
+        return every_images > 0 and seen // every_images > (seen - plan.crops) // every_images
+
+    def _asked_to_stop(self) -> bool:
+        worker = self.run.worker
+        if worker.count > 1 and self.run.state.step % VOTE_EVERY_STEPS:
+            return False
+        return worker.any((self.run.folder / STOP_FILE).exists())
+
+    def _keep(self, plan: StepPlan, ends: bool) -> None:
+        """Averages and checkpoints that are due."""
+        run = self.run
+        for average, settings in zip(run.state.emas, run.recipe.ema, strict=True):
+            every = settings.snapshot_every_images
+            if isinstance(average, PowerEMA) and every and (ends or self._due(every, plan)):
+                folder = run.folder / "ema" / f"sigma-rel-{average.sigma_rel:g}"
+                folder.mkdir(parents=True, exist_ok=True)
+                save_average(folder / f"step-{run.state.step:08d}.safetensors", average, run.state.images_seen)
+        if ends or self._due(run.recipe.train.checkpoint_every_images, plan):
+            identity = {"recipe": run.recipe.name, "held_out_loss": self.last_line.get("held_out_loss")}
+            self.checkpointer.save(run.state, identity)
+
+    def _begin_interval(self) -> None:
+        """What is counted from line to line starts at nothing."""
+        self._totals = torch.zeros_like(self.run.state.gradients.loss_and_crops)
+        self._crops_before = list(self.run.state.crops_by_size)
+        self._step_before = self.run.state.step
+        self._marks: list[tuple[PatchSize | None, int, Any]] = [(None, 0, self._mark())]
+        self.run.clock.seconds.clear()
+        self._began = time.perf_counter()
+
+    def _tell(self, looks: bool) -> None:
+        """Read what gathered, judge it, and write a line."""
+        totals = self._totals.double().cpu()  # (patch sizes, sigma bins, 2)
+        losses, crops = totals.sum((0, 1)).tolist()
+        loss = losses / crops if crops else math.nan
+        if not math.isfinite(loss) or loss > DIVERGED * self._lowest_loss:
+            self.verdict = "diverged"
+        self._lowest_loss = min(self._lowest_loss, loss)
+        if self.is_first:
+            line = {**self._counts(), **self._losses(totals, loss), **self._speed()}
+            if looks and self.verdict != "diverged":
+                line |= self._looked_at()
+            line["time_unix_s"] = time.time()
+            with (self.run.folder / PROGRESS_FILE).open("a") as file:
+                file.write(json.dumps(line) + "\n")
+            self.last_line = line
+        self._begin_interval()
+
+    def _counts(self) -> dict[str, Any]:
+        state, sizes = self.run.state, self.run.method.schedule.sizes
+        full = sizes[0].pixels
+        return {
+            "step": state.step,
+            "updates": state.step,
+            "images_seen": state.images_seen,
+            "full_size_images": state.crops_by_size[0],
+            "pixel_equivalent_images": sum(
+                n * (size.pixels / full) ** 2 for n, size in zip(state.crops_by_size, sizes, strict=True)
+            ),
+            "flops": sum(n * flops for n, flops in zip(state.crops_by_size, self._flops, strict=True)),
+            "learning_rate": learning_rate(self.run.method, state.images_seen),
+        }
+
+    def _losses(self, totals: torch.Tensor, loss: float) -> dict[str, Any]:
+        sizes = [str(size.pixels) for size in self.run.method.schedule.sizes]
+        seen = self.run.state.images_seen - sum(self._crops_before)
+        return {
+            "loss": loss if math.isfinite(loss) else None,
+            "loss_by_patch_size": _means(sizes, totals.sum(1)),
+            "loss_by_sigma": _means(SIGMA_BINS, totals.sum(0)),
+            "bad_crops": seen - round(float(totals[..., 1].sum())),  # whose loss was no number
+        }
+
+    def _speed(self) -> dict[str, Any]:
+        """Rates of the interval; seconds of single sizes only where steps have one."""
+        state, method = self.run.state, self.run.method
+        seconds = max(time.perf_counter() - self._began, 1e-9)
+        steps = state.step - self._step_before
+        changes = [now - before for now, before in zip(state.crops_by_size, self._crops_before, strict=True)]
+        flops_per_second = sum(n * flops for n, flops in zip(changes, self._flops, strict=True)) / seconds
+        speed = {
+            "images_per_second": sum(changes) / seconds,
+            "updates_per_second": steps / seconds,
+            "flops_per_second": flops_per_second,
+            "images_per_second_by_patch_size": self._rates_by_size(),
+            "data_wait_share": self.run.clock.seconds["data"] / seconds,
+            "reduce_wait_share": self.run.clock.seconds["reduce"] / seconds,
+            "eta_seconds": (method.updates - state.step) * seconds / max(steps, 1),
+            "peak_memory_bytes": self._peak_memory(),
+        }
+        peak = self._peak_flops()
+        return speed | ({"model_flops_utilisation": flops_per_second / peak} if peak else {})
+
+    @staticmethod
+    def _size_of(plan: StepPlan) -> PatchSize | None:
+        """The size of a step that has one."""
+        return plan.sizes[0] if len(set(plan.sizes)) == 1 else None
+
+    def _mark(self) -> Any:
+        """A moment on the device's own clock, without waiting for it."""
+        if self.run.device.type == "cuda":
+            event = torch.cuda.Event(enable_timing=True)
+            event.record()
+            return event
+        return time.perf_counter()
+
+    def _rates_by_size(self) -> dict[str, float]:
+        if self.run.device.type == "cuda":
+            torch.cuda.synchronize()
+        spent: dict[str, list[float]] = {}
+        for (_, _, before), (size, crops, now) in zip(self._marks, self._marks[1:], strict=False):
+            seconds = before.elapsed_time(now) / 1000 if self.run.device.type == "cuda" else now - before
+            if size is not None:
+                total = spent.setdefault(str(size.pixels), [0.0, 0.0])
+                total[0] += crops
+                total[1] += seconds
+        return {name: crops / max(seconds, 1e-9) for name, (crops, seconds) in spent.items()}
+
+    def _peak_memory(self) -> int:
+        if self.run.device.type == "cuda":
+            return int(torch.cuda.max_memory_allocated())
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+    def _peak_flops(self) -> float | None:
+        if self.run.device.type != "cuda" or self.run.method.precision not in ("bf16", "fp16"):
+            return None
+        name = torch.cuda.get_device_name()
+        return next((peak for known, peak in PEAK_FLOPS.items() if known in name), None)
+
+    def _looked_at(self) -> dict[str, Any]:
+        """A preview grid and the held-out loss of the averaged weights."""
+        looked: dict[str, Any] = {}
+        if self.run.recipe.preview.every_images:
+            looked["preview"] = self._preview()
+        by_sigma = self._held_out()
+        if by_sigma:
+            looked["held_out_loss"] = sum(by_sigma.values()) / len(by_sigma)
+            looked["held_out_loss_by_sigma"] = {f"{sigma:g}": loss for sigma, loss in by_sigma.items()}
+        return looked
+
+    def _preview(self) -> str:
+        run, preview = self.run, self.run.recipe.preview
+        if self._model is None:
+            autoencoder = None
+            if run.space.kind == "latents":
+                autoencoder = load_autoencoder(run.reader.dataset.path / "autoencoder", run.device)
+            average: Any = run.state.emas[0].module
+            self._model = Model(average, run.space, autoencoder, run.card)
+        seeds = list(range(preview.count))
+        labels = default_labels(seeds, self._model.denoiser.classes)
+        images = generate(self._model, seeds, labels, Sampling(steps=preview.steps)).cpu().numpy()
+        name = f"previews/step-{run.state.step:08d}.png"
+        save_png(contact_sheet(images), run.folder / name)
+        return name
+
+    def _held_out(self) -> dict[float, float]:
+        run = self.run
+        indices = run.reader.held_out
+        if not len(indices):
+            return {}
+        spread = np.linspace(0, len(indices) - 1, min(HELD_OUT_IMAGES, len(indices))).astype(int)
+        rows = run.reader.at(indices[spread])
+        denoiser: Any = run.state.emas[0].module
+        labels = one_hot(rows.label, denoiser.classes) if denoiser.classes else None
+        return held_out_loss(denoiser, run.space.normalise(rows.image), labels)
+
+
+def _means(names: Any, sums: torch.Tensor) -> dict[str, float]:
+    """Means by name from (names, 2) sums and counts, where there was anything."""
+    return {name: float(total / count) for name, (total, count) in zip(names, sums, strict=True) if count}
+
+
+def ask_to_stop(folder: Path) -> None:
+    """Let every worker of the run in `folder` leave at its next step, with a checkpoint."""
+    (folder / STOP_FILE).touch()
