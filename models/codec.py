@@ -44,6 +44,11 @@ def pixel_space(channels: int = 3) -> Space:
     return Space("pixels", (127.5,) * channels, (1 / 127.5,) * channels)
 
 
+def identity_space(channels: int) -> Space:
+    """Values as they are."""
+    return Space("latents", (0.0,) * channels, (1.0,) * channels)
+
+
 def to_pixels(x: Tensor, space: Space, autoencoder: Autoencoder | None) -> Tensor:
     """(B, C, H, W) of the network's values -> uint8 images, (B, 3, H', W') where they are decoded from latents.
 

@@ -112,6 +112,7 @@ def train(
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint of --out")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what the run would be, and stop")] = False,
+    measure: Annotated[bool, typer.Option("--measure", help="--dry-run: time a few steps of each patch size")] = False,
     allow_backbone: Backbones = None,
 ) -> None:
     """Train a recipe on a prepared dataset."""
@@ -122,7 +123,7 @@ def train(
     if dry_run:
         from patchloom.pipelines.plan import run_plan
 
-        print(run_plan(loaded, data))
+        print(run_plan(loaded, data, max(1, workers), measure))
         return
     if not out:
         raise UserError("--out is missing: give the folder of the run")

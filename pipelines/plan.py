@@ -6,9 +6,9 @@ from patchloom.platform.dataset import open_dataset
 from patchloom.platform.recipe import Recipe, load_search
 
 
-def run_plan(recipe: Recipe, dataset: str) -> str:
-    """Parameters, FLOPs a crop by patch size, expected counts and memory of a run."""
-    plan = describe_plan(recipe, dataset)
+def run_plan(recipe: Recipe, dataset: str, workers: int = 1, measure: bool = False) -> str:
+    """Parameters, FLOPs a crop by patch size, expected counts and memory of a run, and what its patches save."""
+    plan = describe_plan(recipe, dataset, workers, measure)
     lines = [
         f"{recipe.name}: {plan['parameters']:,} parameters on {plan['train_rows']:,} training rows",
         f"  {'patch':>6}  {'share of updates':>16}  {'crops':>12}  {'GFLOP a crop':>12}",
@@ -25,6 +25,12 @@ def run_plan(recipe: Recipe, dataset: str) -> str:
         f"  {plan['flops'] / 1e12:,.2f} TFLOP in all (forward and backward)",
         f"  {plan['state_bytes'] / 2**20:,.0f} MiB of weights, gradients, optimiser and averages a worker, "
         "activations not counted",
+        f"  gain over p = 1 on {workers} worker{'s' if workers > 1 else ''}, "
+        + ("from seconds measured here:" if measure else "from FLOPs (--measure times them here):"),
+        *(
+            f"    {draw:<11}  {gain.per_image:.2f}x a counted image, {gain.per_update:.2f}x an update"
+            for draw, gain in plan["gains"].items()
+        ),
     ])  # fmt: skip
 
 

@@ -1,15 +1,20 @@
 """Train: launch a run of a recipe on Ray Train (or in this process), watched and tracked."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from patchloom import __version__
 from patchloom.models.augment import LABELS
 from patchloom.models.backbones import allowed_backbones
+from patchloom.models.codec import identity_space
+from patchloom.models.cost import foretold_gain, measured_seconds_of_crop
 from patchloom.models.denoiser import build_denoiser, halvings_of
 from patchloom.models.flops import parameter_count, training_flops
+from patchloom.models.plan import Method
 from patchloom.pipelines.checkpointer import newest_checkpoint
 from patchloom.pipelines.monitor import STOP_FILE, ask_to_stop
 from patchloom.pipelines.run import method_of
@@ -307,13 +312,34 @@ def _last_line(folder: Path) -> dict[str, Any]:
     return read_json_lines(folder / PROGRESS_FILE)[-1]
 
 
-def describe_plan(recipe: Recipe, dataset: str) -> dict[str, Any]:
-    """What a run would be, without running it: parameters, FLOPs a crop, expected counts and memory."""
+def _draws(method: Method, workers: int) -> dict[str, Method]:
+    """The run's own draw first, and the others that its batch allows on so many workers."""
+    draws = {method.draw: method}
+    if method.schedule.kind == "progressive":
+        return draws
+    blocks = method.batch_size // method.block_size
+    for draw, ranks in (("shared", 1), ("stratified", 1), ("independent", workers)):
+        has_room = all(size.probability * size.batch_multiplier * blocks >= 1 for size in method.schedule.sizes)
+        fits = {"shared": True, "stratified": has_room, "independent": workers > 1 and blocks % workers == 0}
+        if draw not in draws and fits[draw]:
+            draws[draw] = replace(method, draw=draw, emulated_ranks=ranks)
+    return draws
+
+
+def describe_plan(recipe: Recipe, dataset: str, workers: int = 1, measure: bool = False) -> dict[str, Any]:
+    """What a run would be, without running it: parameters, FLOPs a crop, expected counts, memory, and the gain.
+
+    measure: time a few steps of each patch size here, and foretell the gain of so many workers from
+    seconds instead of FLOPs.
+    """
     rows = open_dataset(dataset)
     card = model_card(recipe, rows)
     method = method_of(recipe, card["denoiser"]["resolution"])
     parameters = parameter_count(build_denoiser(card["denoiser"]))
     batch, updates = method.batch_size, method.updates
+    flops_of_crop = {
+        size.pixels: float(training_flops(card["denoiser"], size.pixels)) for size in method.schedule.sizes
+    }
     sizes = []
     for size in method.schedule.sizes:
         crops = updates * size.probability * batch * size.batch_multiplier
@@ -321,9 +347,16 @@ def describe_plan(recipe: Recipe, dataset: str) -> dict[str, Any]:
             "pixels": size.pixels,
             "share_of_updates": size.probability,
             "crops": round(crops),
-            "flops_per_crop": training_flops(card["denoiser"], size.pixels),
+            "flops_per_crop": round(flops_of_crop[size.pixels]),
         })  # fmt: skip
+    cost_of_crop = flops_of_crop
+    if measure:
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        denoiser = build_denoiser(card["denoiser"]).to(device).train()
+        cost_of_crop = measured_seconds_of_crop(denoiser, method, identity_space(denoiser.channels), workers)
     return {
+        "gains": {draw: foretold_gain(one, cost_of_crop, workers) for draw, one in _draws(method, workers).items()},
+        "cost_of_crop": cost_of_crop,
         "parameters": parameters,
         "updates": updates,
         "crops": sum(size["crops"] for size in sizes),

@@ -1,0 +1,55 @@
+"""Several nodes: two of them train the model of one, and a node that is lost is waited for and replaced."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import tiny_recipe
+from safetensors.torch import load_file
+
+from patchloom.pipelines.train import train
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
+
+# Ray's own cluster of several raylets on one machine; a worker takes the only CPU of its node, so two need both.
+SCRIPT = """
+import json, os, sys
+import ray.cluster_utils
+from patchloom.pipelines.checkpointer import newest_checkpoint
+from patchloom.platform.cluster import quiet_environment
+quiet_environment()
+recipe, data, out, loses_a_node = json.loads(sys.argv[1])
+small = {"object_store_memory": 100 * 2**20}
+cluster = ray.cluster_utils.Cluster(initialize_head=True, head_node_args={"num_cpus": 0, **small})
+nodes = [cluster.add_node(num_cpus=1, **small) for _ in range(2)]
+os.environ["RAY_ADDRESS"] = cluster.address
+from pathlib import Path
+from patchloom.pipelines.train import train
+from patchloom.platform.recipe import check_recipe
+lost = []
+def lose_a_node(line):
+    if loses_a_node and not lost and newest_checkpoint(Path(out)) is not None:
+        lost.append(nodes[1])
+        cluster.remove_node(nodes[1], allow_graceful=False)
+        cluster.add_node(num_cpus=1, **small)
+train(check_recipe(recipe), data, out, workers=2, show=lose_a_node)
+print("LOST", len(lost))
+cluster.shutdown()
+"""
+
+
+@pytest.mark.parametrize("loses_a_node", [False, True])
+def test_two_nodes_train_the_model_of_one(ray_cluster: None, pixels: Path, tmp_path: Path, loses_a_node: bool) -> None:
+    recipe = tiny_recipe(train__images=1500)
+    train(recipe, str(pixels), str(tmp_path / "one"), workers=2)
+    arguments = [recipe.model_dump(mode="json"), str(pixels), str(tmp_path / "two"), loses_a_node]
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT, json.dumps(arguments)], capture_output=True, text=True, timeout=420, cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert f"LOST {int(loses_a_node)}" in done.stdout
+    one, two = (load_file(tmp_path / name / "model" / "model.safetensors") for name in ("one", "two"))
+    assert all(torch.equal(one[name], two[name]) for name in one)
