@@ -13,7 +13,7 @@ import torch
 from safetensors import SafetensorError
 
 from patchloom.models.backbones import allow_backbones
-from patchloom.models.checkpoints import load_checkpoint, save_model
+from patchloom.models.checkpoints import load_checkpoint, load_edm_snapshot, load_model, save_model
 from patchloom.models.codec import Space
 from patchloom.models.denoiser import Denoiser, build_denoiser
 from patchloom.models.ema import HalfLifeEMA, PowerEMA, WeightAverage
@@ -21,6 +21,7 @@ from patchloom.models.luck import RowOrder, derive_seed
 from patchloom.models.patches import patch_schedule
 from patchloom.models.plan import Method
 from patchloom.models.step import Rows, TrainingState, new_state
+from patchloom.models.transfer import transfer
 from patchloom.pipelines.checkpointer import newest_checkpoint
 from patchloom.platform.cluster import Worker
 from patchloom.platform.dataset import Dataset, open_dataset
@@ -126,7 +127,10 @@ def open_run(worker: Worker, config: dict[str, Any]) -> Run:
         torch.set_float32_matmul_precision("high")
         torch.backends.cudnn.allow_tf32 = True
     torch.manual_seed(derive_seed(recipe.seed, "weights"))
-    denoiser = build_denoiser(card["denoiser"]).to(device).train()
+    denoiser = build_denoiser(card["denoiser"])
+    if config["init_from"] is not None:
+        transfer(denoiser, load_denoiser(config["init_from"]))
+    denoiser = denoiser.to(device).train()
     emas = [new_average(denoiser, average) for average in recipe.ema]
     optimizer = recipe.optimizer
     state = new_state(denoiser, emas, method, (optimizer.beta1, optimizer.beta2), optimizer.eps)
@@ -137,6 +141,11 @@ def open_run(worker: Worker, config: dict[str, Any]) -> Run:
     space = Space(card["space"]["kind"], tuple(card["space"]["mean"]), tuple(card["space"]["scale"]))
     reader = Reader(open_dataset(config["dataset"]), recipe, device)
     return Run(folder, recipe, card, method, space, reader, state, worker, device, config["microbatch"])
+
+
+def load_denoiser(path: str) -> Denoiser:
+    """The denoiser of a model folder or of an EDM snapshot."""
+    return load_edm_snapshot(path) if Path(path).is_file() else load_model(path)
 
 
 def new_average(denoiser: Denoiser, settings: Average) -> WeightAverage:

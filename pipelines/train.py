@@ -15,15 +15,17 @@ from patchloom.models.cost import foretold_gain, measured_seconds_of_crop
 from patchloom.models.denoiser import build_denoiser, halvings_of
 from patchloom.models.flops import parameter_count, training_flops
 from patchloom.models.plan import Method
+from patchloom.models.transfer import transfer
 from patchloom.pipelines.checkpointer import newest_checkpoint
 from patchloom.pipelines.monitor import STOP_FILE, ask_to_stop
-from patchloom.pipelines.run import method_of
+from patchloom.pipelines.run import load_denoiser, method_of
 from patchloom.pipelines.train_loop import train_worker
 from patchloom.platform.cluster import run_workers
 from patchloom.platform.dataset import Dataset, open_dataset
 from patchloom.platform.errors import Stopped, UserError
 from patchloom.platform.progress import progress, say
 from patchloom.platform.recipe import Recipe, recipe_yaml
+from patchloom.platform.registry import fetch_model
 from patchloom.platform.storage import local_path, locked, make_folder, read_json, write_atomic, write_json
 from patchloom.platform.tracking import (
     Follower,
@@ -201,6 +203,7 @@ def train(
             "folder": str(folder),
             "backbones": allowed_backbones(),
             "microbatch": microbatch,
+            "init_from": None if newest_checkpoint(folder) else _init_from(recipe, card),
         }
         (folder / STOP_FILE).unlink(missing_ok=True)
         try:
@@ -244,6 +247,22 @@ def _launch(
             meter.update(line["images_seen"], f"loss {loss} ({sizes})")
 
         return work(on_line)
+
+
+def _init_from(recipe: Recipe, card: dict[str, Any]) -> str | None:
+    """The path of the weights to begin with, once it is known that they fit."""
+    reference = recipe.train.init_from
+    if reference is None:
+        return None
+    is_snapshot = local_path(reference).is_file() if not reference.startswith(("models:/", "runs:/")) else False
+    path = str(local_path(reference) if is_snapshot else fetch_model(reference).folder)
+    try:
+        left = transfer(build_denoiser(card["denoiser"]), load_denoiser(path))
+    except ValueError as error:
+        raise UserError(f"train.init_from {reference}: {error}") from None
+    fresh = f"; left fresh: {', '.join(left)}" if left else ""
+    say(f"  beginning with the weights of {reference}{fresh}")
+    return path
 
 
 def _judged(folder: Path, ended: dict[str, Any]) -> dict[str, Any]:

@@ -189,6 +189,9 @@ class Train(Section):
     """How long, in counted images, and in which pieces."""
 
     images: Count
+    init_from: str | None = Field(
+        None, description="Begin with these weights: models:/NAME@ALIAS, a model folder, or an EDM snapshot (.pkl)"
+    )
     batch_size: Count = 512
     block_size: Count = Field(8, description="Samples that share a random generator; divides the batch")
     precision: Literal["fp32", "tf32", "bf16", "fp16"] = Field(

@@ -118,3 +118,18 @@ def test_a_network_of_ones_own_is_one_line_of_a_recipe(
     assert (tmp_path / "samples" / "000000" / "000003.png").is_file()
     lines = read_json_lines(tmp_path / "run" / "progress.jsonl")
     assert lines[-1]["flops"] > 0 and math.isfinite(lines[-1]["loss"])
+
+
+def test_a_run_begins_with_the_weights_of_another(trained: Path, pixels: Path, tmp_path: Path) -> None:
+    still = {"optimizer__lr": 1e-12, "train__images": 30, "ema": [{"halflife_images": 1e-3, "rampup_ratio": 1e-3}]}
+    recipe = tiny_recipe(train__init_from=str(trained / "model"), **still)
+    made = load_model(train(recipe, str(pixels), str(tmp_path / "run"), workers=0).model)
+    source = load_model(trained / "model")
+    for (name, one), (_, other) in zip(made.named_parameters(), source.named_parameters(), strict=True):
+        torch.testing.assert_close(one, other, atol=1e-7, rtol=0, msg=name)
+    wider = tiny_recipe(train__init_from=str(trained / "model"), model__width=16)
+    with pytest.raises(UserError, match="the networks differ"):
+        train(wider, str(pixels), str(tmp_path / "wider"), workers=0)
+    nowhere = tiny_recipe(train__init_from=str(tmp_path / "nowhere"))
+    with pytest.raises(UserError, match="is no model"):
+        train(nowhere, str(pixels), str(tmp_path / "nothing"), workers=0)
