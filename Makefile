@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: demo test test-all check schema clean
+.PHONY: demo test test-all check bench schema clean
 
 demo: $(READY)
 	@echo "make demo: photographs in, a registered model and samples out (about 6 minutes on two cores)"
@@ -22,6 +22,10 @@ check: $(READY)
 	@$(BIN)/ruff format --check .
 	@$(BIN)/ruff check .
 	@$(BIN)/mypy
+
+bench: $(READY)
+	@echo "make bench: what patches save, draw by draw (about 2 minutes on two cores)"
+	@$(BIN)/python benchmarks/patch_gain.py
 
 schema: $(READY)
 	@$(BIN)/python -m patchloom.platform.recipe > tune_configs/recipe.schema.json

@@ -21,6 +21,7 @@ QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # a killed worker is noticed soon
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "600",  # a lost node's place may take minutes to fill
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
     "RAY_AIR_NEW_OUTPUT": "0",
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
@@ -57,6 +58,7 @@ def ray_session(cpus: int = 1) -> Iterator[None]:
     if not os.environ.get("RAY_ADDRESS"):
         say("  starting Ray on this machine ...")
         options |= {
+            "address": "local",  # not whatever cluster runs, or once ran, on this machine
             "num_cpus": max(os.cpu_count() or 1, cpus),
             "object_store_memory": OBJECT_STORE_BYTES,
             "include_dashboard": True,  # Ray Tune's clean-up asks its State API

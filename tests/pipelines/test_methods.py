@@ -6,13 +6,15 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import start_cli, tiny_recipe
+from helpers import run_python, start_cli, tiny_recipe
 
+from patchloom.models.autoencoder import new_autoencoder, save_autoencoder
 from patchloom.models.backbones import ALLOWED
 from patchloom.models.checkpoints import load_model, load_whole_model
 from patchloom.models.generate import Sampling, generate
 from patchloom.pipelines.checkpointer import newest_checkpoint
 from patchloom.pipelines.convert import average_model
+from patchloom.pipelines.prepare import prepare
 from patchloom.pipelines.train import train
 from patchloom.platform.errors import UserError
 from patchloom.platform.recipe import Recipe, check_recipe, recipe_yaml
@@ -133,3 +135,24 @@ def test_a_run_begins_with_the_weights_of_another(trained: Path, pixels: Path, t
     nowhere = tiny_recipe(train__init_from=str(tmp_path / "nowhere"))
     with pytest.raises(UserError, match="is no model"):
         train(nowhere, str(pixels), str(tmp_path / "nothing"), workers=0)
+
+
+def test_latent_training_never_touches_the_autoencoder(ray_cluster: None, pixels: Path, tmp_path: Path) -> None:
+    (tmp_path / "ae").mkdir()
+    torch.manual_seed(0)
+    save_autoencoder(new_autoencoder((8, 8), 4), tmp_path / "ae")
+    prepare(str(pixels), str(tmp_path / "latents"), autoencoder=str(tmp_path / "ae"))
+    changes = {"train__images": 60, "preview__every_images": 0, "model__attention": [4], "patches__sizes": [
+        {"fraction": 0.5, "weight": 1.0, "batch_multiplier": 2}]}  # fmt: skip
+    (tmp_path / "recipe.yaml").write_text(recipe_yaml(tiny_recipe(**changes)))
+    code = (
+        "import os, sys\n"
+        f"os.chdir({str(tmp_path)!r})\n"
+        "from patchloom.pipelines.train import train\n"
+        "from patchloom.platform.recipe import load_recipe\n"
+        "train(load_recipe('recipe.yaml'), 'latents', 'run', workers=0)\n"
+        "print('diffusers' in sys.modules)\n"
+    )
+    done = run_python(code)
+    assert done.stdout.splitlines()[-1] == "False", done.stdout + done.stderr
+    assert load_whole_model(tmp_path / "run" / "model").autoencoder is not None
