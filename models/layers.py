@@ -3,6 +3,7 @@
 Written from Karras et al. 2022 ("EDM", appendix F.2), Song et al. 2021 and Dhariwal & Nichol 2021.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -115,23 +116,43 @@ class Convolution(nn.Module):
 
 
 class Dropout(nn.Module):
-    """Dropout whose masks come from one generator a block of the batch, so that workers can share a batch.
+    """Dropout whose masks belong to the blocks of a batch, so that workers can share a batch.
 
-    `generators` are set before a training step; without any, torch's own dropout draws.
+    `generators`, one a block, are set before a training step; without any, torch's own dropout draws. In a
+    compiled graph, which knows no generators, masks are hashed from `seeds`: others, and as good.
     """
 
     def __init__(self, rate: float) -> None:
         super().__init__()
         self.rate = rate
         self.generators: list[torch.Generator] = []
+        self.seeds: Tensor | None = None  # (blocks,) int64, the same in all layers
+        self.number = 0  # of this layer, so that their masks differ
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> the same with a share of values at 0 and the others scaled up, in training."""
-        if not self.training or not self.rate or not self.generators:
+        if not self.training or not self.rate or self.seeds is None:
             return F.dropout(x, self.rate, self.training)
-        shape = (len(x) // len(self.generators), *x.shape[1:])
-        luck = [torch.rand(shape, generator=generator, device=x.device) for generator in self.generators]
-        return x * (torch.cat(luck) >= self.rate) / (1 - self.rate)
+        shape = (len(x) // len(self.seeds), *x.shape[1:])
+        if torch.compiler.is_compiling():
+            luck = hashed_uniforms(self.seeds + 0x85EBCA77 * self.number, shape)
+        else:
+            luck = torch.cat([torch.rand(shape, generator=generator, device=x.device) for generator in self.generators])
+        return x * (luck >= self.rate) / (1 - self.rate)
+
+
+def hashed_uniforms(seeds: Tensor, shape: Sequence[int]) -> Tensor:
+    """Uniforms in [0, 1) as a pure function of seeds and position: (blocks,) int64 -> (blocks * shape[0], *shape[1:]).
+
+    Positions are mixed by the finaliser of MurmurHash3 (Appleby 2011), in 32 bits.
+    """
+    low = 0xFFFFFFFF
+    positions = torch.arange(math.prod(shape), device=seeds.device)
+    bits = (positions[None] * 0x9E3779B1 + seeds[:, None]) & low
+    for multiplier, shift in ((0x85EBCA6B, 16), (0xC2B2AE35, 13)):
+        bits = ((bits ^ (bits >> shift)) * multiplier) & low
+    bits = bits ^ (bits >> 16)
+    return (bits.float() / 2**32).clamp(max=1 - 2**-24).view(-1, *shape[1:])
 
 
 class Block(nn.Module):

@@ -130,15 +130,16 @@ def dropout_luck(network: nn.Module, seed: int, step: int, blocks: range, device
     layers = [layer for layer in network.modules() if isinstance(layer, Dropout) and layer.rate]
     seeds = [derive_seed(seed, step, block, "dropout") for block in blocks] if layers else []
     generators = [torch.Generator(device).manual_seed(number) for number in seeds]
-    for layer in layers:
-        layer.generators = generators
+    numbers = torch.tensor([number & 0xFFFFFFFF for number in seeds], device=device) if layers else None
+    for number, layer in enumerate(layers):
+        layer.generators, layer.seeds, layer.number = generators, numbers, number
     is_ours = any(isinstance(module, UNet) for module in network.modules())
     with torch.random.fork_rng([device] if device.type == "cuda" else [], enabled=not is_ours):
         if not is_ours:
             torch.manual_seed(derive_seed(seed, step, blocks.start, "dropout"))
         yield
     for layer in layers:
-        layer.generators = []
+        layer.generators, layer.seeds = [], None
 
 
 def learning_rate(method: Method, images_seen: int) -> float:

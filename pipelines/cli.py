@@ -110,6 +110,12 @@ def train(
     microbatch: Annotated[
         int | None, typer.Option(min=1, help="Crops at once in a worker, where memory is short; the batch stays")
     ] = None,
+    compile_: Annotated[
+        bool, typer.Option("--compile", help="Compile the network, once a patch size: minutes first, faster then")
+    ] = False,
+    profile: Annotated[
+        bool, typer.Option("--profile", help="Name the first costs of a step, and keep a trace")
+    ] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint of --out")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what the run would be, and stop")] = False,
     measure: Annotated[bool, typer.Option("--measure", help="--dry-run: time a few steps of each patch size")] = False,
@@ -129,7 +135,9 @@ def train(
         raise UserError("--out is missing: give the folder of the run")
     from patchloom.pipelines.train import train as run
 
-    result = run(loaded, data, out, workers=workers, microbatch=microbatch, resume=resume)
+    result = run(
+        loaded, data, out, workers=workers, microbatch=microbatch, compile=compile_, profile=profile, resume=resume
+    )
     print(f"the model is {result.model}; register it: patchloom models register {result.folder} NAME --alias champion")
 
 

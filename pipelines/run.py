@@ -30,6 +30,7 @@ from patchloom.platform.recipe import Average, Recipe, check_recipe, recipe_yaml
 from patchloom.platform.storage import whole_folder
 
 Result = TypeVar("Result")
+GRAPHS_A_SIZE = 4  # compiled for a patch size before torch gives up; one but for batches that vary (stratified)
 
 
 def method_of(recipe: Recipe, resolution: int) -> Method:
@@ -113,6 +114,7 @@ class Run:
     worker: Worker
     device: torch.device
     microbatch: int | None = None
+    profiled: bool = False
     clock: Clock = field(default_factory=Clock)
 
 
@@ -138,9 +140,13 @@ def open_run(worker: Worker, config: dict[str, Any]) -> Run:
     newest = newest_checkpoint(folder)
     if newest is not None:
         load_checkpoint(newest, state)
+    if config["compile"]:  # the averages were copied before, and sample as they are
+        torch._dynamo.config.recompile_limit = GRAPHS_A_SIZE * len(method.schedule.sizes)
+        denoiser.model.compile(dynamic=False)
     space = Space(card["space"]["kind"], tuple(card["space"]["mean"]), tuple(card["space"]["scale"]))
     reader = Reader(open_dataset(config["dataset"]), recipe, device)
-    return Run(folder, recipe, card, method, space, reader, state, worker, device, config["microbatch"])
+    profiled = config["profile"] and worker.rank == 0
+    return Run(folder, recipe, card, method, space, reader, state, worker, device, config["microbatch"], profiled)
 
 
 def load_denoiser(path: str) -> Denoiser:

@@ -173,6 +173,8 @@ def train(
     *,
     workers: int = 1,
     microbatch: int | None = None,
+    compile: bool = False,
+    profile: bool = False,
     resume: bool = False,
     parent_run: str | None = None,
     show: Callable[[dict[str, Any]], None] | None = None,
@@ -180,11 +182,12 @@ def train(
     """Train a recipe on a prepared dataset into the run folder `out`; returns when `out/model` is written.
 
     workers: Ray Train workers; 0 trains in this process without Ray. microbatch: at most so many crops at
-    once in a worker, whose gradients add up to the batch's. resume: go on from the newest
-    checkpoint of `out` (a finished run returns at once). parent_run: the MLflow run that this is a trial
-    of. show: called with each progress line instead of a progress bar. Raises UserError for a recipe that
-    does not fit the dataset, a folder that holds another run, or a loss that diverged; and Stopped where
-    SIGTERM ended it with a checkpoint.
+    once in a worker, whose gradients add up to the batch's. compile: one graph a patch size, by
+    torch.compile. profile: name what the first steps spend their time on, and keep a trace. resume: go on
+    from the newest checkpoint of `out` (a finished run returns at once). parent_run: the MLflow run that
+    this is a trial of. show: called with each progress line instead of a progress bar. Raises UserError for
+    a recipe that does not fit the dataset, a folder that holds another run, or a loss that diverged; and
+    Stopped where SIGTERM ended it with a checkpoint.
     """
     rows = open_dataset(dataset)
     card = model_card(recipe, rows)
@@ -203,6 +206,8 @@ def train(
             "folder": str(folder),
             "backbones": allowed_backbones(),
             "microbatch": microbatch,
+            "compile": compile,
+            "profile": profile,
             "init_from": None if newest_checkpoint(folder) else _init_from(recipe, card),
         }
         (folder / STOP_FILE).unlink(missing_ok=True)

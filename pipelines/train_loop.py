@@ -8,6 +8,7 @@ from patchloom.models.plan import Group, StepPlan, plan_step
 from patchloom.models.step import Rows, training_step
 from patchloom.pipelines.checkpointer import CHECKPOINTS
 from patchloom.pipelines.monitor import Monitor
+from patchloom.pipelines.profile import Profiler
 from patchloom.pipelines.run import Run, open_run, save_run_model
 from patchloom.platform.cluster import Worker
 from patchloom.platform.storage import locked, sweep_partial
@@ -32,11 +33,12 @@ def train_worker(worker: Worker, config: dict[str, Any]) -> dict[str, Any]:
 def _train(worker: Worker, config: dict[str, Any]) -> dict[str, Any]:
     run = open_run(worker, config)
     state, method = run.state, run.method
-    with Ahead(run) as ahead, Monitor(run) as monitor:
+    with Ahead(run) as ahead, Monitor(run) as monitor, Profiler(run.folder, off=not run.profiled) as profiler:
         while monitor.verdict == "training":
             plan = plan_step(method, state.step, state.images_seen)
             training_step(state, method, plan, ahead.work(plan), run.space, run.clock.timed("reduce", worker.reduce))
             monitor.after_step(plan)
+            profiler.after_step()
     if worker.rank == 0 and monitor.verdict == "finished":
         save_run_model(run)
     return {"line": monitor.last_line, "verdict": monitor.verdict}

@@ -134,6 +134,16 @@ def test_microbatches_train_the_same_model(trained: Path, pixels: Path, tmp_path
     assert [line["loss"] for line in two] == pytest.approx([line["loss"] for line in one], rel=1e-4)
 
 
+def test_a_profile_names_the_first_costs(
+    pixels: Path, tmp_path: Path, trained: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = train(tiny_recipe(), str(pixels), str(tmp_path / "run"), workers=0, profile=True).folder
+    (words,) = (line for line in capsys.readouterr().out.splitlines() if "profile of" in line)
+    assert words.count("%") == 3
+    assert read_json(run / "profile.json")["traceEvents"]
+    assert_equal_models(run, trained)  # to be watched changes nothing
+
+
 @pytest.fixture(scope="module")
 def undisturbed(pixels: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Recipe, Path]:
     """A run whose checkpoints are large enough to be killed in."""

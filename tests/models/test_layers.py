@@ -1,0 +1,58 @@
+"""Hashed dropout is as good as drawn, and a compiled network has one graph a patch size."""
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+import torch._dynamo
+from scipy import stats
+
+from patchloom.models.codec import pixel_space
+from patchloom.models.denoiser import Denoiser
+from patchloom.models.layers import hashed_uniforms
+from patchloom.models.patches import patch_schedule
+from patchloom.models.plan import Method, plan_step
+from patchloom.models.step import Rows, new_state, training_step
+
+
+def test_hashed_uniforms_are_uniform_and_independent() -> None:
+    seeds = torch.tensor([0, 1, 2, 4_294_967_295])
+    luck = hashed_uniforms(seeds, (200, 5, 10, 10)).numpy()
+    assert luck.shape == (800, 5, 10, 10)
+    assert luck.min() >= 0 and luck.max() < 1
+    blocks = luck.reshape(4, -1)
+    for block in blocks:
+        assert stats.kstest(block, "uniform").pvalue > 1e-4
+        pairs, _, _ = np.histogram2d(block[:-1], block[1:], bins=8, range=[[0, 1], [0, 1]])
+        assert stats.chisquare(pairs.flatten()).pvalue > 1e-4
+    correlation = np.corrcoef(blocks) - np.eye(4)
+    assert abs(correlation).max() < 5 / blocks.shape[1] ** 0.5
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+def test_a_compiled_network_has_one_graph_a_patch_size(tiny_denoiser: Callable[..., Denoiser], dropout: float) -> None:
+    options = {"width": 8, "width_multipliers": [1, 2], "blocks": 1, "attention": [8], "dropout": dropout}
+    method = Method(
+        seed=0, schedule=patch_schedule(16, 0.5), updates=30, batch_size=8, block_size=4, lr=1e-3, lr_rampup_images=0
+    )  # fmt: skip
+    gradients = []
+    for compiled in (False, True):
+        denoiser = tiny_denoiser(network_options=options).train()
+        state = new_state(denoiser, [], method, (0.9, 0.999), 1e-3)
+        torch._dynamo.reset()
+        torch._dynamo.utils.counters.clear()
+        if compiled:
+            denoiser.model.compile(dynamic=False, backend="aot_eager")
+        generator = torch.Generator().manual_seed(0)
+        for step in range(8):
+            plan = plan_step(method, step, state.images_seen)
+            images = torch.randint(0, 256, (plan.crops, 3, 16, 16), generator=generator, dtype=torch.uint8)
+            rows = Rows(images, torch.full((plan.crops,), -1))
+            training_step(state, method, plan, zip(plan.share(), [rows], strict=True), pixel_space(), lambda _: None)
+        gradients.append(state.gradients.flat[: state.gradients.length].clone())
+    sizes = {plan_step(method, step, 0).sizes[0].pixels for step in range(8)}
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == len(sizes) == 3
+    assert not torch._dynamo.utils.counters["graph_break"]
+    if not dropout:  # with dropout the masks are others
+        torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-3, atol=1e-4 * float(gradients[0].abs().max()))
