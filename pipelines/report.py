@@ -9,11 +9,13 @@ from statistics import median
 from typing import Any
 
 from patchloom import __version__
+from patchloom.models.loss import SIGMA_BINS
 from patchloom.platform.errors import UserError
 from patchloom.platform.recipe import load_recipe
 from patchloom.platform.storage import local_path, make_folder, read_json, read_json_lines, write_atomic
 from patchloom.platform.tracking import PROGRESS_FILE, tracking_uri
 
+COLOURS = ("#b3541e", "#2f6690", "#81a4cd", "#7a9e7e", "#9b7ede")
 STYLE = """
 :root { --ink: #1c2430; --soft: #5b6675; --line: #dfe4ea; --wash: #f5f7f9; --accent: #b3541e; }
 * { box-sizing: border-box; }
@@ -152,7 +154,7 @@ def _run_sections(folder: Path) -> list[str]:
             ("images/s (median)", f"{median(line['images_per_second'] for line in lines):,.0f}"),
         ),
         f"<figure>{_curves(lines)}<figcaption>Loss of the trained weights by patch size, and that of the averaged "
-        "weights on held-out full-size images.</figcaption></figure>",
+        "weights on held-out full-size images; beside it, by noise level.</figcaption></figure>",
     ]
     previews = [line for line in lines if "preview" in line]
     sections += [
@@ -169,32 +171,40 @@ def _spread(items: list[Any], most: int) -> list[Any]:
 
 
 def _curves(lines: list[dict[str, Any]]) -> str:
-    """Loss over counted images as inline SVG."""
+    """Loss over counted images as inline SVG: by patch size with the held-out loss, and by noise level."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(9, 3.4), layout="constrained")
-    axes = figure.add_subplot()
+    by_sigma = any("loss_by_sigma" in line for line in lines)
+    figure = Figure(figsize=(11 if by_sigma else 9, 3.4), layout="constrained")
+    panels = figure.subplots(1, 2 if by_sigma else 1, sharey=False, squeeze=False)[0]
     sizes = sorted({size for line in lines for size in line.get("loss_by_patch_size", {})}, key=int, reverse=True)
-    for size, colour in zip(sizes, ("#b3541e", "#2f6690", "#81a4cd", "#7a9e7e", "#9b7ede"), strict=False):
-        points = [
-            (line["images_seen"], line["loss_by_patch_size"][size])
-            for line in lines
-            if size in line.get("loss_by_patch_size", {})
-        ]
-        axes.plot(*zip(*points, strict=True), label=f"{size} x {size}", color=colour, linewidth=1.4)
+    _plot(panels[0], lines, "loss_by_patch_size", {size: f"{size} x {size}" for size in sizes})
     if not sizes:
-        axes.plot([line["images_seen"] for line in lines], [line["loss"] for line in lines], color="#b3541e")
+        panels[0].plot([line["images_seen"] for line in lines], [line["loss"] for line in lines], color=COLOURS[0])
     held_out = [(line["images_seen"], line["held_out_loss"]) for line in lines if "held_out_loss" in line]
     if held_out:
-        axes.plot(*zip(*held_out, strict=True), "o--", label="held out, full size", color="#1c2430", markersize=4)
-    axes.set(xlabel="counted images", ylabel="loss")
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(axis="y", color="#e6eaee")
-    if sizes or held_out:
-        axes.legend(frameon=False, ncols=4)
+        panels[0].plot(*zip(*held_out, strict=True), "o--", label="held out, full size", color="#1c2430", markersize=4)
+    panels[0].set_ylabel("loss")
+    if by_sigma:
+        names = [name for name in SIGMA_BINS if any(name in line.get("loss_by_sigma", {}) for line in lines)]
+        labels = {name: f"sigma {name.replace('-inf', ' and more')}" for name in names}
+        _plot(panels[1], lines, "loss_by_sigma", labels)
+    for axes in panels:
+        axes.set_xlabel("counted images")
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(axis="y", color="#e6eaee")
+        if axes.get_legend_handles_labels()[0]:
+            axes.legend(frameon=False, ncols=2, fontsize="small")
     text = io.StringIO()
     figure.savefig(text, format="svg", metadata={"Date": None})
     return text.getvalue()[text.getvalue().index("<svg") :]
+
+
+def _plot(axes: Any, lines: list[dict[str, Any]], key: str, labels: dict[str, str]) -> None:
+    """One curve a name of the dictionary under `key`."""
+    for (name, label), colour in zip(labels.items(), COLOURS, strict=False):
+        points = [(line["images_seen"], line[key][name]) for line in lines if name in line.get(key, {})]
+        axes.plot(*zip(*points, strict=True), label=label, color=colour, linewidth=1.4)
 
 
 def _search_sections(folder: Path) -> list[str]:

@@ -9,9 +9,7 @@ from pathlib import Path
 from subprocess import PIPE, STDOUT, Popen
 
 import pytest
-import torch
-from helpers import start_cli, tiny_recipe
-from safetensors.torch import load_file
+from helpers import assert_equal_models, start_cli, tiny_recipe, wait_until
 
 from patchloom.models.checkpoints import load_model
 from patchloom.pipelines.checkpointer import newest_checkpoint
@@ -28,20 +26,6 @@ def begin(recipe: Recipe, pixels: Path, folder: Path, *more: str) -> tuple[list[
     (folder / "recipe.yaml").write_text(recipe_yaml(recipe))
     arguments = ["train", "recipe.yaml", "--data", str(pixels), "--out", "run", *more]
     return arguments, start_cli(*arguments, cwd=folder)
-
-
-def wait_until(condition: object, process: Popen[str], timeout_s: float = 240) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not condition():  # type: ignore[operator]
-        assert process.poll() is None, process.communicate()[0]
-        assert time.monotonic() < deadline, "what was waited for did not come"
-        time.sleep(0.005)
-
-
-def assert_equal_models(one: Path, other: Path) -> None:
-    first, second = (load_file(run / "model" / "model.safetensors") for run in (one, other))
-    assert first.keys() == second.keys()
-    assert all(torch.equal(first[name], second[name]) for name in first)
 
 
 def test_sigterm_leaves_a_checkpoint_and_the_run_goes_on_from_it(trained: Path, pixels: Path, tmp_path: Path) -> None:

@@ -3,12 +3,16 @@
 import os
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import skimage
+import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 from patchloom.platform.recipe import Recipe, check_recipe, with_values
 
@@ -49,3 +53,19 @@ def start_cli(*arguments: str, cwd: Path) -> subprocess.Popen[str]:
         [sys.executable, "-m", "patchloom.pipelines.cli", *arguments],
         cwd=cwd, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
     )  # fmt: skip
+
+
+def wait_until(condition: Callable[[], object], process: subprocess.Popen[str], timeout_s: float = 240) -> None:
+    """Wait for what a process is about to do; fails with its words where it ends before."""
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline, "what was waited for did not come"
+        time.sleep(0.005)
+
+
+def assert_equal_models(one: Path, other: Path) -> None:
+    """The models of two runs are equal, bit for bit."""
+    first, second = (load_file(run / "model" / "model.safetensors") for run in (one, other))
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
