@@ -107,6 +107,9 @@ def train(
     out: Annotated[str | None, typer.Option(help="The run folder")] = None,
     set_: Settings = None,
     workers: Annotated[int, typer.Option(min=0, help="Ray Train workers; 0 is this process")] = 1,
+    min_workers: Annotated[
+        int | None, typer.Option(min=1, help="Go on with as few where nodes were lost, until they come back")
+    ] = None,
     microbatch: Annotated[
         int | None, typer.Option(min=1, help="Crops at once in a worker, where memory is short; the batch stays")
     ] = None,
@@ -136,8 +139,9 @@ def train(
     from patchloom.pipelines.train import train as run
 
     result = run(
-        loaded, data, out, workers=workers, microbatch=microbatch, compile=compile_, profile=profile, resume=resume
-    )
+        loaded, data, out, workers=workers, min_workers=min_workers, microbatch=microbatch, compile=compile_,
+        profile=profile, resume=resume,
+    )  # fmt: skip
     print(f"the model is {result.model}; register it: patchloom models register {result.folder} NAME --alias champion")
 
 

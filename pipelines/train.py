@@ -172,6 +172,7 @@ def train(
     out: str,
     *,
     workers: int = 1,
+    min_workers: int | None = None,
     microbatch: int | None = None,
     compile: bool = False,
     profile: bool = False,
@@ -181,14 +182,17 @@ def train(
 ) -> TrainResult:
     """Train a recipe on a prepared dataset into the run folder `out`; returns when `out/model` is written.
 
-    workers: Ray Train workers; 0 trains in this process without Ray. microbatch: at most so many crops at
-    once in a worker, whose gradients add up to the batch's. compile: one graph a patch size, by
-    torch.compile. profile: name what the first steps spend their time on, and keep a trace. resume: go on
-    from the newest checkpoint of `out` (a finished run returns at once). parent_run: the MLflow run that
-    this is a trial of. show: called with each progress line instead of a progress bar. Raises UserError for
-    a recipe that does not fit the dataset, a folder that holds another run, or a loss that diverged; and
-    Stopped where SIGTERM ended it with a checkpoint.
+    workers: Ray Train workers; 0 trains in this process without Ray. min_workers: go on with as few of them
+    where nodes were lost; another number takes the same steps, up to summation order. microbatch: at most
+    so many crops at once in a worker, whose gradients add up to the batch's. compile: one graph a patch
+    size, by torch.compile. profile: name what the first steps spend their time on, and keep a trace.
+    resume: go on from the newest checkpoint of `out` (a finished run returns at once). parent_run: the
+    MLflow run that this is a trial of. show: called with each progress line instead of a progress bar.
+    Raises UserError for a recipe that does not fit the dataset, a folder that holds another run, or a loss
+    that diverged; and Stopped where SIGTERM ended it with a checkpoint.
     """
+    if min_workers is not None and not 1 <= min_workers <= workers:
+        raise UserError(f"--min-workers {min_workers} is not within 1 and --workers {workers}: lower it")
     rows = open_dataset(dataset)
     card = model_card(recipe, rows)
     folder = make_folder(local_path(out))
@@ -212,7 +216,7 @@ def train(
         }
         (folder / STOP_FILE).unlink(missing_ok=True)
         try:
-            last = _launch(config, recipe, run["run_id"], workers, show)
+            last = _launch(config, recipe, run["run_id"], workers, min_workers, show)
         except Stopped:
             _end_quietly(run["run_id"], "KILLED")
             raise
@@ -224,14 +228,25 @@ def train(
 
 
 def _launch(
-    config: dict[str, Any], recipe: Recipe, run_id: str, workers: int, show: Callable[[dict[str, Any]], None] | None
+    config: dict[str, Any],
+    recipe: Recipe,
+    run_id: str,
+    workers: int,
+    min_workers: int | None,
+    show: Callable[[dict[str, Any]], None] | None,
 ) -> dict[str, Any]:
     folder = Path(config["folder"])
 
     def work(shown: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
         with Follower(folder, run_id, shown):
             ended = run_workers(
-                train_worker, config, workers, folder / ".ray", "train", on_stop=lambda: ask_to_stop(folder)
+                train_worker,
+                config,
+                workers,
+                folder / ".ray",
+                "train",
+                min_workers,
+                on_stop=lambda: ask_to_stop(folder),
             )
         return _judged(folder, ended)
 

@@ -167,18 +167,20 @@ def run_workers(
     workers: int,
     scratch: Path,
     name: str,
+    min_workers: int | None = None,
     on_stop: Callable[[], None] | None = None,
 ) -> Any:
     """Run `loop(worker, config)` on Ray Train workers and return rank 0's value; a worker that dies is restarted.
 
     workers: 0 runs the loop in this process, without Ray. scratch: where Ray Train keeps its own notes.
+    min_workers: go on with fewer where nodes were lost, down to these, and with more when they come back.
     on_stop: called on SIGTERM, in place of an end; it is for the loop to return then.
     """
     if workers == 0:
         with _on_sigterm(on_stop):
             return loop(Worker(), config)
     with ray_session(workers), _on_sigterm(on_stop):  # in this order: Ray sets a handler of its own
-        return _run_on_ray_train(loop, config, workers, scratch, name)
+        return _run_on_ray_train(loop, config, workers, min_workers or workers, scratch, name)
 
 
 @contextlib.contextmanager
@@ -195,7 +197,12 @@ def _on_sigterm(action: Callable[[], None] | None) -> Iterator[None]:
 
 
 def _run_on_ray_train(
-    loop: Callable[[Worker, dict[str, Any]], Any], config: dict[str, Any], workers: int, scratch: Path, name: str
+    loop: Callable[[Worker, dict[str, Any]], Any],
+    config: dict[str, Any],
+    workers: int,
+    min_workers: int,
+    scratch: Path,
+    name: str,
 ) -> Any:
     import ray
     import ray.train
@@ -220,7 +227,9 @@ def _run_on_ray_train(
         worker_loop,
         train_loop_config={"config": config, "cpus": cpus},
         scaling_config=ray.train.ScalingConfig(
-            num_workers=workers, use_gpu=gpus >= workers, resources_per_worker={"CPU": cpus}
+            num_workers=workers if min_workers == workers else (min_workers, workers),
+            use_gpu=gpus >= workers,
+            resources_per_worker={"CPU": cpus},
         ),
         run_config=ray.train.RunConfig(
             name=name,

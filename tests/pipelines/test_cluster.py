@@ -21,7 +21,7 @@ import ray.cluster_utils
 from patchloom.pipelines.checkpointer import newest_checkpoint
 from patchloom.platform.cluster import quiet_environment
 quiet_environment()
-recipe, data, out, loses_a_node = json.loads(sys.argv[1])
+recipe, data, out, fate = json.loads(sys.argv[1])
 small = {"object_store_memory": 100 * 2**20}
 cluster = ray.cluster_utils.Cluster(initialize_head=True, head_node_args={"num_cpus": 0, **small})
 nodes = [cluster.add_node(num_cpus=1, **small) for _ in range(2)]
@@ -30,14 +30,16 @@ from pathlib import Path
 from patchloom.pipelines.train import train
 from patchloom.platform.recipe import check_recipe
 training = threading.Thread(
-    target=train, args=(check_recipe(recipe), data, out), kwargs={"workers": 2, "show": lambda line: None}
+    target=train, args=(check_recipe(recipe), data, out),
+    kwargs={"workers": 2, "min_workers": 1 if fate == "gone" else None, "show": lambda line: None},
 )
 training.start()
-while loses_a_node and training.is_alive():
+while fate != "spared" and training.is_alive():
     time.sleep(0.1)
     if newest_checkpoint(Path(out)) is not None:
         cluster.remove_node(nodes[1], allow_graceful=False)
-        cluster.add_node(num_cpus=1, **small)
+        if fate == "replaced":
+            cluster.add_node(num_cpus=1, **small)
         print("LOST A NODE")
         break
 training.join()
@@ -45,15 +47,19 @@ cluster.shutdown()
 """
 
 
-@pytest.mark.parametrize("loses_a_node", [False, True])
-def test_two_nodes_train_the_model_of_one(ray_cluster: None, pixels: Path, tmp_path: Path, loses_a_node: bool) -> None:
+@pytest.mark.parametrize("fate", ["spared", "replaced", "gone"])
+def test_two_nodes_train_the_model_of_one(ray_cluster: None, pixels: Path, tmp_path: Path, fate: str) -> None:
     recipe = tiny_recipe(train__images=1500)
     train(recipe, str(pixels), str(tmp_path / "one"), workers=2)
-    arguments = [recipe.model_dump(mode="json"), str(pixels), str(tmp_path / "two"), loses_a_node]
+    arguments = [recipe.model_dump(mode="json"), str(pixels), str(tmp_path / "two"), fate]
     done = subprocess.run(
         [sys.executable, "-c", SCRIPT, json.dumps(arguments)], capture_output=True, text=True, timeout=420, cwd=tmp_path
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert ("LOST A NODE" in done.stdout) is loses_a_node
+    assert ("LOST A NODE" in done.stdout) is (fate != "spared")
     one, two = (load_file(tmp_path / name / "model" / "model.safetensors") for name in ("one", "two"))
-    assert all(torch.equal(one[name], two[name]) for name in one)
+    for name in one:
+        if fate == "gone":  # one worker adds up in another order than two
+            torch.testing.assert_close(two[name], one[name], rtol=1e-2, atol=1e-3, msg=name)
+        else:
+            assert torch.equal(one[name], two[name])
