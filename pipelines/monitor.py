@@ -16,6 +16,7 @@ from patchloom.models.ema import PowerEMA
 from patchloom.models.flops import training_flops
 from patchloom.models.generate import Sampling, default_labels, generate
 from patchloom.models.loss import SIGMA_BINS, held_out_loss
+from patchloom.models.metrics import colour_layout, frechet_distance
 from patchloom.models.patches import PatchSize
 from patchloom.models.plan import StepPlan
 from patchloom.models.step import learning_rate, one_hot
@@ -26,6 +27,8 @@ from patchloom.platform.storage import read_json_lines, write_json_lines
 from patchloom.platform.tracking import PROGRESS_FILE
 
 HELD_OUT_IMAGES = 64
+REFERENCE_IMAGES = 1024
+SAMPLED_AT_ONCE = 64
 STOP_FILE = ".stop"  # in the run folder: somebody asks for a checkpoint and an end
 VOTE_EVERY_STEPS = 8  # several workers must agree on where to stop
 DIVERGED = 100.0  # times the lowest loss of a line
@@ -48,6 +51,7 @@ class Monitor:
         self._flops = [training_flops(run.card["denoiser"], size.pixels) for size in run.method.schedule.sizes]
         self._lowest_loss = math.inf
         self._model: Model | None = None
+        self._reference: torch.Tensor | None = None  # features of training rows
         if self.is_first:  # lines past the checkpoint are about to be written again
             lines = read_json_lines(run.folder / PROGRESS_FILE)
             kept = [line for line in lines if line["step"] <= run.state.step]
@@ -213,6 +217,8 @@ class Monitor:
         looked: dict[str, Any] = {}
         if self.run.recipe.preview.every_images:
             looked["preview"] = self._preview()
+            if self.run.recipe.preview.frechet_samples:
+                looked["preview_frechet_distance"] = self._frechet_distance(self.run.recipe.preview.frechet_samples)
         by_sigma = self._held_out()
         if by_sigma:
             looked["held_out_loss"] = sum(by_sigma.values()) / len(by_sigma)
@@ -220,19 +226,41 @@ class Monitor:
         return looked
 
     def _preview(self) -> str:
-        run, preview = self.run, self.run.recipe.preview
+        name = f"previews/step-{self.run.state.step:08d}.png"
+        save_png(contact_sheet(self._sampled(self.run.recipe.preview.count).numpy()), self.run.folder / name)
+        return name
+
+    def _sampled(self, count: int) -> torch.Tensor:
+        """(count, C, H, W) uint8 images of the averaged weights, from the seeds 0, 1, ..."""
+        steps, images = Sampling(steps=self.run.recipe.preview.steps), []
+        for start in range(0, count, SAMPLED_AT_ONCE):
+            seeds = list(range(start, min(start + SAMPLED_AT_ONCE, count)))
+            labels = default_labels(seeds, self._sampler().denoiser.classes)
+            images.append(generate(self._sampler(), seeds, labels, steps).cpu())
+        return torch.cat(images)
+
+    def _sampler(self) -> Model:
+        """The averaged weights as a model; an autoencoder is loaded when pictures are first asked for."""
         if self._model is None:
-            autoencoder = None
+            run, autoencoder = self.run, None
             if run.space.kind == "latents":
                 autoencoder = load_autoencoder(run.reader.dataset.path / "autoencoder", run.device)
             average: Any = run.state.emas[0].module
             self._model = Model(average, run.space, autoencoder, run.card)
-        seeds = list(range(preview.count))
-        labels = default_labels(seeds, self._model.denoiser.classes)
-        images = generate(self._model, seeds, labels, Sampling(steps=preview.steps)).cpu().numpy()
-        name = f"previews/step-{run.state.step:08d}.png"
-        save_png(contact_sheet(images), run.folder / name)
-        return name
+        return self._model
+
+    def _frechet_distance(self, count: int) -> float:
+        """Of samples to as many training rows or more, on mean tile colours; for a run's own curve, not for tables."""
+        if self._reference is None:
+            train, model = self.run.reader.train, self._sampler()
+            spread = np.linspace(0, len(train) - 1, min(len(train), max(count, REFERENCE_IMAGES))).astype(int)
+            features = []
+            for start in range(0, len(spread), SAMPLED_AT_ONCE):
+                stored = self.run.reader.at(train[spread[start : start + SAMPLED_AT_ONCE]]).image
+                images = stored if model.autoencoder is None else model.autoencoder.decode(stored)
+                features.append(colour_layout(images.cpu()))
+            self._reference = torch.cat(features)
+        return frechet_distance(colour_layout(self._sampled(count)), self._reference)
 
     def _held_out(self) -> dict[float, float]:
         run = self.run

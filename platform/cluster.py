@@ -221,6 +221,7 @@ def _run_on_ray_train(
             torch.set_num_threads(settings["cpus"])
         return loop(Worker(context.get_world_rank(), context.get_world_size()), settings["config"])
 
+    say(f"  waiting for {workers} worker{'s' if workers > 1 else ''} of Ray Train (half a minute on a laptop) ...")
     gpus = ray.cluster_resources().get("GPU", 0)
     cpus = max(1, available // workers) if not os.environ.get("RAY_ADDRESS") else 1
     trainer = TorchTrainer(

@@ -214,11 +214,14 @@ class Train(Section):
 
 
 class Preview(Section):
-    """Grids of samples from fixed seeds while it trains; `every_images: 0` makes none."""
+    """Grids of samples from fixed seeds, and perhaps a distance, while it trains; `every_images: 0` makes none."""
 
     every_images: Annotated[int, Field(ge=0)] = 1_000_000
     count: Count = 16
     steps: Count = 12
+    frechet_samples: Annotated[int, Field(ge=0)] = Field(
+        0, description="Samples whose Fréchet distance to training rows is measured, on mean tile colours (not FID)"
+    )
 
 
 class Recipe(Section):

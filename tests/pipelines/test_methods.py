@@ -12,10 +12,12 @@ from patchloom.models.autoencoder import new_autoencoder, save_autoencoder
 from patchloom.models.backbones import ALLOWED
 from patchloom.models.checkpoints import load_model, load_whole_model
 from patchloom.models.generate import Sampling, generate
+from patchloom.models.metrics import colour_layout, frechet_distance
 from patchloom.pipelines.checkpointer import newest_checkpoint
 from patchloom.pipelines.convert import average_model
 from patchloom.pipelines.prepare import prepare
 from patchloom.pipelines.train import train
+from patchloom.platform.dataset import open_dataset
 from patchloom.platform.errors import UserError
 from patchloom.platform.recipe import Recipe, check_recipe, recipe_yaml
 from patchloom.platform.storage import read_json, read_json_lines
@@ -120,6 +122,17 @@ def test_a_network_of_ones_own_is_one_line_of_a_recipe(
     assert (tmp_path / "samples" / "000000" / "000003.png").is_file()
     lines = read_json_lines(tmp_path / "run" / "progress.jsonl")
     assert lines[-1]["flops"] > 0 and math.isfinite(lines[-1]["loss"])
+
+
+def test_a_distance_is_measured_while_it_trains(pixels: Path, tmp_path: Path) -> None:
+    recipe = tiny_recipe(preview__frechet_samples=12, train__images=300)
+    run = train(recipe, str(pixels), str(tmp_path / "run"), workers=0)
+    model, dataset = load_whole_model(run.model), open_dataset(pixels)
+    seeds = list(range(12))
+    made = generate(model, seeds, [seed % 2 for seed in seeds], Sampling(steps=2))
+    real = torch.from_numpy(dataset.rows(dataset.indices("train", 0.2))["image"])
+    wanted = frechet_distance(colour_layout(made), colour_layout(real))
+    assert run.last["preview_frechet_distance"] == pytest.approx(wanted, rel=1e-6)
 
 
 def test_a_run_begins_with_the_weights_of_another(trained: Path, pixels: Path, tmp_path: Path) -> None:
