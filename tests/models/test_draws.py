@@ -313,9 +313,8 @@ def test_no_loss_is_lost_between_the_bins() -> None:
     np.testing.assert_allclose(record[:, 0], sums, rtol=1e-4)
 
 
-def test_a_bad_loss_stays_in_its_bin_and_no_gradient_is_kept() -> None:
-    losses = torch.tensor([float("nan"), 2.0], requires_grad=True)
-    record = losses_by_sigma(losses, torch.tensor([0.01, 0.5]))
-    assert record[:, 0].isnan().tolist() == [True, False, False, False, False]
-    assert record[2].tolist() == [2.0, 1.0]
+def test_a_bad_loss_is_left_out_of_sum_and_count_and_no_gradient_is_kept() -> None:
+    losses = torch.tensor([float("nan"), 2.0, float("inf"), 3.0], requires_grad=True)
+    record = losses_by_sigma(losses, torch.tensor([0.01, 0.5, 0.5, 0.02]))
+    assert record.tolist() == [[3.0, 1.0], [0.0, 0.0], [2.0, 1.0], [0.0, 0.0], [0.0, 0.0]]
     assert not record.requires_grad
