@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 
 from patchloom.models.autoencoder import load_autoencoder
 from patchloom.models.checkpoints import Model, save_average
@@ -23,6 +24,7 @@ from patchloom.models.step import learning_rate, one_hot
 from patchloom.pipelines.checkpointer import Checkpointer
 from patchloom.pipelines.pictures import contact_sheet, save_png
 from patchloom.pipelines.run import Run
+from patchloom.platform.progress import say
 from patchloom.platform.storage import read_json_lines, write_json_lines
 from patchloom.platform.tracking import PROGRESS_FILE
 
@@ -31,7 +33,7 @@ REFERENCE_IMAGES = 1024
 SAMPLED_AT_ONCE = 64
 STOP_FILE = ".stop"  # in the run folder: somebody asks for a checkpoint and an end
 VOTE_EVERY_STEPS = 8  # several workers must agree on where to stop
-DIVERGED = 100.0  # times the lowest loss of a line
+DIVERGED = 1000.0  # times the lowest loss of a line; lines of single steps may differ a hundredfold by size and noise
 # Dense peaks of the tensor cores in bf16 and fp16, FLOP/s, by what the device's name holds (NVIDIA's data sheets)
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "V100": 125e12, "L40S": 362e12, "T4": 65e12}
 
@@ -97,12 +99,20 @@ class Monitor:
         for average, settings in zip(run.state.emas, run.recipe.ema, strict=True):
             every = settings.snapshot_every_images
             if isinstance(average, PowerEMA) and every and (ends or self._due(every, plan)):
-                folder = run.folder / "ema" / f"sigma-rel-{average.sigma_rel:g}"
-                folder.mkdir(parents=True, exist_ok=True)
-                save_average(folder / f"step-{run.state.step:08d}.safetensors", average, run.state.images_seen)
+                self._keep_average(average)
         if ends or self._due(run.recipe.train.checkpoint_every_images, plan):
             identity = {"recipe": run.recipe.name, "held_out_loss": self.last_line.get("held_out_loss")}
             self.checkpointer.save(run.state, identity)
+
+    def _keep_average(self, average: PowerEMA) -> None:
+        """`ema/sigma-rel-0.1/step-00001000.safetensors`; one that cannot be written is left out."""
+        state = self.run.state
+        folder = self.run.folder / "ema" / f"sigma-rel-{average.sigma_rel:g}"
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            save_average(folder / f"step-{state.step:08d}.safetensors", average, state.images_seen)
+        except (OSError, SafetensorError) as error:
+            say(f"  the average of step {state.step:,} was not kept ({error}); training goes on: free some space")
 
     def _begin_interval(self) -> None:
         """What is counted from line to line starts at nothing."""
