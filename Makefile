@@ -6,7 +6,7 @@ READY := .venv/.ready
 .PHONY: demo test test-all check bench schema clean
 
 demo: $(READY)
-	@echo "make demo: photographs in, a registered model and samples out (about 6 minutes on two cores)"
+	@echo "make demo: photographs in, a registered model and samples out (3 to 6 minutes on two cores)"
 	@$(BIN)/patchloom demo --out demo
 
 test: $(READY)
