@@ -21,7 +21,6 @@ QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # a killed worker is noticed soon
-    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "600",  # a lost node's place may take minutes to fill
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
     "RAY_AIR_NEW_OUTPUT": "0",
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
@@ -179,6 +178,9 @@ def run_workers(
     if workers == 0:
         with _on_sigterm(on_stop):
             return loop(Worker(), config)
+    # a lost node's place may take minutes to fill; where it need not be filled, nobody waits long
+    is_elastic = min_workers is not None and min_workers < workers
+    os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "30" if is_elastic else "600")
     with ray_session(workers), _on_sigterm(on_stop):  # in this order: Ray sets a handler of its own
         return _run_on_ray_train(loop, config, workers, min_workers or workers, scratch, name)
 
