@@ -153,12 +153,12 @@ def _check_fit(recipe: Recipe, dataset: Dataset) -> None:
             "data.mirror is true, and the mirror of a latent is not the latent of a mirror: set it to false"
         )
     if recipe.data.augment and (card["kind"] == "latents" or recipe.model.backbone):
-        what = (
-            "a turned latent is not the latent of a turned image"
-            if card["kind"] == "latents"
-            else ("a backbone takes no augmentation labels")
+        turned, untold = (
+            "a turned latent is not the latent of a turned image",
+            "a backbone takes no augmentation labels",
         )
-        raise UserError(f"data.augment is {recipe.data.augment:g}, and {what}: set it to 0")
+        why = turned if card["kind"] == "latents" else untold
+        raise UserError(f"data.augment is {recipe.data.augment:g}, and {why}: set it to 0")
     if not len(dataset.indices("train", recipe.data.held_out_fraction)):
         raise UserError(
             f"data.held_out_fraction {recipe.data.held_out_fraction:g} leaves no row of {len(dataset)} to train on: "
@@ -288,10 +288,13 @@ def _init_from(recipe: Recipe, card: dict[str, Any]) -> str | None:
 def _judged(folder: Path, ended: dict[str, Any]) -> dict[str, Any]:
     """The last line of a run that finished; raises where it was stopped or came to nothing."""
     line: dict[str, Any] = ended["line"]
+    newest = newest_checkpoint(folder)
     if ended["verdict"] == "stopped":
-        raise Stopped(f"{folder} has a checkpoint of step {line['step']:,}: go on with --resume")
+        if newest is None:  # the disk was full
+            raise Stopped(f"{folder} has no checkpoint, because none could be written: free some space and begin again")
+        step = read_json(newest / "checkpoint.json")["step"]
+        raise Stopped(f"{folder} has a checkpoint of step {step:,}: go on with --resume")
     if ended["verdict"] == "diverged":
-        newest = newest_checkpoint(folder)
         where = f"the newest checkpoint is {newest}" if newest else "there is no checkpoint"
         raise UserError(
             f"{folder}: the loss diverged by step {line['step']:,} (it was {line['loss']}), and {where}: "
