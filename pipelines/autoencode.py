@@ -135,7 +135,7 @@ def _open_folder(folder: Path, settings: AutoencoderSettings, dataset: Dataset) 
     require_reachable()
     tags = {"patchloom.dataset": dataset.fingerprint, "patchloom.version": __version__}
     run_id = begin_run(folder.name, "autoencoder", asdict(settings), tags)
-    log_dataset(run_id, dataset.path, dataset.fingerprint)
+    log_dataset(run_id, dataset.address, dataset.fingerprint)
     run = {"format_version": RUN_FORMAT, "kind": "autoencoder", "run_id": run_id, "code_version": __version__, **wanted}
     write_json(folder / "run.json", run)
     return run

@@ -1,6 +1,7 @@
 """Checkpointer: a run's checkpoints, written beside the training, whole or not at all, and kept by rule."""
 
 import shutil
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from patchloom.models.checkpoints import checkpoint_content, write_checkpoint
 from patchloom.models.step import TrainingState
+from patchloom.platform.folder import Folder
 from patchloom.platform.progress import say
 from patchloom.platform.recipe import Keep
 from patchloom.platform.storage import read_json, whole_folder
@@ -21,6 +23,23 @@ def newest_checkpoint(folder: Path) -> Path | None:
     """The newest checkpoint that was written whole: the only authority on where a run goes on."""
     whole = sorted((folder / CHECKPOINTS).glob("step-*/checkpoint.json"))
     return whole[-1].parent if whole else None
+
+
+def whole_checkpoints(folder: Folder) -> list[str]:
+    """The names of a run's whole checkpoints, `checkpoints/step-00001000`, the newest last; also of a remote run."""
+    names = (name.removesuffix("/checkpoint.json") for name in folder.files() if name.endswith("/checkpoint.json"))
+    return sorted(name for name in names if name.startswith(f"{CHECKPOINTS}/"))
+
+
+def without_tensors(name: str) -> bool:
+    """What a watcher needs of a remote run: all but the tensors of checkpoints."""
+    return not name.startswith(f"{CHECKPOINTS}/") or name.endswith(".json")
+
+
+def without_old_tensors(folder: Folder) -> Callable[[str], bool]:
+    """What a worker needs of a remote run: all but the tensors of checkpoints that are not the newest."""
+    newest = whole_checkpoints(folder)[-1:]
+    return lambda name: without_tensors(name) or name.rsplit("/", 1)[0] in newest
 
 
 class Checkpointer:

@@ -17,7 +17,9 @@ from patchloom.models.checkpoints import (
 )
 from patchloom.models.codec import Space, pixel_space
 from patchloom.models.ema import PowerProfile, combine, reconstruction
+from patchloom.pipelines.checkpointer import without_tensors
 from patchloom.pipelines.prepare import fetch_autoencoder
+from patchloom.platform.copies import local_copy
 from patchloom.platform.errors import UserError
 from patchloom.platform.progress import say
 from patchloom.platform.registry import fetch_model
@@ -91,7 +93,7 @@ def average_model(run: str, out: str, sigma_rel: float) -> Path:
     Returns its folder. Raises UserError for a run that is not finished or kept none, for a width outside
     0 ... 0.288, and for a folder that is not empty.
     """
-    source = local_path(run)
+    source = local_copy(run, without_tensors)
     if not (source / "model" / "model.json").is_file():
         raise UserError(f"{source} is no finished run: give the --out folder of `patchloom train`")
     card = read_card(source / "model", "denoiser")

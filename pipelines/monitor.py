@@ -4,7 +4,6 @@ import json
 import math
 import resource
 import time
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,6 +23,8 @@ from patchloom.models.step import learning_rate, one_hot
 from patchloom.pipelines.checkpointer import Checkpointer
 from patchloom.pipelines.pictures import contact_sheet, save_png
 from patchloom.pipelines.run import Run
+from patchloom.platform.folder import Folder
+from patchloom.platform.machine import system_load
 from patchloom.platform.progress import say
 from patchloom.platform.storage import read_json_lines, write_json_lines
 from patchloom.platform.tracking import PROGRESS_FILE
@@ -70,7 +71,7 @@ class Monitor:
     def after_step(self, plan: StepPlan) -> None:
         """Count the step, do what is due after it, and settle whether there is another."""
         self._totals += self.run.state.gradients.loss_and_crops
-        self._marks.append((self._size_of(plan), plan.crops, self._mark()))
+        self._marks.append((self._size_of(plan), plan.crops, self.run.clock.mark()))
         train, preview = self.run.recipe.train, self.run.recipe.preview
         if self.run.state.step == self.run.method.updates:
             self.verdict = "finished"
@@ -119,8 +120,7 @@ class Monitor:
         self._totals = torch.zeros_like(self.run.state.gradients.loss_and_crops)
         self._crops_before = list(self.run.state.crops_by_size)
         self._step_before = self.run.state.step
-        self._marks: list[tuple[PatchSize | None, int, Any]] = [(None, 0, self._mark())]
-        self.run.clock.seconds.clear()
+        self._marks: list[tuple[PatchSize | None, int, Any]] = [(None, 0, self.run.clock.mark())]
         self._began = time.perf_counter()
 
     def _tell(self, looks: bool) -> None:
@@ -131,8 +131,9 @@ class Monitor:
         if not math.isfinite(loss) or loss > DIVERGED * self._lowest_loss:
             self.verdict = "diverged"
         self._lowest_loss = min(self._lowest_loss, loss)
+        waits = self._waits()
         if self.is_first:
-            line = {**self._counts(), **self._losses(totals, loss), **self._speed()}
+            line = {**self._counts(), **self._losses(totals, loss), **self._speed(waits), "system": system_load()}
             if looks and self.verdict != "diverged":
                 line |= self._looked_at()
             line["time_unix_s"] = time.time()
@@ -166,7 +167,22 @@ class Monitor:
             "bad_crops": seen - round(float(totals[..., 1].sum())),  # whose loss was no number
         }
 
-    def _speed(self) -> dict[str, Any]:
+    def _waits(self) -> dict[str, float]:
+        """Seconds of the interval that went into waiting; all workers must ask.
+
+        Straggler loss is what waiting for the slowest worker of each step cost, as the mean over workers;
+        the rest of the wait is the all-reduce itself, as long as that of the worker who came last.
+        """
+        if self.run.device.type == "cuda":
+            torch.cuda.synchronize()
+        worker, mine = self.run.worker, self.run.clock.take("reduce")
+        waits = torch.zeros(worker.count, len(mine), device=self.run.device)
+        waits[worker.rank] = torch.tensor(mine)
+        worker.reduce(waits)
+        lost = (waits - waits.min(0).values).mean(0).sum() if mine else torch.zeros(())
+        return {"data": sum(self.run.clock.take("data")), "reduce": sum(mine), "straggler": float(lost)}
+
+    def _speed(self, waits: dict[str, float]) -> dict[str, Any]:
         """Rates of the interval; seconds of single sizes only where steps have one."""
         state, method = self.run.state, self.run.method
         seconds = max(time.perf_counter() - self._began, 1e-9)
@@ -178,8 +194,9 @@ class Monitor:
             "updates_per_second": steps / seconds,
             "flops_per_second": flops_per_second,
             "images_per_second_by_patch_size": self._rates_by_size(),
-            "data_wait_share": self.run.clock.seconds["data"] / seconds,
-            "reduce_wait_share": self.run.clock.seconds["reduce"] / seconds,
+            "data_wait_share": waits["data"] / seconds,
+            "reduce_wait_share": waits["reduce"] / seconds,
+            "straggler_loss": waits["straggler"] / seconds,
             "eta_seconds": (method.updates - state.step) * seconds / max(steps, 1),
             "peak_memory_bytes": self._peak_memory(),
         }
@@ -191,20 +208,10 @@ class Monitor:
         """The size of a step that has one."""
         return plan.sizes[0] if len(set(plan.sizes)) == 1 else None
 
-    def _mark(self) -> Any:
-        """A moment on the device's own clock, without waiting for it."""
-        if self.run.device.type == "cuda":
-            event = torch.cuda.Event(enable_timing=True)
-            event.record()
-            return event
-        return time.perf_counter()
-
     def _rates_by_size(self) -> dict[str, float]:
-        if self.run.device.type == "cuda":
-            torch.cuda.synchronize()
         spent: dict[str, list[float]] = {}
         for (_, _, before), (size, crops, now) in zip(self._marks, self._marks[1:], strict=False):
-            seconds = before.elapsed_time(now) / 1000 if self.run.device.type == "cuda" else now - before
+            seconds = self.run.clock.seconds_between(before, now)
             if size is not None:
                 total = spent.setdefault(str(size.pixels), [0.0, 0.0])
                 total[0] += crops
@@ -289,6 +296,6 @@ def _means(names: Any, sums: torch.Tensor) -> dict[str, float]:
     return {name: float(total / count) for name, (total, count) in zip(names, sums, strict=True) if count}
 
 
-def ask_to_stop(folder: Path) -> None:
+def ask_to_stop(folder: Folder) -> None:
     """Let every worker of the run in `folder` leave at its next step, with a checkpoint."""
-    (folder / STOP_FILE).touch()
+    folder.write(STOP_FILE, "")

@@ -1,9 +1,77 @@
 """Plans: what a run or a search would be and cost, in words, before anything starts."""
 
-from patchloom.pipelines.train import describe_plan
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from patchloom.models.codec import identity_space
+from patchloom.models.cost import foretold_gain, measured_seconds_of_crop
+from patchloom.models.denoiser import build_denoiser
+from patchloom.models.flops import parameter_count, training_flops
+from patchloom.models.plan import Method
+from patchloom.pipelines.run import method_of
+from patchloom.pipelines.train import model_card
 from patchloom.pipelines.tune import plan_trials
 from patchloom.platform.dataset import open_dataset
 from patchloom.platform.recipe import Recipe, load_search
+
+
+def _draws(method: Method, workers: int) -> dict[str, Method]:
+    """The run's own draw first, and the others that its batch allows on so many workers."""
+    draws = {method.draw: method}
+    if method.schedule.kind == "progressive":
+        return draws
+    blocks = method.batch_size // method.block_size
+    for draw, ranks in (("shared", 1), ("stratified", 1), ("independent", workers)):
+        has_room = all(size.probability * size.batch_multiplier * blocks >= 1 for size in method.schedule.sizes)
+        fits = {"shared": True, "stratified": has_room, "independent": workers > 1 and blocks % workers == 0}
+        if draw not in draws and fits[draw]:
+            draws[draw] = replace(method, draw=draw, emulated_ranks=ranks)
+    return draws
+
+
+def describe_plan(recipe: Recipe, dataset: str, workers: int = 1, measure: bool = False) -> dict[str, Any]:
+    """What a run would be, without running it: parameters, FLOPs a crop, expected counts, memory, and the gain.
+
+    measure: time a few steps of each patch size here, and foretell the gain of so many workers from
+    seconds instead of FLOPs.
+    """
+    rows = open_dataset(dataset)
+    card = model_card(recipe, rows)
+    method = method_of(recipe, card["denoiser"]["resolution"])
+    parameters = parameter_count(build_denoiser(card["denoiser"]))
+    batch, updates = method.batch_size, method.updates
+    flops_of_crop = {
+        size.pixels: float(training_flops(card["denoiser"], size.pixels)) for size in method.schedule.sizes
+    }
+    sizes = []
+    for size in method.schedule.sizes:
+        crops = updates * size.probability * batch * size.batch_multiplier
+        sizes.append({
+            "pixels": size.pixels,
+            "share_of_updates": size.probability,
+            "crops": round(crops),
+            "flops_per_crop": round(flops_of_crop[size.pixels]),
+        })  # fmt: skip
+    cost_of_crop = flops_of_crop
+    if measure:
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        denoiser = build_denoiser(card["denoiser"]).to(device).train()
+        cost_of_crop = measured_seconds_of_crop(denoiser, method, identity_space(denoiser.channels), workers)
+    return {
+        "gains": {draw: foretold_gain(one, cost_of_crop, workers) for draw, one in _draws(method, workers).items()},
+        "cost_of_crop": cost_of_crop,
+        "parameters": parameters,
+        "updates": updates,
+        "crops": sum(size["crops"] for size in sizes),
+        "full_size_images": sizes[0]["crops"],
+        "flops": sum(size["crops"] * size["flops_per_crop"] for size in sizes),
+        "sizes": sizes,
+        # weights, gradients, Adam's two moments and the averages, in float32
+        "state_bytes": parameters * 4 * (4 + len(recipe.ema)),
+        "train_rows": len(rows.indices("train", recipe.data.held_out_fraction)),
+    }
 
 
 def run_plan(recipe: Recipe, dataset: str, workers: int = 1, measure: bool = False) -> str:

@@ -20,6 +20,7 @@ from patchloom.models.autoencoder import load_autoencoder
 from patchloom.platform.cluster import map_on_actors, quiet_environment
 from patchloom.platform.dataset import CARD, DATASET_FORMAT, Dataset, is_dataset, open_dataset, write_shard
 from patchloom.platform.errors import UserError
+from patchloom.platform.folder import Folder
 from patchloom.platform.progress import progress, say
 from patchloom.platform.registry import fetch_model
 from patchloom.platform.storage import (
@@ -137,7 +138,7 @@ def _plan(
         raise UserError(f"{source} does not exist: give a folder of images or a prepared dataset")
     if not source.is_dir():
         raise UserError(f"{source} is a file, and a folder of images or a prepared dataset was wanted")
-    if is_dataset(source):
+    if is_dataset(Folder.at(source)):
         rows = open_dataset(source)
         if rows.kind != "pixels":
             raise UserError(f"{source} holds {rows.kind}, and only pixels can be encoded: give the pixel dataset")

@@ -5,11 +5,13 @@ from typing import Any
 
 from patchloom import __version__
 from patchloom.models.checkpoints import read_card, verified_card
+from patchloom.pipelines.checkpointer import without_tensors
 from patchloom.pipelines.pyfunc import signature
+from patchloom.platform.copies import local_copy
 from patchloom.platform.errors import UserError
 from patchloom.platform.progress import say
 from patchloom.platform.registry import describe_version, list_versions, promote, register_pyfunc
-from patchloom.platform.storage import file_sha256, local_path, read_json, read_json_lines
+from patchloom.platform.storage import file_sha256, read_json, read_json_lines
 from patchloom.platform.tracking import (
     PROGRESS_FILE,
     begin_run,
@@ -28,7 +30,7 @@ def register(run: str, name: str, alias: str | None = None) -> str:
     A second call with the same weights finds the version that is there. alias: point it at the version
     (`champion`, `candidate`). Raises UserError for a folder without a model.
     """
-    folder = local_path(run)
+    folder = local_copy(run, without_tensors)
     if (folder / "model.json").is_file():
         return _register_folder(folder, name, alias)
     if not (folder / "run.json").is_file():

@@ -10,6 +10,8 @@ from typing import Any
 
 from patchloom import __version__
 from patchloom.models.loss import SIGMA_BINS
+from patchloom.pipelines.checkpointer import without_tensors
+from patchloom.platform.copies import local_copy
 from patchloom.platform.errors import UserError
 from patchloom.platform.recipe import load_recipe
 from patchloom.platform.storage import local_path, make_folder, read_json, read_json_lines, write_atomic
@@ -47,7 +49,7 @@ def report(folder: str, out: str) -> Path:
 
     Raises UserError for a folder that is none of them.
     """
-    place = local_path(folder)
+    place = local_copy(folder, without_tensors)
     if (place / "demo.json").is_file():
         title, sections = _chain_page(place)
     elif (place / "search.json").is_file():

@@ -59,22 +59,40 @@ def method_of(recipe: Recipe, resolution: int) -> Method:
 
 
 class Clock:
-    """Seconds that went into waiting, by what was waited for."""
+    """Seconds that went into waiting, by what was waited for, each wait in the order it came."""
 
-    def __init__(self) -> None:
-        self.seconds: defaultdict[str, float] = defaultdict(float)
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._waits: defaultdict[str, list[tuple[Any, Any]]] = defaultdict(list)
+
+    def mark(self) -> Any:
+        """A moment on the device's own clock, without waiting for it."""
+        if self.device.type == "cuda":
+            event = torch.cuda.Event(enable_timing=True)
+            event.record()
+            return event
+        return time.perf_counter()
+
+    def seconds_between(self, before: Any, after: Any) -> float:
+        """What passed between two marks; on a GPU both must have been reached."""
+        return float(before.elapsed_time(after)) / 1000 if self.device.type == "cuda" else after - before
 
     def timed(self, name: str, function: Callable[..., Result]) -> Callable[..., Result]:
         """`function`, whose time is counted under `name`."""
 
         def counted(*arguments: Any) -> Result:
-            began = time.perf_counter()
+            began = self.mark()
             try:
                 return function(*arguments)
             finally:
-                self.seconds[name] += time.perf_counter() - began
+                self._waits[name].append((began, self.mark()))
 
         return counted
+
+    def take(self, name: str) -> list[float]:
+        """The seconds of every wait under `name` since the last call; a GPU must have come to its end."""
+        waits, self._waits[name] = self._waits[name], []
+        return [self.seconds_between(*wait) for wait in waits]
 
 
 class Reader:
@@ -115,7 +133,10 @@ class Run:
     device: torch.device
     microbatch: int | None = None
     profiled: bool = False
-    clock: Clock = field(default_factory=Clock)
+    clock: Clock = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.clock = Clock(self.device)
 
 
 def open_run(worker: Worker, config: dict[str, Any]) -> Run:

@@ -1,28 +1,25 @@
 """Train: launch a run of a recipe on Ray Train (or in this process), watched and tracked."""
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from patchloom import __version__
 from patchloom.models.augment import LABELS
 from patchloom.models.backbones import allowed_backbones
-from patchloom.models.codec import identity_space
-from patchloom.models.cost import foretold_gain, measured_seconds_of_crop
 from patchloom.models.denoiser import build_denoiser, halvings_of
-from patchloom.models.flops import parameter_count, training_flops
-from patchloom.models.plan import Method
 from patchloom.models.transfer import transfer
-from patchloom.pipelines.checkpointer import newest_checkpoint
+from patchloom.pipelines.checkpointer import newest_checkpoint, whole_checkpoints, without_tensors
 from patchloom.pipelines.monitor import STOP_FILE, ask_to_stop
-from patchloom.pipelines.run import load_denoiser, method_of
+from patchloom.pipelines.run import load_denoiser
 from patchloom.pipelines.train_loop import train_worker
 from patchloom.platform.cluster import run_workers
+from patchloom.platform.copies import Fetcher, pull, working_copy
 from patchloom.platform.dataset import Dataset, open_dataset
 from patchloom.platform.errors import Stopped, UserError
+from patchloom.platform.folder import Folder
 from patchloom.platform.progress import progress, say
 from patchloom.platform.recipe import Recipe, recipe_yaml
 from patchloom.platform.registry import fetch_model
@@ -57,11 +54,12 @@ NETWORKS: dict[str, tuple[str, dict[str, Any]]] = {
 
 @dataclass(frozen=True)
 class TrainResult:
-    """A finished run: its folder, its MLflow run and its last progress line."""
+    """A finished run: its folder (for a remote one this machine's copy), its MLflow run and its last progress line."""
 
     folder: Path
     run_id: str
     last: dict[str, Any]
+    address: str  # the folder as other commands take it
 
     @property
     def model(self) -> Path:
@@ -195,28 +193,27 @@ def train(
         raise UserError(f"--min-workers {min_workers} is not within 1 and --workers {workers}: lower it")
     rows = open_dataset(dataset)
     card = model_card(recipe, rows)
-    folder = make_folder(local_path(out))
-    with locked(folder):
-        run = _open_folder(folder, recipe, rows, resume, parent_run)
+    with _run_folder(out) as folder, locked(folder):
+        run = _open_folder(folder, out, recipe, rows, resume, parent_run)
         if (folder / "model" / "model.json").is_file():
-            say(f"{folder} is finished: its model is {folder / 'model'}")
+            say(f"{out} is finished: its model is {out}/model")
             with Follower(folder, run["run_id"], lambda _: None):
                 pass  # lines that a store did not take while it was away are sent now
-            return TrainResult(folder, run["run_id"], _last_line(folder))
+            return TrainResult(folder, run["run_id"], _last_line(folder), out)
         config = {
             "recipe": recipe.model_dump(mode="json"),
             "card": card,
-            "dataset": str(rows.path),
-            "folder": str(folder),
+            "dataset": rows.address,
+            "folder": Folder.at(out).address,
             "backbones": allowed_backbones(),
             "microbatch": microbatch,
             "compile": compile,
             "profile": profile,
             "init_from": None if newest_checkpoint(folder) else _init_from(recipe, card),
         }
-        (folder / STOP_FILE).unlink(missing_ok=True)
+        Folder.at(out).remove(STOP_FILE)
         try:
-            last = _launch(config, recipe, run["run_id"], workers, min_workers, show)
+            last = _launch(config, folder, recipe, run["run_id"], workers, min_workers, show)
         except Stopped:
             _end_quietly(run["run_id"], "KILLED")
             raise
@@ -224,21 +221,35 @@ def train(
             _end_quietly(run["run_id"], "FAILED")
             raise
         _end_quietly(run["run_id"], "FINISHED")
-    return TrainResult(folder, run["run_id"], last)
+    return TrainResult(folder, run["run_id"], last, out)
+
+
+@contextmanager
+def _run_folder(out: str) -> Iterator[Path]:
+    """The folder that stands for `out` on this machine; what a remote run has is fetched before and after."""
+    there = Folder.at(out)
+    if not there.is_remote:
+        yield make_folder(there.path)
+        return
+    here = working_copy(there, "driver")
+    pull(there, here, without_tensors)
+    yield here
+    pull(there, here, without_tensors)
 
 
 def _launch(
     config: dict[str, Any],
+    folder: Path,
     recipe: Recipe,
     run_id: str,
     workers: int,
     min_workers: int | None,
     show: Callable[[dict[str, Any]], None] | None,
 ) -> dict[str, Any]:
-    folder = Path(config["folder"])
+    there = Folder(config["folder"])
 
     def work(shown: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
-        with Follower(folder, run_id, shown):
+        with Follower(folder, run_id, shown), Fetcher(there, folder) if there.is_remote else nullcontext():
             ended = run_workers(
                 train_worker,
                 config,
@@ -246,9 +257,9 @@ def _launch(
                 folder / ".ray",
                 "train",
                 min_workers,
-                on_stop=lambda: ask_to_stop(folder),
+                on_stop=lambda: ask_to_stop(there),
             )
-        return _judged(folder, ended)
+        return _judged(there, ended)
 
     if show is not None:
         return work(show)
@@ -285,17 +296,17 @@ def _init_from(recipe: Recipe, card: dict[str, Any]) -> str | None:
     return path
 
 
-def _judged(folder: Path, ended: dict[str, Any]) -> dict[str, Any]:
+def _judged(folder: Folder, ended: dict[str, Any]) -> dict[str, Any]:
     """The last line of a run that finished; raises where it was stopped or came to nothing."""
     line: dict[str, Any] = ended["line"]
-    newest = newest_checkpoint(folder)
+    whole = whole_checkpoints(folder)
     if ended["verdict"] == "stopped":
-        if newest is None:  # the disk was full
+        if not whole:  # the disk was full
             raise Stopped(f"{folder} has no checkpoint, because none could be written: free some space and begin again")
-        step = read_json(newest / "checkpoint.json")["step"]
+        step = int(whole[-1].rsplit("-", 1)[-1])
         raise Stopped(f"{folder} has a checkpoint of step {step:,}: go on with --resume")
     if ended["verdict"] == "diverged":
-        where = f"the newest checkpoint is {newest}" if newest else "there is no checkpoint"
+        where = f"the newest checkpoint is {folder}/{whole[-1]}" if whole else "there is no checkpoint"
         raise UserError(
             f"{folder}: the loss diverged by step {line['step']:,} (it was {line['loss']}), and {where}: "
             "begin again with a lower optimizer.lr or a longer optimizer.lr_rampup_images"
@@ -304,38 +315,42 @@ def _judged(folder: Path, ended: dict[str, Any]) -> dict[str, Any]:
 
 
 def _open_folder(
-    folder: Path, recipe: Recipe, dataset: Dataset, resume: bool, parent_run: str | None
+    folder: Path, out: str, recipe: Recipe, dataset: Dataset, resume: bool, parent_run: str | None
 ) -> dict[str, Any]:
     """The run's `run.json`: a new one, or that of the run that goes on; refuses to mix two runs."""
+    there = Folder.at(out)
     path = folder / "run.json"
     if path.is_file():
         if not resume:
-            raise UserError(f"{folder} holds a run: give --resume to go on with it, or choose another folder")
+            raise UserError(f"{there} holds a run: give --resume to go on with it, or choose another folder")
         run: dict[str, Any] = read_json(path)
         if run["dataset_fingerprint"] != dataset.fingerprint:
             raise UserError(
-                f"{folder} was trained on another dataset than {dataset.path}: give the same, or a new --out"
+                f"{there} was trained on another dataset than {dataset.address}: give the same, or a new --out"
             )
         if (folder / "recipe.yaml").read_text() != recipe_yaml(recipe):
             raise UserError(
-                f"{folder} was begun with another recipe ({folder / 'recipe.yaml'}): give the same, or a new --out"
+                f"{there} was begun with another recipe ({there}/recipe.yaml): give the same, or a new --out"
             )
         return run
     require_reachable()
     write_atomic(folder / "recipe.yaml", recipe_yaml(recipe))
-    tags = {"patchloom.dataset": dataset.fingerprint, "patchloom.version": __version__, "patchloom.folder": str(folder)}
+    tags = {"patchloom.dataset": dataset.fingerprint, "patchloom.version": __version__, "patchloom.folder": str(there)}
     run_id = begin_run(recipe.name, "train", flat_parameters(recipe.model_dump(mode="json")), tags, parent_run)
     log_artifacts(run_id, folder / "recipe.yaml")
-    log_dataset(run_id, dataset.path, dataset.fingerprint)
+    log_dataset(run_id, dataset.address, dataset.fingerprint)
     run = {
         "format_version": RUN_FORMAT,
         "kind": "train",
         "run_id": run_id,
-        "dataset": str(dataset.path),
+        "dataset": dataset.address,
         "dataset_fingerprint": dataset.fingerprint,
         "code_version": __version__,
     }
     write_json(path, run)
+    if there.is_remote:
+        for name in ("recipe.yaml", "run.json"):
+            there.put(folder / name, name)
     return run
 
 
@@ -352,60 +367,3 @@ def _last_line(folder: Path) -> dict[str, Any]:
     from patchloom.platform.tracking import PROGRESS_FILE
 
     return read_json_lines(folder / PROGRESS_FILE)[-1]
-
-
-def _draws(method: Method, workers: int) -> dict[str, Method]:
-    """The run's own draw first, and the others that its batch allows on so many workers."""
-    draws = {method.draw: method}
-    if method.schedule.kind == "progressive":
-        return draws
-    blocks = method.batch_size // method.block_size
-    for draw, ranks in (("shared", 1), ("stratified", 1), ("independent", workers)):
-        has_room = all(size.probability * size.batch_multiplier * blocks >= 1 for size in method.schedule.sizes)
-        fits = {"shared": True, "stratified": has_room, "independent": workers > 1 and blocks % workers == 0}
-        if draw not in draws and fits[draw]:
-            draws[draw] = replace(method, draw=draw, emulated_ranks=ranks)
-    return draws
-
-
-def describe_plan(recipe: Recipe, dataset: str, workers: int = 1, measure: bool = False) -> dict[str, Any]:
-    """What a run would be, without running it: parameters, FLOPs a crop, expected counts, memory, and the gain.
-
-    measure: time a few steps of each patch size here, and foretell the gain of so many workers from
-    seconds instead of FLOPs.
-    """
-    rows = open_dataset(dataset)
-    card = model_card(recipe, rows)
-    method = method_of(recipe, card["denoiser"]["resolution"])
-    parameters = parameter_count(build_denoiser(card["denoiser"]))
-    batch, updates = method.batch_size, method.updates
-    flops_of_crop = {
-        size.pixels: float(training_flops(card["denoiser"], size.pixels)) for size in method.schedule.sizes
-    }
-    sizes = []
-    for size in method.schedule.sizes:
-        crops = updates * size.probability * batch * size.batch_multiplier
-        sizes.append({
-            "pixels": size.pixels,
-            "share_of_updates": size.probability,
-            "crops": round(crops),
-            "flops_per_crop": round(flops_of_crop[size.pixels]),
-        })  # fmt: skip
-    cost_of_crop = flops_of_crop
-    if measure:
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        denoiser = build_denoiser(card["denoiser"]).to(device).train()
-        cost_of_crop = measured_seconds_of_crop(denoiser, method, identity_space(denoiser.channels), workers)
-    return {
-        "gains": {draw: foretold_gain(one, cost_of_crop, workers) for draw, one in _draws(method, workers).items()},
-        "cost_of_crop": cost_of_crop,
-        "parameters": parameters,
-        "updates": updates,
-        "crops": sum(size["crops"] for size in sizes),
-        "full_size_images": sizes[0]["crops"],
-        "flops": sum(size["crops"] * size["flops_per_crop"] for size in sizes),
-        "sizes": sizes,
-        # weights, gradients, Adam's two moments and the averages, in float32
-        "state_bytes": parameters * 4 * (4 + len(recipe.ema)),
-        "train_rows": len(rows.indices("train", recipe.data.held_out_fraction)),
-    }

@@ -1,16 +1,20 @@
 """The training loop of one worker: plan a step, fetch its rows, take it, and now and then look up."""
 
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 from patchloom.models.plan import Group, StepPlan, plan_step
 from patchloom.models.step import Rows, training_step
-from patchloom.pipelines.checkpointer import CHECKPOINTS
-from patchloom.pipelines.monitor import Monitor
+from patchloom.pipelines.checkpointer import CHECKPOINTS, without_old_tensors
+from patchloom.pipelines.monitor import STOP_FILE, Monitor
 from patchloom.pipelines.profile import Profiler
 from patchloom.pipelines.run import Run, open_run, save_run_model
 from patchloom.platform.cluster import Worker
+from patchloom.platform.copies import Mirror, pull, working_copy
+from patchloom.platform.folder import Folder
 from patchloom.platform.storage import locked, sweep_partial
 
 LEAVING_WORKER_S = 60.0  # an orphan of a killed session may still be writing
@@ -21,13 +25,27 @@ def train_worker(worker: Worker, config: dict[str, Any]) -> dict[str, Any]:
 
     Returns `line`, the last progress line, and `verdict`: "finished", "stopped" or "diverged".
     """
-    folder = Path(config["folder"])
-    if worker.rank > 0:
-        return _train(worker, config)
-    with locked(folder, ".worker.lock", wait_s=LEAVING_WORKER_S):
-        sweep_partial(folder)
-        sweep_partial(folder / CHECKPOINTS)
-        return _train(worker, config)
+    with _run_here(worker, Folder(config["folder"])) as folder:
+        here = config | {"folder": str(folder)}
+        if worker.rank > 0:
+            return _train(worker, here)
+        with locked(folder, ".worker.lock", wait_s=LEAVING_WORKER_S):
+            sweep_partial(folder)
+            sweep_partial(folder / CHECKPOINTS)
+            return _train(worker, here)
+
+
+@contextmanager
+def _run_here(worker: Worker, run: Folder) -> Iterator[Path]:
+    """The run's folder on this node; worker 0 keeps a remote one equal to its own."""
+    if not run.is_remote:
+        yield run.path
+        return
+    here = working_copy(run, "worker")
+    (here / STOP_FILE).unlink(missing_ok=True)
+    pull(run, here, without_old_tensors(run))
+    with Mirror(here, run, STOP_FILE) if worker.rank == 0 else nullcontext():
+        yield here
 
 
 def _train(worker: Worker, config: dict[str, Any]) -> dict[str, Any]:

@@ -136,7 +136,7 @@ def _open_folder(folder: Path, search: Search, dataset: Dataset, restore: bool) 
     require_reachable()
     tags = {"patchloom.dataset": dataset.fingerprint, "patchloom.version": __version__, "patchloom.folder": str(folder)}
     run_id = begin_run(search.name, "search", flat_parameters(search.model_dump(mode="json")), tags)
-    log_dataset(run_id, dataset.path, dataset.fingerprint)
+    log_dataset(run_id, dataset.address, dataset.fingerprint)
     write_atomic(folder / "search.yaml", yaml.safe_dump(wanted["search"], sort_keys=False))
     write_json(path, {"format_version": SEARCH_FORMAT, "kind": "search", "run_id": run_id, **wanted})
     return run_id

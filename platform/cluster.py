@@ -180,9 +180,22 @@ def run_workers(
             return loop(Worker(), config)
     # a lost node's place may take minutes to fill; where it need not be filled, nobody waits long
     is_elastic = min_workers is not None and min_workers < workers
-    os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "30" if is_elastic else "600")
-    with ray_session(workers), _on_sigterm(on_stop):  # in this order: Ray sets a handler of its own
+    patience = {"RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "30" if is_elastic else "600"}
+    # in this order: Ray sets a signal handler of its own
+    with _environment(patience), ray_session(workers), _on_sigterm(on_stop):
         return _run_on_ray_train(loop, config, workers, min_workers or workers, scratch, name)
+
+
+@contextlib.contextmanager
+def _environment(defaults: dict[str, str]) -> Iterator[None]:
+    """Variables for the block and the processes it starts, where the user has not set them."""
+    mine = {name: value for name, value in defaults.items() if name not in os.environ}
+    os.environ.update(mine)
+    try:
+        yield
+    finally:
+        for name in mine:
+            os.environ.pop(name, None)
 
 
 @contextlib.contextmanager

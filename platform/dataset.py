@@ -14,8 +14,11 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from patchloom.platform.copies import hold_copy
 from patchloom.platform.errors import UserError
-from patchloom.platform.storage import file_sha256, local_path, read_json
+from patchloom.platform.folder import Folder
+from patchloom.platform.progress import progress
+from patchloom.platform.storage import file_sha256
 
 DATASET_FORMAT = 1
 CARD = "dataset.json"
@@ -80,8 +83,9 @@ class Shard:
 class Dataset:
     """A prepared dataset: `len()`, `.card`, `.rows(indices)`, `.indices(split)`."""
 
-    def __init__(self, path: Path, card: dict[str, Any]) -> None:
+    def __init__(self, path: Path, card: dict[str, Any], address: str | None = None) -> None:
         self.path, self.card = path, card
+        self.address = address or str(path)  # what another node opens it by
         self.shards = [
             Shard(path / shard["file"], shard["rows"], shard["bytes"], shard["sha256"]) for shard in card["shards"]
         ]
@@ -141,25 +145,54 @@ class Dataset:
             shard.verify()
 
 
-def is_dataset(path: Path) -> bool:
+def is_dataset(folder: Folder) -> bool:
     """Whether a folder holds a complete prepared dataset (a `dataset.json` of ours, not one of EDM's)."""
-    card = path / CARD
-    return card.is_file() and "format_version" in read_json(card)
+    return folder.has(CARD) and "format_version" in folder.read_json(CARD)
 
 
 def open_dataset(path: str | Path) -> Dataset:
-    """Open a prepared dataset; raises UserError where it is missing, incomplete or newer than this version."""
-    folder = local_path(path)
-    if not folder.is_dir():
-        raise UserError(f"{folder} does not exist: make a dataset with `patchloom prepare SOURCE {path}`")
-    if not (folder / CARD).is_file():
+    """Open a prepared dataset; a remote one is first copied to this node's cache, once for all its processes.
+
+    Raises UserError where it is missing, incomplete or newer than this version.
+    """
+    folder = Folder.at(path)
+    card = _read_card(folder)
+    return Dataset(_copy(folder, card) if folder.is_remote else folder.path, card, folder.address)
+
+
+def _read_card(folder: Folder) -> dict[str, Any]:
+    if not folder.is_remote and not folder.path.is_dir():
+        raise UserError(f"{folder} does not exist: make a dataset with `patchloom prepare SOURCE {folder}`")
+    if not folder.has(CARD):
         raise UserError(f"{folder} has no {CARD}, so it is incomplete or no dataset: run prepare again")
-    card = read_json(folder / CARD)
+    card = folder.read_json(CARD)
     version = card.get("format_version") if isinstance(card, dict) else None
     if not isinstance(version, int):
-        raise UserError(f"{folder / CARD} has no format_version, so it is not a prepared dataset: run prepare first")
+        raise UserError(f"{folder}/{CARD} has no format_version, so it is not a prepared dataset: run prepare first")
     if version > DATASET_FORMAT:
         raise UserError(
             f"{folder} has format {version} and this version reads up to {DATASET_FORMAT}: update patchloom"
         )
-    return Dataset(folder, card)
+    return dict(card)
+
+
+_held: dict[str, Path] = {}  # copies that this process uses until it ends
+
+
+def _copy(there: Folder, card: dict[str, Any]) -> Path:
+    """This node's copy of a remote dataset, verified against its card."""
+    name = hashlib.sha256(there.read(CARD)).hexdigest()[:32]
+    if name in _held:
+        return _held[name]
+    names = {name: size for name, size in there.files().items() if not name.startswith(".")}
+    size_bytes = sum(names.values())
+
+    def fill(here: Path) -> None:
+        with progress(f"fetching {there.name}", size_bytes / 2**20, "MiB") as meter:
+            for name, size in sorted(names.items(), key=lambda item: item[0] == CARD):
+                there.fetch(name, here / name)
+                meter.update(meter.done + size / 2**20)
+        Dataset(here, card).verify()
+
+    _, _held[name] = hold_copy("datasets", name, size_bytes, fill)
+    return _held[name]

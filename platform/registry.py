@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from patchloom.platform.copies import local_copy
 from patchloom.platform.errors import UserError
-from patchloom.platform.storage import local_path
 from patchloom.platform.tracking import connect, tracking_uri
 
 MODEL_FOLDER = "model"  # where a version keeps its model folder, below its artifacts
@@ -32,7 +32,7 @@ def fetch_model(reference: str) -> FetchedModel:
     if reference.startswith("runs:/"):
         folder = _download(reference)
         return FetchedModel(_model_folder(folder), reference, run_id=reference.split("/")[1])
-    folder = local_path(reference)
+    folder = local_copy(reference, lambda name: not name.startswith(("checkpoints/", "ema/")))
     if (folder / "model" / "model.json").is_file():  # a run folder holds its model folder
         folder = folder / "model"
     if not (folder / "model.json").is_file():

@@ -212,13 +212,13 @@ def require_reachable() -> None:
         raise UserError(f"MLflow at {tracking_uri()} cannot be opened ({problem}): check MLFLOW_TRACKING_URI") from None
 
 
-def log_dataset(run_id: str, path: Path, fingerprint: str) -> None:
+def log_dataset(run_id: str, address: str, fingerprint: str) -> None:
     """Tie a prepared dataset to a run, by its place and fingerprint."""
     from mlflow.entities import Dataset, DatasetInput
 
-    entity = Dataset(
-        name=path.name, digest=fingerprint[:32], source_type="local", source=f'{{"uri": "{path.as_uri()}"}}'
-    )
+    source = json.dumps({"uri": address if "://" in address else Path(address).as_uri()})
+    name = address.rstrip("/").rsplit("/", 1)[-1]
+    entity = Dataset(name=name, digest=fingerprint[:32], source_type="local", source=source)
     connect().log_inputs(run_id, [DatasetInput(entity, [])])
 
 

@@ -1,36 +1,68 @@
 """What all tests share: an MLflow store and a Ray session of their own, small real images, a tiny trained run."""
 
-import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from helpers import photograph, tiny_recipe
+from helpers import environment, photograph, tiny_recipe
 from PIL import Image
 
 CLASSES = ("chelsea", "coffee")
 
 
 @pytest.fixture(scope="session", autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Copies of what is remote lie in a folder of these tests, also those of Ray's workers."""
+    folder = tmp_path_factory.mktemp("cache")
+    with environment(PATCHLOOM_CACHE=str(folder)):
+        yield folder
+
+
+@pytest.fixture(scope="session", autouse=True)
 def mlflow_store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A real MLflow store on sqlite, also for the processes that tests start."""
     folder = tmp_path_factory.mktemp("mlflow")
-    before = os.environ.get("MLFLOW_TRACKING_URI")
-    os.environ["MLFLOW_TRACKING_URI"] = f"sqlite:///{folder / 'mlflow.db'}"
-    yield folder
-    if before is None:
-        del os.environ["MLFLOW_TRACKING_URI"]
-    else:
-        os.environ["MLFLOW_TRACKING_URI"] = before
+    with environment(MLFLOW_TRACKING_URI=f"sqlite:///{folder / 'mlflow.db'}"):
+        yield folder
 
 
 @pytest.fixture(scope="session")
-def ray_cluster(mlflow_store: Path) -> Iterator[None]:
+def ray_cluster(mlflow_store: Path, cache: Path, s3: str) -> Iterator[None]:
     """One Ray session for every test that needs one."""
     from patchloom.platform.cluster import ray_session
 
     with ray_session(cpus=2):
         yield
+
+
+@pytest.fixture(scope="session")
+def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The address of a bucket on a real S3-compatible server (moto's, a process of its own), also for Ray's workers."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    log = (tmp_path_factory.mktemp("s3") / "server.log").open("w")
+    command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
+    server = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
+    address = f"http://127.0.0.1:{port}"
+    for _ in range(300):
+        try:
+            request = urllib.request.Request(f"{address}/patchloom", method="PUT")
+            urllib.request.urlopen(request, timeout=5).close()
+            break
+        except OSError:
+            assert server.poll() is None
+            time.sleep(0.1)
+    keys = {"AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret", "AWS_DEFAULT_REGION": "us-east-1"}
+    with environment(AWS_ENDPOINT_URL=address, **keys):
+        yield "s3://patchloom"
+    server.terminate()
+    server.wait()
 
 
 @pytest.fixture(scope="session")

@@ -14,7 +14,8 @@ from helpers import assert_equal_models, start_cli, tiny_recipe, wait_until
 
 from patchloom.models.checkpoints import load_model
 from patchloom.pipelines.checkpointer import newest_checkpoint
-from patchloom.pipelines.train import describe_plan, train
+from patchloom.pipelines.plan import describe_plan
+from patchloom.pipelines.train import train
 from patchloom.platform.errors import UserError
 from patchloom.platform.recipe import recipe_yaml
 from patchloom.platform.storage import read_json, read_json_lines

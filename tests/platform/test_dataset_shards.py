@@ -11,6 +11,7 @@ from scipy import stats
 
 from patchloom.platform.dataset import Dataset, is_dataset, open_dataset, write_shard
 from patchloom.platform.errors import UserError
+from patchloom.platform.folder import Folder
 from patchloom.platform.storage import write_json
 
 KEYS = [f"folder/ø{index:04d}.png" for index in range(900)]
@@ -121,7 +122,7 @@ def test_verifying_reads_every_shard(latents: Callable[..., Dataset], tmp_path: 
 
 def test_a_card_of_edm_is_no_dataset_of_ours(latents: Callable[..., Dataset], tmp_path: Path) -> None:
     latents()
-    assert is_dataset(tmp_path)
+    assert is_dataset(Folder.at(tmp_path))
     write_json(tmp_path / "dataset.json", {"labels": [["00000/img.png", 0]]})
-    assert not is_dataset(tmp_path)
-    assert not is_dataset(tmp_path / "nowhere")
+    assert not is_dataset(Folder.at(tmp_path))
+    assert not is_dataset(Folder.at(tmp_path / "nowhere"))

@@ -4,7 +4,8 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,21 @@ def tiny_recipe(**changes: Any) -> Recipe:
         "preview": {"every_images": 300, "count": 4, "steps": 2},
     })  # fmt: skip
     return with_values(recipe, {key.replace("__", "."): value for key, value in changes.items()})
+
+
+@contextmanager
+def environment(**values: str) -> Iterator[None]:
+    """Environment variables for a while, also for the processes that are started in it."""
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
 
 
 def run_python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:

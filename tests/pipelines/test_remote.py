@@ -1,0 +1,63 @@
+"""Remote folders, on a real S3-compatible server: runs, datasets and sources far away are what they are here."""
+
+import json
+from pathlib import Path
+
+import pytest
+from helpers import assert_equal_models, start_cli, tiny_recipe, wait_until
+
+from patchloom.pipelines.checkpointer import whole_checkpoints
+from patchloom.pipelines.register import register
+from patchloom.pipelines.report import report
+from patchloom.pipelines.train import train
+from patchloom.platform.errors import UserError
+from patchloom.platform.folder import Folder
+from patchloom.platform.recipe import recipe_yaml
+
+pytestmark = pytest.mark.ray
+
+
+def test_a_remote_run_killed_and_resumed_is_the_local_run(
+    s3: str, trained: Path, pixels: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = Folder.at(f"{s3}/runs/killed")
+    recipe = tiny_recipe()
+    (tmp_path / "recipe.yaml").write_text(recipe_yaml(recipe))
+    process = start_cli(
+        "train", "recipe.yaml", "--data", str(pixels), "--out", str(run), "--workers", "0", cwd=tmp_path
+    )
+    wait_until(lambda: whole_checkpoints(run), process)
+    process.kill()
+    process.communicate()
+    monkeypatch.setenv("PATCHLOOM_CACHE", str(tmp_path / "another machine"))
+    with pytest.raises(UserError, match="give --resume"):
+        train(recipe, str(pixels), str(run), workers=0)
+    result = train(recipe, str(pixels), str(run), workers=0, resume=True)
+    assert_equal_models(result.folder, trained)
+    names = run.files()
+    last = json.loads(run.read("progress.jsonl").splitlines()[-1])
+    assert last["step"] == 39
+    assert {"model/model.json", "model/model.safetensors", "recipe.yaml", "run.json", last["preview"]} <= names.keys()
+    assert whole_checkpoints(run)[-1] == "checkpoints/step-00000039"
+    assert len({name.split("/")[1] for name in names if name.startswith("checkpoints/")}) == 2  # by the recipe's rule
+    assert not [name for name in names if "/." in f"/{name}"]
+    assert train(recipe, str(pixels), str(run), workers=0, resume=True).last == last  # nothing left to do
+
+
+def test_a_remote_run_on_workers_is_the_local_run(s3: str, pixels: Path, tmp_path: Path, ray_cluster: None) -> None:
+    recipe = tiny_recipe()
+    shown: list[int] = []
+    run = f"{s3}/runs/workers"
+    train(recipe, str(pixels), str(tmp_path / "here"), workers=2)
+    result = train(recipe, str(pixels), run, workers=2, show=lambda line: shown.append(line["step"]))
+    assert_equal_models(result.folder, tmp_path / "here")
+    assert shown == sorted(set(shown)) and shown[-1] == 39
+    assert register(run, "remote").startswith("models:/remote/")
+    assert "Run workers" in report(run, str(tmp_path / "page.html")).read_text()
+
+
+def test_an_address_that_cannot_be_reached_is_said_in_a_line(s3: str, pixels: Path) -> None:
+    with pytest.raises(UserError, match="s3://no-such-bucket/run cannot be reached"):
+        train(tiny_recipe(), str(pixels), "s3://no-such-bucket/run", workers=0)
+    with pytest.raises(UserError, match="no file system is known for nosuch://"):
+        train(tiny_recipe(), str(pixels), "nosuch://bucket/run", workers=0)
