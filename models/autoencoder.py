@@ -1,10 +1,10 @@
-"""Autoencoders: images to the moments of their latents and back, on top of diffusers."""
+"""Autoencoders: images to the moments of their latents and back. One kind of autoencoder is one class."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass
+from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,59 +12,105 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from patchloom.models.backbones import import_allowed
 from patchloom.models.errors import CheckpointError
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL
 
 AUTOENCODER_FORMAT = 1
+CARD, CONFIG = "model.json", "config.json"
 WEIGHTS = "diffusion_pytorch_model.safetensors"  # diffusers' own name
+DIFFUSERS_KINDS = ("AutoencoderKL", "AutoencoderTiny", "AutoencoderDC")
 
 
-@dataclass
-class Autoencoder:
-    """A variational autoencoder with what is needed to use it: its downscale, channels, scale and weights' hash."""
+class Autoencoder(ABC):
+    """What the platform asks of an autoencoder; one of your own is a subclass with these few things.
 
-    network: AutoencoderKL
-    weights_sha256: str
+    It is found by the folder's `model.json`, `{"format_version": 1, "kind": "autoencoder", "class":
+    "package.module:Class"}`, beside its safetensors, once `--allow-backbone package` lets it be imported.
+    """
 
-    @property
-    def downscale(self) -> int:
-        """Image pixels per latent pixel, along one side."""
-        return int(2 ** (len(self.network.config.block_out_channels) - 1))
+    downscale: int  # image pixels per latent pixel, along one side
+    latent_channels: int
+    scale: float = 1.0  # latents enter a network as (latent - shift) * scale, unless they are whitened
+    shift: float = 0.0
+    weights_sha256: str = ""  # set by `load_autoencoder`
 
-    @property
-    def latent_channels(self) -> int:
-        """Channels of a latent."""
-        return int(self.network.config.latent_channels)
+    @classmethod
+    @abstractmethod
+    def load(cls, folder: Path, device: torch.device | str, dtype: torch.dtype) -> Autoencoder:
+        """Build it from its folder; encoding runs in `dtype`."""
 
-    @property
-    def scale(self) -> float:
-        """The factor that brings a latent to about unit variance, from the autoencoder's own config."""
-        return float(self.network.config.scaling_factor)
+    @abstractmethod
+    def encode(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
+        """(B, 3, H, W) uint8 -> mean and std (B, C, H/f, W/f) float32 of the latents' Gaussian posterior.
 
-    @torch.no_grad()
-    def encode(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, 3, H, W) uint8 -> mean and std (B, C, H/f, W/f) float32 of the latents' Gaussian posterior."""
-        posterior = self.network.encode(images.float() / 127.5 - 1).latent_dist
-        return posterior.mean, posterior.std
+        std is None where an image has one latent (a deterministic autoencoder).
+        """
 
-    @torch.no_grad()
+    @abstractmethod
     def decode(self, latents: Tensor) -> Tensor:
         """(B, C, h, w) latents as `encode` gives them -> (B, 3, H, W) uint8."""
-        images: Tensor = self.network.decode(latents.float()).sample
-        return (images * 127.5 + 128).clamp(0, 255).to(torch.uint8)
+
+    @property
+    def kind(self) -> str:
+        """The class as a card names it."""
+        return f"{type(self).__module__}:{type(self).__qualname__}"
 
     def describe(self) -> dict[str, Any]:
         """What a dataset's card and `model.json` say of it."""
         return {
-            "class": "AutoencoderKL",
+            "class": self.kind,
             "weights_sha256": self.weights_sha256,
             "downscale": self.downscale,
             "latent_channels": self.latent_channels,
-            "input_range": [-1, 1],
             "scale": self.scale,
+            "shift": self.shift,
         }
+
+
+class DiffusersAutoencoder(Autoencoder):
+    """An AutoencoderKL, AutoencoderTiny or AutoencoderDC of diffusers, which all take pixels of -1 to 1."""
+
+    def __init__(self, network: Any) -> None:
+        config = network.config
+        # one of these names the widths, and the image is halved between each two of them
+        widths = next(config[name] for name in ("block_out_channels", "encoder_block_out_channels") if name in config)
+        self.network = network
+        self.downscale = int(2 ** (len(widths) - 1))
+        self.latent_channels = int(config.latent_channels)
+        self.scale = float(config.get("scaling_factor") or 1.0)
+        self.shift = float(config.get("shift_factor") or 0.0)
+
+    @classmethod
+    def load(cls, folder: Path, device: torch.device | str, dtype: torch.dtype) -> DiffusersAutoencoder:
+        """Read diffusers' own folder; safetensors only."""
+        import diffusers
+
+        kind = getattr(diffusers, json.loads((folder / CONFIG).read_text())["_class_name"])
+        network = kind.from_pretrained(folder, use_safetensors=True, low_cpu_mem_usage=False)
+        return cls(network.eval().requires_grad_(False).to(device, dtype))
+
+    @property
+    def kind(self) -> str:
+        """diffusers' name of the class."""
+        return type(self.network).__name__
+
+    @torch.no_grad()
+    def encode(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Mean and std of the posterior; a latent and None where the class has no posterior."""
+        found = self.network.encode((images.float() / 127.5 - 1).to(self.network.dtype))
+        if "latent_dist" in found:
+            return found.latent_dist.mean.float(), found.latent_dist.std.float()
+        latents: Tensor = found.latents if "latents" in found else found.latent
+        return latents.float(), None
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        """uint8 images of latents."""
+        images: Tensor = self.network.decode(latents.to(self.network.dtype)).sample.float()
+        return (images * 127.5 + 128).clamp(0, 255).to(torch.uint8)
 
 
 def new_autoencoder(widths: tuple[int, ...], latent_channels: int, norm_groups: int = 8) -> AutoencoderKL:
@@ -97,32 +143,52 @@ def autoencoder_loss(network: AutoencoderKL, images: Tensor, kl_weight: float, g
 def save_autoencoder(network: AutoencoderKL, folder: Path) -> str:
     """Write diffusers' own folder (safetensors + config) and a card; returns the weights' sha256."""
     network.save_pretrained(folder, safe_serialization=True)
-    sha256 = hashlib.sha256((folder / WEIGHTS).read_bytes()).hexdigest()
-    card = {"format_version": AUTOENCODER_FORMAT, "kind": "autoencoder", **Autoencoder(network, sha256).describe()}
-    (folder / "model.json").write_text(json.dumps(card, indent=2) + "\n")
+    sha256 = weights_sha256(folder)
+    described = DiffusersAutoencoder(network).describe() | {"weights_sha256": sha256}
+    card = {"format_version": AUTOENCODER_FORMAT, "kind": "autoencoder", **described}
+    (folder / CARD).write_text(json.dumps(card, indent=2) + "\n")
     return sha256
 
 
-def load_autoencoder(folder: Path | str, device: torch.device | str = "cpu") -> Autoencoder:
-    """Read a folder of diffusers (safetensors only, no pickle); raises CheckpointError where it is not whole."""
-    from diffusers import AutoencoderKL
+def weights_sha256(folder: Path) -> str:
+    """The sha256 of a folder's safetensors, one after the other in the order of their names."""
+    digest = hashlib.sha256()
+    for path in sorted(folder.glob("*.safetensors")):
+        with path.open("rb") as file:
+            while piece := file.read(1 << 22):
+                digest.update(piece)
+    return digest.hexdigest()
 
+
+def load_autoencoder(
+    folder: Path | str, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+) -> Autoencoder:
+    """Read the folder of an autoencoder (safetensors only, no pickle).
+
+    Raises CheckpointError where it is not whole, or of a class that is unknown or was not allowed.
+    """
     folder = Path(folder)
-    if not (folder / WEIGHTS).is_file():
-        raise CheckpointError(f"{folder} holds no {WEIGHTS}: give the folder of a diffusers AutoencoderKL")
-    sha256 = hashlib.sha256((folder / WEIGHTS).read_bytes()).hexdigest()
-    card = folder / "model.json"
-    if card.is_file():
-        described = json.loads(card.read_text())
-        if described["format_version"] > AUTOENCODER_FORMAT:
-            raise CheckpointError(
-                f"{card} has format {described['format_version']} and this version reads up to {AUTOENCODER_FORMAT}: "
-                "update patchloom"
-            )
-        wanted = described["weights_sha256"]
-        if wanted != sha256:
-            raise CheckpointError(
-                f"{folder / WEIGHTS} has sha256 {sha256[:12]} and its card says {wanted[:12]}: fetch it again"
-            )
-    network = AutoencoderKL.from_pretrained(folder, use_safetensors=True, low_cpu_mem_usage=False)
-    return Autoencoder(network.eval().requires_grad_(False).to(device), sha256)
+    card = json.loads((folder / CARD).read_text()) if (folder / CARD).is_file() else {}
+    if card.get("format_version", 0) > AUTOENCODER_FORMAT:
+        raise CheckpointError(
+            f"{folder / CARD} has format {card['format_version']} and this version reads up to {AUTOENCODER_FORMAT}: "
+            "update patchloom"
+        )
+    config = json.loads((folder / CONFIG).read_text()) if (folder / CONFIG).is_file() else {}
+    name = str(card.get("class") or config.get("_class_name"))
+    if ":" not in name and (name not in DIFFUSERS_KINDS or not (folder / WEIGHTS).is_file()):
+        what = f"holds a {name}" if name not in (*DIFFUSERS_KINDS, "None") else f"holds no {WEIGHTS} with its {CONFIG}"
+        raise CheckpointError(f"{folder} {what}: give the folder of a diffusers {' or '.join(DIFFUSERS_KINDS)}")
+    sha256 = weights_sha256(folder)
+    if card.get("weights_sha256", sha256) != sha256:
+        raise CheckpointError(
+            f"{folder}: its weights have sha256 {sha256[:12]} and its card says {card['weights_sha256'][:12]}: "
+            "fetch it again"
+        )
+    try:
+        kind = import_allowed(name) if ":" in name else DiffusersAutoencoder
+    except ValueError as error:
+        raise CheckpointError(f"{folder}: {error}") from None
+    autoencoder: Autoencoder = kind.load(folder, device, dtype)
+    autoencoder.weights_sha256 = sha256
+    return autoencoder

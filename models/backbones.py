@@ -26,16 +26,8 @@ def allowed_backbones() -> tuple[str, ...]:
     return tuple(filter(None, os.environ.get(ALLOWED, "").split(",")))
 
 
-def build_backbone(name: str, options: dict[str, Any]) -> nn.Module:
-    """The network `package.module:Class`, built with `options` as keyword arguments.
-
-    options: `resolution`, `channels_in` (image and coordinates), `channels_out`, `classes`, and what the
-    recipe adds. The network is called as `net(x, noise_condition, labels)`: (B, channels_in, H, W),
-    (B,) c_noise and one-hot (B, K) or None -> (B, channels_out, H, W). Raises ValueError where the package
-    was not allowed, does not import, or holds no such network.
-    """
-    import torch
-
+def import_allowed(name: str) -> Any:
+    """What `package.module:Class` names; raises ValueError where its package was not allowed or holds no such class."""
     module_name, _, class_name = name.partition(":")
     package = module_name.partition(".")[0]
     if package not in allowed_backbones():
@@ -47,9 +39,23 @@ def build_backbone(name: str, options: dict[str, Any]) -> nn.Module:
         module = importlib.import_module(module_name)
     except ImportError as error:
         raise ValueError(f"the network {name} cannot be imported ({error}): install it or set PYTHONPATH") from error
-    network = getattr(module, class_name, None)
-    if network is None:
+    found = getattr(module, class_name, None)
+    if found is None:
         raise ValueError(f"the module {module_name} holds no {class_name}: check the network's name")
+    return found
+
+
+def build_backbone(name: str, options: dict[str, Any]) -> nn.Module:
+    """The network `package.module:Class`, built with `options` as keyword arguments.
+
+    options: `resolution`, `channels_in` (image and coordinates), `channels_out`, `classes`, and what the
+    recipe adds. The network is called as `net(x, noise_condition, labels)`: (B, channels_in, H, W),
+    (B,) c_noise and one-hot (B, K) or None -> (B, channels_out, H, W). Raises ValueError where the package
+    was not allowed, does not import, or holds no such network.
+    """
+    import torch
+
+    network = import_allowed(name)
     try:
         built = network(**options)
     except TypeError as error:

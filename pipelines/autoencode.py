@@ -10,7 +10,13 @@ import numpy as np
 import torch
 
 from patchloom import __version__
-from patchloom.models.autoencoder import Autoencoder, autoencoder_loss, load_autoencoder, new_autoencoder
+from patchloom.models.autoencoder import (
+    Autoencoder,
+    DiffusersAutoencoder,
+    autoencoder_loss,
+    load_autoencoder,
+    new_autoencoder,
+)
 from patchloom.models.autoencoder import save_autoencoder as save
 from patchloom.models.luck import RowOrder, derive_seed
 from patchloom.models.step import Gradients
@@ -217,7 +223,8 @@ def _latent_scale(network: Any, dataset: Dataset, train: np.ndarray, device: tor
     """The factor that gives latents unit variance, as diffusers' `scaling_factor` means it."""
     spread = train[np.linspace(0, len(train) - 1, min(128, len(train))).astype(int)]
     images = torch.from_numpy(dataset.rows(spread)["image"]).to(device)
-    mean, std = Autoencoder(network.eval(), "").encode(images)
+    mean, std = DiffusersAutoencoder(network.eval()).encode(images)
+    assert std is not None  # an AutoencoderKL
     return float(1 / (mean.var() + std.square().mean()).sqrt())
 
 

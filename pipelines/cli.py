@@ -42,25 +42,48 @@ def demo(
     run(out, pixels=pixels)
 
 
-@app.command(epilog="Example: patchloom prepare photos dataset --resolution 64 --crop center")
+@app.command(epilog="Example: patchloom prepare photos.zip dataset --resolution 64 --crop center")
 def prepare(
-    source: Annotated[str, typer.Argument(help="A folder of images (class = first sub-folder), or a pixel dataset")],
-    dataset: Annotated[str, typer.Argument(help="The folder to write")],
+    source: Annotated[
+        str,
+        typer.Argument(
+            help="A folder of images (class = first sub-folder), .zip, .tar, .parquet, .arrow, .npz, WebDataset "
+            "shards, a saved Hugging Face dataset, or a pixel dataset to encode"
+        ),
+    ],
+    dataset: Annotated[str, typer.Argument(help="The folder to write, here or at s3://, gs://, ...")],
     resolution: Annotated[int | None, typer.Option(min=1, help="Side of the prepared images, in pixels")] = None,
-    autoencoder: Annotated[str | None, typer.Option(help="Encode to latents: models:/NAME/VERSION or a folder")] = None,
     crop: Annotated[
         str, typer.Option(help="center, dhariwal (as ADM), none, or windows of large photographs")
     ] = "center",
+    resize: Annotated[str, typer.Option(help="lanczos, box, bicubic or bilinear, always antialiased")] = "lanczos",
+    channels: Annotated[int, typer.Option(help="3, or 1 for grey")] = 3,
+    min_side: Annotated[int, typer.Option(min=0, help="Leave out images that are smaller, in pixels")] = 0,
+    labels: Annotated[
+        str | None, typer.Option(help="A .csv, .jsonl or .parquet of key and label, or EDM's dataset.json")
+    ] = None,
+    autoencoder: Annotated[
+        str | None,
+        typer.Option(
+            help="Encode to latents: models:/NAME/VERSION, a folder, or a hub id; by default Stable Diffusion's at "
+            "256 pixels and more; none for pixels"
+        ),
+    ] = None,
+    precision: Annotated[str, typer.Option(help="What the encoder computes in: fp32 or bf16")] = "fp32",
+    mirror: Annotated[bool, typer.Option("--mirror", help="Latents: encode mirror images too")] = False,
     short_side: Annotated[int | None, typer.Option(min=1, help="windows: photographs are resized to it")] = None,
     stride: Annotated[int | None, typer.Option(min=1, help="windows: pixels between them")] = None,
+    allow_backbone: Backbones = None,
     workers: Workers = None,
 ) -> None:
     """Turn images into an Arrow dataset of pixels or latents."""
+    allow_backbones(*allow_backbone or [])
     from patchloom.pipelines.prepare import prepare as run
 
     run(
-        source, dataset, resolution=resolution, crop=crop, autoencoder=autoencoder,
-        short_side=short_side, stride=stride, workers=workers,
+        source, dataset, resolution=resolution, crop=crop, resize=resize, channels=channels, min_side=min_side,
+        labels=labels, autoencoder=autoencoder, precision=precision, mirror=mirror, short_side=short_side,
+        stride=stride, workers=workers,
     )  # fmt: skip
 
 

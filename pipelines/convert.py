@@ -48,7 +48,7 @@ def import_model(snapshot: str, out: str, autoencoder: str | None = None) -> Pat
                 f"{path} has {denoiser.channels} channels and {autoencoder} {card['latent_channels']}: "
                 "give the autoencoder that its latents were encoded with"
             )
-        mean, scale = (0.0,) * denoiser.channels, (card["scale"],) * denoiser.channels
+        mean, scale = (card["shift"],) * denoiser.channels, (card["scale"],) * denoiser.channels
         space, described = Space("latents", mean, scale), {"autoencoder": card}
     elif denoiser.channels not in PIXEL_CHANNELS:
         raise UserError(

@@ -1,62 +1,38 @@
 """Prepare: images in, Arrow datasets of pixels or latents out, one shard at a time on Ray Data.
 
-The unit of work is a shard: a fixed range of the sorted inputs. Whoever makes it, it has the same bytes;
+The unit of work is a shard: a fixed range of the source's inputs. Whoever makes it, it has the same bytes;
 a preparation that was killed keeps its finished shards and makes the others again.
 """
 
+import contextlib
 import hashlib
 import json
-import os
-import shutil
+import re
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps
 
-from patchloom.models.autoencoder import load_autoencoder
-from patchloom.platform.cluster import map_on_actors, quiet_environment
-from patchloom.platform.dataset import CARD, DATASET_FORMAT, Dataset, is_dataset, open_dataset, write_shard
+from patchloom.models.backbones import allowed_backbones
+from patchloom.pipelines.images import CROPS, FILTERS, MODES, Transform, decode, size_of
+from patchloom.pipelines.shards import INPUTS, NOTES, PLAN, PRECISIONS, WORK, ShardMaker
+from patchloom.platform.cluster import map_on_actors
+from patchloom.platform.copies import local_copy
+from patchloom.platform.dataset import CARD, DATASET_FORMAT, Dataset, is_dataset, open_dataset
 from patchloom.platform.errors import UserError
-from patchloom.platform.folder import Folder
+from patchloom.platform.folder import Folder, is_remote
 from patchloom.platform.progress import progress, say
+from patchloom.platform.readers import Reader
 from patchloom.platform.registry import fetch_model
-from patchloom.platform.storage import (
-    file_sha256,
-    local_path,
-    locked,
-    make_folder,
-    read_json,
-    sweep_partial,
-    write_json,
-    write_json_lines,
-)
+from patchloom.platform.sources import Source, open_source, repeated
+from patchloom.platform.storage import local_path, locked, make_folder, sweep_partial
 
-IMAGE_EXTENSIONS = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif"}
-CROPS = ("center", "dhariwal", "none", "windows")
-WORK = ".work"
-ENCODE_BATCH = 16  # fixed, and the last batch of a shard padded, so that a latent's bytes never depend on neighbours
-FLAT_STD = 10.0  # a window whose pixels vary less teaches nothing
-DARK_MEAN = 20.0
-
-
-@dataclass(frozen=True)
-class Transform:
-    """What happens to an image: how it is cropped and resized, and, for windows, where they are cut.
-
-    Windows: the photograph is resized to a short side of `short_side`, divided into regions of about
-    two windows a side, and every region into overlapping windows `stride` pixels apart. A region is held
-    out or trained on as a whole.
-    """
-
-    resolution: int
-    crop: str = "center"
-    resize: str = "lanczos"
-    antialias: bool = True
-    short_side: int | None = None
-    stride: int | None = None
+SHARD_ROWS, SHARD_BYTES = 512, 64 << 20  # of decoded images: what a worker holds at once
+SD_VAE, LATENTS_FROM_PIXELS = "stabilityai/sd-vae-ft-mse", 256
+HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(/[\w.-]+)?")
 
 
 @dataclass(frozen=True)
@@ -64,10 +40,11 @@ class Plan:
     """Everything that a shard's bytes depend on; a folder holds the result of one plan."""
 
     source: str
-    source_kind: str  # "images" or "dataset"
+    source_kind: str  # of `sources`, or "dataset"
     transform: Transform | None  # None: rows come from a prepared dataset as they are
     class_names: list[str]
     autoencoder: dict[str, Any] | None
+    mirror: bool
     shard_rows: int
     inputs_sha256: str
 
@@ -83,343 +60,245 @@ def prepare(
     *,
     resolution: int | None = None,
     crop: str = "center",
+    resize: str = "lanczos",
+    channels: int = 3,
+    min_side: int = 0,
+    labels: str | None = None,
     autoencoder: str | None = None,
+    precision: str = "fp32",
+    mirror: bool = False,
     short_side: int | None = None,
     stride: int | None = None,
-    shard_rows: int = 512,
+    shard_rows: int | None = None,
     workers: int | None = None,
 ) -> Dataset:
-    """Prepare a folder of images, or encode a prepared dataset of pixels; returns the finished dataset.
+    """Prepare images, or encode a prepared dataset of pixels; returns the finished dataset.
 
-    source: a folder of images (class = first sub-folder) or a prepared dataset. resolution: pixels a side,
-    needed for images. autoencoder: encode to latents with this model (folder or models:/...). workers: how
-    many shards are made at once, all CPUs of the session by default. A second call has nothing to do, and
-    a call after a kill does what is missing. Raises UserError for what cannot be prepared.
+    source: a folder of images, .zip, .tar, WebDataset shards, .parquet, .arrow, .npz, a saved Hugging Face
+    dataset, or a prepared dataset. resolution: pixels a side. crop, resize: how images come to it. channels: 3, or
+    1 for grey. min_side: smaller images are left out. labels: a file of keys and labels, if it lies apart.
+    autoencoder: encode to latents with this model (a folder, models:/... or a hub id; "none" for pixels), by
+    default Stable Diffusion's at 256 pixels and more. precision: what the encoder computes in. mirror: encode
+    mirror images too. workers: how many shards are made at once, all CPUs (or GPUs) of the session by default.
+    Source and dataset may be remote. A second call has nothing to do, and a call after a kill does what is
+    missing. Raises UserError for what cannot be prepared.
     """
-    folder_in, folder_out = local_path(source), local_path(dataset)
+    folder = Folder.at(dataset)
+    if is_dataset(Folder.at(source)):
+        inputs, plan = _plan_dataset(source, autoencoder)
+    else:
+        transform = _transform(resolution, crop, resize, channels, min_side, short_side, stride)
+        inputs, plan = _plan_images(open_source(source, labels), transform)
+        if autoencoder is None and plan.transform and plan.transform.resolution >= LATENTS_FROM_PIXELS:
+            autoencoder = SD_VAE if channels == 3 else None
+    side = plan.transform.resolution if plan.transform else open_dataset(source).card["resolution"]
     encoder: Path | None = None
-    inputs, plan = _plan(folder_in, resolution, crop, short_side, stride, shard_rows)
-    if autoencoder:
-        encoder, card = fetch_autoencoder(autoencoder)
-        side = plan.transform.resolution if plan.transform else open_dataset(folder_in).card["resolution"]
-        if side % card["downscale"]:
-            raise UserError(f"images of {side} pixels cannot be halved to {card['downscale']} times smaller latents")
-        plan = replace(plan, autoencoder=card)
-    elif plan.source_kind == "dataset":
-        raise UserError(f"{source} is prepared already: give --autoencoder to encode it, or a folder of images")
+    if autoencoder not in (None, "none"):
+        if precision not in PRECISIONS:
+            raise UserError(f"--precision {precision} is unknown: choose one of {', '.join(PRECISIONS)}")
+        encoder, card = fetch_autoencoder(str(autoencoder))
+        _check_encodable(side, channels, card)
+        plan = replace(plan, autoencoder=card | {"precision": precision})
+    if mirror:
+        if encoder is None:
+            raise UserError("--mirror encodes mirror images; those of pixels are drawn in training: data.mirror")
+        plan = replace(plan, mirror=True)
+        inputs = [entry | more for entry in inputs for more in ({}, {"mirror": True})]
+    plan = replace(plan, shard_rows=shard_rows or max(1, min(SHARD_ROWS, SHARD_BYTES // (side * side * 3))))
 
-    make_folder(folder_out)
-    with locked(folder_out):
-        if _already_done(folder_out, plan):
-            say(f"{folder_out} is complete: {len(open_dataset(folder_out)):,} rows")
-            return open_dataset(folder_out)
-        _start_work(folder_out, plan, inputs)
-        if encoder:
-            shutil.copytree(encoder, folder_out / "autoencoder", dirs_exist_ok=True)
-        _make_shards(folder_out, plan, len(inputs), workers)
-        _finish(folder_out, plan, len(inputs))
-    return open_dataset(folder_out)
+    with _held(folder):
+        if _already_done(folder, plan):
+            say(f"{folder} is complete: {len(open_dataset(dataset)):,} rows")
+            return open_dataset(dataset)
+        _start_work(folder, plan, inputs, encoder)
+        _make_shards(folder, plan, len(inputs), workers)
+        _finish(folder, plan, len(inputs))
+    return open_dataset(dataset)
+
+
+@contextlib.contextmanager
+def _held(folder: Folder) -> Iterator[None]:
+    """Keep a second process out of a local folder; what two write to a remote one is the same bytes."""
+    if folder.is_remote:
+        yield
+        return
+    with locked(make_folder(folder.path)):
+        yield
 
 
 def fetch_autoencoder(reference: str) -> tuple[Path, dict[str, Any]]:
-    """The folder of an autoencoder, from the registry or any diffusers folder, and what the card says of it."""
+    """The folder of an autoencoder and what the card says of it.
+
+    reference: models:/..., a folder (also a remote one), or the id of one on Hugging Face's hub.
+    """
+    from patchloom.models.autoencoder import load_autoencoder
+
     if reference.startswith(("models:/", "runs:/")):
         fetched = fetch_model(reference)
         folder, resolved = fetched.folder, fetched.reference
+    elif not is_remote(reference) and not local_path(reference).exists() and HUB_NAME.fullmatch(reference):
+        folder, resolved = _from_hub(reference)
     else:
-        folder, resolved = local_path(reference), Path(reference).name  # where it lies is this machine's affair
+        folder, resolved = local_copy(reference), Folder.at(reference).name  # where it lies is this machine's affair
     return folder, load_autoencoder(folder).describe() | {"reference": resolved}
 
 
-def _plan(
-    source: Path, resolution: int | None, crop: str, short_side: int | None, stride: int | None, shard_rows: int
-) -> tuple[list[dict[str, Any]], Plan]:
-    if not source.exists():
-        raise UserError(f"{source} does not exist: give a folder of images or a prepared dataset")
-    if not source.is_dir():
-        raise UserError(f"{source} is a file, and a folder of images or a prepared dataset was wanted")
-    if is_dataset(Folder.at(source)):
-        rows = open_dataset(source)
-        if rows.kind != "pixels":
-            raise UserError(f"{source} holds {rows.kind}, and only pixels can be encoded: give the pixel dataset")
-        inputs: list[dict[str, Any]] = [{"row": row} for row in range(len(rows))]
-        return inputs, Plan(str(source), "dataset", None, rows.class_names, None, shard_rows, rows.fingerprint)
+def _from_hub(name: str) -> tuple[Path, str]:
+    """The files of `organisation/name`, or of a folder in it, and the name with its commit."""
+    from huggingface_hub import snapshot_download
 
-    if crop not in CROPS:
-        raise UserError(f"--crop {crop} is unknown: choose one of {', '.join(CROPS)}")
-    if not resolution:
+    repository, inside = "/".join(name.split("/")[:2]), "/".join(name.split("/")[2:])
+    wanted = [f"{inside}/{file}".lstrip("/") for file in ("*.json", "*.safetensors")]
+    try:
+        folder = Path(snapshot_download(repository, allow_patterns=wanted))
+    except Exception as error:  # of requests, of the hub and of the disk
+        problem = " ".join(str(error).split())[:160]
+        raise UserError(
+            f"the autoencoder {name} is no folder here and cannot be fetched from Hugging Face's hub ({problem}): "
+            "give --autoencoder a folder or models:/..., or none for pixels"
+        ) from None
+    return folder / inside, f"{name}@{folder.name}"
+
+
+def _check_encodable(side: int, channels: int, card: dict[str, Any]) -> None:
+    if side % card["downscale"]:
+        raise UserError(f"images of {side} pixels cannot be halved to {card['downscale']} times smaller latents")
+    if channels != 3:
+        raise UserError(f"--channels {channels} is for pixels, and autoencoders take 3: leave one of them out")
+
+
+def _plan_dataset(source: str, autoencoder: str | None) -> tuple[list[dict[str, Any]], Plan]:
+    rows = open_dataset(source)
+    if rows.kind != "pixels":
+        raise UserError(f"{source} holds {rows.kind}, and only pixels can be encoded: give the pixel dataset")
+    if autoencoder is None:
+        raise UserError(f"{source} is prepared already: give --autoencoder to encode it, or a folder of images")
+    plan = Plan(rows.address, "dataset", None, rows.class_names, None, False, 0, rows.fingerprint)
+    return [{"place": [row]} for row in range(len(rows))], plan
+
+
+def _transform(
+    resolution: int | None, crop: str, resize: str, channels: int, min_side: int, short_side: int | None,
+    stride: int | None,
+) -> Transform:  # fmt: skip
+    """What the options ask for; a resolution of 0 is to be that of the first image."""
+    for option, value, known in (("crop", crop, CROPS), ("resize", resize, FILTERS), ("channels", channels, MODES)):
+        if value not in known:
+            raise UserError(f"--{option} {value} is unknown: choose one of {', '.join(map(str, known))}")
+    if not resolution and crop != "none":
         raise UserError("--resolution is missing: give the side of the prepared images in pixels, such as 64")
-    if crop == "windows":
-        short_side = short_side or 4 * resolution
-        stride = stride or max(1, resolution // 10)
+    if crop == "windows" and resolution:
+        short_side, stride = short_side or 4 * resolution, stride or max(1, resolution // 10)
         if short_side < resolution:
             raise UserError(f"--short-side {short_side} is below the resolution {resolution}: no window fits")
-    transform = Transform(resolution, crop, short_side=short_side, stride=stride)
-    files = sorted(
-        path.relative_to(source).as_posix()
-        for path in source.rglob("*")
-        if path.suffix.lower() in IMAGE_EXTENSIONS and (path.is_file() or path.is_symlink())
+    return Transform(
+        resolution or 0, crop, resize, channels=channels, min_side=min_side, short_side=short_side, stride=stride
     )
-    if not files:
-        kinds = " ".join(sorted(IMAGE_EXTENSIONS))
-        raise UserError(f"{source} holds no image: files ending in {kinds} were looked for, in all sub-folders")
-    class_names = sorted({name.split("/")[0] for name in files if "/" in name})
-    inputs = []
-    for name in files:
-        label = class_names.index(name.split("/")[0]) if "/" in name else -1
-        if crop == "windows":
-            inputs += _windows(source, name, label, transform)
-        else:
-            inputs.append({"key": name, "file": name, "label": label})
+
+
+def _plan_images(source: Source, transform: Transform) -> tuple[list[dict[str, Any]], Plan]:
+    if source.unmatched_labels:
+        say(f"  {source.unmatched_labels:,} labels name nothing in {source.address}")
+    reader = Reader(source.kind, source.address)
+    if not transform.resolution:
+        transform = replace(transform, resolution=_first_side(reader, source))
+    inputs = [asdict(one) for one in source.inputs]
+    for position in repeated([one["key"] for one in inputs]):
+        inputs[position]["error"] = "its key stood before: keys must differ"
+    if transform.crop == "windows":
+        inputs = [window for one in inputs for window in _windows(reader, one, transform)]
     digest = hashlib.sha256()
-    for item in inputs:
-        size = _size_bytes(source / item["file"])
-        digest.update(json.dumps([item["key"], item["label"], size]).encode())
-    return inputs, Plan(str(source), "images", transform, class_names, None, shard_rows, digest.hexdigest())
+    for one in inputs:
+        digest.update(json.dumps([one["key"], one["label"], one.pop("size_bytes")]).encode())
+    plan = Plan(
+        source.address, source.kind, transform, source.class_names, None, False, 0, digest.hexdigest()
+    )  # fmt: skip
+    return inputs, plan
 
 
-def _size_bytes(path: Path) -> int:
-    try:
-        return path.stat().st_size
-    except OSError:
-        return -1
+def _first_side(reader: Reader, source: Source) -> int:
+    for one in source.inputs:
+        with contextlib.suppress(Exception):  # it is listed with its reason later
+            return min(decode(reader.read(one.place)).size)
+    raise UserError(f"none of the {len(source.inputs)} inputs in {source.address} can be read: give readable images")
 
 
-def _windows(source: Path, name: str, label: int, transform: Transform) -> list[dict[str, Any]]:
+def _windows(reader: Reader, whole: dict[str, Any], transform: Transform) -> list[dict[str, Any]]:
     """The windows of one photograph as inputs, or the photograph itself where it cannot be read."""
-    whole = {"key": name, "file": name, "label": label}
     try:
-        with Image.open(source / name) as image:
-            upright = ImageOps.exif_transpose(image)
-            width, height = _fitted(upright.size, transform.short_side or 0)
+        size = size_of(reader.read(whole["place"]))
     except Exception:
         return [whole]  # its shard finds out why, and lists it
-    side, stride = transform.resolution, transform.stride or 1
-    windows = []
-    for region, top, bottom, left, right in _regions(height, width, 2 * side):
-        for y in range(top, bottom - side + 1, stride):
-            for x in range(left, right - side + 1, stride):
-                windows.append({**whole, "key": f"{name}@{region}#{y:05d},{x:05d}", "window": [y, x]})
-    return windows
-
-
-def _regions(height: int, width: int, side: int) -> list[tuple[str, int, int, int, int]]:
-    """(name, top, bottom, left, right) of a grid of regions of at least `side` pixels, or of one region."""
-    rows, columns = max(1, height // side), max(1, width // side)
+    key = whole["key"]
     return [
-        (f"{r},{c}", height * r // rows, height * (r + 1) // rows, width * c // columns, width * (c + 1) // columns)
-        for r in range(rows)
-        for c in range(columns)
+        {**whole, "key": f"{key}@{region}#{y:05d},{x:05d}", "window": [y, x]}
+        for region, y, x in transform.windows(size)
     ]
 
 
-def _fitted(size: tuple[int, int], short_side: int) -> tuple[int, int]:
-    scale = short_side / min(size)
-    return max(short_side, round(size[0] * scale)), max(short_side, round(size[1] * scale))
-
-
-def _already_done(folder: Path, plan: Plan) -> bool:
+def _already_done(folder: Folder, plan: Plan) -> bool:
     """Whether the folder holds this very preparation; refuses any other content."""
-    if (folder / CARD).is_file():
-        if read_json(folder / CARD).get("preparation") == plan.identity():
-            shutil.rmtree(folder / WORK, ignore_errors=True)
+    if folder.has(CARD):
+        if folder.read_json(CARD).get("preparation") == plan.identity():
+            folder.remove_folder(WORK)
             return True
         raise UserError(f"{folder} holds another dataset: choose an empty folder, or remove it")
-    work = folder / WORK / "plan.json"
-    if work.is_file():
-        begun = read_json(work)
+    if folder.has(PLAN):
+        begun = folder.read_json(PLAN)
         if begun["identity"] != plan.identity():
-            changed = [
-                key for key, value in asdict(plan).items() if begun["plan"].get(key) != value and key != "source"
-            ]
+            values = asdict(plan).items()
+            changed = [key for key, value in values if begun["plan"].get(key) != value and key != "source"]
             raise UserError(
                 f"{folder} holds an unfinished preparation with other {' and '.join(changed)}: "
                 "repeat that call, or choose an empty folder"
             )
-    elif any(not path.name.startswith(".") for path in folder.iterdir()):
+    elif any(not name.startswith(".") for name in folder.files()):
         raise UserError(f"{folder} is not empty and holds no preparation: choose an empty folder")
     return False
 
 
-def _start_work(folder: Path, plan: Plan, inputs: list[dict[str, Any]]) -> None:
-    (folder / WORK).mkdir(exist_ok=True)
-    (folder / "shards").mkdir(exist_ok=True)
-    sweep_partial(folder / WORK)
-    sweep_partial(folder / "shards")
-    write_json(folder / WORK / "plan.json", {"identity": plan.identity(), "plan": asdict(plan)})
-    write_json_lines(folder / WORK / "inputs.jsonl", inputs)
+def _start_work(folder: Folder, plan: Plan, inputs: list[dict[str, Any]], encoder: Path | None) -> None:
+    """Write down what is to be done, unless an earlier call did, and bring the encoder."""
+    if not folder.is_remote:
+        for name in (WORK, NOTES, INPUTS, "shards"):
+            sweep_partial(make_folder(folder.path / name))
+    if folder.has(PLAN):
+        return
+    if encoder:
+        for name in Folder(str(encoder)).files():
+            folder.put(encoder / name, f"autoencoder/{name}")
+    for shard, first in enumerate(range(0, len(inputs), plan.shard_rows)):
+        lines = [json.dumps(one, ensure_ascii=False) for one in inputs[first : first + plan.shard_rows]]
+        folder.write(f"{INPUTS}/part-{shard:05d}.jsonl", "\n".join(lines) + "\n")
+    folder.write_json(PLAN, {"identity": plan.identity(), "plan": asdict(plan)})
 
 
-def _make_shards(folder: Path, plan: Plan, inputs: int, workers: int | None) -> None:
+def _make_shards(folder: Folder, plan: Plan, inputs: int, workers: int | None) -> None:
+    finished = folder.folder(NOTES).files()
     shards = range((inputs + plan.shard_rows - 1) // plan.shard_rows)
-    todo = [{"shard": shard} for shard in shards if not (folder / WORK / f"part-{shard:05d}.json").is_file()]
-    title = "encoding" if plan.autoencoder else "preparing"
+    todo = [{"shard": shard} for shard in shards if f"part-{shard:05d}.json" not in finished]
     kept = inputs - sum(min(plan.shard_rows, inputs - item["shard"] * plan.shard_rows) for item in todo)
-    with progress(title, inputs, "images") as meter:
+    argument = {"folder": folder.address, "backbones": allowed_backbones()}
+    with progress("encoding" if plan.autoencoder else "preparing", inputs, "images") as meter:
         meter.begin(kept)
-        for row in map_on_actors(ShardMaker, str(folder), todo, workers):
+        for row in map_on_actors(ShardMaker, argument, todo, workers, on_gpus=plan.autoencoder is not None):
             meter.update(meter.done + row["inputs"])
 
 
-class ShardMaker:
-    """Makes shards of one preparation; holds the autoencoder where there is one."""
-
-    def __init__(self, folder: str) -> None:
-        quiet_environment()
-        self.folder = Path(folder)
-        values = read_json(self.folder / WORK / "plan.json")["plan"]
-        transform = Transform(**values["transform"]) if values["transform"] else None
-        self.plan = Plan(**{**values, "transform": transform})
-        lines = (self.folder / WORK / "inputs.jsonl").read_text().splitlines()
-        self.inputs = [json.loads(line) for line in lines]
-        self.source = Path(self.plan.source)
-        self.pixels = open_dataset(self.source) if self.plan.source_kind == "dataset" else None
-        self.autoencoder = load_autoencoder(self.folder / "autoencoder") if self.plan.autoencoder else None
-        self._photograph: tuple[str, np.ndarray] | None = None
-
-    def __call__(self, item: dict[str, int]) -> dict[str, int]:
-        """Make shard `item["shard"]`: its Arrow file, then the note that says it is finished."""
-        self._photograph = None  # every shard reads, and hashes, what it needs itself
-        first = item["shard"] * self.plan.shard_rows
-        inputs = self.inputs[first : first + self.plan.shard_rows]
-        if self.pixels is not None:
-            rows = self.pixels.rows([entry["row"] for entry in inputs])
-            keys, labels, images = list(rows["key"]), [int(label) for label in rows["label"]], rows["image"]
-            skipped: list[dict[str, str]] = []
-            digest = self.plan.inputs_sha256
-        else:
-            keys, labels, images, skipped, digest = self._read(inputs)
-        name = f"part-{item['shard']:05d}"
-        note: dict[str, Any] = {"inputs": len(inputs), "rows": len(keys), "skipped": skipped, "source_sha256": digest}
-        if keys:
-            tensors = {"image": images} if self.autoencoder is None else self._encode(images)
-            note |= {"shape": list(images.shape[1:]), "classes": Counter(labels), "sums": _sums(tensors)}
-            note |= self._write(name, keys, labels, tensors)
-        write_json(self.folder / WORK / f"{name}.json", note)
-        return {"shard": item["shard"], "inputs": len(inputs)}
-
-    def _write(self, name: str, keys: list[str], labels: list[int], tensors: dict[str, np.ndarray]) -> dict[str, Any]:
-        path = self.folder / "shards" / f"{name}.arrow"
-        partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-        write_shard(partial, keys, labels, tensors)
-        partial.replace(path)
-        return {"file": f"shards/{path.name}", "bytes": path.stat().st_size, "sha256": file_sha256(path)}
-
-    def _read(self, inputs: list[dict[str, Any]]) -> tuple[list[str], list[int], np.ndarray, list[dict[str, str]], str]:
-        keys, labels, images, skipped = [], [], [], []
-        digest = hashlib.sha256()
-        for entry in inputs:
-            try:
-                image = self._image(entry, digest)
-            except Exception as error:
-                skipped.append({"key": entry["key"], "error": _reason(error, self.source / entry["file"])})
-                continue
-            keys.append(entry["key"])
-            labels.append(entry["label"])
-            images.append(image.transpose(2, 0, 1))
-        stacked = np.stack(images) if images else np.empty((0, 3, 0, 0), np.uint8)
-        return keys, labels, stacked, skipped, digest.hexdigest()
-
-    def _image(self, entry: dict[str, Any], digest: Any) -> np.ndarray:
-        """One input as (R, R, 3) uint8; raises where it cannot be used."""
-        transform = self.plan.transform
-        assert transform is not None  # a plan over images has one
-        path = self.source / entry["file"]
-        if "window" not in entry:
-            digest.update(path.read_bytes())
-            return _transformed(_decoded(path), transform)
-        if self._photograph is None or self._photograph[0] != entry["file"]:
-            digest.update(path.read_bytes())
-            image = _decoded(path)
-            size = _fitted(image.size, transform.short_side or 0)
-            self._photograph = (entry["file"], np.asarray(image.resize(size, Image.Resampling.LANCZOS)))
-        y, x = entry["window"]
-        window = self._photograph[1][y : y + transform.resolution, x : x + transform.resolution]
-        if window.mean() < DARK_MEAN:
-            raise ValueError(f"near-black window (mean below {DARK_MEAN:g})")
-        if window.std() < FLAT_STD:
-            raise ValueError(f"flat window (standard deviation below {FLAT_STD:g})")
-        return window
-
-    def _encode(self, images: np.ndarray) -> dict[str, np.ndarray]:
-        import torch
-
-        assert self.autoencoder is not None
-        means, stds = [], []
-        for start in range(0, len(images), ENCODE_BATCH):
-            batch = images[start : start + ENCODE_BATCH]
-            padded = np.concatenate([batch, np.repeat(batch[-1:], ENCODE_BATCH - len(batch), axis=0)])
-            mean, std = self.autoencoder.encode(torch.from_numpy(padded))
-            means.append(mean[: len(batch)].numpy().astype(np.float16))
-            stds.append(std[: len(batch)].numpy().astype(np.float16))
-        return {"mean": np.concatenate(means), "std": np.concatenate(stds)}
-
-
-def _decoded(path: Path) -> Image.Image:
-    with Image.open(path) as image:
-        upright = ImageOps.exif_transpose(image)
-        return upright.convert("RGB")
-
-
-def _transformed(image: Image.Image, transform: Transform) -> np.ndarray:
-    """Crop and resize to (R, R, 3) uint8."""
-    side = transform.resolution
-    if transform.crop == "none":
-        if image.size != (side, side):
-            raise ValueError(f"is {image.width}x{image.height}; --crop none takes {side}x{side} images as they are")
-        return np.asarray(image)
-    if transform.crop == "dhariwal":  # ADM: halve by box filter while twice too large, then bicubic
-        while min(image.size) >= 2 * side:
-            image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
-        scale = side / min(image.size)
-        size = (round(image.width * scale), round(image.height * scale))
-        image = image.resize(size, Image.Resampling.BICUBIC)
-        left, top = (image.width - side) // 2, (image.height - side) // 2
-        return np.asarray(image.crop((left, top, left + side, top + side)))
-    square = min(image.size)
-    left, top = (image.width - square) // 2, (image.height - square) // 2
-    image = image.crop((left, top, left + square, top + square))
-    if square != side:
-        image = image.resize((side, side), Image.Resampling.LANCZOS)
-    return np.asarray(image)
-
-
-def _reason(error: Exception, path: Path) -> str:
-    """Why an input was skipped, without a word that depends on this machine."""
-    if type(error) is ValueError:
-        return str(error)
-    message = str(error).replace(str(path), path.name)
-    return f"{type(error).__name__}: {message}"
-
-
-def _sums(tensors: dict[str, np.ndarray]) -> dict[str, list[float]]:
-    """Per channel: how many values, their sum, and their sum of squares (for latents E[z^2] = mean^2 + std^2)."""
-    values = next(iter(tensors.values())).astype(np.float64)
-    squares = values**2
-    if "std" in tensors:
-        squares += tensors["std"].astype(np.float64) ** 2
-    count = values.size // values.shape[1]
-    return {
-        "count": [count] * values.shape[1],
-        "sum": values.sum((0, 2, 3)).tolist(),
-        "squares": squares.sum((0, 2, 3)).tolist(),
-    }
-
-
-def _finish(folder: Path, plan: Plan, inputs: int) -> None:
+def _finish(folder: Folder, plan: Plan, inputs: int) -> None:
     """Put the shards' notes together; the card is written last and makes the dataset complete."""
-    notes = [read_json(path) for path in sorted((folder / WORK).glob("part-*.json"))]
+    notes = [folder.read_json(f"{NOTES}/{name}") for name in folder.folder(NOTES).files() if name.endswith(".json")]
     skipped = [entry for note in notes for entry in note["skipped"]]
     whole = [note for note in notes if note["rows"]]
     if not whole:
         reasons = Counter(entry["error"] for entry in skipped).most_common(2)
-        shutil.rmtree(folder / WORK)
-        shutil.rmtree(folder / "shards")
+        for name in (WORK, "shards", "autoencoder"):
+            folder.remove_folder(name)
         why = "; ".join(f"{count} x {reason}" for reason, count in reasons)
         raise UserError(f"none of the {inputs} inputs in {plan.source} can be used ({why}): give readable images")
-    write_json_lines(folder / "skipped.jsonl", skipped)
-    write_json(folder / CARD, _card(plan, notes, whole, skipped, inputs))
-    shutil.rmtree(folder / WORK)
+    folder.write("skipped.jsonl", "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in skipped))
+    folder.write_json(CARD, _card(plan, notes, whole, skipped, inputs))
+    folder.remove_folder(WORK)
     rows = sum(note["rows"] for note in whole)
     say(f"{rows:,} rows + {len(skipped):,} skipped = {inputs:,} inputs in {folder}")
 
@@ -433,18 +312,15 @@ def _card(
     classes: Counter[int] = Counter()
     for note in whole:
         classes.update({int(label): count for label, count in note["classes"].items()})
-    channels, _, resolution = whole[0]["shape"]
     parent = open_dataset(plan.source).card if plan.source_kind == "dataset" else None
-    if plan.autoencoder:
-        channels, resolution = len(mean), resolution // plan.autoencoder["downscale"]
     transform = parent["transform"] if parent else asdict(plan.transform) if plan.transform else None
     split_by = parent["split_by"] if parent else "region" if transform and transform["crop"] == "windows" else "key"
     source = plan.inputs_sha256 if parent else _combined([note["source_sha256"] for note in notes])
     return {
         "format_version": DATASET_FORMAT,
         "kind": "latents" if plan.autoencoder else "pixels",
-        "resolution": resolution,
-        "channels": channels,
+        "resolution": whole[0]["shape"][-1],
+        "channels": whole[0]["shape"][0],
         "dtype": "float16" if plan.autoencoder else "uint8",
         "rows": sum(note["rows"] for note in whole),
         "inputs": inputs,
@@ -453,6 +329,7 @@ def _card(
         "mean": mean.tolist(),
         "std": std.tolist(),
         "transform": transform,
+        "mirror": plan.mirror,
         "split_by": split_by,
         "autoencoder": plan.autoencoder,
         "source_sha256": source,

@@ -114,8 +114,10 @@ class Reader:
         label = torch.from_numpy(columns["label"]).to(self.device)
         if self.dataset.kind == "pixels":
             return Rows(torch.from_numpy(columns["image"]).to(self.device), label)
-        mean, std = (torch.from_numpy(columns[name]).to(self.device).float() for name in ("mean", "std"))
-        return Rows(mean, label, std)
+        moments = {
+            name: torch.from_numpy(columns[name]).to(self.device).float() for name in ("mean", "std") if name in columns
+        }
+        return Rows(moments["mean"], label, moments.get("std"))  # a deterministic autoencoder has no std
 
 
 @dataclass

@@ -135,7 +135,8 @@ def _space(recipe: Recipe, card: dict[str, Any]) -> dict[str, Any]:
     if recipe.data.whiten:
         scale = [recipe.model.sigma_data / std for std in card["std"]]
         return {"kind": "latents", "mean": card["mean"], "scale": scale}
-    return {"kind": "latents", "mean": [0.0] * channels, "scale": [card["autoencoder"]["scale"]] * channels}
+    told = card["autoencoder"]
+    return {"kind": "latents", "mean": [told.get("shift", 0.0)] * channels, "scale": [told["scale"]] * channels}
 
 
 def _check_fit(recipe: Recipe, dataset: Dataset) -> None:

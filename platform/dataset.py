@@ -22,6 +22,7 @@ from patchloom.platform.storage import file_sha256
 
 DATASET_FORMAT = 1
 CARD = "dataset.json"
+MIRRORED = "#mirror"  # ends the key of a row that was encoded from a mirror image
 
 
 def tensor_column(values: np.ndarray) -> pa.ExtensionArray:
@@ -32,14 +33,21 @@ def tensor_column(values: np.ndarray) -> pa.ExtensionArray:
     return pa.ExtensionArray.from_storage(kind, pa.FixedSizeListArray.from_arrays(flat, row))
 
 
-def write_shard(path: Path, keys: Sequence[str], labels: Sequence[int], tensors: dict[str, np.ndarray]) -> None:
-    """Write one Arrow IPC file: `key`, the tensor columns, `label`. The bytes depend on the rows alone."""
+def shard_bytes(keys: Sequence[str], labels: Sequence[int], tensors: dict[str, np.ndarray]) -> pa.Buffer:
+    """One Arrow IPC file: `key`, the tensor columns, `label`. The bytes depend on the rows alone."""
     columns = {"key": pa.array(keys, pa.string())}
     columns |= {name: tensor_column(values) for name, values in tensors.items()}
     columns["label"] = pa.array(labels, pa.int32())
     table = pa.table(columns)
-    with pa.OSFile(str(path), "wb") as file, pa.ipc.new_file(file, table.schema) as writer:
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_file(sink, table.schema) as writer:
         writer.write_table(table)
+    return sink.getvalue()
+
+
+def write_shard(path: Path, keys: Sequence[str], labels: Sequence[int], tensors: dict[str, np.ndarray]) -> None:
+    """Write one shard to a local file."""
+    path.write_bytes(shard_bytes(keys, labels, tensors))
 
 
 class Shard:
@@ -135,8 +143,9 @@ class Dataset:
         return np.flatnonzero(held_out if split == "held_out" else ~held_out)
 
     def _is_held_out(self, key: str, fraction: float) -> bool:
-        # crops of one photograph overlap: what stands before "#" names the region, which goes as a whole
-        unit = key.rsplit("#", 1)[0] if self.card["split_by"] == "region" else key
+        unit = key.removesuffix(MIRRORED)  # a mirror image goes with its image
+        if self.card["split_by"] == "region":  # crops of one photograph overlap: their region goes as a whole
+            unit = unit.rsplit("#", 1)[0]
         return int.from_bytes(hashlib.sha256(unit.encode()).digest()[:8], "big") < fraction * 2**64
 
     def verify(self) -> None:

@@ -43,6 +43,14 @@ class Folder:
         base, mark, options = os.fspath(text).partition("?")
         return Folder(base.rstrip("/") + mark + options)
 
+    @staticmethod
+    def of_file(text: str | os.PathLike[str]) -> "tuple[Folder, str]":
+        """The folder that a file lies in, and the file's name."""
+        whole = Folder.at(text)
+        base, mark, options = whole.address.partition("?") if whole.is_remote else (whole.address, "", "")
+        parent, _, name = base.rpartition("/")
+        return Folder((parent or "/") + mark + options), name
+
     def __str__(self) -> str:
         return (
             self.address.partition("?")[0] if self.is_remote else self.address
@@ -85,17 +93,19 @@ class Folder:
         with self._reached() as (system, base):
             return bool(system.get_file_info(f"{base}/{name}").type == pyarrow.fs.FileType.File)
 
-    @contextmanager
-    def open(self, name: str) -> Iterator[BinaryIO]:
-        """A file to read from, at random; an OSError says what is wrong with it."""
-        if not self.is_remote:
-            with (self.path / name).open("rb") as file:
-                yield file
-            return
+    def size(self, name: str) -> int:
+        """The bytes of a file; -1 where it cannot be told."""
         with self._reached() as (system, base):
-            opened = system.open_input_file(f"{base}/{name}")
-        with opened:
-            yield opened
+            size = system.get_file_info(f"{base}/{name}").size
+        return -1 if size is None else int(size)
+
+    def open(self, name: str) -> BinaryIO:
+        """A file to read from, at random, and to close; an OSError says what is wrong with it."""
+        if not self.is_remote:
+            return (self.path / name).open("rb")
+        with self._reached() as (system, base):
+            opened: BinaryIO = system.open_input_file(f"{base}/{name}")
+        return opened
 
     def read(self, name: str) -> bytes:
         """What a file holds; an OSError says what is wrong with it."""
@@ -109,8 +119,8 @@ class Folder:
         except ValueError as error:
             raise UserError(f"{self}/{name} is not JSON ({error}): remove it or restore it") from None
 
-    def write(self, name: str, content: str | bytes) -> None:
-        """Write a file."""
+    def write(self, name: str, content: Any) -> None:
+        """Write a file: text, or bytes of any kind."""
         if self.is_remote:
             with self._reached() as (system, base), system.open_output_stream(f"{base}/{name}") as file:
                 file.write(content.encode() if isinstance(content, str) else content)
@@ -192,7 +202,11 @@ class Folder:
 
 
 def _local_files(folder: Path) -> Iterator[tuple[str, int]]:
-    for parent, _, names in os.walk(folder):
+    def refuse(error: OSError) -> None:
+        if not isinstance(error, FileNotFoundError):
+            raise UserError(f"{error.filename} cannot be listed ({error.strerror}): let it be read, or move it away")
+
+    for parent, _, names in os.walk(folder, onerror=refuse):
         for name in names:
             path = Path(parent, name)
             try:

@@ -34,7 +34,7 @@ def make_folder(path: Path) -> Path:
     return path
 
 
-def write_atomic(path: Path, content: str | bytes) -> None:
+def write_atomic(path: Path, content: Any) -> None:
     """Write a file so that readers see the old one or the new one, never a part."""
     partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.partial")
     try:

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.distributions import Normal, kl_divergence
 
 from patchloom.models.autoencoder import (
-    Autoencoder,
+    DiffusersAutoencoder,
     autoencoder_loss,
     load_autoencoder,
     new_autoencoder,
@@ -62,7 +62,7 @@ def test_latents_without_an_autoencoder_are_refused() -> None:
 
 
 def test_encoding_is_diffusers_own_of_images_in_minus_1_to_1(network: Any, images: Tensor) -> None:
-    autoencoder = Autoencoder(network, "")
+    autoencoder = DiffusersAutoencoder(network)
     mean, std = autoencoder.encode(images)
     posterior = network.encode(images.float() / 127.5 - 1).latent_dist
     assert mean.shape == std.shape == (2, 4, 4, 6)
@@ -73,7 +73,7 @@ def test_encoding_is_diffusers_own_of_images_in_minus_1_to_1(network: Any, image
 
 
 def test_decoding_gives_bytes_of_the_images_size(network: Any, images: Tensor) -> None:
-    autoencoder = Autoencoder(network, "")
+    autoencoder = DiffusersAutoencoder(network)
     mean, _ = autoencoder.encode(images)
     decoded = autoencoder.decode(mean)
     assert decoded.shape == images.shape
@@ -83,7 +83,7 @@ def test_decoding_gives_bytes_of_the_images_size(network: Any, images: Tensor) -
 
 
 def test_latents_go_back_to_pixels_through_the_space_and_the_decoder(network: Any, images: Tensor) -> None:
-    autoencoder = Autoencoder(network, "")
+    autoencoder = DiffusersAutoencoder(network)
     mean, _ = autoencoder.encode(images)
     space = Space("latents", (0.3, -0.2, 0.0, 1.0), (2.0, 4.0, 0.5, 1.0))
     found, wanted = to_pixels(space.normalise(mean), space, autoencoder), autoencoder.decode(mean)
@@ -96,7 +96,7 @@ def test_a_saved_autoencoder_comes_back_as_it_was(network: Any, images: Tensor, 
     assert loaded.weights_sha256 == sha256
     assert (loaded.downscale, loaded.latent_channels) == (4, 4)
     mean, std = loaded.encode(images)
-    wanted_mean, wanted_std = Autoencoder(network, sha256).encode(images)
+    wanted_mean, wanted_std = DiffusersAutoencoder(network).encode(images)
     assert torch.equal(mean, wanted_mean)
     assert torch.equal(std, wanted_std)
 
@@ -116,7 +116,7 @@ def test_changed_or_missing_weights_are_refused(network: Any, tmp_path: Path) ->
 def test_the_loss_is_the_absolute_error_plus_the_weighted_kl_of_a_latent_value(network: Any, images: Tensor) -> None:
     x = images.float() / 127.5 - 1
     without, with_kl = (autoencoder_loss(network, x, kl, torch.Generator().manual_seed(1)) for kl in (0.0, 2.0))
-    mean, std = Autoencoder(network, "").encode(images)
+    mean, std = DiffusersAutoencoder(network).encode(images)
     kl = kl_divergence(Normal(mean, std), Normal(0.0, 1.0)).mean()
     torch.testing.assert_close(with_kl - without, 2 * kl, rtol=1e-4, atol=1e-5)
     noise = torch.randn(mean.shape, generator=torch.Generator().manual_seed(1))

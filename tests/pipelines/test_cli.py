@@ -125,7 +125,7 @@ MISTAKES = {
         ["train", "{tmp}/own.yaml", "--data", "{pixels}", "--out", "{tmp}/out", "--allow-backbone", "somebody"],
         "cannot be imported",
     ),
-    "a remote folder": (["inspect", "s3://bucket/data"], "remote"),
+    "a remote folder": (["sample", "{model}", "s3://bucket/samples"], "remote"),
 }
 
 

@@ -20,7 +20,6 @@ import json, os, sys, threading, time
 import ray.cluster_utils
 from patchloom.pipelines.checkpointer import newest_checkpoint
 from patchloom.platform.cluster import quiet_environment
-os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = "30"  # on the nodes: one that is gone is not waited for long
 quiet_environment()
 recipe, data, out, fate = json.loads(sys.argv[1])
 small = {"object_store_memory": 100 * 2**20}

@@ -10,7 +10,8 @@ import pytest
 import skimage
 from PIL import Image
 
-from patchloom.pipelines.prepare import Transform, _transformed, prepare
+from patchloom.pipelines.images import Transform
+from patchloom.pipelines.prepare import prepare
 from patchloom.platform.dataset import open_dataset
 from patchloom.platform.errors import UserError
 
@@ -68,7 +69,7 @@ def test_an_unfinished_preparation_goes_on_and_keeps_what_is_finished(
             prepare(str(images), str(folder), resolution=16, shard_rows=20)
     with pytest.raises(UserError, match="incomplete"):
         open_dataset(folder)
-    (folder / ".work" / "part-00001.json").unlink()  # its shard was not finished
+    (folder / ".work" / "notes" / "part-00001.json").unlink()  # its shard was not finished
     kept = (folder / "shards" / "part-00000.arrow").stat().st_mtime_ns
     prepare(str(images), str(folder), resolution=16, shard_rows=20)
     assert (folder / "shards" / "part-00000.arrow").stat().st_mtime_ns == kept
@@ -129,14 +130,14 @@ def test_windows_of_held_out_regions_share_no_pixel_with_training_windows(tmp_pa
 def test_a_centre_crop_is_the_middle_of_the_image() -> None:
     wide = np.zeros((4, 8, 3), np.uint8)
     wide[:, 2:6] = np.arange(48, dtype=np.uint8).reshape(4, 4, 3)
-    cropped = _transformed(Image.fromarray(wide), Transform(4))
+    cropped = Transform(4).apply(Image.fromarray(wide))
     assert np.array_equal(cropped, wide[:, 2:6])
 
 
 def test_adms_crop_halves_by_the_mean_of_two_by_two_boxes() -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8)
     boxes = pixels.reshape(4, 2, 4, 2, 3).astype(float).mean((1, 3))
-    cropped = _transformed(Image.fromarray(pixels), Transform(4, crop="dhariwal"))
+    cropped = Transform(4, crop="dhariwal").apply(Image.fromarray(pixels))
     assert np.abs(cropped - boxes).max() <= 1  # Pillow rounds after the rows and after the columns
 
 

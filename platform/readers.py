@@ -1,0 +1,203 @@
+"""Readers: the inputs of a source read by their places, in any process: files, archives, arrays and tables."""
+
+import gzip
+import hashlib
+import io
+import shutil
+import zipfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet
+
+from patchloom.platform.copies import hold_copy
+from patchloom.platform.errors import UserError
+from patchloom.platform.folder import COPY_BYTES, Folder
+from patchloom.platform.labels import first_of
+
+TABLE_BATCH_ROWS = 32
+
+
+class Reader:
+    """Reads the inputs of a source by their places, in any process; what is wrong with one comes as an exception."""
+
+    def __init__(self, kind: str, address: str) -> None:
+        self.folder = Folder(address)
+        how: dict[str, Callable[..., bytes | np.ndarray]] = {
+            "files": self.folder.read,
+            "zip": self._member,
+            "tar": self._piece,
+            "table": self._cell,
+            "npz": self._row,
+        }
+        self._read = how[kind]
+        self._open: dict[tuple[str, str], Any] = {}
+
+    def read(self, place: list[Any]) -> bytes | np.ndarray:
+        """The encoded image at a place, or the (H, W, C) array."""
+        return self._read(*place)
+
+    def _opened(self, name: str, how: Callable[[Folder, str], Any]) -> Any:
+        """The file of this name, kept open until another is asked for: inputs come in order."""
+        if (name, how.__name__) not in self._open:
+            self._open = {(name, how.__name__): how(self.folder, name)}
+        return self._open[name, how.__name__]
+
+    def _member(self, name: str, index: int) -> bytes:
+        archive: zipfile.ZipFile = self._opened(name, zip_file)
+        return archive.read(archive.infolist()[index])  # by number, because a name may come twice
+
+    def _piece(self, name: str, offset: int, size: int) -> bytes:
+        file: BinaryIO = self._opened(name, tar_file)
+        file.seek(offset)
+        return file.read(size)
+
+    def _row(self, name: str, row: int) -> np.ndarray:
+        return np.array(self._opened(name, npz_images)[row])
+
+    def _cell(self, name: str, column: str, row: int) -> bytes:
+        value = self._opened(name, open_table).cell(column, row)
+        if isinstance(value, dict):
+            value = value.get("bytes") or value.get("path")
+        if value is None:
+            raise ValueError("the row has no image")
+        return value if isinstance(value, bytes) else self.folder.read(str(value))
+
+
+def zip_file(folder: Folder, name: str) -> zipfile.ZipFile:
+    """An open zip archive; its members are addressed by number."""
+    try:
+        return zipfile.ZipFile(folder.open(name))
+    except (zipfile.BadZipFile, OSError) as error:
+        raise UserError(f"{folder}/{name} is no whole zip file ({error}): fetch it again") from None
+
+
+def npz_array(folder: Folder, name: str, wanted: tuple[str, ...]) -> np.ndarray | None:
+    """The first of these arrays that an `.npz` holds."""
+    with zip_file(folder, name) as archive:
+        there = {member.removesuffix(".npy"): member for member in archive.namelist()}
+        found = first_of(wanted, there)
+        return np.lib.format.read_array(io.BytesIO(archive.read(there[found])), allow_pickle=False) if found else None
+
+
+def npz_images(folder: Folder, name: str) -> np.ndarray:
+    """(N, H, W, C) or (N, H, W) uint8, unpacked once to the node's cache and memory-mapped."""
+    with zip_file(folder, name) as archive:
+        there = {member.removesuffix(".npy"): member for member in archive.namelist()}
+        found = first_of(("images", "image", "arr_0", "x", "data"), there)
+        if found is None:
+            raise UserError(f"{folder}/{name} holds {', '.join(there)}, and no array `images`: rename it")
+        member = archive.getinfo(there[found])
+
+        def unpack(here: Path) -> None:
+            with archive.open(member) as source, (here / "images.npy").open("wb") as target:
+                shutil.copyfileobj(source, target, COPY_BYTES)
+
+        _, here = hold_copy("arrays", f"{member.CRC:08x}-{member.file_size}", member.file_size, unpack)
+    images: np.ndarray = np.load(here / "images.npy", mmap_mode="r", allow_pickle=False)
+    if images.ndim not in (3, 4) or images.dtype != np.uint8:
+        raise UserError(
+            f"{folder}/{name}: {found} is {images.dtype} of {images.shape}, and uint8 of (N, H, W, C) or (N, H, W) "
+            "was wanted: convert it"
+        )
+    if images.ndim == 4 and images.shape[-1] > 4 and images.shape[1] in (1, 3):
+        images = images.transpose(0, 2, 3, 1)  # stored as (N, C, H, W)
+    return images
+
+
+def tar_file(folder: Folder, name: str) -> BinaryIO:
+    """A tar file to read at random; a compressed one is unpacked once to the node's cache."""
+    if name.lower().endswith(".tar"):
+        return folder.open(name)
+    with folder.open(name) as file:
+        file.seek(-8, io.SEEK_END)
+        digest = file.read(8).hex()  # gzip's own checksum and length
+
+    def unpack(here: Path) -> None:
+        try:
+            with folder.open(name) as file, gzip.open(file) as source, (here / "plain.tar").open("wb") as target:
+                shutil.copyfileobj(source, target, COPY_BYTES)
+        except (OSError, EOFError) as error:
+            raise UserError(f"{folder}/{name} is no whole gzip file ({error}): fetch it again") from None
+
+    size = folder.size(name)
+    place = hashlib.sha256(f"{name} {digest} {size}".encode()).hexdigest()[:32]
+    _, here = hold_copy("archives", place, 4 * size, unpack)
+    return (here / "plain.tar").open("rb")
+
+
+class Table:
+    """A Parquet or Arrow file: columns whole, cells of large columns one batch at a time."""
+
+    def __init__(self, schema: pa.Schema, rows: int, column: Callable[[str], list[Any]],
+                 batches: Callable[[str, int], Iterator[tuple[int, pa.Array]]]) -> None:  # fmt: skip
+        self.schema, self.rows, self.column = schema, rows, column
+        self._batches = batches
+        self._begun: tuple[str, Iterator[tuple[int, pa.Array]]] | None = None
+        self._batch: tuple[int, pa.Array] = (0, pa.array([]))
+
+    def cell(self, column: str, row: int) -> Any:
+        """One cell; rows that come in order are read once."""
+        first, batch = self._batch
+        if self._begun is None or self._begun[0] != column or row < first:
+            self._begun = (column, self._batches(column, row))
+            first, batch = next(self._begun[1])
+        while row >= first + len(batch):
+            first, batch = next(self._begun[1])
+        self._batch = (first, batch)
+        return batch[row - first].as_py()
+
+
+def open_table(folder: Folder, name: str) -> Table:
+    """A Parquet file, or an Arrow IPC file or stream."""
+    try:
+        return _parquet(folder, name) if name.lower().endswith(".parquet") else _arrow(folder, name)
+    except (pa.ArrowException, OSError) as error:
+        raise UserError(f"{folder}/{name} is no whole table ({' '.join(str(error).split())}): fetch it again") from None
+
+
+def _parquet(folder: Folder, name: str) -> Table:
+    file = pyarrow.parquet.ParquetFile(folder.open(name))
+    starts = np.cumsum([0] + [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)])
+
+    def batches(column: str, row: int) -> Iterator[tuple[int, pa.Array]]:
+        group = int(np.searchsorted(starts, row, side="right")) - 1
+        first = int(starts[group])
+        groups = list(range(group, file.num_row_groups))
+        # cells are read a few at a time: a group may hold gigabytes of images
+        for batch in file.iter_batches(TABLE_BATCH_ROWS, row_groups=groups, columns=[column]):
+            yield first, batch.column(0)
+            first += len(batch)
+
+    def column(name: str) -> list[Any]:
+        return list(file.read([name]).column(0).to_pylist())
+
+    return Table(file.schema_arrow, file.metadata.num_rows, column, batches)
+
+
+def _arrow(folder: Folder, name: str) -> Table:
+    """An Arrow IPC file or stream, memory-mapped; a remote one from the node's cache."""
+    if folder.is_remote:
+        size = folder.size(name)
+        digest = hashlib.sha256(f"{folder.address}/{name} {size}".encode()).hexdigest()[:32]
+        _, here = hold_copy("tables", digest, size, lambda to: folder.fetch(name, to / "table.arrow"))
+        path = here / "table.arrow"
+    else:
+        path = folder.path / name
+    mapped = pa.memory_map(str(path))
+    try:
+        table = pa.ipc.open_file(mapped).read_all()
+    except pa.ArrowInvalid:
+        table = pa.ipc.open_stream(mapped).read_all()
+
+    def batches(column: str, row: int) -> Iterator[tuple[int, pa.Array]]:
+        first = 0
+        for chunk in table.column(column).chunks:
+            if row < first + len(chunk):
+                yield first, chunk
+            first += len(chunk)
+
+    return Table(table.schema, table.num_rows, lambda name: list(table.column(name).to_pylist()), batches)
