@@ -2,7 +2,7 @@
 
 import json
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from patchloom.models.autoencoder import save_autoencoder as save
 from patchloom.models.luck import RowOrder, derive_seed
 from patchloom.models.step import Gradients
 from patchloom.pipelines.pictures import save_png, side_by_side
+from patchloom.pipelines.prepare import fetch_autoencoder
 from patchloom.platform.cluster import Worker, run_workers
 from patchloom.platform.dataset import Dataset, open_dataset
 from patchloom.platform.errors import UserError
@@ -66,6 +67,7 @@ class AutoencoderSettings:
     kl_weight: float = 1e-4
     held_out_fraction: float = 0.1
     seed: int = 0
+    init_from: str | None = None  # the autoencoder whose weights it begins with; its shape is then that one's
 
     @property
     def steps(self) -> int:
@@ -96,10 +98,13 @@ def train_autoencoder(
 
     out: the run folder; a finished one with the same settings has nothing to do. workers: Ray Train
     workers, 0 for this process. register: the name of the registered model. Raises UserError for a dataset
-    of latents or a folder that holds something else.
+    of latents, an `init_from` that is no AutoencoderKL, or a folder that holds something else.
     """
     settings = settings or AutoencoderSettings()
     rows = open_dataset(dataset)
+    begin: Path | None = None
+    if settings.init_from is not None:
+        begin, settings = _init_from(settings.init_from, settings)
     if rows.kind != "pixels":
         raise UserError(f"{dataset} holds {rows.kind}, and an autoencoder learns from pixels: give the pixel dataset")
     if settings.patch > rows.card["resolution"] or settings.patch % 2 ** (len(settings.widths) - 1):
@@ -111,7 +116,12 @@ def train_autoencoder(
     with locked(folder):
         run = _open_folder(folder, settings, rows)
         if "psnr_db" not in run:
-            config = {"folder": str(folder), "dataset": str(rows.path), "settings": asdict(settings)}
+            config = {
+                "folder": str(folder),
+                "dataset": rows.address,
+                "settings": asdict(settings),
+                "init_from": str(begin) if begin else None,
+            }
             with (
                 progress("training the autoencoder", settings.images, "patches") as meter,
                 Follower(folder, run["run_id"], lambda line: meter.update(line["images_seen"], _note(line))),
@@ -125,6 +135,17 @@ def train_autoencoder(
         end_run(run["run_id"])
     say(f"  reconstruction of held-out images: PSNR {run['psnr_db']:.1f} dB, SSIM {run['ssim']:.3f}")
     return AutoencoderResult(folder / "model", run["psnr_db"], run["ssim"], run["run_id"], run.get("reference"))
+
+
+def _init_from(reference: str, settings: AutoencoderSettings) -> tuple[Path, AutoencoderSettings]:
+    """The folder of the autoencoder to begin with, and the settings with its shape and exact weights."""
+    folder, card = fetch_autoencoder(reference)
+    if card["class"] != "AutoencoderKL":
+        raise UserError(f"--init-from {reference} is a {card['class']}, and only an AutoencoderKL can be trained here")
+    config = read_json(folder / "config.json")
+    shape = {"widths": tuple(config["block_out_channels"]), "latent_channels": card["latent_channels"]}
+    say(f"  beginning with the weights of {card['reference']}")
+    return folder, replace(settings, init_from=card["weights_sha256"], **shape)
 
 
 def _note(line: dict[str, Any]) -> str:
@@ -156,9 +177,7 @@ def autoencoder_worker(worker: Worker, config: dict[str, Any]) -> None:
     train = dataset.indices("train", settings.held_out_fraction)
     order = RowOrder(len(train), settings.seed)
     torch.manual_seed(derive_seed(settings.seed, "weights"))
-    network = new_autoencoder(settings.widths, settings.latent_channels).to(device)
-    with torch.no_grad():  # start with sharp posteriors: noise of unit variance would drown the first steps
-        network.quant_conv.bias[settings.latent_channels :] = -6
+    network = _network(settings, config["init_from"]).to(device)
     optimizer = torch.optim.Adam(network.parameters(), lr=settings.lr, betas=(0.9, 0.99), fused=True)
     gradients = Gradients(network, (1,))
     log = ProgressLog(folder / PROGRESS_FILE, settings.batch_size) if worker.rank == 0 else None
@@ -186,6 +205,17 @@ def autoencoder_worker(worker: Worker, config: dict[str, Any]) -> None:
         sweep_partial(folder)
         with whole_folder(folder / "model") as model:
             save(network.cpu(), model)
+
+
+def _network(settings: AutoencoderSettings, init_from: str | None) -> Any:
+    """The network to train: a new one, or one whose weights are there."""
+    if init_from is not None:
+        begun: Any = load_autoencoder(init_from)
+        return begun.network.requires_grad_(True).train()
+    network = new_autoencoder(settings.widths, settings.latent_channels)
+    with torch.no_grad():  # start with sharp posteriors: noise of unit variance would drown the first steps
+        network.quant_conv.bias[settings.latent_channels :] = -6
+    return network
 
 
 class ProgressLog:

@@ -1,5 +1,6 @@
 """The command line: parse, call one pipeline function, print; what a user got wrong is one line and exit code 2."""
 
+import contextlib
 import json
 import signal
 import sys
@@ -92,11 +93,18 @@ def inspect(
     what: Annotated[str, typer.Argument(help="A dataset folder, a model folder or models:/NAME@ALIAS")],
     allow_backbone: Backbones = None,
 ) -> None:
-    """Verify a dataset or model and print its card."""
+    """Verify a dataset or model and print its card; a dataset's contact sheet is written beside it."""
     allow_backbones(*allow_backbone or [])
     from patchloom.pipelines.inspect import inspect as run
+    from patchloom.pipelines.inspect import statistics_table
 
-    print(json.dumps(run(what), indent=2, ensure_ascii=False))
+    with contextlib.redirect_stdout(sys.stderr):  # what comes out is the card alone
+        card = run(what)
+    print(json.dumps(card, indent=2, ensure_ascii=False))
+    if "contact_sheet" in card:  # beside the JSON, for who looks
+        print(statistics_table(card), file=sys.stderr)
+        if card["contact_sheet"]:
+            print(f"  look at it: {card['contact_sheet']}", file=sys.stderr)
 
 
 @autoencoder_app.command("train", epilog="Example: patchloom autoencoder train dataset --out ae --register my-vae")
@@ -108,18 +116,24 @@ def autoencoder_train(
     images: Annotated[int, typer.Option(min=1, help="Patches to train on")] = 7_000,
     batch_size: Annotated[int, typer.Option(min=1)] = 8,
     patch: Annotated[int, typer.Option(min=1, help="Side of the patches, in pixels")] = 32,
-    lr: Annotated[float, typer.Option(min=0, help="Adam's learning rate at its peak")] = 5e-3,
+    lr: Annotated[
+        float | None, typer.Option(min=0, help="Adam's learning rate at its peak; 5e-3, or 1e-4 with --init-from")
+    ] = None,
+    init_from: Annotated[
+        str | None, typer.Option(help="Fine-tune this AutoencoderKL: models:/..., a folder, or a hub id")
+    ] = None,
     workers: Annotated[int, typer.Option(min=0, help="Ray Train workers; 0 is this process")] = 1,
     register: Annotated[str | None, typer.Option(help="Name in the MLflow registry")] = None,
 ) -> None:
-    """Train a small variational autoencoder (diffusers' AutoencoderKL) and measure it on held-out images."""
+    """Train a variational autoencoder (diffusers' AutoencoderKL), or fine-tune one, and measure it."""
     from patchloom.pipelines.autoencode import AutoencoderSettings, train_autoencoder
 
     if not all(part.strip().isdigit() for part in widths.split(",")):
         raise UserError(f"--widths {widths} is not a list of whole numbers: write 16,32,32")
     settings = AutoencoderSettings(
-        tuple(int(part) for part in widths.split(",")), latent_channels, images, batch_size, patch, lr
-    )
+        tuple(int(part) for part in widths.split(",")), latent_channels, images, batch_size, patch,
+        lr=lr or (1e-4 if init_from else 5e-3), init_from=init_from,
+    )  # fmt: skip
     train_autoencoder(dataset, out, settings, workers=workers, register=register)
 
 

@@ -1,5 +1,6 @@
 """What all tests share: an MLflow store and a Ray session of their own, small real images, a tiny trained run."""
 
+import os
 import socket
 import subprocess
 import sys
@@ -33,10 +34,11 @@ def mlflow_store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 @pytest.fixture(scope="session")
 def ray_cluster(mlflow_store: Path, cache: Path, s3: str) -> Iterator[None]:
-    """One Ray session for every test that needs one."""
+    """One Ray session for every test that needs one; its workers find the tests' own networks by PYTHONPATH."""
     from patchloom.platform.cluster import ray_session
 
-    with ray_session(cpus=2):
+    path = os.pathsep.join(filter(None, (str(Path(__file__).parent / "support"), os.environ.get("PYTHONPATH"))))
+    with environment(PYTHONPATH=path), ray_session(cpus=2):
         yield
 
 
