@@ -1,8 +1,9 @@
 """How fast the data path is: preparation against a plain Pillow loop, and random reads of latents for training.
 
-Three ways to the same pixels alternate in rounds over one archive of PNG files: a loop that opens, decodes and keeps
-the pixels; one worker of a preparation, which also hashes, counts and writes shards; and the whole of `prepare` on Ray
-with every core, its start included and not. Reads are of random rows from memory-mapped shards of (4, 32, 32) moments.
+Four ways to the same pixels alternate in rounds over one archive of PNG files: a loop that opens, decodes and keeps
+the pixels; a worker of a preparation, which also hashes, counts and writes shards, alone; one such worker a core on Ray,
+by its own time; and the whole call, its workers' start included. Reads are of random rows from memory-mapped shards of
+(4, 32, 32) moments.
 
     python benchmarks/data_path.py [--rounds 5] [--images 8000] [--archive some.zip] [--out benchmarks/results]
 """
@@ -16,9 +17,11 @@ import tempfile
 import time
 import zipfile
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import numpy as np
 import PIL
@@ -26,9 +29,12 @@ import pyarrow as pa
 import skimage
 from PIL import Image
 
-from patchloom.pipelines.prepare import prepare
-from patchloom.platform.cluster import ray_session
+from patchloom.pipelines.prepare import SHARD_ROWS, _plan_images, _start_work, _transform, prepare
+from patchloom.pipelines.shards import ShardMaker
+from patchloom.platform.cluster import map_on_actors, ray_session
 from patchloom.platform.dataset import Dataset, write_shard
+from patchloom.platform.folder import Folder
+from patchloom.platform.sources import open_source
 from patchloom.platform.storage import file_sha256
 
 SIDE, ROWS, BATCH, BATCHES = 64, 20_000, 64, 300
@@ -57,19 +63,14 @@ def pillow_loop(archive: Path) -> int:
     return count
 
 
-def one_worker(archive: Path, scratch: Path) -> Callable[[], int]:
-    """All shards of a preparation, made in this process as a worker of Ray makes them."""
-    from patchloom.pipelines.prepare import _plan_images, _start_work, _transform
-    from patchloom.pipelines.shards import ShardMaker
-    from patchloom.platform.folder import Folder
-    from patchloom.platform.sources import open_source
-
-    inputs, plan = _plan_images(open_source(str(archive)), _transform(SIDE, "center", "lanczos", 3, 0, None, None))
-    plan = type(plan)(**{**vars(plan), "shard_rows": 512})
+def begun(archive: Path, scratch: Path) -> tuple[dict[str, Any], list[dict[str, int]]]:
+    """A preparation that is written down and not yet worked on: what a worker is made of, and its shards."""
+    transform = _transform(SIDE, "center", "lanczos", 3, 0, None, None)
+    inputs, plan = _plan_images(open_source(str(archive)), transform)
     folder = Folder(str(scratch))
-    _start_work(folder, plan, inputs, None)
-    maker = ShardMaker({"folder": folder.address, "backbones": []})
-    return lambda: sum(maker({"shard": shard})["inputs"] for shard in range(-(-len(inputs) // 512)))
+    _start_work(folder, replace(plan, shard_rows=SHARD_ROWS), inputs, None)
+    shards = [{"shard": shard} for shard in range(-(-len(inputs) // SHARD_ROWS))]
+    return {"folder": folder.address, "backbones": []}, shards
 
 
 def timed(work: Callable[[], int]) -> float:
@@ -78,28 +79,35 @@ def timed(work: Callable[[], int]) -> float:
     return work() / (time.perf_counter() - began)
 
 
+def workers_on_ray(argument: dict[str, Any], shards: list[dict[str, int]]) -> float:
+    """Images a second of a worker's own time, with one worker a core at work."""
+    made = list(map_on_actors(ShardMaker, argument, shards, None))
+    return float(sum(row["inputs"] for row in made) / sum(row["seconds"] for row in made))
+
+
 def measure_preparation(archive: Path, scratch: Path, rounds: int) -> dict[str, float]:
     cpus = os.cpu_count() or 1
-    worker = one_worker(archive, scratch / "worker")
-    pillow, alone, whole = [], [], []
+    argument, shards = begun(archive, scratch / "work")
+    alone = ShardMaker(argument)
+    rates: dict[str, list[float]] = {"pillow": [], "worker_alone": [], "worker_on_ray": [], "prepare": []}
     with ray_session():
         for number in range(-1, rounds):  # the first round warms up
             again = str(scratch / f"whole-{number}")
-            rates = (
-                timed(lambda: pillow_loop(archive)),
-                timed(worker),
-                timed(lambda again=again: len(prepare(str(archive), again, resolution=SIDE))),
-            )
+            found = {
+                "pillow": timed(lambda: pillow_loop(archive)),
+                "worker_alone": timed(lambda: sum(alone(shard)["inputs"] for shard in shards)),
+                "worker_on_ray": workers_on_ray(argument, shards),
+                "prepare": timed(lambda again=again: len(prepare(str(archive), again, resolution=SIDE))),
+            }
             if number >= 0:
-                for kept, rate in zip((pillow, alone, whole), rates, strict=True):
-                    kept.append(rate)
-    return {
-        "pillow_images_per_second": median(pillow),
-        "worker_images_per_second": median(alone),
-        "prepare_images_per_second": median(whole),
-        "worker_over_pillow": median(a / p for a, p in zip(alone, pillow, strict=True)),
-        "prepare_per_core_over_pillow": median(w / p / cpus for w, p in zip(whole, pillow, strict=True)),
+                for name, rate in found.items():
+                    rates[name].append(rate)
+    over = {
+        f"{name}_over_pillow": median(a / p for a, p in zip(rates[name], rates["pillow"], strict=True))
+        for name in ("worker_alone", "worker_on_ray", "prepare")
     }
+    over["prepare_per_core_over_pillow"] = over.pop("prepare_over_pillow") / cpus
+    return {f"{name}_images_per_second": median(some) for name, some in rates.items()} | over
 
 
 def measure_reads(scratch: Path) -> dict[str, float]:
@@ -140,8 +148,9 @@ def main() -> None:
         found["reads"] = measure_reads(scratch)
     prepared, reads = found["preparation"], found["reads"]
     print(f"a Pillow loop in one process: {prepared['pillow_images_per_second']:,.0f} images/s")
-    print(f"one worker of prepare: {prepared['worker_over_pillow']:.2f}x of it")
-    print(f"prepare on {os.cpu_count()} cores, its workers' start included: "
+    print(f"one worker of prepare alone: {prepared['worker_alone_over_pillow']:.2f}x of it")
+    print(f"each of {os.cpu_count()} workers on Ray: {prepared['worker_on_ray_over_pillow']:.2f}x of it")
+    print(f"the whole call on {os.cpu_count()} cores, its workers' start included: "
           f"{prepared['prepare_per_core_over_pillow']:.2f}x of it a core")  # fmt: skip
     print(f"random reads: {reads['latents_per_second']:,.0f} latents/s of (4, 32, 32), mean and std")
     record = {

@@ -1,6 +1,5 @@
 """Preparation: every input is a row or listed, the bytes are the source's, and a kill loses nothing."""
 
-import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -8,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import skimage
+from helpers import shard_hashes
 from PIL import Image
 
 from patchloom.pipelines.images import Transform
@@ -16,11 +16,6 @@ from patchloom.platform.dataset import open_dataset
 from patchloom.platform.errors import UserError
 
 pytestmark = pytest.mark.ray
-
-
-def shard_hashes(folder: Path) -> dict[str, str]:
-    files = sorted((folder / "shards").iterdir())
-    return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
 
 
 def test_rows_and_skipped_add_up_to_the_inputs(images: Path, pixels: Path) -> None:

@@ -1,5 +1,6 @@
 """Small things that several tests use."""
 
+import hashlib
 import os
 import subprocess
 import sys
@@ -85,3 +86,9 @@ def assert_equal_models(one: Path, other: Path) -> None:
     first, second = (load_file(run / "model" / "model.safetensors") for run in (one, other))
     assert first.keys() == second.keys()
     assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def shard_hashes(folder: Path) -> dict[str, str]:
+    """The sha256 of every shard of a dataset, by its file's name."""
+    files = sorted((folder / "shards").iterdir())
+    return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
