@@ -1,9 +1,9 @@
 """How fast the data path is: preparation against a plain Pillow loop, and random reads of latents for training.
 
 Four ways to the same pixels alternate in rounds over one archive of PNG files: a loop that opens, decodes and keeps
-the pixels; a worker of a preparation, which also hashes, counts and writes shards, alone; one such worker a core on Ray,
-by its own time; and the whole call, its workers' start included. Reads are of random rows from memory-mapped shards of
-(4, 32, 32) moments.
+the pixels; a worker of a preparation, which also hashes, counts and writes shards, alone; one such worker a core on
+Ray, by its own time; and the whole call, its workers' start included. Reads are of random rows from memory-mapped
+shards of (4, 32, 32) moments.
 
     python benchmarks/data_path.py [--rounds 5] [--images 8000] [--archive some.zip] [--out benchmarks/results]
 """

@@ -262,15 +262,16 @@ def _start_work(folder: Folder, plan: Plan, inputs: list[dict[str, Any]], encode
     if not folder.is_remote:
         for name in (WORK, NOTES, INPUTS, "shards"):
             sweep_partial(make_folder(folder.path / name))
-    if folder.has(PLAN):
-        return
+    if not folder.has(PLAN):
+        for shard, first in enumerate(range(0, len(inputs), plan.shard_rows)):
+            lines = [json.dumps(one, ensure_ascii=False) for one in inputs[first : first + plan.shard_rows]]
+            folder.write(f"{INPUTS}/part-{shard:05d}.jsonl", "\n".join(lines) + "\n")
+        folder.write_json(PLAN, {"identity": plan.identity(), "plan": asdict(plan)})
     if encoder:
-        for name in Folder(str(encoder)).files():
-            folder.put(encoder / name, f"autoencoder/{name}")
-    for shard, first in enumerate(range(0, len(inputs), plan.shard_rows)):
-        lines = [json.dumps(one, ensure_ascii=False) for one in inputs[first : first + plan.shard_rows]]
-        folder.write(f"{INPUTS}/part-{shard:05d}.jsonl", "\n".join(lines) + "\n")
-    folder.write_json(PLAN, {"identity": plan.identity(), "plan": asdict(plan)})
+        there = folder.folder("autoencoder").files()
+        for name, size in Folder(str(encoder)).files().items():
+            if there.get(name) != size:
+                folder.put(encoder / name, f"autoencoder/{name}")
 
 
 def _make_shards(folder: Folder, plan: Plan, inputs: int, workers: int | None) -> None:

@@ -156,7 +156,7 @@ def _run_trials(
             "trial": number,
             "settings": setting,
             "recipe": recipe.model_dump(mode="json"),
-            "dataset": str(dataset.path),
+            "dataset": dataset.address,
             "folder": str(folder / "trials" / f"{number:03d}"),
             "parent_run": run_id,
             "tracking_uri": tracking_uri(),

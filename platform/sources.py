@@ -69,7 +69,9 @@ def open_source(address: str, labels: str | None = None) -> Source:
     found, told = LISTS[kind](folder, names)
     if not found:
         endings = " ".join(sorted(IMAGE_EXTENSIONS))
-        raise UserError(f"{folder} holds no image: files ending in {endings} were looked for, in all sub-folders")
+        archives = [name for name in names if name.lower().endswith(sum(FILE_KINDS.values(), ()))]
+        hint = f"; is {folder}/{archives[0]} meant?" if archives else ""
+        raise UserError(f"{folder} holds no image: files ending in {endings} were looked for, in all sub-folders{hint}")
     class_names, inputs, unmatched = _labelled(found, read_labels(labels) if labels else told)
     return Source(kind, folder.address, class_names, inputs, unmatched)
 

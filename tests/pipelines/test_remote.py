@@ -44,12 +44,17 @@ def test_a_remote_run_killed_and_resumed_is_the_local_run(
     assert train(recipe, str(pixels), str(run), workers=0, resume=True).last == last  # nothing left to do
 
 
-def test_a_remote_run_on_workers_is_the_local_run(s3: str, pixels: Path, tmp_path: Path, ray_cluster: None) -> None:
+def test_a_remote_run_of_remote_data_on_workers_is_the_local_run(
+    s3: str, pixels: Path, tmp_path: Path, ray_cluster: None
+) -> None:
+    data = Folder.at(f"{s3}/data")
+    for name in Folder.at(pixels).files():
+        data.put(pixels / name, name)
     recipe = tiny_recipe()
     shown: list[int] = []
     run = f"{s3}/runs/workers"
     train(recipe, str(pixels), str(tmp_path / "here"), workers=2)
-    result = train(recipe, str(pixels), run, workers=2, show=lambda line: shown.append(line["step"]))
+    result = train(recipe, str(data), run, workers=2, show=lambda line: shown.append(line["step"]))
     assert_equal_models(result.folder, tmp_path / "here")
     assert shown == sorted(set(shown)) and shown[-1] == 39
     assert register(run, "remote").startswith("models:/remote/")
