@@ -1,5 +1,6 @@
 """Copies: what lies far away as files on this node, and a folder of this node kept far away while it grows."""
 
+import contextlib
 import fcntl
 import hashlib
 import os
@@ -50,11 +51,27 @@ def pull(there: Folder, here: Path, wanted: Callable[[str], bool] = lambda name:
         for name in Folder(str(here)).files():
             if name not in names and not _is_hidden(name):
                 (here / name).unlink(missing_ok=True)
-        for name, size in sorted(names.items(), key=lambda item: _vouches(item[0])):
-            # a tensor's file never changes under its name; small ones are looked at again
+        cards = {name: _read(there, name) for name in names if wanted(name) and name.endswith(".json")}
+        changed = {name.rpartition("/")[0] for name, card in cards.items() if _read(Folder(str(here)), name) != card}
+        for name, size in names.items():
+            if not wanted(name) or name in cards:
+                continue
+            # a tensor's file never changes under its card; small files are looked at again
             is_here = (here / name).is_file() and (here / name).stat().st_size == size
-            if wanted(name) and not (is_here and name.endswith(".safetensors")):
-                there.fetch(name, here / name)
+            if not (is_here and name.endswith(".safetensors") and name.rpartition("/")[0] not in changed):
+                with contextlib.suppress(FileNotFoundError):  # let go a moment ago, its card first
+                    there.fetch(name, here / name)
+        for name, card in cards.items():
+            if card is not None:
+                Folder(str(here)).write(name, card)
+
+
+def _read(folder: Folder, name: str) -> bytes | None:
+    """What a file holds, or None where it is not, or no longer, there."""
+    try:
+        return folder.read(name)
+    except FileNotFoundError:
+        return None
 
 
 class Mirror:
@@ -133,6 +150,8 @@ class Mirror:
                 else:
                     self.there.put(self.here / name, name)
             except FileNotFoundError:
+                if (self.here / name).exists():
+                    raise  # it is the store that is gone
                 continue
             self._sent[name] = stamps[name]
 
@@ -208,21 +227,27 @@ def hold_copy(kind: str, name: str, size_bytes: int, fill: Callable[[Path], None
     cache = cache_folder(kind)
     folder, lock = cache / name, cache / f"{name}.lock"
     handle = os.open(lock, os.O_RDWR | os.O_CREAT, 0o644)
-    while True:
-        fcntl.flock(handle, fcntl.LOCK_SH)
-        if (folder / WHOLE).is_file():
-            os.utime(lock)  # used just now
-            return handle, folder
-        fcntl.flock(handle, fcntl.LOCK_EX)  # the others wait here for the one that fills
-        if not (folder / WHOLE).is_file():
-            _make_room(cache, size_bytes, lock)
-            fill(make_folder(folder))
-            write_atomic(folder / WHOLE, "")
+    try:
+        fcntl.flock(handle, fcntl.LOCK_SH)  # from here on nobody removes it
+        with (cache / f"{name}.filling").open("a") as filling:
+            fcntl.flock(filling, fcntl.LOCK_EX)  # the others wait here for the one that fills, and for nothing else
+            if not (folder / WHOLE).is_file():
+                _make_room(cache, size_bytes, lock)
+                fill(make_folder(folder))
+                write_atomic(folder / WHOLE, "")
+    except BaseException:
+        os.close(handle)
+        raise
+    os.utime(lock)  # used just now
+    return handle, folder
 
 
 def _make_room(cache: Path, size_bytes: int, mine: Path) -> None:
     """Remove the copies that nobody holds, the longest unused first, until so many bytes have room."""
-    most = float(os.environ.get(CACHE_GIB) or DEFAULT_CACHE_GIB) * 2**30
+    try:
+        most = float(os.environ.get(CACHE_GIB) or DEFAULT_CACHE_GIB) * 2**30
+    except ValueError:
+        raise UserError(f"{CACHE_GIB}={os.environ[CACHE_GIB]} is not a number: give the cache's size in GiB") from None
     locks = sorted((lock for lock in cache.glob("*.lock") if lock != mine), key=lambda lock: lock.stat().st_mtime)
     sizes = {lock: sum(Folder(str(lock.with_suffix(""))).files().values()) for lock in locks}
 

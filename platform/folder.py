@@ -1,8 +1,10 @@
 """Folders, here or far away: the same few verbs at a path, at s3://, gs:// and hdfs://, and where else fsspec goes."""
 
+import contextlib
 import functools
 import json
 import os
+import re
 import shutil
 import uuid
 from collections.abc import Iterator
@@ -41,6 +43,8 @@ class Folder:
         if not is_remote(text):
             return Folder(str(local_path(text)))
         base, mark, options = os.fspath(text).partition("?")
+        if not base.partition("://")[2].strip("/"):
+            raise UserError(f"{base} names no place: give an address such as s3://bucket/folder")
         return Folder(base.rstrip("/") + mark + options)
 
     @staticmethod
@@ -49,12 +53,13 @@ class Folder:
         whole = Folder.at(text)
         base, mark, options = whole.address.partition("?") if whole.is_remote else (whole.address, "", "")
         parent, _, name = base.rpartition("/")
+        if parent.endswith(":/"):  # the top of a store lies in nothing
+            return whole, ""
         return Folder((parent or "/") + mark + options), name
 
     def __str__(self) -> str:
-        return (
-            self.address.partition("?")[0] if self.is_remote else self.address
-        )  # what pyarrow takes as options after it may be secret
+        # neither the options that pyarrow takes after the question mark nor the keys before the @ are shown
+        return re.sub("://[^/]*@", "://", self.address.partition("?")[0]) if self.is_remote else self.address
 
     @property
     def is_remote(self) -> bool:
@@ -122,7 +127,7 @@ class Folder:
     def write(self, name: str, content: Any) -> None:
         """Write a file: text, or bytes of any kind."""
         if self.is_remote:
-            with self._reached() as (system, base), system.open_output_stream(f"{base}/{name}") as file:
+            with self._reached() as (system, base), _output(system, f"{base}/{name}") as file:
                 file.write(content.encode() if isinstance(content, str) else content)
             return
         path = self.path / name
@@ -136,12 +141,17 @@ class Folder:
     def put(self, file: Path, name: str) -> None:
         """Bring a local file here under a name."""
         if self.is_remote:
-            with (
-                file.open("rb") as source,
-                self._reached() as (system, base),
-                system.open_output_stream(f"{base}/{name}") as target,
-            ):
-                shutil.copyfileobj(source, target, COPY_BYTES)  # an object appears when its upload is complete
+            try:
+                with (
+                    file.open("rb") as source,
+                    self._reached() as (system, base),
+                    _output(system, f"{base}/{name}") as target,
+                ):
+                    shutil.copyfileobj(source, target, COPY_BYTES)  # an object appears when its upload is complete
+            except (OSError, UserError):
+                with contextlib.suppress(OSError, UserError):
+                    self.remove(name)  # closing ends an upload, wherever it stands
+                raise
             return
         self._put_locally(file, self.path / name)
 
@@ -216,18 +226,36 @@ def _local_files(folder: Path) -> Iterator[tuple[str, int]]:
             yield path.relative_to(folder).as_posix(), size
 
 
-@functools.lru_cache(64)
+def _output(system: Any, path: str) -> Any:
+    """A file to write to as it is; pyarrow would compress one whose name ends in .gz."""
+    if system.type_name not in ("s3", "gcs"):  # object stores have no folders to make
+        system.create_dir(path.rpartition("/")[0], recursive=True)
+    return system.open_output_stream(path, compression=None)
+
+
 def _system(address: str) -> tuple[Any, str]:
-    """The file system of a remote address and the path on it: pyarrow's own, or fsspec's."""
+    """The file system of a remote address and the path on it, in which any character may stand."""
+    base, mark, options = address.partition("?")
+    scheme, _, place = base.partition("://")
+    host, _, rest = place.partition("/")
+    system, top = _store(f"{scheme}://{host}{mark}{options}")
+    return system, f"{top}/{rest}".rstrip("/")
+
+
+@functools.lru_cache(64)
+def _store(address: str) -> tuple[Any, str]:
+    """The file system at the top of a store, pyarrow's own or fsspec's, and the path of that top."""
     try:
         system, path = pyarrow.fs.FileSystem.from_uri(address)
-    except pa.ArrowInvalid:
+    except pa.ArrowInvalid as invalid:
         import fsspec
 
         scheme = address.split("://")[0]
+        if scheme in ("s3", "gs", "gcs", "hdfs", "viewfs"):  # pyarrow knows these: what it says is what is wrong
+            raise UserError(f"{Folder(address)} cannot be an address ({invalid}): check it") from None
         try:
             inner, path = fsspec.core.url_to_fs(address)
         except (ValueError, ImportError) as error:
-            raise UserError(f"{address}: no file system is known for {scheme}:// ({error})") from None
+            raise UserError(f"{Folder(address)}: no file system is known for {scheme}:// ({error})") from None
         system = pyarrow.fs.PyFileSystem(pyarrow.fs.FSSpecHandler(inner))
     return system, path.rstrip("/")

@@ -5,6 +5,7 @@ import hashlib
 import io
 import shutil
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -19,6 +20,7 @@ from patchloom.platform.folder import COPY_BYTES, Folder
 from patchloom.platform.labels import first_of
 
 TABLE_BATCH_ROWS = 32
+GZIP_LEAST_BYTES = 18
 
 
 class Reader:
@@ -80,7 +82,12 @@ def npz_array(folder: Folder, name: str, wanted: tuple[str, ...]) -> np.ndarray 
     with zip_file(folder, name) as archive:
         there = {member.removesuffix(".npy"): member for member in archive.namelist()}
         found = first_of(wanted, there)
-        return np.lib.format.read_array(io.BytesIO(archive.read(there[found])), allow_pickle=False) if found else None
+        if found is None:
+            return None
+        try:
+            return np.lib.format.read_array(io.BytesIO(archive.read(there[found])), allow_pickle=False)
+        except (ValueError, zipfile.BadZipFile) as error:
+            raise UserError(f"{folder}/{name}: {found} cannot be read ({error}): write it again") from None
 
 
 def npz_images(folder: Folder, name: str) -> np.ndarray:
@@ -93,8 +100,11 @@ def npz_images(folder: Folder, name: str) -> np.ndarray:
         member = archive.getinfo(there[found])
 
         def unpack(here: Path) -> None:
-            with archive.open(member) as source, (here / "images.npy").open("wb") as target:
-                shutil.copyfileobj(source, target, COPY_BYTES)
+            try:
+                with archive.open(member) as source, (here / "images.npy").open("wb") as target:
+                    shutil.copyfileobj(source, target, COPY_BYTES)
+            except (zipfile.BadZipFile, zlib.error, EOFError) as error:
+                raise UserError(f"{folder}/{name} is no whole .npz ({error}): fetch it again") from None
 
         _, here = hold_copy("arrays", f"{member.CRC:08x}-{member.file_size}", member.file_size, unpack)
     images: np.ndarray = np.load(here / "images.npy", mmap_mode="r", allow_pickle=False)
@@ -103,7 +113,7 @@ def npz_images(folder: Folder, name: str) -> np.ndarray:
             f"{folder}/{name}: {found} is {images.dtype} of {images.shape}, and uint8 of (N, H, W, C) or (N, H, W) "
             "was wanted: convert it"
         )
-    if images.ndim == 4 and images.shape[-1] > 4 and images.shape[1] in (1, 3):
+    if images.ndim == 4 and images.shape[-1] > 4 and images.shape[1] in (1, 2, 3, 4):
         images = images.transpose(0, 2, 3, 1)  # stored as (N, C, H, W)
     return images
 
@@ -112,6 +122,8 @@ def tar_file(folder: Folder, name: str) -> BinaryIO:
     """A tar file to read at random; a compressed one is unpacked once to the node's cache."""
     if name.lower().endswith(".tar"):
         return folder.open(name)
+    if folder.size(name) < GZIP_LEAST_BYTES:
+        raise UserError(f"{folder}/{name} is no whole gzip file (it is too short): fetch it again")
     with folder.open(name) as file:
         file.seek(-8, io.SEEK_END)
         digest = file.read(8).hex()  # gzip's own checksum and length
@@ -142,11 +154,15 @@ class Table:
     def cell(self, column: str, row: int) -> Any:
         """One cell; rows that come in order are read once."""
         first, batch = self._batch
-        if self._begun is None or self._begun[0] != column or row < first:
-            self._begun = (column, self._batches(column, row))
-            first, batch = next(self._begun[1])
-        while row >= first + len(batch):
-            first, batch = next(self._begun[1])
+        try:
+            if self._begun is None or self._begun[0] != column or row < first:
+                self._begun = (column, self._batches(column, row))
+                first, batch = next(self._begun[1])
+            while row >= first + len(batch):
+                first, batch = next(self._begun[1])
+        except Exception:
+            self._begun = None  # a damaged piece: the next row begins anew
+            raise
         self._batch = (first, batch)
         return batch[row - first].as_py()
 

@@ -72,14 +72,15 @@ def open_source(address: str, labels: str | None = None) -> Source:
         archives = [name for name in names if name.lower().endswith(sum(FILE_KINDS.values(), ()))]
         hint = f"; is {folder}/{archives[0]} meant?" if archives else ""
         raise UserError(f"{folder} holds no image: files ending in {endings} were looked for, in all sub-folders{hint}")
-    class_names, inputs, unmatched = _labelled(found, read_labels(labels) if labels else told)
+    by_folder = kind in ("files", "zip") or (kind == "tar" and len(names) == 1)  # shards and rows have no folders
+    class_names, inputs, unmatched = _labelled(found, read_labels(labels) if labels else told, by_folder)
     return Source(kind, folder.address, class_names, inputs, unmatched)
 
 
-def _labelled(found: list[_Found], given: Labels | None) -> tuple[list[str], list[Input], int]:
+def _labelled(found: list[_Found], given: Labels | None, by_folder: bool) -> tuple[list[str], list[Input], int]:
     """The class names, the inputs with their class as a number, and how many labels name no input."""
     if given is None and all(one.label is None for one in found):
-        raw: list[int | str | None] = [one.key.split("/")[0] if "/" in one.key else None for one in found]
+        raw: list[int | str | None] = [one.key.split("/")[0] if by_folder and "/" in one.key else None for one in found]
         names = None
     elif given is None:
         raw, names = [one.label for one in found], None
@@ -108,11 +109,15 @@ def _kind_of(address: str) -> tuple[str, Folder, dict[str, int]]:
         raise UserError(
             f"{folder} holds the splits {', '.join(splits)}: give one of them, such as {folder}/{splits[0]}"
         )
-    if "state.json" in names:  # as Hugging Face's `datasets` saves
-        files = [entry["filename"] for entry in folder.read_json("state.json")["_data_files"]]
+    state = folder.read_json("state.json") if "state.json" in names else {}
+    if isinstance(state, dict) and "_data_files" in state:  # as Hugging Face's `datasets` saves
+        files = [entry["filename"] for entry in state["_data_files"]]
+        missing = [name for name in files if name not in names]
+        if missing:
+            raise UserError(f"{folder}/{missing[0]} is missing from a saved dataset: save it again")
         return "table", folder, {name: names[name] for name in files}
     if not any(_is_image(name) for name in names):
-        for kind in ("table", "tar"):
+        for kind in ("tar", "table"):  # tables beside shards are the notes of who made them
             chosen = {name: size for name, size in names.items() if name.lower().endswith(FILE_KINDS[kind])}
             if chosen:
                 return kind, folder, chosen
@@ -150,8 +155,12 @@ def _list_tars(folder: Folder, names: dict[str, int]) -> tuple[list[_Found], Lab
         mine: list[_Found] = []
         with tar_file(folder, name) as file:
             try:
-                for member in tarfile.TarFile(fileobj=file):
-                    if not member.isfile():
+                archive = tarfile.TarFile(fileobj=file)
+                for member in archive:
+                    if member.islnk():  # another name of a member before it
+                        target = archive.getmember(member.linkname)
+                        member.offset_data, member.size = target.offset_data, target.size
+                    elif not member.isfile():
                         continue
                     stem, _, ending = member.name.rpartition(".")
                     place = [name, member.offset_data, member.size]
@@ -163,7 +172,10 @@ def _list_tars(folder: Folder, names: dict[str, int]) -> tuple[list[_Found], Lab
                         label = _sidecar(ending, content)
                         if label is not None:
                             stems[before + stem.removeprefix("./")] = label
-            except (tarfile.TarError, EOFError, OSError) as error:
+                file.seek(archive.offset)
+                if file.read(tarfile.BLOCKSIZE).strip(b"\0"):  # tarfile takes a damaged header for the end
+                    raise tarfile.ReadError(f"what stands at byte {archive.offset} is no header")
+            except (tarfile.TarError, EOFError, OSError, KeyError) as error:
                 raise UserError(f"{folder}/{name} is no whole tar file ({error}): fetch it again") from None
         for one in mine:
             one.label = stems.get(one.key.rpartition(".")[0])
@@ -184,7 +196,7 @@ def _sidecar(ending: str, content: bytes) -> int | str | None:
     try:
         if ending == "cls":
             text = content.decode().strip()
-            return int(text) if text.lstrip("-").isdigit() else text
+            return int(text) if text.removeprefix("-").isdigit() else text or None
         if ending == "json":
             value = json.loads(content)
             column = first_of(LABEL_COLUMNS, value) if isinstance(value, dict) else None

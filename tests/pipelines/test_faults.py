@@ -1,6 +1,6 @@
 """What happens to long runs: a stop, a full disk, a loss that runs away, kills at any moment; nothing is lost."""
 
-import os
+import contextlib
 import random
 import signal
 import sys
@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 from subprocess import PIPE, STDOUT, Popen
 
+import psutil
 import pytest
 from helpers import assert_equal_models, start_cli, tiny_recipe, wait_until
 
@@ -129,51 +130,127 @@ def test_a_profile_names_the_first_costs(
     assert_equal_models(run, trained)  # to be watched changes nothing
 
 
+SLOW = pytest.mark.slow
+INTERVAL, LARGEST_STEP = 60, 32  # images from one checkpoint to the next, and of a step on the smallest patches
+TO_BE_KILLED = tiny_recipe(  # checkpoints that take long enough to be killed in, and a line for every step
+    model__width=32, train__images=900, train__checkpoint_every_images=INTERVAL, train__log_every_images=1
+)
+
+
 @pytest.fixture(scope="module")
-def undisturbed(pixels: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Recipe, Path]:
-    """A run whose checkpoints are large enough to be killed in."""
-    recipe = tiny_recipe(model__width=64, train__images=900, train__checkpoint_every_images=60)
-    folder = tmp_path_factory.mktemp("undisturbed") / "run"
-    train(recipe, str(pixels), str(folder), workers=0)
-    return recipe, folder
+def undisturbed(ray_cluster: None, pixels: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
+    """Runs that nobody kills, by their number of workers."""
+    runs = {workers: tmp_path_factory.mktemp("undisturbed") / "run" for workers in (0, 2)}
+    for workers, run in runs.items():
+        train(TO_BE_KILLED, str(pixels), str(run), workers=workers)
+    return runs
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("moment", ["a write", 1, 2, 3, 4])
-def test_a_run_killed_at_any_moment_ends_the_same(
-    undisturbed: tuple[Recipe, Path], pixels: Path, tmp_path: Path, moment: str | int
+@pytest.mark.parametrize(
+    ("rank", "moment"), [(0, 3), (1, 6), pytest.param(0, "a write", marks=SLOW), pytest.param(1, 2, marks=SLOW)]
+)
+def test_a_worker_killed_at_any_moment_is_replaced_and_changes_nothing(
+    undisturbed: dict[int, Path], pixels: Path, tmp_path: Path, rank: int, moment: str | int
 ) -> None:
-    recipe, wanted = undisturbed
-    arguments, process = begin(recipe, pixels, tmp_path, "--workers", "0")
+    _, process = begin(TO_BE_KILLED, pixels, tmp_path, "--workers", "2")
     run = tmp_path / "run"
-    if moment == "a write":
-        wait_until(lambda: list((run / "checkpoints").glob(".step-*.partial/state.safetensors")), process)
-    else:
-        wait_until(lambda: newest_checkpoint(run) is not None, process)
-        time.sleep(random.Random(moment).uniform(0, 3))
-    os.killpg(process.pid, signal.SIGKILL)
+    wait_until(lambda: images_seen(run), process)
+    workers, lines = workers_by_rank(process, run), (run / "progress.jsonl").stat().st_ino
+    assert len(workers) == 2
+    killed_at, at_least = kill([workers[rank]], moment, process, run)
+    wait_until(lambda: (run / "progress.jsonl").stat().st_ino != lines, process)  # a worker has taken the run over
+    replaced = workers_by_rank(process, run)
+    assert len(replaced) == 2 and not set(replaced) & set(workers)
+    output, _ = process.communicate(timeout=240)
+    assert process.returncode == 0, output
+    assert_ended_the_same(run, undisturbed[2], killed_at, at_least)
+
+
+@pytest.mark.parametrize(
+    ("workers", "moment"),
+    [
+        (0, "a write"),
+        (2, 7),
+        pytest.param(0, 4, marks=SLOW),
+        pytest.param(0, 5, marks=SLOW),
+        pytest.param(2, 1, marks=SLOW),
+        pytest.param(2, "a write", marks=SLOW),
+    ],
+)
+def test_a_run_killed_with_all_its_processes_at_any_moment_ends_the_same(
+    undisturbed: dict[int, Path], pixels: Path, tmp_path: Path, workers: int, moment: str | int
+) -> None:
+    arguments, process = begin(TO_BE_KILLED, pixels, tmp_path, "--workers", str(workers))
+    run = tmp_path / "run"
+    wait_until(lambda: images_seen(run), process)
+    command = psutil.Process(process.pid)
+    killed_at, at_least = kill([command, *command.children(recursive=True)], moment, process, run)
     process.communicate()
     newest = newest_checkpoint(run)
-    if newest is not None and not (run / "model").exists():
-        seen = read_json_lines(run / "progress.jsonl")[-1]["images_seen"]
-        lost = seen - read_json(newest / "checkpoint.json")["images_seen"]
-        assert lost <= 2 * 60 + 32  # an interval, a write in flight, and a step's rounding
+    going_on = f"going on from step {read_json(newest / 'checkpoint.json')['step']} " if newest else "training"
     finished = start_cli(*arguments, "--resume", cwd=tmp_path)
     output, _ = finished.communicate(timeout=240)
-    assert finished.returncode == 0, output
+    assert finished.returncode == 0 and going_on in output, output
+    assert_ended_the_same(run, undisturbed[workers], killed_at, at_least)
+
+
+def workers_by_rank(process: Popen[str], run: Path) -> list[psutil.Process]:
+    """The Ray Train workers of a command; worker 0 is the one that holds the run's lock."""
+    workers = []
+    for child in psutil.Process(process.pid).children(recursive=True):
+        with contextlib.suppress(psutil.Error):  # it ended just now
+            if "RayTrainWorker" in child.cmdline()[0]:
+                workers.append(child)
+    lock = str(run / ".worker.lock")
+    return sorted(workers, key=lambda worker: lock not in [file.path for file in worker.open_files()])
+
+
+def kill(victims: list[psutil.Process], moment: str | int, process: Popen[str], run: Path) -> tuple[float, int]:
+    """SIGKILL in a write or at a random moment; returns the time, and the images that may not be repeated."""
+    if moment == "a write":
+        wait_until(lambda: newest_checkpoint(run) and half_written(run, "/state.safetensors"), process)
+    else:
+        images = random.Random(moment).randrange(TO_BE_KILLED.train.images - 2 * INTERVAL)
+        wait_until(lambda: images_seen(run) >= images, process)
+    for victim in victims:
+        with contextlib.suppress(psutil.NoSuchProcess):  # it went with the one before
+            victim.kill()
+    killed_at, seen, in_flight = time.time(), images_seen(run), len(half_written(run))
+    assert in_flight or moment != "a write"
+    return killed_at, seen - (1 + in_flight) * INTERVAL - LARGEST_STEP
+
+
+def images_seen(run: Path) -> int:
+    lines = read_json_lines(run / "progress.jsonl")
+    return lines[-1]["images_seen"] if lines else 0
+
+
+def half_written(run: Path, file: str = "") -> list[Path]:
+    """The checkpoints that are being written, or a file of theirs."""
+    return list((run / "checkpoints").glob(f".step-*.partial{file}"))
+
+
+def assert_ended_the_same(run: Path, wanted: Path, killed_at: float, at_least: int) -> None:
+    """A killed run kept what was done before, but for `at_least`, and became the run that nobody killed."""
+    lines, wanted_lines = (read_json_lines(folder / "progress.jsonl") for folder in (run, wanted))
+    kept = [line["images_seen"] for line in lines if line["time_unix_s"] < killed_at]
+    assert len(kept) < len(lines) and max(kept, default=0) >= at_least
+    assert [(line["step"], line["loss"]) for line in lines] == [(line["step"], line["loss"]) for line in wanted_lines]
+    assert not half_written(run)
     assert_equal_models(run, wanted)
 
 
-@pytest.mark.slow
-def test_sigterm_to_the_command_stops_its_workers_too(pixels: Path, tmp_path: Path) -> None:
-    recipe = tiny_recipe(train__images=6000)
-    arguments, process = begin(recipe, pixels, tmp_path, "--workers", "2")
+@SLOW
+def test_sigterm_to_the_command_stops_its_workers_too(
+    undisturbed: dict[int, Path], pixels: Path, tmp_path: Path
+) -> None:
+    arguments, process = begin(TO_BE_KILLED, pixels, tmp_path, "--workers", "2")
     run = tmp_path / "run"
-    wait_until(lambda: newest_checkpoint(run) is not None, process)
+    wait_until(lambda: images_seen(run), process)
     process.terminate()
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 128 + signal.SIGTERM, output
     finished = start_cli(*arguments, "--resume", cwd=tmp_path)
     output, _ = finished.communicate(timeout=240)
     assert finished.returncode == 0, output
-    assert read_json_lines(run / "progress.jsonl")[-1]["step"] == round(6000 / (8 * 1.9))
+    assert_equal_models(run, undisturbed[2])

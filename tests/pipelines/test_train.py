@@ -2,11 +2,9 @@
 
 import contextlib
 import os
-import signal
 from pathlib import Path
 
 import mlflow
-import psutil
 import pytest
 import torch
 import yaml
@@ -65,25 +63,6 @@ def test_a_dry_run_predicts_the_counts_of_the_run(trained: Path, pixels: Path) -
     assert small[16] / small[8] == pytest.approx(4, rel=0.1)  # convolutions cost what their pixels do
 
 
-def test_a_killed_run_goes_on_and_ends_as_if_never_stopped(trained: Path, pixels: Path, tmp_path: Path) -> None:
-    run, recipe = tmp_path / "run", tmp_path / "recipe.yaml"
-    recipe.write_text(recipe_yaml(tiny_recipe()))
-    arguments = ["train", str(recipe), "--data", str(pixels), "--out", str(run), "--workers", "0"]
-    process = start_cli(*arguments, cwd=tmp_path)
-    wait_until(lambda: newest_checkpoint(run) is not None, process)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-    assert not (run / "model").exists()
-    resumed_at = read_json(newest_checkpoint(run) / "checkpoint.json")["step"]  # type: ignore[operator]
-    assert 0 < resumed_at < 39
-    finished = start_cli(*arguments, "--resume", cwd=tmp_path)
-    output, _ = finished.communicate(timeout=120)
-    assert finished.returncode == 0, output
-    assert_equal_models(run, trained)
-    steps = [line["step"] for line in read_json_lines(run / "progress.jsonl")]
-    assert steps == [line["step"] for line in read_json_lines(trained / "progress.jsonl")]
-
-
 @pytest.mark.slow
 def test_a_killed_command_leaves_no_worker_that_writes(pixels: Path, tmp_path: Path) -> None:
     run, recipe = tmp_path / "run", tmp_path / "recipe.yaml"
@@ -100,27 +79,6 @@ def test_a_killed_command_leaves_no_worker_that_writes(pixels: Path, tmp_path: P
     assert "going on from step" in output
     steps = [line["step"] for line in read_json_lines(run / "progress.jsonl")]
     assert steps == sorted(set(steps)) and steps[-1] == round(3000 / (8 * 1.9))
-
-
-@pytest.mark.parametrize("victim", [0, pytest.param(1, marks=pytest.mark.slow)])
-def test_a_killed_worker_of_two_is_replaced_and_changes_nothing(
-    ray_cluster: None, pixels: Path, tmp_path: Path, victim: int
-) -> None:
-    recipe = tiny_recipe(train__images=1500)
-    undisturbed, disturbed = tmp_path / "undisturbed", tmp_path / "disturbed"
-    train(recipe, str(pixels), str(undisturbed), workers=2)
-
-    killed: list[int] = []
-
-    def kill_one(line: dict[str, int]) -> None:
-        if not killed and newest_checkpoint(disturbed) is not None:
-            process = train_workers()[victim]
-            killed.append(process.pid)
-            process.kill()
-
-    train(recipe, str(pixels), str(disturbed), workers=2, show=kill_one)
-    assert killed
-    assert_equal_models(disturbed, undisturbed)
 
 
 def test_two_workers_train_what_one_does(trained: Path, ray_cluster: None, pixels: Path, tmp_path: Path) -> None:
@@ -180,15 +138,6 @@ def test_a_run_survives_a_store_that_goes_away(
     train(tiny_recipe(), str(pixels), str(run), workers=0, show=spoil)
     assert_equal_models(run, trained)
     assert "lines wait in" in capsys.readouterr().out
-
-
-def train_workers() -> list[psutil.Process]:
-    """The Ray Train worker processes of this test's session."""
-    found = []
-    for process in psutil.process_iter(["name", "cmdline"]):
-        if any("RayTrainWorker" in part for part in process.info["cmdline"] or []):
-            found.append(process)
-    return found
 
 
 def test_the_recipe_that_travels_with_a_run_is_the_one_it_was_given(trained: Path) -> None:
