@@ -99,7 +99,7 @@ class DiffusersAutoencoder(Autoencoder):
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Mean and std of the posterior; a latent and None where the class has no posterior."""
+        """(B, 3, H, W) uint8 -> mean and std of the posterior, each (B, C, H/f, W/f) float32; a latent and None without one."""
         found = self.network.encode((images.float() / 127.5 - 1).to(self.network.dtype))
         if "latent_dist" in found:
             return found.latent_dist.mean.float(), found.latent_dist.std.float()
@@ -108,7 +108,7 @@ class DiffusersAutoencoder(Autoencoder):
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
-        """uint8 images of latents."""
+        """(B, C, h, w) latents -> (B, 3, H, W) uint8 images."""
         images: Tensor = self.network.decode(latents.to(self.network.dtype)).sample.float()
         return (images * 127.5 + 128).clamp(0, 255).to(torch.uint8)
 
