@@ -327,15 +327,28 @@ def sample(
 
 @app.command(epilog="Example: patchloom evaluate samples --reference dataset")
 def evaluate(
-    samples: Annotated[str, typer.Argument(help="The folder of `patchloom sample`")],
-    reference: Annotated[str, typer.Option(help="A prepared dataset of pixels")],
-    metrics: Annotated[str, typer.Option(help="fd: Fréchet distance on a named feature")] = "fd",
+    samples: Annotated[str, typer.Argument(help="A folder of `patchloom sample` or of PNG files, .npz, or a dataset")],
+    reference: Annotated[str, typer.Option(help="Any of these, or an .npz of statistics (EDM's or ADM's)")],
+    metrics: Annotated[
+        str | None, typer.Option(help="fid,sfid,kid,is,precision,recall; fd,psnr,ssim; all that is possible by default")
+    ] = None,
+    features: Annotated[
+        str, typer.Option(help="inception, colours (no network), dinov2, or a file of weights or TorchScript")
+    ] = "inception",
     out: Annotated[str | None, typer.Option(help="JSON file; SAMPLES/metrics.json by default")] = None,
+    save_reference: Annotated[
+        str | None, typer.Option(metavar="NPZ", help="Keep the reference's statistics (mu, sigma, mu_s, sigma_s)")
+    ] = None,
+    batch: Annotated[int, typer.Option(min=1, help="Images that go through the network at once")] = 32,
+    workers: Workers = None,
 ) -> None:
-    """Measure samples against a dataset."""
+    """Measure images against a reference: FID, KID, precision and recall, ..."""
     from patchloom.pipelines.evaluate import evaluate as run
 
-    run(samples, reference, metrics=tuple(metrics.split(",")), out=out)
+    run(
+        samples, reference, metrics=tuple(metrics.split(",")) if metrics else None, features=features, out=out,
+        save_reference=save_reference, workers=workers, batch=batch,
+    )  # fmt: skip
 
 
 @app.command(epilog="Example: patchloom report demo report.html")

@@ -122,8 +122,8 @@ def _run(folder: Path, chain: Chain, step: _Steps) -> None:
     version = register(str(folder / "run"), chain.name, alias="champion")
     begin("Sampling", f"patchloom sample models:/{chain.name}@champion {here}/samples --seeds {SEEDS}")
     sample(f"models:/{chain.name}@champion", str(folder / "samples"), SEEDS)
-    begin("Measuring", f"patchloom evaluate {here}/samples --reference {here}/pixels")
-    evaluate(str(folder / "samples"), images)
+    begin("Measuring", f"patchloom evaluate {here}/samples --reference {here}/pixels --features colours")
+    evaluate(str(folder / "samples"), images, features="colours")
     card: dict[str, Any] = {"format_version": DEMO_FORMAT, "kind": "demo", "chain": chain.name, "commands": lines}
     write_json(folder / "demo.json", card | {"model": version, "tracking_uri": tracking_uri()})
 

@@ -1,109 +1,265 @@
-"""Evaluate: how far samples are from a dataset, as numbers that carry what they depend on."""
+"""Evaluate: how far images are from others, as numbers that carry what they depend on."""
 
+import contextlib
+from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
+from torch import Tensor
 
 from patchloom import __version__
-from patchloom.models.metrics import COLOUR_LAYOUT, colour_layout, frechet_distance
-from patchloom.pipelines.sample import MANIFEST, read_samples
-from patchloom.platform.dataset import Dataset, open_dataset
+from patchloom.models.features import INCEPTION, Features
+from patchloom.models.metrics import COLOUR_LAYOUT, KID_SUBSET_SIZE, KID_SUBSETS
+from patchloom.pipelines.features import (
+    BATCH,
+    COLOURS,
+    extract,
+    load_features,
+    missing,
+    read_statistics,
+    write_statistics,
+)
+from patchloom.pipelines.image_sets import ImageSet, SampleImages, check_pair, open_images
+from patchloom.pipelines.measures import METRICS, NEIGHBOURS, Sides
+from patchloom.pipelines.pictures import save_png, side_by_side
+from patchloom.pipelines.quality import TITLES, Evaluation, record
+from patchloom.platform.cluster import ray_session
 from patchloom.platform.errors import UserError
-from patchloom.platform.progress import progress, say
-from patchloom.platform.registry import tag_version
-from patchloom.platform.storage import local_path, read_json, read_json_lines, write_json
-from patchloom.platform.tracking import log_metrics
+from patchloom.platform.progress import say
+from patchloom.platform.storage import file_sha256, local_path, make_folder, read_json, write_json
 
-METRICS_FORMAT = 1
-METRICS = ("fd",)
-CHUNK = 512
+METRICS_FORMAT = 2
+SHOWN = 16
 
 
 def evaluate(
-    samples: str, reference: str, *, metrics: tuple[str, ...] = ("fd",), out: str | None = None
+    samples: str,
+    reference: str,
+    *,
+    metrics: tuple[str, ...] | None = None,
+    features: str = "inception",
+    out: str | None = None,
+    save_reference: str | None = None,
+    workers: int | None = None,
+    batch: int = BATCH,
 ) -> dict[str, Any]:
-    """Compare a sample folder with a prepared pixel dataset; returns the result and writes it to `out`.
+    """Measure images against a reference; returns the result, writes it to `out`, and gives it to the model's version.
 
-    metrics: `fd`, the Fréchet distance on the mean colours of a 4 x 4 grid of tiles (48 numbers an image:
-    colours and where they lie, nothing finer; it is not FID). Beside it stands the distance of as many
-    real images to the rest, which is what a perfect model would get at this n. out: a JSON file,
-    SAMPLES/metrics.json by default. Raises UserError for what cannot be compared.
+    samples: a folder of `patchloom sample`, a folder of PNG files, an `.npz`, or a prepared dataset (latents are
+    decoded: reconstruction FID, psnr, ssim). reference: any of these, or an `.npz` of statistics (EDM's or ADM's).
+    metrics: among `fid`, `sfid`, `kid`, `is`, `precision`, `recall` (on Inception's features), `fd` (the Fréchet
+    distance on others), `psnr`, `ssim`; by default all that the features and the reference allow. features: see
+    `load_features`. out: a JSON file, SAMPLES/metrics.json by default. save_reference: write the reference's
+    statistics to this `.npz`. workers: all CPUs or GPUs by default, 0 for this process. Raises UserError for
+    what cannot be compared.
     """
-    unknown = [metric for metric in metrics if metric not in METRICS]
+    ours = open_images(samples)
+    statistics = read_statistics(reference) if reference.endswith(".npz") else {}
+    theirs = _reference_images(reference, bool(statistics))
+    check_pair(ours, theirs)
+    network = load_features(features if metrics is None or _outputs(metrics) else COLOURS)
+    chosen = metrics or _possible(network, theirs is not None, set(statistics))
+    _check_metrics(chosen, network, theirs is not None, set(statistics))
+    sides = _extract(ours, theirs, statistics, network, features, chosen, workers, batch)
+    measured: dict[str, Any] = {}
+    try:
+        for measure in dict.fromkeys(METRICS[name].measure for name in chosen):
+            measured |= measure(sides)
+    except ValueError as error:  # of too few rows
+        raise UserError(f"{samples} against {reference}: {error}: sample more seeds") from None
+    if save_reference:
+        _save_reference(sides, save_reference, _outputs(chosen))
+    result = Evaluation(measured, _identity(sides, network, reference, theirs))
+    files = _write(result, sides, local_path(out) if out else _default_place(ours))
+    if isinstance(ours, SampleImages):
+        record(result, ours.sampling["lineage"], files)
+    _tell(result)
+    written: dict[str, Any] = read_json(files[0])
+    return written
+
+
+def _reference_images(reference: str, has_statistics: bool) -> ImageSet | None:
+    """The reference's images; None for a file that holds statistics alone."""
+    if not has_statistics:
+        return open_images(reference)
+    try:
+        return open_images(reference)  # ADM's files may hold both
+    except UserError:
+        return None
+
+
+def _outputs(metrics: tuple[str, ...]) -> tuple[str, ...]:
+    """What a network must give for these metrics."""
+    outputs = [METRICS[name].output for name in metrics if name in METRICS]
+    return tuple(dict.fromkeys(output for output in outputs if output is not None))
+
+
+def _possible(network: Features, has_images: bool, statistics: set[str]) -> tuple[str, ...]:
+    """Every metric that the features and the reference allow, psnr and ssim aside."""
+    is_inception = network.name == INCEPTION
+    return tuple(
+        name
+        for name, metric in METRICS.items()
+        if metric.output in network.outputs
+        and metric.of_inception in (None, is_inception)
+        and (has_images or (not metric.needs_images and metric.output in statistics))
+        and (name != "is" or network.classifier is not None)
+    )
+
+
+def _check_metrics(chosen: tuple[str, ...], network: Features, has_images: bool, statistics: set[str]) -> None:
+    unknown = [name for name in chosen if name not in METRICS]
     if unknown:
         raise UserError(f"--metrics {','.join(unknown)} is not offered: choose among {', '.join(METRICS)}")
-    folder = local_path(samples)
-    entries = read_json_lines(folder / MANIFEST)
-    if not entries:
-        raise UserError(f"{folder} holds no samples: give the folder of `patchloom sample`")
-    if len(entries) < 2:
-        raise UserError(f"{folder} holds 1 image, and a distance takes 2 or more: sample more seeds")
-    dataset = open_dataset(reference)
-    _check_reference(dataset, read_samples(folder, entries[:1])[0], reference)
+    for name in chosen:
+        metric = METRICS[name]
+        if metric.of_inception and network.name != INCEPTION:
+            raise UserError(
+                f"{name} is measured on {INCEPTION} and the features are {network.name}: ask for fd instead"
+            )
+        if not has_images and (metric.needs_images or metric.output not in statistics):
+            raise UserError(f"{name} needs the reference's images, and its file holds statistics alone: give a dataset")
 
-    with progress("measuring", len(entries) + len(dataset), "images") as meter:
-        sampled = []
-        for start in range(0, len(entries), CHUNK):
-            sampled.append(_features(read_samples(folder, entries[start : start + CHUNK])))
-            meter.update(meter.done + len(sampled[-1]))
-        real = []
-        for start in range(0, len(dataset), CHUNK):
-            real.append(_features(dataset.rows(range(start, min(start + CHUNK, len(dataset))))["image"]))
-            meter.update(meter.done + len(real[-1]))
-    features_a, features_b = np.concatenate(sampled), np.concatenate(real)
-    sampling = read_json(folder / "sampling.json")
-    result = {
-        "format_version": METRICS_FORMAT,
-        "frechet_distance": frechet_distance(features_a, features_b),
-        "frechet_distance_of_real_images": _real_floor(features_b, len(features_a)),
-        "features": COLOUR_LAYOUT,
-        "n_samples": len(features_a),
-        "n_reference": len(features_b),
-        "seeds": [entries[0]["seed"], entries[-1]["seed"]],
-        "reference_fingerprint": dataset.fingerprint,
-        "reference_transform": dataset.card["transform"],
-        "quantisation": "uint8 PNG",
-        "sampling": {key: value for key, value in sampling.items() if key not in ("format_version", "kind")},
-        "code_version": __version__,
+
+def _extract(
+    ours: ImageSet, theirs: ImageSet | None, statistics: dict[str, tuple[Tensor, Tensor]], network: Features,
+    features: str, chosen: tuple[str, ...], workers: int | None, batch: int,
+) -> Sides:  # fmt: skip
+    """Look at both sides, as far as the metrics need them."""
+    outputs = _outputs(chosen)
+    workers = 0 if network.name == COLOUR_LAYOUT else workers  # done before Ray would have started
+    wanted = [METRICS[name].output for name in chosen if METRICS[name].needs_images]
+    theirs_outputs = tuple(output for output in outputs if output in wanted or output not in statistics)
+    with contextlib.ExitStack() as stack:
+        todo = missing(ours, network, outputs) or (theirs is not None and missing(theirs, network, theirs_outputs))
+        if todo and workers != 0:
+            stack.enter_context(ray_session())  # one for both sides
+        options = network, features, workers, batch
+        reference = extract(theirs, theirs_outputs, *options) if theirs is not None else None
+        return Sides(extract(ours, outputs, *options), reference, dict(statistics))
+
+
+def _save_reference(sides: Sides, address: str, outputs: tuple[str, ...]) -> None:
+    if sides.reference is None or sides.statistics:
+        raise UserError(
+            f"the reference is statistics already, so --save-reference {address} would copy it: copy the file"
+        )
+    write_statistics(address, {output: sides.reference.moments(output) for output in outputs})
+    say(f"  statistics of the reference -> {address}")
+
+
+def _identity(sides: Sides, network: Features, reference: str, theirs: ImageSet | None) -> dict[str, Any]:
+    """All that the numbers depend on but the images that are measured."""
+    ours = sides.samples.images
+    options = {key: value for key, value in ours.about.items() if key not in ("model", "batch", "threads")}
+    about: dict[str, Any]
+    if theirs is None:
+        about = {"reference": file_sha256(local_path(reference)), "reference_kind": "statistics", "n_reference": None}
+    else:
+        about = {"reference": theirs.fingerprint, "reference_kind": theirs.kind, "n_reference": len(theirs),
+                 "reference_transform": theirs.about.get("transform")}  # fmt: skip
+    return {
+        **network.describe(),
+        "width": len(sides.samples.moments().mean),
+        "quantisation": "uint8",
+        "images": ours.kind,
+        "n_samples": len(ours),
+        "seeds": seed_ranges([entry["seed"] for entry in ours.entries]) if isinstance(ours, SampleImages) else None,
+        **options,
+        **about,
+        "kid_subsets": [KID_SUBSETS, min(KID_SUBSET_SIZE, len(ours) // 2)],
+        "neighbours": NEIGHBOURS,
     }
-    write_json(local_path(out) if out else folder / "metrics.json", result)
-    _track(sampling, result)
-    say(
-        f"  Fréchet distance {result['frechet_distance']:.4f} on {COLOUR_LAYOUT} (not FID), "
-        f"{len(features_a)} samples against {len(features_b):,} images; "
-        f"as many real images: {result['frechet_distance_of_real_images']:.4f}"
-    )
-    return result
 
 
-def _check_reference(dataset: Dataset, image: np.ndarray, reference: str) -> None:
-    if dataset.kind != "pixels":
-        raise UserError(f"{reference} holds {dataset.kind}: give the pixel dataset that they were encoded from")
-    side = dataset.card["resolution"]
-    if image.shape[-2:] != (side, side):
-        found = f"{image.shape[-1]}x{image.shape[-2]}"
-        raise UserError(f"samples are {found} and the reference is {side}x{side}: give a reference of the same size")
+def seed_ranges(seeds: list[int]) -> str:
+    """`0-63,70`: ascending seeds in few words."""
+    ranges: list[list[int]] = []
+    for seed in seeds:
+        if ranges and seed == ranges[-1][1] + 1:
+            ranges[-1][1] = seed
+        else:
+            ranges.append([seed, seed])
+    return ",".join(str(first) if first == last else f"{first}-{last}" for first, last in ranges)
 
 
-def _features(images: np.ndarray) -> np.ndarray:
-    features: np.ndarray = colour_layout(torch.from_numpy(images)).numpy()
-    return features
+def _default_place(images: ImageSet) -> Path:
+    """`metrics.json` in what patchloom wrote, beside what others did."""
+    path = local_path(images.address)
+    return path / "metrics.json" if images.beside is not None else path.with_name(f"{path.name}.metrics.json")
 
 
-def _real_floor(features: np.ndarray, n: int) -> float:
-    """The distance of n real images, drawn with a fixed seed, to the rest of them."""
-    order = np.random.default_rng(0).permutation(len(features))
-    n = min(n, len(features) // 2)
-    return frechet_distance(features[order[:n]], features[order[n:]])
+def _write(result: Evaluation, sides: Sides, place: Path) -> list[Path]:
+    """Write the result and its pictures; returns their paths, the result's first."""
+    make_folder(place.parent)
+    pictures = []
+    if "neighbours" in vars(sides):
+        for name, rows in _pictures(sides).items():
+            pictures.append(place.with_name(f"{place.stem}.{name}.png"))
+            save_png(side_by_side(rows, scale=1 if rows[0].shape[-1] >= 64 else 2), pictures[-1])
+    write_json(place, {
+        "format_version": METRICS_FORMAT,
+        "metrics": result.metrics,
+        "identity": result.identity,
+        "digest": result.digest,
+        "model": sides.samples.images.about.get("model"),
+        "notes": notes(result),
+        "pictures": [picture.name for picture in pictures],
+        "code_version": __version__,
+    })  # fmt: skip
+    return [place, *pictures]
 
 
-def _track(sampling: dict[str, Any], result: dict[str, Any]) -> None:
-    """The number goes to the run that made the model, where the samples came from a registered one."""
-    run_id = sampling["lineage"]["run_id"]
-    if run_id:
-        name = f"frechet_distance/{COLOUR_LAYOUT}"
-        log_metrics(run_id, {name: result["frechet_distance"], f"{name}/n_samples": result["n_samples"]})
-        if sampling["lineage"]["name"]:
-            tags = {"frechet_distance": f"{result['frechet_distance']:.4f} ({COLOUR_LAYOUT}, n={result['n_samples']})"}
-            tag_version(sampling["lineage"]["name"], sampling["lineage"]["version"], tags)
+def _pictures(sides: Sides) -> dict[str, list[np.ndarray]]:
+    """Samples nearest to a real image, above it; and samples where real images are densest and thinnest."""
+    assert sides.reference is not None
+    found, ours, theirs = sides.neighbours, sides.samples.images, sides.reference.images
+    near = found.nearest_distance.argsort()[:SHOWN].cpu().numpy()
+    by_density = (-found.density).argsort(stable=True).cpu().numpy()
+    return {
+        "nearest": [ours.at(near), theirs.at(found.nearest.cpu().numpy()[near])],
+        "density": [ours.at(by_density[:SHOWN]), ours.at(by_density[-SHOWN:])],
+    }
+
+
+def notes(result: Evaluation) -> list[str]:
+    """What somebody who reads the numbers must know."""
+    metrics, n = result.metrics, result.identity["n_samples"]
+    said = []
+    for name in ("fid", "frechet_distance"):
+        if f"{name}_infinity" in metrics:
+            low, high = metrics[f"{name}_interval_95"]
+            said.append(
+                f"{TITLES[name][0]} of {n:,} samples is biased upwards, about {metrics[f'{name}_infinity']:.4g} with "
+                f"ever more of them{_hint(n, result)}, and {low:.4g} to {high:.4g} in 95 % of draws of {n:,}: "
+                "compare it at the same n only"
+            )
+        if f"{name}_of_real_images" in metrics:
+            said.append(f"as many real images come to {metrics[f'{name}_of_real_images']:.4g} against the rest of them")
+    if "sfid" in metrics:
+        said.append("sFID is unverified: no published value could be reproduced yet")
+    if "authenticity" in metrics:
+        said.append(
+            f"{1 - metrics['authenticity']:.0%} of the samples are nearer to a reference image than any other "
+            "reference image is (about half of real images are; much more points to copies)"
+        )
+    if result.identity["features"] == COLOUR_LAYOUT:
+        said.append("mean tile colours see colours and where they lie, nothing finer: this is no FID")
+    return said
+
+
+def _hint(n: int, result: Evaluation) -> str:
+    """A line in 1 / n fits where there are more samples than features."""
+    return " (an extrapolation from few, and so a hint)" if n < 2 * result.identity["width"] else " (extrapolated)"
+
+
+def _tell(result: Evaluation) -> None:
+    identity = result.identity
+    reference = f"{identity['n_reference']:,} images" if identity["n_reference"] else "statistics"
+    say(f"  {identity['n_samples']:,} {identity['images']} against {reference}, features {identity['features']}")
+    for name, (title, _) in TITLES.items():
+        if name in result.metrics:
+            error = result.metrics.get(f"{name}_standard_error")
+            say(f"    {title:<16} {result.metrics[name]:.4f}" + (f" +- {error:.4f}" if error is not None else ""))
+    for note in notes(result):
+        say(f"  {note}")

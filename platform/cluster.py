@@ -114,9 +114,13 @@ def map_on_actors(
     """What `actor(argument)(item)` returns for every item, as they come, from a pool of actors on Ray Data.
 
     workers: how many at most; all CPUs of the session by default, or, with `on_gpus` where there are any,
-    all GPUs, one an actor. An actor that dies hard is restarted twice, and its item tried again.
+    all GPUs, one an actor; 0 does it in this process, without Ray. An actor that dies hard is restarted
+    twice, and its item tried again.
     """
     if not items:
+        return
+    if workers == 0:
+        yield from map(actor(argument), items)
         return
     with ray_session():
         import ray.data

@@ -83,12 +83,13 @@ def log_artifacts(run_id: str, *files: Path, under: str | None = None) -> None:
             client.log_artifact(run_id, str(file), under)
 
 
-def log_metrics(run_id: str, metrics: dict[str, float], step: int = 0) -> None:
-    """Record numbers of a finished step."""
+def log_metrics(run_id: str, metrics: dict[str, float], step: int = 0, model_id: str | None = None) -> None:
+    """Record numbers of a finished step, also with the logged model (of a registered version) that they are of."""
     from mlflow.entities import Metric
 
     now = int(time.time() * 1000)
-    connect().log_batch(run_id, metrics=[Metric(key, float(value), now, step) for key, value in metrics.items()])
+    rows = [Metric(key, float(value), now, step, model_id=model_id) for key, value in metrics.items()]
+    connect().log_batch(run_id, metrics=rows)
 
 
 def flat_parameters(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 
 MODELS = Path(__file__).parents[2] / "models"
-SHAPE = re.compile(r"\((?:N|B|C|H|W|K|A|E|\d|steps|sizes|patch sizes|height|\*)[^()]*(?:,|\))|any shape|scalar|float")
+SHAPE = re.compile(
+    r"\((?:N|B|C|H|W|K|A|E|n|m|d|\d|steps|sizes|patch sizes|height|\*)[^()]*(?:,|\))|any shape|scalar|float"
+)
 SOURCE = re.compile(r"EDM2?\b|Patch Diffusion|section \d|Eq\. \d|et al\. \d{4}|Kingma")
 # the files that write down a paper; the others only carry it about
 OF_A_PAPER = ("augment", "denoiser", "ema", "guidance", "loss", "noise", "patches", "samplers")

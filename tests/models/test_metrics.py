@@ -5,7 +5,18 @@ import pytest
 import torch
 from scipy.linalg import sqrtm
 
-from patchloom.models.metrics import colour_layout, frechet_distance
+from patchloom.models.metrics import (
+    DistanceOfRows,
+    Moments,
+    bootstrap_interval,
+    colour_layout,
+    extrapolated_distance,
+    frechet_distance,
+    gaussian_distance,
+    inception_score,
+    kernel_distance,
+    squared_mmd,
+)
 
 
 def gaussian_features(mean: np.ndarray, cov: np.ndarray, n: int = 64) -> np.ndarray:
@@ -60,3 +71,86 @@ def test_the_colour_layout_is_the_mean_of_every_tile() -> None:
     assert features.shape == (2, 48) and features.dtype == torch.float64
     third_row_second_column_of_green = images[1, 1, 8:12, 4:8].double().mean() / 255
     assert float(features[1, 16 + 2 * 4 + 1]) == pytest.approx(float(third_row_second_column_of_green))
+
+
+def test_moments_add_up_whatever_the_pieces() -> None:
+    rows = np.random.default_rng(2).standard_normal((301, 5)) * 3 + 1e4  # a large mean must not cost digits
+    pieces = [Moments.of(rows[start:stop]) for start, stop in ((0, 1), (1, 130), (130, 301))]
+    for whole in (pieces[0] + pieces[1] + pieces[2], pieces[2] + (pieces[0] + pieces[1])):
+        assert whole.count == 301
+        assert np.allclose(whole.mean, rows.mean(0), rtol=1e-12)
+        assert np.allclose(whole.covariance, np.cov(rows.T), rtol=1e-9)
+
+
+def test_the_distance_of_chosen_rows_is_the_distance_of_these_rows() -> None:
+    rng = np.random.default_rng(3)
+    rows, other = rng.standard_normal((60, 8)), Moments.of(rng.standard_normal((90, 8)) * 1.5 + 0.2)
+    distance = DistanceOfRows(rows, other.mean, other.covariance)
+    for chosen in (np.arange(60), np.arange(5), rng.integers(0, 60, 60)):
+        some = Moments.of(rows[chosen])
+        wanted = gaussian_distance(some.mean, some.covariance, other.mean, other.covariance)
+        assert distance(chosen) == pytest.approx(wanted, rel=1e-6)
+
+
+def test_the_extrapolation_takes_most_of_the_bias_away() -> None:
+    truth = Moments(10**9, torch.zeros(10, dtype=torch.float64), torch.eye(10, dtype=torch.float64) * (10**9 - 1))
+    errors, biases = [], []
+    for seed in range(10):  # samples of the very distribution: the distance is 0, and all that is measured is bias
+        rows = np.random.default_rng(seed).standard_normal((200, 10))
+        distance = DistanceOfRows(rows, truth.mean, truth.covariance)
+        biases.append(distance(np.arange(200)))
+        errors.append(extrapolated_distance(distance, seed=seed))
+    assert np.mean(biases) > 0.1 and abs(np.mean(errors)) < 0.25 * np.mean(biases)
+
+
+def test_the_interval_holds_the_distances_of_other_draws() -> None:
+    truth = Moments(10**9, torch.ones(4, dtype=torch.float64), torch.eye(4, dtype=torch.float64) * (10**9 - 1))
+    draws = [np.random.default_rng(seed).standard_normal((150, 4)) for seed in range(60)]
+    distances = [DistanceOfRows(rows, truth.mean, truth.covariance) for rows in draws]
+    found = [distance(np.arange(150)) for distance in distances]
+    low, high = bootstrap_interval(distances[0], 200)
+    assert low < found[0] < high
+    width = np.percentile(found, 97.5) - np.percentile(found, 2.5)
+    assert 0.6 * width < high - low < 1.7 * width
+
+
+def test_kid_is_torchmetrics_on_the_same_subsets() -> None:
+    from torchmetrics.image.kid import KernelInceptionDistance, poly_mmd
+
+    generator = torch.Generator().manual_seed(0)
+    a, b = torch.randn(50, 16, generator=generator), torch.randn(50, 16, generator=generator) + 0.3
+    assert squared_mmd(a, b) == pytest.approx(float(poly_mmd(a.double(), b.double())), rel=1e-12)
+    theirs = KernelInceptionDistance(feature=_Rows(), subsets=20, subset_size=25)
+    theirs.update(a, real=True)
+    theirs.update(b, real=False)
+    with torch.random.fork_rng():
+        torch.manual_seed(5)
+        mean, std = theirs.compute()
+    ours = kernel_distance(a, b, subsets=20, subset_size=25, generator=torch.Generator().manual_seed(5))
+    assert (ours.mean, ours.std) == (pytest.approx(float(mean), rel=1e-4), pytest.approx(float(std), rel=1e-3))
+
+
+class _Rows(torch.nn.Module):
+    """Features that are there already, as torchmetrics takes a network."""
+
+    num_features = 16
+
+    def forward(self, rows: torch.Tensor) -> torch.Tensor:
+        return rows
+
+
+def test_kid_of_one_distribution_covers_nothing() -> None:
+    covered = 0
+    for seed in range(40):
+        generator = torch.Generator().manual_seed(seed)
+        a, b = (torch.randn(120, 12, generator=generator) for _ in range(2))
+        found = kernel_distance(a, b, subsets=30)
+        covered += abs(found.mean) <= 1.96 * found.standard_error
+    assert covered >= 37  # 95 % of 40 are 38
+
+
+def test_the_score_of_certain_and_even_classes_is_their_number() -> None:
+    logits = torch.eye(7).repeat(20, 1) * 1000
+    mean, std = inception_score(logits, splits=1)
+    assert (mean, std) == (pytest.approx(7, rel=1e-6), 0)
+    assert inception_score(torch.zeros(50, 7))[0] == pytest.approx(1, abs=1e-9)
