@@ -11,6 +11,7 @@ import typer
 
 from patchloom import __version__
 from patchloom.models.backbones import allow_backbones
+from patchloom.pipelines.cli_models import Backbones, Model, models_app
 from patchloom.platform.errors import Stopped, UserError
 
 app = typer.Typer(
@@ -20,15 +21,10 @@ app = typer.Typer(
     add_completion=False,
 )
 autoencoder_app = typer.Typer(help="Train an autoencoder of one's own.", rich_markup_mode=None)
-models_app = typer.Typer(help="Browse and promote registered models.", rich_markup_mode=None)
 app.add_typer(autoencoder_app, name="autoencoder")
 app.add_typer(models_app, name="models")
 
 Workers = Annotated[int | None, typer.Option(min=1, help="Processes at once; all CPUs or GPUs by default")]
-Backbones = Annotated[
-    list[str] | None,
-    typer.Option("--allow-backbone", metavar="PACKAGE", help="A package that networks may be imported from"),
-]
 Settings = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a recipe key")]
 
 
@@ -207,91 +203,9 @@ def tune(
     print(f"train the best at full length: patchloom train {result.folder / 'best.yaml'} --data {data} --out RUN")
 
 
-@models_app.command("list")
-def models_list() -> None:
-    """Every version of every registered model."""
-    from patchloom.pipelines.inspect import models_table
-
-    print(models_table())
-
-
-@models_app.command("show", epilog="Example: patchloom models show models:/patchloom-demo@champion")
-def models_show(model: Annotated[str, typer.Argument(help="models:/NAME@ALIAS or models:/NAME/VERSION")]) -> None:
-    """One version: its card and lineage."""
-    from patchloom.pipelines.inspect import show_model
-
-    print(show_model(model))
-
-
-@models_app.command("register", epilog="Example: patchloom models register run my-model --alias champion")
-def models_register(
-    run: Annotated[str, typer.Argument(help="The folder of a finished run, or of a model")],
-    name: Annotated[str, typer.Argument(help="Name in the registry")],
-    alias: Annotated[str | None, typer.Option(help="Point this alias at the version: champion, candidate")] = None,
-) -> None:
-    """Make the model of a run, or an imported one, a version of a registered name."""
-    from patchloom.pipelines.register import register
-
-    register(run, name, alias)
-
-
-@models_app.command("import", epilog="Example: patchloom models import network-snapshot-200000.pkl ffhq")
-def models_import(
-    snapshot: Annotated[str, typer.Argument(help="A snapshot of EDM or Patch Diffusion (.pkl); nothing in it is run")],
-    out: Annotated[str, typer.Argument(help="The model folder to write")],
-    autoencoder: Annotated[
-        str | None, typer.Option(help="For latents: the diffusers folder, or models:/..., that they belong to")
-    ] = None,
-) -> None:
-    """Turn an EDM snapshot into a model folder."""
-    from patchloom.pipelines.convert import import_model
-
-    folder = import_model(snapshot, out, autoencoder)
-    print(f"sample from it: patchloom sample {folder} samples --seeds 0-63")
-
-
-@models_app.command("export", epilog="Example: patchloom models export models:/my-model@champion my-model")
-def models_export(
-    model: Annotated[str, typer.Argument(help="models:/NAME@ALIAS, models:/NAME/VERSION, runs:/... or a folder")],
-    out: Annotated[str, typer.Argument(help="The folder to write")],
-) -> None:
-    """Copy a model out of the registry: safetensors and JSON."""
-    from patchloom.pipelines.convert import export_model
-
-    export_model(model, out)
-
-
-@models_app.command("average", epilog="Example: patchloom models average run wider --sigma-rel 0.15")
-def models_average(
-    run: Annotated[str, typer.Argument(help="A finished run that kept power-function averages")],
-    out: Annotated[str, typer.Argument(help="The model folder to write")],
-    sigma_rel: Annotated[float, typer.Option(help="Width of the average relative to the run, 0 to 0.288")],
-    allow_backbone: Backbones = None,
-) -> None:
-    """Make a model of any length of average after the run (EDM2)."""
-    from patchloom.pipelines.convert import average_model
-
-    allow_backbones(*allow_backbone or [])
-    folder = average_model(run, out, sigma_rel)
-    print(f"sample from it: patchloom sample {folder} samples --seeds 0-63")
-
-
-@models_app.command("promote", epilog="Example: patchloom models promote my-model 3 --alias champion")
-def models_promote(
-    name: Annotated[str, typer.Argument(help="Name in the registry")],
-    version: Annotated[int, typer.Argument(help="Number of the version")],
-    alias: Annotated[str, typer.Option(help="The alias to point at it")] = "champion",
-) -> None:
-    """Point an alias at a version."""
-    from patchloom.platform.registry import promote
-
-    promote(name, str(version), alias)
-    print(f"models:/{name}@{alias} is version {version}")
-
-
 @app.command(epilog="Example: patchloom sample models:/patchloom-demo@champion samples --seeds 0-63")
 def sample(
-    model: Annotated[str, typer.Argument(help="models:/NAME@ALIAS, models:/NAME/VERSION, runs:/... or a folder")],
+    model: Model,
     out: Annotated[str, typer.Argument(help="The folder to write")],
     seeds: Annotated[str, typer.Option(help="0-63, or 0,5,9, or a file of seeds")] = "0-63",
     steps: Annotated[int, typer.Option(min=1, help="Noise levels; Heun takes 2 x steps - 1 evaluations")] = 18,

@@ -3,7 +3,6 @@
 import os
 import shutil
 import tempfile
-import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ import numpy as np
 import torch
 
 from patchloom.models.autoencoder import load_autoencoder, weights_sha256
-from patchloom.models.checkpoints import load_whole_model, read_card
+from patchloom.models.checkpoints import load_whole_model
 from patchloom.pipelines.pictures import contact_sheet, save_png
 from patchloom.pipelines.shards import sums
 from patchloom.platform.cluster import ray_session
@@ -130,58 +129,6 @@ def dataset_sheet(dataset: Dataset, path: Path, images: int = 64) -> None:
     else:
         pictures = rows["image"]
     save_png(contact_sheet(pictures, columns=16), path)
-
-
-def models_table() -> str:
-    """Every registered version: aliases, kind, resolution, p, images seen, quality and age."""
-    rows = list_versions()
-    if not rows:
-        return f"no model is registered at {tracking_uri()}"
-    header = ("MODEL", "ALIASES", "KIND", "SIDE", "P", "SCHEDULE", "IMAGES", "QUALITY", "AGE")
-    table = [header]
-    for row in rows:
-        tags = row["tags"]
-        quality = tags.get("frechet_distance") or _quality(tags)
-        table.append((
-            f"{row['name']}/{row['version']}",
-            ",".join(row["aliases"]),
-            tags.get("kind", ""),
-            tags.get("resolution", ""),
-            tags.get("p", ""),
-            tags.get("schedule", ""),
-            f"{int(tags['images_seen']):,}" if "images_seen" in tags else "",
-            quality,
-            _age(time.time() - row["created_unix_s"]),
-        ))  # fmt: skip
-    widths = [max(len(line[column]) for line in table) for column in range(len(header))]
-    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
-                     for line in table)  # fmt: skip
-
-
-def _quality(tags: dict[str, str]) -> str:
-    if "psnr_db" in tags:
-        return f"PSNR {float(tags['psnr_db']):.1f} dB"
-    return f"held-out loss {tags['held_out_loss']}" if "held_out_loss" in tags else ""
-
-
-def _age(seconds: float) -> str:
-    for unit, size in (("d", 86400), ("h", 3600), ("m", 60)):
-        if seconds >= size:
-            return f"{int(seconds // size)}{unit}"
-    return f"{int(seconds)}s"
-
-
-def show_model(reference: str) -> str:
-    """One registered version: its description, where it came from, and its card."""
-    fetched = fetch_model(reference)
-    card = read_card(fetched.folder, "denoiser")
-    lines = [f"{fetched.reference}  (run {fetched.run_id}, folder {fetched.folder})"]
-    for row in list_versions():
-        if row["name"] == fetched.name and row["version"] == fetched.version:
-            lines += [f"  aliases: {', '.join(row['aliases']) or 'none'}"]
-            lines += [f"  {key}: {value}" for key, value in sorted(row["tags"].items())]
-    lines += [f"  classes: {', '.join(card['class_names']) or 'none'}"]
-    return "\n".join([*lines, f"  sample from it: patchloom sample {fetched.reference} samples --seeds 0-63"])
 
 
 def doctor() -> bool:

@@ -1,16 +1,15 @@
 """Report: one self-contained HTML page of a run, a search or a whole chain: pictures first, then numbers."""
 
-import base64
 import html
 import io
-from collections.abc import Iterable
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-from patchloom import __version__
 from patchloom.models.loss import SIGMA_BINS
 from patchloom.pipelines.checkpointer import without_tensors
+from patchloom.pipelines.evaluation_page import first_number, metric_sections, samples_sections, sampling_words
+from patchloom.pipelines.page import document, numbers, picture, table
 from patchloom.platform.copies import local_copy
 from patchloom.platform.errors import UserError
 from patchloom.platform.recipe import load_recipe
@@ -18,34 +17,10 @@ from patchloom.platform.storage import local_path, make_folder, read_json, read_
 from patchloom.platform.tracking import PROGRESS_FILE, tracking_uri
 
 COLOURS = ("#b3541e", "#2f6690", "#81a4cd", "#7a9e7e", "#9b7ede")
-STYLE = """
-:root { --ink: #1c2430; --soft: #5b6675; --line: #dfe4ea; --wash: #f5f7f9; --accent: #b3541e; }
-* { box-sizing: border-box; }
-body { margin: 0 auto; padding: 2.5rem 1.25rem 5rem; max-width: 62rem; color: var(--ink); background: #fff;
-  font: 16px/1.55 system-ui, -apple-system, "Segoe UI", sans-serif; }
-h1 { font-size: 1.9rem; margin: 0 0 .25rem; letter-spacing: -.01em; }
-h2 { font-size: 1.2rem; margin: 2.75rem 0 .75rem; padding-top: .75rem; border-top: 1px solid var(--line); }
-p { margin: .4rem 0 .9rem; max-width: 46rem; }
-.lead, figcaption, .note { color: var(--soft); }
-.numbers { display: grid; grid-template-columns: repeat(auto-fit, minmax(8rem, 1fr)); gap: .75rem; margin: 1.25rem 0; }
-.numbers div { background: var(--wash); border-radius: .5rem; padding: .7rem .9rem; }
-.numbers b { display: block; font-size: 1.35rem; font-variant-numeric: tabular-nums; }
-.numbers span { color: var(--soft); font-size: .85rem; }
-figure { margin: 0 0 1.25rem; }
-figure img, figure svg { max-width: 100%; height: auto; display: block; }
-figure img.pixels { image-rendering: pixelated; }
-figcaption { font-size: .88rem; margin-top: .35rem; }
-.scroll { overflow-x: auto; }
-table { border-collapse: collapse; width: 100%; font-size: .92rem; font-variant-numeric: tabular-nums; }
-th, td { text-align: left; padding: .4rem .7rem .4rem 0; border-bottom: 1px solid var(--line); white-space: nowrap; }
-th { color: var(--soft); font-weight: 600; }
-tr.best td { font-weight: 600; color: var(--accent); }
-pre { background: var(--wash); border-radius: .5rem; padding: .9rem 1rem; overflow-x: auto; font-size: .85rem; }
-"""
 
 
 def report(folder: str, out: str) -> Path:
-    """Write the page of a run, a search or the folder of a demo; returns its path.
+    """Write the page of a run, a search, a folder of samples or of a demo; returns its path.
 
     Raises UserError for a folder that is none of them.
     """
@@ -56,63 +31,51 @@ def report(folder: str, out: str) -> Path:
         title, sections = f"Search {place.name}", _search_sections(place)
     elif (place / "run.json").is_file():
         title, sections = f"Run {place.name}", _run_sections(place)
+    elif (place / "sampling.json").is_file():
+        title, sections = f"Samples {place.name}", samples_sections(place)
     else:
-        raise UserError(f"{place} is no run, search or demo: give the --out folder of one of these commands")
+        raise UserError(f"{place} is no run, search, samples or demo: give the --out folder of one of these commands")
     page = local_path(out)
     make_folder(page.parent)
     if page.is_dir():
         raise UserError(f"{page} is a folder, and the page is a file: give a name such as {page}/report.html")
-    write_atomic(page, _document(title, sections))
+    write_atomic(page, document(title, sections))
     return page
 
 
-def _document(title: str, sections: Iterable[str]) -> str:
-    return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{html.escape(title)}</title><style>{STYLE}</style></head>\n<body>\n<h1>{html.escape(title)}</h1>\n"
-        + "\n".join(sections)
-        + f'\n<p class="note">patchloom {__version__}</p>\n</body></html>\n'
-    )
-
-
 def _chain_page(folder: Path) -> tuple[str, list[str]]:
-    card, metrics = read_json(folder / "demo.json"), read_json(folder / "samples" / "metrics.json")
+    card, measured = read_json(folder / "demo.json"), folder / "samples" / "metrics.json"
+    samples = read_json(measured)["identity"]
     dataset = read_json(folder / "pixels" / "dataset.json")
     run = read_json_lines(folder / "run" / PROGRESS_FILE)[-1]
     recipe = load_recipe(folder / "run" / "recipe.yaml")
     sections = [
         f'<p class="lead">Photographs in, a registered model out: <code>{html.escape(card["model"])}</code>, '
         "trained on patches and sampled at full size.</p>",
-        _numbers(
-            ("samples", f"{metrics['n_samples']}"),
+        numbers(
+            ("samples", f"{samples['n_samples']}"),
             ("training windows", f"{dataset['rows']:,}"),
             ("counted images", f"{run['images_seen']:,}"),
             ("updates", f"{run['updates']:,}"),
             ("p, schedule", f"{recipe.patches.p:g}, {recipe.patches.schedule}"),
-            ("Fréchet distance*", f"{metrics['frechet_distance']:.3f}"),
+            first_number(measured),
         ),
-        _picture(folder / "samples" / "contact_sheet.png", _sampling_words(metrics)),
+        picture(folder / "samples" / "contact_sheet.png", _sampling_words(samples)),
         "<h2>The data</h2>",
         f"<p>{_data_words(dataset)}</p>",
-        _picture(folder / "dataset.png", "Windows spread over the dataset, in its order."),
+        picture(folder / "dataset.png", "Windows spread over the dataset, in its order."),
     ]
     if (folder / "autoencoder" / "run.json").is_file():
         sections += _autoencoder_sections(folder)
     sections += ["<h2>The search</h2>", *_search_sections(folder / "search")]
     sections += ["<h2>The training</h2>", *_run_sections(folder / "run")]
-    sections += ["<h2>The numbers</h2>", *_metric_sections(metrics)]
+    sections += ["<h2>The numbers</h2>", *metric_sections(measured)]
     sections += ["<h2>Go on from here</h2>", *_commands(card)]
     return "From photographs to samples", sections
 
 
-def _sampling_words(metrics: dict[str, Any]) -> str:
-    sampling = metrics["sampling"]
-    return (
-        f"Seeds {metrics['seeds'][0]} to {metrics['seeds'][1]}, classes in turn; {sampling['sampler']}, "
-        f"{sampling['steps']} steps ({sampling['network_evaluations']} network evaluations), "
-        f"guidance {sampling['guidance']:g}."
-    )
+def _sampling_words(identity: dict[str, Any]) -> str:
+    return f"Seeds {identity['seeds']}, classes in turn; {sampling_words(identity)}"
 
 
 def _data_words(card: dict[str, Any]) -> str:
@@ -136,9 +99,7 @@ def _autoencoder_sections(folder: Path) -> list[str]:
     return [
         "<h2>The autoencoder</h2>",
         f"<p>{words}</p>",
-        _picture(
-            folder / "autoencoder" / "reconstructions.png", "Held-out windows above, their reconstructions below."
-        ),
+        picture(folder / "autoencoder" / "reconstructions.png", "Held-out windows above, their reconstructions below."),
     ]
 
 
@@ -148,7 +109,7 @@ def _run_sections(folder: Path) -> list[str]:
         return ['<p class="note">This run has not written a line yet.</p>']
     last = lines[-1]
     sections = [
-        _numbers(
+        numbers(
             ("updates", f"{last['step']:,}"),
             ("counted images", f"{last['images_seen']:,}"),
             *([("full-size images", f"{last['full_size_images']:,}")] if "full_size_images" in last else []),
@@ -160,7 +121,7 @@ def _run_sections(folder: Path) -> list[str]:
     ]
     previews = [line for line in lines if "preview" in line]
     sections += [
-        _picture(folder / line["preview"], f"Preview after {line['images_seen']:,} counted images.", pixels=True)
+        picture(folder / line["preview"], f"Preview after {line['images_seen']:,} counted images.", pixels=True)
         for line in _spread(previews, 3)
     ]
     return sections
@@ -223,7 +184,7 @@ def _search_sections(folder: Path) -> list[str]:
         "The held-out loss is that of the averaged weights on full-size images. Trials this short tell which "
         "setting starts best, not which ends best."
     )
-    return [f"<p>{html.escape(words)}</p>", _table(header, rows)]
+    return [f"<p>{html.escape(words)}</p>", table(header, rows)]
 
 
 def _trial_cells(trial: dict[str, Any]) -> list[str]:
@@ -236,24 +197,6 @@ def _trial_cells(trial: dict[str, Any]) -> list[str]:
         f"{trial['flops'] / 1e12:.3f}",
         f"{trial['seconds']:.0f}",
     ]
-
-
-def _metric_sections(metrics: dict[str, Any]) -> list[str]:
-    words = (
-        f"*Fréchet distance on {metrics['features']}: the mean colours of a 4 x 4 grid of tiles, 48 numbers an image. "
-        "It sees colours and where they lie, nothing finer, and is not FID. With so few samples much of it is chance: "
-        f"as many real images ({metrics['n_samples']}, drawn at random) come to "
-        f"{metrics['frechet_distance_of_real_images']:.3f} against the rest."
-    )
-    header = ["distance", "features", "samples", "reference images", "reference"]
-    row = [
-        f"{metrics['frechet_distance']:.4f}",
-        metrics["features"],
-        f"{metrics['n_samples']}",
-        f"{metrics['n_reference']:,}",
-        metrics["reference_fingerprint"][:12],
-    ]
-    return [_table(header, [row], best=False), f'<p class="note">{html.escape(words)}</p>']
 
 
 def _commands(card: dict[str, Any]) -> list[str]:
@@ -271,28 +214,3 @@ def _commands(card: dict[str, Any]) -> list[str]:
         "<p>What to try next.</p>",
         f"<pre>{html.escape(chr(10).join(onward))}</pre>",
     ]
-
-
-def _numbers(*pairs: tuple[str, str]) -> str:
-    cells = "".join(f"<div><b>{html.escape(value)}</b><span>{html.escape(name)}</span></div>" for name, value in pairs)
-    return f'<div class="numbers">{cells}</div>'
-
-
-def _picture(path: Path, caption: str, pixels: bool = False) -> str:
-    if not path.is_file():
-        return ""
-    data = base64.b64encode(path.read_bytes()).decode()
-    style = ' class="pixels"' if pixels else ""
-    text = html.escape(caption)
-    return (
-        f'<figure><img{style} alt="{text}" src="data:image/png;base64,{data}"><figcaption>{text}</figcaption></figure>'
-    )
-
-
-def _table(header: list[str], rows: list[list[str]], best: bool = True) -> str:
-    head = "".join(f"<th>{html.escape(cell)}</th>" for cell in header)
-    body = ""
-    for index, row in enumerate(rows):
-        mark = ' class="best"' if best and index == 0 else ""
-        body += f"<tr{mark}>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>"
-    return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'

@@ -2,6 +2,8 @@
 
 import io
 import re
+import tempfile
+from collections.abc import Callable, Iterator
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +11,7 @@ from typing import Any
 
 from patchloom.platform.copies import local_copy
 from patchloom.platform.errors import UserError
+from patchloom.platform.storage import write_atomic
 from patchloom.platform.tracking import connect, tracking_uri
 
 MODEL_FOLDER = "model"  # where a version keeps its model folder, below its artifacts
@@ -83,7 +86,8 @@ def _download(uri: str) -> Path:
 
 
 def _model_folder(folder: Path) -> Path:
-    for candidate in (folder, folder / MODEL_FOLDER, folder / "artifacts" / MODEL_FOLDER):
+    # MLflow keeps a folder under its own name, and any name may have been registered
+    for candidate in (folder, folder / MODEL_FOLDER, *sorted((folder / "artifacts").glob("*"))):
         if (candidate / "model.json").is_file():
             return candidate
     raise UserError(f"{folder} holds no model.json: it was not registered by patchloom")
@@ -144,15 +148,48 @@ def promote(name: str, version: str, alias: str) -> None:
     connect().set_registered_model_alias(name, alias, version)
 
 
-def list_versions() -> list[dict[str, Any]]:
-    """Every version of every registered model, newest first within a name."""
+def delete_version(name: str, version: str) -> None:
+    """Take a version out of the registry, and the name with its last one; its run stays."""
+    client = connect()
+    client.delete_model_version(name, version)
+    if not client.search_model_versions(f"name = '{name}'"):
+        client.delete_registered_model(name)
+
+
+def fetch_preview(fetched: FetchedModel, place: Path) -> Path | None:
+    """Bring the preview grid that a version's run kept to a file; None where it kept none."""
+    import mlflow.artifacts
+    from mlflow.exceptions import MlflowException
+
+    if not fetched.run_id:
+        return None
+    try:
+        found = [file.path for file in connect().list_artifacts(fetched.run_id) if file.path.endswith(".png")]
+        if not found:
+            return None
+        with tempfile.TemporaryDirectory() as scratch:
+            picture = mlflow.artifacts.download_artifacts(
+                run_id=fetched.run_id, artifact_path=sorted(found)[-1], dst_path=scratch
+            )
+            write_atomic(place, Path(picture).read_bytes())
+    except (MlflowException, OSError) as error:
+        raise UserError(
+            f"the preview of {fetched.reference} cannot be fetched ({str(error).splitlines()[0]})"
+        ) from None
+    return place
+
+
+def list_versions(name: str | None = None) -> list[dict[str, Any]]:
+    """Every version of every registered model, or of one, newest first within a name."""
     client = connect()
     rows = []
-    for model in client.search_registered_models():
+    for model in _all_of(client.search_registered_models):
+        if name not in (None, model.name):
+            continue
         aliases: dict[str, list[str]] = {}
         for alias, number in model.aliases.items():
             aliases.setdefault(str(number), []).append(alias)
-        versions = client.search_model_versions(f"name = '{model.name}'")
+        versions = _all_of(client.search_model_versions, f"name = '{model.name}'")
         for version in sorted(versions, key=lambda found: -int(found.version)):
             rows.append({
                 "name": model.name,
@@ -164,3 +201,14 @@ def list_versions() -> list[dict[str, Any]]:
                 "tags": dict(version.tags),
             })  # fmt: skip
     return rows
+
+
+def _all_of(search: Callable[..., Any], *query: str) -> Iterator[Any]:
+    """Every answer of one of MLflow's searches, page by page."""
+    token = None
+    while True:
+        page = search(*query, page_token=token)
+        yield from page
+        token = page.token
+        if not token:
+            return

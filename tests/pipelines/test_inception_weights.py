@@ -1,4 +1,4 @@
-"""The real weights of FID's Inception: the values that torchmetrics documents, scipy's, and the TorchScript's features."""
+"""The real weights of FID's Inception: values that torchmetrics documents, scipy's, and the TorchScript's features."""
 
 import os
 from collections.abc import Iterator

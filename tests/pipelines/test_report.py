@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from patchloom.pipelines.evaluate import evaluate
 from patchloom.pipelines.report import report
+from patchloom.pipelines.sample import sample
 from patchloom.platform.errors import UserError
 from patchloom.platform.storage import read_json_lines
 
@@ -51,6 +53,17 @@ def test_a_runs_page_stands_alone_and_shows_its_counts(trained: Path, tmp_path: 
             assert picture.size == (4 * 18 - 2, 16)
     last = read_json_lines(trained / "progress.jsonl")[-1]
     assert {f"{last['step']:,}", f"{last['images_seen']:,}", f"{last['full_size_images']:,}"} <= set(page.words)
+
+
+def test_a_page_of_samples_shows_their_numbers_and_neighbours(champion: str, pixels: Path, tmp_path: Path) -> None:
+    folder = sample(champion, str(tmp_path / "samples"), "0-5", steps=2).folder
+    assert "Not measured yet" in report(str(folder), str(tmp_path / "page.html")).read_text()
+    result = evaluate(str(folder), str(pixels), features="colours")
+    page = Page(report(str(folder), str(tmp_path / "page.html")).read_text())
+    assert page.open == [] and len(page.sources) == 3  # contact sheet, nearest neighbours, densities
+    assert {f"{result['metrics']['frechet_distance']:.4g}", "Fréchet distance", "0-5", "colour-layout-48"} <= set(
+        page.words
+    )
 
 
 def test_a_folder_in_the_pages_place_is_refused(trained: Path, tmp_path: Path) -> None:
