@@ -97,7 +97,9 @@ class DinoFeatures(Features):
 
     def __init__(self, folder: Path, name: str, device: torch.device | str) -> None:
         from transformers import Dinov2Model
+        from transformers.utils import logging
 
+        logging.disable_progress_bar()  # ours tell enough
         self.network = Dinov2Model.from_pretrained(folder, use_safetensors=True).eval().to(device)
         self.name, self.sha256 = name, tensors_sha256(self.network.state_dict())
 

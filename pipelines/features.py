@@ -110,7 +110,9 @@ def _dino(reference: str, device: torch.device | str) -> Features:
     try:
         import transformers  # noqa: F401
     except ImportError:
-        raise UserError(f"--features {reference} takes the package transformers: pip install transformers") from None
+        raise UserError(
+            f"--features {reference} takes the package transformers: pip install 'patchloom[dinov2]'"
+        ) from None
     if reference != DINO:
         return DinoFeatures(local_path(reference), local_path(reference).name, device)
     from huggingface_hub import snapshot_download

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from patchloom.platform.errors import UserError
-from patchloom.platform.registry import find_version, tag_version
+from patchloom.platform.registry import logged_model, tag_version
 from patchloom.platform.tracking import log_artifacts, log_metrics
 
 TAG = "evaluation."  # of a version, followed by the identity's digest: one result an identity, the newest
@@ -88,8 +88,7 @@ def record(result: Evaluation, lineage: dict[str, Any], files: list[Path]) -> No
         return
     model_id = None
     if lineage["name"]:
-        version = find_version(lineage["name"], version=lineage["version"])
-        model_id = getattr(version, "model_id", None) or None
+        model_id = logged_model(lineage["name"], lineage["version"])
         value = json.dumps({"metrics": result.metrics, "identity": result.identity})
         tag_version(lineage["name"], lineage["version"], {f"{TAG}{result.digest}": value, "quality": result.words()})
     numbers = {

@@ -129,6 +129,13 @@ def register_folder(folder: Path, name: str, run_id: str) -> str:
     return str(client.create_model_version(name, source, run_id).version)
 
 
+def logged_model(name: str, version: str) -> str | None:
+    """The id of the logged model behind a version, which MLflow shows its metrics by; a plain folder has none."""
+    found = find_version(name, version=version)
+    source = str(found.source)  # `model_id` is not filled in by every store
+    return found.model_id or (source.removeprefix("models:/") if source.startswith("models:/m-") else None)
+
+
 def describe_version(name: str, version: str, description: str, tags: dict[str, Any]) -> None:
     """Write a version's card: its description and tags."""
     connect().update_model_version(name, version, description)

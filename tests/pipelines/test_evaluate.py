@@ -100,7 +100,10 @@ def test_a_result_goes_to_the_models_version(samples: Path, pixels: Path, tmp_pa
     assert version.tags["quality"].startswith("Fréchet distance")
     metric = f"frechet_distance/n-10/{result['digest']}"
     assert client.get_run(version.run_id).data.metrics[metric] == pytest.approx(result["metrics"]["frechet_distance"])
-    logged = {metric.key: metric.value for metric in client.get_logged_model(version.model_id).metrics or []}
+    logged = {
+        metric.key: metric.value
+        for metric in client.get_logged_model(version.source.removeprefix("models:/")).metrics or []
+    }
     assert metric in logged
     files = {file.path for file in client.list_artifacts(version.run_id, f"evaluations/{result['digest']}")}
     assert f"evaluations/{result['digest']}/metrics.json" in files
