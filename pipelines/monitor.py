@@ -13,13 +13,13 @@ from safetensors import SafetensorError
 from patchloom.models.autoencoder import load_autoencoder
 from patchloom.models.checkpoints import Model, save_average
 from patchloom.models.ema import PowerEMA
-from patchloom.models.flops import training_flops
+from patchloom.models.flops import peak_flops, training_flops
 from patchloom.models.generate import Sampling, default_labels, generate
 from patchloom.models.loss import SIGMA_BINS, held_out_loss
 from patchloom.models.metrics import colour_layout, frechet_distance
 from patchloom.models.patches import PatchSize
 from patchloom.models.plan import StepPlan
-from patchloom.models.step import learning_rate, one_hot
+from patchloom.models.step import HALF_PRECISIONS, learning_rate, one_hot
 from patchloom.pipelines.checkpointer import Checkpointer
 from patchloom.pipelines.pictures import contact_sheet, save_png
 from patchloom.pipelines.run import Run
@@ -35,8 +35,6 @@ SAMPLED_AT_ONCE = 64
 STOP_FILE = ".stop"  # in the run folder: somebody asks for a checkpoint and an end
 VOTE_EVERY_STEPS = 8  # several workers must agree on where to stop
 DIVERGED = 1000.0  # times the lowest loss of a line; lines of single steps may differ a hundredfold by size and noise
-# Dense peaks of the tensor cores in bf16 and fp16, FLOP/s, by what the device's name holds (NVIDIA's data sheets)
-PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "V100": 125e12, "L40S": 362e12, "T4": 65e12}
 
 
 class Monitor:
@@ -52,6 +50,7 @@ class Monitor:
         self.verdict = "training" if run.state.step < run.method.updates else "finished"
         self.last_line: dict[str, Any] = {}
         self._flops = [training_flops(run.card["denoiser"], size.pixels) for size in run.method.schedule.sizes]
+        self._peak_flops, self._peak_source = _peak_of_all(run)
         self._lowest_loss = math.inf
         self._model: Model | None = None
         self._reference: torch.Tensor | None = None  # features of training rows
@@ -189,7 +188,7 @@ class Monitor:
         steps = state.step - self._step_before
         changes = [now - before for now, before in zip(state.crops_by_size, self._crops_before, strict=True)]
         flops_per_second = sum(n * flops for n, flops in zip(changes, self._flops, strict=True)) / seconds
-        speed = {
+        return {
             "images_per_second": sum(changes) / seconds,
             "updates_per_second": steps / seconds,
             "flops_per_second": flops_per_second,
@@ -199,9 +198,10 @@ class Monitor:
             "straggler_loss": waits["straggler"] / seconds,
             "eta_seconds": (method.updates - state.step) * seconds / max(steps, 1),
             "peak_memory_bytes": self._peak_memory(),
+            "model_flops_utilisation": flops_per_second / self._peak_flops,
+            "peak_flops_per_second": self._peak_flops,
+            "peak_flops_source": self._peak_source,
         }
-        peak = self._peak_flops()
-        return speed | ({"model_flops_utilisation": flops_per_second / peak} if peak else {})
 
     @staticmethod
     def _size_of(plan: StepPlan) -> PatchSize | None:
@@ -222,12 +222,6 @@ class Monitor:
         if self.run.device.type == "cuda":
             return int(torch.cuda.max_memory_allocated())
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-    def _peak_flops(self) -> float | None:
-        if self.run.device.type != "cuda" or self.run.method.precision not in ("bf16", "fp16"):
-            return None
-        name = torch.cuda.get_device_name()
-        return next((peak for known, peak in PEAK_FLOPS.items() if known in name), None)
 
     def _looked_at(self) -> dict[str, Any]:
         """A preview grid and the held-out loss of the averaged weights."""
@@ -289,6 +283,14 @@ class Monitor:
         denoiser: Any = run.state.emas[0].module
         labels = one_hot(rows.label, denoiser.classes) if denoiser.classes else None
         return held_out_loss(denoiser, run.space.normalise(rows.image), labels)
+
+
+def _peak_of_all(run: Run) -> tuple[float, str]:
+    """The FLOP/s that all workers' devices have together, and where worker 0's are from; all must ask at once."""
+    mine, source = peak_flops(run.device, HALF_PRECISIONS.get(run.method.precision, torch.float32))
+    total = torch.tensor([mine], device=run.device)
+    run.worker.reduce(total)
+    return float(total), source
 
 
 def _means(names: Any, sums: torch.Tensor) -> dict[str, float]:
