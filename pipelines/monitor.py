@@ -33,7 +33,7 @@ HELD_OUT_IMAGES = 64
 REFERENCE_IMAGES = 1024
 SAMPLED_AT_ONCE = 64
 STOP_FILE = ".stop"  # in the run folder: somebody asks for a checkpoint and an end
-VOTE_EVERY_STEPS = 8  # several workers must agree on where to stop
+VOTE_EVERY_STEPS = 8  # several workers must agree on where to stop, and whether a node is about to go
 DIVERGED = 1000.0  # times the lowest loss of a line; lines of single steps may differ a hundredfold by size and noise
 
 
@@ -52,6 +52,7 @@ class Monitor:
         self._flops = [training_flops(run.card["denoiser"], size.pixels) for size in run.method.schedule.sizes]
         self._peak_flops, self._peak_source = _peak_of_all(run)
         self._lowest_loss = math.inf
+        self._is_noticed = False
         self._model: Model | None = None
         self._reference: torch.Tensor | None = None  # features of training rows
         if self.is_first:  # lines past the checkpoint are about to be written again
@@ -76,12 +77,12 @@ class Monitor:
             self.verdict = "finished"
         elif self._asked_to_stop():
             self.verdict = "stopped"
-        ends = self.verdict != "training"
+        ends, leaves = self.verdict != "training", self._loses_a_node()
         looks = self.verdict == "finished" or self._due(preview.every_images, plan)
         if ends or looks or self._due(train.log_every_images, plan):
             self._tell(looks)
         if self.verdict != "diverged" and self.is_first:
-            self._keep(plan, ends)
+            self._keep(plan, ends, leaves)
 
     def _due(self, every_images: int, plan: StepPlan) -> bool:
         seen = self.run.state.images_seen
@@ -93,14 +94,21 @@ class Monitor:
             return False
         return worker.any((self.run.folder / STOP_FILE).exists())
 
-    def _keep(self, plan: StepPlan, ends: bool) -> None:
+    def _loses_a_node(self) -> bool:
+        """Once: a node will be taken away, and the run goes on elsewhere with what was kept before."""
+        if self._is_noticed or self.run.state.step % VOTE_EVERY_STEPS:
+            return False
+        self._is_noticed = self.run.worker.loses_a_node()
+        return self._is_noticed
+
+    def _keep(self, plan: StepPlan, ends: bool, leaves: bool) -> None:
         """Averages and checkpoints that are due."""
         run = self.run
         for average, settings in zip(run.state.emas, run.recipe.ema, strict=True):
             every = settings.snapshot_every_images
             if isinstance(average, PowerEMA) and every and (ends or self._due(every, plan)):
                 self._keep_average(average)
-        if ends or self._due(run.recipe.train.checkpoint_every_images, plan):
+        if ends or leaves or self._due(run.recipe.train.checkpoint_every_images, plan):
             identity = {"recipe": run.recipe.name, "held_out_loss": self.last_line.get("held_out_loss")}
             self.checkpointer.save(run.state, identity)
 
