@@ -124,7 +124,9 @@ def train_autoencoder(
             }
             with (
                 progress("training the autoencoder", settings.images, "patches") as meter,
-                Follower(folder, run["run_id"], lambda line: meter.update(line["images_seen"], _note(line))),
+                Follower(
+                    folder, lambda: str(run["run_id"]), lambda line: meter.update(line["images_seen"], _note(line))
+                ),
             ):
                 run_workers(autoencoder_worker, config, workers, folder / ".ray", "autoencoder")
             run |= _measure(folder, rows, settings, run["run_id"])

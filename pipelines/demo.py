@@ -136,7 +136,8 @@ def _check_folder(folder: Path, chain: Chain) -> None:
     if mark.is_file() and mark.read_text() != chain.name:
         raise UserError(f"{folder} holds the chain {mark.read_text()}: choose another --out, or remove it")
     for run in (folder / "autoencoder" / "run.json", folder / "search" / "search.json", folder / "run" / "run.json"):
-        if run.is_file() and not run_exists(read_json(run)["run_id"]):
+        run_id = read_json(run)["run_id"] if run.is_file() else None
+        if run_id is not None and not run_exists(run_id):
             raise UserError(
                 f"{folder} belongs to another MLflow store than {tracking_uri()}: remove it, or choose --out"
             )

@@ -13,13 +13,13 @@ from safetensors import SafetensorError
 from patchloom.models.autoencoder import load_autoencoder
 from patchloom.models.checkpoints import Model, save_average
 from patchloom.models.ema import PowerEMA
-from patchloom.models.flops import training_flops
+from patchloom.models.flops import peak_flops, training_flops
 from patchloom.models.generate import Sampling, default_labels, generate
 from patchloom.models.loss import SIGMA_BINS, held_out_loss
 from patchloom.models.metrics import colour_layout, frechet_distance
 from patchloom.models.patches import PatchSize
 from patchloom.models.plan import StepPlan
-from patchloom.models.step import learning_rate, one_hot
+from patchloom.models.step import HALF_PRECISIONS, learning_rate, one_hot
 from patchloom.pipelines.checkpointer import Checkpointer
 from patchloom.pipelines.pictures import contact_sheet, save_png
 from patchloom.pipelines.run import Run
@@ -33,10 +33,8 @@ HELD_OUT_IMAGES = 64
 REFERENCE_IMAGES = 1024
 SAMPLED_AT_ONCE = 64
 STOP_FILE = ".stop"  # in the run folder: somebody asks for a checkpoint and an end
-VOTE_EVERY_STEPS = 8  # several workers must agree on where to stop
+VOTE_EVERY_STEPS = 8  # several workers must agree on where to stop, and whether a node is about to go
 DIVERGED = 1000.0  # times the lowest loss of a line; lines of single steps may differ a hundredfold by size and noise
-# Dense peaks of the tensor cores in bf16 and fp16, FLOP/s, by what the device's name holds (NVIDIA's data sheets)
-PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "V100": 125e12, "L40S": 362e12, "T4": 65e12}
 
 
 class Monitor:
@@ -52,7 +50,9 @@ class Monitor:
         self.verdict = "training" if run.state.step < run.method.updates else "finished"
         self.last_line: dict[str, Any] = {}
         self._flops = [training_flops(run.card["denoiser"], size.pixels) for size in run.method.schedule.sizes]
+        self._peak_flops, self._peak_source = _peak_of_all(run)
         self._lowest_loss = math.inf
+        self._is_noticed = False
         self._model: Model | None = None
         self._reference: torch.Tensor | None = None  # features of training rows
         if self.is_first:  # lines past the checkpoint are about to be written again
@@ -77,12 +77,12 @@ class Monitor:
             self.verdict = "finished"
         elif self._asked_to_stop():
             self.verdict = "stopped"
-        ends = self.verdict != "training"
+        ends, leaves = self.verdict != "training", self._loses_a_node()
         looks = self.verdict == "finished" or self._due(preview.every_images, plan)
         if ends or looks or self._due(train.log_every_images, plan):
             self._tell(looks)
         if self.verdict != "diverged" and self.is_first:
-            self._keep(plan, ends)
+            self._keep(plan, ends, leaves)
 
     def _due(self, every_images: int, plan: StepPlan) -> bool:
         seen = self.run.state.images_seen
@@ -94,14 +94,21 @@ class Monitor:
             return False
         return worker.any((self.run.folder / STOP_FILE).exists())
 
-    def _keep(self, plan: StepPlan, ends: bool) -> None:
+    def _loses_a_node(self) -> bool:
+        """Once: a node will be taken away, and the run goes on elsewhere with what was kept before."""
+        if self._is_noticed or self.run.state.step % VOTE_EVERY_STEPS:
+            return False
+        self._is_noticed = self.run.worker.loses_a_node()
+        return self._is_noticed
+
+    def _keep(self, plan: StepPlan, ends: bool, leaves: bool) -> None:
         """Averages and checkpoints that are due."""
         run = self.run
         for average, settings in zip(run.state.emas, run.recipe.ema, strict=True):
             every = settings.snapshot_every_images
             if isinstance(average, PowerEMA) and every and (ends or self._due(every, plan)):
                 self._keep_average(average)
-        if ends or self._due(run.recipe.train.checkpoint_every_images, plan):
+        if ends or leaves or self._due(run.recipe.train.checkpoint_every_images, plan):
             identity = {"recipe": run.recipe.name, "held_out_loss": self.last_line.get("held_out_loss")}
             self.checkpointer.save(run.state, identity)
 
@@ -189,7 +196,7 @@ class Monitor:
         steps = state.step - self._step_before
         changes = [now - before for now, before in zip(state.crops_by_size, self._crops_before, strict=True)]
         flops_per_second = sum(n * flops for n, flops in zip(changes, self._flops, strict=True)) / seconds
-        speed = {
+        return {
             "images_per_second": sum(changes) / seconds,
             "updates_per_second": steps / seconds,
             "flops_per_second": flops_per_second,
@@ -199,9 +206,10 @@ class Monitor:
             "straggler_loss": waits["straggler"] / seconds,
             "eta_seconds": (method.updates - state.step) * seconds / max(steps, 1),
             "peak_memory_bytes": self._peak_memory(),
+            "model_flops_utilisation": flops_per_second / self._peak_flops,
+            "peak_flops_per_second": self._peak_flops,
+            "peak_flops_source": self._peak_source,
         }
-        peak = self._peak_flops()
-        return speed | ({"model_flops_utilisation": flops_per_second / peak} if peak else {})
 
     @staticmethod
     def _size_of(plan: StepPlan) -> PatchSize | None:
@@ -222,12 +230,6 @@ class Monitor:
         if self.run.device.type == "cuda":
             return int(torch.cuda.max_memory_allocated())
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-    def _peak_flops(self) -> float | None:
-        if self.run.device.type != "cuda" or self.run.method.precision not in ("bf16", "fp16"):
-            return None
-        name = torch.cuda.get_device_name()
-        return next((peak for known, peak in PEAK_FLOPS.items() if known in name), None)
 
     def _looked_at(self) -> dict[str, Any]:
         """A preview grid and the held-out loss of the averaged weights."""
@@ -289,6 +291,14 @@ class Monitor:
         denoiser: Any = run.state.emas[0].module
         labels = one_hot(rows.label, denoiser.classes) if denoiser.classes else None
         return held_out_loss(denoiser, run.space.normalise(rows.image), labels)
+
+
+def _peak_of_all(run: Run) -> tuple[float, str]:
+    """The FLOP/s that all workers' devices have together, and where worker 0's are from; all must ask at once."""
+    mine, source = peak_flops(run.device, HALF_PRECISIONS.get(run.method.precision, torch.float32))
+    total = torch.tensor([mine], device=run.device)
+    run.worker.reduce(total)
+    return float(total), source
 
 
 def _means(names: Any, sums: torch.Tensor) -> dict[str, float]:

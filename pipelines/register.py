@@ -38,6 +38,8 @@ def register(run: str, name: str, alias: str | None = None) -> str:
     if not (folder / "model" / "model.json").is_file():
         raise UserError(f"{folder} is not finished and has no model: run `patchloom train ... --resume` first")
     run_card = read_json(folder / "run.json")
+    if run_card["run_id"] is None:
+        raise UserError(f"{folder} was trained while MLflow was away: `patchloom train ... --resume` sends it first")
     card = read_card(folder / "model", "denoiser")
     version = _registered(name, card["weights_sha256"], run_card["run_id"])
     if version is None:

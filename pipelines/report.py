@@ -12,6 +12,7 @@ from patchloom.pipelines.evaluation_page import first_number, metric_sections, s
 from patchloom.pipelines.page import document, numbers, picture, table
 from patchloom.platform.copies import local_copy
 from patchloom.platform.errors import UserError
+from patchloom.platform.progress import clock
 from patchloom.platform.recipe import load_recipe
 from patchloom.platform.storage import local_path, make_folder, read_json, read_json_lines, write_atomic
 from patchloom.platform.tracking import PROGRESS_FILE, tracking_uri
@@ -107,15 +108,9 @@ def _run_sections(folder: Path) -> list[str]:
     lines = read_json_lines(folder / PROGRESS_FILE)
     if not lines:
         return ['<p class="note">This run has not written a line yet.</p>']
-    last = lines[-1]
     sections = [
-        numbers(
-            ("updates", f"{last['step']:,}"),
-            ("counted images", f"{last['images_seen']:,}"),
-            *([("full-size images", f"{last['full_size_images']:,}")] if "full_size_images" in last else []),
-            *([("TFLOP", f"{last['flops'] / 1e12:,.1f}")] if "flops" in last else []),
-            ("images/s (median)", f"{median(line['images_per_second'] for line in lines):,.0f}"),
-        ),
+        numbers(*_counts(lines[-1])),
+        numbers(*_speeds(lines)),
         f"<figure>{_curves(lines)}<figcaption>Loss of the trained weights by patch size, and that of the averaged "
         "weights on held-out full-size images; beside it, by noise level.</figcaption></figure>",
     ]
@@ -125,6 +120,39 @@ def _run_sections(folder: Path) -> list[str]:
         for line in _spread(previews, 3)
     ]
     return sections
+
+
+def _counts(last: dict[str, Any]) -> list[tuple[str, str]]:
+    """What a run has done by its last line, counted in every way there is."""
+    counts = [("updates", f"{last['step']:,}"), ("counted images", f"{last['images_seen']:,}")]
+    if "full_size_images" in last:  # else the run is an autoencoder's
+        counts += [
+            ("full-size images", f"{last['full_size_images']:,}"),
+            ("images-equivalent, by pixels", f"{last['pixel_equivalent_images']:,.0f}"),
+            ("TFLOP", f"{last['flops'] / 1e12:,.1f}"),
+            ("left to go", clock(last["eta_seconds"])),
+        ]
+    return counts
+
+
+def _speeds(lines: list[dict[str, Any]]) -> list[tuple[str, str]]:
+    """How fast a run went: medians of its lines, and the most memory of worker 0."""
+    told = [line for line in lines if "straggler_loss" in line]
+    speeds = [("images/s (median)", f"{median(line['images_per_second'] for line in lines):,.0f}")]
+    if not told:
+        return speeds
+    by_size = [line["images_per_second_by_patch_size"] for line in told]
+    for size in sorted(set().union(*by_size), key=int, reverse=True):
+        speeds.append((f"images/s of {size} x {size}", f"{median(r[size] for r in by_size if size in r):,.0f}"))
+    peak, source = told[-1]["peak_flops_per_second"], told[-1]["peak_flops_source"]
+    of_peak = f"model FLOPs utilisation, of {peak / 1e12:,.3g} TFLOP/s ({source})"
+    for key, name in (
+        ("model_flops_utilisation", of_peak),
+        ("straggler_loss", "straggler loss"),
+        ("data_wait_share", "waiting for data"),
+    ):
+        speeds.append((name, f"{median(line[key] for line in told):.1%}"))
+    return [*speeds, ("peak memory", f"{max(line['peak_memory_bytes'] for line in told) / 2**30:,.2f} GiB")]
 
 
 def _spread(items: list[Any], most: int) -> list[Any]:

@@ -1,5 +1,6 @@
 """Train: launch a run of a recipe on Ray Train (or in this process), watched and tracked."""
 
+import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from patchloom.models.transfer import transfer
 from patchloom.pipelines.checkpointer import newest_checkpoint, whole_checkpoints, without_tensors
 from patchloom.pipelines.monitor import STOP_FILE, ask_to_stop
 from patchloom.pipelines.run import load_denoiser
+from patchloom.pipelines.tracked import end_tracking, tracked
 from patchloom.pipelines.train_loop import train_worker
 from patchloom.platform.cluster import run_workers
 from patchloom.platform.copies import Fetcher, pull, working_copy
@@ -23,16 +25,16 @@ from patchloom.platform.folder import Folder
 from patchloom.platform.progress import progress, say
 from patchloom.platform.recipe import Recipe, recipe_yaml
 from patchloom.platform.registry import fetch_model
-from patchloom.platform.storage import local_path, locked, make_folder, read_json, write_atomic, write_json
-from patchloom.platform.tracking import (
-    Follower,
-    begin_run,
-    end_run,
-    flat_parameters,
-    log_artifacts,
-    log_dataset,
-    require_reachable,
+from patchloom.platform.storage import (
+    local_path,
+    locked,
+    make_folder,
+    read_json,
+    read_json_lines,
+    write_atomic,
+    write_json,
 )
+from patchloom.platform.tracking import PROGRESS_FILE, Follower, is_reachable, tracking_uri
 
 RUN_FORMAT = 1
 HEAD_WIDTH = 64
@@ -54,10 +56,13 @@ NETWORKS: dict[str, tuple[str, dict[str, Any]]] = {
 
 @dataclass(frozen=True)
 class TrainResult:
-    """A finished run: its folder (for a remote one this machine's copy), its MLflow run and its last progress line."""
+    """A finished run: its folder (for a remote one this machine's copy), its MLflow run and its last progress line.
+
+    run_id is None where MLflow did not answer from the beginning to the end; `--resume` sends the run then.
+    """
 
     folder: Path
-    run_id: str
+    run_id: str | None
     last: dict[str, Any]
     address: str  # the folder as other commands take it
 
@@ -194,41 +199,48 @@ def train(
         raise UserError(f"--min-workers {min_workers} is not within 1 and --workers {workers}: lower it")
     rows = open_dataset(dataset)
     card = model_card(recipe, rows)
-    with _run_folder(out) as folder, locked(folder):
-        run = _open_folder(folder, out, recipe, rows, resume, parent_run)
+    there = Folder.at(out)
+    with _run_folder(there) as folder, locked(folder):
+        find_run = _open_folder(folder, there, recipe, rows, resume, parent_run)
         if (folder / "model" / "model.json").is_file():
             say(f"{out} is finished: its model is {out}/model")
-            with Follower(folder, run["run_id"], lambda _: None):
+            with Follower(folder, find_run, lambda _: None):
                 pass  # lines that a store did not take while it was away are sent now
-            return TrainResult(folder, run["run_id"], _last_line(folder), out)
+            end_tracking(folder, "FINISHED")
+            return _result(folder, out)
         config = {
             "recipe": recipe.model_dump(mode="json"),
             "card": card,
             "dataset": rows.address,
-            "folder": Folder.at(out).address,
+            "folder": there.address,
             "backbones": allowed_backbones(),
             "microbatch": microbatch,
             "compile": compile,
             "profile": profile,
             "init_from": None if newest_checkpoint(folder) else _init_from(recipe, card),
         }
-        Folder.at(out).remove(STOP_FILE)
+        there.remove(STOP_FILE)
+        status = "FAILED"
         try:
-            last = _launch(config, folder, recipe, run["run_id"], workers, min_workers, show)
+            _launch(config, folder, recipe, find_run, workers, min_workers, show)
+            status = "FINISHED"
         except Stopped:
-            _end_quietly(run["run_id"], "KILLED")
+            status = "KILLED"
             raise
-        except BaseException:
-            _end_quietly(run["run_id"], "FAILED")
-            raise
-        _end_quietly(run["run_id"], "FINISHED")
-    return TrainResult(folder, run["run_id"], last, out)
+        finally:
+            end_tracking(folder, status)
+    return _result(folder, out)
+
+
+def _result(folder: Path, out: str) -> TrainResult:
+    """What a finished run's folder says."""
+    run_id = read_json(folder / "run.json")["run_id"]
+    return TrainResult(folder, run_id, read_json_lines(folder / PROGRESS_FILE)[-1], out)
 
 
 @contextmanager
-def _run_folder(out: str) -> Iterator[Path]:
-    """The folder that stands for `out` on this machine; what a remote run has is fetched before and after."""
-    there = Folder.at(out)
+def _run_folder(there: Folder) -> Iterator[Path]:
+    """The folder that stands for a run's on this machine; what a remote run has is fetched before and after."""
     if not there.is_remote:
         yield make_folder(there.path)
         return
@@ -242,15 +254,15 @@ def _launch(
     config: dict[str, Any],
     folder: Path,
     recipe: Recipe,
-    run_id: str,
+    find_run: Callable[[], str],
     workers: int,
     min_workers: int | None,
     show: Callable[[dict[str, Any]], None] | None,
-) -> dict[str, Any]:
+) -> None:
     there = Folder(config["folder"])
 
-    def work(shown: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
-        with Follower(folder, run_id, shown), Fetcher(there, folder) if there.is_remote else nullcontext():
+    def work(shown: Callable[[dict[str, Any]], None]) -> None:
+        with Follower(folder, find_run, shown), Fetcher(there, folder) if there.is_remote else nullcontext():
             ended = run_workers(
                 train_worker,
                 config,
@@ -260,10 +272,11 @@ def _launch(
                 min_workers,
                 on_stop=lambda: ask_to_stop(there),
             )
-        return _judged(there, ended)
+        _judge(there, ended)
 
     if show is not None:
-        return work(show)
+        work(show)
+        return
     newest = newest_checkpoint(folder)
     begun = read_json(newest / "checkpoint.json") if newest else {"step": 0, "images_seen": 0}
     if newest:
@@ -276,9 +289,9 @@ def _launch(
                 return  # of before the stop
             sizes = "  ".join(f"{size}px {loss:.3f}" for size, loss in line["loss_by_patch_size"].items())
             loss = "no number" if line["loss"] is None else f"{line['loss']:.3f}"
-            meter.update(line["images_seen"], f"loss {loss} ({sizes})")
+            meter.update(line["images_seen"], f"loss {loss} ({sizes})  {line['model_flops_utilisation']:.0%} of peak")
 
-        return work(on_line)
+        work(on_line)
 
 
 def _init_from(recipe: Recipe, card: dict[str, Any]) -> str | None:
@@ -297,8 +310,8 @@ def _init_from(recipe: Recipe, card: dict[str, Any]) -> str | None:
     return path
 
 
-def _judged(folder: Folder, ended: dict[str, Any]) -> dict[str, Any]:
-    """The last line of a run that finished; raises where it was stopped or came to nothing."""
+def _judge(folder: Folder, ended: dict[str, Any]) -> None:
+    """Raise where a run was stopped or came to nothing."""
     line: dict[str, Any] = ended["line"]
     whole = whole_checkpoints(folder)
     if ended["verdict"] == "stopped":
@@ -308,63 +321,52 @@ def _judged(folder: Folder, ended: dict[str, Any]) -> dict[str, Any]:
         raise Stopped(f"{folder} has a checkpoint of step {step:,}: go on with --resume")
     if ended["verdict"] == "diverged":
         where = f"the newest checkpoint is {folder}/{whole[-1]}" if whole else "there is no checkpoint"
+        loss = "no number" if line["loss"] is None else line["loss"]
         raise UserError(
-            f"{folder}: the loss diverged by step {line['step']:,} (it was {line['loss']}), and {where}: "
+            f"{folder}: the loss diverged by step {line['step']:,} (it was {loss}), and {where}: "
             "begin again with a lower optimizer.lr or a longer optimizer.lr_rampup_images"
         )
-    return line
 
 
 def _open_folder(
-    folder: Path, out: str, recipe: Recipe, dataset: Dataset, resume: bool, parent_run: str | None
-) -> dict[str, Any]:
-    """The run's `run.json`: a new one, or that of the run that goes on; refuses to mix two runs."""
-    there = Folder.at(out)
-    path = folder / "run.json"
-    if path.is_file():
-        if not resume:
-            raise UserError(f"{there} holds a run: give --resume to go on with it, or choose another folder")
-        run: dict[str, Any] = read_json(path)
-        if run["dataset_fingerprint"] != dataset.fingerprint:
-            raise UserError(
-                f"{there} was trained on another dataset than {dataset.address}: give the same, or a new --out"
-            )
-        if (folder / "recipe.yaml").read_text() != recipe_yaml(recipe):
-            raise UserError(
-                f"{there} was begun with another recipe ({there}/recipe.yaml): give the same, or a new --out"
-            )
-        return run
-    require_reachable()
+    folder: Path, there: Folder, recipe: Recipe, dataset: Dataset, resume: bool, parent_run: str | None
+) -> Callable[[], str]:
+    """Begin a run's folder, or find there the run that goes on; returns what finds or begins its MLflow run."""
+    is_new = not (folder / "run.json").is_file()
+    if not is_new:
+        _check_same(folder, there, recipe, dataset, resume)
+    answers = is_reachable()  # an address that is none is refused before anything is written
+    if is_new:
+        _write_cards(folder, there, recipe, dataset)
+    find_run = functools.partial(tracked, folder, there, parent_run)
+    if answers:
+        find_run()
+    else:
+        say(f"  MLflow at {tracking_uri()} does not answer: the run goes on without it, and is sent when it does")
+    return find_run
+
+
+def _check_same(folder: Path, there: Folder, recipe: Recipe, dataset: Dataset, resume: bool) -> None:
+    """Refuse to mix two runs."""
+    if not resume:
+        raise UserError(f"{there} holds a run: give --resume to go on with it, or choose another folder")
+    if read_json(folder / "run.json")["dataset_fingerprint"] != dataset.fingerprint:
+        raise UserError(f"{there} was trained on another dataset than {dataset.address}: give the same, or a new --out")
+    if (folder / "recipe.yaml").read_text() != recipe_yaml(recipe):
+        raise UserError(f"{there} was begun with another recipe ({there}/recipe.yaml): give the same, or a new --out")
+
+
+def _write_cards(folder: Path, there: Folder, recipe: Recipe, dataset: Dataset) -> None:
     write_atomic(folder / "recipe.yaml", recipe_yaml(recipe))
-    tags = {"patchloom.dataset": dataset.fingerprint, "patchloom.version": __version__, "patchloom.folder": str(there)}
-    run_id = begin_run(recipe.name, "train", flat_parameters(recipe.model_dump(mode="json")), tags, parent_run)
-    log_artifacts(run_id, folder / "recipe.yaml")
-    log_dataset(run_id, dataset.address, dataset.fingerprint)
     run = {
         "format_version": RUN_FORMAT,
         "kind": "train",
-        "run_id": run_id,
+        "run_id": None,  # of MLflow, once it has answered
         "dataset": dataset.address,
         "dataset_fingerprint": dataset.fingerprint,
         "code_version": __version__,
     }
-    write_json(path, run)
+    write_json(folder / "run.json", run)
     if there.is_remote:
         for name in ("recipe.yaml", "run.json"):
             there.put(folder / name, name)
-    return run
-
-
-def _end_quietly(run_id: str, status: str) -> None:
-    """A store that is away at the end of a run must not undo the run."""
-    try:
-        end_run(run_id, status)
-    except Exception as error:
-        say(f"  MLflow did not take the end of run {run_id} ({type(error).__name__}); the run folder is complete")
-
-
-def _last_line(folder: Path) -> dict[str, Any]:
-    from patchloom.platform.storage import read_json_lines
-    from patchloom.platform.tracking import PROGRESS_FILE
-
-    return read_json_lines(folder / PROGRESS_FILE)[-1]

@@ -139,10 +139,14 @@ def map_on_actors(
 
 @dataclass(frozen=True)
 class Worker:
-    """Which of how many workers this process is, and how it adds up tensors with the others."""
+    """Which of how many workers this process is, and how it adds up tensors with the others.
+
+    loses_a_node: whether a node of any worker has got notice that it will be taken away; all must ask alike.
+    """
 
     rank: int = 0
     count: int = 1
+    loses_a_node: Callable[[], bool] = lambda: False
 
     def reduce(self, tensor: Any) -> None:
         """Sum a tensor over all workers, in place."""
@@ -238,7 +242,10 @@ def _run_on_ray_train(
         context = ray.train.get_context()
         if not torch.cuda.is_available():
             torch.set_num_threads(settings["cpus"])
-        return loop(Worker(context.get_world_rank(), context.get_world_size()), settings["config"])
+        worker = Worker(
+            context.get_world_rank(), context.get_world_size(), lambda: ray.train.get_preemption_info() is not None
+        )
+        return loop(worker, settings["config"])
 
     say(f"  waiting for {workers} worker{'s' if workers > 1 else ''} of Ray Train (half a minute on a laptop) ...")
     gpus = ray.cluster_resources().get("GPU", 0)

@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import re
 import threading
 import time
 import warnings
@@ -69,8 +70,10 @@ def begin_run(name: str, kind: str, params: dict[str, Any], tags: dict[str, str]
 
 
 def end_run(run_id: str, status: str = "FINISHED") -> None:
-    """Close a run as FINISHED, FAILED or KILLED."""
-    connect().set_terminated(run_id, status)
+    """Close a run as FINISHED, FAILED or KILLED; one that was closed so keeps its time."""
+    client = connect()
+    if client.get_run(run_id).info.status != status:
+        client.set_terminated(run_id, status)
 
 
 def log_artifacts(run_id: str, *files: Path, under: str | None = None) -> None:
@@ -142,17 +145,19 @@ class Follower:
     """Follows a run's `progress.jsonl` while the block runs: shows each line, and sends it to MLflow.
 
     The file is the truth. A store that does not answer costs nothing but time: lines wait and are sent
-    again, and a line whose step is already in MLflow is never sent twice.
+    again, and a line whose step is already in MLflow is never sent twice. find_run: the id of the run that
+    they go to; asked when there is a line to send, and again where it raises.
     """
 
-    def __init__(self, folder: Path, run_id: str | None, show: Callable[[dict[str, Any]], None]) -> None:
-        self.folder, self.run_id, self.show = folder, run_id, show
+    def __init__(self, folder: Path, find_run: Callable[[], str], show: Callable[[dict[str, Any]], None]) -> None:
+        self.folder, self.find_run, self.show = folder, find_run, show
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._follow, name="follower", daemon=True)
         self._tail = JsonLinesTail(folder / PROGRESS_FILE)
         self._waiting: list[dict[str, Any]] = []  # read and not yet in MLflow
-        self._sent_step: int | None = None
-        self._retry_at = 0.0
+        self._run_id = ""  # until a store has said what it has of the run
+        self._sent_step = -1
+        self._retry_at, self._problem = 0.0, ""
 
     def __enter__(self) -> "Follower":
         self._thread.start()
@@ -165,7 +170,10 @@ class Follower:
         self._look()
         if self._waiting:
             count, place = len(self._waiting), self.folder / PROGRESS_FILE
-            say(f"  MLflow at {tracking_uri()} does not answer: {count} lines wait in {place}, and --resume sends them")
+            say(
+                f"  MLflow at {tracking_uri()} did not take all ({self._problem}): {count} lines wait in {place}, "
+                "and --resume sends them"
+            )
 
     def _follow(self) -> None:
         while not self._stop.wait(0.5):
@@ -174,43 +182,67 @@ class Follower:
     def _look(self) -> None:
         for line in self._tail.new_lines():
             self.show(line)
-            if self.run_id:
-                self._waiting.append(line)
+            self._waiting.append(line)
         if self._waiting and time.monotonic() >= self._retry_at:
             try:
                 while self._waiting:
                     self._send(self._waiting[0])
                     self._waiting.pop(0)
-            except Exception:  # whatever a store's client raises, training goes on
+            except Exception as error:  # whatever a store's client raises, training goes on
+                self._problem = f"{type(error).__name__}: {_short(error)}"
                 self._retry_at = time.monotonic() + RETRY_S
 
     def _send(self, line: dict[str, Any]) -> None:
         from mlflow.entities import Metric
-        from PIL import Image
 
         client = connect()
-        if self._sent_step is None:
-            history = client.get_metric_history(self.run_id, "images_seen")
-            self._sent_step = max((point.step for point in history), default=-1)
+        if not self._run_id:
+            run_id = self.find_run()
+            history = client.get_metric_history(run_id, "images_seen")
+            self._run_id, self._sent_step = run_id, max((point.step for point in history), default=-1)
         if line["step"] <= self._sent_step:
             return
         if "preview" in line:
-            with Image.open(self.folder / line["preview"]) as picture:
-                client.log_image(self.run_id, picture.convert("RGB"), key="preview", step=line["step"])
+            self._send_picture(client, line)
         stamp = int(line["time_unix_s"] * 1000)
         metrics = [Metric(key, value, stamp, line["step"]) for key, value in line_metrics(line).items()]
-        client.log_batch(self.run_id, metrics=metrics)
+        client.log_batch(self._run_id, metrics=metrics)
         self._sent_step = line["step"]
 
+    def _send_picture(self, client: Any, line: dict[str, Any]) -> None:
+        """A preview, where it did not arrive before the store went away with its line."""
+        from PIL import Image
 
-def require_reachable() -> None:
-    """Raise UserError where the tracking store cannot be opened."""
+        name = re.compile(rf"/preview[+%]step[+%]{line['step']}[+%].*webp$")  # the small copy, which MLflow writes last
+        if any(name.search(item.path) for item in client.list_artifacts(self._run_id, "images")):
+            return
+        with Image.open(self.folder / line["preview"]) as picture:
+            client.log_image(self._run_id, picture.convert("RGB"), key="preview", step=line["step"])
+
+
+def is_reachable() -> bool:
+    """Whether the tracking store answers; raises UserError for one that cannot be opened at all."""
+    from requests import RequestException
+
     try:
         experiment_id(connect())
     except Exception as error:
-        problem = str(error).strip().split("\n")[0]
-        problem = problem if len(problem) <= 120 else f"{problem[:117]}..."
+        if isinstance(error.__context__, RequestException):  # of a server that is away, perhaps for a while
+            return False
+        problem = _short(error)
         raise UserError(f"MLflow at {tracking_uri()} cannot be opened ({problem}): check MLFLOW_TRACKING_URI") from None
+    return True
+
+
+def _short(error: Exception) -> str:
+    problem = str(error).strip().split("\n")[0]
+    return problem if len(problem) <= 120 else f"{problem[:117]}..."
+
+
+def require_reachable() -> None:
+    """Raise UserError where the tracking store does not answer."""
+    if not is_reachable():
+        raise UserError(f"MLflow at {tracking_uri()} does not answer: start it, or check MLFLOW_TRACKING_URI")
 
 
 def log_dataset(run_id: str, address: str, fingerprint: str) -> None:
@@ -224,11 +256,13 @@ def log_dataset(run_id: str, address: str, fingerprint: str) -> None:
 
 
 def run_exists(run_id: str) -> bool:
-    """Whether this store knows a run."""
+    """Whether this store knows a run; raises MlflowException while the store is away."""
     from mlflow.exceptions import MlflowException
 
     try:
         connect().get_run(run_id)
-    except MlflowException:
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+            raise
         return False
     return True

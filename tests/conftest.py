@@ -10,10 +10,21 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from helpers import environment, photograph, tiny_recipe
 from PIL import Image
 
 CLASSES = ("chelsea", "coffee")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Small networks gain nothing from more, and threads that wait for one another stand still on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with environment(OMP_NUM_THREADS="1"):
+        yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -19,6 +19,7 @@ pytestmark = [pytest.mark.ray, pytest.mark.slow]
 @pytest.mark.parametrize("pixels", [False, True], ids=["latents", "pixels"])
 def test_the_whole_chain(pixels: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'mlflow.db'}")
+    monkeypatch.delenv("OMP_NUM_THREADS")  # of the other tests; a newcomer has all cores
     began = time.monotonic()
     process = start_cli("demo", *(["--pixels"] if pixels else []), cwd=tmp_path)
     peak = PeakMemory(process.pid)

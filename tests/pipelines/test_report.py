@@ -2,6 +2,7 @@
 
 import base64
 import io
+import statistics
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -64,6 +65,29 @@ def test_a_page_of_samples_shows_their_numbers_and_neighbours(champion: str, pix
     assert {f"{result['metrics']['frechet_distance']:.4g}", "Fréchet distance", "0-5", "colour-layout-48"} <= set(
         page.words
     )
+
+
+def test_a_runs_page_shows_every_number_that_is_counted(trained: Path, tmp_path: Path) -> None:
+    words = Page(report(str(trained), str(tmp_path / "run.html")).read_text()).words
+    shown = dict(zip(words[1:], words, strict=False))  # the number stands before its name
+    lines = read_json_lines(trained / "progress.jsonl")
+    last = lines[-1]
+
+    def middle(key: str) -> float:
+        return statistics.median(line[key] for line in lines)
+
+    assert shown["images-equivalent, by pixels"] == f"{last['pixel_equivalent_images']:,.0f}"
+    assert shown["TFLOP"] == f"{last['flops'] / 1e12:,.1f}"
+    assert shown["left to go"] == "0s"
+    assert shown["straggler loss"] == f"{middle('straggler_loss'):.1%}" == "0.0%"  # of one worker
+    assert shown["waiting for data"] == f"{middle('data_wait_share'):.1%}"
+    assert shown["peak memory"] == f"{last['peak_memory_bytes'] / 2**30:,.2f} GiB"
+    (utilisation,) = (name for name in shown if name.startswith("model FLOPs utilisation, of "))
+    assert "(measured)" in utilisation and shown[utilisation] == f"{middle('model_flops_utilisation'):.1%}"
+    for size in ("16", "8", "4"):
+        rates = [line["images_per_second_by_patch_size"].get(size) for line in lines]
+        wanted = statistics.median(rate for rate in rates if rate is not None)
+        assert shown[f"images/s of {size} x {size}"] == f"{wanted:,.0f}"
 
 
 def test_a_folder_in_the_pages_place_is_refused(trained: Path, tmp_path: Path) -> None:

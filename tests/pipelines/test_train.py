@@ -3,6 +3,7 @@
 import contextlib
 import os
 from pathlib import Path
+from typing import Any
 
 import mlflow
 import pytest
@@ -17,6 +18,7 @@ from patchloom.pipelines.train import train
 from patchloom.platform.errors import UserError
 from patchloom.platform.recipe import recipe_yaml
 from patchloom.platform.storage import read_json, read_json_lines
+from patchloom.platform.tracking import line_metrics
 
 pytestmark = pytest.mark.ray
 
@@ -33,6 +35,23 @@ def test_a_run_has_as_many_updates_as_its_images_buy(trained: Path) -> None:
     assert set().union(*(line["loss_by_patch_size"] for line in lines)) == {"16", "8", "4"}
 
 
+def test_a_line_holds_every_number_that_is_counted(trained: Path) -> None:
+    lines = read_json_lines(trained / "progress.jsonl")
+    before: dict[str, Any] = {"images_seen": 0, "flops": 0, "step": 0}
+    for line in lines:
+        seconds = (line["images_seen"] - before["images_seen"]) / line["images_per_second"]
+        assert line["flops_per_second"] * seconds == pytest.approx(line["flops"] - before["flops"])
+        assert line["updates_per_second"] * seconds == pytest.approx(line["step"] - before["step"])
+        utilisation = line["flops_per_second"] / line["peak_flops_per_second"]
+        assert line["model_flops_utilisation"] == pytest.approx(utilisation) and 0 < utilisation < 1
+        assert line["eta_seconds"] == pytest.approx((39 - line["step"]) / line["updates_per_second"])
+        assert set(line["images_per_second_by_patch_size"]) == set(line["loss_by_patch_size"])
+        assert 0 <= line["data_wait_share"] < 1 and line["straggler_loss"] == 0  # of one worker
+        assert 2**26 < line["peak_memory_bytes"] < 2**36
+        before = line
+    assert {line["peak_flops_source"] for line in lines} == {"measured"}
+
+
 def test_the_model_folder_builds_without_ray_or_mlflow(trained: Path) -> None:
     denoiser = load_model(trained / "model")
     clean = denoiser(torch.zeros(2, 3, 16, 16), 0.5, labels=torch.eye(2))
@@ -47,10 +66,21 @@ def test_mlflow_holds_the_lines_the_parameters_and_the_preview(trained: Path) ->
     history = client.get_metric_history(run_id, "loss")
     assert [(point.step, point.value) for point in history] == [(line["step"], line["loss"]) for line in lines]
     run = client.get_run(run_id)
+    assert run.data.metrics == pytest.approx(line_metrics(last_of_each(lines)))  # every number, system metrics too
+    assert {"straggler_loss", "model_flops_utilisation", "system/cpu_utilization_percentage"} <= set(run.data.metrics)
     assert run.info.status == "FINISHED"
     assert run.data.params["patches.p"] == "0.5"
     assert run.inputs.dataset_inputs[0].dataset.digest == read_json(trained / "run.json")["dataset_fingerprint"][:32]
     assert any("preview" in item.path for item in client.list_artifacts(run_id, "images"))
+
+
+def last_of_each(lines: list[dict[str, Any]]) -> dict[str, Any]:
+    """One line of the newest value of every key, also of keys within dictionaries."""
+    newest: dict[str, Any] = {}
+    for line in lines:
+        for key, value in line.items():
+            newest[key] = newest.get(key, {}) | value if isinstance(value, dict) else value
+    return newest
 
 
 def test_a_dry_run_predicts_the_counts_of_the_run(trained: Path, pixels: Path) -> None:
