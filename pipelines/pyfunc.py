@@ -1,17 +1,16 @@
 """Pyfunc: a registered model as MLflow's own users load and serve it."""
 
 import base64
-import io
 from typing import Any
 
 import pandas as pd
 from mlflow.models.signature import ModelSignature
 from mlflow.pyfunc import PythonModel
 from mlflow.types.schema import ColSpec, DataType, ParamSchema, ParamSpec, Schema
-from PIL import Image
 
 from patchloom.models.checkpoints import load_whole_model
 from patchloom.models.generate import Sampling, check_fit, default_labels, generate_padded
+from patchloom.pipelines.pictures import png_bytes
 from patchloom.platform.registry import MODEL_FOLDER
 
 COMPUTE_BATCH = 8  # that of `patchloom sample` on a CPU, so that both give the same bytes
@@ -53,10 +52,3 @@ class SamplerModel(PythonModel):
         images = generate_padded(self.model, seeds, labels, COMPUTE_BATCH, sampling)
         pngs = [base64.b64encode(png_bytes(image)).decode() for image in images.numpy()]
         return pd.DataFrame({"seed": seeds, "label": labels, "png": pngs})
-
-
-def png_bytes(image: Any) -> bytes:
-    """One (C, H, W) uint8 image as the bytes of a PNG; grey where C is 1."""
-    buffer = io.BytesIO()
-    Image.fromarray(image[0] if len(image) == 1 else image.transpose(1, 2, 0)).save(buffer, format="PNG")
-    return buffer.getvalue()

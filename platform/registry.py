@@ -9,6 +9,7 @@ from typing import Any
 
 from patchloom.platform.copies import local_copy
 from patchloom.platform.errors import UserError
+from patchloom.platform.folder import is_remote
 from patchloom.platform.tracking import connect, tracking_uri
 
 MODEL_FOLDER = "model"  # where a version keeps its model folder, below its artifacts
@@ -39,7 +40,7 @@ def fetch_model(reference: str) -> FetchedModel:
         raise UserError(
             f"{reference} is no model: give models:/NAME@ALIAS, models:/NAME/VERSION, runs:/ID/model or a model folder"
         )
-    return FetchedModel(folder, str(folder))
+    return FetchedModel(folder, reference if is_remote(reference) else str(folder))
 
 
 def _fetch_version(reference: str) -> FetchedModel:
