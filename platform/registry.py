@@ -84,16 +84,20 @@ def _download(uri: str) -> Path:
 
 
 def _model_folder(folder: Path) -> Path:
-    for candidate in (folder, folder / MODEL_FOLDER, folder / "artifacts" / MODEL_FOLDER):
+    # MLflow keeps an artifact by the name that its folder had
+    for candidate in (folder, folder / MODEL_FOLDER, *sorted((folder / "artifacts").glob("*/"))):
         if (candidate / "model.json").is_file():
             return candidate
     raise UserError(f"{folder} holds no model.json: it was not registered by patchloom")
 
 
-def register_pyfunc(folder: Path, name: str, run_id: str, entry: Path, requirements: list[str], signature: Any) -> str:
+def register_pyfunc(
+    folder: Path, name: str, run_id: str, entry: Path, wheel: Path, signature: Any, input_example: Any
+) -> str:
     """Register a model folder as a version that MLflow's own users can load; returns the version's number.
 
-    entry: the one Python file of the version (models from code: nothing is pickled).
+    entry: the one Python file of the version (models from code: nothing is pickled). wheel: the code that it
+    imports, which lies in the version and is its one requirement beside MLflow.
     """
     import mlflow
 
@@ -103,9 +107,11 @@ def register_pyfunc(folder: Path, name: str, run_id: str, entry: Path, requireme
         info = mlflow.pyfunc.log_model(
             name="model",
             python_model=str(entry),
-            artifacts={MODEL_FOLDER: str(folder)},
-            pip_requirements=requirements,
+            artifacts={MODEL_FOLDER: str(folder), "wheel": str(wheel)},
+            # MLflow installs a version's requirements with the version's folder as the working directory
+            pip_requirements=[f"mlflow=={mlflow.__version__}", f"artifacts/{wheel.name}"],
             signature=signature,
+            input_example=input_example,
             registered_model_name=name,
         )
     return str(info.registered_model_version)
