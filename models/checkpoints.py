@@ -23,6 +23,7 @@ __all__ = [
     "CheckpointError",
     "Model",
     "checkpoint_content",
+    "is_pickle",
     "load_checkpoint",
     "load_edm_snapshot",
     "load_model",
@@ -40,6 +41,7 @@ __all__ = [
 MODEL_FORMAT = 1
 CHECKPOINT_FORMAT = 1
 AVERAGE_FORMAT = 1
+PICKLES = (".pkl", ".pickle", ".pt", ".pth", ".bin", ".ckpt")  # what they are usually called
 
 
 @dataclass(frozen=True)
@@ -106,9 +108,25 @@ def load_model(folder: Path | str) -> Denoiser:
     return denoiser.eval().requires_grad_(False)
 
 
+def is_pickle(path: Path) -> bool:
+    """Whether a file is a pickle, by its name or its first bytes: a program, which whoever loads it would run."""
+    if path.suffix.lower() in PICKLES:
+        return True
+    with path.open("rb") as file:
+        head = file.read(2)
+    # safetensors begin with a length, which may look like anything
+    return path.suffix != ".safetensors" and len(head) == 2 and head[0] == 0x80 and 2 <= head[1] <= 5
+
+
 def verified_card(folder: Path) -> dict[str, Any]:
-    """The card of a denoiser's folder whose weights match their checksum; raises CheckpointError otherwise."""
+    """The card of a denoiser's folder that holds no pickle and whose weights match their checksum.
+
+    Raises CheckpointError otherwise.
+    """
     card = read_card(folder, "denoiser")
+    for path in sorted(folder.rglob("*")):
+        if path.is_file() and is_pickle(path):
+            raise CheckpointError(f"{path} is a pickle, which could run anything: a model folder holds none, remove it")
     weights = folder / "model.safetensors"
     if not weights.is_file():
         raise CheckpointError(f"{folder} holds no model.safetensors: fetch the model again")
@@ -122,12 +140,13 @@ def verified_card(folder: Path) -> dict[str, Any]:
 
 def load_whole_model(folder: Path | str, device: torch.device | str = "cpu") -> Model:
     """`load_model` with its space and, for latents, the decoder that travels in the folder."""
+    denoiser = load_model(folder)
     card = read_card(folder, "denoiser")
     space = Space(card["space"]["kind"], tuple(card["space"]["mean"]), tuple(card["space"]["scale"]))
     autoencoder = None
     if space.kind == "latents":
         autoencoder = load_autoencoder(Path(folder) / "autoencoder", device)
-    return Model(load_model(folder).to(device), space, autoencoder, card)
+    return Model(denoiser.to(device), space, autoencoder, card)
 
 
 def save_checkpoint(folder: Path, state: TrainingState, identity: dict[str, Any]) -> None:

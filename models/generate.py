@@ -1,6 +1,7 @@
 """Generate: seeds in, images out; the image of a seed does not depend on its neighbours."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from math import isfinite
 from typing import Any
@@ -38,6 +39,7 @@ SAMPLERS: dict[str, Callable[..., Tensor]] = {
     "plms": plms,
 }
 CANVASES = ("rescale", "extrapolate")
+NAMED = 20  # how many classes an error names
 
 
 @dataclass(frozen=True)
@@ -128,6 +130,17 @@ def check_fit(sampling: Sampling, card: dict[str, Any]) -> None:
         )
 
 
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """One thread of the CPU for the block: their number changes the order of sums, and so the last bit of an image."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 @torch.no_grad()
 def generate(
     model: Model, seeds: list[int], labels: list[int], sampling: Sampling, centre: Tensor | None = None
@@ -152,6 +165,22 @@ def generate(
         denoise = keep_centre(denoise, from_pixels(centre[None].to(device), model.space, model.autoencoder))
     x = sampling(denoise, lambda: noise().to(device))
     return to_pixels(x, model.space, model.autoencoder)
+
+
+def class_number(label: int | str | None, class_names: list[str]) -> int:
+    """A class by its name or number -> its number; -1 for None, an empty word or -1: no class.
+
+    Raises ValueError for a class that the model does not know.
+    """
+    if label in (None, "", -1, "-1"):
+        return -1
+    if str(label) in class_names:
+        return class_names.index(str(label))
+    if str(label).isdigit() and int(str(label)) < len(class_names):
+        return int(str(label))
+    known = ", ".join(class_names[:NAMED]) or "none, it has no classes"
+    known += ", ..." if len(class_names) > NAMED else ""
+    raise ValueError(f"is not a class of this model: it knows {known}")
 
 
 def default_labels(seeds: list[int], classes: int) -> list[int]:

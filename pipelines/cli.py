@@ -5,6 +5,7 @@ import json
 import signal
 import sys
 import traceback
+from dataclasses import asdict
 from typing import Annotated, Any, NoReturn
 
 import typer
@@ -206,7 +207,7 @@ def tune(
 @app.command(epilog="Example: patchloom sample models:/patchloom-demo@champion samples --seeds 0-63")
 def sample(
     model: Model,
-    out: Annotated[str, typer.Argument(help="The folder to write")],
+    out: Annotated[str, typer.Argument(help="The folder to write, here or at s3://, gs://, ...")],
     seeds: Annotated[str, typer.Option(help="0-63, or 0,5,9, or a file of seeds")] = "0-63",
     steps: Annotated[int, typer.Option(min=1, help="Noise levels; Heun takes 2 x steps - 1 evaluations")] = 18,
     sampler: Annotated[str, typer.Option(help="heun, euler, ddim, ancestral, dpmpp-2m, dpmpp-2m-sde, plms")] = "heun",
@@ -217,26 +218,44 @@ def sample(
     guidance: Annotated[float, typer.Option(help="Classifier-free guidance; 1 is none")] = 1.0,
     guidance_between: Annotated[str | None, typer.Option(metavar="LOW-HIGH", help="Noise levels it acts at")] = None,
     label: Annotated[str | None, typer.Option(help="A class by name or number; all in turn by default")] = None,
+    labels: Annotated[
+        str | None, typer.Option(help="The class of each seed: .csv, .jsonl or .parquet of seed and label, or .txt")
+    ] = None,
     size: Annotated[str | None, typer.Option(metavar="HxW", help="Pixels; the trained size by default")] = None,
     canvas: Annotated[str, typer.Option(help="Other sizes: rescale (again -1..1) or extrapolate (beyond)")] = "rescale",
-    centre: Annotated[str | None, typer.Option(metavar="IMAGE", help="Stays in the middle: out-painting")] = None,
+    outpaint: Annotated[
+        str | None, typer.Option(metavar="IMAGE", help="Stays in the middle of a larger --size, which is sampled")
+    ] = None,
+    format_: Annotated[str, typer.Option("--format", help="png, zip, webdataset, parquet or npz")] = "png",
+    shard_size: Annotated[
+        int | None, typer.Option(min=1, help="Images an archive (1000), and what a worker makes at a time")
+    ] = None,
     batch: Annotated[int, typer.Option(min=1, help="Images a compute batch; bytes depend on it")] = 8,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print what was done as JSON, and all else to stderr")
+    ] = False,
     allow_backbone: Backbones = None,
-    workers: Workers = None,
+    workers: Annotated[
+        int | None,
+        typer.Option(min=0, help="Processes at once; all CPUs or GPUs by default; 0 is this one, without Ray"),
+    ] = None,
 ) -> None:
     """Sample images in batches."""
     from patchloom.pipelines.sample import parse_levels, parse_size
     from patchloom.pipelines.sample import sample as run
 
     allow_backbones(*allow_backbone or [])
-    run(
-        model, out, seeds, steps=steps, sampler=sampler, ladder=ladder, churn=churn,
-        churn_between=parse_levels(churn_between, "--churn-between") if churn_between else None,
-        churn_noise=churn_noise, guidance=guidance,
-        guidance_between=parse_levels(guidance_between, "--guidance-between") if guidance_between else None,
-        label=label, size=parse_size(size) if size else None, canvas=canvas, centre=centre, batch=batch,
-        workers=workers,
-    )  # fmt: skip
+    with contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext():
+        result = run(
+            model, out, seeds, steps=steps, sampler=sampler, ladder=ladder, churn=churn,
+            churn_between=parse_levels(churn_between, "--churn-between") if churn_between else None,
+            churn_noise=churn_noise, guidance=guidance,
+            guidance_between=parse_levels(guidance_between, "--guidance-between") if guidance_between else None,
+            label=label, labels=labels, size=parse_size(size) if size else None, canvas=canvas, outpaint=outpaint,
+            format=format_, shard_size=shard_size, batch=batch, workers=workers,
+        )  # fmt: skip
+    if as_json:
+        print(json.dumps(asdict(result)))
 
 
 @app.command(epilog="Example: patchloom evaluate samples --reference dataset")

@@ -8,6 +8,7 @@ from safetensors.torch import load_file
 
 from patchloom import __version__
 from patchloom.models.checkpoints import (
+    is_pickle,
     load_model,
     read_card,
     read_edm_snapshot,
@@ -57,7 +58,7 @@ def import_model(snapshot: str, out: str, autoencoder: str | None = None) -> Pat
         )
     with whole_folder(folder) as partial:
         if encoder is not None:
-            shutil.copytree(encoder, partial / "autoencoder")
+            shutil.copytree(encoder, partial / "autoencoder", ignore=_pickles)
         save_model(partial, denoiser, {
             "name": path.stem,
             "denoiser": config,
@@ -115,6 +116,12 @@ def average_model(run: str, out: str, sigma_rel: float) -> Path:
         save_model(partial, denoiser, made | {"average": {"sigma_rel": sigma_rel, "snapshots": len(files)}})
     say(f"  the average of width {sigma_rel:g}, from {len(files)} kept ones -> {folder}")
     return folder
+
+
+def _pickles(folder: str, names: list[str]) -> list[str]:
+    """What of an autoencoder's folder from elsewhere does not come along."""
+    paths = [Path(folder) / name for name in names]
+    return [path.name for path in paths if path.is_file() and is_pickle(path)]
 
 
 def _copy(source: Path, target: Path) -> None:

@@ -1,6 +1,7 @@
 """Evaluate: how far images are from others, as numbers that carry what they depend on."""
 
 import contextlib
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -19,17 +20,20 @@ from patchloom.pipelines.features import (
     read_statistics,
     write_statistics,
 )
-from patchloom.pipelines.image_sets import ImageSet, SampleImages, check_pair, open_images
+from patchloom.pipelines.image_sets import ImageSet, SampleImages, check_pair, open_images, sha256_at
 from patchloom.pipelines.measures import METRICS, NEIGHBOURS, Sides
 from patchloom.pipelines.pictures import save_png, side_by_side
 from patchloom.pipelines.quality import TITLES, Evaluation, record
 from patchloom.platform.cluster import ray_session
 from patchloom.platform.errors import UserError
+from patchloom.platform.folder import Folder
 from patchloom.platform.progress import say
-from patchloom.platform.storage import file_sha256, local_path, make_folder, read_json, write_json
+from patchloom.platform.storage import make_folder, write_json
 
 METRICS_FORMAT = 2
 SHOWN = 16
+# of how samples were made: whose they are is what is compared; the others change last bits or only the container
+NOT_OF_THE_NUMBERS = ("model", "batch", "threads", "format", "shard_size")
 
 
 def evaluate(
@@ -61,21 +65,22 @@ def evaluate(
     chosen = metrics or _possible(network, theirs is not None, set(statistics))
     _check_metrics(chosen, network, theirs is not None, set(statistics))
     sides = _extract(ours, theirs, statistics, network, features, chosen, workers, batch)
+    if save_reference:
+        _save_reference(sides, save_reference, _outputs(chosen))
+    result = Evaluation(_measured(sides, chosen), _identity(sides, network, reference, theirs))
+    written = _keep(result, sides, out or _default_place(ours))
+    _tell(result)
+    return written
+
+
+def _measured(sides: Sides, chosen: tuple[str, ...]) -> dict[str, Any]:
     measured: dict[str, Any] = {}
     try:
         for measure in dict.fromkeys(METRICS[name].measure for name in chosen):
             measured |= measure(sides)
     except ValueError as error:  # of too few rows
-        raise UserError(f"{samples} against {reference}: {error}: sample more seeds") from None
-    if save_reference:
-        _save_reference(sides, save_reference, _outputs(chosen))
-    result = Evaluation(measured, _identity(sides, network, reference, theirs))
-    files = _write(result, sides, local_path(out) if out else _default_place(ours))
-    if isinstance(ours, SampleImages):
-        record(result, ours.sampling["lineage"], files)
-    _tell(result)
-    written: dict[str, Any] = read_json(files[0])
-    return written
+        raise UserError(f"{sides.samples.images.address}: {error}: sample more seeds") from None
+    return measured
 
 
 def _reference_images(reference: str, has_statistics: bool) -> ImageSet | None:
@@ -151,10 +156,10 @@ def _save_reference(sides: Sides, address: str, outputs: tuple[str, ...]) -> Non
 def _identity(sides: Sides, network: Features, reference: str, theirs: ImageSet | None) -> dict[str, Any]:
     """All that the numbers depend on but the images that are measured."""
     ours = sides.samples.images
-    options = {key: value for key, value in ours.about.items() if key not in ("model", "batch", "threads")}
+    options = {key: value for key, value in ours.about.items() if key not in NOT_OF_THE_NUMBERS}
     about: dict[str, Any]
     if theirs is None:
-        about = {"reference": file_sha256(local_path(reference)), "reference_kind": "statistics", "n_reference": None}
+        about = {"reference": sha256_at(reference), "reference_kind": "statistics", "n_reference": None}
     else:
         about = {"reference": theirs.fingerprint, "reference_kind": theirs.kind, "n_reference": len(theirs),
                  "reference_transform": theirs.about.get("transform")}  # fmt: skip
@@ -183,15 +188,29 @@ def seed_ranges(seeds: list[int]) -> str:
     return ",".join(str(first) if first == last else f"{first}-{last}" for first, last in ranges)
 
 
-def _default_place(images: ImageSet) -> Path:
+def _default_place(images: ImageSet) -> str:
     """`metrics.json` in what patchloom wrote, beside what others did."""
-    path = local_path(images.address)
-    return path / "metrics.json" if images.beside is not None else path.with_name(f"{path.name}.metrics.json")
+    return f"{images.address}/metrics.json" if images.beside else f"{images.address}.metrics.json"
+
+
+def _keep(result: Evaluation, sides: Sides, address: str) -> dict[str, Any]:
+    """Write the result and its pictures, here or far away, and give them to the version they are of."""
+    folder, name = Folder.of_file(address)
+    if not folder.is_remote:
+        make_folder(folder.path)
+    images = sides.samples.images
+    with tempfile.TemporaryDirectory() as scratch:
+        files = _write(result, sides, Path(scratch) / name)
+        for file in files:
+            folder.put(file, file.name)
+        if isinstance(images, SampleImages):
+            record(result, images.sampling["lineage"], files)
+    written: dict[str, Any] = folder.read_json(name)
+    return written
 
 
 def _write(result: Evaluation, sides: Sides, place: Path) -> list[Path]:
     """Write the result and its pictures; returns their paths, the result's first."""
-    make_folder(place.parent)
     pictures = []
     if "neighbours" in vars(sides):
         for name, rows in _pictures(sides).items():

@@ -10,13 +10,14 @@ import numpy as np
 import torch
 from PIL import Image
 
-from patchloom.pipelines.sample import MANIFEST, read_samples
+from patchloom.pipelines.sample_folder import CARD, read_entries, read_samples
+from patchloom.platform.dataset import CARD as DATASET_CARD
 from patchloom.platform.dataset import open_dataset
 from patchloom.platform.errors import UserError
-from patchloom.platform.folder import Folder, is_remote
+from patchloom.platform.folder import Folder
 from patchloom.platform.readers import npz_images
 from patchloom.platform.sources import IMAGE_EXTENSIONS
-from patchloom.platform.storage import file_sha256, local_path, read_json, read_json_lines
+from patchloom.platform.storage import file_sha256, local_path
 
 PIECE_ROWS = 128  # about a minute of Inception on a CPU core: what a kill costs, and how often progress moves
 NPZ_ARRAYS = ("arr_0", "images")
@@ -67,10 +68,10 @@ class SampleImages(ImageSet):
 
     kind = "samples"
 
-    def __init__(self, folder: Path) -> None:
-        self.address, self.folder = str(folder), folder
-        self.entries = read_json_lines(folder / MANIFEST)
-        self.sampling: dict[str, Any] = read_json(folder / "sampling.json")
+    def __init__(self, folder: Folder) -> None:
+        self.address, self.folder = folder.address, folder
+        self.entries = read_entries(folder)
+        self.sampling: dict[str, Any] = folder.read_json(CARD)
         self.pieces = _pieces([entry["sha256"] for entry in self.entries])
         self.fingerprint = _sha256(*(piece.sha256 for piece in self.pieces))
         self.size = self.read(0, 1).shape[1:] if self.entries else (0, 0, 0)
@@ -87,7 +88,7 @@ class SampleImages(ImageSet):
     @property
     def beside(self) -> Folder:
         """In the samples' folder."""
-        return Folder(str(self.folder / ".features"))
+        return self.folder.folder(".features")
 
 
 class DatasetImages(ImageSet):
@@ -148,7 +149,7 @@ class ArrayImages(ImageSet):
     def __init__(self, address: str) -> None:
         self.address = address
         self.images = npz_images(*Folder.of_file(address))
-        sha256 = file_sha256(local_path(address)) if not is_remote(address) else _sha256(address)
+        sha256 = sha256_at(address)
         self.pieces = [
             Piece(_sha256(sha256, str(start)), start, min(start + PIECE_ROWS, len(self.images)))
             for start in range(0, len(self.images), PIECE_ROWS)
@@ -200,11 +201,11 @@ def open_images(address: str) -> ImageSet:
     if address.endswith(".npz"):
         return ArrayImages(address)
     folder = Folder.at(address)
-    if folder.has("dataset.json"):
+    if folder.has(DATASET_CARD):
         return DatasetImages(address)
+    if folder.has(CARD):
+        return SampleImages(folder)
     path = local_path(address)
-    if (path / "sampling.json").is_file():
-        return SampleImages(path)
     if not path.is_dir():
         raise UserError(f"{path} does not exist: give a folder of `patchloom sample`, a prepared dataset or an .npz")
     files = sorted(file for file in path.rglob("*") if file.suffix.lower() in IMAGE_EXTENSIONS and file.is_file())
@@ -236,6 +237,16 @@ def _pieces(sha256s: list[str]) -> list[Piece]:
     starts = range(0, len(sha256s), PIECE_ROWS)
     ends = [min(start + PIECE_ROWS, len(sha256s)) for start in starts]
     return [Piece(_sha256(*sha256s[start:end]), start, end) for start, end in zip(starts, ends, strict=True)]
+
+
+def sha256_at(address: str) -> str:
+    """The sha256 of a file, here or far away."""
+    folder, name = Folder.of_file(address)
+    digest = hashlib.sha256()
+    with folder.open(name) as file:
+        while piece := file.read(1 << 22):
+            digest.update(piece)
+    return digest.hexdigest()
 
 
 def _sha256(*parts: str) -> str:

@@ -1,5 +1,6 @@
 """Pictures: contact sheets that are looked at before any number is read."""
 
+import io
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -22,6 +23,20 @@ def contact_sheet(images: np.ndarray, columns: int = 8, scale: int = 1) -> Image
     if scale > 1:
         picture = picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.NEAREST)
     return picture
+
+
+def png_bytes(image: np.ndarray) -> bytes:
+    """One (C, H, W) uint8 image as the bytes of a PNG; grey where C is 1."""
+    buffer = io.BytesIO()
+    Image.fromarray(image[0] if len(image) == 1 else image.transpose(1, 2, 0)).save(buffer, format="PNG")
+    return buffer.getvalue()
+
+
+def png_pixels(content: bytes) -> np.ndarray:
+    """(C, H, W) uint8 of a PNG's bytes."""
+    with Image.open(io.BytesIO(content)) as image:
+        pixels = np.asarray(image)
+    return pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
 
 
 def save_png(picture: Image.Image, path: Path) -> None:

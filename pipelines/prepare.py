@@ -268,9 +268,11 @@ def _start_work(folder: Folder, plan: Plan, inputs: list[dict[str, Any]], encode
             folder.write(f"{INPUTS}/part-{shard:05d}.jsonl", "\n".join(lines) + "\n")
         folder.write_json(PLAN, {"identity": plan.identity(), "plan": asdict(plan)})
     if encoder:
+        from patchloom.models.checkpoints import is_pickle
+
         there = folder.folder("autoencoder").files()
         for name, size in Folder(str(encoder)).files().items():
-            if there.get(name) != size:
+            if there.get(name) != size and not is_pickle(encoder / name):
                 folder.put(encoder / name, f"autoencoder/{name}")
 
 

@@ -1,12 +1,14 @@
 """Register: a run's model, or one from elsewhere, becomes a version of a registered name, with its lineage."""
 
+import tempfile
 from pathlib import Path
 from typing import Any
 
 from patchloom import __version__
 from patchloom.models.checkpoints import read_card, verified_card
 from patchloom.pipelines.checkpointer import without_tensors
-from patchloom.pipelines.pyfunc import signature
+from patchloom.pipelines.pyfunc import input_example, signature
+from patchloom.pipelines.wheel import wheel_bytes, wheel_name
 from patchloom.platform.copies import local_copy
 from patchloom.platform.errors import UserError
 from patchloom.platform.progress import say
@@ -66,7 +68,11 @@ def _register_folder(folder: Path, name: str, alias: str | None) -> str:
 
 
 def _log(model: Path, name: str, run_id: str, tags: dict[str, Any]) -> str:
-    version = register_pyfunc(model, name, run_id, ENTRY, [f"patchloom=={__version__}"], signature())
+    with tempfile.TemporaryDirectory() as scratch:
+        wheel = Path(scratch) / wheel_name()
+        wheel.write_bytes(wheel_bytes())
+        example = input_example(read_card(model, "denoiser")["class_names"])
+        version = register_pyfunc(model, name, run_id, ENTRY, wheel, signature(), example)
     describe_version(name, version, _description(name, version, tags), tags)
     return version
 

@@ -124,15 +124,15 @@ class Folder:
         except ValueError as error:
             raise UserError(f"{self}/{name} is not JSON ({error}): remove it or restore it") from None
 
-    def write(self, name: str, content: Any) -> None:
-        """Write a file: text, or bytes of any kind."""
+    def write(self, name: str, content: Any, sync: bool = True) -> None:
+        """Write a file: text, or bytes of any kind. sync: as `write_atomic` has it, on this machine."""
         if self.is_remote:
             with self._reached() as (system, base), _output(system, f"{base}/{name}") as file:
                 file.write(content.encode() if isinstance(content, str) else content)
             return
         path = self.path / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(path, content)
+        write_atomic(path, content, sync)
 
     def write_json(self, name: str, value: Any) -> None:
         """Write a JSON file, with its keys in the order given."""

@@ -36,23 +36,23 @@ def find_labels(names: Collection[str], read: Callable[[str], bytes]) -> Labels 
     return parse_labels(found, read(found)) if found else None
 
 
-def read_labels(address: str) -> Labels:
-    """The labels in a file of the user's; raises UserError where it holds none."""
+def read_labels(address: str, keys: tuple[str, ...] = NAME_COLUMNS) -> Labels:
+    """The labels in a file of the user's; raises UserError where it holds none. keys: columns that may name the key."""
     folder, name = Folder.of_file(address)
     if not folder.has(name):
         raise UserError(f"--labels {address} does not exist: give a .csv, .jsonl, .parquet or EDM's dataset.json")
-    labels = parse_labels(name, folder.read(name))
+    labels = parse_labels(name, folder.read(name), keys)
     if labels is None:
         raise UserError(f"--labels {address} holds no labels: EDM's dataset.json has a list `labels`")
     return labels
 
 
-def parse_labels(name: str, content: bytes) -> Labels | None:
+def parse_labels(name: str, content: bytes, keys: tuple[str, ...] = NAME_COLUMNS) -> Labels | None:
     """The labels in a file's bytes, told by the ending of its name; None for a JSON file without any."""
     try:
         if name.endswith(".json"):
             return _edm_labels(json.loads(content))
-        return _table_labels(name, _rows(name, content))
+        return _table_labels(name, _rows(name, content), keys)
     except (ValueError, KeyError, TypeError, csv.Error, pyarrow.ArrowException) as error:
         problem = " ".join(str(error).split())
         raise UserError(f"{name} cannot be read as labels ({problem}): mend it, or move it away") from None
@@ -77,14 +77,14 @@ def _rows(name: str, content: bytes) -> list[dict[str, Any]]:
     raise UserError(f"{name} is no file of labels known here: give .csv, .jsonl, .parquet or EDM's dataset.json")
 
 
-def _table_labels(name: str, rows: list[dict[str, Any]]) -> Labels | None:
+def _table_labels(name: str, rows: list[dict[str, Any]], keys: tuple[str, ...]) -> Labels | None:
     if not rows:
         return None
-    key, label = first_of(NAME_COLUMNS, rows[0]), first_of(LABEL_COLUMNS, rows[0])
+    key, label = first_of(keys, rows[0]), first_of(LABEL_COLUMNS, rows[0])
     if key is None or label is None:
         raise UserError(
-            f"{name} has the columns {', '.join(map(str, rows[0]))}, and a key and a label were wanted: "
-            "name them `key` and `label`"
+            f"{name} has the columns {', '.join(map(str, rows[0]))}, and a {keys[0]} and a label were wanted: "
+            f"name them `{keys[0]}` and `label`"
         )
     return Labels({str(row[key]): _number_or_name(row[label]) for row in rows})
 

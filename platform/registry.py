@@ -11,6 +11,7 @@ from typing import Any
 
 from patchloom.platform.copies import local_copy
 from patchloom.platform.errors import UserError
+from patchloom.platform.folder import is_remote
 from patchloom.platform.storage import write_atomic
 from patchloom.platform.tracking import connect, tracking_uri
 
@@ -42,7 +43,7 @@ def fetch_model(reference: str) -> FetchedModel:
         raise UserError(
             f"{reference} is no model: give models:/NAME@ALIAS, models:/NAME/VERSION, runs:/ID/model or a model folder"
         )
-    return FetchedModel(folder, str(folder))
+    return FetchedModel(folder, reference if is_remote(reference) else str(folder))
 
 
 def _fetch_version(reference: str) -> FetchedModel:
@@ -86,17 +87,20 @@ def _download(uri: str) -> Path:
 
 
 def _model_folder(folder: Path) -> Path:
-    # MLflow keeps a folder under its own name, and any name may have been registered
-    for candidate in (folder, folder / MODEL_FOLDER, *sorted((folder / "artifacts").glob("*"))):
+    # MLflow keeps an artifact by the name that its folder had
+    for candidate in (folder, folder / MODEL_FOLDER, *sorted((folder / "artifacts").glob("*/"))):
         if (candidate / "model.json").is_file():
             return candidate
     raise UserError(f"{folder} holds no model.json: it was not registered by patchloom")
 
 
-def register_pyfunc(folder: Path, name: str, run_id: str, entry: Path, requirements: list[str], signature: Any) -> str:
+def register_pyfunc(
+    folder: Path, name: str, run_id: str, entry: Path, wheel: Path, signature: Any, input_example: Any
+) -> str:
     """Register a model folder as a version that MLflow's own users can load; returns the version's number.
 
-    entry: the one Python file of the version (models from code: nothing is pickled).
+    entry: the one Python file of the version (models from code: nothing is pickled). wheel: the code that it
+    imports, which lies in the version and is its one requirement beside MLflow.
     """
     import mlflow
 
@@ -106,9 +110,11 @@ def register_pyfunc(folder: Path, name: str, run_id: str, entry: Path, requireme
         info = mlflow.pyfunc.log_model(
             name="model",
             python_model=str(entry),
-            artifacts={MODEL_FOLDER: str(folder)},
-            pip_requirements=requirements,
+            artifacts={MODEL_FOLDER: str(folder), "wheel": str(wheel)},
+            # MLflow installs a version's requirements with the version's folder as the working directory
+            pip_requirements=[f"mlflow=={mlflow.__version__}", f"artifacts/{wheel.name}"],
             signature=signature,
+            input_example=input_example,
             registered_model_name=name,
         )
     return str(info.registered_model_version)

@@ -34,14 +34,18 @@ def make_folder(path: Path) -> Path:
     return path
 
 
-def write_atomic(path: Path, content: Any) -> None:
-    """Write a file so that readers see the old one or the new one, never a part."""
+def write_atomic(path: Path, content: Any, sync: bool = True) -> None:
+    """Write a file so that readers see the old one or the new one, never a part.
+
+    sync: wait until it would outlive a power cut too; not needed for one of many files whose checksums are kept.
+    """
     partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.partial")
     try:
         with partial.open("wb") as file:
             file.write(content.encode() if isinstance(content, str) else content)
-            file.flush()
-            os.fsync(file.fileno())
+            if sync:
+                file.flush()
+                os.fsync(file.fileno())
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)

@@ -1,5 +1,9 @@
 """The package: a wheel holds all four rooms and works away from the repository."""
 
+import base64
+import csv
+import hashlib
+import io
 import os
 import subprocess
 import sys
@@ -7,6 +11,8 @@ import zipfile
 from pathlib import Path
 
 import pytest
+
+from patchloom.pipelines.wheel import wheel_bytes
 
 ROOT = Path(__file__).parent.parent
 
@@ -23,6 +29,11 @@ def test_a_wheel_holds_every_room_and_runs_elsewhere(tmp_path: Path) -> None:
         here = {path.name for path in (ROOT / room).iterdir() if path.suffix in (".py", ".yaml", ".json")}
         assert here <= {name.rsplit("/", 1)[1] for name in names if name.startswith(f"patchloom/{room}/")}
     assert "patchloom/platform/__init__.py" not in names
+    with zipfile.ZipFile(io.BytesIO(wheel_bytes())) as ours:  # what travels with a model is what a build makes
+        assert set(ours.namelist()) == {name for name in names if not name.endswith("top_level.txt")}
+        for name in ours.namelist():
+            if not name.endswith(("/RECORD", "/WHEEL", "/METADATA")):  # the README may be newer than the installation
+                assert ours.read(name) == (tmp_path / "installed" / name).read_bytes(), name
     code = (
         "import patchloom.platform.recipe as recipe, patchloom.pipelines.train_loop\n"
         "print(recipe.__file__, recipe.load_recipe('demo_latents').name)\n"
@@ -32,3 +43,21 @@ def test_a_wheel_holds_every_room_and_runs_elsewhere(tmp_path: Path) -> None:
     assert done.stdout.split() == [str(tmp_path / "installed/patchloom/platform/recipe.py"), "demo-latents"], (
         done.stderr
     )
+
+
+def test_the_wheel_that_travels_with_a_model_is_the_code_and_vouches_for_it() -> None:
+    content = wheel_bytes()
+    assert content == wheel_bytes()
+    with zipfile.ZipFile(io.BytesIO(content)) as archive:
+        names = set(archive.namelist())
+        rows = list(csv.reader(archive.read("patchloom-0.1.0.dist-info/RECORD").decode().splitlines()))
+        assert {row[0] for row in rows} == names
+        for name, told, size in rows[:-1]:
+            digest = base64.urlsafe_b64encode(hashlib.sha256(archive.read(name)).digest()).decode().rstrip("=")
+            assert (told, int(size)) == (f"sha256={digest}", len(archive.read(name)))
+        for room in ("models", "platform", "pipelines"):
+            for path in (ROOT / room).glob("*.py"):
+                assert archive.read(f"patchloom/{room}/{path.name}") == path.read_bytes()
+        assert {info.date_time for info in archive.infolist()} == {(1980, 1, 1, 0, 0, 0)}
+        assert b"\nRequires-Dist: torch" in archive.read("patchloom-0.1.0.dist-info/METADATA")
+    assert not [name for name in names if "test" in name or name.endswith(".pyc")]

@@ -9,7 +9,15 @@ from torch import Tensor
 from patchloom.models.checkpoints import Model
 from patchloom.models.codec import pixel_space
 from patchloom.models.denoiser import Denoiser
-from patchloom.models.generate import Sampling, default_labels, generate, generate_padded
+from patchloom.models.generate import (
+    SAMPLERS,
+    Sampling,
+    class_number,
+    default_labels,
+    generate,
+    generate_padded,
+    one_thread,
+)
 from patchloom.models.noise import karras_sigmas
 from patchloom.models.samplers import SeededNoise
 
@@ -63,3 +71,34 @@ def test_labels_go_in_turn_by_seed_and_are_minus_1_without_classes() -> None:
     assert default_labels([0, 1, 2, 3, 4, 5], 3) == [0, 1, 2, 0, 1, 2]
     assert default_labels([7, 6], 4) == [3, 2]
     assert default_labels([0, 1], 0) == [-1, -1]
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize("canvas", ["rescale", "extrapolate"])
+def test_every_grey_level_of_a_reference_stays_as_it_is(model: Model, sampler: str, canvas: str) -> None:
+    reference = torch.arange(256, dtype=torch.uint8).reshape(1, 16, 16).repeat(3, 1, 1)
+    sampling = Sampling(sampler, steps=6, size=(24, 32), canvas=canvas, guidance=1.3)
+    made = generate(model, [1, 2], [0, -1], sampling, reference)
+    assert made.shape == (2, 3, 24, 32)
+    assert (made[:, :, 4:20, 8:24] == reference).all()
+    assert not torch.equal(made[0], made[1])
+
+
+def test_a_class_is_known_by_its_name_or_its_number() -> None:
+    names = ["cat", "dog", "7"]
+    assert [class_number(label, names) for label in ("dog", 1, "1", "7", 0, None, "", -1, "-1")] == [
+        1, 1, 1, 2, 0, -1, -1, -1, -1,
+    ]  # fmt: skip
+    for label in ("cow", 3, "3", -2, "1.0"):
+        with pytest.raises(ValueError, match="it knows cat, dog, 7"):
+            class_number(label, names)
+    with pytest.raises(ValueError, match="it has no classes"):
+        class_number(0, [])
+
+
+def test_one_thread_is_for_a_while() -> None:
+    before = torch.get_num_threads()
+    with pytest.raises(KeyError), one_thread():
+        assert torch.get_num_threads() == 1
+        raise KeyError
+    assert torch.get_num_threads() == before

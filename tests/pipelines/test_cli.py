@@ -78,9 +78,9 @@ MISTAKES = {
         ["sample", "{model}", "{tmp}/out", "--guidance", "2", "--guidance-between", "5-1"],
         "two rising noise levels",
     ),
-    "a centre without a size": (["sample", "{model}", "{tmp}/out", "--centre", "a.png"], "give its --size"),
-    "a centre that is too large": (
-        ["sample", "{model}", "{tmp}/out", "--size", "8x8", "--centre", "{images}/coffee/00.png"],
+    "a reference without a size": (["sample", "{model}", "{tmp}/out", "--outpaint", "a.png"], "give its --size"),
+    "a reference that is too large": (
+        ["sample", "{model}", "{tmp}/out", "--size", "8x8", "--outpaint", "{images}/coffee/00.png"],
         "cannot stand in the middle",
     ),
     "an import of nothing": (["models", "import", "{tmp}/none.pkl", "{tmp}/out"], "is not a file"),
@@ -125,7 +125,7 @@ MISTAKES = {
         ["train", "{tmp}/own.yaml", "--data", "{pixels}", "--out", "{tmp}/out", "--allow-backbone", "somebody"],
         "cannot be imported",
     ),
-    "a remote folder": (["sample", "{model}", "s3://bucket/samples"], "remote"),
+    "a store of an unknown kind": (["sample", "{model}", "nosuch://bucket/samples"], "no file system is known"),
 }
 
 

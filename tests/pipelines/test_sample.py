@@ -1,13 +1,11 @@
 """Sampling: a seed's bytes are its own, a second call does what is missing, and nothing is mixed."""
 
-import base64
 import hashlib
 import json
 from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import run_python
 from PIL import Image
 
 from patchloom.pipelines.evaluate import evaluate
@@ -60,7 +58,7 @@ def test_a_spoilt_or_lost_image_is_made_again(champion: str, samples: Path, pixe
     (samples / "000000" / "000005.png").write_bytes(b"spoilt")
     with pytest.raises(UserError, match=r"000002\.png is missing"):
         evaluate(str(samples), str(pixels), features="colours")
-    sample(champion, str(samples), "0-9", **OPTIONS)
+    assert sample(champion, str(samples), "0-9", workers=0, **OPTIONS).made == 2
     assert png_bytes(samples) == before
 
 
@@ -73,7 +71,7 @@ def test_other_options_in_the_same_folder_are_refused(champion: str, samples: Pa
 
 def test_a_guided_class_is_sampled(champion: str, tmp_path: Path) -> None:
     folder = tmp_path / "samples"
-    sample(champion, str(folder), [1, 2], label="coffee", guidance=1.5, **OPTIONS)
+    sample(champion, str(folder), [1, 2], label="coffee", guidance=1.5, workers=0, **OPTIONS)
     lines = (folder / "manifest.jsonl").read_text().splitlines()
     assert [json.loads(line)["label"] for line in lines] == [1, 1]
     assert json.loads((folder / "sampling.json").read_text())["network_evaluations"] == 2 * (2 * 3 - 1)
@@ -82,16 +80,16 @@ def test_a_guided_class_is_sampled(champion: str, tmp_path: Path) -> None:
 def test_a_photograph_stays_in_the_middle_of_a_larger_canvas(champion: str, images: Path, tmp_path: Path) -> None:
     centre, folder = images / "coffee" / "00.png", tmp_path / "samples"
     sample(champion, str(folder), [0, 1], sampler="dpmpp-2m-sde", size=(24, 32), canvas="extrapolate",
-           centre=str(centre), **OPTIONS)  # fmt: skip
-    wanted = np.asarray(Image.open(centre)).astype(int)
-    made = [np.asarray(Image.open(folder / "000000" / f"00000{seed}.png")).astype(int) for seed in (0, 1)]
+           outpaint=str(centre), workers=0, **OPTIONS)  # fmt: skip
+    wanted = np.asarray(Image.open(centre))
+    made = [np.asarray(Image.open(folder / "000000" / f"00000{seed}.png")) for seed in (0, 1)]
     for image in made:
         assert image.shape == (24, 32, 3)
-        assert abs(image[4:20, 8:24] - wanted).max() <= 1  # x * 127.5 + 128 truncates
-    assert abs(made[0] - made[1])[:, :8].max() > 10
+        assert (image[4:20, 8:24] == wanted).all()
+    assert abs(made[0].astype(int) - made[1])[:, :8].max() > 10
     options = json.loads((folder / "sampling.json").read_text())
     assert options["size"] == [24, 32] and options["network_evaluations"] == 3
-    assert options["centre"]["sha256"] == hashlib.sha256(centre.read_bytes()).hexdigest()
+    assert options["outpaint"]["sha256"] == hashlib.sha256(centre.read_bytes()).hexdigest()
 
 
 @pytest.mark.parametrize(("text", "seeds"), [("0-3", [0, 1, 2, 3]), ("5,0,9", [0, 5, 9]), ("0-2,2,7", [0, 1, 2, 7])])
@@ -110,30 +108,6 @@ def test_seeds_come_from_a_file(tmp_path: Path) -> None:
     assert parse_seeds(str(tmp_path / "seeds.txt")) == [2, 4]
 
 
-def test_pyfunc_loads_without_pickle_and_samples_the_same_bytes(champion: str, tmp_path: Path) -> None:
-    folder = tmp_path / "samples"
-    sample(champion, str(folder), "0-3", steps=2)
-    code = (
-        "import mlflow, pandas\n"
-        f"model = mlflow.pyfunc.load_model({champion!r})\n"
-        "table = model.predict(pandas.DataFrame({'seed': [0, 3]}), params={'steps': 2})\n"
-        "print(table.to_json(orient='records'))\n"
-    )
-    done = run_python(code, MLFLOW_ALLOW_PICKLE_DESERIALIZATION="false")
-    assert done.returncode == 0, done.stderr
-    rows = json.loads(done.stdout.strip().splitlines()[-1])
-    assert [(row["seed"], row["label"]) for row in rows] == [(0, 0), (3, 1)]
-    for row in rows:
-        assert base64.b64decode(row["png"]) == (folder / "000000" / f"00000{row['seed']}.png").read_bytes()
-
-
-def test_no_file_of_a_registered_version_is_a_pickle(champion: str, mlflow_store: Path) -> None:
-    files = [path for path in mlflow_store.rglob("*") if path.is_file()]
-    assert any(path.name == "model.safetensors" for path in files)
-    assert not [path for path in files if path.suffix in (".pkl", ".pickle", ".pt", ".pth", ".bin")]
-    assert not [path for path in files if path.read_bytes()[:2] == b"\x80\x04"]
-
-
 def test_a_version_carries_its_lineage(champion: str, trained: Path) -> None:
     from patchloom.pipelines.register import register
     from patchloom.platform.registry import list_versions
@@ -148,17 +122,3 @@ def test_a_version_carries_its_lineage(champion: str, trained: Path) -> None:
     assert tags["recipe_sha256"] == hashlib.sha256((trained / "recipe.yaml").read_bytes()).hexdigest()
     assert "patchloom sample models:/tiny/1" in rows[0]["description"]
     assert register(str(trained), "tiny") == "models:/tiny/1"  # the same weights again: the same version
-
-
-def test_a_tampered_model_is_refused(trained: Path, tmp_path: Path) -> None:
-    import shutil
-
-    model = tmp_path / "model"
-    shutil.copytree(trained / "model", model)
-    weights = bytearray((model / "model.safetensors").read_bytes())
-    weights[-1] ^= 1
-    (model / "model.safetensors").write_bytes(weights)
-    from patchloom.models.checkpoints import CheckpointError, load_model
-
-    with pytest.raises(CheckpointError, match="sha256"):
-        load_model(model)
