@@ -61,7 +61,7 @@ def noise(n: int, side: int = 12, seed: int = 0, least: int = 0, most: int = 256
 
 @pytest.fixture(scope="module")
 def samples(champion: str, ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return sample(champion, str(tmp_path_factory.mktemp("samples") / "ten"), "0-9", steps=2).folder
+    return Path(sample(champion, str(tmp_path_factory.mktemp("samples") / "ten"), "0-9", steps=2).folder)
 
 
 def test_mean_tile_colours_need_no_network(samples: Path, pixels: Path, tmp_path: Path) -> None:

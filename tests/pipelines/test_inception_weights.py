@@ -11,7 +11,7 @@ from helpers import environment
 from scipy.linalg import sqrtm
 
 from patchloom.models.features import InceptionFeatures
-from patchloom.models.inception import load_inception
+from patchloom.models.inception import Inception, load_inception
 from patchloom.models.metrics import frechet_distance, kernel_distance
 from patchloom.pipelines.evaluate import evaluate
 from patchloom.pipelines.features import INCEPTION_FILES, load_features
@@ -92,6 +92,7 @@ def test_a_score_without_a_classifier_is_refused(inception: InceptionFeatures, t
 @pytest.mark.slow
 def test_documented_values_of_torchmetrics_come_out(inception: InceptionFeatures) -> None:
     torch.manual_seed(42)
+    Inception(), torch.nn.Linear(2048, 1008)  # its examples build the network first, whose fresh weights draw too
     a = torch.randint(0, 200, (100, 3, 299, 299), dtype=torch.uint8)
     b = torch.randint(100, 255, (100, 3, 299, 299), dtype=torch.uint8)
     luck = torch.Generator()
