@@ -29,6 +29,7 @@ QUIET = {
     "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",
     "PYTHONWARNINGS": "ignore",
     "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",  # its default waits for minutes on a server that is away
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
 }

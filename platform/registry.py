@@ -106,7 +106,7 @@ def register_pyfunc(
 
     connect()
     chatter = io.StringIO()  # MLflow prints what it registered; so do we
-    with mlflow.start_run(run_id=run_id), redirect_stdout(chatter), redirect_stderr(chatter):
+    with redirect_stdout(chatter), redirect_stderr(chatter), mlflow.start_run(run_id=run_id):
         info = mlflow.pyfunc.log_model(
             name="model",
             python_model=str(entry),

@@ -8,16 +8,20 @@ import threading
 import time
 import warnings
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
 from patchloom.platform.cluster import quiet_environment
 from patchloom.platform.errors import UserError
 from patchloom.platform.progress import say
+from patchloom.platform.storage import locked
 
 EXPERIMENT = "patchloom"
 RETRY_S = 10.0
 PROGRESS_FILE = "progress.jsonl"
+FIRST_TIME_S = 300.0
+_met: set[str] = set()  # stores that this process has seen whole
 
 
 def tracking_uri() -> str:
@@ -38,13 +42,28 @@ def connect() -> Any:
     for name in ("mlflow", "alembic", "mlflow.store.db.utils"):
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module="mlflow")
-    mlflow.set_tracking_uri(tracking_uri())
-    mlflow.set_registry_uri(tracking_uri())
-    return mlflow.MlflowClient()
+    uri = tracking_uri()
+    mlflow.set_tracking_uri(uri)
+    mlflow.set_registry_uri(uri)
+    with _first_time(uri):
+        client = mlflow.MlflowClient()
+    _met.add(uri)
+    return client
+
+
+def _first_time(uri: str) -> AbstractContextManager[None]:
+    """A turn of this process's own with a database that may not exist yet: two that make its tables spoil them."""
+    prefix = "sqlite:///"
+    database = Path(uri.removeprefix(prefix))
+    if uri in _met or not uri.startswith(prefix) or not os.access(database.parent, os.W_OK):
+        return nullcontext()
+    return locked(database.parent, f".{database.name}.lock", wait_s=FIRST_TIME_S)
 
 
 def experiment_id(client: Any) -> str:
     """The experiment of MLFLOW_EXPERIMENT_NAME, else `patchloom`; artifacts of a local store lie beside it."""
+    from mlflow.exceptions import MlflowException
+
     name = os.environ.get("MLFLOW_EXPERIMENT_NAME", EXPERIMENT)
     found = client.get_experiment_by_name(name)
     if found is not None:
@@ -53,7 +72,13 @@ def experiment_id(client: Any) -> str:
     if uri.startswith("sqlite:///"):
         location = (Path(uri.removeprefix("sqlite:///")).parent / "mlruns" / name).as_uri()
     tags = {"mlflow.experimentKind": "custom_model_development"}  # the UI then opens on runs and their curves
-    return str(client.create_experiment(name, artifact_location=location, tags=tags))
+    try:
+        return str(client.create_experiment(name, artifact_location=location, tags=tags))
+    except MlflowException:  # another process was quicker
+        found = client.get_experiment_by_name(name)
+        if found is None:
+            raise
+        return str(found.experiment_id)
 
 
 def begin_run(name: str, kind: str, params: dict[str, Any], tags: dict[str, str], parent: str | None = None) -> str:
