@@ -126,9 +126,10 @@ def map_on_actors(
         most = max(1, min(workers or gpus or session_cpus(), len(items)))
         with warnings.catch_warnings():  # without the restart options a dead worker's item is retried for ever
             warnings.simplefilter("ignore", ray.util.annotations.RayDeprecationWarning)
+            pool = ray.data.ActorPoolStrategy(min_size=1, max_size=most, initial_size=most)
             made = ray.data.from_items(items, override_num_blocks=len(items)).map(
-                actor, fn_constructor_args=(argument,), compute=ray.data.ActorPoolStrategy(min_size=1, max_size=most),
-                num_cpus=1, num_gpus=1 if gpus else 0, max_restarts=2, max_task_retries=2,
+                actor, fn_constructor_args=(argument,), compute=pool, num_cpus=1, num_gpus=1 if gpus else 0,
+                max_restarts=2, max_task_retries=2,
             )  # fmt: skip
         yield from made.iter_rows()
 
