@@ -178,7 +178,9 @@ def _transform_to_srgb(profile: bytes, mode: str) -> Any:
     source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
     if mode != "CMYK" and "srgb" in ImageCms.getProfileDescription(source).lower():
         return None
-    return ImageCms.buildTransform(source, ImageCms.createProfile("sRGB"), mode, IN_SRGB[mode])
+    # lcms tabulates a curve of grey coarsely: in the dark that was seen to be nine levels off
+    flags = ImageCms.Flags.NOOPTIMIZE if mode == "L" else ImageCms.Flags.NONE
+    return ImageCms.buildTransform(source, ImageCms.createProfile("sRGB"), mode, IN_SRGB[mode], flags=flags)
 
 
 def _eight_bits(image: Image.Image, channels: int) -> Image.Image:
