@@ -99,7 +99,7 @@ class DiffusersAutoencoder(Autoencoder):
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
-        """(B, 3, H, W) uint8 -> the posterior's mean and std, (B, C, H/f, W/f); a latent and None without one."""
+        """(B, 3, H, W) uint8 -> mean and std of the posterior, (B, C, H/f, W/f) float32; std is None without one."""
         found = self.network.encode((images.float() / 127.5 - 1).to(self.network.dtype))
         if "latent_dist" in found:
             return found.latent_dist.mean.float(), found.latent_dist.std.float()

@@ -2,7 +2,6 @@
 
 import contextlib
 import io
-import warnings
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -18,7 +17,10 @@ FILTERS = {
     "bilinear": Image.Resampling.BILINEAR,
 }
 MODES = {1: "L", 3: "RGB"}
+IN_SRGB = {"RGB": "RGB", "RGBA": "RGBA", "CMYK": "RGB", "L": "RGB"}  # what a profile's colours become
 SIXTEEN_BITS = ("I;16", "I;16L", "I;16B", "I;16N", "I")
+MOST_PIXELS = Image.MAX_IMAGE_PIXELS or 0  # of Pillow's guard, which only warns up to twice as many
+ORIENTATIONS = {"exif", "Raw profile type exif", "XML:com.adobe.xmp", "xmp"}  # where Pillow finds one, but in TIFF
 FLAT_STD = 10.0  # a window whose pixels vary less teaches nothing
 DARK_MEAN = 20.0
 
@@ -123,13 +125,7 @@ def decode(content: bytes | np.ndarray, channels: int = 3) -> Image.Image:
     """
     if isinstance(content, np.ndarray):
         return _eight_bits(Image.fromarray(content.squeeze(-1) if content.shape[-1:] == (1,) else content), channels)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
-        try:
-            opened = Image.open(io.BytesIO(content))
-        except Image.DecompressionBombWarning as error:
-            raise ValueError(str(error)) from None
-    with opened as image:
+    with _opened(content) as image:
         image.load()
         return _eight_bits(_in_srgb(_upright(image)), channels)
 
@@ -138,12 +134,23 @@ def size_of(content: bytes | np.ndarray) -> tuple[int, int]:
     """(width, height) as `decode` will give it, from the header alone."""
     if isinstance(content, np.ndarray):
         return content.shape[1], content.shape[0]
-    with Image.open(io.BytesIO(content)) as image:
+    with _opened(content) as image:
         return _upright(image).size
+
+
+def _opened(content: bytes) -> Image.Image:
+    """The image of a file whose header was read; ValueError for more pixels than Pillow takes without a warning."""
+    with contextlib.suppress(Image.DecompressionBombWarning):  # raised where warnings are errors
+        image = Image.open(io.BytesIO(content))
+        if image.width * image.height <= MOST_PIXELS:
+            return image
+    raise ValueError(f"has more than {MOST_PIXELS:,} pixels, which could be a decompression bomb")
 
 
 def _upright(image: Image.Image) -> Image.Image:
     """Turned as its EXIF says; EXIF that cannot be read turns nothing."""
+    if image.format != "TIFF" and ORIENTATIONS.isdisjoint(image.info):  # a copy of every image would cost a tenth
+        return image
     with contextlib.suppress(Exception):  # Pillow raises half a dozen kinds here, and the pixels are whole
         return ImageOps.exif_transpose(image)
     return image
@@ -152,7 +159,11 @@ def _upright(image: Image.Image) -> Image.Image:
 def _in_srgb(image: Image.Image) -> Image.Image:
     """The colours that an embedded profile means, as sRGB; a profile that cannot be read is as none."""
     profile = image.info.get("icc_profile")
-    if not profile or image.mode not in ("RGB", "CMYK"):
+    if not profile:
+        return image
+    if image.mode == "P":  # the profile speaks of the palette's colours
+        image = image.convert("RGBA" if "transparency" in image.info else "RGB")
+    if image.mode not in IN_SRGB:
         return image
     try:
         transform = _transform_to_srgb(bytes(profile), image.mode)
@@ -165,9 +176,11 @@ def _in_srgb(image: Image.Image) -> Image.Image:
 def _transform_to_srgb(profile: bytes, mode: str) -> Any:
     """Pillow's transform; None where the profile is sRGB itself, whose pixels must stay what they are."""
     source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
-    if mode == "RGB" and "srgb" in ImageCms.getProfileDescription(source).lower():
+    if mode != "CMYK" and "srgb" in ImageCms.getProfileDescription(source).lower():
         return None
-    return ImageCms.buildTransform(source, ImageCms.createProfile("sRGB"), mode, "RGB")
+    # lcms tabulates a curve of grey coarsely: in the dark that was seen to be nine levels off
+    flags = ImageCms.Flags.NOOPTIMIZE if mode == "L" else ImageCms.Flags.NONE
+    return ImageCms.buildTransform(source, ImageCms.createProfile("sRGB"), mode, IN_SRGB[mode], flags=flags)
 
 
 def _eight_bits(image: Image.Image, channels: int) -> Image.Image:

@@ -32,6 +32,7 @@ from patchloom.platform.storage import local_path, locked, make_folder, sweep_pa
 
 SHARD_ROWS, SHARD_BYTES = 512, 64 << 20  # of decoded images: what a worker holds at once
 SD_VAE, LATENTS_FROM_PIXELS = "stabilityai/sd-vae-ft-mse", 256
+TO_JSON = json.JSONEncoder(ensure_ascii=False).encode  # one for all: json.dumps makes one a call
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(/[\w.-]+)?")
 
 
@@ -202,7 +203,7 @@ def _plan_images(source: Source, transform: Transform) -> tuple[list[dict[str, A
     reader = Reader(source.kind, source.address)
     if not transform.resolution:
         transform = replace(transform, resolution=_first_side(reader, source))
-    inputs = [asdict(one) for one in source.inputs]
+    inputs = [vars(one).copy() for one in source.inputs]  # asdict copies deeply: 20 us an input
     for position in repeated([one["key"] for one in inputs]):
         inputs[position]["error"] = "its key stood before: keys must differ"
     if transform.crop == "windows":
@@ -264,7 +265,7 @@ def _start_work(folder: Folder, plan: Plan, inputs: list[dict[str, Any]], encode
             sweep_partial(make_folder(folder.path / name))
     if not folder.has(PLAN):
         for shard, first in enumerate(range(0, len(inputs), plan.shard_rows)):
-            lines = [json.dumps(one, ensure_ascii=False) for one in inputs[first : first + plan.shard_rows]]
+            lines = map(TO_JSON, inputs[first : first + plan.shard_rows])
             folder.write(f"{INPUTS}/part-{shard:05d}.jsonl", "\n".join(lines) + "\n")
         folder.write_json(PLAN, {"identity": plan.identity(), "plan": asdict(plan)})
     if encoder:

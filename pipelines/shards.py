@@ -3,13 +3,14 @@
 import hashlib
 import json
 import os
-import time
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 
 from patchloom.models.backbones import allow_backbones
 from patchloom.pipelines.images import Transform, decode
@@ -26,6 +27,7 @@ WORK = ".work"
 PLAN, INPUTS, NOTES = f"{WORK}/plan.json", f"{WORK}/inputs", f"{WORK}/notes"
 PRECISIONS = ("fp32", "bf16")
 ENCODE_BATCH = 16  # fixed, and the last batch of a shard padded, so that a latent's bytes never depend on neighbours
+SUMMED_AT_ONCE = 1 << 17  # uint8 values
 NOT_FINITE = "its latent is not finite in float16"
 
 
@@ -59,7 +61,6 @@ class ShardMaker:
 
     def __call__(self, item: dict[str, int]) -> dict[str, Any]:
         """Make shard `item["shard"]`: its Arrow file, then the note that says it is finished."""
-        began = time.process_time()
         name = f"part-{item['shard']:05d}"
         inputs = [json.loads(line) for line in self.folder.read(f"{INPUTS}/{name}.jsonl").splitlines()]
         keys, labels, images, skipped, digest = self._rows(inputs) if self.pixels else self._images(inputs)
@@ -79,7 +80,7 @@ class ShardMaker:
             shape = next(iter(tensors.values())).shape[1:]
             note |= {"shape": list(shape), "classes": Counter(labels), "sums": sums(tensors)}
         self.folder.write_json(f"{NOTES}/{name}.json", note)
-        return {"shard": item["shard"], "inputs": len(inputs), "cpu_seconds": time.process_time() - began}
+        return {"shard": item["shard"], "inputs": len(inputs)}
 
     def _rows(self, inputs: list[dict[str, Any]]) -> tuple[list[str], list[int], np.ndarray, list[dict[str, str]], str]:
         """Rows of a prepared dataset, some of them mirrored."""
@@ -213,12 +214,21 @@ def sums(tensors: dict[str, np.ndarray]) -> dict[str, list[float]]:
     values = next(iter(tensors.values()))
     count = values.size // values.shape[1]
     if values.dtype == np.uint8:  # exact, and many times faster than in floating point
-        levels = np.arange(256)
-        counts = np.stack([np.bincount(values[:, c].ravel(), minlength=256) for c in range(values.shape[1])])
-        total, squares = counts @ levels, counts @ levels**2
+        total, squares = np.array([_sums_of_levels(values[:, channel]) for channel in range(values.shape[1])]).T
     else:
         exact = values.astype(np.float64)
         total, squares = exact.sum((0, 2, 3)), (exact**2).sum((0, 2, 3))
         if "std" in tensors:
             squares = squares + (tensors["std"].astype(np.float64) ** 2).sum((0, 2, 3))
     return {"count": [count] * values.shape[1], "sum": total.tolist(), "squares": squares.tolist()}
+
+
+def _sums_of_levels(levels: np.ndarray) -> tuple[int, int]:
+    """The sum of (n, H, W) uint8 values and that of their squares, exactly, by Arrow's vectorised sums."""
+    total = squares = 0
+    images = max(1, SUMMED_AT_ONCE // levels[0].size)  # what stays in the cache is summed twice as fast
+    for first in range(0, len(levels), images):
+        flat = np.ascontiguousarray(levels[first : first + images]).reshape(-1)
+        total += pc.sum(pa.array(flat)).as_py()
+        squares += pc.sum(pa.array(np.multiply(flat, flat, dtype=np.uint16))).as_py()  # 255**2 fits
+    return total, squares

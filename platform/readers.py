@@ -21,6 +21,7 @@ from patchloom.platform.labels import first_of
 
 TABLE_BATCH_ROWS = 32
 GZIP_LEAST_BYTES = 18
+ZIP_HEADER_BYTES, USUAL_HEADER_BYTES = 30, 160  # of a member, without and with its name and extra fields
 
 
 class Reader:
@@ -48,9 +49,18 @@ class Reader:
             self._open = {(name, how.__name__): how(self.folder, name)}
         return self._open[name, how.__name__]
 
-    def _member(self, name: str, index: int) -> bytes:
-        archive: zipfile.ZipFile = self._opened(name, zip_file)
-        return archive.read(archive.infolist()[index])  # by number, because a name may come twice
+    def _member(self, name: str, offset: int, size: int, crc: int) -> bytes:
+        """A member of a zip archive, without the archive's directory: that of a million images fills a gigabyte."""
+        file: BinaryIO = self._opened(name, Folder.open)
+        file.seek(offset)
+        piece = file.read(size + USUAL_HEADER_BYTES)  # far away, each read is a request
+        start = _zip_data_start(piece)
+        if len(piece) < start + size:
+            piece += file.read(start + size - len(piece))
+        content = _unpacked(piece[start : start + size], int.from_bytes(piece[8:10], "little"))
+        if zlib.crc32(content) != crc:
+            raise zipfile.BadZipFile("wrong checksum (CRC-32)")
+        return content
 
     def _piece(self, name: str, offset: int, size: int) -> bytes:
         file: BinaryIO = self._opened(name, tar_file)
@@ -69,8 +79,30 @@ class Reader:
         return value if isinstance(value, bytes) else self.folder.read(str(value))
 
 
+def zip_place(name: str, member: zipfile.ZipInfo) -> list[Any]:
+    """Where a member of the zip archive of this name is found."""
+    return [name, member.header_offset, member.compress_size, member.CRC]
+
+
+def _zip_data_start(piece: bytes) -> int:
+    """Where a member's data begins behind its own header (APPNOTE 4.3.7)."""
+    if len(piece) < ZIP_HEADER_BYTES or piece[:4] != b"PK\3\4":
+        raise zipfile.BadZipFile("no header where the archive's directory tells of one")
+    if piece[6] & 1:
+        raise ValueError("is encrypted: unpack the archive first")
+    return ZIP_HEADER_BYTES + int.from_bytes(piece[26:28], "little") + int.from_bytes(piece[28:30], "little")
+
+
+def _unpacked(packed: bytes, method: int) -> bytes:
+    if method == zipfile.ZIP_STORED:
+        return packed
+    if method == zipfile.ZIP_DEFLATED:
+        return zlib.decompress(packed, -zlib.MAX_WBITS)
+    raise ValueError(f"is compressed by method {method}, and stored or deflated was wanted: zip it again")
+
+
 def zip_file(folder: Folder, name: str) -> zipfile.ZipFile:
-    """An open zip archive; its members are addressed by number."""
+    """An open zip archive with its directory."""
     try:
         return zipfile.ZipFile(folder.open(name))
     except (zipfile.BadZipFile, OSError) as error:

@@ -6,6 +6,7 @@ Listing gives the key, the class and the place of every input; a reader, whereve
 
 import json
 import tarfile
+import zipfile
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,9 +18,9 @@ import pyarrow.parquet
 from patchloom.platform.errors import UserError
 from patchloom.platform.folder import Folder
 from patchloom.platform.labels import LABEL_COLUMNS, Labels, find_labels, first_of, number_classes, read_labels
-from patchloom.platform.readers import npz_array, npz_images, open_table, tar_file, zip_file
+from patchloom.platform.readers import npz_array, npz_images, open_table, tar_file, zip_file, zip_place
 
-IMAGE_EXTENSIONS = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif"}
+IMAGE_EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif")
 FILE_KINDS = {
     "zip": (".zip",),
     "npz": (".npz",),
@@ -125,7 +126,7 @@ def _kind_of(address: str) -> tuple[str, Folder, dict[str, int]]:
 
 
 def _is_image(name: str) -> bool:
-    return any(name.lower().endswith(ending) for ending in IMAGE_EXTENSIONS)
+    return name.lower().endswith(IMAGE_EXTENSIONS)
 
 
 def _list_files(folder: Folder, names: dict[str, int]) -> tuple[list[_Found], Labels | None]:
@@ -136,13 +137,13 @@ def _list_files(folder: Folder, names: dict[str, int]) -> tuple[list[_Found], La
 def _list_zip(folder: Folder, names: dict[str, int]) -> tuple[list[_Found], Labels | None]:
     (name,) = names
     archive = zip_file(folder, name)
-    found, others = list[_Found](), dict[str, int]()
-    for index, member in enumerate(archive.infolist()):
+    found, others = list[_Found](), dict[str, zipfile.ZipInfo]()
+    for member in archive.infolist():
         if _is_image(member.filename):
-            found.append(_Found(member.filename, [name, index], member.file_size, None))
+            found.append(_Found(member.filename, zip_place(name, member), member.file_size, None))
         else:
-            others[member.filename] = index
-    return found, find_labels(others, lambda text: archive.read(archive.infolist()[others[text]]))
+            others[member.filename] = member
+    return found, find_labels(others, lambda text: archive.read(others[text]))
 
 
 def _list_tars(folder: Folder, names: dict[str, int]) -> tuple[list[_Found], Labels | None]:

@@ -14,6 +14,8 @@ from typing import IO, Any
 
 from patchloom.platform.errors import UserError
 
+PIECE_BYTES = 1 << 18  # of more at once Linux fills large pages, which a virtual machine may have to get from its host
+
 
 def local_path(text: str | os.PathLike[str]) -> Path:
     """An absolute local path; refuses a remote URI in words."""
@@ -42,7 +44,9 @@ def write_atomic(path: Path, content: Any, sync: bool = True) -> None:
     partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.partial")
     try:
         with partial.open("wb") as file:
-            file.write(content.encode() if isinstance(content, str) else content)
+            whole = memoryview(content.encode() if isinstance(content, str) else content)
+            for first in range(0, len(whole), PIECE_BYTES):
+                file.write(whole[first : first + PIECE_BYTES])
             if sync:
                 file.flush()
                 os.fsync(file.fileno())
