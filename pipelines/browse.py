@@ -121,24 +121,11 @@ def show_model(reference: str, picture: str | None = None) -> str:
     lines += [f"  classes: {', '.join(card['class_names']) or 'none'}"]
     lines += [f"  {name.replace('_', ' ')}: {value}" for name, value in card["lineage"].items() if value]
     for found in evaluations_of(_row(fetch_model(reference)).get("tags", {})):
-        numbers = ", ".join(f"{TITLES[name][0]} {found.metrics[name]:.4g}" for name in TITLES if name in found.metrics)
-        lines += [f"  evaluation {found.digest}: {numbers}", f"    {_circumstances(found)}"]
+        lines += [f"  evaluation {found.digest}: {found.numbers()}", f"    {found.circumstances()}"]
     if picture is not None:
         place = fetch_preview(fetch_model(reference), local_path(picture))
         lines += [f"  preview: {place}" if place else "  preview: none was kept"]
     return "\n".join([*lines, f"  folder: {card['folder']}", f"  sample from it: {card['sample']}"])
-
-
-def _circumstances(found: Evaluation) -> str:
-    identity = found.identity
-    against = f"{identity['n_reference']:,} images" if identity["n_reference"] else "statistics"
-    words = f"{identity['features']}, {identity['n_samples']:,} samples"
-    words += f" (seeds {identity['seeds']})" if identity.get("seeds") else ""
-    words += f" against {against} ({str(identity['reference'])[:12]})"
-    if "sampler" in identity:
-        words += f", {identity['sampler']}, {identity['steps']} steps ({identity['network_evaluations']} evaluations)"
-        words += f", guidance {identity['guidance']:g}"
-    return words
 
 
 def compare_models(
@@ -162,7 +149,7 @@ def compare_models(
             if recipes[0].get(key) != recipes[1].get(key)
         },
         "metrics": [
-            {"digest": mine.digest, "circumstances": _circumstances(mine),
+            {"digest": mine.digest, "circumstances": mine.circumstances(),
              **{name: [mine.metrics[name], theirs.metrics[name]] for name in TITLES
                 if name in mine.metrics and name in theirs.metrics}}
             for mine, theirs in pairs

@@ -12,7 +12,7 @@ import typer
 
 from patchloom import __version__
 from patchloom.models.backbones import allow_backbones
-from patchloom.pipelines.cli_models import Backbones, Model, models_app
+from patchloom.pipelines.cli_models import Backbones, Json, Model, aside, models_app
 from patchloom.platform.errors import Stopped, UserError
 
 app = typer.Typer(
@@ -231,9 +231,7 @@ def sample(
         int | None, typer.Option(min=1, help="Images an archive (1000), and what a worker makes at a time")
     ] = None,
     batch: Annotated[int, typer.Option(min=1, help="Images a compute batch; bytes depend on it")] = 8,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print what was done as JSON, and all else to stderr")
-    ] = False,
+    as_json: Json = False,
     allow_backbone: Backbones = None,
     workers: Annotated[
         int | None,
@@ -245,7 +243,7 @@ def sample(
     from patchloom.pipelines.sample import sample as run
 
     allow_backbones(*allow_backbone or [])
-    with contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext():
+    with aside(as_json):
         result = run(
             model, out, seeds, steps=steps, sampler=sampler, ladder=ladder, churn=churn,
             churn_between=parse_levels(churn_between, "--churn-between") if churn_between else None,
@@ -274,14 +272,18 @@ def evaluate(
     ] = None,
     batch: Annotated[int, typer.Option(min=1, help="Images that go through the network at once")] = 32,
     workers: Workers = None,
+    as_json: Json = False,
 ) -> None:
     """Measure images against a reference: FID, KID, precision and recall, ..."""
     from patchloom.pipelines.evaluate import evaluate as run
 
-    run(
-        samples, reference, metrics=tuple(metrics.split(",")) if metrics else None, features=features, out=out,
-        save_reference=save_reference, workers=workers, batch=batch,
-    )  # fmt: skip
+    with aside(as_json):
+        result = run(
+            samples, reference, metrics=tuple(metrics.split(",")) if metrics else None, features=features, out=out,
+            save_reference=save_reference, workers=workers, batch=batch,
+        )  # fmt: skip
+    if as_json:
+        print(json.dumps(result))
 
 
 @app.command(epilog="Example: patchloom report demo report.html")

@@ -1,7 +1,10 @@
 """The commands of `patchloom models`: browse the registry, bring models in and out of it, promote them."""
 
+import contextlib
 import json
-from typing import Annotated
+import sys
+from contextlib import AbstractContextManager
+from typing import Annotated, Any
 
 import typer
 
@@ -15,6 +18,11 @@ Backbones = Annotated[
     list[str] | None,
     typer.Option("--allow-backbone", metavar="PACKAGE", help="A package that networks may be imported from"),
 ]
+
+
+def aside(as_json: bool) -> AbstractContextManager[Any]:
+    """While this holds, what is said goes to stderr where stdout is to be JSON alone."""
+    return contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext()
 
 
 @models_app.command("list")
@@ -51,7 +59,8 @@ def models_compare(
     """Two models: what differs in their recipes, their metrics, and samples of the same seeds."""
     from patchloom.pipelines.browse import compare_models, comparison_words
 
-    found = compare_models(one, other, picture=None if no_picture else picture, seeds=seeds, steps=steps)
+    with aside(as_json):
+        found = compare_models(one, other, picture=None if no_picture else picture, seeds=seeds, steps=steps)
     print(json.dumps(found) if as_json else comparison_words(found))
 
 
@@ -116,11 +125,13 @@ def models_promote(
     if_better: Annotated[
         str | None, typer.Option(metavar="METRIC", help="Only where it beats the alias's version: fid, kid, ...")
     ] = None,
+    as_json: Json = False,
 ) -> None:
     """Point an alias at a version."""
     from patchloom.pipelines.browse import promote_model
 
-    print(promote_model(name, str(version), alias, if_better))
+    words = promote_model(name, str(version), alias, if_better)
+    print(json.dumps({"name": name, "version": str(version), "alias": alias, "words": words}) if as_json else words)
 
 
 @models_app.command("delete", epilog="Example: patchloom models delete my-model 3")

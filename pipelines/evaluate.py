@@ -23,7 +23,8 @@ from patchloom.pipelines.features import (
 from patchloom.pipelines.image_sets import ImageSet, SampleImages, check_pair, open_images, sha256_at
 from patchloom.pipelines.measures import METRICS, NEIGHBOURS, Sides
 from patchloom.pipelines.pictures import save_png, side_by_side
-from patchloom.pipelines.quality import TITLES, Evaluation, record
+from patchloom.pipelines.quality import TITLES, Evaluation
+from patchloom.pipelines.version_card import record
 from patchloom.platform.cluster import ray_session
 from patchloom.platform.errors import UserError
 from patchloom.platform.folder import Folder
@@ -233,12 +234,19 @@ def _pictures(sides: Sides) -> dict[str, list[np.ndarray]]:
     """Samples nearest to a real image, above it; and samples where real images are densest and thinnest."""
     assert sides.reference is not None
     found, ours, theirs = sides.neighbours, sides.samples.images, sides.reference.images
-    near = found.nearest_distance.argsort()[:SHOWN].cpu().numpy()
+    near = _nearest_pairs(found.nearest_distance.cpu().numpy(), found.nearest.cpu().numpy())
     by_density = (-found.density).argsort(stable=True).cpu().numpy()
     return {
         "nearest": [ours.at(near), theirs.at(found.nearest.cpu().numpy()[near])],
         "density": [ours.at(by_density[:SHOWN]), ours.at(by_density[-SHOWN:])],
     }
+
+
+def _nearest_pairs(distance: np.ndarray, nearest: np.ndarray) -> np.ndarray:
+    """The samples nearest to a reference image, at most one an image."""
+    order = distance.argsort(kind="stable")
+    _, first = np.unique(nearest[order], return_index=True)
+    return np.asarray(order[np.sort(first)[:SHOWN]])
 
 
 def notes(result: Evaluation) -> list[str]:

@@ -9,8 +9,6 @@ from patchloom.pipelines.quality import TITLES
 from patchloom.platform.errors import UserError
 from patchloom.platform.storage import read_json
 
-UNCERTAIN = ("infinity", "interval_95", "standard_error", "of_real_images")
-
 
 def samples_sections(folder: Path) -> list[str]:
     """The page of a sample folder, with its metrics where they were measured."""
@@ -55,9 +53,7 @@ def metric_sections(path: Path) -> list[str]:
             pixels=True,
         ),
         "<p>Numbers may be compared where all of this is equal:</p>",
-        table(
-            ["what", "value"], [[key.replace("_", " "), _short(value)] for key, value in identity.items()], best=False
-        ),
+        table(["what", "value"], _rows(identity), best=False),
     ]
 
 
@@ -68,8 +64,12 @@ def first_number(path: Path) -> tuple[str, str]:
     return f"{TITLES[name][0]}*", f"{metrics[name]:.3f}"
 
 
+def _rows(identity: dict[str, Any]) -> list[list[str]]:
+    """What results depend on, options that were not used left out."""
+    return [[key.replace("_", " "), _short(value)] for key, value in identity.items() if value is not None]
+
+
 def _short(value: Any) -> str:
     if isinstance(value, dict):
         return ", ".join(f"{key} {inner}" for key, inner in value.items() if inner is not None)
-    text = "unknown" if value is None else str(value)
-    return text if len(text) <= 90 else f"{text[:60]}..."
+    return str(value) if len(str(value)) <= 90 else f"{str(value)[:60]}..."

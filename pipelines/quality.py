@@ -1,14 +1,11 @@
-"""Quality: results of evaluations as a model's version keeps them, and which of them may be compared."""
+"""Quality: results of evaluations, with all that they depend on, and which of them may be compared."""
 
 import hashlib
 import json
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from patchloom.platform.errors import UserError
-from patchloom.platform.registry import logged_model, tag_version
-from patchloom.platform.tracking import log_artifacts, log_metrics
 
 TAG = "evaluation."  # of a version, followed by the identity's digest: one result an identity, the newest
 # how metrics are called where people read them, and whether more is better
@@ -46,6 +43,24 @@ class Evaluation:
         features = "" if name in ("fid", "sfid") else f"{self.identity['features']}, "
         return f"{TITLES[name][0]} {self.metrics[name]:.4g} ({features}n={self.identity['n_samples']:,})"
 
+    def numbers(self) -> str:
+        """`FID 12.31, KID 0.002`: every number, in few digits."""
+        return ", ".join(f"{TITLES[name][0]} {self.metrics[name]:.4g}" for name in TITLES if name in self.metrics)
+
+    def circumstances(self) -> str:
+        """What the numbers hang on, in a line."""
+        identity = self.identity
+        against = f"{identity['n_reference']:,} images" if identity["n_reference"] else "statistics"
+        words = f"{identity['features']}, {identity['n_samples']:,} samples"
+        words += f" (seeds {identity['seeds']})" if identity.get("seeds") else ""
+        words += f" against {against} ({str(identity['reference'])[:12]})"
+        if "sampler" in identity:
+            words += (
+                f", {identity['sampler']}, {identity['steps']} steps ({identity['network_evaluations']} evaluations)"
+            )
+            words += f", guidance {identity['guidance']:g}"
+        return words
+
 
 def differences(one: Evaluation, other: Evaluation) -> list[str]:
     """What two results depend on and differ in, as `n_samples is 64 and 50000`; nothing where they may be compared."""
@@ -79,27 +94,6 @@ def evaluations_of(tags: dict[str, str]) -> list[Evaluation]:
     return sorted(found, key=lambda result: (-result.identity["n_samples"], result.digest))
 
 
-def record(result: Evaluation, lineage: dict[str, Any], files: list[Path]) -> None:
-    """Give a result to the registered version that the samples came from, and to the run that made it.
-
-    Metrics are called `fid/n-50000/1a2b3c4d`: numbers that may not be compared never share a curve.
-    """
-    if not lineage["run_id"]:
-        return
-    model_id = None
-    if lineage["name"]:
-        model_id = logged_model(lineage["name"], lineage["version"])
-        value = json.dumps({"metrics": result.metrics, "identity": result.identity})
-        tag_version(lineage["name"], lineage["version"], {f"{TAG}{result.digest}": value, "quality": result.words()})
-    numbers = {
-        f"{name}/n-{result.identity['n_samples']}/{result.digest}": value
-        for name, value in result.metrics.items()
-        if isinstance(value, float)
-    }
-    log_metrics(lineage["run_id"], numbers, model_id=model_id)
-    log_artifacts(lineage["run_id"], *files, under=f"evaluations/{result.digest}")
-
-
 def _short(value: Any) -> str:
-    text = "unknown" if value is None else str(value)
+    text = "none" if value is None else str(value)
     return text if len(text) <= 40 else f"{text[:37]}..."

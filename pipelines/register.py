@@ -8,11 +8,12 @@ from patchloom import __version__
 from patchloom.models.checkpoints import read_card, verified_card
 from patchloom.pipelines.checkpointer import without_tensors
 from patchloom.pipelines.pyfunc import input_example, signature
+from patchloom.pipelines.version_card import PREVIEW, write_card
 from patchloom.pipelines.wheel import wheel_bytes, wheel_name
 from patchloom.platform.copies import local_copy
 from patchloom.platform.errors import UserError
 from patchloom.platform.progress import say
-from patchloom.platform.registry import describe_version, list_versions, promote, register_pyfunc
+from patchloom.platform.registry import list_versions, promote, register_pyfunc
 from patchloom.platform.storage import file_sha256, read_json, read_json_lines
 from patchloom.platform.tracking import (
     PROGRESS_FILE,
@@ -45,9 +46,10 @@ def register(run: str, name: str, alias: str | None = None) -> str:
     card = read_card(folder / "model", "denoiser")
     version = _registered(name, card["weights_sha256"], run_card["run_id"])
     if version is None:
-        version = _log(folder / "model", name, run_card["run_id"], _tags(folder, card, run_card))
-        previews = sorted((folder / "previews").glob("*.png"))
-        log_artifacts(run_card["run_id"], *previews[-1:], folder / PROGRESS_FILE)
+        previews = sorted((folder / "previews").glob("*.png"))[-1:]
+        log_artifacts(run_card["run_id"], *previews, folder / PROGRESS_FILE)
+        shown = {PREVIEW: previews[0].name} if previews else {}
+        version = _log(folder / "model", name, run_card["run_id"], _tags(folder, card, run_card) | shown)
     return _named(name, version, alias)
 
 
@@ -73,7 +75,7 @@ def _log(model: Path, name: str, run_id: str, tags: dict[str, Any]) -> str:
         wheel.write_bytes(wheel_bytes())
         example = input_example(read_card(model, "denoiser")["class_names"])
         version = register_pyfunc(model, name, run_id, ENTRY, wheel, signature(), example)
-    describe_version(name, version, _description(name, version, tags), tags)
+    write_card(name, version, tags)
     return version
 
 
@@ -118,9 +120,3 @@ def _tags(folder: Path, card: dict[str, Any], run: dict[str, Any]) -> dict[str, 
     if "held_out_loss" in last:
         tags["held_out_loss"] = f"{last['held_out_loss']:.4f}"
     return tags
-
-
-def _description(name: str, version: str, tags: dict[str, Any]) -> str:
-    lines = "\n".join(f"| {key} | {value} |" for key, value in tags.items())
-    sample = f"patchloom sample models:/{name}/{version} samples --seeds 0-63"
-    return f"Patch diffusion denoiser on {tags['kind']}.\n\n| | |\n|---|---|\n{lines}\n\nSample from it: `{sample}`"

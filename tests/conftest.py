@@ -1,12 +1,14 @@
 """What all tests share: an MLflow store and a Ray session of their own, small real images, a tiny trained run."""
 
+import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -120,3 +122,25 @@ def champion(trained: Path) -> str:
 
     register(str(trained), "tiny", alias="champion")
     return "models:/tiny@champion"
+
+
+@pytest.fixture(scope="session")
+def changed_copy(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path, float], Path]:
+    """Copies the model of a run with a number added to one of its weights: another model, whole and valid."""
+
+    def copy(run: Path, change: float) -> Path:
+        from safetensors.torch import load_file, save_file
+
+        from patchloom.models.checkpoints import file_sha256
+
+        folder = tmp_path_factory.mktemp("copies") / "model"
+        shutil.copytree(run / "model", folder)
+        weights = load_file(folder / "model.safetensors")
+        first = next(iter(weights))
+        save_file(weights | {first: weights[first] + change}, folder / "model.safetensors")
+        card = json.loads((folder / "model.json").read_text())
+        card["weights_sha256"] = file_sha256(folder / "model.safetensors")
+        (folder / "model.json").write_text(json.dumps(card))
+        return folder
+
+    return copy

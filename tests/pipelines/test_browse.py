@@ -21,7 +21,6 @@ from patchloom.pipelines.browse import (
     promote_model,
     show_model,
 )
-from patchloom.pipelines.convert import export_model
 from patchloom.pipelines.quality import TAG, Evaluation
 from patchloom.pipelines.register import register
 from patchloom.platform.errors import UserError
@@ -39,24 +38,12 @@ def give(name: str, version: str, fid: float, **identity: Any) -> None:
 
 
 @pytest.fixture(scope="module")
-def versions(trained: Path, mlflow_store: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, int], str]:
-    """Registers copies of the tiny model under a name of one's own; returns the name."""
+def versions(trained: Path, changed_copy: Callable[[Path, float], Path]) -> Callable[[str, int], str]:
+    """Registers copies of the tiny model, each with weights of its own, under a name; returns the name."""
 
     def make(name: str, count: int) -> str:
-        import torch
-        from safetensors.torch import load_file, save_file
-
-        from patchloom.models.checkpoints import file_sha256
-
         for number in range(count):
-            folder = export_model(str(trained), str(tmp_path_factory.mktemp("copies") / f"{name}-{number}"))
-            weights = load_file(folder / "model.safetensors")
-            first = next(iter(weights))
-            save_file(weights | {first: weights[first] + torch.tensor(number * 1e-3)}, folder / "model.safetensors")
-            card = json.loads((folder / "model.json").read_text())
-            card["weights_sha256"] = file_sha256(folder / "model.safetensors")
-            (folder / "model.json").write_text(json.dumps(card))
-            register(str(folder), name)
+            register(str(changed_copy(trained, 1e-3 * (number + 1))), name)
         return name
 
     return make
