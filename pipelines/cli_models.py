@@ -78,7 +78,10 @@ def models_register(
 
 @models_app.command("import", epilog="Example: patchloom models import network-snapshot-200000.pkl ffhq")
 def models_import(
-    snapshot: Annotated[str, typer.Argument(help="A snapshot of EDM or Patch Diffusion (.pkl); nothing in it is run")],
+    snapshot: Annotated[
+        str,
+        typer.Argument(help="A snapshot of EDM or Patch Diffusion (.pkl, nothing in it is run), or an exported folder"),
+    ],
     out: Annotated[str, typer.Argument(help="The model folder to write")],
     autoencoder: Annotated[
         str | None, typer.Option(help="For latents: the diffusers folder, or models:/..., that they belong to")

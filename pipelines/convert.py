@@ -32,13 +32,18 @@ PIXEL_CHANNELS = (1, 3)
 def import_model(snapshot: str, out: str, autoencoder: str | None = None) -> Path:
     """Turn an EDM or Patch Diffusion snapshot (`.pkl`) into a model folder; nothing of the file is run.
 
+    snapshot: the file, or a folder that `export_model` wrote, which is verified and copied.
     autoencoder: for a network of latents, the one they were encoded with (a diffusers folder or models:/...).
     Returns the folder. Raises UserError for latents without one and for a folder that is not empty, and
     CheckpointError for a file that is no snapshot or names what no snapshot needs.
     """
     path = local_path(snapshot)
+    if (path / "model.json").is_file():
+        return export_model(snapshot, out)
     if not path.is_file():
-        raise UserError(f"{path} is not a file: give an EDM snapshot (network-snapshot-*.pkl)")
+        raise UserError(
+            f"{path} is not a file: give an EDM snapshot (network-snapshot-*.pkl) or an exported model folder"
+        )
     denoiser, config = read_edm_snapshot(path)
     folder = _new_folder(out)
     space, encoder, described = pixel_space(denoiser.channels), None, {}

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from patchloom.models.checkpoints import CheckpointError, load_edm_snapshot, load_model, load_whole_model
+from patchloom.models.checkpoints import CheckpointError, load_edm_snapshot, load_model, load_whole_model, read_card
 from patchloom.models.generate import Sampling, generate
 from patchloom.pipelines.convert import export_model, import_model
 from patchloom.pipelines.register import register
@@ -52,6 +52,13 @@ def test_nothing_is_written_over(imported: Path, tmp_path: Path) -> None:
         with pytest.raises(UserError, match="is not empty"):
             write(str(tmp_path / "mine"))
     assert [path.name for path in (tmp_path / "mine").iterdir()] == ["thesis.txt"]
+
+
+def test_what_was_exported_comes_in_again(imported: Path, tmp_path: Path) -> None:
+    exported = export_model(str(imported), str(tmp_path / "out"))
+    again = import_model(str(exported), str(tmp_path / "in"))
+    assert (again / "model.safetensors").read_bytes() == (imported / "model.safetensors").read_bytes()
+    assert read_card(again, "denoiser") == read_card(imported, "denoiser")
 
 
 def test_a_damaged_model_is_not_exported(imported: Path, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The nightly pipeline of the docs: the better version becomes the champion, a worse one does not, and twice is once."""
+"""The nightly pipeline of the docs: a better version becomes the champion, a worse one does not, twice is once."""
 
 import os
 import subprocess
