@@ -5,7 +5,7 @@ import os
 import signal
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,15 @@ def images_of(folder: Path) -> dict[str, bytes]:
 
 def notes_of(folder: Path) -> list[Path]:
     return list((folder / ".work" / "notes").glob("*.jsonl"))
+
+
+def told_of(folder: Path) -> set[int]:
+    """The seeds that the manifest and the notes beside it tell of."""
+    seeds: set[int] = set()
+    for path in [folder / "manifest.jsonl", *notes_of(folder)]:
+        with suppress(FileNotFoundError):
+            seeds |= {json.loads(line)["seed"] for line in path.read_text().splitlines()}
+    return seeds
 
 
 def assert_complete(folder: Path, seeds: int) -> None:
@@ -52,17 +61,16 @@ def whole(champion: str, ray_cluster: None, tmp_path_factory: pytest.TempPathFac
 
 
 def kill_in_pieces(champion: str, cwd: Path, *options: str) -> list[int]:
-    """The same command three times, each killed when it had finished two shards more; images noted down each time."""
+    """The same command three times, each killed when 32 more images were finished; how many were, each time."""
     arguments = ["sample", champion, "samples", "--seeds", f"0-{SEEDS - 1}", "--steps", str(OPTIONS["steps"]), *options]
-    finished = []
+    finished: list[int] = []
     for _ in range(3):
         process = start_cli(*arguments, cwd=cwd)
-        wait_until(lambda: len(notes_of(cwd / "samples")) >= 2, process)
+        wanted = (finished or [0])[-1] + 32
+        wait_until(lambda wanted=wanted: len(told_of(cwd / "samples")) >= wanted, process)
         os.killpg(process.pid, signal.SIGKILL)
         process.communicate()
-        manifest = cwd / "samples" / "manifest.jsonl"
-        texts = [path.read_text() for path in [*notes_of(cwd / "samples"), *([manifest] if manifest.exists() else [])]]
-        finished.append(sum(text.count("\n") for text in texts))
+        finished.append(len(told_of(cwd / "samples")))
     return finished
 
 
