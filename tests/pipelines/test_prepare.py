@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -79,6 +80,19 @@ def test_a_second_call_has_nothing_to_do_and_another_is_refused(images: Path, tm
     assert (folder / "dataset.json").stat().st_mtime_ns == written
     with pytest.raises(UserError, match="another dataset"):
         prepare(str(images), str(folder), resolution=4)
+
+
+@pytest.mark.filterwarnings("ignore:Duplicate name")
+def test_a_key_that_comes_twice_is_listed(images: Path, ray_cluster: None, tmp_path: Path) -> None:
+    picture = (images / "coffee" / "00.png").read_bytes()
+    with zipfile.ZipFile(tmp_path / "two.zip", "w") as archive:
+        for name in ("a.png", "b.png", "a.png", "a.png"):
+            archive.writestr(name, picture)
+    dataset = prepare(str(tmp_path / "two.zip"), str(tmp_path / "out"), resolution=16)
+    assert list(dataset.rows([0, 1])["key"]) == ["a.png", "b.png"] and len(dataset) == 2
+    skipped = [json.loads(line) for line in (tmp_path / "out" / "skipped.jsonl").read_text().splitlines()]
+    assert skipped == [{"key": "a.png", "error": "its key stood before: keys must differ"}] * 2
+    assert dataset.card["skipped"]["reasons"] == {"its key stood before: keys must differ": 2}
 
 
 def test_a_source_without_a_usable_image_is_refused(tmp_path: Path) -> None:
