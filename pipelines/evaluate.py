@@ -63,7 +63,8 @@ def evaluate(
     theirs = _reference_images(reference, bool(statistics))
     check_pair(ours, theirs)
     network = load_features(features if metrics is None or _outputs(metrics) else COLOURS)
-    chosen = metrics or _possible(network, theirs is not None, set(statistics))
+    least = min(len(images) for images in (ours, theirs) if images is not None)
+    chosen = metrics or _possible(network, theirs is not None, set(statistics), least)
     _check_metrics(chosen, network, theirs is not None, set(statistics))
     sides = _extract(ours, theirs, statistics, network, features, chosen, workers, batch)
     if save_reference:
@@ -100,13 +101,14 @@ def _outputs(metrics: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(output for output in outputs if output is not None))
 
 
-def _possible(network: Features, has_images: bool, statistics: set[str]) -> tuple[str, ...]:
-    """Every metric that the features and the reference allow, psnr and ssim aside."""
+def _possible(network: Features, has_images: bool, statistics: set[str], least: int) -> tuple[str, ...]:
+    """Every metric that the features, the reference and the smaller side's images allow, psnr and ssim aside."""
     is_inception = network.name == INCEPTION
     return tuple(
         name
         for name, metric in METRICS.items()
         if metric.output in network.outputs
+        and least >= metric.least_images
         and metric.of_inception in (None, is_inception)
         and (has_images or (not metric.needs_images and metric.output in statistics))
         and (name != "is" or network.classifier is not None)

@@ -6,7 +6,7 @@ import io
 import operator
 import os
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -173,18 +173,30 @@ def extract(
     (or GPUs) by default, 0 for this process. batch: images that go through the network at once.
     """
     place, todo = _place(images, features), missing(images, features, outputs)
-    items = [{"number": number, "start": piece.start, "stop": piece.stop} for number, piece in todo.items()]
     job = {"images": images.address, "features": reference, "sha256": features.sha256, "outputs": outputs,
            "batch": batch, "backbones": allowed_backbones()}  # fmt: skip
-    if items:
-        with progress(f"looking at {images.kind}", len(images), "images") as meter:
-            meter.begin(len(images) - sum(item["stop"] - item["start"] for item in items))
-            for row in map_on_actors(FeatureMaker, job, items, workers, on_gpus=True):
-                piece = todo[row["number"]]
-                for output in outputs:
-                    place.write(_file(piece, output), row[output])
-                meter.update(meter.done + piece.stop - piece.start)
+    if todo:
+        _look(images, todo, place, job, workers)
     return Extracted(images, features, place)
+
+
+def _look(images: ImageSet, todo: dict[int, Piece], place: Folder, job: dict[str, Any], workers: int | None) -> None:
+    """Compute the features of pieces and keep them as they come."""
+    items = [{"number": number, "start": piece.start, "stop": piece.stop} for number, piece in todo.items()]
+    kept = len(images) - sum(piece.stop - piece.start for piece in todo.values())
+    with progress(f"looking at {images.kind}", len(images), "images") as meter:
+        meter.begin(kept)
+
+        def watch(count: int) -> None:
+            meter.update(max(meter.done, kept + count))
+
+        looked_at, watched = 0, None if workers == 0 else watch
+        for row in map_on_actors(FeatureMaker, job, items, workers, on_gpus=True, watch=watched):
+            piece = todo[row["number"]]
+            for output in job["outputs"]:
+                place.write(_file(piece, output), row[output])
+            looked_at += piece.stop - piece.start
+            watch(looked_at)
 
 
 class FeatureMaker:
@@ -195,6 +207,7 @@ class FeatureMaker:
         allow_backbones(*job["backbones"])
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         self.images, self.outputs, self.batch = open_images(job["images"]), job["outputs"], job["batch"]
+        self.count: Callable[[str, int], Any] | None = job["tally"].count.remote if "tally" in job else None
         self.features = load_features(job["features"], self.device)
         if self.features.sha256 != job["sha256"]:
             raise UserError(
@@ -212,6 +225,8 @@ class FeatureMaker:
                 features = self.features(some.to(self.device))
                 for output in self.outputs:
                     found[output].append(features[output].float().cpu())
+                if self.count is not None:
+                    self.count(str(item["number"]), sum(map(len, found[self.outputs[0]])))
         return {"number": item["number"], **{name: _npy(torch.cat(rows)) for name, rows in found.items()}}
 
 

@@ -146,16 +146,17 @@ class Metric:
     measure: Callable[[Sides], dict[str, Any]]
     output: str | None = POOL  # of the features; None: it looks at the images themselves
     needs_images: bool = False  # of the reference; statistics alone do not do
+    least_images: int = 2  # on both sides
     of_inception: bool | None = None  # True: of its features alone; False: what it is called on others
 
 
 METRICS = {
     "fid": Metric(_frechet("fid", POOL), of_inception=True),
     "sfid": Metric(_frechet("sfid", SPATIAL), SPATIAL, of_inception=True),
-    "kid": Metric(_kid, needs_images=True),
+    "kid": Metric(_kid, needs_images=True, least_images=4),
     "is": Metric(_inception_score, of_inception=True),
-    "precision": Metric(_precision_recall, needs_images=True),
-    "recall": Metric(_precision_recall, needs_images=True),
+    "precision": Metric(_precision_recall, needs_images=True, least_images=NEIGHBOURS + 1),
+    "recall": Metric(_precision_recall, needs_images=True, least_images=NEIGHBOURS + 1),
     "fd": Metric(_frechet("frechet_distance", POOL), of_inception=False),
     "psnr": Metric(_reconstruction, None, needs_images=True),
     "ssim": Metric(_reconstruction, None, needs_images=True),

@@ -185,6 +185,14 @@ def test_results_that_differ_say_in_what() -> None:
     assert one.words() == "FID 12 (n=64)"
 
 
+def test_two_images_have_a_distance_and_no_neighbours(tmp_path: Path) -> None:
+    folder = pictures(tmp_path / "two", noise(2))
+    metrics = evaluate(str(folder), str(folder), features="colours")["metrics"]
+    assert (
+        metrics["frechet_distance"] == pytest.approx(0, abs=1e-9) and "kid" not in metrics and "recall" not in metrics
+    )
+
+
 def test_seeds_are_told_in_few_words() -> None:
     assert seed_ranges([0, 1, 2, 5, 7, 8]) == "0-2,5,7-8"
 
