@@ -143,7 +143,7 @@ def _init_from(reference: str, settings: AutoencoderSettings) -> tuple[Path, Aut
     """The folder of the autoencoder to begin with, and the settings with its shape and exact weights."""
     folder, card = fetch_autoencoder(reference)
     if card["class"] != "AutoencoderKL":
-        raise UserError(f"--init-from {reference} is a {card['class']}, and only an AutoencoderKL can be trained here")
+        raise UserError(f"--init-from {reference} is of {card['class']}, and only an AutoencoderKL can be trained here")
     config = read_json(folder / "config.json")
     shape = {"widths": tuple(config["block_out_channels"]), "latent_channels": card["latent_channels"]}
     say(f"  beginning with the weights of {card['reference']}")

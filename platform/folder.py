@@ -104,6 +104,14 @@ class Folder:
             size = system.get_file_info(f"{base}/{name}").size
         return -1 if size is None else int(size)
 
+    def stamp(self, name: str) -> str:
+        """What tells a file from a later one of its name, as far as its store knows: bytes, time of change, tag."""
+        with self._reached() as (system, base):
+            info = system.get_file_info(f"{base}/{name}")
+            with system.open_input_file(f"{base}/{name}") as file:
+                told = file.metadata()
+        return f"{info.size} {info.mtime_ns} {sorted(told.items())}"
+
     def open(self, name: str) -> BinaryIO:
         """A file to read from, at random, and to close; an OSError says what is wrong with it."""
         if not self.is_remote:

@@ -7,6 +7,7 @@ import shutil
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -21,6 +22,7 @@ from patchloom.platform.labels import first_of
 
 TABLE_BATCH_ROWS = 32
 GZIP_LEAST_BYTES = 18
+NO_CELLS = (0, pa.array([]))
 ZIP_HEADER_BYTES, USUAL_HEADER_BYTES = 30, 160  # of a member, without and with its name and extra fields
 
 
@@ -181,28 +183,40 @@ class Table:
         self.schema, self.rows, self.column = schema, rows, column
         self._batches = batches
         self._begun: tuple[str, Iterator[tuple[int, pa.Array]]] | None = None
-        self._batch: tuple[int, pa.Array] = (0, pa.array([]))
+        self._batch: tuple[int, pa.Array] = NO_CELLS
 
     def cell(self, column: str, row: int) -> Any:
         """One cell; rows that come in order are read once."""
-        first, batch = self._batch
+        if self._begun is None or self._begun[0] != column or row < self._batch[0]:
+            return self._begin(column, row)
         try:
-            if self._begun is None or self._begun[0] != column or row < first:
-                self._begun = (column, self._batches(column, row))
-                first, batch = next(self._begun[1])
-            while row >= first + len(batch):
-                first, batch = next(self._begun[1])
-        except Exception:
-            self._begun = None  # a damaged piece: the next row begins anew
-            raise
-        self._batch = (first, batch)
-        return batch[row - first].as_py()
+            return self._go_on(self._begun[1], row)
+        except Exception:  # of a damaged piece, which may lie between the row before and this one
+            return self._begin(column, row)
+
+    def _begin(self, column: str, row: int) -> Any:
+        batches, self._begun, self._batch = self._batches(column, row), None, NO_CELLS
+        cell = self._go_on(batches, row)
+        self._begun = (column, batches)
+        return cell
+
+    def _go_on(self, batches: Iterator[tuple[int, pa.Array]], row: int) -> Any:
+        while row >= self._batch[0] + len(self._batch[1]):
+            self._batch = next(batches)
+        first, cells = self._batch
+        return cells[row - first].as_py()
 
 
 def open_table(folder: Folder, name: str) -> Table:
     """A Parquet file, or an Arrow IPC file or stream."""
-    try:
+    with _whole(folder, name):
         return _parquet(folder, name) if name.lower().endswith(".parquet") else _arrow(folder, name)
+
+
+@contextmanager
+def _whole(folder: Folder, name: str) -> Iterator[None]:
+    try:
+        yield
     except (pa.ArrowException, OSError) as error:
         raise UserError(f"{folder}/{name} is no whole table ({' '.join(str(error).split())}): fetch it again") from None
 
@@ -211,17 +225,35 @@ def _parquet(folder: Folder, name: str) -> Table:
     file = pyarrow.parquet.ParquetFile(folder.open(name))
     starts = np.cumsum([0] + [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)])
 
-    def batches(column: str, row: int) -> Iterator[tuple[int, pa.Array]]:
-        group = int(np.searchsorted(starts, row, side="right")) - 1
-        first = int(starts[group])
-        groups = list(range(group, file.num_row_groups))
-        # cells are read a few at a time: a group may hold gigabytes of images
-        for batch in file.iter_batches(TABLE_BATCH_ROWS, row_groups=groups, columns=[column]):
-            yield first, batch.column(0)
-            first += len(batch)
+    lost: dict[int, tuple[int, str]] = {}  # by row group: from which row on it cannot be read, and why
 
-    def column(name: str) -> list[Any]:
-        return list(file.read([name]).column(0).to_pylist())
+    def batches(column: str, row: int) -> Iterator[tuple[int, pa.Array]]:
+        for group in range(int(np.searchsorted(starts, row, side="right")) - 1, file.num_row_groups):
+            first, problem = lost.get(group, (row + 1, ""))
+            if row >= first:
+                raise ValueError(problem)
+            yield from cells(group, column)
+
+    def cells(group: int, column: str) -> Iterator[tuple[int, pa.Array]]:
+        """A few at a time, because a group may hold gigabytes of images; those before a damaged page one by one."""
+        done = int(starts[group])
+        for rows in (TABLE_BATCH_ROWS, 1):
+            first = int(starts[group])
+            try:
+                for batch in file.iter_batches(rows, row_groups=[group], columns=[column]):
+                    if first >= done:
+                        yield first, batch.column(0)
+                        done = first + len(batch)
+                    first += len(batch)
+                return
+            except (pa.ArrowException, OSError) as error:
+                problem = f"stands in or behind a damaged page of its row group ({error})"
+        lost[group] = done, problem
+        raise ValueError(problem)
+
+    def column(wanted: str) -> list[Any]:
+        with _whole(folder, name):
+            return list(file.read([wanted]).column(0).to_pylist())
 
     return Table(file.schema_arrow, file.metadata.num_rows, column, batches)
 
@@ -229,9 +261,8 @@ def _parquet(folder: Folder, name: str) -> Table:
 def _arrow(folder: Folder, name: str) -> Table:
     """An Arrow IPC file or stream, memory-mapped; a remote one from the node's cache."""
     if folder.is_remote:
-        size = folder.size(name)
-        digest = hashlib.sha256(f"{folder.address}/{name} {size}".encode()).hexdigest()[:32]
-        _, here = hold_copy("tables", digest, size, lambda to: folder.fetch(name, to / "table.arrow"))
+        digest = hashlib.sha256(f"{folder.address}/{name} {folder.stamp(name)}".encode()).hexdigest()[:32]
+        _, here = hold_copy("tables", digest, folder.size(name), lambda to: folder.fetch(name, to / "table.arrow"))
         path = here / "table.arrow"
     else:
         path = folder.path / name

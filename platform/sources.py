@@ -30,7 +30,6 @@ FILE_KINDS = {
 IMAGE_COLUMNS = ("image", "img", "jpg", "jpeg", "png", "webp", "bytes", "image_bytes", "path", "file_name")
 KEY_COLUMNS = ("key", "__key__")
 KINDS = "a folder of images, .zip, .tar, .tar.gz, .parquet, .arrow, .npz, a saved Hugging Face dataset"
-TABLE_BATCH_ROWS = 32
 
 
 @dataclass(frozen=True)
