@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import signal
 import sys
 import traceback
@@ -194,7 +195,7 @@ def tune(
     if dry_run:
         from patchloom.pipelines.plan import search_plan
 
-        print(search_plan(search, data))
+        print(search_plan(search, data, concurrent or os.cpu_count() or 1))
         return
     if not out:
         raise UserError("--out is missing: give the folder of the search")

@@ -10,11 +10,14 @@ from patchloom.models.cost import foretold_gain, measured_seconds_of_crop
 from patchloom.models.denoiser import build_denoiser
 from patchloom.models.flops import parameter_count, training_flops
 from patchloom.models.plan import Method
+from patchloom.pipelines.ranking import setting_words
 from patchloom.pipelines.run import method_of
 from patchloom.pipelines.train import model_card
-from patchloom.pipelines.tune import plan_trials
+from patchloom.pipelines.tune import plan_trials, seconds_of_update
 from patchloom.platform.dataset import open_dataset
-from patchloom.platform.recipe import Recipe, load_search
+from patchloom.platform.progress import clock
+from patchloom.platform.recipe import Recipe
+from patchloom.platform.search import load_search
 
 
 def _draws(method: Method, workers: int) -> dict[str, Method]:
@@ -102,18 +105,23 @@ def run_plan(recipe: Recipe, dataset: str, workers: int = 1, measure: bool = Fal
     ])  # fmt: skip
 
 
-def search_plan(search: str, dataset: str) -> str:
-    """Each trial of a search with its counts and cost."""
+def search_plan(search: str, dataset: str, concurrent: int = 1) -> str:
+    """Each setting of a search with its counts and cost, and how long all trials would take, so many at once."""
     definition, base = load_search(search)
-    planned = plan_trials(definition, base, open_dataset(dataset))
-    lines = [f"{definition.name}: {len(planned)} trials"]
-    total = 0
-    for number, (setting, recipe) in enumerate(zip(definition.settings(), planned, strict=True)):
-        plan = describe_plan(recipe, dataset)
-        total += plan["flops"]
-        what = ", ".join(f"{key}={value}" for key, value in setting.items())
+    rows = open_dataset(dataset)
+    planned = [trial for trial in plan_trials(definition, base, rows) if trial.repeat == 0]
+    lines = [f"{definition.name}: {len(planned)} settings, {len(planned) * definition.repeats} trials"]
+    flops = seconds = 0.0
+    for number, trial in enumerate(planned):
+        plan = describe_plan(trial.recipe, dataset)
+        spent = plan["updates"] * seconds_of_update(trial.recipe, rows)
+        flops, seconds = flops + plan["flops"] * definition.repeats, seconds + spent * definition.repeats
         lines.append(
-            f"  {number:>3}  {what}: {plan['updates']:,} updates, {plan['crops']:,} counted images, "
-            f"{plan['flops'] / 1e12:,.3f} TFLOP"
+            f"  {number:>3}  {setting_words(trial.settings)}: {plan['updates']:,} updates, "
+            f"{plan['crops']:,} counted images, {plan['flops'] / 1e12:,.3f} TFLOP, {clock(spent)}"
         )
-    return "\n".join([*lines, f"  {total / 1e12:,.3f} TFLOP in all"])
+    return "\n".join([
+        *lines,
+        f"  {flops / 1e12:,.3f} TFLOP in all; {clock(seconds / concurrent)} of training with {concurrent} at once, by "
+        "steps measured here (starts and held-out losses come on top)",
+    ])  # fmt: skip

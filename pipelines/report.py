@@ -3,13 +3,14 @@
 import html
 import io
 from pathlib import Path
-from statistics import median
+from statistics import mean, median
 from typing import Any
 
 from patchloom.models.loss import SIGMA_BINS
 from patchloom.pipelines.checkpointer import without_tensors
 from patchloom.pipelines.evaluation_page import first_number, metric_sections, samples_sections, sampling_words
 from patchloom.pipelines.page import document, numbers, picture, table
+from patchloom.pipelines.ranking import Ranked, ranked
 from patchloom.platform.copies import local_copy
 from patchloom.platform.errors import UserError
 from patchloom.platform.progress import clock
@@ -204,26 +205,35 @@ def _search_sections(folder: Path) -> list[str]:
     budget = ", ".join(f"{value:g} {name}" for name, value in search["budget"].items() if value)
     keys = list(search["space"])
     header = [*(key.split(".")[-1] for key in keys), "held-out loss", "updates", "counted images", "TFLOP", "seconds"]
-    rows = [
-        [*(str(trial["settings"][key]) for key in keys), *_trial_cells(trial)] for trial in trials
-    ]  # best first, as the search wrote them
+    failed = [trial for trial in trials if trial["status"] != "finished"]
+    rows = [[*_setting_cells(found.settings, keys), *_trial_cells(found)] for found in ranked(trials)]
+    rows += [
+        [*_setting_cells(trial["settings"], keys), f"failed: {trial['error']}", "", "", "", ""] for trial in failed
+    ]
     words = (
         f"{len(trials)} trials of {budget} each; all see the same rows, noise and crop positions. "
         "The held-out loss is that of the averaged weights on full-size images. Trials this short tell which "
         "setting starts best, not which ends best."
     )
+    if search.get("repeats", 1) > 1:
+        words += f" Means of {search['repeats']} seeds with their standard deviation."
     return [f"<p>{html.escape(words)}</p>", table(header, rows)]
 
 
-def _trial_cells(trial: dict[str, Any]) -> list[str]:
-    if trial["status"] != "finished":
-        return [f"failed: {trial['error']}", "", "", "", ""]
+def _setting_cells(settings: dict[str, Any], keys: list[str]) -> list[str]:
+    return [str(settings.get(key, "")) for key in keys]  # a key that hangs on others may not be there
+
+
+def _trial_cells(found: Ranked) -> list[str]:
+    def middle(key: str) -> float:
+        return mean(float(trial[key]) for trial in found.trials)
+
     return [
-        f"{trial['held_out_loss']:.4f}",
-        f"{trial['updates']:,}",
-        f"{trial['images_seen']:,}",
-        f"{trial['flops'] / 1e12:.3f}",
-        f"{trial['seconds']:.0f}",
+        found.value(),
+        f"{middle('updates'):,.0f}",
+        f"{middle('images_seen'):,.0f}",
+        f"{middle('flops') / 1e12:.3f}",
+        f"{middle('seconds'):.0f}",
     ]
 
 

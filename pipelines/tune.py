@@ -7,18 +7,25 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 
 from patchloom import __version__
 from patchloom.models.backbones import allow_backbones, allowed_backbones
+from patchloom.models.codec import identity_space
+from patchloom.models.cost import measured_seconds_of_crop, step_cost
+from patchloom.models.denoiser import build_denoiser
 from patchloom.models.flops import training_flops
+from patchloom.models.generate import one_thread
+from patchloom.pipelines.ranking import METRIC, ranked, setting_words
 from patchloom.pipelines.run import method_of
 from patchloom.pipelines.train import model_card, train
 from patchloom.platform.cluster import quiet_environment, ray_session, session_cpus
 from patchloom.platform.dataset import Dataset, open_dataset
 from patchloom.platform.errors import UserError
 from patchloom.platform.progress import Meter, progress, say
-from patchloom.platform.recipe import Budget, Recipe, Search, check_recipe, load_search, recipe_yaml, with_values
+from patchloom.platform.recipe import Recipe, check_recipe, recipe_yaml, with_values
+from patchloom.platform.search import Budget, Search, load_search
 from patchloom.platform.storage import (
     local_path,
     locked,
@@ -42,7 +49,7 @@ from patchloom.platform.tracking import (
 )
 
 SEARCH_FORMAT = 1
-METRIC = "held_out_loss"
+SEARCH_FILE = "search.json"
 TRIAL = "trial.json"  # in a trial's run folder: its row of the table, once it is finished
 
 
@@ -56,32 +63,59 @@ class TuneResult:
     best: Recipe
 
 
-def plan_trials(search: Search, base: Recipe, dataset: Dataset) -> list[Recipe]:
-    """Each trial's recipe with the images that its budget buys; raises UserError where one does not fit."""
+@dataclass(frozen=True)
+class Trial:
+    """One run of a search: a setting, which repeat of it, and the recipe with the images that its budget buys."""
+
+    settings: dict[str, Any]
+    repeat: int
+    recipe: Recipe
+
+
+def plan_trials(search: Search, base: Recipe, dataset: Dataset, images: list[int] | None = None) -> list[Trial]:
+    """Every trial in order; raises UserError, with its setting, where one does not fit.
+
+    images: what an earlier call found that the budget of each setting buys (a budget in seconds is measured once).
+    """
     planned = []
     for number, setting in enumerate(search.settings()):
         try:
             recipe = with_values(base, {**search.set, **setting})
-            images = _images_for(search.budget, recipe, model_card(recipe, dataset)["denoiser"])
+            length = images[number] if images else _images_for(search.budget, recipe, dataset)
+            fractions = {key: max(1, round(share * length)) for key, share in search.of_budget.items()}
+            recipe = with_values(recipe, {"train.images": length, **fractions})
         except UserError as error:
-            raise UserError(f"trial {number} ({_words(setting)}): {error}") from None
-        planned.append(with_values(recipe, {"train.images": images}))
+            raise UserError(f"setting {number} ({setting_words(setting)}): {error}") from None
+        for repeat in range(search.repeats):
+            planned.append(Trial(setting, repeat, with_values(recipe, {"seed": recipe.seed + repeat})))
     return planned
 
 
-def _images_for(budget: Budget, recipe: Recipe, denoiser: dict[str, Any]) -> int:
+def _images_for(budget: Budget, recipe: Recipe, dataset: Dataset) -> int:
+    """The counted images that a budget buys a recipe, as the mean of what its steps cost."""
+    denoiser = model_card(recipe, dataset)["denoiser"]
     method = method_of(recipe, denoiser["resolution"])
     per_update = method.batch_size * method.schedule.mean_multiplier
+    if budget.images is not None:
+        return budget.images
     if budget.updates is not None:
         return round(budget.updates * per_update)
     if budget.flops is not None:
-        per_step = sum(
-            size.probability * size.batch_multiplier * method.batch_size * training_flops(denoiser, size.pixels)
-            for size in method.schedule.sizes
-        )
-        return max(1, round(budget.flops / per_step * per_update))
-    assert budget.images is not None  # the schema holds exactly one of the three
-    return budget.images
+        cost_of_crop = {size.pixels: float(training_flops(denoiser, size.pixels)) for size in method.schedule.sizes}
+        return max(1, round(budget.flops / step_cost(method, cost_of_crop, 1)[0] * per_update))
+    assert budget.seconds is not None  # the schema holds exactly one of them
+    return max(1, round(budget.seconds / seconds_of_update(recipe, dataset) * per_update))
+
+
+def seconds_of_update(recipe: Recipe, dataset: Dataset) -> float:
+    """The mean time of a step of this recipe here, on one thread as a trial has it (or on the GPU), measured now."""
+    denoiser = model_card(recipe, dataset)["denoiser"]
+    method = method_of(recipe, denoiser["resolution"])
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    with one_thread():
+        network = build_denoiser(denoiser).to(device).train()
+        cost_of_crop = measured_seconds_of_crop(network, method, identity_space(network.channels))
+    return step_cost(method, cost_of_crop, 1)[0]
 
 
 def tune(search: str, dataset: str, out: str, *, restore: bool = False, concurrent: int | None = None) -> TuneResult:
@@ -93,39 +127,39 @@ def tune(search: str, dataset: str, out: str, *, restore: bool = False, concurre
     """
     definition, base = load_search(search)
     rows = open_dataset(dataset)
-    planned = plan_trials(definition, base, rows)
+    known = local_path(out) / SEARCH_FILE
+    planned = plan_trials(definition, base, rows, read_json(known).get("images") if known.is_file() else None)
     if not len(rows.indices("held_out", base.data.held_out_fraction)):
         raise UserError("data.held_out_fraction holds no row out, so trials cannot be compared: raise it")
     folder = make_folder(local_path(out))
     with locked(folder):
-        run_id = _open_folder(folder, definition, rows, restore)
+        lengths = [trial.recipe.train.images for trial in planned if trial.repeat == 0]
+        run_id = _open_folder(folder, definition, rows, restore, lengths)
         began = time.monotonic()
-        with progress(f"searching {definition.name}", sum(r.train.images for r in planned), "images") as meter:
-            trials = _run_trials(folder, definition, planned, rows, run_id, concurrent, meter)
-        good = sorted((t for t in trials if t["status"] == "finished"), key=lambda t: float(t[METRIC]))
+        total = sum(trial.recipe.train.images for trial in planned)
+        with progress(f"searching {definition.name}", total, "images") as meter:
+            trials = _run_trials(folder, planned, rows, run_id, concurrent, meter)
+        order = ranked(trials)
         failed = [trial for trial in trials if trial["status"] != "finished"]
         for trial in failed:
-            say(f"  trial {trial['trial']} ({_words(trial['settings'])}) failed: {trial['error']}")
+            say(f"  trial {trial['trial']} ({setting_words(trial['settings'])}) failed: {trial['error']}")
+        good = [trial for setting in order for trial in setting.trials]
         write_json_lines(folder / "trials.jsonl", good + failed)
-        if not good:
+        if not order:
             end_run(run_id, "FAILED")
             raise UserError(f"all {len(trials)} trials failed; the first: {failed[0]['error']}")
-        best = with_values(base, good[0]["settings"])
+        best = with_values(base, order[0].settings)
         write_atomic(folder / "best.yaml", recipe_yaml(best))
-        log_metrics(run_id, {METRIC: good[0][METRIC], "trials": len(trials), "seconds": time.monotonic() - began})
+        log_metrics(run_id, {METRIC: order[0].mean, "trials": len(trials), "seconds": time.monotonic() - began})
         log_artifacts(run_id, folder / "trials.jsonl", folder / "best.yaml")
         end_run(run_id)
-    say(f"  best of {len(trials)}: {_words(good[0]['settings'])}, {METRIC} {good[0][METRIC]:.4f}")
+    say(f"  best of {len(order)} settings: {order[0].words()}, {METRIC} {order[0].value()}")
     return TuneResult(folder, run_id, good + failed, best)
 
 
-def _words(settings: dict[str, Any]) -> str:
-    return ", ".join(f"{key.split('.')[-1]} {value}" for key, value in settings.items())
-
-
-def _open_folder(folder: Path, search: Search, dataset: Dataset, restore: bool) -> str:
+def _open_folder(folder: Path, search: Search, dataset: Dataset, restore: bool, images: list[int]) -> str:
     wanted = {"search": search.model_dump(mode="json"), "dataset_fingerprint": dataset.fingerprint}
-    path = folder / "search.json"
+    path = folder / SEARCH_FILE
     if path.is_file():
         if not restore:
             raise UserError(f"{folder} holds a search: give --restore to go on with it, or choose another folder")
@@ -138,14 +172,14 @@ def _open_folder(folder: Path, search: Search, dataset: Dataset, restore: bool) 
     run_id = begin_run(search.name, "search", flat_parameters(search.model_dump(mode="json")), tags)
     log_dataset(run_id, dataset.address, dataset.fingerprint)
     write_atomic(folder / "search.yaml", yaml.safe_dump(wanted["search"], sort_keys=False))
-    write_json(path, {"format_version": SEARCH_FORMAT, "kind": "search", "run_id": run_id, **wanted})
+    card = {"format_version": SEARCH_FORMAT, "kind": "search", "run_id": run_id, "images": images, **wanted}
+    write_json(path, card)
     return run_id
 
 
 def _run_trials(
     folder: Path,
-    search: Search,
-    recipes: list[Recipe],
+    planned: list[Trial],
     dataset: Dataset,
     run_id: str,
     concurrent: int | None,
@@ -154,15 +188,16 @@ def _run_trials(
     jobs: list[dict[str, Any]] = [
         {
             "trial": number,
-            "settings": setting,
-            "recipe": recipe.model_dump(mode="json"),
+            "settings": trial.settings,
+            "repeat": trial.repeat,
+            "recipe": trial.recipe.model_dump(mode="json"),
             "dataset": dataset.address,
             "folder": str(folder / "trials" / f"{number:03d}"),
             "parent_run": run_id,
             "tracking_uri": tracking_uri(),
             "backbones": allowed_backbones(),
         }
-        for number, (setting, recipe) in enumerate(zip(search.settings(), recipes, strict=True))
+        for number, trial in enumerate(planned)
     ]
     rows = [read_json(Path(job["folder"]) / TRIAL) for job in jobs if (Path(job["folder"]) / TRIAL).is_file()]
     finished = {row["trial"] for row in rows}
@@ -201,7 +236,7 @@ def _run_on_ray_tune(folder: Path, jobs: list[dict[str, Any]], concurrent: int |
             rows.append(read_json(Path(job["folder"]) / TRIAL))
         else:
             reason = str(result.error).strip().split("\n")[-1]
-            rows.append({"trial": job["trial"], "settings": job["settings"], "status": "failed", "error": reason})
+            rows.append({**_name(job), "status": "failed", "error": reason})
     return rows
 
 
@@ -226,11 +261,16 @@ def run_trial(config: dict[str, Any]) -> None:
         show=lambda _: None,
     )
     kept = ("updates", "images_seen", "full_size_images", "flops", METRIC, "held_out_loss_by_sigma", "loss")
-    row = {"trial": job["trial"], "settings": job["settings"], "status": "finished"}
+    row = {**_name(job), "status": "finished"}
     row |= {key: result.last[key] for key in kept if key in result.last}
     row |= {"seconds": time.monotonic() - began, "run_id": result.run_id, "folder": str(result.folder)}
     write_json(result.folder / TRIAL, row)
     ray_tune.report({METRIC: row[METRIC]})
+
+
+def _name(job: dict[str, Any]) -> dict[str, Any]:
+    """Which trial a row is of."""
+    return {key: job[key] for key in ("trial", "settings", "repeat")}
 
 
 class _watched:

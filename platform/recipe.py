@@ -1,6 +1,5 @@
 """Recipes: one YAML file that says what a model is, read into frozen values with every error at its path."""
 
-import itertools
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -274,43 +273,6 @@ class Recipe(Section):
                 )
 
 
-class Values(Section):
-    """The values that a key of a search takes."""
-
-    grid: Annotated[tuple[Any, ...], Field(min_length=1)]
-
-
-class Budget(Section):
-    """What every trial may spend, in exactly one of these."""
-
-    images: Count | None = None
-    updates: Count | None = None
-    flops: Positive | None = None
-
-    @model_validator(mode="after")
-    def _one_of_them(self) -> "Budget":
-        given = [name for name in ("images", "updates", "flops") if getattr(self, name) is not None]
-        if len(given) != 1:
-            raise PydanticCustomError("budget", f"give exactly one of images, updates and flops, not {len(given)}")
-        return self
-
-
-class Search(Section):
-    """Many runs of one recipe: a grid over its keys at an equal budget, compared on the held-out loss."""
-
-    format_version: Literal[1] = 1
-    name: Annotated[str, Field(min_length=1)]
-    recipe: str
-    set: dict[str, Any] = Field({}, description="Recipe keys that only the trials have, such as shorter ramps")
-    space: Annotated[dict[str, Values], Field(min_length=1)]
-    budget: Budget
-
-    def settings(self) -> list[dict[str, Any]]:
-        """Every combination of the space's values, in order: one trial each."""
-        grids = [[(key, value) for value in values.grid] for key, values in self.space.items()]
-        return [dict(combination) for combination in itertools.product(*grids)]
-
-
 def find_config(name: str) -> Path:
     """A YAML file by path, or by name among those shipped in tune_configs/."""
     for path in (Path(name).expanduser(), SHIPPED / name, SHIPPED / f"{name}.yaml"):
@@ -346,17 +308,6 @@ def _with_defaults(values: dict[str, Any]) -> dict[str, Any]:
 def check_recipe(values: dict[str, Any]) -> Recipe:
     """A recipe from plain values."""
     return checked(Recipe, values)
-
-
-def load_search(name: str | Path) -> tuple[Search, Recipe]:
-    """Read a search and the recipe that it starts from, which lies beside it or is a shipped one."""
-    path = find_config(str(name))
-    values = read_yaml(path)
-    if "space" not in values and "train" in values:
-        raise UserError(f"{name} is a recipe: train it with `patchloom train`, or give a search (with a `space`)")
-    search = checked(Search, values)
-    beside = path.parent / search.recipe
-    return search, load_recipe(beside if beside.is_file() else search.recipe)
 
 
 def with_values(recipe: Recipe, changes: dict[str, Any]) -> Recipe:

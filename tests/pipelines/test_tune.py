@@ -10,7 +10,8 @@ from helpers import tiny_recipe
 from patchloom.pipelines.tune import plan_trials, tune
 from patchloom.platform.dataset import open_dataset
 from patchloom.platform.errors import UserError
-from patchloom.platform.recipe import load_recipe, load_search, recipe_yaml
+from patchloom.platform.recipe import load_recipe, recipe_yaml
+from patchloom.platform.search import load_search
 from patchloom.platform.storage import read_json, read_json_lines
 
 pytestmark = pytest.mark.ray
@@ -65,15 +66,39 @@ def test_a_search_compares_its_trials_and_keeps_the_best(
 def test_equal_flops_buy_more_updates_of_smaller_patches(pixels: Path, tmp_path: Path) -> None:
     search, base = load_search(write_search(tmp_path, budget={"flops": 1e10}))
     dataset = open_dataset(pixels)
-    half, full = plan_trials(search, base, dataset)
+    half, full = (trial.recipe for trial in plan_trials(search, base, dataset))
     # R = 16: a step costs 1 at full size, 2/4 at R/2 and 4/16 at R/4, so .5 + .3 x .5 + .2 x .25 = .7 of a full one
     updates = [half.train.images / 8 / 1.9, full.train.images / 8]
     assert updates[0] / updates[1] == pytest.approx(1 / 0.7, rel=0.05)
 
 
+def test_repeats_differ_in_their_seed_and_ramps_follow_the_length(pixels: Path, tmp_path: Path) -> None:
+    changes = {"repeats": 2, "of_budget": {"optimizer.lr_rampup_images": 0.1, "ema.0.halflife_images": 0.25}}
+    search, base = load_search(write_search(tmp_path, budget={"updates": 100}, **changes))
+    planned = plan_trials(search, base, open_dataset(pixels))
+    assert [(trial.settings["patches.p"], trial.repeat, trial.recipe.seed) for trial in planned] == [
+        (0.5, 0, 3), (0.5, 1, 4), (1.0, 0, 3), (1.0, 1, 4),
+    ]  # fmt: skip
+    for trial in planned:
+        images = trial.recipe.train.images
+        assert images == pytest.approx(100 * 8 * (1.9 if trial.settings["patches.p"] == 0.5 else 1))
+        assert trial.recipe.optimizer.lr_rampup_images == pytest.approx(images / 10, abs=1)
+        assert trial.recipe.ema[0].halflife_images == pytest.approx(images / 4, abs=1)
+
+
+def test_seconds_buy_what_a_step_was_measured_to_take(pixels: Path, tmp_path: Path) -> None:
+    search, base = load_search(write_search(tmp_path, budget={"seconds": 10}))
+    dataset = open_dataset(pixels)
+    half, full = plan_trials(search, base, dataset)
+    updates = [half.recipe.train.images / 8 / 1.9, full.recipe.train.images / 8]
+    assert updates[0] > updates[1] > 1  # smaller patches take less time, whatever the machine
+    again = plan_trials(search, base, dataset, images=[100, 200])
+    assert [trial.recipe.train.images for trial in again] == [100, 200]  # measured once, and kept
+
+
 def test_a_setting_that_cannot_be_built_is_named_before_anything_starts(pixels: Path, tmp_path: Path) -> None:
     path = write_search(tmp_path, space={"model.width": {"grid": [8, 144]}})
-    with pytest.raises(UserError, match=r"trial 1 \(width 144\)"):
+    with pytest.raises(UserError, match=r"setting 1 \(width 144\)"):
         tune(path, str(pixels), str(tmp_path / "search"))
     assert not (tmp_path / "search").exists()
 

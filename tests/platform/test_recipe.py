@@ -9,7 +9,8 @@ from helpers import tiny_recipe
 from pydantic import ValidationError
 
 from patchloom.platform.errors import UserError
-from patchloom.platform.recipe import SHIPPED, Search, check_recipe, load_recipe, load_search, recipe_yaml
+from patchloom.platform.recipe import SHIPPED, check_recipe, load_recipe, recipe_yaml
+from patchloom.platform.search import Search, load_search
 
 MINIMAL: dict[str, Any] = {"name": "x", "train": {"images": 100}}
 
@@ -75,7 +76,7 @@ def test_a_search_is_the_product_of_its_grids() -> None:
         "space": {"patches.p": {"grid": [0.5, 1]}, "seed": {"grid": [1, 2]}},
     })  # fmt: skip
     assert search.settings() == [{"patches.p": p, "seed": seed} for p in (0.5, 1) for seed in (1, 2)]
-    with pytest.raises(ValidationError, match="exactly one of images, updates and flops, not 2"):
+    with pytest.raises(ValidationError, match="exactly one of images, updates, flops, seconds, not 2"):
         Search.model_validate({**search.model_dump(), "budget": {"images": 5, "updates": 5}})
 
 

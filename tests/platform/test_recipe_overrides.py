@@ -7,7 +7,8 @@ import pytest
 import yaml
 
 from patchloom.platform.errors import UserError
-from patchloom.platform.recipe import Recipe, check_recipe, load_recipe, load_search, with_values
+from patchloom.platform.recipe import Recipe, check_recipe, load_recipe, with_values
+from patchloom.platform.search import load_search
 
 SEARCH: dict[str, Any] = {
     "name": "s",
@@ -132,8 +133,8 @@ def test_a_searchs_recipe_lies_beside_it(recipe_file: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"budget": {}}, "budget: give exactly one of images, updates and flops, not 0"),
-        ({"budget": {"images": 1, "flops": 1.0}}, "budget: give exactly one of images, updates and flops, not 2"),
+        ({"budget": {}}, "budget: give exactly one of images, updates, flops, seconds, not 0"),
+        ({"budget": {"images": 1, "flops": 1.0}}, "budget: give exactly one of images, updates, flops, seconds, not 2"),
         ({"budget": {"hours": 1}}, "budget.hours: unknown key"),
         ({"space": {"patches.p": {"grid": []}}}, "space.patches.p.grid: "),
         ({"space": {"patches.p": {"gird": [1]}}}, "space.patches.p.gird: unknown key; did you mean grid?"),

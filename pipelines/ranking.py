@@ -1,0 +1,48 @@
+"""Ranking: the settings of a search, best first, by the mean over their repeats."""
+
+from dataclasses import dataclass
+from statistics import mean, stdev
+from typing import Any
+
+METRIC = "held_out_loss"
+
+
+@dataclass(frozen=True)
+class Ranked:
+    """One setting with its finished trials; the spread is the standard deviation over repeats, None of one alone."""
+
+    settings: dict[str, Any]
+    trials: list[dict[str, Any]]
+    mean: float
+    spread: float | None
+
+    def words(self) -> str:
+        """`p 0.25, schedule stochastic`."""
+        return setting_words(self.settings)
+
+    def value(self) -> str:
+        """`0.5123`, or `0.5123 +- 0.0040 (n = 3)`."""
+        spread = "" if self.spread is None else f" +- {self.spread:.4f} (n = {len(self.trials)})"
+        return f"{self.mean:.4f}{spread}"
+
+
+def ranked(trials: list[dict[str, Any]]) -> list[Ranked]:
+    """Settings that have a finished trial, best first; those of which a repeat failed come after all others."""
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for trial in sorted(trials, key=lambda trial: int(trial["trial"])):
+        groups.setdefault(repr(sorted(trial["settings"].items())), []).append(trial)
+    found, whole = [], {}
+    for name, group in groups.items():
+        losses = [float(trial[METRIC]) for trial in group if trial["status"] == "finished"]
+        if losses:
+            good = [trial for trial in group if trial["status"] == "finished"]
+            found.append(Ranked(good[0]["settings"], good, mean(losses), stdev(losses) if len(losses) > 1 else None))
+            whole[name] = len(good) == len(group)
+    names = [name for name in groups if name in whole]
+    order = sorted(range(len(found)), key=lambda number: (not whole[names[number]], found[number].mean))
+    return [found[number] for number in order]
+
+
+def setting_words(settings: dict[str, Any]) -> str:
+    """A setting by the last parts of its keys."""
+    return ", ".join(f"{key.split('.')[-1]} {value}" for key, value in settings.items())

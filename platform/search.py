@@ -1,0 +1,150 @@
+"""Searches: which settings of a recipe are tried, and what each may spend, as one YAML file."""
+
+import math
+import random
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import Field, model_validator
+from pydantic_core import PydanticCustomError
+
+from patchloom.platform.errors import UserError
+from patchloom.platform.recipe import Recipe, find_config, load_recipe
+from patchloom.platform.sections import Count, Fraction, Positive, Section, checked, read_yaml
+
+KINDS = ("grid", "choice", "uniform", "loguniform", "randint")
+COSTS = ("images", "updates", "flops", "seconds")
+
+
+class Values(Section):
+    """The values that a key takes: each of a grid, or drawn ones; perhaps only where other keys have certain values."""
+
+    grid: Annotated[tuple[Any, ...], Field(min_length=1)] | None = None
+    choice: Annotated[tuple[Any, ...], Field(min_length=1)] | None = None
+    uniform: tuple[float, float] | None = None
+    loguniform: tuple[Positive, Positive] | None = None
+    randint: tuple[int, int] | None = Field(None, description="Both ends are drawn, too")
+    when: dict[str, Any] = Field({}, description="Other keys of the space, with a value or a list of values")
+
+    @model_validator(mode="after")
+    def _one_kind(self) -> "Values":
+        given = [kind for kind in KINDS if getattr(self, kind) is not None]
+        if len(given) != 1:
+            raise PydanticCustomError("values", f"give exactly one of {', '.join(KINDS)}, not {len(given)}")
+        low, high = self._ends
+        if not low < high:
+            raise PydanticCustomError("values", f"{given[0]}: {low:g} to {high:g} is no range: put the lower end first")
+        return self
+
+    @property
+    def _ends(self) -> tuple[float, float]:
+        return self.uniform or self.loguniform or self.randint or (0, 1)
+
+    @property
+    def is_drawn(self) -> bool:
+        """Whether its values come from a draw."""
+        return self.grid is None
+
+    def options(self, luck: random.Random) -> tuple[Any, ...]:
+        """Every value of a grid, or one drawn value."""
+        if self.grid is not None:
+            return self.grid
+        if self.choice is not None:
+            return (luck.choice(self.choice),)
+        if self.randint is not None:
+            return (luck.randint(*self.randint),)
+        low, high = self._ends
+        if self.uniform is not None:
+            return (luck.uniform(low, high),)
+        return (math.exp(luck.uniform(math.log(low), math.log(high))),)
+
+    def applies(self, setting: dict[str, Any]) -> bool:
+        """Whether the keys that it hangs on have their values in this setting."""
+        return all(
+            setting.get(key) in (wanted if isinstance(wanted, list) else [wanted]) for key, wanted in self.when.items()
+        )
+
+
+class Budget(Section):
+    """What every trial may spend, in exactly one of these."""
+
+    images: Count | None = None
+    updates: Count | None = None
+    flops: Positive | None = None
+    seconds: Positive | None = Field(None, description="Of training, by a few steps measured before the search starts")
+
+    @model_validator(mode="after")
+    def _one_of_them(self) -> "Budget":
+        given = [name for name in COSTS if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise PydanticCustomError("budget", f"give exactly one of {', '.join(COSTS)}, not {len(given)}")
+        return self
+
+
+class Search(Section):
+    """Many runs of one recipe: settings of its keys at an equal budget, compared on the held-out loss."""
+
+    format_version: Annotated[int, Field(ge=1, le=1)] = 1
+    name: Annotated[str, Field(min_length=1)]
+    recipe: str
+    seed: Annotated[int, Field(ge=0)] = Field(0, description="Of the draws; trials take the recipe's")
+    set: dict[str, Any] = Field({}, description="Recipe keys that only the trials have, such as shorter ramps")
+    of_budget: dict[str, Fraction] = Field(
+        {}, description="Keys in images, as fractions of the trial's own length: ramps, half-lives"
+    )
+    space: Annotated[dict[str, Values], Field(min_length=1)]
+    trials: Count = Field(1, description="How many times what is drawn is drawn; each time with every grid")
+    repeats: Count = Field(1, description="Trials of each setting, with seeds that follow one another")
+    budget: Budget
+
+    @model_validator(mode="after")
+    def _space_makes_sense(self) -> "Search":
+        known: list[str] = []
+        for key, values in self.space.items():
+            for other in values.when:
+                if other not in known:
+                    raise PydanticCustomError(
+                        "when", f"space.{key}.when: {other} does not stand before {key} in the space: move it there"
+                    )
+            known.append(key)
+        if self.trials > 1 and not any(values.is_drawn for values in self.space.values()):
+            raise PydanticCustomError(
+                "trials", f"trials: {self.trials} draws were asked and nothing is drawn: use repeats, or a choice"
+            )
+        twice = [key for key in self.of_budget if key in self.space or key in self.set]
+        if twice:
+            raise PydanticCustomError("of_budget", f"of_budget.{twice[0]}: is in the space or in set too: give it once")
+        return self
+
+    def settings(self) -> list[dict[str, Any]]:
+        """Every setting once, in order: a pure function of the search."""
+        luck = random.Random(self.seed)
+        found: list[dict[str, Any]] = []
+        for _ in range(self.trials):  # a draw stands beside every combination of the grids, so that these compare
+            options = {key: values.options(luck) for key, values in self.space.items()}
+            found += [setting for setting in self._combinations({}, options) if setting not in found]
+        return found
+
+    def _combinations(self, setting: dict[str, Any], options: dict[str, tuple[Any, ...]]) -> Iterator[dict[str, Any]]:
+        if not options:
+            yield setting
+            return
+        key, *others = options
+        rest = {other: options[other] for other in others}
+        if not self.space[key].applies(setting):
+            yield from self._combinations(setting, rest)
+            return
+        for value in options[key]:
+            yield from self._combinations({**setting, key: value}, rest)
+
+
+def load_search(name: str | Path) -> tuple[Search, Recipe]:
+    """Read a search and the recipe that it starts from, which lies beside it or is a shipped one."""
+    path = find_config(str(name))
+    values = read_yaml(path)
+    if "space" not in values and "train" in values:
+        raise UserError(f"{name} is a recipe: train it with `patchloom train`, or give a search (with a `space`)")
+    search = checked(Search, values)
+    beside = path.parent / search.recipe
+    return search, load_recipe(beside if beside.is_file() else search.recipe)
