@@ -20,6 +20,7 @@ from patchloom.pipelines.sample import sample
 from patchloom.pipelines.train import model_card, train
 from patchloom.platform.dataset import open_dataset
 from patchloom.platform.errors import UserError
+from patchloom.platform.recipe import with_values
 
 pytestmark = pytest.mark.ray
 SHARED = Path(os.environ.get("PATCHLOOM_SHARED_DATA", Path(__file__).parents[2].parent / "shared" / "data"))
@@ -135,6 +136,11 @@ def test_latents_of_every_kind_are_those_of_diffusers(
     space = model_card(recipe, latents)["space"]
     assert space["scale"] == [network.config.scaling_factor] * 4
     assert space["mean"] == [0.12 if kind == "AutoencoderKL" else 0.0] * 4
+    white = model_card(with_values(recipe, {"data.whiten": True}), latents)["space"]
+    mean, scale = (np.array(white[name])[:, None, None] for name in ("mean", "scale"))
+    drawn, spread = (rows["mean"] - mean) * scale, rows.get("std", np.float64(0)) * scale  # z ~ N(mean, std^2)
+    np.testing.assert_allclose(drawn.mean((0, 2, 3)), 0, atol=1e-6)
+    np.testing.assert_allclose((drawn**2 + spread**2).mean((0, 2, 3)), recipe.model.sigma_data**2, rtol=1e-6)
     with torch.no_grad():
         theirs = network.decode(wanted[:2]).sample
     ours = load_autoencoder(latents.path / "autoencoder").decode(wanted[:2])

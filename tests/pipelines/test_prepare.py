@@ -65,6 +65,8 @@ def test_an_unfinished_preparation_goes_on_and_keeps_what_is_finished(
             prepare(str(images), str(folder), resolution=16, shard_rows=20)
     with pytest.raises(UserError, match="incomplete"):
         open_dataset(folder)
+    with pytest.raises(UserError, match="an unfinished preparation with other transform and shard_rows"):
+        prepare(str(images), str(folder), resolution=8, shard_rows=30)
     (folder / ".work" / "notes" / "part-00001.json").unlink()  # its shard was not finished
     kept = (folder / "shards" / "part-00000.arrow").stat().st_mtime_ns
     prepare(str(images), str(folder), resolution=16, shard_rows=20)
