@@ -24,9 +24,10 @@ check: $(READY)
 	@$(BIN)/mypy
 
 bench: $(READY)
-	@echo "make bench: what patches save, draw by draw; how fast the data path is (about 4 minutes on two cores)"
+	@echo "make bench: what patches save, draw by draw; how fast the data path and sampling are (about 7 minutes on two cores)"
 	@$(BIN)/python benchmarks/patch_gain.py
 	@$(BIN)/python benchmarks/data_path.py
+	@$(BIN)/python benchmarks/sampling.py
 
 schema: $(READY)
 	@$(BIN)/python -m patchloom.platform.recipe > tune_configs/recipe.schema.json

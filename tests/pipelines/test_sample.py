@@ -2,12 +2,14 @@
 
 import hashlib
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from patchloom.pipelines.cli import main
 from patchloom.pipelines.evaluate import evaluate
 from patchloom.pipelines.sample import parse_seeds, sample
 from patchloom.platform.errors import UserError
@@ -67,6 +69,27 @@ def test_other_options_in_the_same_folder_are_refused(champion: str, samples: Pa
         sample(champion, str(samples), "0-9", steps=4, batch=4)
     with pytest.raises(UserError, match="not a class of this model: it knows chelsea, coffee"):
         sample(champion, str(samples), "0-9", label="dog", **OPTIONS)
+
+
+def test_one_json_object_is_all_that_comes_out(
+    champion: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "samples"
+    arguments = ["sample", champion, str(folder), "--seeds", "0-2", "--steps", "1", "--workers", "0", "--json"]
+    monkeypatch.setattr(sys, "argv", ["patchloom", *arguments])
+    for made in (3, 0):
+        with pytest.raises(SystemExit) as left:
+            main()
+        output = capsys.readouterr()
+        told = json.loads(output.out)
+        assert left.value.code == 0 and output.out.count("\n") == 1
+        assert "sampling: 3 images in" in output.err
+        assert told["seconds"] > 0 and told["images_per_second"] >= 0
+        assert {key: told[key] for key in ("folder", "format", "images", "made", "manifest", "contact_sheet")} == {
+            "folder": str(folder), "format": "png", "images": 3, "made": made,
+            "manifest": f"{folder}/manifest.jsonl", "contact_sheet": f"{folder}/contact_sheet.png",
+        }  # fmt: skip
+        assert told["model"]["reference"] == "models:/tiny/1" and told["model"]["version"] == "1"
 
 
 def test_a_guided_class_is_sampled(champion: str, tmp_path: Path) -> None:
