@@ -11,6 +11,7 @@ from torch import Tensor
 
 from patchloom.models.checkpoints import checkpoint_content, write_checkpoint
 from patchloom.models.step import TrainingState
+from patchloom.pipelines.beginning import BEGINNING
 from patchloom.platform.folder import Folder
 from patchloom.platform.progress import say
 from patchloom.platform.recipe import Keep
@@ -32,13 +33,13 @@ def whole_checkpoints(folder: Folder) -> list[str]:
 
 
 def without_tensors(name: str) -> bool:
-    """What a watcher needs of a remote run: all but the tensors of checkpoints."""
-    return not name.startswith(f"{CHECKPOINTS}/") or name.endswith(".json")
+    """What a watcher needs of a remote run: all but the tensors of checkpoints and of the weights it began with."""
+    return not name.startswith((f"{CHECKPOINTS}/", f"{BEGINNING}/")) or name.endswith(".json")
 
 
 def without_old_tensors(folder: Folder) -> Callable[[str], bool]:
-    """What a worker needs of a remote run: all but the tensors of checkpoints that are not the newest."""
-    newest = whole_checkpoints(folder)[-1:]
+    """What a worker needs of a remote run: only the newest checkpoint's tensors, else those it begins with."""
+    newest = whole_checkpoints(folder)[-1:] or [BEGINNING]
     return lambda name: without_tensors(name) or name.rsplit("/", 1)[0] in newest
 
 

@@ -13,7 +13,7 @@ import torch
 from safetensors import SafetensorError
 
 from patchloom.models.backbones import allow_backbones
-from patchloom.models.checkpoints import load_checkpoint, load_edm_snapshot, load_model, save_model
+from patchloom.models.checkpoints import load_checkpoint, save_model
 from patchloom.models.codec import Space
 from patchloom.models.denoiser import Denoiser, build_denoiser
 from patchloom.models.ema import HalfLifeEMA, PowerEMA, WeightAverage
@@ -22,6 +22,7 @@ from patchloom.models.patches import patch_schedule
 from patchloom.models.plan import Method
 from patchloom.models.step import Rows, TrainingState, new_state
 from patchloom.models.transfer import transfer
+from patchloom.pipelines.beginning import load_beginning
 from patchloom.pipelines.checkpointer import newest_checkpoint
 from patchloom.platform.cluster import Worker
 from patchloom.platform.dataset import Dataset, open_dataset
@@ -148,19 +149,19 @@ def open_run(worker: Worker, config: dict[str, Any]) -> Run:
     card: dict[str, Any] = config["card"]
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     method = method_of(recipe, card["denoiser"]["resolution"])
-    if recipe.train.precision != "fp32":  # fp32 means fp32, also where a GPU would rather round
-        torch.set_float32_matmul_precision("high")
-        torch.backends.cudnn.allow_tf32 = True
+    rounds = recipe.train.precision != "fp32"  # fp32 means fp32, also where a GPU would rather round
+    torch.set_float32_matmul_precision("high" if rounds else "highest")
+    torch.backends.cudnn.allow_tf32 = rounds
     torch.manual_seed(derive_seed(recipe.seed, "weights"))
     denoiser = build_denoiser(card["denoiser"])
-    if config["init_from"] is not None:
-        transfer(denoiser, load_denoiser(config["init_from"]))
+    folder = Path(config["folder"])
+    newest = newest_checkpoint(folder)
+    if newest is None and recipe.train.init_from is not None:
+        transfer(denoiser, load_beginning(folder))
     denoiser = denoiser.to(device).train()
     emas = [new_average(denoiser, average) for average in recipe.ema]
     optimizer = recipe.optimizer
     state = new_state(denoiser, emas, method, (optimizer.beta1, optimizer.beta2), optimizer.eps)
-    folder = Path(config["folder"])
-    newest = newest_checkpoint(folder)
     if newest is not None:
         load_checkpoint(newest, state)
     if config["compile"]:  # the averages were copied before, and sample as they are
@@ -170,11 +171,6 @@ def open_run(worker: Worker, config: dict[str, Any]) -> Run:
     reader = Reader(open_dataset(config["dataset"]), recipe, device)
     profiled = config["profile"] and worker.rank == 0
     return Run(folder, recipe, card, method, space, reader, state, worker, device, config["microbatch"], profiled)
-
-
-def load_denoiser(path: str) -> Denoiser:
-    """The denoiser of a model folder or of an EDM snapshot."""
-    return load_edm_snapshot(path) if Path(path).is_file() else load_model(path)
 
 
 def new_average(denoiser: Denoiser, settings: Average) -> WeightAverage:

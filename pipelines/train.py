@@ -10,11 +10,10 @@ from typing import Any
 from patchloom import __version__
 from patchloom.models.augment import LABELS
 from patchloom.models.backbones import allowed_backbones
-from patchloom.models.denoiser import build_denoiser, halvings_of
-from patchloom.models.transfer import transfer
+from patchloom.models.denoiser import halvings_of
+from patchloom.pipelines.beginning import keep_beginning
 from patchloom.pipelines.checkpointer import newest_checkpoint, whole_checkpoints, without_tensors
 from patchloom.pipelines.monitor import STOP_FILE, ask_to_stop
-from patchloom.pipelines.run import load_denoiser
 from patchloom.pipelines.tracked import end_tracking, tracked
 from patchloom.pipelines.train_loop import train_worker
 from patchloom.platform.cluster import run_workers
@@ -24,9 +23,7 @@ from patchloom.platform.errors import Stopped, UserError
 from patchloom.platform.folder import Folder
 from patchloom.platform.progress import progress, say
 from patchloom.platform.recipe import Recipe, recipe_yaml
-from patchloom.platform.registry import fetch_model
 from patchloom.platform.storage import (
-    local_path,
     locked,
     make_folder,
     read_json,
@@ -201,7 +198,7 @@ def train(
     card = model_card(recipe, rows)
     there = Folder.at(out)
     with _run_folder(there) as folder, locked(folder):
-        find_run = _open_folder(folder, there, recipe, rows, resume, parent_run)
+        find_run = _open_folder(folder, there, recipe, card, rows, resume, parent_run)
         if (folder / "model" / "model.json").is_file():
             say(f"{out} is finished: its model is {out}/model")
             with Follower(folder, find_run, lambda _: None):
@@ -217,7 +214,6 @@ def train(
             "microbatch": microbatch,
             "compile": compile,
             "profile": profile,
-            "init_from": None if newest_checkpoint(folder) else _init_from(recipe, card),
         }
         there.remove(STOP_FILE)
         status = "FAILED"
@@ -294,22 +290,6 @@ def _launch(
         work(on_line)
 
 
-def _init_from(recipe: Recipe, card: dict[str, Any]) -> str | None:
-    """The path of the weights to begin with, once it is known that they fit."""
-    reference = recipe.train.init_from
-    if reference is None:
-        return None
-    is_snapshot = local_path(reference).is_file() if not reference.startswith(("models:/", "runs:/")) else False
-    path = str(local_path(reference) if is_snapshot else fetch_model(reference).folder)
-    try:
-        left = transfer(build_denoiser(card["denoiser"]), load_denoiser(path))
-    except ValueError as error:
-        raise UserError(f"train.init_from {reference}: {error}") from None
-    fresh = f"; left fresh: {', '.join(left)}" if left else ""
-    say(f"  beginning with the weights of {reference}{fresh}")
-    return path
-
-
 def _judge(folder: Folder, ended: dict[str, Any]) -> None:
     """Raise where a run was stopped or came to nothing."""
     line: dict[str, Any] = ended["line"]
@@ -329,13 +309,24 @@ def _judge(folder: Folder, ended: dict[str, Any]) -> None:
 
 
 def _open_folder(
-    folder: Path, there: Folder, recipe: Recipe, dataset: Dataset, resume: bool, parent_run: str | None
+    folder: Path,
+    there: Folder,
+    recipe: Recipe,
+    card: dict[str, Any],
+    dataset: Dataset,
+    resume: bool,
+    parent_run: str | None,
 ) -> Callable[[], str]:
-    """Begin a run's folder, or find there the run that goes on; returns what finds or begins its MLflow run."""
+    """Begin a run's folder, or find there the run that goes on; returns what finds or begins its MLflow run.
+
+    What is wrong is refused before a run is begun.
+    """
     is_new = not (folder / "run.json").is_file()
     if not is_new:
         _check_same(folder, there, recipe, dataset, resume)
-    answers = is_reachable()  # an address that is none is refused before anything is written
+    answers = is_reachable()
+    if recipe.train.init_from is not None and newest_checkpoint(folder) is None:
+        keep_beginning(there, recipe.train.init_from, card["denoiser"])
     if is_new:
         _write_cards(folder, there, recipe, dataset)
     find_run = functools.partial(tracked, folder, there, parent_run)

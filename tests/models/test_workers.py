@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,12 +10,14 @@ import torch
 from own_workers import Together
 from torch import Tensor
 
+from patchloom.models.checkpoints import load_checkpoint, save_checkpoint
 from patchloom.models.codec import pixel_space
 from patchloom.models.denoiser import Denoiser
+from patchloom.models.ema import HalfLifeEMA
 from patchloom.models.luck import RowOrder, draw_block
 from patchloom.models.patches import crop, offsets, patch_schedule
 from patchloom.models.plan import Method, plan_step
-from patchloom.models.step import Rows, new_state, training_step
+from patchloom.models.step import Rows, TrainingState, new_state, training_step
 
 STEPS, ROWS = 50, 40
 DRAWS: dict[str, dict[str, Any]] = {
@@ -59,28 +62,63 @@ def test_any_number_of_workers_sees_the_same_rows_crops_sigmas_and_noise(draw: s
         consumed += plan.crops
 
 
+def new_run(fresh: Denoiser, method: Method) -> TrainingState:
+    denoiser = copy.deepcopy(fresh).train()
+    return new_state(denoiser, [HalfLifeEMA(denoiser, 100)], method, (0.9, 0.999), 1e-3)
+
+
+def train_on(states: list[TrainingState], method: Method, images: Tensor, until: int = STEPS) -> list[float]:
+    """As many workers as states take the steps that are left up to `until`; their losses, which all must see."""
+
+    def work(rank: int, reduce: Callable[[Tensor], None]) -> list[float]:
+        state, order, seen = states[rank], RowOrder(ROWS, seed=3), []
+        while state.step < until:
+            plan = plan_step(method, state.step, state.images_seen)
+            groups = plan.share(rank, len(states))
+            numbers = [torch.tensor([order[k] for k in group.crops]) for group in groups]
+            rows = [Rows(images[number], torch.full((len(number),), -1)) for number in numbers]
+            training_step(state, method, plan, zip(groups, rows, strict=True), pixel_space(), reduce)
+            total, crops = state.gradients.loss_and_crops.sum((0, 1)).tolist()
+            assert crops == plan.crops
+            seen.append(total / crops)
+        return seen
+
+    found = Together(len(states)).run(work)
+    assert all(one == found[0] for one in found)
+    return found[0]
+
+
 @pytest.mark.parametrize("draw", DRAWS)
 def test_losses_of_fifty_steps_agree(draw: str, images: Tensor, tiny_denoiser: Callable[..., Denoiser]) -> None:
     method, fresh = method_of(draw), tiny_denoiser()
-    losses = []
-    for workers in (1, 2, 4):
+    one, two, four = (
+        train_on([new_run(fresh, method) for _ in range(workers)], method, images) for workers in (1, 2, 4)
+    )
+    assert two == pytest.approx(one, rel=1e-5)
+    assert four == pytest.approx(one, rel=1e-5)
 
-        def work(rank: int, reduce: Callable[[Tensor], None], workers: int = workers) -> list[float]:
-            denoiser, order, seen = copy.deepcopy(fresh).train(), RowOrder(ROWS, seed=3), []
-            state = new_state(denoiser, [], method, (0.9, 0.999), 1e-3)
-            for step in range(STEPS):
-                plan = plan_step(method, step, state.images_seen)
-                groups = plan.share(rank, workers)
-                numbers = [torch.tensor([order[k] for k in group.crops]) for group in groups]
-                rows = [Rows(images[number], torch.full((len(number),), -1)) for number in numbers]
-                training_step(state, method, plan, zip(groups, rows, strict=True), pixel_space(), reduce)
-                total, crops = state.gradients.loss_and_crops.sum((0, 1)).tolist()
-                assert crops == plan.crops
-                seen.append(total / crops)
-            return seen
 
-        found = Together(workers).run(work)
-        assert all(one == found[0] for one in found)
-        losses.append(found[0])
-    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
-    assert losses[2] == pytest.approx(losses[0], rel=1e-5)
+@pytest.mark.parametrize("draw", DRAWS)
+def test_a_run_of_two_workers_then_one_then_two_is_that_of_two(
+    draw: str, images: Tensor, tiny_denoiser: Callable[..., Denoiser], tmp_path: Path
+) -> None:
+    method, fresh = method_of(draw), tiny_denoiser()
+    straight = [new_run(fresh, method) for _ in range(2)]
+    wanted = train_on(straight, method, images, 18)
+    found: list[float] = []
+    for workers, until in ((2, 6), (1, 12), (2, 18)):  # each goes on from what the one before has left on disk
+        states = [new_run(fresh, method) for _ in range(workers)]
+        for state in states:
+            if found:
+                load_checkpoint(tmp_path, state)
+        assert states[0].step == len(found)
+        found += train_on(states, method, images, until)
+        save_checkpoint(tmp_path, states[0], {})
+    assert found == pytest.approx(wanted, rel=1e-5)
+    assert states[0].crops_by_size == straight[0].crops_by_size
+    for one, other in (
+        (states[0].denoiser, straight[0].denoiser),
+        (states[0].emas[0].module, straight[0].emas[0].module),
+    ):
+        for mine, theirs in zip(one.parameters(), other.parameters(), strict=True):
+            torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)

@@ -1,6 +1,7 @@
 """What happens to long runs: a stop, a full disk, a loss that runs away, kills at any moment; nothing is lost."""
 
 import contextlib
+import math
 import random
 import signal
 import sys
@@ -12,7 +13,7 @@ import psutil
 import pytest
 from helpers import assert_equal_models, start_cli, tiny_recipe, wait_until
 
-from patchloom.models.checkpoints import load_model
+from patchloom.models.checkpoints import load_model, save_model
 from patchloom.pipelines.checkpointer import newest_checkpoint
 from patchloom.pipelines.plan import describe_plan
 from patchloom.pipelines.train import train
@@ -49,7 +50,7 @@ def test_sigterm_leaves_a_checkpoint_and_the_run_goes_on_from_it(trained: Path, 
 
 def test_a_full_disk_costs_checkpoints_and_not_the_run(pixels: Path, tmp_path: Path) -> None:
     """The process may not write files above twice the size of its model; a checkpoint has four times that."""
-    recipe = tiny_recipe(model__width=64, preview__every_images=0)
+    recipe = tiny_recipe(model__width=64, preview__every_images=0, train__images=200)
     most = 2 * 4 * describe_plan(recipe, str(pixels))["parameters"]
     output, process = train_with_small_files(recipe, pixels, tmp_path, most)
     assert process.returncode == 0, output
@@ -58,11 +59,11 @@ def test_a_full_disk_costs_checkpoints_and_not_the_run(pixels: Path, tmp_path: P
     assert newest_checkpoint(run) is None
     assert not list((run / "checkpoints").iterdir())  # nothing half-written stays
     assert load_model(run / "model")
-    assert read_json_lines(run / "progress.jsonl")[-1]["step"] == 39
+    assert read_json_lines(run / "progress.jsonl")[-1]["step"] == 13
 
 
 def test_a_disk_without_room_for_the_model_is_said_in_a_line(pixels: Path, tmp_path: Path) -> None:
-    recipe = tiny_recipe(model__width=64, preview__every_images=0)
+    recipe = tiny_recipe(model__width=64, preview__every_images=0, train__images=100)
     most = 2 * describe_plan(recipe, str(pixels))["parameters"]
     output, process = train_with_small_files(recipe, pixels, tmp_path, most)
     assert process.returncode == 2, output
@@ -95,6 +96,21 @@ def test_a_loss_that_runs_away_ends_the_run_in_words(pixels: Path, tmp_path: Pat
     assert newest is None or read_json(newest / "checkpoint.json")["step"] < lines[-1]["step"]
 
 
+def test_a_run_whose_losses_are_no_numbers_ends_in_words(trained: Path, pixels: Path, tmp_path: Path) -> None:
+    denoiser, card = load_model(trained / "model"), read_json(trained / "model" / "model.json")
+    for parameter in denoiser.parameters():
+        parameter.fill_(math.nan)
+    (tmp_path / "broken").mkdir()
+    save_model(tmp_path / "broken", denoiser, card)
+    recipe = tiny_recipe(train__init_from=str(tmp_path / "broken"))
+    with pytest.raises(
+        UserError, match=r"the loss diverged by step \d+ \(it was no number\), and there is no checkpoint"
+    ):
+        train(recipe, str(pixels), str(tmp_path / "run"), workers=0)
+    (line,) = read_json_lines(tmp_path / "run" / "progress.jsonl")
+    assert line["loss"] is None and line["bad_crops"] == line["images_seen"] > 0
+
+
 def test_checkpoints_stay_by_rule(pixels: Path, tmp_path: Path) -> None:
     recipe = tiny_recipe(
         patches__p=1.0, train__images=800, train__checkpoint_every_images=80, preview__every_images=80,
@@ -111,8 +127,8 @@ def test_checkpoints_stay_by_rule(pixels: Path, tmp_path: Path) -> None:
     assert all(kept[f"step-{step:08d}"]["held_out_loss"] == losses[step] for step in steps)
 
 
-def test_microbatches_train_the_same_model(trained: Path, pixels: Path, tmp_path: Path) -> None:
-    recipe = tiny_recipe(model__dropout=0.0)
+def test_microbatches_train_the_same_model(pixels: Path, tmp_path: Path) -> None:
+    recipe = tiny_recipe(model__dropout=0.0, train__images=300)
     folders = [tmp_path / "whole", tmp_path / "pieces"]
     for folder, microbatch in zip(folders, (None, 8), strict=True):
         train(recipe, str(pixels), str(folder), workers=0, microbatch=microbatch)
@@ -146,31 +162,41 @@ def undisturbed(ray_cluster: None, pixels: Path, tmp_path_factory: pytest.TempPa
     return runs
 
 
-@pytest.mark.parametrize(
-    ("rank", "moment"), [(0, 3), (1, 6), pytest.param(0, "a write", marks=SLOW), pytest.param(1, 2, marks=SLOW)]
-)
-def test_a_worker_killed_at_any_moment_is_replaced_and_changes_nothing(
-    undisturbed: dict[int, Path], pixels: Path, tmp_path: Path, rank: int, moment: str | int
+def test_two_workers_train_what_one_does(undisturbed: dict[int, Path]) -> None:
+    one, two = (read_json_lines(undisturbed[workers] / "progress.jsonl") for workers in (0, 2))
+    assert len(one) == len(two) == 59
+    for a, b in zip(one, two, strict=True):
+        assert a["images_seen"] == b["images_seen"]
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
+
+
+@pytest.mark.parametrize("kills", [((0, 3), (1, 6)), pytest.param(((0, "a write"), (1, 2)), marks=SLOW)], ids=str)
+def test_workers_killed_at_any_moments_are_replaced_and_change_nothing(
+    undisturbed: dict[int, Path], pixels: Path, tmp_path: Path, kills: tuple[tuple[int, str | int], ...]
 ) -> None:
+    """One rank after the other in the same run, each at its moment or as soon as the one before is replaced."""
     _, process = begin(TO_BE_KILLED, pixels, tmp_path, "--workers", "2")
-    run = tmp_path / "run"
+    run, outcomes = tmp_path / "run", []
     wait_until(lambda: images_seen(run), process)
-    workers, lines = workers_by_rank(process, run), (run / "progress.jsonl").stat().st_ino
-    assert len(workers) == 2
-    killed_at, at_least = kill([workers[rank]], moment, process, run)
-    wait_until(lambda: (run / "progress.jsonl").stat().st_ino != lines, process)  # a worker has taken the run over
-    replaced = workers_by_rank(process, run)
-    assert len(replaced) == 2 and not set(replaced) & set(workers)
+    workers = workers_by_rank(process, run)
+    for rank, moment in kills:
+        assert len(workers) == 2
+        lines = (run / "progress.jsonl").stat().st_ino
+        outcomes.append(kill([workers[rank]], moment, process, run))
+        wait_until(lambda: (run / "progress.jsonl").stat().st_ino != lines, process)  # noqa: B023 it is taken over
+        workers, killed = workers_by_rank(process, run), workers
+        assert not set(workers) & set(killed)
     output, _ = process.communicate(timeout=240)
     assert process.returncode == 0, output
-    assert_ended_the_same(run, undisturbed[2], killed_at, at_least)
+    for killed_at, at_least in outcomes:
+        assert_ended_the_same(run, undisturbed[2], killed_at, at_least)
 
 
 @pytest.mark.parametrize(
     ("workers", "moment"),
     [
         (0, "a write"),
-        (2, 7),
+        pytest.param(2, 7, marks=SLOW),
         pytest.param(0, 4, marks=SLOW),
         pytest.param(0, 5, marks=SLOW),
         pytest.param(2, 1, marks=SLOW),

@@ -1,19 +1,25 @@
 """Every choice that a recipe has is trained, sampled from and told to the next who reads the model folder."""
 
 import math
+import os
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from helpers import run_python, start_cli, tiny_recipe
+import typer
+from helpers import assert_equal_models, run_python, tiny_recipe
+from safetensors.torch import load_file
 
 from patchloom.models.autoencoder import new_autoencoder, save_autoencoder
 from patchloom.models.backbones import ALLOWED
-from patchloom.models.checkpoints import load_model, load_whole_model
+from patchloom.models.checkpoints import CheckpointError, load_edm_snapshot, load_model, load_whole_model
+from patchloom.models.denoiser import Denoiser
 from patchloom.models.generate import Sampling, generate
 from patchloom.models.metrics import colour_layout, frechet_distance
 from patchloom.pipelines.checkpointer import newest_checkpoint
+from patchloom.pipelines.cli import app
 from patchloom.pipelines.convert import average_model
 from patchloom.pipelines.prepare import prepare
 from patchloom.pipelines.train import train
@@ -23,6 +29,8 @@ from patchloom.platform.recipe import Recipe, check_recipe, recipe_yaml
 from patchloom.platform.storage import read_json, read_json_lines
 
 pytestmark = pytest.mark.ray
+SHARED = Path(os.environ.get("PATCHLOOM_SHARED_DATA", Path(__file__).parents[2].parent / "shared" / "data")).parent
+SNAPSHOT = SHARED / "golden" / "edm_ddpmpp.pkl"
 SMALL_BATCHES = {"train__batch_size": 16, "train__block_size": 2}
 CHOICES: dict[str, dict[str, Any]] = {
     "stratified": {
@@ -65,8 +73,6 @@ def test_any_length_of_average_is_made_after_the_run(pixels: Path, tmp_path: Pat
     run = train(recipe, str(pixels), str(tmp_path / "run"), workers=0).folder
     made = load_model(average_model(str(run), str(tmp_path / "wide"), 0.15))
 
-    from safetensors.torch import load_file
-
     checkpoint = newest_checkpoint(run)
     assert checkpoint is not None
     state = load_file(checkpoint / "state.safetensors")
@@ -103,25 +109,26 @@ def own_recipe() -> Recipe:
 def test_a_network_of_ones_own_is_one_line_of_a_recipe(
     pixels: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.delenv(ALLOWED, raising=False)
-    with pytest.raises(UserError, match="--allow-backbone own_network"):
-        train(own_recipe(), str(pixels), str(tmp_path / "run"), workers=0)
-    assert not (tmp_path / "run").exists()
-    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[1] / "support"))
+    monkeypatch.setenv(ALLOWED, "")  # what is allowed here is forgotten after
+    run, samples = tmp_path / "run", tmp_path / "samples"
     (tmp_path / "recipe.yaml").write_text(recipe_yaml(own_recipe()))
-    for command in (
-        ("train", "recipe.yaml", "--data", str(pixels), "--out", "run", "--workers", "0"),
-        ("sample", "run/model", "samples", "--seeds", "0-3", "--steps", "2"),
+    for command, made in (
+        (("train", str(tmp_path / "recipe.yaml"), "--data", str(pixels), "--out", str(run), "--workers", "0"), run),
+        (("sample", str(run / "model"), str(samples), "--seeds", "0-3", "--steps", "2"), samples),
     ):
-        refused = start_cli(*command, cwd=tmp_path)
-        words, _ = refused.communicate(timeout=120)
-        assert refused.returncode == 2 and "--allow-backbone own_network" in words, words
-        allowed = start_cli(*command, "--allow-backbone", "own_network", cwd=tmp_path)
-        words, _ = allowed.communicate(timeout=240)
-        assert allowed.returncode == 0, words
-    assert (tmp_path / "samples" / "000000" / "000003.png").is_file()
-    lines = read_json_lines(tmp_path / "run" / "progress.jsonl")
+        monkeypatch.delenv(ALLOWED)
+        with pytest.raises((UserError, CheckpointError), match="--allow-backbone own_network"):
+            command_line(*command)
+        assert not made.exists()
+        command_line(*command, "--allow-backbone", "own_network")
+    assert (samples / "000000" / "000003.png").is_file()
+    lines = read_json_lines(run / "progress.jsonl")
     assert lines[-1]["flops"] > 0 and math.isfinite(lines[-1]["loss"])
+
+
+def command_line(*arguments: str) -> None:
+    """What `patchloom ARGUMENTS` calls, in this process; a mistake is raised and not printed."""
+    typer.main.get_command(app)(list(arguments), standalone_mode=False)
 
 
 def test_a_distance_is_measured_while_it_trains(pixels: Path, tmp_path: Path) -> None:
@@ -135,22 +142,74 @@ def test_a_distance_is_measured_while_it_trains(pixels: Path, tmp_path: Path) ->
     assert run.last["preview_frechet_distance"] == pytest.approx(wanted, rel=1e-6)
 
 
-def test_a_run_begins_with_the_weights_of_another(trained: Path, pixels: Path, tmp_path: Path) -> None:
-    still = {"optimizer__lr": 1e-12, "train__images": 30, "ema": [{"halflife_images": 1e-3, "rampup_ratio": 1e-3}]}
-    recipe = tiny_recipe(train__init_from=str(trained / "model"), **still)
-    made = load_model(train(recipe, str(pixels), str(tmp_path / "run"), workers=0).model)
-    source = load_model(trained / "model")
-    for (name, one), (_, other) in zip(made.named_parameters(), source.named_parameters(), strict=True):
+STILL = {"optimizer__lr": 1e-12, "train__images": 30, "ema": [{"halflife_images": 1e-3, "rampup_ratio": 1e-3}]}
+
+
+def assert_same_weights(made: Denoiser, source: Denoiser, left: str = "") -> None:
+    """Layers of the same names, or of the same order where a level's resolution is in its name; but for `left`."""
+    pairs = [(name, one) for name, one in made.named_parameters() if not left or left not in name]
+    for (name, one), (_, other) in zip(pairs, source.named_parameters(), strict=True):
         torch.testing.assert_close(one, other, atol=1e-7, rtol=0, msg=name)
+
+
+def test_a_run_begins_with_the_weights_of_a_registered_model(
+    champion: str, trained: Path, pixels: Path, tmp_path: Path
+) -> None:
+    recipe = tiny_recipe(train__init_from=champion, **STILL)
+    made = load_model(train(recipe, str(pixels), str(tmp_path / "run"), workers=0).model)
+    assert_same_weights(made, load_model(trained / "model"))
     wider = tiny_recipe(train__init_from=str(trained / "model"), model__width=16)
     with pytest.raises(UserError, match="the networks differ"):
         train(wider, str(pixels), str(tmp_path / "wider"), workers=0)
+    assert not (tmp_path / "wider" / "run.json").exists()  # so that the mended recipe is taken
     nowhere = tiny_recipe(train__init_from=str(tmp_path / "nowhere"))
     with pytest.raises(UserError, match="is no model"):
         train(nowhere, str(pixels), str(tmp_path / "nothing"), workers=0)
 
 
-def test_latent_training_never_touches_the_autoencoder(ray_cluster: None, pixels: Path, tmp_path: Path) -> None:
+def test_a_run_begins_with_an_edm_snapshot_of_other_classes_and_resolution(
+    pixels: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if not SNAPSHOT.is_file():
+        pytest.skip(f"no reference snapshot at {SNAPSHOT}")
+    source = load_edm_snapshot(SNAPSHOT)
+    assert (source.resolution, source.classes) == (32, 0)
+    network = {"model__width": 16, "model__width_multipliers": [1, 2, 2], "model__attention": [4]}
+    recipe = tiny_recipe(train__init_from=str(SNAPSHOT), **network, **STILL)
+    run = train(recipe, str(pixels), str(tmp_path / "run"), workers=0)
+    assert "left fresh: model.map_label.weight" in capsys.readouterr().out
+    made = load_model(run.model)
+    assert (made.resolution, made.classes) == (16, 2)
+    assert_same_weights(made, source, left="map_label")
+
+
+def test_a_run_keeps_the_weights_that_it_began_with(trained: Path, pixels: Path, tmp_path: Path) -> None:
+    source = shutil.copytree(trained / "model", tmp_path / "source")
+    recipe = tiny_recipe(train__init_from=str(source), train__images=150)
+    straight, stopped = tmp_path / "straight", tmp_path / "stopped"
+    train(recipe, str(pixels), str(straight), workers=0)
+    shutil.copytree(straight, stopped, ignore=shutil.ignore_patterns("checkpoints", "model", "progress.jsonl"))
+    shutil.rmtree(source)  # or an alias moved on, before there was a checkpoint
+    train(recipe, str(pixels), str(stopped), workers=0, resume=True)
+    assert_equal_models(stopped, straight)
+
+
+@pytest.mark.parametrize(("precision", "rounds"), [("bf16", True), ("fp16", True), ("tf32", True), ("fp32", False)])
+def test_a_precision_is_that_of_the_arithmetic_and_not_of_the_weights(
+    pixels: Path, tmp_path: Path, precision: str, rounds: bool
+) -> None:
+    recipe = tiny_recipe(train__precision=precision, train__images=60, preview__every_images=0)
+    run = train(recipe, str(pixels), str(tmp_path / "run"), workers=0).folder
+    assert torch.backends.cudnn.allow_tf32 is rounds
+    assert torch.get_float32_matmul_precision() == ("high" if rounds else "highest")
+    lines = read_json_lines(run / "progress.jsonl")
+    assert all(math.isfinite(line["loss"]) and not line["bad_crops"] for line in lines)
+    assert {tensor.dtype for tensor in load_file(run / "model" / "model.safetensors").values()} == {torch.float32}
+
+
+def test_latent_training_in_this_process_starts_soon_and_touches_neither_autoencoder_nor_ray(
+    ray_cluster: None, pixels: Path, tmp_path: Path
+) -> None:
     (tmp_path / "ae").mkdir()
     torch.manual_seed(0)
     save_autoencoder(new_autoencoder((8, 8), 4), tmp_path / "ae")
@@ -159,13 +218,31 @@ def test_latent_training_never_touches_the_autoencoder(ray_cluster: None, pixels
         {"fraction": 0.5, "weight": 1.0, "batch_multiplier": 2}]}  # fmt: skip
     (tmp_path / "recipe.yaml").write_text(recipe_yaml(tiny_recipe(**changes)))
     code = (
-        "import os, sys\n"
+        "import os, sys, time\n"
         f"os.chdir({str(tmp_path)!r})\n"
         "from patchloom.pipelines.train import train\n"
         "from patchloom.platform.recipe import load_recipe\n"
-        "train(load_recipe('recipe.yaml'), 'latents', 'run', workers=0)\n"
-        "print('diffusers' in sys.modules)\n"
+        "began = []\n"
+        "show = lambda line: began.append(time.process_time())\n"
+        "train(load_recipe('recipe.yaml'), 'latents', 'run', workers=0, show=show)\n"
+        "print(began[0], 'diffusers' in sys.modules, 'ray' in sys.modules)\n"
     )
     done = run_python(code)
-    assert done.stdout.splitlines()[-1] == "False", done.stdout + done.stderr
+    seconds, *imported = done.stdout.splitlines()[-1].split()
+    assert imported == ["False", "False"], done.stdout + done.stderr
+    assert float(seconds) < 10  # of this process's own time, from Python's start to the first line
     assert load_whole_model(tmp_path / "run" / "model").autoencoder is not None
+
+
+@pytest.mark.slow
+def test_a_compiled_network_has_one_graph_a_patch_size_and_trains_the_same(pixels: Path, tmp_path: Path) -> None:
+    recipe = tiny_recipe(train__images=200, preview__every_images=0, data__held_out_fraction=0.0, model__dropout=0.0)
+    torch._dynamo.utils.counters.clear()
+    runs = [
+        train(recipe, str(pixels), str(tmp_path / name), workers=0, compile=name == "compiled").folder
+        for name in ("eager", "compiled")
+    ]
+    counters = torch._dynamo.utils.counters
+    assert counters["stats"]["unique_graphs"] == 3 and not counters["graph_break"]
+    eager, compiled = ([line["loss"] for line in read_json_lines(run / "progress.jsonl")] for run in runs)
+    assert compiled == pytest.approx(eager, rel=1e-3)

@@ -20,7 +20,7 @@ from helpers import tiny_recipe, wait_until
 from patchloom.pipelines.register import register
 from patchloom.pipelines.train import train
 from patchloom.platform.errors import UserError
-from patchloom.platform.storage import read_json_lines
+from patchloom.platform.storage import read_json, read_json_lines
 from patchloom.platform.tracking import Follower, line_metrics
 
 pytestmark = pytest.mark.ray
@@ -83,9 +83,19 @@ def test_a_server_that_goes_and_comes_back_has_every_line_and_picture_once(
     server.start()
     made = train(tiny_recipe(), str(pixels), str(run), workers=0, resume=True)
     assert made.run_id is not None
-    assert_is_mirrored(server, made.run_id, run)
+    assert_is_mirrored(server.address, made.run_id, run)
     assert mlflow.MlflowClient(server.address).get_run(made.run_id).info.status == "FINISHED"
     goes_and_comes_back(server, run, tmp_path / "again")
+
+
+def test_a_run_is_sent_to_another_store_by_resume(
+    trained: Path, pixels: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, store = Path(shutil.copytree(trained, tmp_path / "run")), f"sqlite:///{tmp_path / 'other.db'}"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", store)
+    made = train(tiny_recipe(), str(pixels), str(run), workers=0, resume=True)
+    assert made.run_id is not None and made.run_id != read_json(trained / "run.json")["run_id"]
+    assert_is_mirrored(store, made.run_id, run)
 
 
 def goes_and_comes_back(server: Server, run: Path, again: Path) -> None:
@@ -103,7 +113,7 @@ def goes_and_comes_back(server: Server, run: Path, again: Path) -> None:
         server.start()
         write_lines(again, lines[8:])
     assert seen == lines
-    assert_is_mirrored(server, run_id, again)
+    assert_is_mirrored(server.address, run_id, again)
 
 
 def write_lines(run: Path, lines: list[dict[str, Any]]) -> None:
@@ -117,10 +127,10 @@ def wait_for(condition: Callable[[], bool]) -> None:
         patience.kill()
 
 
-def assert_is_mirrored(server: Server, run_id: str, run: Path) -> None:
+def assert_is_mirrored(store: str, run_id: str, run: Path) -> None:
     """MLflow holds every number of every line once, at its step, and every preview once."""
     lines = read_json_lines(run / "progress.jsonl")
-    client = mlflow.MlflowClient(server.address)
+    client = mlflow.MlflowClient(store)
     for name in set().union(*map(line_metrics, lines)):
         history = [(point.step, point.value) for point in client.get_metric_history(run_id, name)]
         assert history == [(line["step"], line_metrics(line)[name]) for line in lines if name in line_metrics(line)]

@@ -111,16 +111,6 @@ def test_a_killed_command_leaves_no_worker_that_writes(pixels: Path, tmp_path: P
     assert steps == sorted(set(steps)) and steps[-1] == round(3000 / (8 * 1.9))
 
 
-def test_two_workers_train_what_one_does(trained: Path, ray_cluster: None, pixels: Path, tmp_path: Path) -> None:
-    recipe = tiny_recipe(train__images=300)
-    for workers in (0, 2):
-        train(recipe, str(pixels), str(tmp_path / str(workers)), workers=workers)
-    one, two = (read_json_lines(tmp_path / str(workers) / "progress.jsonl") for workers in (0, 2))
-    assert [line["images_seen"] for line in one] == [line["images_seen"] for line in two]
-    for a, b in zip(one, two, strict=True):
-        assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
-
-
 def test_a_folder_that_holds_another_run_is_refused(trained: Path, pixels: Path) -> None:
     with pytest.raises(UserError, match="--resume"):
         train(tiny_recipe(), str(pixels), str(trained), workers=0)
