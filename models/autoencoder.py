@@ -89,8 +89,8 @@ class DiffusersAutoencoder(Autoencoder):
         import diffusers
 
         kind = getattr(diffusers, json.loads((folder / CONFIG).read_text())["_class_name"])
-        network = kind.from_pretrained(folder, use_safetensors=True, low_cpu_mem_usage=False)
-        return cls(network.eval().requires_grad_(False).to(device, dtype))
+        network = kind.from_pretrained(folder, use_safetensors=True, low_cpu_mem_usage=False, torch_dtype=dtype)
+        return cls(network.eval().requires_grad_(False).to(device))
 
     @property
     def kind(self) -> str:
