@@ -7,6 +7,7 @@ from patchloom.models.denoiser import Denoiser
 from patchloom.models.luck import derive_seed
 
 SIGMA_EDGES = (0.1, 0.3, 1.0, 3.0)  # of the noise levels that losses are told apart by
+HELD_OUT_SIGMAS = (0.1, 0.3, 1.0, 3.0)  # fixed noise levels of the held-out loss
 SIGMA_BINS = ("0-0.1", "0.1-0.3", "0.3-1", "1-3", "3-inf")
 
 
@@ -58,7 +59,7 @@ def held_out_loss(
     denoiser: Denoiser,
     clean: Tensor,
     labels: Tensor | None,
-    sigmas: tuple[float, ...] = (0.1, 0.3, 1.0, 3.0),
+    sigmas: tuple[float, ...] = HELD_OUT_SIGMAS,
     seed: int = 0,
     batch_size: int = 32,
 ) -> dict[float, float]:

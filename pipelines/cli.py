@@ -186,22 +186,35 @@ def tune(
     data: Annotated[str, typer.Option(help="A prepared dataset")],
     out: Annotated[str | None, typer.Option(help="The folder of the search")] = None,
     restore: Annotated[bool, typer.Option("--restore", help="Go on with an interrupted search")] = False,
-    concurrent: Annotated[int | None, typer.Option(min=1, help="Trials at once; all CPUs by default")] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the trials and their cost, and stop")] = False,
+    concurrent: Annotated[int | None, typer.Option(min=1, help="Trials at once; as many as fit by default")] = None,
+    workers: Annotated[int, typer.Option(min=0, help="Ray Train workers a trial; 0 is the trial's own process")] = 0,
+    gpus: Annotated[
+        float | None, typer.Option(min=0, help="A trial's part of a GPU, such as 0.25 for four on one; 1 by default")
+    ] = None,
+    register_best: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Register the best trial's model under this name")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the trials, their cost and time, and stop")] = False,
     allow_backbone: Backbones = None,
 ) -> None:
-    """Search recipe keys (p, the schedule, ...) at an equal budget."""
+    """Search recipe keys (p, the schedule, ...) at an equal budget, and answer with a page."""
+    from patchloom.platform.tuner import Resources
+
     allow_backbones(*allow_backbone or [])
     if dry_run:
         from patchloom.pipelines.plan import search_plan
 
-        print(search_plan(search, data, concurrent or os.cpu_count() or 1))
+        at_once = Resources(concurrent, workers, gpus).at_once(os.cpu_count() or 1, 0)
+        print(search_plan(search, data, at_once))
         return
     if not out:
         raise UserError("--out is missing: give the folder of the search")
     from patchloom.pipelines.tune import tune as run
 
-    result = run(search, data, out, restore=restore, concurrent=concurrent)
+    result = run(
+        search, data, out, restore=restore, concurrent=concurrent, workers=workers, gpus=gpus,
+        register_best=register_best,
+    )  # fmt: skip
     print(f"train the best at full length: patchloom train {result.folder / 'best.yaml'} --data {data} --out RUN")
 
 

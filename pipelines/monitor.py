@@ -79,8 +79,9 @@ class Monitor:
             self.verdict = "stopped"
         ends, leaves = self.verdict != "training", self._loses_a_node()
         looks = self.verdict == "finished" or self._due(preview.every_images, plan)
-        if ends or looks or self._due(train.log_every_images, plan):
-            self._tell(looks)
+        measures = looks or self._due(train.held_out_every_images, plan)
+        if ends or measures or self._due(train.log_every_images, plan):
+            self._tell(looks, measures)
         if self.verdict != "diverged" and self.is_first:
             self._keep(plan, ends, leaves)
 
@@ -130,8 +131,8 @@ class Monitor:
         self._marks: list[tuple[PatchSize | None, int, Any]] = [(None, 0, self.run.clock.mark())]
         self._began = time.perf_counter()
 
-    def _tell(self, looks: bool) -> None:
-        """Read what gathered, judge it, and write a line."""
+    def _tell(self, looks: bool, measures: bool) -> None:
+        """Read what gathered, judge it, and write a line, with pictures and the held-out loss where they are due."""
         totals = self._totals.double().cpu()  # (patch sizes, sigma bins, 2)
         losses, crops = totals.sum((0, 1)).tolist()
         loss = losses / crops if crops else math.nan
@@ -141,8 +142,8 @@ class Monitor:
         waits = self._waits()
         if self.is_first:
             line = {**self._counts(), **self._losses(totals, loss), **self._speed(waits), "system": system_load()}
-            if looks and self.verdict != "diverged":
-                line |= self._looked_at()
+            if self.verdict != "diverged":
+                line |= (self._previewed() if looks else {}) | (self._held_out() if measures else {})
             line["time_unix_s"] = time.time()
             with (self.run.folder / PROGRESS_FILE).open("a") as file:
                 file.write(json.dumps(line) + "\n")
@@ -231,18 +232,15 @@ class Monitor:
             return int(torch.cuda.max_memory_allocated())
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
-    def _looked_at(self) -> dict[str, Any]:
-        """A preview grid and the held-out loss of the averaged weights."""
-        looked: dict[str, Any] = {}
-        if self.run.recipe.preview.every_images:
-            looked["preview"] = self._preview()
-            if self.run.recipe.preview.frechet_samples:
-                looked["preview_frechet_distance"] = self._frechet_distance(self.run.recipe.preview.frechet_samples)
-        by_sigma = self._held_out()
-        if by_sigma:
-            looked["held_out_loss"] = sum(by_sigma.values()) / len(by_sigma)
-            looked["held_out_loss_by_sigma"] = {f"{sigma:g}": loss for sigma, loss in by_sigma.items()}
-        return looked
+    def _previewed(self) -> dict[str, Any]:
+        """A grid of the averaged weights' samples, and perhaps their distance."""
+        preview = self.run.recipe.preview
+        if not preview.every_images:
+            return {}
+        previewed: dict[str, Any] = {"preview": self._preview()}
+        if preview.frechet_samples:
+            previewed["preview_frechet_distance"] = self._frechet_distance(preview.frechet_samples)
+        return previewed
 
     def _preview(self) -> str:
         name = f"previews/step-{self.run.state.step:08d}.png"
@@ -281,7 +279,8 @@ class Monitor:
             self._reference = torch.cat(features)
         return frechet_distance(colour_layout(self._sampled(count)), self._reference)
 
-    def _held_out(self) -> dict[float, float]:
+    def _held_out(self) -> dict[str, Any]:
+        """The averaged weights' loss on full-size held-out images, as a mean and by noise level."""
         run = self.run
         indices = run.reader.held_out
         if not len(indices):
@@ -290,7 +289,11 @@ class Monitor:
         rows = run.reader.at(indices[spread])
         denoiser: Any = run.state.emas[0].module
         labels = one_hot(rows.label, denoiser.classes) if denoiser.classes else None
-        return held_out_loss(denoiser, run.space.normalise(rows.image), labels)
+        by_sigma = held_out_loss(denoiser, run.space.normalise(rows.image), labels)
+        return {
+            "held_out_loss": sum(by_sigma.values()) / len(by_sigma),
+            "held_out_loss_by_sigma": {f"{sigma:g}": loss for sigma, loss in by_sigma.items()},
+        }
 
 
 def _peak_of_all(run: Run) -> tuple[float, str]:

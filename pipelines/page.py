@@ -2,11 +2,14 @@
 
 import base64
 import html
+import io
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from patchloom import __version__
 
+COLOURS = ("#b3541e", "#2f6690", "#81a4cd", "#7a9e7e", "#9b7ede")
 STYLE = """
 :root { --ink: #1c2430; --soft: #5b6675; --line: #dfe4ea; --wash: #f5f7f9; --accent: #b3541e; }
 * { box-sizing: border-box; }
@@ -29,6 +32,9 @@ table { border-collapse: collapse; width: 100%; font-size: .92rem; font-variant-
 th, td { text-align: left; padding: .4rem .7rem .4rem 0; border-bottom: 1px solid var(--line); white-space: nowrap; }
 th { color: var(--soft); font-weight: 600; }
 tr.best td { font-weight: 600; color: var(--accent); }
+.looks { display: none; }
+.point:hover .looks { display: block; }
+.point circle, .point rect { cursor: default; }
 pre { background: var(--wash); border-radius: .5rem; padding: .9rem 1rem; overflow-x: auto; font-size: .85rem; }
 """
 
@@ -44,6 +50,26 @@ def document(title: str, sections: Iterable[str]) -> str:
     )
 
 
+def svg(figure: Any) -> str:
+    """A matplotlib figure as inline SVG, the same for the same numbers."""
+    text = io.StringIO()
+    figure.savefig(text, format="svg", metadata={"Date": None})
+    return text.getvalue()[text.getvalue().index("<svg") :]
+
+
+def tidy(axes: Any) -> None:
+    """Few lines, and a legend where there is something to tell apart."""
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="y", color="#e6eaee")
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(frameon=False, ncols=2, fontsize="small")
+
+
+def png_data(path: Path) -> str:
+    """A PNG file as an address that holds it."""
+    return f"data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}"
+
+
 def numbers(*pairs: tuple[str, str]) -> str:
     """What is read first: (name, value) pairs, large."""
     cells = "".join(f"<div><b>{html.escape(value)}</b><span>{html.escape(name)}</span></div>" for name, value in pairs)
@@ -54,12 +80,9 @@ def picture(path: Path, caption: str, pixels: bool = False) -> str:
     """A PNG inside the page, nothing where there is none; `pixels`: enlarged without smoothing."""
     if not path.is_file():
         return ""
-    data = base64.b64encode(path.read_bytes()).decode()
     style = ' class="pixels"' if pixels else ""
     text = html.escape(caption)
-    return (
-        f'<figure><img{style} alt="{text}" src="data:image/png;base64,{data}"><figcaption>{text}</figcaption></figure>'
-    )
+    return f'<figure><img{style} alt="{text}" src="{png_data(path)}"><figcaption>{text}</figcaption></figure>'
 
 
 def table(header: list[str], rows: list[list[str]], best: bool = True) -> str:

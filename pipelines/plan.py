@@ -1,6 +1,9 @@
 """Plans: what a run or a search would be and cost, in words, before anything starts."""
 
-from dataclasses import replace
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -13,8 +16,15 @@ from patchloom.models.plan import Method
 from patchloom.pipelines.ranking import setting_words
 from patchloom.pipelines.run import method_of
 from patchloom.pipelines.train import model_card
-from patchloom.pipelines.tune import plan_trials, seconds_of_update
-from patchloom.platform.dataset import open_dataset
+from patchloom.pipelines.trials import (
+    Trial,
+    check_space,
+    plan_trials,
+    seconds_of_trial,
+    set_recipe,
+    trial_recipe,
+)
+from patchloom.platform.dataset import Dataset, open_dataset
 from patchloom.platform.progress import clock
 from patchloom.platform.recipe import Recipe
 from patchloom.platform.search import load_search
@@ -106,22 +116,56 @@ def run_plan(recipe: Recipe, dataset: str, workers: int = 1, measure: bool = Fal
 
 
 def search_plan(search: str, dataset: str, concurrent: int = 1) -> str:
-    """Each setting of a search with its counts and cost, and how long all trials would take, so many at once."""
+    """Each setting of a search with its counts and cost, and how long all trials would take, so many at once.
+
+    Of a search that is advised, the base recipe stands for the settings that are not known yet.
+    """
     definition, base = load_search(search)
     rows = open_dataset(dataset)
-    planned = [trial for trial in plan_trials(definition, base, rows) if trial.repeat == 0]
-    lines = [f"{definition.name}: {len(planned)} settings, {len(planned) * definition.repeats} trials"]
-    flops = seconds = 0.0
+    if definition.is_advised:
+        check_space(definition, base, rows)
+        typical = trial_recipe(definition, set_recipe(definition, base, {}), rows, {})
+        planned = [Trial({}, repeat, typical) for repeat in range(definition.trials)]
+        lines = [f"{definition.name}: {len(planned)} trials, whose settings {definition.searcher} will choose"]
+    else:
+        planned = plan_trials(definition, base, rows)
+        settings = sum(trial.repeat == 0 for trial in planned)
+        lines = [f"{definition.name}: {settings} settings, {len(planned)} trials"]
+    start, flops, queue = seconds_to_start(), 0.0, [0.0] * concurrent
     for number, trial in enumerate(planned):
-        plan = describe_plan(trial.recipe, dataset)
-        spent = plan["updates"] * seconds_of_update(trial.recipe, rows)
-        flops, seconds = flops + plan["flops"] * definition.repeats, seconds + spent * definition.repeats
-        lines.append(
-            f"  {number:>3}  {setting_words(trial.settings)}: {plan['updates']:,} updates, "
-            f"{plan['crops']:,} counted images, {plan['flops'] / 1e12:,.3f} TFLOP, {clock(spent)}"
-        )
+        if trial.repeat == 0:
+            name = setting_words(trial.settings) or f"{base.name} as it is"
+            cost = _trial_cost(trial, dataset, rows)
+            lines.append(f"  {number:>3}  {name}: {cost.words}")
+        flops += cost.flops
+        queue[queue.index(min(queue))] += start + cost.seconds  # whoever is free takes the next
+    ends = "; those that asha stops end sooner" if definition.stops_early else ""
+    if definition.final is not None:
+        ends += f"; {definition.final.samples} samples a trial come on top"
     return "\n".join([
         *lines,
-        f"  {flops / 1e12:,.3f} TFLOP in all; {clock(seconds / concurrent)} of training with {concurrent} at once, by "
-        "steps measured here (starts and held-out losses come on top)",
+        f"  {flops / 1e12:,.3f} TFLOP in all; about {clock(start + max(queue))} with {concurrent} at once, by steps "
+        f"and a start ({clock(start)}) measured here{ends}",
     ])  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _Cost:
+    flops: float
+    seconds: float
+    words: str
+
+
+def _trial_cost(trial: Trial, dataset: str, rows: Dataset) -> _Cost:
+    if trial.recipe is None:
+        return _Cost(0.0, 0.0, f"cannot be ({trial.problem.partition(': ')[2]})")
+    plan, seconds = describe_plan(trial.recipe, dataset), seconds_of_trial(trial.recipe, rows)
+    words = f"{plan['updates']:,} updates, {plan['crops']:,} counted images, {plan['flops'] / 1e12:,.3f} TFLOP"
+    return _Cost(plan["flops"], seconds, f"{words}, {clock(seconds)}")
+
+
+def seconds_to_start() -> float:
+    """How long a process takes to import what a trial needs, measured now."""
+    began = time.perf_counter()
+    subprocess.run([sys.executable, "-c", "import patchloom.pipelines.trials, mlflow, ray.tune"], check=True)
+    return time.perf_counter() - began

@@ -4,8 +4,6 @@ from dataclasses import dataclass
 from statistics import mean, stdev
 from typing import Any
 
-METRIC = "held_out_loss"
-
 
 @dataclass(frozen=True)
 class Ranked:
@@ -15,6 +13,12 @@ class Ranked:
     trials: list[dict[str, Any]]
     mean: float
     spread: float | None
+    metric: str
+
+    @property
+    def best(self) -> dict[str, Any]:
+        """The trial of the lowest metric among its repeats."""
+        return min(self.trials, key=lambda trial: float(trial[self.metric]))
 
     def words(self) -> str:
         """`p 0.25, schedule stochastic`."""
@@ -26,17 +30,18 @@ class Ranked:
         return f"{self.mean:.4f}{spread}"
 
 
-def ranked(trials: list[dict[str, Any]]) -> list[Ranked]:
+def ranked(trials: list[dict[str, Any]], metric: str = "held_out_loss") -> list[Ranked]:
     """Settings that have a finished trial, best first; those of which a repeat failed come after all others."""
     groups: dict[str, list[dict[str, Any]]] = {}
-    for trial in sorted(trials, key=lambda trial: int(trial["trial"])):
+    for trial in sorted(trials, key=lambda trial: str(trial["name"])):
         groups.setdefault(repr(sorted(trial["settings"].items())), []).append(trial)
     found, whole = [], {}
     for name, group in groups.items():
-        losses = [float(trial[METRIC]) for trial in group if trial["status"] == "finished"]
+        losses = [float(trial[metric]) for trial in group if trial["status"] == "finished"]
         if losses:
             good = [trial for trial in group if trial["status"] == "finished"]
-            found.append(Ranked(good[0]["settings"], good, mean(losses), stdev(losses) if len(losses) > 1 else None))
+            spread = stdev(losses) if len(losses) > 1 else None
+            found.append(Ranked(good[0]["settings"], good, mean(losses), spread, metric))
             whole[name] = len(good) == len(group)
     names = [name for name in groups if name in whole]
     order = sorted(range(len(found)), key=lambda number: (not whole[names[number]], found[number].mean))

@@ -1,24 +1,21 @@
 """Report: one self-contained HTML page of a run, a search or a whole chain: pictures first, then numbers."""
 
 import html
-import io
 from pathlib import Path
-from statistics import mean, median
+from statistics import median
 from typing import Any
 
 from patchloom.models.loss import SIGMA_BINS
 from patchloom.pipelines.checkpointer import without_tensors
 from patchloom.pipelines.evaluation_page import first_number, metric_sections, samples_sections, sampling_words
-from patchloom.pipelines.page import document, numbers, picture, table
-from patchloom.pipelines.ranking import Ranked, ranked
+from patchloom.pipelines.page import COLOURS, document, numbers, picture, svg, tidy
+from patchloom.pipelines.search_page import search_sections
 from patchloom.platform.copies import local_copy
 from patchloom.platform.errors import UserError
 from patchloom.platform.progress import clock
 from patchloom.platform.recipe import load_recipe
 from patchloom.platform.storage import local_path, make_folder, read_json, read_json_lines, write_atomic
 from patchloom.platform.tracking import PROGRESS_FILE, tracking_uri
-
-COLOURS = ("#b3541e", "#2f6690", "#81a4cd", "#7a9e7e", "#9b7ede")
 
 
 def report(folder: str, out: str) -> Path:
@@ -30,7 +27,7 @@ def report(folder: str, out: str) -> Path:
     if (place / "demo.json").is_file():
         title, sections = _chain_page(place)
     elif (place / "search.json").is_file():
-        title, sections = f"Search {place.name}", _search_sections(place)
+        title, sections = f"Search {place.name}", search_sections(place)
     elif (place / "run.json").is_file():
         title, sections = f"Run {place.name}", _run_sections(place)
     elif (place / "sampling.json").is_file():
@@ -69,7 +66,7 @@ def _chain_page(folder: Path) -> tuple[str, list[str]]:
     ]
     if (folder / "autoencoder" / "run.json").is_file():
         sections += _autoencoder_sections(folder)
-    sections += ["<h2>The search</h2>", *_search_sections(folder / "search")]
+    sections += ["<h2>The search</h2>", *search_sections(folder / "search")]
     sections += ["<h2>The training</h2>", *_run_sections(folder / "run")]
     sections += ["<h2>The numbers</h2>", *metric_sections(measured)]
     sections += ["<h2>Go on from here</h2>", *_commands(card)]
@@ -183,13 +180,8 @@ def _curves(lines: list[dict[str, Any]]) -> str:
         _plot(panels[1], lines, "loss_by_sigma", labels)
     for axes in panels:
         axes.set_xlabel("counted images")
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(axis="y", color="#e6eaee")
-        if axes.get_legend_handles_labels()[0]:
-            axes.legend(frameon=False, ncols=2, fontsize="small")
-    text = io.StringIO()
-    figure.savefig(text, format="svg", metadata={"Date": None})
-    return text.getvalue()[text.getvalue().index("<svg") :]
+        tidy(axes)
+    return svg(figure)
 
 
 def _plot(axes: Any, lines: list[dict[str, Any]], key: str, labels: dict[str, str]) -> None:
@@ -197,44 +189,6 @@ def _plot(axes: Any, lines: list[dict[str, Any]], key: str, labels: dict[str, st
     for (name, label), colour in zip(labels.items(), COLOURS, strict=False):
         points = [(line["images_seen"], line[key][name]) for line in lines if name in line.get(key, {})]
         axes.plot(*zip(*points, strict=True), label=label, color=colour, linewidth=1.4)
-
-
-def _search_sections(folder: Path) -> list[str]:
-    trials = read_json_lines(folder / "trials.jsonl")
-    search = read_json(folder / "search.json")["search"]
-    budget = ", ".join(f"{value:g} {name}" for name, value in search["budget"].items() if value)
-    keys = list(search["space"])
-    header = [*(key.split(".")[-1] for key in keys), "held-out loss", "updates", "counted images", "TFLOP", "seconds"]
-    failed = [trial for trial in trials if trial["status"] != "finished"]
-    rows = [[*_setting_cells(found.settings, keys), *_trial_cells(found)] for found in ranked(trials)]
-    rows += [
-        [*_setting_cells(trial["settings"], keys), f"failed: {trial['error']}", "", "", "", ""] for trial in failed
-    ]
-    words = (
-        f"{len(trials)} trials of {budget} each; all see the same rows, noise and crop positions. "
-        "The held-out loss is that of the averaged weights on full-size images. Trials this short tell which "
-        "setting starts best, not which ends best."
-    )
-    if search.get("repeats", 1) > 1:
-        words += f" Means of {search['repeats']} seeds with their standard deviation."
-    return [f"<p>{html.escape(words)}</p>", table(header, rows)]
-
-
-def _setting_cells(settings: dict[str, Any], keys: list[str]) -> list[str]:
-    return [str(settings.get(key, "")) for key in keys]  # a key that hangs on others may not be there
-
-
-def _trial_cells(found: Ranked) -> list[str]:
-    def middle(key: str) -> float:
-        return mean(float(trial[key]) for trial in found.trials)
-
-    return [
-        found.value(),
-        f"{middle('updates'):,.0f}",
-        f"{middle('images_seen'):,.0f}",
-        f"{middle('flops') / 1e12:.3f}",
-        f"{middle('seconds'):.0f}",
-    ]
 
 
 def _commands(card: dict[str, Any]) -> list[str]:

@@ -22,7 +22,7 @@ from patchloom.platform.dataset import Dataset, open_dataset
 from patchloom.platform.errors import Stopped, UserError
 from patchloom.platform.folder import Folder
 from patchloom.platform.progress import progress, say
-from patchloom.platform.recipe import Recipe, recipe_yaml
+from patchloom.platform.recipe import Recipe, load_recipe, recipe_yaml
 from patchloom.platform.storage import (
     locked,
     make_folder,
@@ -343,7 +343,7 @@ def _check_same(folder: Path, there: Folder, recipe: Recipe, dataset: Dataset, r
         raise UserError(f"{there} holds a run: give --resume to go on with it, or choose another folder")
     if read_json(folder / "run.json")["dataset_fingerprint"] != dataset.fingerprint:
         raise UserError(f"{there} was trained on another dataset than {dataset.address}: give the same, or a new --out")
-    if (folder / "recipe.yaml").read_text() != recipe_yaml(recipe):
+    if load_recipe(folder / "recipe.yaml") != recipe:
         raise UserError(f"{there} was begun with another recipe ({there}/recipe.yaml): give the same, or a new --out")
 
 

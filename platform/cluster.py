@@ -35,6 +35,7 @@ QUIET = {
 }
 OBJECT_STORE_BYTES = 1 << 30
 LOOK_EVERY_S = 1.0
+PART_OF_A_CPU = 0.01  # for the process of a trial that waits for workers of its own
 
 
 def quiet_environment() -> None:
@@ -305,14 +306,15 @@ def _run_on_ray_train(
 
     say(f"  waiting for {workers} worker{'s' if workers > 1 else ''} of Ray Train (half a minute on a laptop) ...")
     gpus = ray.cluster_resources().get("GPU", 0)
-    cpus = max(1, available // workers) if not os.environ.get("RAY_ADDRESS") else 1
+    is_trial = ray.get_runtime_context().get_actor_id() is not None  # of a search, beside other trials
+    cpus = 1 if is_trial or os.environ.get("RAY_ADDRESS") else max(1, available // workers)
     trainer = TorchTrainer(
         worker_loop,
         train_loop_config={"config": config, "cpus": cpus},
         scaling_config=ray.train.ScalingConfig(
             num_workers=workers if min_workers == workers else (min_workers, workers),
             use_gpu=gpus >= workers,
-            resources_per_worker={"CPU": cpus},
+            resources_per_worker={"CPU": cpus - PART_OF_A_CPU if is_trial else cpus},  # a trial's process has the rest
         ),
         run_config=ray.train.RunConfig(
             name=name,

@@ -202,6 +202,9 @@ class Train(Section):
     checkpoint_every_images: Count = 1_000_000
     keep: Keep = Keep()
     log_every_images: Count = 50_000
+    held_out_every_images: Annotated[int, Field(ge=0)] = Field(
+        0, description="The loss on held-out images; 0 measures it with every preview and at the end"
+    )
 
     @model_validator(mode="after")
     def _blocks_divide_the_batch(self) -> "Train":

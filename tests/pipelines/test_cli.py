@@ -63,7 +63,7 @@ MISTAKES = {
     "a folder that is no model": (["sample", "{tmp}/empty", "{tmp}/out"], "is no model"),
     "seeds that are none": (["sample", "{tmp}/empty", "{tmp}/out", "--seeds", "x"], "is not a seed"),
     "samples that are none": (["evaluate", "{tmp}/empty", "--reference", "{pixels}"], "holds no samples"),
-    "a report of nothing": (["report", "{tmp}/empty", "{tmp}/out.html"], "is no run, search or demo"),
+    "a report of nothing": (["report", "{tmp}/empty", "{tmp}/out.html"], "is no run, search, samples or demo"),
     "a registration of nothing": (["models", "register", "{tmp}/empty", "name"], "is no run"),
     "an unknown command": (["paint"], "No such command 'paint'"),
     "an unknown option": (["train", "--fast"], "No such option"),

@@ -62,7 +62,7 @@ def test_an_autoencoder_of_ones_own_is_one_class(
     shutil.rmtree(encoder)
     run = train(tiny_recipe(train__images=100), str(latents.path), str(tmp_path / "run"), workers=0)
     made = sample(str(run.folder), str(tmp_path / "samples"), "0-1", steps=2)
-    assert json.loads((made.folder / "manifest.jsonl").read_text().splitlines()[0])["seed"] == 0
+    assert json.loads(Path(made.folder, "manifest.jsonl").read_text().splitlines()[0])["seed"] == 0
 
 
 def test_one_that_was_not_allowed_is_not_imported(

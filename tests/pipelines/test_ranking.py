@@ -6,7 +6,7 @@ from patchloom.pipelines.ranking import ranked
 
 
 def trial(number: int, p: float, loss: float | None) -> dict[str, Any]:
-    row = {"trial": number, "settings": {"patches.p": p}, "status": "finished", "held_out_loss": loss}
+    row = {"name": f"{number:03d}", "settings": {"patches.p": p}, "status": "finished", "held_out_loss": loss}
     return row if loss is not None else {**row, "status": "failed"}
 
 

@@ -1,13 +1,21 @@
 """Searching: equal budgets, one MLflow child a trial, and a best recipe at full length."""
 
+import contextlib
+import time
 from pathlib import Path
+from typing import Any
 
 import mlflow
+import psutil
 import pytest
 import yaml
-from helpers import tiny_recipe
+from helpers import start_cli, tiny_recipe, wait_until
 
-from patchloom.pipelines.tune import plan_trials, tune
+from patchloom.pipelines import trials
+from patchloom.pipelines.evaluate import evaluate
+from patchloom.pipelines.sample import sample
+from patchloom.pipelines.trials import plan_trials
+from patchloom.pipelines.tune import tune
 from patchloom.platform.dataset import open_dataset
 from patchloom.platform.errors import UserError
 from patchloom.platform.recipe import load_recipe, recipe_yaml
@@ -36,17 +44,17 @@ def test_a_search_compares_its_trials_and_keeps_the_best(
 ) -> None:
     folder = tmp_path / "search"
     result = tune(write_search(tmp_path), str(pixels), str(folder))
-    trials = read_json_lines(folder / "trials.jsonl")
-    assert sorted(trial["settings"]["patches.p"] for trial in trials) == [0.5, 1.0]
-    assert [trial["updates"] for trial in trials] == [5, 5]
-    assert trials[0]["held_out_loss"] == min(trial["held_out_loss"] for trial in trials)
+    rows = read_json_lines(folder / "trials.jsonl")
+    assert sorted(trial["settings"]["patches.p"] for trial in rows) == [0.5, 1.0]
+    assert [trial["updates"] for trial in rows] == [5, 5]
+    assert rows[0]["held_out_loss"] == min(trial["held_out_loss"] for trial in rows)
     best = load_recipe(folder / "best.yaml")
-    assert best.patches.p == trials[0]["settings"]["patches.p"]
+    assert best.patches.p == rows[0]["settings"]["patches.p"]
     assert best.train.images == tiny_recipe().train.images
     assert best.preview == tiny_recipe().preview
 
     client = mlflow.MlflowClient(f"sqlite:///{mlflow_store / 'mlflow.db'}")
-    for trial in trials:
+    for trial in rows:
         run = client.get_run(trial["run_id"])
         assert run.data.tags["mlflow.parentRunId"] == result.run_id
         assert run.data.params["patches.p"] == str(trial["settings"]["patches.p"])
@@ -55,10 +63,11 @@ def test_a_search_compares_its_trials_and_keeps_the_best(
 
     with pytest.raises(UserError, match="--restore"):
         tune(write_search(tmp_path), str(pixels), str(folder))
-    written = {trial["folder"]: (Path(trial["folder"]) / "model/model.json").stat().st_mtime_ns for trial in trials}
+    written = {path: path.stat().st_mtime_ns for path in (folder / "trials").glob("*/model/model.json")}
+    assert len(written) == 2
     restored = tune(write_search(tmp_path), str(pixels), str(folder), restore=True)
-    assert [trial["held_out_loss"] for trial in restored.trials] == [trial["held_out_loss"] for trial in trials]
-    assert written == {place: (Path(place) / "model/model.json").stat().st_mtime_ns for place in written}
+    assert [trial["held_out_loss"] for trial in restored.trials] == [trial["held_out_loss"] for trial in rows]
+    assert written == {path: path.stat().st_mtime_ns for path in written}
     with pytest.raises(UserError, match="another search"):
         tune(write_search(tmp_path, budget={"updates": 6}), str(pixels), str(folder), restore=True)
 
@@ -86,21 +95,49 @@ def test_repeats_differ_in_their_seed_and_ramps_follow_the_length(pixels: Path, 
         assert trial.recipe.ema[0].halflife_images == pytest.approx(images / 4, abs=1)
 
 
-def test_seconds_buy_what_a_step_was_measured_to_take(pixels: Path, tmp_path: Path) -> None:
+def test_seconds_buy_what_a_step_was_measured_to_take(
+    pixels: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     search, base = load_search(write_search(tmp_path, budget={"seconds": 10}))
     dataset = open_dataset(pixels)
-    half, full = plan_trials(search, base, dataset)
-    updates = [half.recipe.train.images / 8 / 1.9, full.recipe.train.images / 8]
-    assert updates[0] > updates[1] > 1  # smaller patches take less time, whatever the machine
-    again = plan_trials(search, base, dataset, images=[100, 200])
-    assert [trial.recipe.train.images for trial in again] == [100, 200]  # measured once, and kept
+    assert all(trial.recipe and trial.recipe.train.images > 0 for trial in plan_trials(search, base, dataset))
+    seconds_of_crop = {16: 0.01, 8: 0.004, 4: 0.001}
+    monkeypatch.setattr(trials, "measured_seconds_of_crop", lambda *_: seconds_of_crop)
+    half, full = (trial.recipe for trial in plan_trials(search, base, dataset))
+    assert half and full
+    # a step has 8 crops of 16 pixels, 16 of 8 or 32 of 4: 0.08, 0.064 or 0.032 s, in shares of .5, .3 and .2
+    assert full.train.images == round(10 / 0.08 * 8)
+    assert half.train.images == round(10 / (0.5 * 0.08 + 0.3 * 0.064 + 0.2 * 0.032) * 8 * 1.9)
+    again = plan_trials(search, base, dataset, lengths=[100, 200])
+    assert [trial.recipe.train.images for trial in again if trial.recipe] == [100, 200]  # measured once, and kept
 
 
-def test_a_setting_that_cannot_be_built_is_named_before_anything_starts(pixels: Path, tmp_path: Path) -> None:
-    path = write_search(tmp_path, space={"model.width": {"grid": [8, 144]}})
-    with pytest.raises(UserError, match=r"setting 1 \(width 144\)"):
+def test_what_no_recipe_can_be_is_named_before_anything_starts(pixels: Path, tmp_path: Path) -> None:
+    path = write_search(tmp_path, space={"patches.p": {"grid": [0.5, 1.4]}})
+    with pytest.raises(UserError, match=r"setting 1 \(p 1.4\): patches.p: 1.4 is not within 0 and 1"):
+        tune(path, str(pixels), str(tmp_path / "search"))
+    path = write_search(tmp_path, space={"model.blocks": {"grid": [0, -1]}})
+    with pytest.raises(UserError, match="blocks"):
         tune(path, str(pixels), str(tmp_path / "search"))
     assert not (tmp_path / "search").exists()
+
+
+def test_impossible_settings_are_failed_trials_with_their_reason(
+    ray_cluster: None, pixels: Path, tmp_path: Path
+) -> None:
+    third = [{"fraction": 0.3, "weight": 1.0, "batch_multiplier": 2}]
+    also = [{"patches.sizes": third}, {"optimizer.lr": 1e30, "optimizer.lr_rampup_images": 0}, {"patches.p": 0.5}]
+    path = write_search(tmp_path, space={"patches.p": {"grid": [1.0]}}, also=also)
+    result = tune(path, str(pixels), str(tmp_path / "search"), register_best="tuned")
+    assert [trial["status"] for trial in result.trials] == ["finished", "finished", "failed", "failed"]
+    not_divisible, diverged = sorted(result.trials[2:], key=lambda trial: str(trial["name"]))
+    assert "fraction 0.3 of 16 pixels is 4.8" in not_divisible["error"]
+    assert "the loss diverged" in diverged["error"]
+    best = tmp_path / "search" / "trials" / result.trials[0]["name"]
+    version = mlflow.MlflowClient().get_model_version("tuned", "1")
+    assert version.run_id == result.trials[0]["run_id"] == read_json(best / "run.json")["run_id"]
+    page = (tmp_path / "search" / "report.html").read_text()
+    assert "fraction 0.3 of 16 pixels" in page and "Take p" in page
 
 
 def test_a_trial_that_fails_is_marked_and_the_others_finish(ray_cluster: None, pixels: Path, tmp_path: Path) -> None:
@@ -111,3 +148,102 @@ def test_a_trial_that_fails_is_marked_and_the_others_finish(ray_cluster: None, p
     assert [trial["status"] for trial in result.trials] == ["finished", "failed"]
     assert "progress.jsonl" in result.trials[1]["error"]
     assert read_json(folder / "search.json")["kind"] == "search"
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"space": {"patches.schedule": {"grid": ["stochastic", "progressive"]}}}, "only at its end"),
+        ({"space": {"patches.p": {"grid": [0.5]}}, "also": [{"patches.schedule": "progressive"}]}, "only at its end"),
+        ({"set": {"preview.every_images": 0}}, "needs held_out_loss on the way"),
+    ],
+)
+def test_what_cannot_be_compared_half_way_does_not_compete(
+    changes: dict[str, Any], words: str, pixels: Path, tmp_path: Path
+) -> None:
+    path = write_search(tmp_path, scheduler={"kind": "asha"}, **changes)
+    with pytest.raises(UserError, match=words):
+        tune(path, str(pixels), str(tmp_path / "search"))
+    assert not (tmp_path / "search").exists()
+
+
+def test_advice_and_early_stops_end_in_time(ray_cluster: None, pixels: Path, tmp_path: Path) -> None:
+    changes: dict[str, Any] = {
+        "space": {"optimizer.lr": {"loguniform": [1e-6, 1e-2]}, "loss.reduction": {"choice": ["mean", "sum"]}},
+        "searcher": "tpe",
+        "trials": 4,
+        "scheduler": {"kind": "asha", "grace": 0.3, "reduction": 2},
+        "of_budget": {"train.held_out_every_images": 0.1},
+        "budget": {"updates": 60},
+    }
+    began = time.monotonic()
+    result = tune(write_search(tmp_path, **changes), str(pixels), str(tmp_path / "search"))
+    assert time.monotonic() - began < 300
+    assert sorted(trial["name"] for trial in result.trials) == ["000", "001", "002", "003"]
+    assert {trial["status"] for trial in result.trials} <= {"finished", "stopped"}
+    assert all(1e-6 <= trial["settings"]["optimizer.lr"] <= 1e-2 for trial in result.trials)
+    client = mlflow.MlflowClient()
+    for trial in result.trials:
+        assert trial["status"] == "finished" or trial["updates"] < 60
+        assert (
+            client.get_run(trial["run_id"]).info.status
+            == {"finished": "FINISHED", "stopped": "KILLED"}[trial["status"]]
+        )
+    again = tune(write_search(tmp_path, **changes), str(pixels), str(tmp_path / "search"), restore=True)
+    assert again.trials == result.trials
+
+
+def test_a_frontier_and_trials_of_two_workers_end_in_time(ray_cluster: None, pixels: Path, tmp_path: Path) -> None:
+    changes: dict[str, Any] = {
+        "space": {"patches.p": {"uniform": [0, 1]}, "budget.share": {"choice": [0.2, 1]}},
+        "searcher": "frontier",
+        "trials": 2,
+        "budget": {"updates": 10},
+    }
+    began = time.monotonic()
+    result = tune(write_search(tmp_path, **changes), str(pixels), str(tmp_path / "search"), workers=2)
+    assert time.monotonic() - began < 300
+    assert [trial["status"] for trial in result.trials] == ["finished", "finished"]
+    for trial in result.trials:
+        assert trial["updates"] == 10 * trial["settings"]["budget.share"]
+
+
+def test_a_final_distance_is_that_of_the_trials_samples(ray_cluster: None, pixels: Path, tmp_path: Path) -> None:
+    final = {"features": "colours", "samples": 6, "steps": 2}
+    path = write_search(tmp_path, final=final, metric="final_distance")
+    result = tune(path, str(pixels), str(tmp_path / "search"))
+    found = []
+    for trial in result.trials:
+        run = tmp_path / "search" / "trials" / trial["name"]
+        sample(str(run), str(tmp_path / "again" / trial["name"]), "0-5", steps=2, workers=0)
+        measured = evaluate(str(tmp_path / "again" / trial["name"]), str(pixels), metrics=("fd",), features="colours")
+        assert trial["final_distance"] == pytest.approx(measured["metrics"]["frechet_distance"], rel=1e-6)
+        found.append(trial["final_distance"])
+    assert found == sorted(found)
+
+
+@pytest.mark.slow
+def test_a_killed_search_goes_on_and_ends_as_if_it_had_not_been(pixels: Path, tmp_path: Path) -> None:
+    """SIGKILL of the driver and all of its Ray in the middle; finished trials stay, and the table is the same."""
+    changes: dict[str, Any] = {"space": {"patches.p": {"grid": [0.25, 0.5, 1.0]}}, "repeats": 2,
+                               "budget": {"updates": 200}}  # fmt: skip
+    path = write_search(tmp_path, **changes)
+    command = ["tune", path, "--data", str(pixels)]
+    driver = start_cli(*command, "--out", str(tmp_path / "killed"), cwd=tmp_path)
+    places = tmp_path / "killed" / "trials"
+    wait_until(lambda: len(list(places.glob("*/trial.json"))) >= 2, driver)
+    family = [psutil.Process(driver.pid), *psutil.Process(driver.pid).children(recursive=True)]
+    for process in family:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+    driver.communicate()
+    before = {place: place.stat().st_mtime_ns for place in places.glob("*/trial.json")}
+    assert 2 <= len(before) < 6
+    for out, options in (("killed", ["--restore"]), ("whole", [])):
+        ended = start_cli(*command, "--out", str(tmp_path / out), *options, cwd=tmp_path)
+        assert ended.wait(timeout=600) == 0, ended.stdout and ended.stdout.read()
+    assert before == {place: place.stat().st_mtime_ns for place in before}
+    tables = [read_json_lines(tmp_path / out / "trials.jsonl") for out in ("killed", "whole")]
+    chance = {"seconds", "run_id"}
+    killed, whole = ([{key: row[key] for key in row.keys() - chance} for row in table] for table in tables)
+    assert killed == whole
