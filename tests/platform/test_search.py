@@ -1,12 +1,15 @@
 """Searches: every combination once, draws that are a function of the seed, conditions, and mistakes at their path."""
 
 import math
+import random
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from patchloom.platform.errors import UserError
-from patchloom.platform.search import Search
+from patchloom.platform.recipe import SHIPPED, with_values
+from patchloom.platform.search import SHARE, Search, load_search
 from patchloom.platform.sections import checked
 
 
@@ -73,9 +76,61 @@ def test_a_draw_stands_beside_every_grid() -> None:
         ({"of_budget": {"patches.p": 0.5}}, "of_budget.patches.p: is in the space or in set too"),
         ({"of_budget": {"optimizer.lr_rampup_images": 1.5}}, "1.5 is not within 0 and 1"),
         ({"repeat": 3}, "did you mean repeats?"),
+        ({"searcher": "tpe", "repeats": 2}, "tries settings once"),
+        ({"searcher": "tpe", "also": [{"seed": 1}]}, "finds its settings by itself"),
+        ({"searcher": "frontier", "scheduler": {"kind": "asha"}}, "a frontier has two"),
+        ({"space": {"budget.share": {"grid": [0.5, 1]}}, "scheduler": {"kind": "asha"}}, "equal shares of one budget"),
+        ({"metric": "final_distance"}, "add one, such as final:"),
+        ({"metric": "final_distance", "final": {}, "searcher": "tpe"}, "too late to steer"),
+        ({"scheduler": {"kind": "asha", "grace": 1.0}}, "scheduler.grace"),
+        ({"metric": "fid"}, "'fid' is not one of 'held_out_loss'"),
     ],
 )
 def test_a_mistake_is_named_at_its_path(changes: dict[str, Any], words: str) -> None:
     with pytest.raises(UserError) as refused:
         search(**changes)
     assert words in str(refused.value)
+
+
+def test_settings_beside_the_space_come_last_and_once() -> None:
+    also = [{"patches.p": 0.5, "patches.schedule": "progressive"}, {"patches.p": 0.5}]
+    assert search(also=also).settings() == [{"patches.p": 0.5}, {"patches.p": 1.0}, also[0]]
+
+
+class Chosen:
+    """An Optuna trial's questions, answered by the last choice and the upper ends."""
+
+    def suggest_categorical(self, _: str, choices: list[int]) -> int:
+        return choices[-1]
+
+    def suggest_float(self, _: str, low: float, high: float, log: bool) -> float:
+        return high if not log else low * high
+
+    def suggest_int(self, _: str, low: int, high: int) -> int:
+        return high
+
+
+def test_an_adviser_is_asked_for_every_kind_of_value_and_only_where_it_applies() -> None:
+    space = {
+        "patches.schedule": {"choice": ["stochastic", "progressive"]},
+        "patches.draw": {"grid": ["shared", "stratified"], "when": {"patches.schedule": "stochastic"}},
+        "patches.sizes": {"choice": [[], [{"fraction": 0.5}]]},
+        "patches.p": {"uniform": [0.1, 0.9]},
+        "optimizer.lr": {"loguniform": [2.0, 3.0]},
+        "model.blocks": {"randint": [1, 4]},
+    }
+    assert search(space=space, searcher="tpe", trials=5).suggested(Chosen()) == {
+        "patches.schedule": "progressive", "patches.sizes": [{"fraction": 0.5}], "patches.p": 0.9, "optimizer.lr": 6.0,
+        "model.blocks": 4,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("path", sorted(SHIPPED.glob("*_search*.yaml")), ids=lambda path: path.stem)
+def test_every_shipped_search_is_one(path: Path) -> None:
+    found, base = load_search(path.stem)
+    settings = found.settings() if not found.is_advised else [found.drawn(random.Random(n)) for n in range(20)]
+    assert len(settings) > 1
+    for setting in settings:
+        values = {key: value for key, value in setting.items() if key != SHARE}
+        recipe = with_values(base, {**found.set, **values, **dict.fromkeys(found.of_budget, 1)})
+        assert recipe != base
