@@ -26,6 +26,7 @@ autoencoder_app = typer.Typer(help="Train an autoencoder of one's own.", rich_ma
 app.add_typer(autoencoder_app, name="autoencoder")
 app.add_typer(models_app, name="models")
 
+CTRL_C = 128 + signal.SIGINT
 Workers = Annotated[int | None, typer.Option(min=1, help="Processes at once; all CPUs or GPUs by default")]
 Settings = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a recipe key")]
 
@@ -349,12 +350,14 @@ def main() -> None:
             sys.exit(2)
         traceback.print_exc()
         sys.exit(1)
+    if code == CTRL_C:  # what newer versions of typer make of it
+        _stopped()
     sys.exit(code if isinstance(code, int) else 0)
 
 
 def _stopped() -> NoReturn:
     print("patchloom: stopped; the same command goes on (train with --resume, tune with --restore)", file=sys.stderr)
-    sys.exit(130)
+    sys.exit(CTRL_C)
 
 
 def _usage_words(error: Exception) -> str | None:

@@ -26,6 +26,7 @@ QUIET = {
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
     "RAY_BACKEND_LOG_LEVEL": "fatal",  # Ray's C++ core warns on stderr of what is handled
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",  # Ctrl-C ends a search at once; its folder has all that goes on
     "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",
     "PYTHONWARNINGS": "ignore",
     "MLFLOW_DISABLE_TELEMETRY": "true",

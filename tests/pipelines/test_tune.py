@@ -1,6 +1,8 @@
 """Searching: equal budgets, one MLflow child a trial, and a best recipe at full length."""
 
 import contextlib
+import signal
+import subprocess
 import time
 from pathlib import Path
 from typing import Any
@@ -223,27 +225,36 @@ def test_a_final_distance_is_that_of_the_trials_samples(ray_cluster: None, pixel
 
 
 @pytest.mark.slow
-def test_a_killed_search_goes_on_and_ends_as_if_it_had_not_been(pixels: Path, tmp_path: Path) -> None:
-    """SIGKILL of the driver and all of its Ray in the middle; finished trials stay, and the table is the same."""
+def test_a_stopped_and_killed_search_ends_as_if_it_had_not_been(pixels: Path, tmp_path: Path) -> None:
+    """Ctrl-C, then SIGKILL of the driver and all of its Ray; finished trials stay, and the table is the same."""
     changes: dict[str, Any] = {"space": {"patches.p": {"grid": [0.25, 0.5, 1.0]}}, "repeats": 2,
                                "budget": {"updates": 200}}  # fmt: skip
-    path = write_search(tmp_path, **changes)
+    path, places = write_search(tmp_path, **changes), tmp_path / "killed" / "trials"
     command = ["tune", path, "--data", str(pixels)]
-    driver = start_cli(*command, "--out", str(tmp_path / "killed"), cwd=tmp_path)
-    places = tmp_path / "killed" / "trials"
-    wait_until(lambda: len(list(places.glob("*/trial.json"))) >= 2, driver)
-    family = [psutil.Process(driver.pid), *psutil.Process(driver.pid).children(recursive=True)]
-    for process in family:
+
+    def begun(out: str, finished: int, *options: str) -> subprocess.Popen[str]:
+        process = start_cli(*command, "--out", str(tmp_path / out), *options, cwd=tmp_path)
+        wait_until(lambda: len(list(places.glob("*/trial.json"))) >= finished, process)
+        return process
+
+    stopped = begun("killed", 1)
+    stopped.send_signal(signal.SIGINT)
+    output, _ = stopped.communicate(timeout=60)
+    assert stopped.returncode == 130 and "patchloom: stopped; the same command goes on" in output
+    assert "Traceback" not in output
+    killed = begun("killed", 3, "--restore")
+    for process in [psutil.Process(killed.pid), *psutil.Process(killed.pid).children(recursive=True)]:
         with contextlib.suppress(psutil.NoSuchProcess):
             process.kill()
-    driver.communicate()
+    killed.communicate()
     before = {place: place.stat().st_mtime_ns for place in places.glob("*/trial.json")}
-    assert 2 <= len(before) < 6
+    assert 3 <= len(before) < 6
     for out, options in (("killed", ["--restore"]), ("whole", [])):
         ended = start_cli(*command, "--out", str(tmp_path / out), *options, cwd=tmp_path)
-        assert ended.wait(timeout=600) == 0, ended.stdout and ended.stdout.read()
+        output, _ = ended.communicate(timeout=600)
+        assert ended.returncode == 0, output
     assert before == {place: place.stat().st_mtime_ns for place in before}
     tables = [read_json_lines(tmp_path / out / "trials.jsonl") for out in ("killed", "whole")]
     chance = {"seconds", "run_id"}
-    killed, whole = ([{key: row[key] for key in row.keys() - chance} for row in table] for table in tables)
-    assert killed == whole
+    table, whole = ([{key: row[key] for key in row.keys() - chance} for row in rows] for rows in tables)
+    assert table == whole
