@@ -25,8 +25,8 @@ class Ranked:
         return setting_words(self.settings)
 
     def value(self) -> str:
-        """`0.5123`, or `0.5123 +- 0.0040 (n = 3)`."""
-        spread = "" if self.spread is None else f" +- {self.spread:.4f} (n = {len(self.trials)})"
+        """`0.5123`, or `0.5123 ± 0.0040 (n = 3)`."""
+        spread = "" if self.spread is None else f" ± {self.spread:.4f} (n = {len(self.trials)})"
         return f"{self.mean:.4f}{spread}"
 
 
@@ -49,5 +49,16 @@ def ranked(trials: list[dict[str, Any]], metric: str = "held_out_loss") -> list[
 
 
 def setting_words(settings: dict[str, Any]) -> str:
-    """A setting by the last parts of its keys."""
-    return ", ".join(f"{key.split('.')[-1]} {value}" for key, value in settings.items())
+    """A setting by the last parts of its keys: `p 0.25, sizes 0.5/0.6/2 + 0.25/0.4/4`."""
+    return ", ".join(f"{key.split('.')[-1]} {value_words(value)}" for key, value in settings.items())
+
+
+def value_words(value: Any) -> str:
+    """A value in few letters; of patch sizes, fraction, weight and batch multiplier."""
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if isinstance(value, list):
+        return " + ".join(map(value_words, value)) or "none"
+    if isinstance(value, dict):
+        return "/".join(map(value_words, value.values()))
+    return str(value)

@@ -27,7 +27,7 @@ def report(folder: str, out: str) -> Path:
     if (place / "demo.json").is_file():
         title, sections = _chain_page(place)
     elif (place / "search.json").is_file():
-        title, sections = f"Search {place.name}", search_sections(place)
+        title, sections = f"Search {read_json(place / 'search.json')['search']['name']}", search_sections(place)
     elif (place / "run.json").is_file():
         title, sections = f"Run {place.name}", _run_sections(place)
     elif (place / "sampling.json").is_file():

@@ -21,7 +21,7 @@ from patchloom.pipelines.frontier import (
     recommendation,
 )
 from patchloom.pipelines.page import numbers, table
-from patchloom.pipelines.ranking import Ranked, ranked, setting_words
+from patchloom.pipelines.ranking import Ranked, ranked, setting_words, value_words
 from patchloom.pipelines.search_plots import curve_sections, frontier_plot, p_curves, parallel_coordinates
 from patchloom.platform.errors import UserError
 from patchloom.platform.progress import clock
@@ -109,7 +109,7 @@ def _equal_sections(equals: list[Equal]) -> list[str]:
         best = equal.order[0]
         sections.append(
             f"<p>At equal {COSTS[equal.by]} ({equal.cost:,.4g}): <b>{html.escape(best.words())}</b> is ahead, "
-            f"{best.value().replace('+-', '±')}; by noise level in the table.</p>"
+            f"{best.value()}; by noise level in the table.</p>"
         )
         sections.append(_equal_table(equal))
     sections.append(
@@ -127,7 +127,7 @@ def _equal_table(equal: Equal) -> str:
     leads = {sigma: min(equal.order, key=lambda setting: mean(equal.by_sigma(setting)[sigma])) for sigma in sigmas}
     rows = []
     for setting in equal.order:
-        cells = [setting.words(), setting.value().replace("+-", "±")]
+        cells = [setting.words(), setting.value()]
         for sigma, losses in equal.by_sigma(setting).items():
             spread = f" ± {stdev(losses):.4f}" if len(losses) > 1 else ""
             cells.append(f"{mean(losses):.4f}{spread}{' *' if leads[sigma] is setting else ''}")
@@ -174,7 +174,7 @@ def _settings_table(trials: list[Trial], order: list[Ranked], keys: list[str]) -
               "counted images", "TFLOP", "seconds"]  # fmt: skip
     rows = []
     for found in order:
-        cells = [found.value().replace("+-", "±"), *(f"{mean_over(found, name):.4g}" for name in more)]
+        cells = [found.value(), *(f"{mean_over(found, name):.4g}" for name in more)]
         cells += [f"{mean_over(found, 'updates'):,.0f}", f"{mean_over(found, 'images_seen'):,.0f}"]
         cells += [f"{mean_over(found, 'flops') / 1e12:.3f}", f"{mean_over(found, 'seconds'):.0f}"]
         rows.append([*_setting_cells(found.settings, keys), *cells])
@@ -189,7 +189,7 @@ def _settings_table(trials: list[Trial], order: list[Ranked], keys: list[str]) -
 
 
 def _setting_cells(settings: dict[str, Any], keys: list[str]) -> list[str]:
-    return [str(settings.get(key, "")) for key in keys]  # a key that hangs on others may not be there
+    return [value_words(settings.get(key, "")) for key in keys]  # a key that hangs on others may not be there
 
 
 def _not_tried(trials: list[Trial], search: dict[str, Any]) -> str:

@@ -7,7 +7,7 @@ from typing import Any
 
 from patchloom.pipelines.frontier import COSTS, HELD_OUT, Curve, Equal, Trial, metric_words, pareto, stochastic_by_p
 from patchloom.pipelines.page import COLOURS, png_data, svg, tidy
-from patchloom.pipelines.ranking import setting_words
+from patchloom.pipelines.ranking import setting_words, value_words
 
 PLOT_WIDTH, PLOT_HEIGHT, PLOT_MARGIN, LOOK_SIDE = 560, 340, 56, 300
 
@@ -79,7 +79,7 @@ def _point(
     colour = {"finished": COLOURS[0] if on_front else COLOURS[1], "stopped": "#9aa5b1"}[trial["status"]]
     words = [
         f"trial {trial['name']}, {trial['status']}",
-        *(f"{key.split('.')[-1]} {value}" for key, value in trial["settings"].items()),
+        *(f"{key.split('.')[-1]} {value_words(value)}" for key, value in trial["settings"].items()),
         f"{metric_words(metric)} {values[1]:.4f}",
         f"{values[0]:.3f} TFLOP, {trial['updates']:,} updates",
     ]
@@ -184,6 +184,6 @@ def _positions(values: list[Any]) -> tuple[list[float], dict[float, str]]:
         span = (high - low) or 1
         marks = {0.0: f"{low:.4g}", 1.0: f"{high:.4g}"} if high > low else {0.0: f"{low:.4g}"}
         return [(value - low) / span for value in values], marks
-    names = sorted({str(value) for value in values})
+    names = sorted({value_words(value) for value in values})
     places = {name: number / max(1, len(names) - 1) for number, name in enumerate(names)}
-    return [places[str(value)] for value in values], {place: name for name, place in places.items()}
+    return [places[value_words(value)] for value in values], {place: name for name, place in places.items()}

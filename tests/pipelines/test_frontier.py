@@ -106,8 +106,8 @@ def test_a_recommendation_says_what_it_stands_on() -> None:
     clear = [trial("000", {"patches.p": 0.5}, 0.10), trial("001", {"patches.p": 0.5}, 0.12, 1),
              trial("002", {"patches.p": 1.0}, 0.50), trial("003", {"patches.p": 1.0}, 0.52, 1)]  # fmt: skip
     words = recommendation(ranked(clear), "1e+12 flops")
-    assert words.startswith("Take p 0.5: held-out loss 0.1100 +- 0.0141 (n = 2) at 1e+12 flops a trial")
-    assert "0.4000 ahead of p 1.0, 28.3 standard errors over 2 seeds" in words  # .4 / sqrt(2 x .0141^2 / 2)
+    assert words.startswith("Take p 0.5: held-out loss 0.1100 ± 0.0141 (n = 2) at 1e+12 flops a trial")
+    assert "0.4000 ahead of p 1, 28.3 standard errors over 2 seeds" in words  # .4 / sqrt(2 x .0141^2 / 2)
     close = [*clear[:2], trial("002", {"patches.p": 1.0}, 0.10), trial("003", {"patches.p": 1.0}, 0.13, 1)]
     assert "do not tell apart" in recommendation(ranked(close), "b")
     assert "luck is not excluded" in recommendation(ranked(clear[::2]), "b")
