@@ -74,7 +74,12 @@ def prepare(
     short_side: Annotated[int | None, typer.Option(min=1, help="windows: photographs are resized to it")] = None,
     stride: Annotated[int | None, typer.Option(min=1, help="windows: pixels between them")] = None,
     allow_backbone: Backbones = None,
-    workers: Workers = None,
+    workers: Annotated[
+        int | None,
+        typer.Option(
+            min=0, help="Processes at once; 0 is this one; by default this one for 10 s, then all CPUs or GPUs"
+        ),
+    ] = None,
 ) -> None:
     """Turn images into an Arrow dataset of pixels or latents."""
     allow_backbones(*allow_backbone or [])

@@ -44,7 +44,7 @@ def curve_of(folder: Path, trial: Trial) -> Curve:
 
 
 def at_equal(trials: Sequence[Trial], curves: dict[str, Curve], by: str) -> Equal | None:
-    """Finished trials at the largest cost that all of them reached; None where one was not measured before it."""
+    """Finished trials at the largest cost that all of them reached; None where one was first measured after it."""
     finished = [trial for trial in trials if trial["status"] == "finished" and curves[trial["name"]]]
     if not finished:
         return None
@@ -138,7 +138,7 @@ def proxy_correlations(
 def recommendation(order: Sequence[Ranked], budget: str) -> str:
     """What to take, in a sentence with its evidence: how many seeds, at what budget, how far ahead of the next."""
     best = order[0]
-    words = f"Take {best.words()}: {metric_words(best.metric)} {best.value()} at {budget} a trial"
+    words = f"Take {best.words()}: {metric_words(best.metric)} {best.value_of_n()} at {budget} a trial"
     if len(order) == 1:
         return f"{words}; no other setting finished."
     second = order[1]

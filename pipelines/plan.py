@@ -3,11 +3,15 @@
 import subprocess
 import sys
 import time
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
+from multiprocessing import get_context
+from statistics import mean
 from typing import Any
 
 import torch
 
+from patchloom.models.backbones import allow_backbones, allowed_backbones
 from patchloom.models.codec import identity_space
 from patchloom.models.cost import foretold_gain, measured_seconds_of_crop
 from patchloom.models.denoiser import build_denoiser
@@ -24,9 +28,9 @@ from patchloom.pipelines.trials import (
     set_recipe,
     trial_recipe,
 )
-from patchloom.platform.dataset import Dataset, open_dataset
+from patchloom.platform.dataset import open_dataset
 from patchloom.platform.progress import clock
-from patchloom.platform.recipe import Recipe
+from patchloom.platform.recipe import Recipe, check_recipe
 from patchloom.platform.search import load_search
 
 
@@ -132,10 +136,11 @@ def search_plan(search: str, dataset: str, concurrent: int = 1) -> str:
         settings = sum(trial.repeat == 0 for trial in planned)
         lines = [f"{definition.name}: {settings} settings, {len(planned)} trials"]
     start, flops, queue = seconds_to_start(), 0.0, [0.0] * concurrent
+    seconds = iter(_measured_together([trial.recipe for trial in planned if trial.repeat == 0], dataset, concurrent))
     for number, trial in enumerate(planned):
         if trial.repeat == 0:
             name = setting_words(trial.settings) or f"{base.name} as it is"
-            cost = _trial_cost(trial, dataset, rows)
+            cost = _trial_cost(trial, dataset, next(seconds))
             lines.append(f"  {number:>3}  {name}: {cost.words}")
         flops += cost.flops
         queue[queue.index(min(queue))] += start + cost.seconds  # whoever is free takes the next
@@ -156,12 +161,28 @@ class _Cost:
     words: str
 
 
-def _trial_cost(trial: Trial, dataset: str, rows: Dataset) -> _Cost:
+def _trial_cost(trial: Trial, dataset: str, seconds: float) -> _Cost:
     if trial.recipe is None:
         return _Cost(0.0, 0.0, f"cannot be ({trial.problem.partition(': ')[2]})")
-    plan, seconds = describe_plan(trial.recipe, dataset), seconds_of_trial(trial.recipe, rows)
+    plan = describe_plan(trial.recipe, dataset)
     words = f"{plan['updates']:,} updates, {plan['crops']:,} counted images, {plan['flops'] / 1e12:,.3f} TFLOP"
     return _Cost(plan["flops"], seconds, f"{words}, {clock(seconds)}")
+
+
+def _measured_together(recipes: list[Recipe | None], dataset: str, concurrent: int) -> list[float]:
+    """Seconds of each trial, measured by as many processes at once as trials will run: these slow one another."""
+    values = [recipe and recipe.model_dump(mode="json") for recipe in recipes]
+    argument = values, dataset, allowed_backbones()
+    with ProcessPoolExecutor(concurrent, get_context("spawn")) as pool:
+        found = list(pool.map(_measured_here, [argument] * concurrent))
+    return [mean(seconds) for seconds in zip(*found, strict=True)]
+
+
+def _measured_here(argument: tuple[list[dict[str, Any] | None], str, list[str]]) -> list[float]:
+    values, dataset, backbones = argument
+    allow_backbones(*backbones)
+    rows = open_dataset(dataset)
+    return [seconds_of_trial(check_recipe(recipe), rows) if recipe else 0.0 for recipe in values]
 
 
 def seconds_to_start() -> float:

@@ -7,7 +7,9 @@ a preparation that was killed keeps its finished shards and makes the others aga
 import contextlib
 import hashlib
 import json
+import os
 import re
+import time
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
@@ -31,6 +33,7 @@ from patchloom.platform.sources import Source, open_source, repeated
 from patchloom.platform.storage import local_path, locked, make_folder, sweep_partial
 
 SHARD_ROWS, SHARD_BYTES = 512, 64 << 20  # of decoded images: what a worker holds at once
+HEAD_START_S = 10.0  # of work in this process; less of it is done by the time that Ray would have started
 SD_VAE, LATENTS_FROM_PIXELS = "stabilityai/sd-vae-ft-mse", 256
 TO_JSON = json.JSONEncoder(ensure_ascii=False).encode  # one for all: json.dumps makes one a call
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(/[\w.-]+)?")
@@ -80,7 +83,8 @@ def prepare(
     1 for grey. min_side: smaller images are left out. labels: a file of keys and labels, if it lies apart.
     autoencoder: encode to latents with this model (a folder, models:/... or a hub id; "none" for pixels), by
     default Stable Diffusion's at 256 pixels and more. precision: what the encoder computes in. mirror: encode
-    mirror images too. workers: how many shards are made at once, all CPUs (or GPUs) of the session by default.
+    mirror images too. workers: how many shards are made at once, all CPUs (or GPUs) of the session by
+    default, after a head start in this process; 0 makes all of them here, without Ray.
     Source and dataset may be remote. A second call has nothing to do, and a call after a kill does what is
     missing. Raises UserError for what cannot be prepared.
     """
@@ -285,6 +289,10 @@ def _make_shards(folder: Folder, plan: Plan, inputs: int, workers: int | None) -
     argument = {"folder": folder.address, "backbones": allowed_backbones()}
     with progress("encoding" if plan.autoencoder else "preparing", inputs, "images") as meter:
         meter.begin(kept)
+        if workers is None and plan.autoencoder is None and not os.environ.get("RAY_ADDRESS"):
+            began, maker = time.monotonic(), ShardMaker(argument)
+            while todo and time.monotonic() - began < HEAD_START_S:
+                meter.update(meter.done + maker(todo.pop(0))["inputs"])
         for row in map_on_actors(ShardMaker, argument, todo, workers, on_gpus=plan.autoencoder is not None):
             meter.update(meter.done + row["inputs"])
 

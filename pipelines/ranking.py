@@ -25,9 +25,12 @@ class Ranked:
         return setting_words(self.settings)
 
     def value(self) -> str:
-        """`0.5123`, or `0.5123 ± 0.0040 (n = 3)`."""
-        spread = "" if self.spread is None else f" ± {self.spread:.4f} (n = {len(self.trials)})"
-        return f"{self.mean:.4f}{spread}"
+        """`0.5123`, or `0.5123 ± 0.0040`."""
+        return f"{self.mean:.4f}" + ("" if self.spread is None else f" ± {self.spread:.4f}")
+
+    def value_of_n(self) -> str:
+        """`0.5123 ± 0.0040 (n = 3)`."""
+        return self.value() + ("" if self.spread is None else f" (n = {len(self.trials)})")
 
 
 def ranked(trials: list[dict[str, Any]], metric: str = "held_out_loss") -> list[Ranked]:

@@ -53,24 +53,28 @@ def search_sections(folder: Path) -> list[str]:
     if not order:
         raise UserError(f"{folder} has no finished trial yet: let `patchloom tune` end, or go on with --restore")
     curves = {trial["name"]: curve_of(folder, trial) for trial in trials}
-    budget = ", ".join(f"{value:,.4g} {name}" for name, value in search["budget"].items() if value)
-    keys = list(search["space"])
-    equals = [equal for by in COSTS if (equal := at_equal(trials, curves, by))]
+    keys = list(dict.fromkeys([*search["space"], *(key for setting in search["also"] for key in setting)]))
     return [
-        f'<p class="lead">{html.escape(recommendation(order, budget))}</p>',
+        f'<p class="lead">{html.escape(recommendation(order, _budget(search)))}</p>',
         numbers(*_counts(trials, order)),
         f"<p>{html.escape(_how(search))}</p>",
         "<h3>Quality against cost</h3>",
         frontier_plot(folder, trials, search["metric"]),
-        *_equal_sections(equals),
+        *_equal_sections(trials, curves),
         *curve_sections(trials, curves),
         *_importance_sections(trials, keys, search["metric"]),
         *_proxy_sections(trials, curves),
         "<h3>Every setting</h3>",
         _settings_table(trials, order, keys),
         "<h3>Not tried</h3>",
-        f"<p>{html.escape(_not_tried(trials, search))}</p>",
+        f"<p>{html.escape(_not_tried(trials, search, keys))}</p>",
     ]
+
+
+def _budget(search: dict[str, Any]) -> str:
+    """`4 TFLOP`, `20,000 images`."""
+    name, value = next((name, value) for name, value in search["budget"].items() if value)
+    return f"{value / 1e12:,.4g} TFLOP" if name == "flops" else f"{value:,.10g} {name}"
 
 
 def _counts(trials: list[Trial], order: list[Ranked]) -> list[tuple[str, str]]:
@@ -100,26 +104,31 @@ def _how(search: dict[str, Any]) -> str:
     return words + "Trials this short tell which setting starts best, not which ends best."
 
 
-def _equal_sections(equals: list[Equal]) -> list[str]:
+def _equal_sections(trials: list[Trial], curves: dict[str, Curve]) -> list[str]:
     """Which setting is ahead at equal FLOPs, updates and counted images, in all and at each noise level."""
-    if not equals:
-        return []
-    sections = ["<h3>At equal cost, counted in three ways</h3>"]
-    for equal in equals:
+    equals, sections = [], ["<h3>At equal cost, counted in three ways</h3>"]
+    for by, name in COSTS.items():
+        equal = at_equal(trials, curves, by)
+        if equal is None:
+            sections.append(
+                f'<p class="note">At equal {name} nothing can be said: some trial was first measured when another had '
+                "ended. A smaller train.held_out_every_images tells.</p>"
+            )
+            continue
         best = equal.order[0]
         sections.append(
-            f"<p>At equal {COSTS[equal.by]} ({equal.cost:,.4g}): <b>{html.escape(best.words())}</b> is ahead, "
-            f"{best.value()}; by noise level in the table.</p>"
+            f"<p>At equal {name} ({equal.cost:,.4g}): <b>{html.escape(best.words())}</b> is ahead, "
+            f"{best.value_of_n()}.</p>"
         )
         sections.append(_equal_table(equal))
+        equals.append(equal)
     sections.append(
         '<p class="note">Numbers between two measurements of a trial lie on a straight line of their logarithms. Ramps '
         "and averages are those of a trial's own length, so one that could have gone on is judged a little early.</p>"
     )
-    curves = p_curves(equals)
     by_images = next((equal for equal in equals if equal.by == "images_seen"), None)
     words = beside_the_paper(by_images) if by_images else ""
-    return [*sections, *curves, *([f"<p>{html.escape(words)}</p>"] if words else [])]
+    return [*sections, *p_curves(equals), *([f"<p>{html.escape(words)}</p>"] if words else [])]
 
 
 def _equal_table(equal: Equal) -> str:
@@ -192,9 +201,9 @@ def _setting_cells(settings: dict[str, Any], keys: list[str]) -> list[str]:
     return [value_words(settings.get(key, "")) for key in keys]  # a key that hangs on others may not be there
 
 
-def _not_tried(trials: list[Trial], search: dict[str, Any]) -> str:
+def _not_tried(trials: list[Trial], search: dict[str, Any], keys: list[str]) -> str:
     """What this search says nothing about."""
-    fixed = [words for key, words in KNOBS.items() if not any(name.startswith(key) for name in search["space"])]
+    fixed = [words for key, words in KNOBS.items() if not any(name.startswith(key) for name in keys)]
     sentences = [f"This search kept fixed: {', '.join(fixed)}."]
     failed = [trial for trial in trials if trial["status"] == "failed"]
     if failed:

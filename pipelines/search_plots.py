@@ -106,12 +106,12 @@ def p_curves(equals: list[Equal]) -> list[str]:
     from matplotlib.figure import Figure
 
     by_p = [(equal, stochastic_by_p(equal)) for equal in equals]
-    if any(len(found) < 2 for _, found in by_p):
+    if not by_p or any(len(found) < 2 for _, found in by_p):
         return []
     figure = Figure(figsize=(11, 3.2), layout="constrained")
     panels = figure.subplots(1, len(by_p), squeeze=False)[0]
     for axes, (equal, found) in zip(panels, by_p, strict=True):
-        errors = [1.96 * (setting.spread or 0) / len(setting.trials) ** 0.5 for setting in found.values()]
+        errors = [(setting.spread or 0) / len(setting.trials) ** 0.5 for setting in found.values()]
         axes.errorbar(list(found), [setting.mean for setting in found.values()], errors, color=COLOURS[1], marker="o",
                       capsize=3, label="stochastic")  # fmt: skip
         others = [setting for setting in equal.order if setting.settings.get("patches.schedule") == "progressive"]
@@ -122,7 +122,7 @@ def p_curves(equals: list[Equal]) -> list[str]:
         axes.set_xlabel("p")
         tidy(axes)
     panels[0].set_ylabel("held-out loss")
-    caption = "Held-out loss by p. Bars: 95 % intervals of the mean over seeds, as if normal; none for one seed."
+    caption = "Held-out loss by p. Bars: the standard error of the mean over seeds; none for one seed."
     return [f"<figure>{svg(figure)}<figcaption>{caption}</figcaption></figure>"]
 
 

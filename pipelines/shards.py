@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import warnings
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -63,7 +64,9 @@ class ShardMaker:
         """Make shard `item["shard"]`: its Arrow file, then the note that says it is finished."""
         name = f"part-{item['shard']:05d}"
         inputs = [json.loads(line) for line in self.folder.read(f"{INPUTS}/{name}.jsonl").splitlines()]
-        keys, labels, images, skipped, digest = self._rows(inputs) if self.pixels else self._images(inputs)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of Pillow: what cannot be used is listed
+            keys, labels, images, skipped, digest = self._rows(inputs) if self.pixels else self._images(inputs)
         tensors = {"image": images}
         if self.autoencoder is not None and keys:
             tensors = self._encode(images)

@@ -123,8 +123,7 @@ def images_for(budget: Budget, recipe: Recipe, dataset: Dataset) -> int:
     if budget.updates is not None:
         return round(budget.updates * per_update)
     if budget.flops is not None:
-        cost_of_crop = {size.pixels: float(training_flops(denoiser, size.pixels)) for size in method.schedule.sizes}
-        return max(1, round(budget.flops / step_cost(method, cost_of_crop, 1)[0] * per_update))
+        return max(1, round(budget.flops / _flops_of_update(denoiser, method) * per_update))
     assert budget.seconds is not None  # the schema holds exactly one of them
     return max(1, round(budget.seconds / seconds_of_update(recipe, dataset) * per_update))
 
@@ -222,11 +221,23 @@ def check_space(search: Search, base: Recipe, dataset: Dataset) -> None:
     raise UserError(f"no setting of the space fits; one of them, {problems[0]}")
 
 
-def search_images(search: Search, base: Recipe, dataset: Dataset, planned: list[Trial]) -> int:
-    """The counted images of all trials together; of those that are advised, as if all were the base recipe's."""
+def search_flops(search: Search, base: Recipe, dataset: Dataset, planned: list[Trial]) -> float:
+    """What all trials together are expected to spend; of those that are advised, as if all were the base recipe's."""
     if planned:
-        return sum(trial.recipe.train.images for trial in planned if trial.recipe)
-    return search.trials * images_for(search.budget, set_recipe(search, base, {}), dataset)
+        return sum(trial_flops(trial.recipe, dataset) for trial in planned if trial.recipe)
+    return search.trials * trial_flops(trial_recipe(search, set_recipe(search, base, {}), dataset, {}), dataset)
+
+
+def trial_flops(recipe: Recipe, dataset: Dataset) -> float:
+    """What a trial is expected to spend on its steps."""
+    denoiser = model_card(recipe, dataset)["denoiser"]
+    method = method_of(recipe, denoiser["resolution"])
+    return method.updates * _flops_of_update(denoiser, method)
+
+
+def _flops_of_update(denoiser: dict[str, Any], method: Method) -> float:
+    cost_of_crop = {size.pixels: float(training_flops(denoiser, size.pixels)) for size in method.schedule.sizes}
+    return step_cost(method, cost_of_crop, 1)[0]
 
 
 def full_length(base: Recipe, settings: dict[str, Any]) -> Recipe:

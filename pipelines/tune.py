@@ -30,7 +30,7 @@ from patchloom.pipelines.trials import (
     plan_trials,
     planned_config,
     run_trial,
-    search_images,
+    search_flops,
     trial_config,
     trial_row,
 )
@@ -110,8 +110,8 @@ def tune(
         with _closing(folder, run_id):
             began = time.monotonic()
             common = trial_config(definition, base, rows, folder, run_id, workers)
-            images = search_images(definition, base, rows, planned)
-            trials = _run_trials(folder, definition, planned, common, Resources(concurrent, workers, gpus), images)
+            flops = search_flops(definition, base, rows, planned)
+            trials = _run_trials(folder, definition, planned, common, Resources(concurrent, workers, gpus), flops)
             if definition.final is not None:
                 trials = measure_finals(folder, trials, definition.final, rows)
             order = ranked(trials, definition.metric)
@@ -120,7 +120,7 @@ def tune(
             log_metrics(run_id, {definition.metric: order[0].mean, **spent})
             page = report(str(folder), str(folder / "report.html"))
             log_artifacts(run_id, folder / TRIALS_FILE, folder / "best.yaml", page)
-    say(f"  best of {len(order)} settings: {order[0].words()}, {definition.metric} {order[0].value()}")
+    say(f"  best of {len(order)} settings: {order[0].words()}, {definition.metric} {order[0].value_of_n()}")
     say(f"  open {page}")
     if register_best:
         register(str(folder / "trials" / order[0].best["name"]), register_best)
@@ -172,9 +172,9 @@ def _closing(folder: Path, run_id: str) -> Iterator[None]:
 
 
 def _run_trials(
-    folder: Path, search: Search, planned: list[Trial], common: dict[str, Any], resources: Resources, images: int
+    folder: Path, search: Search, planned: list[Trial], common: dict[str, Any], resources: Resources, flops: float
 ) -> list[dict[str, Any]]:
-    """Every trial's row, in their order; finished ones of an earlier call as they are. images: of all trials."""
+    """Every trial's row, in their order; finished ones of an earlier call as they are. flops: of all together."""
     adapts = search.is_advised or search.stops_early
     if adapts and (folder / TRIALS_FILE).is_file():
         return sorted(read_json_lines(folder / TRIALS_FILE), key=lambda row: str(row["name"]))
@@ -183,7 +183,7 @@ def _run_trials(
     # those of a bracket belong together, and one that is finished returns at once
     todo = [config for config in configs if adapts or config["name"] not in done]
     ended: list[tuple[dict[str, Any], str | None]] = [(config, None) for config in configs if config not in todo]
-    with progress(f"searching {search.name}", images, "images") as meter, _watched(folder / "trials", meter):
+    with progress(f"searching {search.name}", flops / 1e9, "GFLOP") as meter, _watched(folder / "trials", meter):
         if todo or search.is_advised:
             ended += run_on_tune(run_trial, todo or advice(search, common), folder / ".ray", resources, halving(search))
     shutil.rmtree(folder / ".ray", ignore_errors=True)
@@ -219,7 +219,7 @@ def _watched(trials: Path, meter: Meter) -> Iterator[None]:
     def look() -> None:
         for path in trials.glob(f"*/{PROGRESS_FILE}"):
             for line in tails.setdefault(path, JsonLinesTail(path)).new_lines():
-                seen[path] = line["images_seen"]
+                seen[path] = line["flops"] / 1e9
         if seen:
             meter.update(sum(seen.values()), f"{len(seen)} trials begun")
 

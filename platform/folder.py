@@ -156,7 +156,7 @@ class Folder:
                     _output(system, f"{base}/{name}") as target,
                 ):
                     shutil.copyfileobj(source, target, COPY_BYTES)  # an object appears when its upload is complete
-            except (OSError, UserError):
+            except BaseException:
                 with contextlib.suppress(OSError, UserError):
                     self.remove(name)  # closing ends an upload, wherever it stands
                 raise

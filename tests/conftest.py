@@ -101,7 +101,7 @@ def pixels(images: Path, ray_cluster: None, tmp_path_factory: pytest.TempPathFac
     from patchloom.pipelines.prepare import prepare
 
     folder = tmp_path_factory.mktemp("data") / "pixels"
-    prepare(str(images), str(folder), resolution=16, shard_rows=20)
+    prepare(str(images), str(folder), resolution=16, shard_rows=20, workers=2)
     return folder
 
 

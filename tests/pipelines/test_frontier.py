@@ -105,8 +105,8 @@ def test_the_proxy_is_judged_at_parts_of_the_budget() -> None:
 def test_a_recommendation_says_what_it_stands_on() -> None:
     clear = [trial("000", {"patches.p": 0.5}, 0.10), trial("001", {"patches.p": 0.5}, 0.12, 1),
              trial("002", {"patches.p": 1.0}, 0.50), trial("003", {"patches.p": 1.0}, 0.52, 1)]  # fmt: skip
-    words = recommendation(ranked(clear), "1e+12 flops")
-    assert words.startswith("Take p 0.5: held-out loss 0.1100 ± 0.0141 (n = 2) at 1e+12 flops a trial")
+    words = recommendation(ranked(clear), "1 TFLOP")
+    assert words.startswith("Take p 0.5: held-out loss 0.1100 ± 0.0141 (n = 2) at 1 TFLOP a trial")
     assert "0.4000 ahead of p 1, 28.3 standard errors over 2 seeds" in words  # .4 / sqrt(2 x .0141^2 / 2)
     close = [*clear[:2], trial("002", {"patches.p": 1.0}, 0.10), trial("003", {"patches.p": 1.0}, 0.13, 1)]
     assert "do not tell apart" in recommendation(ranked(close), "b")
@@ -129,7 +129,7 @@ def test_the_page_is_whole_for_every_outcome(tmp_path: Path) -> None:
     """Finished, stopped and failed trials, several keys, drawn values, and a final distance."""
     space = {"patches.p": {"grid": [0.5, 1.0]}, "optimizer.lr": {"loguniform": [1e-4, 1e-2]}}
     search = {"space": space, "metric": "held_out_loss", "budget": {"flops": 1e12, "images": None}, "repeats": 1,
-              "searcher": "tpe", "scheduler": {"kind": "asha"}}  # fmt: skip
+              "also": [], "searcher": "tpe", "scheduler": {"kind": "asha"}}  # fmt: skip
     write_json(tmp_path / "search.json", {"format_version": 2, "search": search})
     rows = [
         trial(f"{n:03d}", {"patches.p": p, "optimizer.lr": lr}, loss, final_distance=loss * 2)

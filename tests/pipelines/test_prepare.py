@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import skimage
-from helpers import shard_hashes
+from helpers import run_python, shard_hashes
 from PIL import Image
 
 from patchloom.pipelines.images import Transform
@@ -51,6 +51,17 @@ def test_one_worker_and_two_write_the_same_bytes(images: Path, pixels: Path, tmp
     prepare(str(images), str(tmp_path / "again"), resolution=16, shard_rows=20, workers=1)
     assert shard_hashes(tmp_path / "again") == shard_hashes(pixels)
     assert (tmp_path / "again" / "dataset.json").read_bytes() == (pixels / "dataset.json").read_bytes()
+
+
+def test_what_takes_less_than_rays_start_is_done_without_it(images: Path, pixels: Path, tmp_path: Path) -> None:
+    out = tmp_path / "here"
+    code = (
+        "import sys; from patchloom.pipelines.prepare import prepare; "
+        f"prepare({str(images)!r}, {str(out)!r}, resolution=16, shard_rows=20); print('ray' in sys.modules)"
+    )
+    done = run_python(code)
+    assert done.returncode == 0 and done.stdout.splitlines()[-1] == "False", done.stderr
+    assert shard_hashes(out) == shard_hashes(pixels)
 
 
 def test_an_unfinished_preparation_goes_on_and_keeps_what_is_finished(
