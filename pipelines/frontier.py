@@ -20,7 +20,7 @@ P, SCHEDULE = "patches.p", "patches.schedule"
 PAPER_FID = {0.0: 14.51, 0.1: 3.05, 0.25: 2.10, 0.5: 1.77, 0.75: 1.65, 1.0: 1.66}
 CLEARLY = 2.0  # standard errors of a difference
 
-Trial = dict[str, Any]
+Row = dict[str, Any]
 Curve = list[dict[str, Any]]  # the progress lines of a trial that hold a held-out loss
 
 
@@ -38,12 +38,12 @@ class Equal:
         return {sigma: [trial[BY_SIGMA][sigma] for trial in setting.trials] for sigma in sigmas}
 
 
-def curve_of(folder: Path, trial: Trial) -> Curve:
+def curve_of(folder: Path, trial: Row) -> Curve:
     """The measured points of a trial."""
     return [line for line in read_json_lines(folder / "trials" / trial["name"] / PROGRESS_FILE) if HELD_OUT in line]
 
 
-def at_equal(trials: Sequence[Trial], curves: dict[str, Curve], by: str) -> Equal | None:
+def at_equal(trials: Sequence[Row], curves: dict[str, Curve], by: str) -> Equal | None:
     """Finished trials at the largest cost that all of them reached; None where one was first measured after it."""
     finished = [trial for trial in trials if trial["status"] == "finished" and curves[trial["name"]]]
     if not finished:
@@ -89,7 +89,7 @@ def rank_correlation(one: Sequence[float], other: Sequence[float]) -> float | No
     return float(np.corrcoef(ranks[0], ranks[1])[0, 1])
 
 
-def importance(trials: Sequence[Trial], keys: Sequence[str], metric: str) -> dict[str, float]:
+def importance(trials: Sequence[Row], keys: Sequence[str], metric: str) -> dict[str, float]:
     """The share of the metric's variance over finished trials that each key alone accounts for, largest first.
 
     Of a key with few values, that between their means (eta squared); of a drawn number, that of a line through the
@@ -113,9 +113,7 @@ def importance(trials: Sequence[Trial], keys: Sequence[str], metric: str) -> dic
     return dict(sorted(shares.items(), key=lambda item: -item[1]))
 
 
-def proxy_correlations(
-    trials: Sequence[Trial], curves: dict[str, Curve], expensive: str
-) -> list[tuple[str, float, int]]:
+def proxy_correlations(trials: Sequence[Row], curves: dict[str, Curve], expensive: str) -> list[tuple[str, float, int]]:
     """How well the held-out loss, at parts of the budget and at the end, foretells the order of an expensive metric.
 
     Returns (where, Spearman's rank correlation, trials) of each.

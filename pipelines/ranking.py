@@ -4,6 +4,9 @@ from dataclasses import dataclass
 from statistics import mean, stdev
 from typing import Any
 
+SEARCH_FORMAT = 2
+SEARCH_FILE, TRIALS_FILE = "search.json", "trials.jsonl"  # of a search's folder: what it is, and its table
+
 
 @dataclass(frozen=True)
 class Ranked:

@@ -10,7 +10,7 @@ from patchloom.pipelines.frontier import (
     HELD_OUT,
     Curve,
     Equal,
-    Trial,
+    Row,
     at_equal,
     beside_the_paper,
     curve_of,
@@ -21,14 +21,20 @@ from patchloom.pipelines.frontier import (
     recommendation,
 )
 from patchloom.pipelines.page import numbers, table
-from patchloom.pipelines.ranking import Ranked, ranked, setting_words, value_words
+from patchloom.pipelines.ranking import (
+    SEARCH_FILE,
+    SEARCH_FORMAT,
+    TRIALS_FILE,
+    Ranked,
+    ranked,
+    setting_words,
+    value_words,
+)
 from patchloom.pipelines.search_plots import curve_sections, frontier_plot, p_curves, parallel_coordinates
 from patchloom.platform.errors import UserError
 from patchloom.platform.progress import clock
 from patchloom.platform.storage import read_json, read_json_lines
 
-TRIALS_FILE = "trials.jsonl"
-FORMAT = 2
 KNOBS = {  # of a recipe, by what people ask of them first
     "patches.p": "p",
     "patches.schedule": "the schedule",
@@ -45,8 +51,8 @@ KNOBS = {  # of a recipe, by what people ask of them first
 
 def search_sections(folder: Path) -> list[str]:
     """The page of a search's folder; raises UserError for one that is not finished."""
-    card = read_json(folder / "search.json")
-    if card["format_version"] != FORMAT:
+    card = read_json(folder / SEARCH_FILE)
+    if card["format_version"] != SEARCH_FORMAT:
         raise UserError(f"{folder} was written by another version of patchloom: search again with this one")
     trials, search = read_json_lines(folder / TRIALS_FILE), card["search"]
     order = ranked(trials, search["metric"])
@@ -77,7 +83,7 @@ def _budget(search: dict[str, Any]) -> str:
     return f"{value / 1e12:,.4g} TFLOP" if name == "flops" else f"{value:,.10g} {name}"
 
 
-def _counts(trials: list[Trial], order: list[Ranked]) -> list[tuple[str, str]]:
+def _counts(trials: list[Row], order: list[Ranked]) -> list[tuple[str, str]]:
     states = [trial["status"] for trial in trials]
     spent = [trial for trial in trials if "flops" in trial]
     counts = [("settings with a result", f"{len(order)}"), ("trials finished", f"{states.count('finished')}")]
@@ -104,7 +110,7 @@ def _how(search: dict[str, Any]) -> str:
     return words + "Trials this short tell which setting starts best, not which ends best."
 
 
-def _equal_sections(trials: list[Trial], curves: dict[str, Curve]) -> list[str]:
+def _equal_sections(trials: list[Row], curves: dict[str, Curve]) -> list[str]:
     """Which setting is ahead at equal FLOPs, updates and counted images, in all and at each noise level."""
     equals, sections = [], ["<h3>At equal cost, counted in three ways</h3>"]
     for by, name in COSTS.items():
@@ -146,7 +152,7 @@ def _equal_table(equal: Equal) -> str:
     )
 
 
-def _importance_sections(trials: list[Trial], keys: list[str], metric: str) -> list[str]:
+def _importance_sections(trials: list[Row], keys: list[str], metric: str) -> list[str]:
     shares = importance(trials, keys, metric)
     if len(shares) < 2:
         return []
@@ -163,7 +169,7 @@ def _importance_sections(trials: list[Trial], keys: list[str], metric: str) -> l
     ]
 
 
-def _proxy_sections(trials: list[Trial], curves: dict[str, Curve]) -> list[str]:
+def _proxy_sections(trials: list[Row], curves: dict[str, Curve]) -> list[str]:
     """Whether the held-out loss, which stops and ranks trials, foretells what is dear to measure."""
     sections = []
     for expensive in ("final_distance", "preview_frechet_distance"):
@@ -176,7 +182,7 @@ def _proxy_sections(trials: list[Trial], curves: dict[str, Curve]) -> list[str]:
     return ["<h3>Can the held-out loss be trusted?</h3>", *sections] if sections else []
 
 
-def _settings_table(trials: list[Trial], order: list[Ranked], keys: list[str]) -> str:
+def _settings_table(trials: list[Row], order: list[Ranked], keys: list[str]) -> str:
     metric = order[0].metric
     more = [name for name in ("final_distance", "preview_frechet_distance") if name != metric and name in order[0].best]
     header = [*(key.split(".")[-1] for key in keys), metric_words(metric), *map(metric_words, more), "updates",
@@ -201,7 +207,7 @@ def _setting_cells(settings: dict[str, Any], keys: list[str]) -> list[str]:
     return [value_words(settings.get(key, "")) for key in keys]  # a key that hangs on others may not be there
 
 
-def _not_tried(trials: list[Trial], search: dict[str, Any], keys: list[str]) -> str:
+def _not_tried(trials: list[Row], search: dict[str, Any], keys: list[str]) -> str:
     """What this search says nothing about."""
     fixed = [words for key, words in KNOBS.items() if not any(name.startswith(key) for name in keys)]
     sentences = [f"This search kept fixed: {', '.join(fixed)}."]

@@ -5,14 +5,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from patchloom.pipelines.frontier import COSTS, HELD_OUT, Curve, Equal, Trial, metric_words, pareto, stochastic_by_p
+from patchloom.pipelines.frontier import COSTS, HELD_OUT, Curve, Equal, Row, metric_words, pareto, stochastic_by_p
 from patchloom.pipelines.page import COLOURS, png_data, svg, tidy
 from patchloom.pipelines.ranking import setting_words, value_words
 
 PLOT_WIDTH, PLOT_HEIGHT, PLOT_MARGIN, LOOK_SIDE = 560, 340, 56, 300
 
 
-def frontier_plot(folder: Path, trials: list[Trial], metric: str) -> str:
+def frontier_plot(folder: Path, trials: list[Row], metric: str) -> str:
     """Every trial a point of cost and quality, with its preview where the mouse is; those that nothing beats joined."""
     there = [trial for trial in trials if metric in trial and "flops" in trial]
     points = [(trial["flops"] / 1e12, float(trial[metric])) for trial in there]
@@ -74,7 +74,7 @@ def _axes(scale_x: _Scale, scale_y: _Scale, metric: str) -> str:
 
 
 def _point(
-    folder: Path, trial: Trial, place: tuple[float, float], values: tuple[float, float], on_front: bool, metric: str
+    folder: Path, trial: Row, place: tuple[float, float], values: tuple[float, float], on_front: bool, metric: str
 ) -> str:
     colour = {"finished": COLOURS[0] if on_front else COLOURS[1], "stopped": "#9aa5b1"}[trial["status"]]
     words = [
@@ -126,7 +126,7 @@ def p_curves(equals: list[Equal]) -> list[str]:
     return [f"<figure>{svg(figure)}<figcaption>{caption}</figcaption></figure>"]
 
 
-def curve_sections(trials: list[Trial], curves: dict[str, Curve]) -> list[str]:
+def curve_sections(trials: list[Row], curves: dict[str, Curve]) -> list[str]:
     """The held-out loss of every trial while it spent its budget."""
     from matplotlib.figure import Figure
 
@@ -152,7 +152,7 @@ def curve_sections(trials: list[Trial], curves: dict[str, Curve]) -> list[str]:
     ]
 
 
-def parallel_coordinates(trials: list[Trial], keys: list[str], metric: str) -> str:
+def parallel_coordinates(trials: list[Row], keys: list[str], metric: str) -> str:
     """Parallel coordinates: a line a trial through its values, the darker the better."""
     from matplotlib import colormaps
     from matplotlib.figure import Figure

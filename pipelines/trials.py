@@ -281,7 +281,7 @@ def is_finished(folder: Path) -> bool:
 
 def trial_row(folder: Path, config: dict[str, Any], problem: str | None) -> dict[str, Any]:
     """A trial's row once it has ended: finished, failed with its reason, or stopped early with what it had."""
-    if problem is None and (folder / TRIAL).is_file():
+    if is_finished(folder) or (problem is None and (folder / TRIAL).is_file()):
         return dict(read_json(folder / TRIAL))
     if problem is not None:
         return {**_identity(config), "status": "failed", "error": problem}

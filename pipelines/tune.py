@@ -14,7 +14,7 @@ import yaml
 
 from patchloom import __version__
 from patchloom.pipelines.evaluate import evaluate
-from patchloom.pipelines.ranking import Ranked, ranked, setting_words
+from patchloom.pipelines.ranking import SEARCH_FILE, SEARCH_FORMAT, TRIALS_FILE, Ranked, ranked, setting_words
 from patchloom.pipelines.register import register
 from patchloom.pipelines.report import report
 from patchloom.pipelines.sample import sample
@@ -62,9 +62,6 @@ from patchloom.platform.tracking import (
 )
 from patchloom.platform.tuner import Resources, run_on_tune
 
-SEARCH_FORMAT = 2
-SEARCH_FILE = "search.json"
-TRIALS_FILE = "trials.jsonl"
 ORDER = ("finished", "stopped", "failed")
 LOOK_EVERY_S = 1.0
 
