@@ -14,6 +14,7 @@ import yaml
 from helpers import start_cli, tiny_recipe, wait_until
 
 from patchloom.pipelines import trials
+from patchloom.pipelines.checkpointer import newest_checkpoint
 from patchloom.pipelines.evaluate import evaluate
 from patchloom.pipelines.sample import sample
 from patchloom.pipelines.trials import plan_trials
@@ -222,6 +223,29 @@ def test_a_final_distance_is_that_of_the_trials_samples(ray_cluster: None, pixel
         assert trial["final_distance"] == pytest.approx(measured["metrics"]["frechet_distance"], rel=1e-6)
         found.append(trial["final_distance"])
     assert found == sorted(found)
+
+
+@pytest.mark.slow
+def test_a_trial_whose_process_dies_goes_on(pixels: Path, tmp_path: Path) -> None:
+    path = write_search(tmp_path, space={"patches.p": {"grid": [0.5]}}, budget={"updates": 400})
+    process = start_cli("tune", path, "--data", str(pixels), "--out", str(tmp_path / "search"), cwd=tmp_path)
+    run = tmp_path / "search" / "trials" / "000"
+    wait_until(lambda: newest_checkpoint(run), process)
+    lock = str(run / ".lock")
+    victims = [child for child in psutil.Process(process.pid).children(recursive=True) if lock in files_of(child)]
+    assert len(victims) == 1
+    victims[0].kill()
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output
+    (row,) = read_json_lines(tmp_path / "search" / "trials.jsonl")
+    assert row["status"] == "finished" and row["updates"] == 400
+    assert lock not in output and "best of 1 settings" in output
+
+
+def files_of(process: psutil.Process) -> list[str]:
+    with contextlib.suppress(psutil.Error):
+        return [file.path for file in process.open_files()]
+    return []
 
 
 @pytest.mark.slow
