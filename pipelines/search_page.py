@@ -144,8 +144,8 @@ def _equal_table(equal: Equal) -> str:
     for setting in equal.order:
         cells = [setting.words(), setting.value()]
         for sigma, losses in equal.by_sigma(setting).items():
-            spread = f" ± {stdev(losses):.4f}" if len(losses) > 1 else ""
-            cells.append(f"{mean(losses):.4f}{spread}{' *' if leads[sigma] is setting else ''}")
+            spread = f" ± {stdev(losses):.3f}" if len(losses) > 1 else ""
+            cells.append(f"{mean(losses):.3f}{spread}{' *' if leads[sigma] is setting else ''}")
         rows.append(cells)
     return table(["setting", "held-out loss", *(f"sigma {sigma}" for sigma in sigmas)], rows) + (
         '<p class="note">* least at this noise level.</p>'
