@@ -196,6 +196,7 @@ def test_advice_and_early_stops_end_in_time(ray_cluster: None, pixels: Path, tmp
     assert again.trials == result.trials
 
 
+@pytest.mark.slow
 def test_a_frontier_and_trials_of_two_workers_end_in_time(ray_cluster: None, pixels: Path, tmp_path: Path) -> None:
     changes: dict[str, Any] = {
         "space": {"patches.p": {"uniform": [0, 1]}, "budget.share": {"choice": [0.2, 1]}},
@@ -211,6 +212,7 @@ def test_a_frontier_and_trials_of_two_workers_end_in_time(ray_cluster: None, pix
         assert trial["updates"] == 10 * trial["settings"]["budget.share"]
 
 
+@pytest.mark.slow
 def test_a_final_distance_is_that_of_the_trials_samples(ray_cluster: None, pixels: Path, tmp_path: Path) -> None:
     final = {"features": "colours", "samples": 6, "steps": 2}
     path = write_search(tmp_path, final=final, metric="final_distance")
