@@ -63,7 +63,7 @@ class AutoencoderSettings:
     images: int = 7_000  # patches seen
     batch_size: int = 8
     patch: int = 32  # side in pixels: an autoencoder without attention learns as well on patches
-    lr: float = 5e-3
+    lr: float = 2e-3
     kl_weight: float = 1e-4
     held_out_fraction: float = 0.1
     seed: int = 0

@@ -121,7 +121,7 @@ def autoencoder_train(
     batch_size: Annotated[int, typer.Option(min=1)] = 8,
     patch: Annotated[int, typer.Option(min=1, help="Side of the patches, in pixels")] = 32,
     lr: Annotated[
-        float | None, typer.Option(min=0, help="Adam's learning rate at its peak; 5e-3, or 1e-4 with --init-from")
+        float | None, typer.Option(min=0, help="Adam's learning rate at its peak; 2e-3, or 1e-4 with --init-from")
     ] = None,
     init_from: Annotated[
         str | None, typer.Option(help="Fine-tune this AutoencoderKL: models:/..., a folder, or a hub id")
@@ -136,7 +136,7 @@ def autoencoder_train(
         raise UserError(f"--widths {widths} is not a list of whole numbers: write 16,32,32")
     settings = AutoencoderSettings(
         tuple(int(part) for part in widths.split(",")), latent_channels, images, batch_size, patch,
-        lr=lr or (1e-4 if init_from else 5e-3), init_from=init_from,
+        lr=lr or (1e-4 if init_from else 2e-3), init_from=init_from,
     )  # fmt: skip
     train_autoencoder(dataset, out, settings, workers=workers, register=register)
 
