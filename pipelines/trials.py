@@ -259,7 +259,7 @@ def run_trial(config: dict[str, Any]) -> None:
     os.environ["MLFLOW_TRACKING_URI"] = common["tracking_uri"]
     allow_backbones(*common["backbones"])
     folder = make_folder(Path(common["folder"]) / config["name"])
-    if not is_finished(folder):
+    if not is_finished(folder, config["settings"]):
         try:
             found = _trained(config, search, folder)
         except UserError as error:
@@ -274,14 +274,15 @@ def _identity(config: dict[str, Any]) -> dict[str, Any]:
     return {key: config[key] for key in ("name", "settings", "repeat")}
 
 
-def is_finished(folder: Path) -> bool:
-    """Whether a trial's folder holds what it came to."""
-    return (folder / TRIAL).is_file() and read_json(folder / TRIAL)["status"] == "finished"
+def is_finished(folder: Path, settings: dict[str, Any]) -> bool:
+    """Whether a trial's folder holds what these settings came to."""
+    row = read_json(folder / TRIAL) if (folder / TRIAL).is_file() else {"status": None}
+    return row["status"] == "finished" and row["settings"] == settings
 
 
 def trial_row(folder: Path, config: dict[str, Any], problem: str | None) -> dict[str, Any]:
     """A trial's row once it has ended: finished, failed with its reason, or stopped early with what it had."""
-    if is_finished(folder) or (problem is None and (folder / TRIAL).is_file()):
+    if is_finished(folder, config["settings"]) or (problem is None and (folder / TRIAL).is_file()):
         return dict(read_json(folder / TRIAL))
     if problem is not None:
         return {**_identity(config), "status": "failed", "error": problem}
@@ -299,12 +300,7 @@ def _trained(config: dict[str, Any], search: Search, folder: Path) -> dict[str, 
     common = config["common"]
     if config["problem"]:
         raise UserError(config["problem"])
-    if config["recipe"]:
-        recipe = check_recipe(config["recipe"])
-    else:
-        base, settings, dataset = check_recipe(common["base"]), config["settings"], open_dataset(common["dataset"])
-        recipe = trial_recipe(search, set_recipe(search, base, settings), dataset, settings)
-        _clear_forgotten(folder, recipe)
+    recipe = check_recipe(config["recipe"]) if config["recipe"] else _advised_recipe(config, search, folder)
 
     def show(line: dict[str, Any]) -> None:
         if search.stops_early and search.metric in line:
@@ -324,13 +320,23 @@ def _trained(config: dict[str, Any], search: Search, folder: Path) -> dict[str, 
     return {"status": "finished", **last_numbers(folder), "seconds": time.monotonic() - began, "run_id": result.run_id}
 
 
-def _clear_forgotten(folder: Path, recipe: Recipe) -> None:
-    """Make room where a kill left a trial that the search does not remember, so that its number is given again."""
-    if (folder / "recipe.yaml").is_file() and load_recipe(folder / "recipe.yaml") != recipe:
+def _advised_recipe(config: dict[str, Any], search: Search, folder: Path) -> Recipe:
+    """The recipe of a trial whose setting was suggested; one that goes on keeps the length that it began with.
+
+    Where a kill left a trial that the search does not remember, so that its number is given again, room is made.
+    """
+    base, settings = check_recipe(config["common"]["base"]), config["settings"]
+    dataset = open_dataset(config["common"]["dataset"])
+    wanted = set_recipe(search, base, settings)
+    if (folder / "recipe.yaml").is_file():
+        begun = load_recipe(folder / "recipe.yaml")
+        if trial_recipe(search, wanted, dataset, settings, length=begun.train.images) == begun:
+            return begun
         if (folder / "run.json").is_file():
             end_tracking(folder, "KILLED")
         shutil.rmtree(folder)
         make_folder(folder)
+    return trial_recipe(search, wanted, dataset, settings)
 
 
 def last_numbers(folder: Path) -> dict[str, Any]:

@@ -176,7 +176,7 @@ def _run_trials(
     if adapts and (folder / TRIALS_FILE).is_file():
         return sorted(read_json_lines(folder / TRIALS_FILE), key=lambda row: str(row["name"]))
     configs = [planned_config(common, number, trial) for number, trial in enumerate(planned)]
-    done = {config["name"] for config in configs if is_finished(folder / "trials" / config["name"])}
+    done = {config["name"] for config in configs if is_finished(folder / "trials" / config["name"], config["settings"])}
     # those of a bracket belong together, and one that is finished returns at once
     todo = [config for config in configs if adapts or config["name"] not in done]
     ended: list[tuple[dict[str, Any], str | None]] = [(config, None) for config in configs if config not in todo]

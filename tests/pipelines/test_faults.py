@@ -165,9 +165,9 @@ def undisturbed(ray_cluster: None, pixels: Path, tmp_path_factory: pytest.TempPa
 def test_two_workers_train_what_one_does(undisturbed: dict[int, Path]) -> None:
     one, two = (read_json_lines(undisturbed[workers] / "progress.jsonl") for workers in (0, 2))
     assert len(one) == len(two) == 59
-    for a, b in zip(one, two, strict=True):
-        assert a["images_seen"] == b["images_seen"]
-        assert a["loss"] == pytest.approx(b["loss"], rel=1e-4)  # rounding grows; tests/models/test_workers.py is strict
+    assert [line["images_seen"] for line in one] == [line["images_seen"] for line in two]
+    for a, b in zip(one[:50], two[:50], strict=True):  # what is promised; rounding grows with every step
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
 
 
 @pytest.mark.parametrize("kills", [((0, 3), (1, 6)), pytest.param(((0, "a write"), (1, 2)), marks=SLOW)], ids=str)

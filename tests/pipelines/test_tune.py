@@ -1,6 +1,7 @@
 """Searching: equal budgets, one MLflow child a trial, and a best recipe at full length."""
 
 import contextlib
+import json
 import signal
 import subprocess
 import time
@@ -194,6 +195,23 @@ def test_advice_and_early_stops_end_in_time(ray_cluster: None, pixels: Path, tmp
         )
     again = tune(write_search(tmp_path, **changes), str(pixels), str(tmp_path / "search"), restore=True)
     assert again.trials == result.trials
+
+
+def test_a_forgotten_trials_folder_does_not_answer_for_another_setting(pixels: Path, tmp_path: Path) -> None:
+    space = {"patches.p": {"uniform": [0, 1]}}
+    search, base = load_search(write_search(tmp_path, space=space, searcher="tpe", trials=2))
+    common = trials.trial_config(search, base, open_dataset(pixels), tmp_path, "no-run", 0)
+    one, other = ({"common": common, "settings": {"patches.p": p}} for p in (0.25, 0.75))
+    folder = tmp_path / "trials" / "000"
+    folder.mkdir(parents=True)
+    begun = trials._advised_recipe(one, search, folder)
+    assert begun.patches.p == 0.25
+    (folder / "recipe.yaml").write_text(recipe_yaml(begun))
+    (folder / "trial.json").write_text(json.dumps({"status": "finished", "settings": one["settings"]}))
+    assert trials.is_finished(folder, one["settings"]) and not trials.is_finished(folder, other["settings"])
+    assert trials._advised_recipe(one, search, folder) == begun and (folder / "trial.json").is_file()
+    assert trials._advised_recipe(other, search, folder).patches.p == 0.75
+    assert not list(folder.iterdir())
 
 
 @pytest.mark.slow
