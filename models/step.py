@@ -79,7 +79,8 @@ class Gradients:
         self.flat = torch.zeros(self.length + math.prod(self._record_shape), device=parameters[0].device)
         start = 0
         for parameter in parameters:
-            parameter.grad = self.flat[start : start + parameter.numel()].view_as(parameter)
+            flat = self.flat[start : start + parameter.numel()]
+            parameter.grad = flat.as_strided(parameter.shape, parameter.stride())  # in the parameter's own layout
             start += parameter.numel()
 
     @property

@@ -1,0 +1,1 @@
+"""Benchmarks: how fast the platform is, each number beside its limit and beside what others do."""
