@@ -172,7 +172,7 @@ class PlainTraining:
         with torch.no_grad():
             for average, parameter in zip(self.average.parameters(), self.denoiser.parameters(), strict=True):
                 average.copy_(parameter.lerp(average, beta))
-        return float(loss)
+        return float(loss.detach())
 
 
 @torch.no_grad()

@@ -1,0 +1,254 @@
+"""Training: a step's images a second by patch size, against its limit and a plain loop, and where its time goes."""
+
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from patchloom.benchmarks.findings import Finding, Say, Scale, exactly
+from patchloom.benchmarks.limits import convolution_flops
+from patchloom.benchmarks.paired import Spread, Turns, in_turns, now
+from patchloom.benchmarks.plain import PlainDenoiser, PlainTraining, PlainUNet
+from patchloom.benchmarks.setups import Trainer, method_of, only, representative_steps, song_config
+from patchloom.models.cost import Gain, foretold_gain
+from patchloom.models.flops import peak_flops, training_flops
+from patchloom.models.loss import denoising_loss
+from patchloom.models.luck import draw_block, join
+from patchloom.models.noise import training_sigmas
+from patchloom.models.patches import crop, offsets
+from patchloom.models.plan import Method, plan_step
+from patchloom.models.step import Rows, dropout_luck, learning_rate
+from patchloom.platform.dataset import Dataset, write_shard
+from patchloom.platform.storage import file_sha256
+
+CPU = torch.device("cpu")
+MIXED_STEPS = 10  # 5 full, 3 half and 2 quarter: Eq. 5's shares at p = .5 exactly
+STEP_WANTED, GAIN_WANTED = 1.05, 2.4
+
+
+def against_plain(scale: Scale, say: Say) -> list[Finding]:
+    """A training step at full size beside the same mathematics written plainly, and beside the GEMM rate."""
+    config = song_config(scale.side, scale.width, scale.blocks)
+    trainer = Trainer(config, method_of(scale))
+    options = config["network_options"]
+    plain = PlainTraining(PlainDenoiser(PlainUNet(scale.side, 5, 3, **options)).train(), scale.side)
+    plan = plan_step(trainer.method, 0, 0)
+
+    def plainly() -> int:
+        plain.step(trainer.rows(scale.batch).image, scale.side)
+        return scale.batch
+
+    turns = in_turns({"ours": lambda: trainer.steps([plan]), "plain": plainly}, 2 * scale.rounds, 2, say)
+    flops = training_flops(config, scale.side)
+    gemm, convolution = peak_flops(CPU, torch.float32)[0], convolution_flops(CPU, torch.float32)
+    name = f"training step, width {scale.width}, R = {scale.side}"
+    return [
+        Finding(f"{name}: over a plain loop", turns.ratio("ours", "plain"), "x", wanted=STEP_WANTED),
+        Finding(f"{name}: over it, a core's time", turns.ratio("ours", "plain", of_core=True), "x"),
+        Finding(name, turns.rate("ours"), "images/s", gemm / flops, "all of the GEMM rate"),
+        Finding(f"{name}, plainly", turns.rate("plain"), "images/s", gemm / flops, "all of the GEMM rate"),
+        Finding("FLOPs used of the GEMM rate", _scaled(turns.rate("ours"), 100 * flops / gemm), "%",
+                100 * convolution / gemm, "the fastest 3x3 convolution"),
+    ]  # fmt: skip
+
+
+def by_size(scale: Scale, say: Say) -> list[Finding]:
+    """Counted images a second of each patch size and of p = .5; what patches gain, a counted image and an update."""
+    config = song_config(scale.side, scale.width, scale.blocks)
+    mixed, full = method_of(scale, 0.5), method_of(scale, 1.0)
+    trainer = Trainer(config, mixed)
+    ways: dict[str, Callable[[], int]] = {}
+    for size in mixed.schedule.sizes:
+        ways[str(size.pixels)] = _steps_of(trainer, only(mixed, size.pixels), 2)
+    ways["p = 0.5"] = _steps_of(trainer, mixed, MIXED_STEPS)
+    ways["p = 1"] = _steps_of(trainer, only(full, scale.side), MIXED_STEPS // 2)
+    turns = in_turns(ways, scale.rounds, 1, say)
+    gemm = peak_flops(CPU, torch.float32)[0]
+    found = []
+    for size in mixed.schedule.sizes:
+        rate = turns.rate(str(size.pixels))
+        flops = training_flops(config, size.pixels)
+        found.append(Finding(f"crops of {size.pixels} pixels", rate, "images/s", gemm / flops, "all of the GEMM rate"))
+        found.append(Finding("  FLOPs used of the GEMM rate", _scaled(rate, 100 * flops / gemm), "%"))
+    found.append(Finding("p = 0.5", turns.rate("p = 0.5"), "counted images/s"))
+    found.append(Finding("p = 1", turns.rate("p = 1"), "counted images/s"))
+    limit = foretold_gain(mixed, {size.pixels: float(size.pixels**2) for size in mixed.schedule.sizes}, 1)
+    found += gains("p = 0.5 over p = 1, one worker", turns.ratio("p = 0.5", "p = 1"), mixed, limit, GAIN_WANTED)
+    seconds = {size.pixels: turns.seconds(str(size.pixels)).median for size in mixed.schedule.sizes}
+    quarter = foretold_gain(method_of(scale, 0.25), seconds, 1)
+    return [
+        *found,
+        Finding("p = 0.25 over p = 1, by seconds of single sizes", exactly(quarter.per_image), "x a counted image"),
+        Finding("p = 0.25 over p = 1, by seconds of single sizes", exactly(quarter.per_update), "x an update"),
+    ]
+
+
+def gains(name: str, per_image: Spread, method: Method, limit: Gain, wanted: float | None = None) -> list[Finding]:
+    """What patches gain in both countings, beside what cost as pixels would allow."""
+    per_update = _scaled(per_image, 1 / method.schedule.mean_multiplier)
+    why = "cost as pixels"
+    return [
+        Finding(name, per_image, "x a counted image", limit.per_image, why, wanted),
+        Finding(name, per_update, "x an update", limit.per_update, why),
+    ]
+
+
+def by_part(scale: Scale, say: Say) -> list[Finding]:
+    """What share of a step each of its parts takes, measured one by one in turns with whole steps."""
+    config = song_config(scale.side, scale.width, scale.blocks)
+    trainer = Trainer(config, method_of(scale))
+    method, state, denoiser = trainer.method, trainer.state, trainer.denoiser
+    plan = plan_step(method, 0, 0)
+    (group,) = plan.share()
+    rows = trainer.rows(scale.batch)
+    luck = _luck(trainer, plan.step, list(group.blocks))
+    patches, where = crop(rows.image, offsets(luck.corner, scale.side, scale.side), scale.side)
+    clean = trainer.space.normalise(patches)
+    sigma = training_sigmas(luck.sigma, method.noise_mean, method.noise_std)
+
+    def network() -> int:
+        state.gradients.flat.zero_()
+        with dropout_luck(denoiser, 0, 0, group.blocks, CPU):
+            denoising_loss(denoiser, clean, luck.noise, sigma, where).mean().backward()  # type: ignore[no-untyped-call]
+        return 1
+
+    def patch() -> int:
+        some, _ = crop(rows.image, offsets(luck.corner, scale.side, scale.side), scale.side)
+        trainer.space.normalise(some)
+        return 1
+
+    def random_numbers() -> int:
+        _luck(trainer, plan.step, list(group.blocks))
+        return 1
+
+    def optimizer() -> int:
+        for settings in state.optimizer.param_groups:
+            settings["lr"] = learning_rate(method, 0)
+        state.gradients.clean()
+        state.optimizer.step()
+        return 1
+
+    def averages() -> int:
+        for ema in state.emas:
+            ema.update(denoiser, 100, scale.batch)
+        return 1
+
+    with tempfile.TemporaryDirectory() as folder:
+        dataset = pixels_on_disk(Path(folder), scale)
+        generator = np.random.default_rng(0)
+
+        def data() -> int:
+            columns = dataset.rows(generator.integers(0, len(dataset), scale.batch))
+            Rows(torch.from_numpy(columns["image"]), torch.from_numpy(columns["label"]))
+            return 1
+
+        def step() -> int:
+            trainer.steps([plan])
+            return 1
+
+        parts = {"the network, forward and backward": network, "rows from disk": data, "crops": patch,
+                 "random numbers": random_numbers, "gradients cleaned, Adam": optimizer, "averages": averages}  # fmt: skip
+        turns = in_turns({"step": step, **parts}, 2 * scale.rounds, 1, say)
+    shares = {name: turns.ratio("step", name) for name in parts}  # seconds of a part over those of the step
+    found = [Finding(f"share of a step: {name}", _scaled(share, 100), "%") for name, share in shares.items()]
+    rest = 1 - shares["the network, forward and backward"].median
+    return [*found, Finding("share of a step: all but the network", exactly(100 * rest), "%")]
+
+
+def by_precision(scale: Scale, say: Say) -> list[Finding]:
+    """Steps in bfloat16 beside float32, in turns."""
+    config = song_config(scale.side, scale.width, scale.blocks)
+    trainers = {name: Trainer(config, method_of(scale, precision=name)) for name in ("fp32", "bf16")}
+    plan = plan_step(trainers["fp32"].method, 0, 0)
+    ways = {name: lambda one=one: one.steps([plan]) for name, one in trainers.items()}
+    turns = in_turns(ways, scale.rounds, 1, say)
+    return [Finding("bf16 over fp32", turns.ratio("bf16", "fp32"), "x")]
+
+
+def compiled(scale: Scale, say: Say) -> list[Finding]:
+    """Compiled steps at full size beside eager ones, and what compiling takes."""
+    config = song_config(scale.side, scale.width, scale.blocks)
+    eager, fast = Trainer(config, method_of(scale)), Trainer(config, method_of(scale))
+    fast.denoiser.model.compile(dynamic=False)
+    plan = plan_step(eager.method, 0, 0)
+    say("compiling; a minute or two")
+    began = now()
+    fast.steps([plan])
+    took = now() - began
+    turns = in_turns(
+        {"eager": lambda: eager.steps([plan]), "compiled": lambda: fast.steps([plan])}, scale.rounds, 1, say
+    )
+    return [
+        Finding("compiled over eager", turns.ratio("compiled", "eager"), "x"),
+        Finding("the first step of a patch size, compiled", exactly(took), "s", is_cost=True),
+    ]
+
+
+def memory(scale: Scale, say: Say) -> list[Finding]:
+    """What a crop of each patch size keeps for its backward pass."""
+    config = song_config(scale.side, scale.width, scale.blocks)
+    trainer = Trainer(config, method_of(scale, 0.5))
+    found = []
+    for size in trainer.method.schedule.sizes:
+        say(f"{size.pixels} pixels")
+        kept = saved_bytes(trainer, only(trainer.method, size.pixels))
+        crops = trainer.method.batch_size * size.batch_multiplier
+        found.append(Finding(f"kept for backward, a crop of {size.pixels} pixels", exactly(kept / crops / 2**20), "MiB"))
+        found.append(Finding(f"  a batch of {crops}", exactly(kept / 2**20), "MiB"))
+    return found
+
+
+def saved_bytes(trainer: Trainer, method: Method) -> int:
+    """Bytes of the tensors that a step's forward pass keeps for its backward pass, each storage once."""
+    kept: dict[int, int] = {}
+    owned = {each.untyped_storage().data_ptr() for each in trainer.denoiser.state_dict().values()}
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in owned:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        trainer.steps([plan_step(method, 0, 0)], method)
+    return sum(kept.values())
+
+
+def pixels_on_disk(folder: Path, scale: Scale) -> Dataset:
+    """Rows of uint8 noise in one memory-mapped shard, as a preparation writes them."""
+    rows = 256
+    images = np.random.default_rng(0).integers(0, 256, (rows, 3, scale.side, scale.side), np.uint8)
+    (folder / "shards").mkdir(parents=True, exist_ok=True)
+    path = folder / "shards" / "part-00000.arrow"
+    write_shard(path, [f"{row:06d}" for row in range(rows)], [0] * rows, {"image": images})
+    shard = {"file": f"shards/{path.name}", "rows": rows, "bytes": path.stat().st_size, "sha256": file_sha256(path)}
+    return Dataset(folder, {"shards": [shard], "kind": "pixels"})
+
+
+def _luck(trainer: Trainer, step: int, blocks: list[int]) -> Any:
+    method, side = trainer.method, trainer.resolution
+    return join([
+        draw_block(method.seed, step, block, method.block_size, trainer.channels, side, side, False, trainer.device)
+        for block in blocks
+    ])  # fmt: skip
+
+
+def _steps_of(trainer: Trainer, method: Method, steps: int) -> Callable[[], int]:
+    plans = representative_steps(method, steps)
+    return lambda: trainer.steps(plans, method)
+
+
+def _scaled(spread: Spread, factor: float) -> Spread:
+    return Spread(spread.median * factor, spread.low * factor, spread.high * factor)
+
+
+def turns_of_sizes(trainer: Trainer, scale: Scale, say: Say) -> Turns:
+    """Single patch sizes of the trainer's run in turns."""
+    sizes = trainer.method.schedule.sizes
+    return in_turns(
+        {str(size.pixels): _steps_of(trainer, only(trainer.method, size.pixels), 1) for size in sizes},
+        scale.rounds, 1, say,
+    )  # fmt: skip
