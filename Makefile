@@ -2,8 +2,10 @@
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
+# of bench-gpu: any Python with torch will do; IMAGES is an .npz with `images`, FEATURES are Inception's weights
+GPU_PYTHON ?= $(if $(wildcard $(READY)),$(BIN)/python,$(PYTHON))
 
-.PHONY: demo test test-all check bench schema clean
+.PHONY: demo test test-all check bench bench-gpu schema clean
 
 demo: $(READY)
 	@echo "make demo: photographs in, a registered model and samples out (3 to 6 minutes on two cores)"
@@ -24,10 +26,12 @@ check: $(READY)
 	@$(BIN)/mypy
 
 bench: $(READY)
-	@echo "make bench: what patches save, draw by draw; how fast the data path and sampling are (about 7 minutes on two cores)"
-	@$(BIN)/python benchmarks/patch_gain.py
-	@$(BIN)/python benchmarks/data_path.py
-	@$(BIN)/python benchmarks/sampling.py
+	@echo "make bench: every benchmark, beside its limit (most of an hour on two cores; patchloom benchmark --list)"
+	@$(BIN)/patchloom benchmark --out benchmarks/results
+
+bench-gpu:
+	@echo "make bench-gpu: training on one GPU, within ten minutes; torch, numpy and safetensors are enough"
+	@$(GPU_PYTHON) -m patchloom.benchmarks.gpu $(if $(IMAGES),--images $(IMAGES)) $(if $(FEATURES),--features $(FEATURES))
 
 schema: $(READY)
 	@$(BIN)/python -m patchloom.platform.recipe > tune_configs/recipe.schema.json

@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import json
+import signal
 import sys
 
 from patchloom.benchmarks.suite import SUBJECTS, benchmark
@@ -30,6 +31,8 @@ def main() -> int:
             record = benchmark(
                 options.subjects, out=options.out, rounds=options.rounds, tiny=options.tiny, force=options.force
             )
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
     except UserError as error:
         print(f"patchloom: {error}", file=sys.stderr)
         return 2

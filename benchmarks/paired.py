@@ -63,8 +63,7 @@ def in_turns(
     turns = Turns({way: [] for way in ways}, {way: [] for way in ways})
     for number in range(-warm_up, rounds):
         say(f"round {number + 1} of {rounds}" if number >= 0 else "warming up")
-        order = list(ways) if number % 2 else list(reversed(ways))
-        for way in order:
+        for way in list(ways)[:: 1 if number % 2 else -1]:
             clock, core = now(), time.process_time()
             units = ways[way]()
             seconds, core_seconds = now() - clock, time.process_time() - core

@@ -7,6 +7,7 @@ weights; a test compares outputs and gradients.
 
 import copy
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -129,7 +130,8 @@ class PlainDenoiser(nn.Module):
         c_out = spread * self.sigma_data / (spread**2 + self.sigma_data**2).sqrt()
         c_in = 1 / (spread**2 + self.sigma_data**2).sqrt()
         estimate = self.model(torch.cat([c_in * noisy, coordinates], dim=1), sigma.log() / 4)
-        return c_skip * noisy + c_out * estimate
+        clean: Tensor = c_skip * noisy + c_out * estimate
+        return clean
 
 
 def full_grid(side: int) -> Tensor:
@@ -166,7 +168,8 @@ class PlainTraining:
         loss = (weight[:, None, None, None] * error).mean()
         loss.backward()
         for parameter in self.denoiser.parameters():
-            torch.nan_to_num(parameter.grad, nan=0, posinf=1e5, neginf=-1e5, out=parameter.grad)
+            if parameter.grad is not None:
+                torch.nan_to_num(parameter.grad, nan=0, posinf=1e5, neginf=-1e5, out=parameter.grad)
         self.optimizer.step()
         beta = 0.5 ** (len(x) / self.halflife_images)
         with torch.no_grad():
@@ -189,7 +192,7 @@ def plain_heun(denoiser: PlainDenoiser, noise: Tensor, steps: int) -> Tensor:
         return estimate.to(torch.float64)
 
     x = noise.to(torch.float64) * sigmas[0]
-    for now, after in zip(sigmas[:-1], sigmas[1:], strict=True):
+    for now, after in pairwise(sigmas):
         slope = (x - clean(x, now)) / now
         ahead = x + (after - now) * slope
         if after > 0:

@@ -14,11 +14,10 @@ from patchloom.models.denoiser import Denoiser, build_denoiser
 from patchloom.models.ema import HalfLifeEMA
 from patchloom.models.patches import patch_schedule
 from patchloom.models.plan import Method, StepPlan, plan_step
-from patchloom.models.step import Rows, TrainingState, new_state, training_step
+from patchloom.models.step import Rows, TrainingState, compile_network, new_state, training_step
 
 DROPOUT = 0.1
 ADAM = (0.9, 0.999), 1e-8
-EMA_HALFLIFE_IMAGES = 500_000.0
 BLOCK = 2  # crops; small enough that four workers share a batch of 8
 
 
@@ -49,15 +48,25 @@ def method_of(scale: Scale, p: float = 1.0, **changes: Any) -> Method:
 
 
 class Trainer:
-    """A run's state on one device, and steps of it on noise."""
+    """A run's state on one device, and steps of it on noise.
 
-    def __init__(self, config: dict[str, Any], method: Method, device: torch.device | str = "cpu") -> None:
+    channels_last: weights, and so activations, with the channels of a pixel side by side. compiled: one graph a
+    patch size, made when a size is first trained on.
+    """
+
+    def __init__(
+        self, config: dict[str, Any], method: Method, device: torch.device | str = "cpu", *,
+        channels_last: bool = False, compiled: bool = False, ema_halflife_images: float = 500_000.0,
+    ) -> None:  # fmt: skip
         torch.manual_seed(0)
         self.method, self.device, self.channels = method, torch.device(device), config["channels"]
-        self.denoiser: Denoiser = build_denoiser(config).to(self.device).train()
-        self.state: TrainingState = new_state(
-            self.denoiser, [HalfLifeEMA(self.denoiser, EMA_HALFLIFE_IMAGES)], method, *ADAM
-        )
+        layout = torch.channels_last if channels_last else torch.contiguous_format
+        denoiser: Any = build_denoiser(config).to(self.device)
+        self.denoiser: Denoiser = denoiser.to(memory_format=layout).train()
+        average = HalfLifeEMA(self.denoiser, ema_halflife_images)
+        self.state: TrainingState = new_state(self.denoiser, [average], method, *ADAM)
+        if compiled:
+            compile_network(self.denoiser, method.schedule)
         self.space: Space = pixel_space(self.channels)
         self.resolution = config["resolution"]
 

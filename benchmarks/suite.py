@@ -4,7 +4,7 @@ import json
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from importlib import import_module
 from pathlib import Path
@@ -37,7 +37,9 @@ class Subject:
 
 
 SUBJECTS = {
-    "train.plain": Subject("training:against_plain", 0.8, "a training step beside the same mathematics written plainly"),
+    "train.plain": Subject(
+        "training:against_plain", 0.8, "a training step beside the same mathematics written plainly"
+    ),
     "train.sizes": Subject("training:by_size", 2.5, "images a second by patch size, and what patches gain"),
     "train.parts": Subject("training:by_part", 0.6, "what share of a step is not the network"),
     "train.memory": Subject("training:memory", 0.2, "what a crop of each size keeps in memory"),
@@ -84,11 +86,15 @@ def benchmark(
     """
     chosen = chosen_subjects(names)
     scale = TINY if tiny else Scale()
-    scale = scale if rounds is None else Scale(**(asdict(scale) | {"rounds": rounds}))
+    scale = scale if rounds is None else replace(scale, rounds=rounds)
     machine = describe_machine()
     say(machine["words"])
-    if not tiny:
-        say(f"{len(chosen)} benchmarks, about {clock(60 * sum(SUBJECTS[name].minutes for name in chosen))} on two cores")
+    if tiny:
+        say("smallest sizes: these numbers only show that everything runs")
+    else:
+        say(
+            f"{len(chosen)} benchmarks, about {clock(60 * sum(SUBJECTS[name].minutes for name in chosen))} on two cores"
+        )
         _check_quiet(force)
     record: dict[str, Any] = {"format_version": RESULTS_FORMAT, "date": datetime.now(UTC).strftime("%Y-%m-%d"),
                               "machine": machine, "scale": asdict(scale), "subjects": {}}  # fmt: skip
@@ -98,6 +104,7 @@ def benchmark(
         if busy > BUSY and not tiny:
             say(f"  others use {busy:.0%} of this machine's cores: trust ratios, and not rates")
         findings = SUBJECTS[name].load()(scale, _progress_line(name))
+        findings = [replace(found, wanted=None) for found in findings] if tiny else findings
         say(table(findings))
         record["subjects"][name] = {
             "busy_share_before": busy, "seconds": time.monotonic() - began,

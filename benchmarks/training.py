@@ -10,7 +10,7 @@ import torch
 
 from patchloom.benchmarks.findings import Finding, Say, Scale, exactly
 from patchloom.benchmarks.limits import convolution_flops
-from patchloom.benchmarks.paired import Spread, Turns, in_turns, now
+from patchloom.benchmarks.paired import Spread, in_turns, now
 from patchloom.benchmarks.plain import PlainDenoiser, PlainTraining, PlainUNet
 from patchloom.benchmarks.setups import Trainer, method_of, only, representative_steps, song_config
 from patchloom.models.cost import Gain, foretold_gain
@@ -112,7 +112,7 @@ def by_part(scale: Scale, say: Say) -> list[Finding]:
     def network() -> int:
         state.gradients.flat.zero_()
         with dropout_luck(denoiser, 0, 0, group.blocks, CPU):
-            denoising_loss(denoiser, clean, luck.noise, sigma, where).mean().backward()  # type: ignore[no-untyped-call]
+            denoising_loss(denoiser, clean, luck.noise, sigma, where).mean().backward()
         return 1
 
     def patch() -> int:
@@ -149,12 +149,12 @@ def by_part(scale: Scale, say: Say) -> list[Finding]:
             trainer.steps([plan])
             return 1
 
-        parts = {"the network, forward and backward": network, "rows from disk": data, "crops": patch,
-                 "random numbers": random_numbers, "gradients cleaned, Adam": optimizer, "averages": averages}  # fmt: skip
+        parts = {"the network": network, "rows from disk": data, "crops": patch, "random numbers": random_numbers,
+                 "gradients cleaned, Adam": optimizer, "averages": averages}  # fmt: skip
         turns = in_turns({"step": step, **parts}, 2 * scale.rounds, 1, say)
     shares = {name: turns.ratio("step", name) for name in parts}  # seconds of a part over those of the step
     found = [Finding(f"share of a step: {name}", _scaled(share, 100), "%") for name, share in shares.items()]
-    rest = 1 - shares["the network, forward and backward"].median
+    rest = 1 - shares["the network"].median
     return [*found, Finding("share of a step: all but the network", exactly(100 * rest), "%")]
 
 
@@ -171,8 +171,7 @@ def by_precision(scale: Scale, say: Say) -> list[Finding]:
 def compiled(scale: Scale, say: Say) -> list[Finding]:
     """Compiled steps at full size beside eager ones, and what compiling takes."""
     config = song_config(scale.side, scale.width, scale.blocks)
-    eager, fast = Trainer(config, method_of(scale)), Trainer(config, method_of(scale))
-    fast.denoiser.model.compile(dynamic=False)
+    eager, fast = Trainer(config, method_of(scale)), Trainer(config, method_of(scale), compiled=True)
     plan = plan_step(eager.method, 0, 0)
     say("compiling; a minute or two")
     began = now()
@@ -196,7 +195,9 @@ def memory(scale: Scale, say: Say) -> list[Finding]:
         say(f"{size.pixels} pixels")
         kept = saved_bytes(trainer, only(trainer.method, size.pixels))
         crops = trainer.method.batch_size * size.batch_multiplier
-        found.append(Finding(f"kept for backward, a crop of {size.pixels} pixels", exactly(kept / crops / 2**20), "MiB"))
+        found.append(
+            Finding(f"kept for backward, a crop of {size.pixels} pixels", exactly(kept / crops / 2**20), "MiB")
+        )
         found.append(Finding(f"  a batch of {crops}", exactly(kept / 2**20), "MiB"))
     return found
 
@@ -243,12 +244,3 @@ def _steps_of(trainer: Trainer, method: Method, steps: int) -> Callable[[], int]
 
 def _scaled(spread: Spread, factor: float) -> Spread:
     return Spread(spread.median * factor, spread.low * factor, spread.high * factor)
-
-
-def turns_of_sizes(trainer: Trainer, scale: Scale, say: Say) -> Turns:
-    """Single patch sizes of the trainer's run in turns."""
-    sizes = trainer.method.schedule.sizes
-    return in_turns(
-        {str(size.pixels): _steps_of(trainer, only(trainer.method, size.pixels), 1) for size in sizes},
-        scale.rounds, 1, say,
-    )  # fmt: skip

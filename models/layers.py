@@ -137,18 +137,20 @@ class Dropout(nn.Module):
         if torch.compiler.is_compiling():
             shape = (len(x) // len(self.seeds), *x.shape[1:])
             return x * (hashed_uniforms(self.seeds + 0x85EBCA77 * self.number, shape) >= self.rate) / keep
-        kept = torch.empty_like(x)
-        for block, generator in zip(kept.chunk(len(self.generators)), self.generators, strict=True):
-            draw_kept(block, self.rate, generator)
-        return x * kept.div_(keep)
+        return (x * self._drawn_like(x)).div_(keep)
 
+    def _drawn_like(self, x: Tensor) -> Tensor:
+        """0 at the rate and else 1, each block by its generator: 16 random bits a value.
 
-def draw_kept(block: Tensor, rate: float, generator: torch.Generator) -> None:
-    """Fill a tensor with 0, at `rate`, and 1, from 16 random bits a value: a float each costs four times the draws."""
-    words = torch.empty(-(-block.numel() // 4), dtype=torch.int64, device=block.device)
-    words.random_(-(2**63), None, generator=generator)  # all 64 bits of a word
-    luck = words.view(torch.int16)[: block.numel()].as_strided(block.shape, block.stride())
-    torch.ge(luck, round(rate * 2**16) - 2**15, out=block)
+        A float a value would take four times the draws, and a mask of torch's own is slower still on a CPU.
+        """
+        kept, blocks = torch.empty_like(x), len(self.generators)
+        values = x.numel() // blocks
+        words = torch.empty(blocks, -(-values // 4), dtype=torch.int64, device=x.device)
+        for block, generator in zip(words, self.generators, strict=True):
+            block.random_(-(2**63), None, generator=generator)  # all 64 bits of a word
+        luck = words.view(torch.int16)[:, :values].reshape(-1).as_strided(kept.shape, kept.stride())
+        return torch.ge(luck, round(self.rate * 2**16) - 2**15, out=kept)
 
 
 def hashed_uniforms(seeds: Tensor, shape: Sequence[int]) -> Tensor:

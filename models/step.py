@@ -20,11 +20,24 @@ from patchloom.models.layers import Dropout
 from patchloom.models.loss import SIGMA_BINS, denoising_loss, losses_by_sigma
 from patchloom.models.luck import Luck, derive_seed, draw_block, join
 from patchloom.models.noise import training_sigmas
-from patchloom.models.patches import crop, offsets
+from patchloom.models.patches import PatchSchedule, crop, offsets
 from patchloom.models.plan import Group, Method, StepPlan
 from patchloom.models.unet import UNet
 
 HALF_PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16}
+GRAPHS_A_SIZE = 4  # compiled for a patch size before torch gives up; one but for batches that vary (stratified)
+
+
+def set_rounding(precision: str) -> None:
+    """fp32 means fp32, also where a GPU would rather round to TF32; with any other precision it may."""
+    torch.set_float32_matmul_precision("highest" if precision == "fp32" else "high")
+    torch.backends.cudnn.allow_tf32 = precision != "fp32"
+
+
+def compile_network(denoiser: Denoiser, schedule: PatchSchedule) -> None:
+    """One graph a patch size, made when a size is first trained on; copies that were made before stay as they are."""
+    torch._dynamo.config.recompile_limit = GRAPHS_A_SIZE * len(schedule.sizes)
+    denoiser.model.compile(dynamic=False)
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ import typer
 
 from patchloom import __version__
 from patchloom.models.backbones import allow_backbones
+from patchloom.pipelines.cli_machine import benchmark, doctor
 from patchloom.pipelines.cli_models import Backbones, Json, Model, aside, models_app
 from patchloom.platform.errors import Stopped, UserError
 
@@ -317,12 +318,8 @@ def report(
     print(f"open {run(folder, out)}")
 
 
-@app.command()
-def doctor() -> None:
-    """What works here: Ray, GPUs, MLflow, disk."""
-    from patchloom.pipelines.inspect import doctor as run
-
-    raise typer.Exit(0 if run() else 1)
+app.command(epilog="Example: patchloom benchmark train.sizes sample --json")(benchmark)
+app.command()(doctor)
 
 
 @app.callback(invoke_without_command=True)

@@ -20,7 +20,7 @@ from patchloom.models.ema import HalfLifeEMA, PowerEMA, WeightAverage
 from patchloom.models.luck import RowOrder, derive_seed
 from patchloom.models.patches import patch_schedule
 from patchloom.models.plan import Method
-from patchloom.models.step import Rows, TrainingState, new_state
+from patchloom.models.step import Rows, TrainingState, compile_network, new_state, set_rounding
 from patchloom.models.transfer import transfer
 from patchloom.pipelines.beginning import load_beginning
 from patchloom.pipelines.checkpointer import newest_checkpoint
@@ -31,7 +31,6 @@ from patchloom.platform.recipe import Average, Recipe, check_recipe, recipe_yaml
 from patchloom.platform.storage import whole_folder
 
 Result = TypeVar("Result")
-GRAPHS_A_SIZE = 4  # compiled for a patch size before torch gives up; one but for batches that vary (stratified)
 
 
 def method_of(recipe: Recipe, resolution: int) -> Method:
@@ -149,9 +148,7 @@ def open_run(worker: Worker, config: dict[str, Any]) -> Run:
     card: dict[str, Any] = config["card"]
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     method = method_of(recipe, card["denoiser"]["resolution"])
-    rounds = recipe.train.precision != "fp32"  # fp32 means fp32, also where a GPU would rather round
-    torch.set_float32_matmul_precision("high" if rounds else "highest")
-    torch.backends.cudnn.allow_tf32 = rounds
+    set_rounding(recipe.train.precision)
     torch.manual_seed(derive_seed(recipe.seed, "weights"))
     denoiser = build_denoiser(card["denoiser"])
     folder = Path(config["folder"])
@@ -165,8 +162,7 @@ def open_run(worker: Worker, config: dict[str, Any]) -> Run:
     if newest is not None:
         load_checkpoint(newest, state)
     if config["compile"]:  # the averages were copied before, and sample as they are
-        torch._dynamo.config.recompile_limit = GRAPHS_A_SIZE * len(method.schedule.sizes)
-        denoiser.model.compile(dynamic=False)
+        compile_network(denoiser, method.schedule)
     space = Space(card["space"]["kind"], tuple(card["space"]["mean"]), tuple(card["space"]["scale"]))
     reader = Reader(open_dataset(config["dataset"]), recipe, device)
     profiled = config["profile"] and worker.rank == 0

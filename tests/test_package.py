@@ -1,4 +1,4 @@
-"""The package: a wheel holds all four rooms and works away from the repository."""
+"""The package: a wheel holds all rooms and works away from the repository."""
 
 import base64
 import csv
@@ -25,7 +25,7 @@ def test_a_wheel_holds_every_room_and_runs_elsewhere(tmp_path: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
         archive.extractall(tmp_path / "installed")
-    for room in ("models", "platform", "pipelines", "tune_configs"):
+    for room in ("models", "platform", "pipelines", "tune_configs", "benchmarks"):
         here = {path.name for path in (ROOT / room).iterdir() if path.suffix in (".py", ".yaml", ".json")}
         assert here <= {name.rsplit("/", 1)[1] for name in names if name.startswith(f"patchloom/{room}/")}
     assert "patchloom/platform/__init__.py" not in names
@@ -55,7 +55,7 @@ def test_the_wheel_that_travels_with_a_model_is_the_code_and_vouches_for_it() ->
         for name, told, size in rows[:-1]:
             digest = base64.urlsafe_b64encode(hashlib.sha256(archive.read(name)).digest()).decode().rstrip("=")
             assert (told, int(size)) == (f"sha256={digest}", len(archive.read(name)))
-        for room in ("models", "platform", "pipelines"):
+        for room in ("models", "platform", "pipelines", "benchmarks"):
             for path in (ROOT / room).glob("*.py"):
                 assert archive.read(f"patchloom/{room}/{path.name}") == path.read_bytes()
         assert {info.date_time for info in archive.infolist()} == {(1980, 1, 1, 0, 0, 0)}

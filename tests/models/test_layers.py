@@ -10,7 +10,7 @@ from scipy import stats
 
 from patchloom.models.codec import pixel_space
 from patchloom.models.denoiser import Denoiser
-from patchloom.models.layers import hashed_uniforms
+from patchloom.models.layers import Dropout, hashed_uniforms
 from patchloom.models.patches import patch_schedule
 from patchloom.models.plan import Method, plan_step
 from patchloom.models.step import Rows, new_state, training_step
@@ -28,6 +28,34 @@ def test_hashed_uniforms_are_uniform_and_independent() -> None:
         assert stats.chisquare(pairs.flatten()).pvalue > 1e-4
     correlation = np.corrcoef(blocks) - np.eye(4)
     assert abs(correlation).max() < 5 / blocks.shape[1] ** 0.5
+
+
+@pytest.mark.parametrize("shape", [(6, 32, 16, 16), (6, 3, 5, 5)])  # the second fills no whole number of words
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_drawn_masks_belong_to_blocks_and_keep_the_mean(shape: tuple[int, ...], layout: torch.memory_format) -> None:
+    layer = Dropout(0.13).train()
+
+    def dropped(x: torch.Tensor, blocks: list[int]) -> torch.Tensor:
+        layer.generators = [torch.Generator().manual_seed(block) for block in blocks]
+        layer.seeds = torch.tensor(blocks)
+        return layer(x)
+
+    x = torch.ones(shape).to(memory_format=layout)
+    out = dropped(x, [5, 6, 7])
+    assert out.is_contiguous(memory_format=layout)
+    assert torch.equal(out[2:4], dropped(x[2:4], [6]))  # whoever owns a block draws the same
+    assert set(out.unique().tolist()) == {0.0, torch.tensor(1 / 0.87).item()}
+    share = (out == 0).double().mean().item()
+    assert abs(share - 0.13) < 5 * (0.13 * 0.87 / x.numel()) ** 0.5
+    assert not torch.equal(out[:2] == 0, out[2:4] == 0)
+
+
+def test_neighbouring_drawn_masks_are_independent() -> None:
+    layer = Dropout(0.5).train()
+    layer.generators, layer.seeds = [torch.Generator().manual_seed(0)], torch.tensor([0])
+    kept = (layer(torch.ones(1, 1, 1, 80_000)) > 0).flatten().reshape(-1, 4)  # the four lanes of a word
+    counts = (kept.long() * torch.tensor([1, 2, 4, 8])).sum(1).bincount(minlength=16)
+    assert stats.chisquare(counts.numpy()).pvalue > 1e-4
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
