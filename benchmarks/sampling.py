@@ -1,47 +1,113 @@
-"""How fast batch sampling is beside a plain loop with the same micro-batch, worker by worker, its start left out.
+"""Sampling: `generate` beside a plain Heun loop, and one worker of `patchloom sample` beside plain loops."""
 
-Three ways alternate in rounds over the same seeds and network, one thread each: a loop that only samples; a loop that
-also saves every image with Pillow; and one worker of `patchloom sample` on Ray Data, which besides hashes, writes whole
-files and takes notes, timed from its first finished shard to its last. Each round compares what stood side by side, by
-the clock and by a core's own time, which other work on the machine changes less.
-
-    python benchmarks/sampling.py [--rounds 5] [--width 16] [--out benchmarks/results]
-"""
-
-import argparse
-import json
-import os
-import platform
 import tempfile
 import time
-from collections.abc import Callable
 from dataclasses import asdict
-from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
-from statistics import median
 from typing import Any
 
-import ray
 import torch
 from PIL import Image
 
+from patchloom.benchmarks.findings import Finding, Say, Scale
+from patchloom.benchmarks.limits import convolution_flops
+from patchloom.benchmarks.paired import Spread, Work, in_turns
+from patchloom.benchmarks.plain import PlainDenoiser, PlainUNet, plain_heun
+from patchloom.benchmarks.setups import song_config
 from patchloom.models.checkpoints import Model, load_whole_model, save_model
 from patchloom.models.codec import pixel_space
 from patchloom.models.denoiser import build_denoiser
-from patchloom.models.generate import Sampling, generate_padded, one_thread
+from patchloom.models.flops import peak_flops, training_flops
+from patchloom.models.generate import Sampling, generate, generate_padded, one_thread
 from patchloom.pipelines.sample_shard import ShardSampler
 from patchloom.platform.cluster import map_on_actors, ray_session
 from patchloom.platform.tracking import tracking_uri
 
-SIDE, BATCH, SHARD, SHARDS = 32, 8, 16, 12
+CPU = torch.device("cpu")
 SAMPLING = Sampling(steps=5)
+PLAIN_WANTED = 1.0
+SHARD, SHARDS = 16, 7  # images, and how many of them a worker makes; the first is its start
+SMALL_SIDE, SMALL_WIDTH = 32, 16  # of the worker's network, beside which the files weigh most
+TRAINING_OVER_FORWARD = 3  # FLOPs
 
 
-def small_model(folder: Path, width: int) -> Path:
-    """A DDPM++ that was not trained: what it makes is noise, which PNG compresses worst."""
-    options = {"width": width, "width_multipliers": [1, 2], "blocks": 1, "attention": [8], "dropout": 0.0}
-    config = {"network": "song", "network_options": options, "resolution": SIDE, "channels": 3, "classes": 0,
-              "coordinates": "linear", "sigma_data": 0.5}  # fmt: skip
+def against_plain(scale: Scale, say: Say) -> list[Finding]:
+    """`generate` beside the same mathematics written plainly, both from fresh noise, and beside the GEMM rate."""
+    config = song_config(scale.side, scale.width, scale.blocks, dropout=0.0)
+    model, plain = same_networks(config)
+    seeds, shape = list(range(scale.batch)), (scale.batch, config["channels"], scale.side, scale.side)
+
+    def ours() -> int:
+        return len(generate(model, seeds, [-1] * len(seeds), SAMPLING))
+
+    def plainly() -> int:
+        return len(plain_heun(plain, torch.randn(shape), SAMPLING.steps))
+
+    turns = in_turns({"ours": ours, "plain": plainly}, scale.rounds, 1, say)
+    flops = sampling_flops(config)
+    gemm, convolution = peak_flops(CPU, torch.float32)[0], convolution_flops(CPU, torch.float32)
+    used = Spread.of([100 * flops * rate / gemm for rate in turns.by_clock["ours"]])
+    name = f"sampling, {SAMPLING.steps} steps of Heun, width {scale.width}, R = {scale.side}"
+    return [
+        Finding(f"{name}: over a plain loop", turns.ratio("ours", "plain"), "x", wanted=PLAIN_WANTED),
+        Finding(f"{name}: over it, a core's time", turns.ratio("ours", "plain", of_core=True), "x"),
+        Finding(name, turns.rate("ours"), "images/s", gemm / flops, "all of the GEMM rate"),
+        Finding(f"{name}, plainly", turns.rate("plain"), "images/s", gemm / flops, "all of the GEMM rate"),
+        Finding("FLOPs used of the GEMM rate", used, "%", 100 * convolution / gemm, "the fastest 3x3 convolution"),
+    ]
+
+
+def same_networks(config: dict[str, Any]) -> tuple[Model, PlainDenoiser]:
+    """A model of pixels that was not trained, and its plain twin with the same weights."""
+    torch.manual_seed(0)
+    denoiser = build_denoiser(config).eval().requires_grad_(False)
+    channels = config["channels"]
+    plain = PlainDenoiser(PlainUNet(config["resolution"], channels + 2, channels, **config["network_options"]))
+    plain.load_state_dict(dict(denoiser.named_parameters()))
+    return Model(denoiser, pixel_space(channels), None, {}), plain.eval().requires_grad_(False)
+
+
+def sampling_flops(config: dict[str, Any]) -> float:
+    """FLOPs of one image: a forward pass an evaluation of the network."""
+    forward = training_flops(config, config["resolution"]) / TRAINING_OVER_FORWARD
+    return SAMPLING.network_evaluations * forward
+
+
+def on_ray_data(scale: Scale, say: Say) -> list[Finding]:
+    """One worker of `sample` on Ray Data, its start left out, beside a loop that samples and one that saves too.
+
+    All have one thread. Besides, the worker hashes, writes whole files and takes notes. What it makes is noise,
+    which PNG compresses worst.
+    """
+    shards = min(SHARDS, scale.images // SHARD)
+    config = song_config(min(SMALL_SIDE, scale.side), min(SMALL_WIDTH, scale.width), 1, dropout=0.0)
+    with tempfile.TemporaryDirectory() as folder, ray_session(), one_thread():
+        scratch = Path(folder)
+        model = load_whole_model(untrained(scratch / "model", config), "cuda" if torch.cuda.is_available() else CPU)
+        worker = Worker(scratch, shards)
+        loop = partial(plain_loop, model, SHARD * (shards - 1))
+        ways: dict[str, Work] = {"loop": loop, "worker": worker, "saving": partial(loop, scratch / "saved")}
+        turns = in_turns(ways, scale.rounds, 1, say)
+        gemm = peak_flops(CPU, torch.float32)[0]
+    turns.by_clock["worker"] = worker.by_clock[-scale.rounds :]  # the warm-up and its start left out
+    turns.by_core["worker"] = worker.by_core[-scale.rounds :]
+    limit = None if torch.cuda.is_available() else gemm / sampling_flops(config)
+    ratios = {
+        f"a worker of sample {words}{core}": turns.ratio("worker", way, of_core=bool(core))
+        for way, words in (("loop", "over a loop that samples"), ("saving", "over one that saves too"))
+        for core in ("", ", a core's time")
+    }
+    return [
+        *(Finding(what, ratio, "x", 1.0, "the loop itself") for what, ratio in ratios.items()),
+        Finding("a worker of sample", turns.rate("worker"), "images/s", limit, "all of a thread's GEMM rate"),
+        Finding("a loop that samples", turns.rate("loop"), "images/s", limit, "all of a thread's GEMM rate"),
+        Finding("a loop that saves too", turns.rate("saving"), "images/s", limit, "all of a thread's GEMM rate"),
+    ]
+
+
+def untrained(folder: Path, config: dict[str, Any]) -> Path:
+    """A model folder with weights as they were drawn."""
     torch.manual_seed(0)
     folder.mkdir()
     card = {"name": "benchmark", "denoiser": config, "space": pixel_space().describe(), "class_names": [],
@@ -50,90 +116,51 @@ def small_model(folder: Path, width: int) -> Path:
     return folder
 
 
-def timed(work: Callable[[], int]) -> dict[str, float]:
-    """Images a second of the clock and of a core's own time."""
-    wall, cpu = time.perf_counter(), time.process_time()
-    count = work()
-    return {"clock": count / (time.perf_counter() - wall), "core": count / (time.process_time() - cpu)}
-
-
-def plain_loop(model: Model, saved: Path | None) -> int:
-    seeds = list(range(SHARD * (SHARDS - 1)))
-    for start in range(0, len(seeds), BATCH):
-        some = seeds[start : start + BATCH]
-        images = generate_padded(model, some, [-1] * len(some), BATCH, SAMPLING)
+def plain_loop(model: Model, count: int, saved: Path | None = None) -> int:
+    """Sample so many images in batches, and perhaps save each with Pillow."""
+    for seed in range(0, count, SHARD):
+        some = list(range(seed, seed + SHARD))
+        images = generate_padded(model, some, [-1] * len(some), SHARD // 2, SAMPLING).cpu()
         if saved is not None:
-            for seed, image in zip(some, images, strict=True):
-                Image.fromarray(image.permute(1, 2, 0).numpy()).save(saved / f"{seed:06d}.png")
-    return len(seeds)
+            saved.mkdir(exist_ok=True)
+            for number, image in zip(some, images, strict=True):
+                Image.fromarray(image.permute(1, 2, 0).numpy()).save(saved / f"{number:06d}.png")
+    return count
 
 
-def on_ray(folder: Path, out: Path) -> dict[str, float]:
-    """One worker, from its first finished shard to its last."""
-    options = {"format": "png", "shard_size": None, "batch": BATCH, "outpaint": None, **asdict(SAMPLING)}
-    job = {"folder": str(out), "reference": str(folder), "options": options, "sampling": SAMPLING,
-           "tracking": tracking_uri(), "backbones": []}  # fmt: skip
-    shards = [
-        {"name": f"{first:06d}", "seeds": list(range(first, first + SHARD)), "labels": [-1] * SHARD, "known": "[]"}
-        for first in range(0, SHARD * SHARDS, SHARD)
-    ]
-    rows = []
-    for row in map_on_actors(ShardSampler, job, shards, 1, watch=lambda made: None):
-        if not rows:
-            began = time.perf_counter()
-        rows.append(row)
-    seconds = time.perf_counter() - began
-    images = sum(row["images"] for row in rows[1:])
-    return {"clock": images / seconds, "core": images / sum(row["cpu_seconds"] for row in rows[1:])}
+class Timed(ShardSampler):
+    """A worker that says when a shard was finished; its note of it may reach the driver much later."""
+
+    def __call__(self, item: dict[str, Any]) -> dict[str, Any]:
+        return super().__call__(item) | {"ended_unix_s": time.time()}
 
 
-def measure(scratch: Path, rounds: int, width: int) -> dict[str, Any]:
-    folder = small_model(scratch / "model", width)
-    model = load_whole_model(folder)
-    found: list[dict[str, dict[str, float]]] = []
-    with ray_session(), one_thread():
-        for number in range(-1, rounds):  # the first round warms up
-            (scratch / f"saved-{number}").mkdir()
-            ways = {
-                "plain loop": timed(lambda: plain_loop(model, None)),
-                "plain loop that saves": timed(lambda number=number: plain_loop(model, scratch / f"saved-{number}")),
-                "one worker on Ray Data": on_ray(folder, scratch / f"ray-{number}"),
-            }
-            if number >= 0:
-                found.append(ways)
-    rates = {way: {clock: median(one[way][clock] for one in found) for clock in ("clock", "core")} for way in found[0]}
-    ratios = {
-        f"over the {way}": {
-            clock: [one["one worker on Ray Data"][clock] / one[way][clock] for one in found]
-            for clock in ("clock", "core")
-        }
-        for way in ("plain loop", "plain loop that saves")
-    }
-    return {"images_per_second": rates, "ratios": ratios}
+class Worker:
+    """One worker on Ray Data; notes its rates from its first finished shard to its last."""
+
+    def __init__(self, scratch: Path, shards: int) -> None:
+        self.scratch, self.shards = scratch, shards
+        self.by_clock: list[float] = []
+        self.by_core: list[float] = []
+
+    def __call__(self) -> int:
+        rows = sorted(map_on_actors(Timed, self._job(), self._items(), 1, True, lambda made: None), key=_end_of)
+        images = sum(row["images"] for row in rows[1:])
+        self.by_clock.append(images / (_end_of(rows[-1]) - _end_of(rows[0])))
+        self.by_core.append(images / sum(row["cpu_seconds"] for row in rows[1:]))
+        return int(images)
+
+    def _job(self) -> dict[str, Any]:
+        options = {"format": "png", "shard_size": None, "batch": SHARD // 2, "outpaint": None, **asdict(SAMPLING)}
+        return {"folder": str(self.scratch / f"round-{len(self.by_clock)}"), "reference": str(self.scratch / "model"),
+                "options": options, "sampling": SAMPLING, "tracking": tracking_uri(), "backbones": []}  # fmt: skip
+
+    def _items(self) -> list[dict[str, Any]]:
+        return [
+            {"name": f"{first:06d}", "seeds": list(range(first, first + SHARD)), "labels": [-1] * SHARD, "known": "[]"}
+            for first in range(0, SHARD * self.shards, SHARD)
+        ]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--width", type=int, default=16)
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
-    options = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        found = measure(Path(folder), options.rounds, options.width)
-    for way, rate in found["images_per_second"].items():
-        print(f"{way}: {rate['clock']:.1f} images/s, {rate['core']:.1f} a core's second")
-    for way, ratio in found["ratios"].items():
-        print(f"one worker {way}: {median(ratio['clock']):.2f}x by the clock, {median(ratio['core']):.2f}x by the core")
-    record = {
-        "benchmark": "sampling", "date": datetime.now(UTC).strftime("%Y-%m-%d"), "machine": platform.processor(),
-        "cpus": os.cpu_count(), "torch": torch.__version__, "ray": ray.__version__, "resolution": SIDE,
-        "width": options.width, "batch": BATCH, "shard": SHARD, "steps": SAMPLING.steps, **found,
-    }  # fmt: skip
-    options.out.mkdir(parents=True, exist_ok=True)
-    path = options.out / f"sampling-{record['date']}.json"
-    path.write_text(json.dumps(record, indent=2) + "\n")
-    print(path)
-
-
-if __name__ == "__main__":
-    main()
+def _end_of(row: dict[str, Any]) -> float:
+    return float(row["ended_unix_s"])

@@ -55,5 +55,6 @@ def test_its_average_is_the_platforms(both: tuple[Denoiser, PlainDenoiser]) -> N
     expected.update(plain, 4, 4)
     for average, other in zip(training.average.parameters(), expected.module.parameters(), strict=True):
         torch.testing.assert_close(average, other)
-    moved = max(float((a - b).detach().abs().max()) for a, b in zip(plain.parameters(), before.parameters(), strict=True))
+    pairs = zip(plain.parameters(), before.parameters(), strict=True)
+    moved = max(float((after - first).detach().abs().max()) for after, first in pairs)
     assert moved == pytest.approx(1e-4, rel=0.01)  # Adam's first step is the learning rate, whatever the gradient

@@ -1,0 +1,78 @@
+"""Reading: random rows of latents from memory-mapped shards, as training reads them."""
+
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from patchloom.benchmarks.findings import Finding, Say, Scale, exactly
+from patchloom.benchmarks.limits import copy_bytes_per_second
+from patchloom.benchmarks.paired import Spread, in_turns
+from patchloom.platform.dataset import Dataset, write_shard
+from patchloom.platform.storage import file_sha256
+
+SHAPE, SHARD_ROWS = (4, 32, 32), 512
+BATCH, BATCHES = 64, 200
+LATENTS_WANTED = 20_000.0
+
+
+def random_rows(scale: Scale, say: Say) -> list[Finding]:
+    """Latents a second, mean and std of each, beside numpy's indexing of one mapped array a tensor."""
+    shards = max(1, scale.images // SHARD_ROWS)
+    batches = min(BATCHES, scale.images)
+    with tempfile.TemporaryDirectory() as folder:
+        dataset = latents_on_disk(Path(folder) / "dataset", shards)
+        columns = mapped_columns(Path(folder), shards)
+        generator = np.random.default_rng(0)
+
+        def ours() -> int:
+            for _ in range(batches):
+                dataset.rows(generator.integers(0, len(dataset), BATCH))
+            return BATCH * batches
+
+        def plainly() -> int:
+            for _ in range(batches):
+                wanted = generator.integers(0, len(dataset), BATCH)
+                _ = {name: column[wanted] for name, column in columns.items()}
+            return BATCH * batches
+
+        dataset.verify()
+        turns = in_turns({"ours": ours, "numpy": plainly}, 2 * scale.rounds, 1, say)
+    row = sum(column[0].nbytes for column in columns.values())
+    limit = copy_bytes_per_second(torch.device("cpu")) / row  # a batch of rows is small, and is written into a cache
+    share = Spread.of([100 * rate / limit for rate in turns.by_clock["ours"]])
+    why = "the rate of a copy in memory"
+    name = f"random reads of {SHAPE} latents, mean and std"
+    return [
+        Finding(name, turns.rate("ours"), "latents/s", limit, why, LATENTS_WANTED),
+        Finding("  over numpy's indexing of a mapped file", turns.ratio("ours", "numpy"), "x"),
+        Finding("  share of the limit", share, "%", 100.0, why),
+        Finding("  bytes a latent", exactly(float(row)), "bytes"),
+    ]
+
+
+def latents_on_disk(folder: Path, shards: int) -> Dataset:
+    """Rows of float16 noise in shards, as a preparation writes them."""
+    (folder / "shards").mkdir(parents=True)
+    described = []
+    for number in range(shards):
+        path = folder / "shards" / f"part-{number:05d}.arrow"
+        write_shard(path, [f"{number}-{row}" for row in range(SHARD_ROWS)], [0] * SHARD_ROWS, _moments())
+        described.append({"file": f"shards/{path.name}", "rows": SHARD_ROWS, "bytes": path.stat().st_size,
+                          "sha256": file_sha256(path)})  # fmt: skip
+    return Dataset(folder, {"shards": described, "kind": "latents"})
+
+
+def mapped_columns(folder: Path, shards: int) -> dict[str, np.ndarray]:
+    """The same rows as one mapped .npy file a column."""
+    columns: dict[str, np.ndarray] = {"label": np.zeros(shards * SHARD_ROWS, np.int32)}
+    for name, values in _moments().items():
+        np.save(folder / f"{name}.npy", np.tile(values, (shards, 1, 1, 1)))
+        columns[name] = np.load(folder / f"{name}.npy", mmap_mode="r")
+    return columns
+
+
+def _moments() -> dict[str, np.ndarray]:
+    generator = np.random.default_rng(0)
+    return {name: generator.standard_normal((SHARD_ROWS, *SHAPE)).astype(np.float16) for name in ("mean", "std")}
