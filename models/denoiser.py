@@ -135,11 +135,16 @@ def build_denoiser(config: dict[str, Any]) -> Denoiser:
     )
 
 
+def skeleton(config: dict[str, Any]) -> Denoiser:
+    """A denoiser without numbers: the shapes of its weights, on no memory. Raises what `build_denoiser` does."""
+    with torch.device("meta"):
+        return build_denoiser(config)
+
+
 def halvings_of(config: dict[str, Any]) -> int:
     """How often the network of `config` halves its input, so that sides must be multiples of 2 to that power.
 
     0 for a backbone of one's own, which knows best. Raises ValueError where the network cannot be built.
     """
-    with torch.device("meta"):
-        network = build_denoiser(config).model
+    network = skeleton(config).model
     return network.halvings if isinstance(network, UNet) else 0

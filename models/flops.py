@@ -4,9 +4,11 @@ import time
 from typing import Any
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
+from torch import nn
 
-from patchloom.models.denoiser import Denoiser, build_denoiser
+from patchloom.models.denoiser import Denoiser, build_denoiser, skeleton
+from patchloom.models.layers import Block, Convolution
+from patchloom.models.unet import UNet
 
 # Dense peaks of the tensor cores in bf16 and fp16, FLOP/s, by what the device's name holds (NVIDIA's data sheets)
 PEAK_FLOPS = {
@@ -22,13 +24,62 @@ def training_flops(config: dict[str, Any], size: int) -> int:
     A multiply-add counts 2, and the backward pass twice the forward. config: see `build_denoiser`. Raises
     ValueError for a network that cannot be built, or a size that it cannot halve.
     """
+    denoiser = skeleton(config)
+    if isinstance(denoiser.model, UNet):
+        denoiser.model.check_size(size, size)
+        return 3 * _forward_flops(denoiser.model, size)
     try:
         return _counted(config, size, "meta")
     except NotImplementedError:  # a backbone may need numbers to work with
         return _counted(config, size, "cpu")
 
 
+def _forward_flops(network: UNet, size: int) -> int:
+    """FLOPs of one image of `size` pixels, layer by layer; torch's counter would first load its compiler."""
+    resolution = network.resolution
+    counted = [*network.enc.items(), *network.dec.items()]
+    total = sum(_layer_flops(layer, int(name.split("x")[0]) * size // resolution) for name, layer in counted)
+    inside = (network.enc, network.dec, network.map_augment)  # images are counted as they are, not augmented
+    rest = [layer for layer in network.children() if not any(layer is other for other in inside)]
+    return total + sum(_layer_flops(layer, size) for layer in rest)
+
+
+def _layer_flops(layer: nn.Module, side: int) -> int:
+    """FLOPs of a layer and all inside it, whose output has `side` pixels a side."""
+    total = 0
+    for module in layer.modules():
+        if isinstance(module, Block):
+            if module.heads:  # every pixel looks at every other, and gathers from it
+                total += 4 * module.channels_out * side**4
+            resampled = (each for each in (module.conv0, module.skip) if each is not None)
+            total += sum(_filter_flops(each, module.channels_in, side) for each in resampled)
+        elif isinstance(module, Convolution) and module.weight is not None:
+            total += 2 * module.weight.numel() * _convolved_side(module, side) ** 2
+        elif isinstance(module, nn.Linear):
+            total += 2 * module.weight.numel()
+    if isinstance(layer, Convolution) and layer.filter_last and layer.weight is not None:
+        total += _filter_flops(layer, layer.weight.shape[0], side)
+    return total
+
+
+def _convolved_side(layer: Convolution, side: int) -> int:
+    """Pixels a side that a layer's convolution itself gives; one that is filtered last gives more, and a margin."""
+    if layer.filter_last and layer.resample == "down":
+        return 2 * side + 2 * ((layer.resample_filter.shape[-1] - 1) // 2)
+    return side
+
+
+def _filter_flops(layer: Convolution, channels: int, side: int) -> int:
+    """FLOPs of the low-pass filter of a layer that resamples; pooling and repetition count nothing."""
+    if layer.resample is None or layer.is_box:
+        return 0
+    pixels = side**2 if layer.resample == "down" else (side // 2) ** 2
+    return 2 * channels * layer.resample_filter.numel() * pixels
+
+
 def _counted(config: dict[str, Any], size: int, device: str) -> int:
+    from torch.utils.flop_counter import FlopCounterMode
+
     with torch.device(device):
         denoiser = build_denoiser(config).eval()
         noisy = torch.zeros(1, config["channels"], size, size)

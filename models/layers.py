@@ -27,7 +27,9 @@ class Initialiser:
         return Initialiser(self.fan, gain, self.bias_gain if gain else 0.0)
 
     def __call__(self, weight: Tensor, bias: Tensor | None) -> None:
-        """Draw a layer's weights and biases in place."""
+        """Draw a layer's weights and biases in place; those of a network that is only counted stay undrawn."""
+        if weight.is_meta:
+            return
         receptive = weight[0, 0].numel()
         fan_in, fan_out = weight.shape[1] * receptive, weight.shape[0] * receptive
         bound = (3 / fan_in) ** 0.5 if self.fan == "in" else (6 / (fan_in + fan_out)) ** 0.5
@@ -54,6 +56,11 @@ def group_norm(channels: int, eps: float) -> nn.GroupNorm:
     if not groups or channels % groups:
         raise ValueError(f"{channels} channels cannot be normalised in groups: make every width a multiple of 32")
     return nn.GroupNorm(groups, channels, eps=eps)
+
+
+def placed(constant: Tensor) -> Tensor:
+    """A constant where new tensors stand now; computed on a `meta` device, it would make torch import its compiler."""
+    return constant.to(torch.get_default_device())
 
 
 class Convolution(nn.Module):
@@ -86,8 +93,8 @@ class Convolution(nn.Module):
             init(self.weight, self.bias)
         self.is_box = tuple(filter_taps) == (1, 1)
         if resample:
-            taps = torch.tensor(filter_taps, dtype=torch.float32)
-            self.register_buffer("resample_filter", (taps.outer(taps) / taps.sum() ** 2)[None, None])
+            taps = torch.tensor(filter_taps, dtype=torch.float32, device="cpu")
+            self.register_buffer("resample_filter", placed((taps.outer(taps) / taps.sum() ** 2)[None, None]))
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, C', H, W), H and W halved or doubled where the layer resamples."""
@@ -245,10 +252,10 @@ class NoiseEmbedding(nn.Module):
         super().__init__()
         half = channels // 2
         if kind == "fourier":
-            self.register_buffer("freqs", torch.randn(half) * 16)
+            self.register_buffer("freqs", placed(torch.randn(half, device="cpu") * 16))
         elif kind == "positional":
-            steps = torch.arange(half, dtype=torch.float32) / (half - (1 if endpoint else 0))
-            self.register_buffer("frequencies", (1 / 10000) ** steps, persistent=False)
+            steps = torch.arange(half, dtype=torch.float32, device="cpu") / (half - (1 if endpoint else 0))
+            self.register_buffer("frequencies", placed((1 / 10000) ** steps), persistent=False)
         else:
             raise ValueError(f"embedding {kind!r} is unknown: choose positional or fourier")
         self.kind, self.sines_first = kind, sines_first

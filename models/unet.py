@@ -34,6 +34,7 @@ def first_layer(channels_in: int, width: int, stem: Sequence[int], init: Initial
 class UNet(nn.Module, ABC):
     """What the networks share: an encoder whose every output is kept, and a decoder that takes them back."""
 
+    resolution: int  # of a full image, which names the levels
     enc: nn.ModuleDict
     dec: nn.ModuleDict
     map_noise: NoiseEmbedding
@@ -71,7 +72,7 @@ class UNet(nn.Module, ABC):
         filter_taps: Sequence[int],
     ) -> int:
         """Lay out the encoder and decoder, names as in EDM's snapshots; returns the decoder's last width."""
-        self.halvings = len(widths) - 1
+        self.resolution, self.halvings = resolution, len(widths) - 1
         self.check_size(resolution, resolution)
         self.enc, self.dec = nn.ModuleDict(), nn.ModuleDict()
         kept, width, aux_width = [], first_width, channels_in
@@ -254,7 +255,8 @@ class DhariwalUNet(UNet):
         self.map_label = None
         if classes:
             self.map_label = linear(classes, embedding_width, init, bias=False)
-            nn.init.normal_(self.map_label.weight)  # Kaiming's 1/sqrt(K) times EDM's sqrt(K)
+            if not self.map_label.weight.is_meta:
+                nn.init.normal_(self.map_label.weight)  # Kaiming's 1/sqrt(K) times EDM's sqrt(K)
 
         def block(block_in: int, block_out: int, **options: Any) -> Block:
             return Block(

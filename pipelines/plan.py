@@ -14,7 +14,7 @@ import torch
 from patchloom.models.backbones import allow_backbones, allowed_backbones
 from patchloom.models.codec import identity_space
 from patchloom.models.cost import foretold_gain, measured_seconds_of_crop
-from patchloom.models.denoiser import build_denoiser
+from patchloom.models.denoiser import build_denoiser, skeleton
 from patchloom.models.flops import parameter_count, training_flops
 from patchloom.models.plan import Method
 from patchloom.pipelines.ranking import setting_words
@@ -57,7 +57,7 @@ def describe_plan(recipe: Recipe, dataset: str, workers: int = 1, measure: bool 
     rows = open_dataset(dataset)
     card = model_card(recipe, rows)
     method = method_of(recipe, card["denoiser"]["resolution"])
-    parameters = parameter_count(build_denoiser(card["denoiser"]))
+    parameters = parameter_count(skeleton(card["denoiser"]))
     batch, updates = method.batch_size, method.updates
     flops_of_crop = {
         size.pixels: float(training_flops(card["denoiser"], size.pixels)) for size in method.schedule.sizes

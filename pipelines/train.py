@@ -198,7 +198,7 @@ def train(
     card = model_card(recipe, rows)
     there = Folder.at(out)
     with _run_folder(there) as folder, locked(folder):
-        find_run = _open_folder(folder, there, recipe, card, rows, resume, parent_run)
+        find_run, answers = _open_folder(folder, there, recipe, card, rows, resume, parent_run)
         if (folder / "model" / "model.json").is_file():
             say(f"{out} is finished: its model is {out}/model")
             with Follower(folder, find_run, lambda _: None):
@@ -218,7 +218,7 @@ def train(
         there.remove(STOP_FILE)
         status = "FAILED"
         try:
-            _launch(config, folder, recipe, find_run, workers, min_workers, show)
+            _launch(config, folder, recipe, find_run, answers, workers, min_workers, show)
             status = "FINISHED"
         except Stopped:
             status = "KILLED"
@@ -251,6 +251,7 @@ def _launch(
     folder: Path,
     recipe: Recipe,
     find_run: Callable[[], str],
+    answers: bool,
     workers: int,
     min_workers: int | None,
     show: Callable[[dict[str, Any]], None] | None,
@@ -258,7 +259,7 @@ def _launch(
     there = Folder(config["folder"])
 
     def work(shown: Callable[[dict[str, Any]], None]) -> None:
-        with Follower(folder, find_run, shown), Fetcher(there, folder) if there.is_remote else nullcontext():
+        with Follower(folder, find_run, shown, answers), Fetcher(there, folder) if there.is_remote else nullcontext():
             ended = run_workers(
                 train_worker,
                 config,
@@ -316,10 +317,11 @@ def _open_folder(
     dataset: Dataset,
     resume: bool,
     parent_run: str | None,
-) -> Callable[[], str]:
-    """Begin a run's folder, or find there the run that goes on; returns what finds or begins its MLflow run.
+) -> tuple[Callable[[], str], bool]:
+    """Begin a run's folder, or find there the run that goes on.
 
-    What is wrong is refused before a run is begun.
+    Returns what finds or begins its MLflow run, and whether MLflow answers now. What is wrong is refused before
+    a run is begun.
     """
     is_new = not (folder / "run.json").is_file()
     if not is_new:
@@ -330,11 +332,9 @@ def _open_folder(
     if is_new:
         _write_cards(folder, there, recipe, dataset)
     find_run = functools.partial(tracked, folder, there, parent_run)
-    if answers:
-        find_run()
-    else:
+    if not answers:
         say(f"  MLflow at {tracking_uri()} does not answer: the run goes on without it, and is sent when it does")
-    return find_run
+    return find_run, answers
 
 
 def _check_same(folder: Path, there: Folder, recipe: Recipe, dataset: Dataset, resume: bool) -> None:

@@ -83,8 +83,12 @@ class Shard:
                 column = table.column(name).chunk(0)  # a shard is one batch; combining chunks would copy the map
                 if isinstance(column, pa.FixedShapeTensorArray):
                     self._columns[name] = column.to_numpy_ndarray()
+                elif pa.types.is_string(
+                    column.type
+                ):  # as a list: Arrow's own way to numpy takes a second to import pandas
+                    self._columns[name] = np.array(column.to_pylist(), dtype=object)
                 else:
-                    self._columns[name] = column.to_numpy(zero_copy_only=False)
+                    self._columns[name] = np.from_dlpack(column)
         return self._columns
 
 

@@ -1,9 +1,11 @@
 """Tracking: runs in MLflow, fed from the lines that a run writes on disk first."""
 
+import contextlib
 import json
 import logging
 import os
 import re
+import sqlite3
 import threading
 import time
 import warnings
@@ -19,6 +21,7 @@ from patchloom.platform.storage import locked
 
 EXPERIMENT = "patchloom"
 RETRY_S = 10.0
+BEGIN_AFTER_S = 15.0  # in MLflow, where a run has no line to send yet
 PROGRESS_FILE = "progress.jsonl"
 FIRST_TIME_S = 300.0
 _met: set[str] = set()  # stores that this process has seen whole
@@ -171,11 +174,16 @@ class Follower:
 
     The file is the truth. A store that does not answer costs nothing but time: lines wait and are sent
     again, and a line whose step is already in MLflow is never sent twice. find_run: the id of the run that
-    they go to; asked when there is a line to send, and again where it raises.
+    they go to; asked when there is a line to send, and again where it raises. begins: ask for it without a
+    line too, so that a run is seen in MLflow from its beginning, but not at once: the client takes seconds to
+    import, which the first steps need not wait for.
     """
 
-    def __init__(self, folder: Path, find_run: Callable[[], str], show: Callable[[dict[str, Any]], None]) -> None:
-        self.folder, self.find_run, self.show = folder, find_run, show
+    def __init__(
+        self, folder: Path, find_run: Callable[[], str], show: Callable[[dict[str, Any]], None], begins: bool = False
+    ) -> None:
+        self.folder, self.find_run, self.show, self.begins = folder, find_run, show, begins
+        self._begin_at = time.monotonic() + BEGIN_AFTER_S
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._follow, name="follower", daemon=True)
         self._tail = JsonLinesTail(folder / PROGRESS_FILE)
@@ -191,7 +199,7 @@ class Follower:
     def __exit__(self, *_: object) -> None:
         self._stop.set()
         self._thread.join()
-        self._retry_at = 0.0
+        self._retry_at = self._begin_at = 0.0
         self._look()
         if self._waiting:
             count, place = len(self._waiting), self.folder / PROGRESS_FILE
@@ -208,8 +216,10 @@ class Follower:
         for line in self._tail.new_lines():
             self.show(line)
             self._waiting.append(line)
-        if self._waiting and time.monotonic() >= self._retry_at:
+        begins = self.begins and not self._run_id and time.monotonic() >= self._begin_at
+        if (self._waiting or begins) and time.monotonic() >= self._retry_at:
             try:
+                self._find()
                 while self._waiting:
                     self._send(self._waiting[0])
                     self._waiting.pop(0)
@@ -217,14 +227,17 @@ class Follower:
                 self._problem = f"{type(error).__name__}: {_short(error)}"
                 self._retry_at = time.monotonic() + RETRY_S
 
+    def _find(self) -> None:
+        """Find the run and what a store has of it, once."""
+        if not self._run_id:
+            client, run_id = connect(), self.find_run()
+            history = client.get_metric_history(run_id, "images_seen")
+            self._run_id, self._sent_step = run_id, max((point.step for point in history), default=-1)
+
     def _send(self, line: dict[str, Any]) -> None:
         from mlflow.entities import Metric
 
         client = connect()
-        if not self._run_id:
-            run_id = self.find_run()
-            history = client.get_metric_history(run_id, "images_seen")
-            self._run_id, self._sent_step = run_id, max((point.step for point in history), default=-1)
         if line["step"] <= self._sent_step:
             return
         if "preview" in line:
@@ -247,6 +260,8 @@ class Follower:
 
 def is_reachable() -> bool:
     """Whether the tracking store answers; raises UserError for one that cannot be opened at all."""
+    if _is_database_of_mlflow(tracking_uri()):
+        return True
     from requests import RequestException
 
     try:
@@ -257,6 +272,16 @@ def is_reachable() -> bool:
         problem = _short(error)
         raise UserError(f"MLflow at {tracking_uri()} cannot be opened ({problem}): check MLFLOW_TRACKING_URI") from None
     return True
+
+
+def _is_database_of_mlflow(uri: str) -> bool:
+    """Whether this is an sqlite file that MLflow has made its tables in; the client itself takes seconds to import."""
+    path = Path(uri.removeprefix("sqlite:///"))
+    if not uri.startswith("sqlite:///") or not path.is_file() or not os.access(path, os.W_OK):
+        return False
+    with contextlib.suppress(sqlite3.Error), contextlib.closing(sqlite3.connect(path)) as database:
+        return bool(database.execute("SELECT count(*) FROM experiments, alembic_version").fetchone()[0])
+    return False
 
 
 def _short(error: Exception) -> str:
