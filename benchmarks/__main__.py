@@ -8,7 +8,6 @@ import sys
 
 from patchloom.benchmarks.suite import SUBJECTS, benchmark
 from patchloom.platform.errors import UserError
-from patchloom.platform.progress import say
 
 
 def main() -> int:
@@ -38,8 +37,6 @@ def main() -> int:
         return 2
     if options.json:
         print(json.dumps(record))
-    elif options.out:
-        say(f"\nkept in {options.out}")
     return 0
 
 

@@ -23,8 +23,8 @@ from patchloom.pipelines.prepare import prepare
 from patchloom.platform.recipe import check_recipe, recipe_yaml
 
 LOG_STEPS, WARM_UP_LINES = 5, 6  # a line each so many steps; in the first, MLflow's client is imported meanwhile
-STEPS, TINY_STEPS = 100, 40
-MOST_ROUNDS = 4
+STEPS, TINY_STEPS = 60, 40
+MOST_ROUNDS = 3
 ROWS = 256
 WANTED = 3.0
 

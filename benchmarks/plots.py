@@ -49,13 +49,19 @@ def _bars(path: Path, rows: list[tuple[str, dict[str, Any]]], record: dict[str, 
         for key, style in (("limit", "-"), ("wanted", ":")):
             if found[key] is not None and found[key] < 40 * spread["median"]:
                 axes.plot([found[key]] * 2, [place - 0.4, place + 0.4], color="black", linestyle=style)
-    axes.set_yticks(range(len(rows)), [found["what"].strip() for _, found in rows], size=8)
+    axes.set_yticks(range(len(rows)), [_label(found) for _, found in rows], size=8)
     axes.invert_yaxis()
     if rows[0][1]["unit"] != "x":
         axes.set_xscale("log")
     axes.set_xlabel(f"{rows[0][1]['unit']}  (| limit, ⋮ wanted)" if rows else "")
     _finish(figure, axes, f"{record['date']}: {record['machine']['words']}")
     return _save(figure, path)
+
+
+def _label(found: dict[str, Any]) -> str:
+    """What was measured, and of what where the unit says so: a counted image or an update."""
+    of = found["unit"].removeprefix("x").strip()
+    return found["what"].strip() + (f", {of}" if found["unit"].startswith("x ") else "")
 
 
 def _curves(path: Path, record: dict[str, Any]) -> Path:

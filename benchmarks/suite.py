@@ -47,14 +47,14 @@ SUBJECTS = {
     "train.compile": Subject("training:compiled", 3.0, "compiled steps beside eager ones"),
     "train.workers": Subject("workers:by_draw", 4.0, "1, 2 and 4 workers, and how sizes are drawn across them"),
     "train.latents": Subject("latents:precomputed", 5.0, "latents encoded once beside encoding in every step"),
-    "train.platform": Subject("platform_cost:beside_bare_steps", 5.0, "`patchloom train` beside its bare steps"),
+    "train.platform": Subject("platform_cost:beside_bare_steps", 10.0, "`patchloom train` beside its bare steps"),
     "train.peers": Subject("peers:beside_peers", 8.0, "other packages' training loops, at equal parameters and FLOPs"),
     "sample.plain": Subject("sampling:against_plain", 1.5, "sampling beside the same mathematics written plainly"),
     "sample.worker": Subject("sampling:on_ray_data", 1.5, "a worker of `patchloom sample` beside a plain loop"),
     "prepare": Subject("preparing:beside_pillow", 4.0, "a preparation beside a loop of Pillow"),
     "read": Subject("reading:random_rows", 0.3, "random rows of latents from disk"),
-    "tune": Subject("searching:beside_its_trials", 4.0, "a search beside its trials alone"),
-    "startup": Subject("startup:commands", 1.0, "how soon commands answer"),
+    "tune": Subject("searching:beside_its_trials", 7.0, "a search beside its trials alone"),
+    "startup": Subject("startup:commands", 2.0, "how soon commands answer"),
     "scaling": Subject("scaling:to_a_thousand", 0.1, "steps on up to 1,024 GPUs and the data they need, by arithmetic"),
 }
 
@@ -111,7 +111,11 @@ def benchmark(
             "findings": [found.describe() for found in findings],
         }  # fmt: skip
         if out is not None:
-            keep(record, Path(out))
+            path = keep(record, Path(out))
+    if out is not None:
+        from patchloom.benchmarks.plots import plot_record
+
+        say("\n".join(["", f"kept: {path}", *(f"look at it: {plot}" for plot in plot_record(path))]))
     return record
 
 

@@ -95,6 +95,7 @@ def test_ours_is_as_large_as_the_plain_one_and_trains_on_as_many_images_as_it_sa
     assert ways["p = 0.5"]() == TINY.batch * (5 + 3 * 2 + 2 * 4)  # Eq. 5: 5 full steps, 3 of half and 2 of quarter size
 
 
+@pytest.mark.slow
 def test_packages_that_cannot_be_had_or_fail_are_skipped_with_a_word_and_the_others_are_measured(
     no_index: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
@@ -109,6 +110,7 @@ def test_packages_that_cannot_be_had_or_fail_are_skipped_with_a_word_and_the_oth
     assert [entry.name for entry in (tmp_path / "peers").iterdir()] == [".lock"]  # nothing half-made is left
 
 
+@pytest.mark.slow
 def test_a_package_goes_without_what_it_can_do_without(no_index: None, capsys: pytest.CaptureFixture[str]) -> None:
     package = Package("diffusers", "diffusers", "UNet2DModel", ("no-such-package-of-patchloom",),
                       "import no_such_package", "import json")  # fmt: skip
@@ -132,6 +134,7 @@ def test_an_environment_shares_this_torch_is_kept_and_is_made_anew_once_it_fails
     assert capsys.readouterr().out.count("making an environment") == 1
 
 
+@pytest.mark.slow
 def test_a_torch_is_not_added_where_no_numbers_are_wanted(no_index: None, tmp_path: Path) -> None:
     unfit = Package("unfit", "unfit", "Unet", (), "raise RuntimeError('does not fit')", "import no_such_package")
     assert not peers.is_in_earnest(TINY) and peers.is_in_earnest(Scale())
