@@ -60,8 +60,8 @@ def _bars(path: Path, rows: list[tuple[str, dict[str, Any]]], record: dict[str, 
 
 def _label(found: dict[str, Any]) -> str:
     """What was measured, and of what where the unit says so: a counted image or an update."""
-    of = found["unit"].removeprefix("x").strip()
-    return found["what"].strip() + (f", {of}" if found["unit"].startswith("x ") else "")
+    what, unit = str(found["what"]).strip(), str(found["unit"])
+    return f"{what}, {unit[2:]}" if unit.startswith("x ") else what
 
 
 def _curves(path: Path, record: dict[str, Any]) -> Path:
