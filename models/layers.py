@@ -59,7 +59,10 @@ def group_norm(channels: int, eps: float) -> nn.GroupNorm:
 
 
 def placed(constant: Tensor) -> Tensor:
-    """A constant where new tensors stand now; computed on a `meta` device, it would make torch import its compiler."""
+    """A constant (of any shape) where new tensors stand now.
+
+    Computed on a `meta` device, it would make torch import its compiler.
+    """
     return constant.to(torch.get_default_device())
 
 
