@@ -39,7 +39,8 @@ from patchloom.models.luck import RowOrder
 from patchloom.models.metrics import frechet_distance
 from patchloom.models.plan import Method, plan_step
 from patchloom.models.step import HALF_PRECISIONS, Rows, set_rounding, training_step
-from patchloom.platform.storage import write_atomic
+from patchloom.platform.errors import UserError
+from patchloom.platform.storage import make_folder, write_atomic
 
 RESULTS_FORMAT = 1
 PIXEL = Scale(rounds=3, width=128, side=64, batch=64)
@@ -347,11 +348,15 @@ def main() -> int:
         if path is not None and not path.is_file():
             print(f"patchloom: {path} is no file: give another, or none", file=sys.stderr)
             return 2
+    try:
+        make_folder(options.out)
+    except UserError as error:
+        print(f"patchloom: {error}", file=sys.stderr)
+        return 2
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     features = features_of_file(options.features, device) if options.features else ColourFeatures()
     images = np.load(options.images)["images"] if options.images else None
     record = measure(device, options.minutes, images, features, options.tiny)
-    options.out.mkdir(parents=True, exist_ok=True)
     path = options.out / f"gpu-{record['date']}.json"
     write_atomic(path, json.dumps(record, indent=2) + "\n")
     say(f"\nkept as {path}")

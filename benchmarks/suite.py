@@ -14,7 +14,7 @@ from patchloom.benchmarks.findings import TINY, Finding, Say, Scale, table
 from patchloom.benchmarks.machine import busy_share, describe_machine
 from patchloom.platform.errors import UserError
 from patchloom.platform.progress import clock, say
-from patchloom.platform.storage import write_atomic
+from patchloom.platform.storage import make_folder, write_atomic
 
 RESULTS_FORMAT = 1
 BUSY = 0.15  # of all cores, by others; above it numbers are warned of, and above TOO_BUSY not measured
@@ -82,9 +82,12 @@ def benchmark(
 
     names: see `chosen_subjects`. out: a folder for `benchmark-DATE.json`, whose older subjects of the day are
     kept. rounds: how often the ways of a comparison take turns. tiny: smallest sizes, to see that everything
-    runs. force: measure on a busy machine too. Raises UserError for unknown names and a busy machine.
+    runs. force: measure on a busy machine too. Raises UserError for unknown names, a folder that cannot be
+    made, and a busy machine.
     """
     chosen = chosen_subjects(names)
+    if out is not None:
+        make_folder(Path(out))  # what cannot be kept is refused before it is measured
     scale = TINY if tiny else Scale()
     scale = scale if rounds is None else replace(scale, rounds=rounds)
     machine = describe_machine()
@@ -121,7 +124,6 @@ def benchmark(
 
 def keep(record: dict[str, Any], folder: Path) -> Path:
     """Write `benchmark-DATE.json`; what it says of other subjects on the same machine stays."""
-    folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"benchmark-{record['date']}.json"
     if path.is_file():
         before = json.loads(path.read_text())

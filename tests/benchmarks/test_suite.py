@@ -36,6 +36,12 @@ def test_numbers_are_kept_beside_those_of_the_day(tmp_path: Path) -> None:
     assert not any(name in path.read_text() for name in names if len(name) > 1)  # nothing that names the host
 
 
+def test_a_folder_that_cannot_be_made_is_refused_before_anything_is_measured(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="file"):
+        benchmark(["scaling"], out=str(tmp_path / "file" / "results"), tiny=True)
+
+
 def test_a_smaller_crop_keeps_less_for_its_backward_pass() -> None:
     findings = benchmark(["train.memory"], tiny=True)["subjects"]["train.memory"]["findings"]
     crops = {found["what"]: found["measured"]["median"] for found in findings if "a crop of" in found["what"]}
