@@ -11,10 +11,10 @@ import torch
 from PIL import Image
 
 from patchloom.benchmarks.findings import Finding, Say, Scale
-from patchloom.benchmarks.limits import convolution_flops
-from patchloom.benchmarks.paired import Spread, Work, in_turns
+from patchloom.benchmarks.paired import Work, in_turns
 from patchloom.benchmarks.plain import PlainDenoiser, PlainUNet, plain_heun
 from patchloom.benchmarks.setups import song_config
+from patchloom.benchmarks.training import beside_plain
 from patchloom.models.checkpoints import Model, load_whole_model, save_model
 from patchloom.models.codec import pixel_space
 from patchloom.models.denoiser import build_denoiser
@@ -45,17 +45,8 @@ def against_plain(scale: Scale, say: Say) -> list[Finding]:
         return len(plain_heun(plain, torch.randn(shape), SAMPLING.steps))
 
     turns = in_turns({"ours": ours, "plain": plainly}, scale.rounds, 1, say)
-    flops = sampling_flops(config)
-    gemm, convolution = peak_flops(CPU, torch.float32)[0], convolution_flops(CPU, torch.float32)
-    used = Spread.of([100 * flops * rate / gemm for rate in turns.by_clock["ours"]])
     name = f"sampling, {SAMPLING.steps} steps of Heun, width {scale.width}, R = {scale.side}"
-    return [
-        Finding(f"{name}: over a plain loop", turns.ratio("ours", "plain"), "x", wanted=PLAIN_WANTED),
-        Finding(f"{name}: over it, a core's time", turns.ratio("ours", "plain", of_core=True), "x"),
-        Finding(name, turns.rate("ours"), "images/s", gemm / flops, "all of the GEMM rate"),
-        Finding(f"{name}, plainly", turns.rate("plain"), "images/s", gemm / flops, "all of the GEMM rate"),
-        Finding("FLOPs used of the GEMM rate", used, "%", 100 * convolution / gemm, "the fastest 3x3 convolution"),
-    ]
+    return beside_plain(name, turns, sampling_flops(config), PLAIN_WANTED)
 
 
 def same_networks(config: dict[str, Any]) -> tuple[Model, PlainDenoiser]:

@@ -3,24 +3,24 @@
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from patchloom.benchmarks.findings import Finding, Say, Scale, exactly
 from patchloom.benchmarks.limits import convolution_flops
-from patchloom.benchmarks.paired import Spread, in_turns, now
+from patchloom.benchmarks.paired import Spread, Turns, in_turns, now
 from patchloom.benchmarks.plain import PlainDenoiser, PlainTraining, PlainUNet
 from patchloom.benchmarks.setups import Trainer, method_of, only, representative_steps, song_config
 from patchloom.models.cost import Gain, foretold_gain
 from patchloom.models.flops import peak_flops, training_flops
 from patchloom.models.loss import denoising_loss
-from patchloom.models.luck import draw_block, join
+from patchloom.models.luck import Luck, draw_block, join
 from patchloom.models.noise import training_sigmas
 from patchloom.models.patches import crop, offsets
 from patchloom.models.plan import Method, plan_step
-from patchloom.models.step import Rows, dropout_luck, learning_rate
+from patchloom.models.step import Rows, dropout_luck
 from patchloom.platform.dataset import Dataset, write_shard
 from patchloom.platform.storage import file_sha256
 
@@ -42,11 +42,15 @@ def against_plain(scale: Scale, say: Say) -> list[Finding]:
         return scale.batch
 
     turns = in_turns({"ours": lambda: trainer.steps([plan]), "plain": plainly}, 2 * scale.rounds, 2, say)
-    flops = training_flops(config, scale.side)
-    gemm, convolution = peak_flops(CPU, torch.float32)[0], convolution_flops(CPU, torch.float32)
     name = f"training step, width {scale.width}, R = {scale.side}"
+    return beside_plain(name, turns, training_flops(config, scale.side), STEP_WANTED)
+
+
+def beside_plain(name: str, turns: Turns, flops: float, wanted: float) -> list[Finding]:
+    """What turns of `ours` and `plain` came to, of so many FLOPs an image, beside the rates of GEMM and convolution."""
+    gemm, convolution = peak_flops(CPU, torch.float32)[0], convolution_flops(CPU, torch.float32)
     return [
-        Finding(f"{name}: over a plain loop", turns.ratio("ours", "plain"), "x", wanted=STEP_WANTED),
+        Finding(f"{name}: over a plain loop", turns.ratio("ours", "plain"), "x", wanted=wanted),
         Finding(f"{name}: over it, a core's time", turns.ratio("ours", "plain", of_core=True), "x"),
         Finding(name, turns.rate("ours"), "images/s", gemm / flops, "all of the GEMM rate"),
         Finding(f"{name}, plainly", turns.rate("plain"), "images/s", gemm / flops, "all of the GEMM rate"),
@@ -98,64 +102,79 @@ def gains(name: str, per_image: Spread, method: Method, limit: Gain, wanted: flo
 
 def by_part(scale: Scale, say: Say) -> list[Finding]:
     """What share of a step each of its parts takes, measured one by one in turns with whole steps."""
-    config = song_config(scale.side, scale.width, scale.blocks)
-    trainer = Trainer(config, method_of(scale))
-    method, state, denoiser = trainer.method, trainer.state, trainer.denoiser
-    plan = plan_step(method, 0, 0)
-    (group,) = plan.share()
-    rows = trainer.rows(scale.batch)
-    luck = _luck(trainer, plan.step, list(group.blocks))
-    patches, where = crop(rows.image, offsets(luck.corner, scale.side, scale.side), scale.side)
-    clean = trainer.space.normalise(patches)
-    sigma = training_sigmas(luck.sigma, method.noise_mean, method.noise_std)
-
-    def network() -> int:
-        state.gradients.flat.zero_()
-        with dropout_luck(denoiser, 0, 0, group.blocks, CPU):
-            denoising_loss(denoiser, clean, luck.noise, sigma, where).mean().backward()
-        return 1
-
-    def patch() -> int:
-        some, _ = crop(rows.image, offsets(luck.corner, scale.side, scale.side), scale.side)
-        trainer.space.normalise(some)
-        return 1
-
-    def random_numbers() -> int:
-        _luck(trainer, plan.step, list(group.blocks))
-        return 1
-
-    def optimizer() -> int:
-        for settings in state.optimizer.param_groups:
-            settings["lr"] = learning_rate(method, 0)
-        state.gradients.clean()
-        state.optimizer.step()
-        return 1
-
-    def averages() -> int:
-        for ema in state.emas:
-            ema.update(denoiser, 100, scale.batch)
-        return 1
-
     with tempfile.TemporaryDirectory() as folder:
-        dataset = pixels_on_disk(Path(folder), scale)
-        generator = np.random.default_rng(0)
-
-        def data() -> int:
-            columns = dataset.rows(generator.integers(0, len(dataset), scale.batch))
-            Rows(torch.from_numpy(columns["image"]), torch.from_numpy(columns["label"]))
-            return 1
-
-        def step() -> int:
-            trainer.steps([plan])
-            return 1
-
-        parts = {"the network": network, "rows from disk": data, "crops": patch, "random numbers": random_numbers,
-                 "gradients cleaned, Adam": optimizer, "averages": averages}  # fmt: skip
-        turns = in_turns({"step": step, **parts}, 2 * scale.rounds, 1, say)
-    shares = {name: turns.ratio("step", name) for name in parts}  # seconds of a part over those of the step
+        parts = Parts(scale, pixels_on_disk(Path(folder), scale))
+        ways: dict[str, Callable[[], int]] = {
+            "the network": parts.network, "rows from disk": parts.rows, "crops": parts.crops,
+            "random numbers": parts.random_numbers, "gradients cleaned, Adam": parts.optimizer,
+            "averages": parts.averages,
+        }  # fmt: skip
+        turns = in_turns({"step": parts.step, **ways}, 2 * scale.rounds, 1, say)
+    shares = {name: turns.ratio("step", name) for name in ways}  # seconds of a part over those of the step
     found = [Finding(f"share of a step: {name}", _scaled(share, 100), "%") for name, share in shares.items()]
-    rest = 1 - shares["the network"].median
-    return [*found, Finding("share of a step: all but the network", exactly(100 * rest), "%")]
+    network = shares["the network"]
+    rest = Spread(*(100 * (1 - share) for share in (network.median, network.high, network.low)))  # the least is first
+    return [*found, Finding("share of a step: all but the network", rest, "%")]
+
+
+class Parts:
+    """A full-size step, whole and in pieces; each takes one, on what the others left ready."""
+
+    def __init__(self, scale: Scale, dataset: Dataset) -> None:
+        self.trainer = Trainer(song_config(scale.side, scale.width, scale.blocks), method_of(scale))
+        self.side, self.dataset = scale.side, dataset
+        self.plan = plan_step(self.trainer.method, 0, 0)
+        (self.group,) = self.plan.share()
+        self.images = self.trainer.rows(scale.batch).image
+        self.luck = self._luck()
+        self.clean, self.where = self._cropped()
+
+    def step(self) -> int:
+        self.trainer.steps([self.plan])
+        return 1
+
+    def network(self) -> int:
+        state, method = self.trainer.state, self.trainer.method
+        state.gradients.flat.zero_()
+        sigma = training_sigmas(self.luck.sigma, method.noise_mean, method.noise_std)
+        with dropout_luck(state.denoiser, 0, 0, self.group.blocks, CPU):
+            denoising_loss(state.denoiser, self.clean, self.luck.noise, sigma, self.where).mean().backward()
+        return 1
+
+    def rows(self) -> int:
+        generator = np.random.default_rng(0)
+        columns = self.dataset.rows(generator.integers(0, len(self.dataset), len(self.images)))
+        Rows(torch.from_numpy(columns["image"]), torch.from_numpy(columns["label"]))
+        return 1
+
+    def crops(self) -> int:
+        self._cropped()
+        return 1
+
+    def random_numbers(self) -> int:
+        self._luck()
+        return 1
+
+    def optimizer(self) -> int:
+        self.trainer.state.gradients.clean()
+        self.trainer.state.optimizer.step()
+        return 1
+
+    def averages(self) -> int:
+        for ema in self.trainer.state.emas:
+            ema.update(self.trainer.denoiser, 100, len(self.images))
+        return 1
+
+    def _cropped(self) -> tuple[Tensor, Tensor]:
+        patches, where = crop(self.images, offsets(self.luck.corner, self.side, self.side), self.side)
+        return self.trainer.space.normalise(patches), where
+
+    def _luck(self) -> Luck:
+        method, channels = self.trainer.method, self.trainer.channels
+        return join([
+            draw_block(method.seed, 0, block, method.block_size, channels, self.side, self.side, False, CPU)
+            for block in self.group.blocks
+        ])  # fmt: skip
 
 
 def by_precision(scale: Scale, say: Say) -> list[Finding]:
@@ -227,14 +246,6 @@ def pixels_on_disk(folder: Path, scale: Scale) -> Dataset:
     write_shard(path, [f"{row:06d}" for row in range(rows)], [0] * rows, {"image": images})
     shard = {"file": f"shards/{path.name}", "rows": rows, "bytes": path.stat().st_size, "sha256": file_sha256(path)}
     return Dataset(folder, {"shards": [shard], "kind": "pixels"})
-
-
-def _luck(trainer: Trainer, step: int, blocks: list[int]) -> Any:
-    method, side = trainer.method, trainer.resolution
-    return join([
-        draw_block(method.seed, step, block, method.block_size, trainer.channels, side, side, False, trainer.device)
-        for block in blocks
-    ])  # fmt: skip
 
 
 def _steps_of(trainer: Trainer, method: Method, steps: int) -> Callable[[], int]:

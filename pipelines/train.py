@@ -332,6 +332,8 @@ def _open_folder(
     if is_new:
         _write_cards(folder, there, recipe, dataset)
     find_run = functools.partial(tracked, folder, there, parent_run)
+    if answers and there.is_remote:  # before a worker copies run.json, which it would send back without the run's id
+        find_run()
     if not answers:
         say(f"  MLflow at {tracking_uri()} does not answer: the run goes on without it, and is sent when it does")
     return find_run, answers

@@ -85,7 +85,7 @@ class Shard:
                     self._columns[name] = column.to_numpy_ndarray()
                 elif pa.types.is_string(
                     column.type
-                ):  # as a list: Arrow's own way to numpy takes a second to import pandas
+                ):  # not by Arrow's own way to numpy, which loads pandas for a second
                     self._columns[name] = np.array(column.to_pylist(), dtype=object)
                 else:
                     self._columns[name] = np.from_dlpack(column)

@@ -224,6 +224,8 @@ class Follower:
                     self._send(self._waiting[0])
                     self._waiting.pop(0)
             except Exception as error:  # whatever a store's client raises, training goes on
+                if self.begins and not self._problem:  # it did answer, or seemed to
+                    say(f"  MLflow at {tracking_uri()} takes nothing ({_short(error)}): lines wait, training goes on")
                 self._problem = f"{type(error).__name__}: {_short(error)}"
                 self._retry_at = time.monotonic() + RETRY_S
 

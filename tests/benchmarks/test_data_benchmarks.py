@@ -13,7 +13,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from patchloom.benchmarks import preparing, reading, sampling, searching, startup
-from patchloom.benchmarks.findings import TINY, Finding, Say, Scale, exactly
+from patchloom.benchmarks.findings import TINY, Finding, Say, Scale
 from patchloom.benchmarks.plain import plain_heun
 from patchloom.benchmarks.setups import song_config
 from patchloom.models.generate import Sampling, generate
@@ -48,13 +48,6 @@ def wishes(found: dict[str, Finding]) -> list[tuple[float, bool]]:
 
 def units(found: dict[str, Finding]) -> list[str]:
     return [one.unit for one in found.values()]
-
-
-@pytest.mark.parametrize(("wanted", "is_cost", "is_met"), [
-    (None, False, None), (2.0, False, True), (2.1, False, False), (2.0, True, True), (1.9, True, False),
-])  # fmt: skip
-def test_what_is_wanted_is_a_least_and_of_costs_a_most(wanted: float | None, is_cost: bool, is_met: bool) -> None:
-    assert Finding("two", exactly(2.0), "s", wanted=wanted, is_cost=is_cost).is_met is is_met
 
 
 # -- sampling

@@ -52,7 +52,8 @@ def test_a_smaller_crop_keeps_less_for_its_backward_pass() -> None:
 def test_training_parts_run_and_count_right() -> None:
     found = benchmark(["train.plain", "train.sizes", "train.parts"], tiny=True)["subjects"]
     for subject in found.values():
-        assert all(finding["measured"]["median"] > 0 for finding in subject["findings"])
+        rates = [finding["measured"]["median"] for finding in subject["findings"] if "images/s" in finding["unit"]]
+        assert all(rate > 0 for rate in rates)
         assert all(finding["is_met"] is None for finding in subject["findings"])  # smallest sizes are not judged
     gains = [each for each in found["train.sizes"]["findings"] if each["what"] == "p = 0.5 over p = 1, one worker"]
     assert [each["limit"] for each in gains] == pytest.approx([1.9 / 0.7, 1 / 0.7])

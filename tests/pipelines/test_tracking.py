@@ -98,6 +98,42 @@ def test_a_run_is_sent_to_another_store_by_resume(
     assert_is_mirrored(store, made.run_id, run)
 
 
+def test_a_run_without_a_line_is_begun_too(tmp_path: Path) -> None:
+    asked = []
+    client = mlflow.MlflowClient()
+
+    def begun() -> str:
+        asked.append(client.create_run("0").info.run_id)
+        return str(asked[-1])
+
+    with Follower(tmp_path, begun, lambda _: None, begins=True):
+        pass
+    assert len(asked) == 1 and client.get_run(asked[0]).info.status == "RUNNING"
+    with Follower(tmp_path, begun, lambda _: None):
+        pass
+    assert len(asked) == 1  # nobody asked for it, and there was nothing to send
+
+
+LOADED = """
+import sys
+from patchloom.platform.tracking import is_reachable
+print(is_reachable(), "mlflow" in sys.modules)
+"""
+
+
+def test_a_database_of_mlflow_is_known_without_its_client(mlflow_store: Path, tmp_path: Path) -> None:
+    def asked(uri: str) -> str:
+        environment = {**os.environ, "MLFLOW_TRACKING_URI": uri}
+        done = subprocess.run([sys.executable, "-c", LOADED], capture_output=True, text=True, env=environment)
+        return done.stdout.strip() or done.stderr.strip().splitlines()[-1]
+
+    mlflow.MlflowClient().search_experiments()  # makes the tables
+    assert asked(f"sqlite:///{mlflow_store / 'mlflow.db'}") == "True False"
+    assert asked(f"sqlite:///{tmp_path / 'new.db'}") == "True True"  # the client makes them
+    (tmp_path / "text.db").write_text("no database, but long enough to be looked at as one" * 100)
+    assert "cannot be opened" in asked(f"sqlite:///{tmp_path / 'text.db'}")
+
+
 def goes_and_comes_back(server: Server, run: Path, again: Path) -> None:
     """The same lines, written again one by one, while the server is killed and started anew."""
     shutil.copytree(run / "previews", again / "previews")
