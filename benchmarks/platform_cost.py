@@ -1,57 +1,66 @@
-"""Platform cost: what `patchloom train` adds to bare steps (data, logging, checkpoints, MLflow, Ray), by the clock."""
+"""Platform cost: what `patchloom train` adds to bare steps (data, logging, MLflow, Ray), by the clock.
 
+A machine's speed drifts by more in a minute than is looked for here. So all ways begin, and then one at a time goes
+on for some seconds while the others are stopped, in turns.
+"""
+
+import contextlib
+import itertools
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
 import time
-from concurrent.futures import ProcessPoolExecutor
-from dataclasses import replace
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import torch
 
-from patchloom.benchmarks.findings import TINY, Finding, Say, Scale
+from patchloom.benchmarks.findings import Finding, Say, Scale
 from patchloom.benchmarks.paired import Spread
 from patchloom.benchmarks.setups import Trainer, method_of, song_config
 from patchloom.models.plan import plan_step
 from patchloom.pipelines.prepare import prepare
 from patchloom.platform.recipe import check_recipe, recipe_yaml
 
-LOG_STEPS, WARM_UP_LINES = 5, 6  # a line each so many steps; in the first, MLflow's client is imported meanwhile
-STEPS, TINY_STEPS = 60, 40
-MOST_ROUNDS = 3
+LINE_STEPS, WARM_UP_LINES = 10, 6  # a line each so many steps; in the first, MLflow's client is imported meanwhile
+TURNS_A_ROUND = 8
 ROWS = 256
 WANTED = 3.0
+LOOK_EVERY_S, PATIENCE_S = 0.02, 600.0
 
 
 def beside_bare_steps(scale: Scale, say: Say) -> list[Finding]:
     """Seconds of a step of `patchloom train`, in this process and on Ray, over those of its bare steps in a loop.
 
-    All run as processes of their own, one after the other, in turns. Bare steps are `training_step` on rows in
-    memory; the command reads its rows, logs a line every five steps and keeps a checkpoint half way.
+    Bare steps are `training_step` on rows in memory; the command reads its rows and logs a line every five steps,
+    far more often than a recipe asks by default. All use as many threads as there are cores.
     """
-    steps = TINY_STEPS if scale == TINY else STEPS
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         dataset = _dataset(folder / "data", scale)
         recipe = folder / "recipe.yaml"
-        recipe.write_text(recipe_yaml(check_recipe(_recipe(scale, steps))))
-        seconds: dict[str, list[float]] = {"bare": [], "in one process": [], "on a worker of Ray Train": []}
-        rounds = min(scale.rounds, MOST_ROUNDS)
-        for number in range(rounds):
-            for way in list(seconds)[:: 1 if number % 2 else -1]:
-                say(f"round {number + 1} of {rounds}: {way}")
-                if way == "bare":
-                    seconds[way].append(_in_its_own_process(scale, steps))
-                else:
-                    run = folder / f"run-{number}-{way.split()[0]}"
-                    workers = 1 if "Ray" in way else 0
-                    seconds[way].append(_trained(recipe, dataset, run, workers))
+        recipe.write_text(recipe_yaml(check_recipe(_recipe(scale))))
+        with contextlib.ExitStack() as stack:
+            ways = {}
+            for way, workers in (("bare", None), ("in one process", 0), ("on a worker of Ray Train", 1)):
+                say(f"beginning: {way}")
+                run = folder / f"run-{workers}"
+                began = _bare(scale, run) if workers is None else _command(recipe, dataset, run, workers)
+                ways[way] = stack.enter_context(began)
+            seconds: dict[str, list[float]] = {way: [] for way in ways}
+            turns = TURNS_A_ROUND * scale.rounds
+            for number in range(turns):
+                say(f"turn {number + 1} of {turns}")
+                for way in list(ways)[:: 1 if number % 2 else -1]:
+                    seconds[way].append(ways[way].seconds_of_a_step())
     found = [Finding(f"a step, {way}", Spread.of(each), "s") for way, each in seconds.items()]
     for way, each in list(seconds.items())[1:]:
         added = [100 * (one / bare - 1) for one, bare in zip(each, seconds["bare"], strict=True)]
@@ -60,17 +69,108 @@ def beside_bare_steps(scale: Scale, say: Say) -> list[Finding]:
     return found
 
 
-def _recipe(scale: Scale, steps: int) -> dict[str, Any]:
-    options = song_config(scale.side, scale.width, 1)["network_options"]
+@dataclass
+class Paused:
+    """A process (and all that it started) that steps only while it is asked to; it writes a line every few steps."""
+
+    root: psutil.Process
+    lines: Path
+    _stopped: list[psutil.Process] = field(default_factory=list)
+
+    def seconds_of_a_step(self, lines: int = 1) -> float:
+        """Go on until so many lines more are there, and stop again.
+
+        A step that was under way when it stopped counts in the next turn, on average as much as is lost here.
+        """
+        before = self._read()
+        began = time.perf_counter()
+        self._send(signal.SIGCONT)
+        while len(after := self._read()) < len(before) + lines:
+            if time.perf_counter() - began > PATIENCE_S or not self.root.is_running():
+                raise RuntimeError(f"{self.lines} gets no lines")
+            time.sleep(LOOK_EVERY_S)
+        seconds = time.perf_counter() - began
+        self._send(signal.SIGSTOP)
+        return seconds / (after[-1] - (before[-1] if before else 0))
+
+    def end(self) -> None:
+        """Kill them all."""
+        self._send(signal.SIGKILL)
+        psutil.wait_procs(self._stopped, timeout=30)
+
+    def _read(self) -> list[int]:
+        """The steps of the whole lines that are there."""
+        if not self.lines.is_file():
+            return []
+        return [json.loads(line)["step"] for line in self.lines.read_text().splitlines(keepends=True)
+                if line.endswith("\n")]  # fmt: skip
+
+    def _send(self, what: signal.Signals) -> None:
+        if what != signal.SIGCONT:
+            self._stopped = [self.root, *self.root.children(recursive=True)]
+        for process in self._stopped:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.send_signal(what)
+
+
+@contextlib.contextmanager
+def _command(recipe: Path, dataset: Path, run: Path, workers: int) -> Iterator[Paused]:
+    """The real command, warm and stopped."""
+    command = [sys.executable, "-m", "patchloom.pipelines.cli", "train", str(recipe), "--data", str(dataset)]
+    store = {"MLFLOW_TRACKING_URI": f"sqlite:///{run.with_suffix('.db')}"}
+    with open(run.with_suffix(".log"), "w") as log:  # noqa: PTH123
+        process = subprocess.Popen(
+            [*command, "--out", str(run), "--workers", str(workers)],
+            env=os.environ | store, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
+        )  # fmt: skip
+    with _warm(process.pid, run / "progress.jsonl") as paused:
+        yield paused
+
+
+@contextlib.contextmanager
+def _bare(scale: Scale, folder: Path) -> Iterator[Paused]:
+    """Bare steps in a process of their own, warm and stopped."""
+    lines = folder.with_suffix(".jsonl")
+    process = get_context("spawn").Process(
+        target=_bare_steps, args=(scale, lines, torch.get_num_threads()), daemon=True
+    )
+    process.start()
+    assert process.pid is not None
+    with _warm(process.pid, lines) as paused:
+        yield paused
+
+
+@contextlib.contextmanager
+def _warm(pid: int, lines: Path) -> Iterator[Paused]:
+    paused = Paused(psutil.Process(pid), lines)
+    try:
+        paused.seconds_of_a_step(WARM_UP_LINES)
+        yield paused
+    finally:
+        paused.end()
+
+
+def _bare_steps(scale: Scale, lines: Path, threads: int) -> None:
+    """Steps without end."""
+    torch.set_num_threads(threads)
+    trainer = Trainer(song_config(scale.side, scale.width // 2, 1), replace(method_of(scale), block_size=scale.batch))
+    for step in itertools.count(LINE_STEPS, LINE_STEPS):
+        trainer.steps([plan_step(trainer.method, step - LINE_STEPS + one, 0) for one in range(LINE_STEPS)])
+        with lines.open("a") as file:
+            file.write(json.dumps({"step": step}) + "\n")
+
+
+def _recipe(scale: Scale) -> dict[str, Any]:
+    """The steps of `_bare_steps`, many more than are taken."""
+    options = song_config(scale.side, scale.width // 2, 1)["network_options"]
     batch = scale.batch
     return {
         "name": "benchmark",
-        "model": {"network": "ddpmpp", "width": scale.width, "width_multipliers": options["width_multipliers"],
+        "model": {"network": "ddpmpp", "width": scale.width // 2, "width_multipliers": options["width_multipliers"],
                   "blocks": 1, "attention": options["attention"], "dropout": options["dropout"]},
         "patches": {"p": 1.0},
         "ema": [{"halflife_images": 500_000}],
-        "train": {"images": steps * batch, "batch_size": batch, "block_size": batch,
-                  "log_every_images": LOG_STEPS * batch, "checkpoint_every_images": steps * batch // 2},
+        "train": {"images": 10**6, "batch_size": batch, "block_size": batch, "log_every_images": LINE_STEPS * batch},
         "preview": {"every_images": 0},
     }  # fmt: skip
 
@@ -81,34 +181,3 @@ def _dataset(folder: Path, scale: Scale) -> Path:
     np.savez(folder.with_suffix(".npz"), images=images)
     prepare(f"{folder}.npz", str(folder), resolution=scale.side, crop="none", workers=0)
     return folder
-
-
-def _in_its_own_process(scale: Scale, steps: int) -> float:
-    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
-        return pool.submit(_bare_seconds, scale, steps, torch.get_num_threads()).result()
-
-
-def _bare_seconds(scale: Scale, steps: int, threads: int) -> float:
-    """Seconds of a step, without the first ones that warm up."""
-    torch.set_num_threads(threads)
-    trainer = Trainer(song_config(scale.side, scale.width, 1), replace(method_of(scale), block_size=scale.batch))
-    warm_up = WARM_UP_LINES * LOG_STEPS
-    trainer.steps([plan_step(trainer.method, step, 0) for step in range(warm_up)])
-    began = time.perf_counter()
-    trainer.steps([plan_step(trainer.method, step, 0) for step in range(warm_up, steps)])
-    return (time.perf_counter() - began) / (steps - warm_up)
-
-
-def _trained(recipe: Path, dataset: Path, run: Path, workers: int) -> float:
-    """Seconds of a step of the real command, by the times that its progress lines were written at."""
-    command = [sys.executable, "-m", "patchloom.pipelines.cli", "train", str(recipe), "--data", str(dataset)]
-    store = {"MLFLOW_TRACKING_URI": f"sqlite:///{run.parent / 'mlflow.db'}"}
-    done = subprocess.run(
-        [*command, "--out", str(run), "--workers", str(workers)],
-        env=os.environ | store, capture_output=True, text=True,
-    )  # fmt: skip
-    if done.returncode:
-        raise RuntimeError(done.stderr)
-    lines = [json.loads(line) for line in (run / "progress.jsonl").read_text().splitlines()]
-    first, last = lines[WARM_UP_LINES - 1], lines[-2]  # the last line waits for the held-out loss
-    return float((last["time_unix_s"] - first["time_unix_s"]) / (last["step"] - first["step"]))

@@ -47,7 +47,7 @@ SUBJECTS = {
     "train.compile": Subject("training:compiled", 3.0, "compiled steps beside eager ones"),
     "train.workers": Subject("workers:by_draw", 4.0, "1, 2 and 4 workers, and how sizes are drawn across them"),
     "train.latents": Subject("latents:precomputed", 5.0, "latents encoded once beside encoding in every step"),
-    "train.platform": Subject("platform_cost:beside_bare_steps", 10.0, "`patchloom train` beside its bare steps"),
+    "train.platform": Subject("platform_cost:beside_bare_steps", 7.0, "`patchloom train` beside its bare steps"),
     "train.peers": Subject("peers:beside_peers", 8.0, "other packages' training loops, at equal parameters and FLOPs"),
     "sample.plain": Subject("sampling:against_plain", 1.5, "sampling beside the same mathematics written plainly"),
     "sample.worker": Subject("sampling:on_ray_data", 1.5, "a worker of `patchloom sample` beside a plain loop"),

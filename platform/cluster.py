@@ -34,6 +34,12 @@ QUIET = {
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",  # its default waits for minutes on a server that is away
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
 }
+# In a session of its own only: what nobody there can see, and what every step on a few cores would pay for.
+OWN_SESSION = {
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # nobody takes the only node away
+    "RAY_TRAIN_METRICS_ENABLED": "0",  # for a Prometheus that is not there
+    "RAY_enable_metrics_collection": "0",
+}
 OBJECT_STORE_BYTES = 1 << 30
 LOOK_EVERY_S = 1.0
 PART_OF_A_CPU = 0.01  # for the process of a trial that waits for workers of its own
@@ -58,7 +64,8 @@ def ray_session(cpus: int = 1) -> Iterator[None]:
         yield
         return
     options: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
-    if not os.environ.get("RAY_ADDRESS"):
+    is_own = not os.environ.get("RAY_ADDRESS")
+    if is_own:
         say("  starting Ray on this machine ...")
         options |= {
             "address": "local",  # not whatever cluster runs, or once ran, on this machine
@@ -66,19 +73,21 @@ def ray_session(cpus: int = 1) -> Iterator[None]:
             "object_store_memory": OBJECT_STORE_BYTES,
             "include_dashboard": True,  # Ray Tune's clean-up asks its State API
         }
-    with warnings.catch_warnings(), _silent_stderr():
-        warnings.simplefilter("ignore")
+    with _environment(OWN_SESSION if is_own else {}):
+        with warnings.catch_warnings(), _silent_stderr():
+            warnings.simplefilter("ignore")
+            try:
+                ray.init(**options)
+            except ConnectionError as error:
+                raise UserError(
+                    f"no Ray cluster answers at RAY_ADDRESS={os.environ.get('RAY_ADDRESS')} ({error}): "
+                    "unset it to run here"
+                ) from None
+        _quiet_loggers()
         try:
-            ray.init(**options)
-        except ConnectionError as error:
-            raise UserError(
-                f"no Ray cluster answers at RAY_ADDRESS={os.environ.get('RAY_ADDRESS')} ({error}): unset it to run here"
-            ) from None
-    _quiet_loggers()
-    try:
-        yield
-    finally:
-        ray.shutdown()
+            yield
+        finally:
+            ray.shutdown()
 
 
 @contextlib.contextmanager

@@ -1,7 +1,10 @@
 """Machine: what a node is busy with, and what workers lose by waiting for one another."""
 
 import os
+import platform
 import re
+import subprocess
+import sys
 import time
 from types import SimpleNamespace
 from typing import Any
@@ -82,3 +85,31 @@ def test_straggler_loss_is_the_wait_beyond_that_of_who_came_last(waits: list[lis
     for mine, said in zip(waits, told, strict=True):
         assert said["straggler"] == pytest.approx(lost, abs=1e-6)
         assert said["reduce"] == pytest.approx(sum(mine)) and said["data"] == pytest.approx(0.75)
+
+
+FAULTS = """
+import resource, sys, torch
+from patchloom.platform.machine import keep_freed_memory
+if sys.argv[1] == "keep":
+    keep_freed_memory()
+sizes = [1 << n for n in range(16, 25)]  # 256 KiB to 64 MiB of float32
+for _ in range(2):
+    [torch.ones(size) for size in sizes]
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(10):
+    [torch.ones(size) for size in sizes]
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc is told")
+def test_memory_that_tensors_free_is_not_cleared_anew() -> None:
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
+
+    def faults(*how: str) -> int:
+        command = [sys.executable, "-c", FAULTS, *how]
+        return int(subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout)
+
+    kept, given_back = faults("keep"), faults("default")
+    assert kept < 200  # pages of 4 KiB; the tensors of one round have 32,000, or 64 huge ones
+    assert kept < given_back
