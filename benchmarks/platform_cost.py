@@ -28,6 +28,7 @@ from patchloom.benchmarks.paired import Spread
 from patchloom.benchmarks.setups import Trainer, method_of, song_config
 from patchloom.models.plan import plan_step
 from patchloom.pipelines.prepare import prepare
+from patchloom.platform.machine import keep_freed_memory
 from patchloom.platform.recipe import check_recipe, recipe_yaml
 
 LINE_STEPS, WARM_UP_LINES = 10, 6  # a line each so many steps; in the first, MLflow's client is imported meanwhile
@@ -40,8 +41,9 @@ LOOK_EVERY_S, PATIENCE_S = 0.02, 600.0
 def beside_bare_steps(scale: Scale, say: Say) -> list[Finding]:
     """Seconds of a step of `patchloom train`, in this process and on Ray, over those of its bare steps in a loop.
 
-    Bare steps are `training_step` on rows in memory; the command reads its rows and logs a line every five steps,
-    far more often than a recipe asks by default. All use as many threads as there are cores.
+    Bare steps are `training_step` on rows in memory; the command reads its rows and logs a line every ten steps,
+    far more often than a recipe asks by default. All use as many threads as there are cores, and keep freed memory.
+    The network is half the scale's width, so that a step is near the shortest, .2 s, that the limit holds for.
     """
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -142,6 +144,7 @@ def _bare(scale: Scale, folder: Path) -> Iterator[Paused]:
 
 @contextlib.contextmanager
 def _warm(pid: int, lines: Path) -> Iterator[Paused]:
+    """A process once it has warmed up, stopped; it is killed after the block."""
     paused = Paused(psutil.Process(pid), lines)
     try:
         paused.seconds_of_a_step(WARM_UP_LINES)
@@ -153,6 +156,7 @@ def _warm(pid: int, lines: Path) -> Iterator[Paused]:
 def _bare_steps(scale: Scale, lines: Path, threads: int) -> None:
     """Steps without end."""
     torch.set_num_threads(threads)
+    keep_freed_memory()
     trainer = Trainer(song_config(scale.side, scale.width // 2, 1), replace(method_of(scale), block_size=scale.batch))
     for step in itertools.count(LINE_STEPS, LINE_STEPS):
         trainer.steps([plan_step(trainer.method, step - LINE_STEPS + one, 0) for one in range(LINE_STEPS)])

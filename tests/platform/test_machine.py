@@ -93,12 +93,16 @@ from patchloom.platform.machine import keep_freed_memory
 if sys.argv[1] == "keep":
     keep_freed_memory()
 sizes = [1 << n for n in range(16, 25)]  # 256 KiB to 64 MiB of float32
-for _ in range(2):
+
+def faults():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+
+rounds = []
+for _ in range(11):
+    before = faults()
     [torch.ones(size) for size in sizes]
-before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-for _ in range(10):
-    [torch.ones(size) for size in sizes]
-print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+    rounds.append(faults() - before)
+print(sorted(rounds)[5])
 """
 
 
@@ -111,5 +115,5 @@ def test_memory_that_tensors_free_is_not_cleared_anew() -> None:
         return int(subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout)
 
     kept, given_back = faults("keep"), faults("default")
-    assert kept < 200  # pages of 4 KiB; the tensors of one round have 32,000, or 64 huge ones
+    assert kept < 20  # of a usual round; its tensors have 32,000 pages of 4 KiB, or 64 huge ones
     assert kept < given_back
