@@ -13,6 +13,7 @@ from typing import Any
 from patchloom.benchmarks.findings import TINY, Finding, Say, Scale, table
 from patchloom.benchmarks.machine import busy_share, describe_machine
 from patchloom.platform.errors import UserError
+from patchloom.platform.machine import keep_freed_memory
 from patchloom.platform.progress import clock, say
 from patchloom.platform.storage import make_folder, write_atomic
 
@@ -90,6 +91,7 @@ def benchmark(
         make_folder(Path(out))  # what cannot be kept is refused before it is measured
     scale = TINY if tiny else Scale()
     scale = scale if rounds is None else replace(scale, rounds=rounds)
+    keep_freed_memory()  # as commands do; so do the plain loops of this process then
     machine = describe_machine()
     say(machine["words"])
     if tiny:

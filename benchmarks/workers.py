@@ -25,6 +25,7 @@ from patchloom.models.cost import foretold_gain
 from patchloom.models.plan import Method, StepPlan, plan_step
 from patchloom.models.scaling import Workers, step_seconds
 from patchloom.models.step import training_step
+from patchloom.platform.machine import keep_freed_memory
 
 COUNTS = (1, 2, 4)
 BATCH, P = 16, 0.5
@@ -70,6 +71,7 @@ def _plans(scale: Scale, method: Method, count: int) -> list[StepPlan]:
 
 def _work(rank: int, scale: Scale, port: int, path: str) -> None:
     torch.set_num_threads(1)
+    keep_freed_memory()  # as workers do
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     dist.init_process_group("gloo", rank=rank, world_size=max(COUNTS))
     groups = {count: dist.new_group(list(range(count))) for count in COUNTS}

@@ -28,7 +28,7 @@ from patchloom.models.features import (
 )
 from patchloom.models.metrics import COLOUR_LAYOUT, Moments
 from patchloom.pipelines.image_sets import ImageSet, Piece, open_images
-from patchloom.platform.cluster import map_on_actors, quiet_environment
+from patchloom.platform.cluster import begin_work, map_on_actors
 from patchloom.platform.copies import cache_folder, hold_copy, working_copy
 from patchloom.platform.downloads import Download, fetch_first
 from patchloom.platform.errors import UserError
@@ -203,7 +203,7 @@ class FeatureMaker:
     """Holds a feature network and the images, and turns pieces into features."""
 
     def __init__(self, job: dict[str, Any]) -> None:
-        quiet_environment()
+        begin_work()
         allow_backbones(*job["backbones"])
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         self.images, self.outputs, self.batch = open_images(job["images"]), job["outputs"], job["batch"]

@@ -27,7 +27,6 @@ from patchloom.pipelines.checkpointer import newest_checkpoint
 from patchloom.platform.cluster import Worker
 from patchloom.platform.dataset import Dataset, open_dataset
 from patchloom.platform.errors import UserError
-from patchloom.platform.machine import keep_freed_memory
 from patchloom.platform.recipe import Average, Recipe, check_recipe, recipe_yaml
 from patchloom.platform.storage import whole_folder
 
@@ -144,7 +143,6 @@ class Run:
 
 def open_run(worker: Worker, config: dict[str, Any]) -> Run:
     """Build the networks and bring them to the newest whole checkpoint, if there is one."""
-    keep_freed_memory()
     allow_backbones(*config["backbones"])
     recipe = check_recipe(config["recipe"])
     card: dict[str, Any] = config["card"]

@@ -16,7 +16,7 @@ from patchloom.models.generate import generate_padded
 from patchloom.pipelines.formats import FORMATS, Picture, digest, read_contents
 from patchloom.pipelines.pictures import png_pixels
 from patchloom.pipelines.sample_folder import NOTES
-from patchloom.platform.cluster import quiet_environment
+from patchloom.platform.cluster import begin_work
 from patchloom.platform.folder import Folder
 from patchloom.platform.registry import fetch_model
 from patchloom.platform.tracking import tracking_uri
@@ -29,7 +29,7 @@ class ShardSampler:
     """Holds a model and samples shards of seeds into a folder, one image or one archive whole after the other."""
 
     def __init__(self, job: dict[str, Any]) -> None:
-        quiet_environment()
+        begin_work()
         import torch
 
         torch.set_num_threads(1)  # as in `one_thread`, for as long as this process lives

@@ -15,7 +15,7 @@ import pyarrow.compute as pc
 
 from patchloom.models.backbones import allow_backbones
 from patchloom.pipelines.images import Transform, decode
-from patchloom.platform.cluster import quiet_environment
+from patchloom.platform.cluster import begin_work
 from patchloom.platform.copies import local_copy
 from patchloom.platform.dataset import MIRRORED, open_dataset, shard_bytes
 from patchloom.platform.folder import Folder
@@ -36,7 +36,7 @@ class ShardMaker:
     """Makes shards of one preparation; holds the autoencoder where there is one, on a GPU where there is one."""
 
     def __init__(self, argument: dict[str, Any]) -> None:
-        quiet_environment()
+        begin_work()
         allow_backbones(*argument["backbones"])
         self.folder = Folder(argument["folder"])
         self.plan = self.folder.read_json(PLAN)["plan"]

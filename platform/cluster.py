@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from patchloom.platform.errors import UserError
+from patchloom.platform.machine import keep_freed_memory
 from patchloom.platform.progress import say
 
 # Ray reads these when it is imported or when its processes start; what the user set stays.
@@ -49,6 +50,12 @@ def quiet_environment() -> None:
     """Usage statistics and chatter off, in this process and those that Ray starts, unless the user set them."""
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
+
+
+def begin_work() -> None:
+    """What a process that works for a command does first: chatter off, and memory kept from one step to the next."""
+    quiet_environment()
+    keep_freed_memory()
 
 
 @contextlib.contextmanager
@@ -251,6 +258,7 @@ def run_workers(
     on_stop: called on SIGTERM, in place of an end; it is for the loop to return then.
     """
     if workers == 0:
+        begin_work()
         with _on_sigterm(on_stop):
             return loop(Worker(), config)
     # a lost node's place may take minutes to fill; where it need not be filled, nobody waits long
@@ -303,7 +311,7 @@ def _run_on_ray_train(
         raise UserError(f"--workers {workers} was asked and the session has {available} CPUs: ask for fewer workers")
 
     def worker_loop(settings: dict[str, Any]) -> Any:
-        quiet_environment()
+        begin_work()
         import torch
 
         context = ray.train.get_context()
