@@ -20,7 +20,7 @@ def keep_freed_memory() -> None:
 
     Every step makes and frees the same tensors. Left alone, glibc hands most of it back to the kernel, which clears
     each page anew: a tenth of a training step on two cores, more of sampling and encoding. What a process once took it
-    then holds to its end, about a fifth more than it would need at its peak.
+    then holds to its end, up to a fifth more than its peak would be.
     """
     if {"MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_"} & os.environ.keys():
         return  # the user has chosen
