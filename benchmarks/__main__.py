@@ -25,7 +25,8 @@ def main() -> int:
         for name, subject in SUBJECTS.items():
             print(f"{name:<16} {subject.minutes:>4.1f} min  {subject.words}")
         return 0
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # what was started ends with this
+    for end in (signal.SIGTERM, signal.SIGHUP):  # what was started ends with this
+        signal.signal(end, lambda number, _: sys.exit(128 + number))
     try:
         with contextlib.redirect_stdout(sys.stderr) if options.json else contextlib.nullcontext():
             record = benchmark(

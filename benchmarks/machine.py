@@ -1,5 +1,6 @@
 """Machine: what was measured on, in words and numbers, and how busy others keep it."""
 
+import hashlib
 import os
 import platform
 from importlib.metadata import PackageNotFoundError, version
@@ -29,6 +30,15 @@ def describe_machine() -> dict[str, Any]:
     words = f"{described['processor']}, {described['cpus']} cores, {described['memory_gib']} GiB"
     described["words"] = ", ".join([*gpus, words, f"torch {torch.__version__}"])
     return described
+
+
+def code_digest() -> str:
+    """Twelve hexadecimal digits of the sha256 of all of the package's Python files: which code was measured."""
+    root, digest = Path(__file__).resolve().parents[1], hashlib.sha256()
+    for room in ("benchmarks", "models", "pipelines", "platform"):
+        for path in sorted((root / room).rglob("*.py")):
+            digest.update(path.read_bytes())
+    return digest.hexdigest()[:12]
 
 
 def busy_share(seconds: float = 1.0) -> float:

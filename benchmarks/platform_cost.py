@@ -13,7 +13,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from multiprocessing import get_context
 from pathlib import Path
@@ -32,10 +33,12 @@ from patchloom.platform.machine import keep_freed_memory
 from patchloom.platform.recipe import check_recipe, recipe_yaml
 
 LINE_STEPS, WARM_UP_LINES = 10, 6  # a line each so many steps; in the first, MLflow's client is imported meanwhile
-TURNS_A_ROUND = 8
+LINES_A_TURN, TURNS_A_ROUND = 2, 4
 ROWS = 256
 WANTED = 3.0
 LOOK_EVERY_S, PATIENCE_S = 0.02, 600.0
+GONE = (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD)  # a zombie is kept by who does not ask for its exit code
+ON_THE_CPU = {"CUDA_VISIBLE_DEVICES": ""}  # as the bare steps
 
 
 def beside_bare_steps(scale: Scale, say: Say) -> list[Finding]:
@@ -73,46 +76,99 @@ def beside_bare_steps(scale: Scale, say: Say) -> list[Finding]:
 
 @dataclass
 class Paused:
-    """A process (and all that it started) that steps only while it is asked to; it writes a line every few steps."""
+    """A process (and all that it started) that steps only while it is asked to; it writes a line every few steps.
+
+    log: where it writes its last words.
+    """
 
     root: psutil.Process
     lines: Path
+    log: Path | None = None
     _stopped: list[psutil.Process] = field(default_factory=list)
+    _read_bytes: int = 0
+    _steps: deque[int] = field(default_factory=deque)  # of lines that were read and not yet asked for
 
-    def seconds_of_a_step(self, lines: int = 1) -> float:
-        """Go on until so many lines more are there, and stop again.
+    def seconds_of_a_step(self, lines: int = LINES_A_TURN) -> float:
+        """Go on until so many lines are there after a first one, stop again, and tell from the first to the last.
 
-        A step that was under way when it stopped counts in the next turn, on average as much as is lost here.
+        What fell due while it was stopped is done before the first.
         """
-        before = self._read()
+        self._look()
+        self._steps.clear()
+        self._go_on()
+        first = self._next_step()
         began = time.perf_counter()
-        self._send(signal.SIGCONT)
-        while len(after := self._read()) < len(before) + lines:
-            if time.perf_counter() - began > PATIENCE_S or not self.root.is_running():
-                raise RuntimeError(f"{self.lines} gets no lines")
-            time.sleep(LOOK_EVERY_S)
+        for _ in range(lines):
+            last = self._next_step()
         seconds = time.perf_counter() - began
-        self._send(signal.SIGSTOP)
-        return seconds / (after[-1] - (before[-1] if before else 0))
+        self._stop()
+        return seconds / (last - first)
 
     def end(self) -> None:
         """Kill them all."""
-        self._send(signal.SIGKILL)
-        psutil.wait_procs(self._stopped, timeout=30)
-
-    def _read(self) -> list[int]:
-        """The steps of the whole lines that are there."""
-        if not self.lines.is_file():
-            return []
-        return [json.loads(line)["step"] for line in self.lines.read_text().splitlines(keepends=True)
-                if line.endswith("\n")]  # fmt: skip
-
-    def _send(self, what: signal.Signals) -> None:
-        if what != signal.SIGCONT:
-            self._stopped = [self.root, *self.root.children(recursive=True)]
+        self._stop()
         for process in self._stopped:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                process.send_signal(what)
+            _send(process, signal.SIGKILL)
+        _wait_until(lambda: all(_state(process) in GONE for process in self._stopped))
+
+    def _next_step(self) -> int:
+        _wait_until(lambda: bool(self._steps) or self._look() or self._has_ended())
+        if not self._steps:
+            words = self.log.read_text() if self.log is not None else ""
+            raise RuntimeError(f"a process that was to go on has ended: {words.strip() or 'without a word'}")
+        return self._steps.popleft()
+
+    def _look(self) -> bool:
+        """Read the whole lines that are new, if any; cheap, as it is done beside what is measured."""
+        if not self.lines.is_file():
+            return False
+        with self.lines.open("rb") as file:
+            file.seek(self._read_bytes)
+            whole = b"".join(line for line in file if line.endswith(b"\n"))
+        self._read_bytes += len(whole)
+        self._steps.extend(json.loads(line)["step"] for line in whole.splitlines())
+        return bool(whole)
+
+    def _has_ended(self) -> bool:
+        return _state(self.root) in GONE
+
+    def _go_on(self) -> None:
+        for process in self._stopped:
+            _send(process, signal.SIGCONT)
+
+    def _stop(self) -> None:
+        self._stopped = []
+        while started := [each for each in self._tree() if each not in self._stopped]:
+            for process in started:
+                _send(process, signal.SIGSTOP)
+            self._stopped += started
+            _wait_until(lambda: all(_state(process) in (psutil.STATUS_STOPPED, *GONE) for process in self._stopped))
+
+    def _tree(self) -> list[psutil.Process]:
+        try:
+            return [self.root, *self.root.children(recursive=True)]
+        except psutil.NoSuchProcess:
+            return []
+
+
+def _send(process: psutil.Process, what: signal.Signals) -> None:
+    with contextlib.suppress(psutil.NoSuchProcess):
+        process.send_signal(what)
+
+
+def _state(process: psutil.Process) -> str:
+    try:
+        return str(process.status())
+    except psutil.NoSuchProcess:
+        return str(psutil.STATUS_DEAD)
+
+
+def _wait_until(happened: Callable[[], bool]) -> None:
+    began = time.perf_counter()
+    while not happened():
+        if time.perf_counter() - began > PATIENCE_S:
+            raise TimeoutError(f"a process did not go on, stop or end in {PATIENCE_S:.0f} s")
+        time.sleep(LOOK_EVERY_S)
 
 
 @contextlib.contextmanager
@@ -120,13 +176,15 @@ def _command(recipe: Path, dataset: Path, run: Path, workers: int) -> Iterator[P
     """The real command, warm and stopped."""
     command = [sys.executable, "-m", "patchloom.pipelines.cli", "train", str(recipe), "--data", str(dataset)]
     store = {"MLFLOW_TRACKING_URI": f"sqlite:///{run.with_suffix('.db')}"}
-    with open(run.with_suffix(".log"), "w") as log:  # noqa: PTH123
+    log = run.with_suffix(".log")
+    with log.open("w") as words:
         process = subprocess.Popen(
             [*command, "--out", str(run), "--workers", str(workers)],
-            env=os.environ | store, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
+            env=os.environ | store | ON_THE_CPU, stdin=subprocess.DEVNULL, stdout=words, stderr=words,
         )  # fmt: skip
-    with _warm(process.pid, run / "progress.jsonl") as paused:
+    with _warm(Paused(psutil.Process(process.pid), run / "progress.jsonl", log)) as paused:
         yield paused
+    process.wait()
 
 
 @contextlib.contextmanager
@@ -138,14 +196,14 @@ def _bare(scale: Scale, folder: Path) -> Iterator[Paused]:
     )
     process.start()
     assert process.pid is not None
-    with _warm(process.pid, lines) as paused:
+    with _warm(Paused(psutil.Process(process.pid), lines)) as paused:
         yield paused
+    process.join()
 
 
 @contextlib.contextmanager
-def _warm(pid: int, lines: Path) -> Iterator[Paused]:
+def _warm(paused: Paused) -> Iterator[Paused]:
     """A process once it has warmed up, stopped; it is killed after the block."""
-    paused = Paused(psutil.Process(pid), lines)
     try:
         paused.seconds_of_a_step(WARM_UP_LINES)
         yield paused
@@ -157,20 +215,25 @@ def _bare_steps(scale: Scale, lines: Path, threads: int) -> None:
     """Steps without end."""
     torch.set_num_threads(threads)
     keep_freed_memory()
-    trainer = Trainer(song_config(scale.side, scale.width // 2, 1), replace(method_of(scale), block_size=scale.batch))
+    trainer = Trainer(_network(scale), replace(method_of(scale), block_size=scale.batch))
     for step in itertools.count(LINE_STEPS, LINE_STEPS):
         trainer.steps([plan_step(trainer.method, step - LINE_STEPS + one, 0) for one in range(LINE_STEPS)])
         with lines.open("a") as file:
             file.write(json.dumps({"step": step}) + "\n")
 
 
+def _network(scale: Scale) -> dict[str, Any]:
+    config: dict[str, Any] = song_config(scale.side, scale.width // 2, 1)
+    return config
+
+
 def _recipe(scale: Scale) -> dict[str, Any]:
     """The steps of `_bare_steps`, many more than are taken."""
-    options = song_config(scale.side, scale.width // 2, 1)["network_options"]
+    options = _network(scale)["network_options"]
     batch = scale.batch
     return {
         "name": "benchmark",
-        "model": {"network": "ddpmpp", "width": scale.width // 2, "width_multipliers": options["width_multipliers"],
+        "model": {"network": "ddpmpp", "width": options["width"], "width_multipliers": options["width_multipliers"],
                   "blocks": 1, "attention": options["attention"], "dropout": options["dropout"]},
         "patches": {"p": 1.0},
         "ema": [{"halflife_images": 500_000}],

@@ -1,5 +1,6 @@
 """The suite: which benchmarks there are, and one call that runs some of them, prints them and keeps them."""
 
+import itertools
 import json
 import sys
 import time
@@ -11,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from patchloom.benchmarks.findings import TINY, Finding, Say, Scale, table
-from patchloom.benchmarks.machine import busy_share, describe_machine
+from patchloom.benchmarks.machine import busy_share, code_digest, describe_machine
 from patchloom.platform.errors import UserError
 from patchloom.platform.machine import keep_freed_memory
 from patchloom.platform.progress import clock, say
@@ -81,17 +82,16 @@ def benchmark(
 ) -> dict[str, Any]:  # fmt: skip
     """Measure these subjects one after the other, print a table of each, and give (and keep) them all as one record.
 
-    names: see `chosen_subjects`. out: a folder for `benchmark-DATE.json`, whose older subjects of the day are
-    kept. rounds: how often the ways of a comparison take turns. tiny: smallest sizes, to see that everything
-    runs. force: measure on a busy machine too. Raises UserError for unknown names, a folder that cannot be
-    made, and a busy machine.
+    names: see `chosen_subjects`. out: a folder for `benchmark-DATE.json`, see `keep`. rounds: how often the ways of
+    a comparison take turns. tiny: smallest sizes, to see that everything runs. force: measure on a busy machine
+    too. Raises UserError for unknown names, a folder that cannot be made, and a busy machine.
     """
     chosen = chosen_subjects(names)
     if out is not None:
         make_folder(Path(out))  # what cannot be kept is refused before it is measured
     scale = TINY if tiny else Scale()
     scale = scale if rounds is None else replace(scale, rounds=rounds)
-    keep_freed_memory()  # as commands do; so do the plain loops of this process then
+    keep_freed_memory()  # as commands do, and so for the plain loops in this process
     machine = describe_machine()
     say(machine["words"])
     if tiny:
@@ -103,6 +103,7 @@ def benchmark(
         _check_quiet(force)
     record: dict[str, Any] = {"format_version": RESULTS_FORMAT, "date": datetime.now(UTC).strftime("%Y-%m-%d"),
                               "machine": machine, "scale": asdict(scale), "subjects": {}}  # fmt: skip
+    code = code_digest()
     for number, name in enumerate(chosen, 1):
         say(f"\n{name}: {SUBJECTS[name].words} ({number} of {len(chosen)})")
         busy, began = busy_share(), time.monotonic()
@@ -112,6 +113,7 @@ def benchmark(
         findings = [replace(found, wanted=None) for found in findings] if tiny else findings
         say(table(findings))
         record["subjects"][name] = {
+            "at": datetime.now(UTC).isoformat(timespec="seconds"), "code": code,
             "busy_share_before": busy, "seconds": time.monotonic() - began,
             "findings": [found.describe() for found in findings],
         }  # fmt: skip
@@ -125,12 +127,16 @@ def benchmark(
 
 
 def keep(record: dict[str, Any], folder: Path) -> Path:
-    """Write `benchmark-DATE.json`; what it says of other subjects on the same machine stays."""
-    path = folder / f"benchmark-{record['date']}.json"
-    if path.is_file():
-        before = json.loads(path.read_text())
+    """Write `benchmark-DATE.json`; what it says of other subjects on the same machine stays.
+
+    What it says of another machine, or at another scale, stays too, and `benchmark-DATE-2.json` is next.
+    """
+    for number in itertools.count(1):
+        path = folder / f"benchmark-{record['date']}{f'-{number}' if number > 1 else ''}.json"
+        before = json.loads(path.read_text()) if path.is_file() else record
         if before["machine"] == record["machine"] and before["scale"] == record["scale"]:
-            record = record | {"subjects": before["subjects"] | record["subjects"]}
+            break
+    record = record | {"subjects": before["subjects"] | record["subjects"]}
     write_atomic(path, json.dumps(record, indent=2) + "\n")
     return path
 

@@ -12,22 +12,23 @@ MEGABYTE = 1e6
 # mallopt's parameters (malloc.h): above the first, memory is asked of the kernel piece by piece and given back at once;
 # what is free at the heap's end is given back where it is more than the second.
 M_MMAP_THRESHOLD, M_TRIM_THRESHOLD = -3, -1
-KEPT_BYTES = (1 << 31) - 1  # the largest that mallopt takes
+KEPT_BYTES, KEPT_BYTES_BEFORE_2_35 = (1 << 31) - 1, 1 << 25  # the largest that mallopt takes
 
 
 def keep_freed_memory() -> None:
     """Let this process keep the memory that tensors free for the next ones, where glibc is its allocator.
 
     Every step makes and frees the same tensors. Left alone, glibc hands most of it back to the kernel, which clears
-    each page anew: a tenth of a training step on two cores, more of sampling and encoding. What a process once took it
-    then holds to its end, up to a fifth more than its peak would be.
+    each page anew: a tenth of a training step on two cores, more of sampling and encoding. The process then holds
+    its peak to its end, and that peak is up to a fifth higher.
     """
     if {"MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_"} & os.environ.keys():
         return  # the user has chosen
     with contextlib.suppress(AttributeError, OSError):  # another libc
         libc = ctypes.CDLL("libc.so.6")
-        for parameter in (M_MMAP_THRESHOLD, M_TRIM_THRESHOLD):
-            libc.mallopt(parameter, KEPT_BYTES)
+        # the second alone would have every larger tensor cleared anew
+        if libc.mallopt(M_MMAP_THRESHOLD, KEPT_BYTES) or libc.mallopt(M_MMAP_THRESHOLD, KEPT_BYTES_BEFORE_2_35):
+            libc.mallopt(M_TRIM_THRESHOLD, KEPT_BYTES)
 
 
 def system_load() -> dict[str, float]:

@@ -6,8 +6,15 @@ import time
 from pathlib import Path
 
 import psutil
+import pytest
 
-from patchloom.benchmarks.platform_cost import Paused
+from patchloom.benchmarks.findings import TINY
+from patchloom.benchmarks.platform_cost import Paused, _dataset, _network, _recipe, beside_bare_steps
+from patchloom.models.denoiser import skeleton
+from patchloom.models.flops import parameter_count, training_flops
+from patchloom.pipelines.train import model_card
+from patchloom.platform.dataset import open_dataset
+from patchloom.platform.recipe import check_recipe
 
 STEPS = """
 import itertools, json, subprocess, sys, time
@@ -29,11 +36,39 @@ def test_a_process_and_its_children_step_only_in_their_turn(tmp_path: Path) -> N
                 before = lines.read_text().count("\n") if lines.exists() else 0
                 paused.seconds_of_a_step(asked)
                 written = lines.read_text().count("\n")
-                assert written >= before + asked
+                assert written > before + asked  # one before the first that counts
                 time.sleep(0.3)  # fifteen lines of one that went on
                 assert lines.read_text().count("\n") == written
             children = paused.root.children(recursive=True)
             assert len(children) == 1
         finally:
             paused.end()
-        assert not any(child.is_running() for child in children)
+        assert not any(child.is_running() and child.status() != psutil.STATUS_ZOMBIE for child in children)
+
+
+def test_a_process_that_ends_is_not_waited_for(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    log.write_text("no such dataset\n")
+    with subprocess.Popen([sys.executable, "-c", ""]) as process:
+        paused = Paused(psutil.Process(process.pid), tmp_path / "lines.jsonl", log)
+        with pytest.raises(RuntimeError, match="has ended: no such dataset"):
+            paused.seconds_of_a_step()
+
+
+def test_bare_steps_are_those_of_the_command(tmp_path: Path) -> None:
+    recipe = check_recipe(_recipe(TINY))
+    denoiser = model_card(recipe, open_dataset(str(_dataset(tmp_path / "data", TINY))))["denoiser"]
+    config = _network(TINY)
+    assert training_flops(denoiser, TINY.side) == training_flops(config, TINY.side)
+    assert parameter_count(skeleton(denoiser)) == parameter_count(skeleton(config))
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+def test_every_way_is_measured_and_ends(tmp_path: Path) -> None:
+    ours = psutil.Process()
+    before = set(ours.children(recursive=True))
+    found = {finding.what: finding for finding in beside_bare_steps(TINY, lambda text: None)}
+    assert {finding.unit for finding in found.values()} == {"s", "%"} and len(found) == 5
+    left = set(ours.children(recursive=True)) - before
+    assert not [process for process in left if process.status() != psutil.STATUS_ZOMBIE]

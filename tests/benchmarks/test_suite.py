@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from patchloom.benchmarks.suite import SUBJECTS, benchmark, chosen_subjects
+from patchloom.benchmarks.suite import SUBJECTS, benchmark, chosen_subjects, keep
 from patchloom.platform.errors import UserError
 
 ROOT = Path(__file__).parent.parent.parent
@@ -34,6 +34,15 @@ def test_numbers_are_kept_beside_those_of_the_day(tmp_path: Path) -> None:
     assert kept["machine"]["versions"]["torch"] and kept["machine"]["cpus"] >= 1
     names = os.uname().nodename, str(Path.home()), str(ROOT)
     assert not any(name in path.read_text() for name in names if len(name) > 1)  # nothing that names the host
+
+
+def test_what_another_machine_found_that_day_stays(tmp_path: Path) -> None:
+    record = benchmark(["scaling"], out=str(tmp_path), tiny=True)
+    other = record | {"machine": record["machine"] | {"cpus": 10**6}}
+    for _ in range(2):
+        keep(other, tmp_path)
+    kept = [json.loads(path.read_text()) for path in sorted(tmp_path.glob("benchmark-*.json"), reverse=True)]
+    assert [one["machine"] for one in kept] == [record["machine"], other["machine"]]
 
 
 def test_a_folder_that_cannot_be_made_is_refused_before_anything_is_measured(tmp_path: Path) -> None:

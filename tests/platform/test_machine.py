@@ -115,5 +115,6 @@ def test_memory_that_tensors_free_is_not_cleared_anew() -> None:
         return int(subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout)
 
     kept, given_back = faults("keep"), faults("default")
-    assert kept < 20  # of a usual round; its tensors have 32,000 pages of 4 KiB, or 64 huge ones
-    assert kept < given_back
+    if given_back == 0:
+        pytest.skip("this kernel counts no page faults")
+    assert kept < given_back / 10  # of a usual round; its tensors have 32,000 pages of 4 KiB, or 64 huge ones
