@@ -67,7 +67,10 @@ class NotHere(Exception):
 
 
 def beside_peers(scale: Scale, say: Say) -> list[Finding]:
-    """Our images a second at p = 1, and counted ones at p = .5, over each package's, all in turns."""
+    """Our images a second at p = 1, and counted ones at p = .5, over each package's, all in turns.
+
+    Ours keep freed memory, as the command does (see `keep_freed_memory`); others' run as people run them.
+    """
     with ExitStack() as stack:
         ours, ways = our_ways(scale)
         matches = [match for package in PACKAGES for match in matches_of(package, scale, ours, stack)]

@@ -184,7 +184,9 @@ def by_precision(scale: Scale, say: Say) -> list[Finding]:
     plan = plan_step(trainers["fp32"].method, 0, 0)
     ways = {name: lambda one=one: one.steps([plan]) for name, one in trainers.items()}
     turns = in_turns(ways, scale.rounds, 1, say)
-    return [Finding("bf16 over fp32", turns.ratio("bf16", "fp32"), "x")]
+    rates = {name: peak_flops(CPU, dtype)[0] for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16))}
+    limit = rates["bf16"] / rates["fp32"]
+    return [Finding("bf16 over fp32", turns.ratio("bf16", "fp32"), "x", limit, "GEMM rates of the two")]
 
 
 def compiled(scale: Scale, say: Say) -> list[Finding]:
@@ -199,8 +201,10 @@ def compiled(scale: Scale, say: Say) -> list[Finding]:
     turns = in_turns(
         {"eager": lambda: eager.steps([plan]), "compiled": lambda: fast.steps([plan])}, scale.rounds, 1, say
     )
+    images_at_most = peak_flops(CPU, torch.float32)[0] / training_flops(config, scale.side)
+    limit = images_at_most / turns.rate("eager").median
     return [
-        Finding("compiled over eager", turns.ratio("compiled", "eager"), "x"),
+        Finding("compiled over eager", turns.ratio("compiled", "eager"), "x", limit, "all of the GEMM rate"),
         Finding("the first step of a patch size, compiled", exactly(took), "s", is_cost=True),
     ]
 
