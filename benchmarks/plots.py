@@ -6,6 +6,7 @@ python -m patchloom.benchmarks.plots scaling FOLDER
 
 import json
 import sys
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
 COLOURS = ("#b3541e", "#2f6690", "#81a4cd", "#7a9e7e", "#9b7ede")  # those of the pages
-WIDTH_IN, ROW_IN = 8.0, 0.34
+WIDTH_IN, ROW_IN, LABEL_CHARACTERS = 8.0, 0.34, 60  # two lines fit a row
 
 
 def plot_record(path: Path) -> list[Path]:
@@ -49,7 +50,8 @@ def _bars(path: Path, rows: list[tuple[str, dict[str, Any]]], record: dict[str, 
         for key, style in (("limit", "-"), ("wanted", ":")):
             if found[key] is not None and found[key] < 40 * spread["median"]:
                 axes.plot([found[key]] * 2, [place - 0.4, place + 0.4], color="black", linestyle=style)
-    axes.set_yticks(range(len(rows)), [_label(found) for _, found in rows], size=8)
+    labels = [textwrap.fill(_label(found), LABEL_CHARACTERS) for _, found in rows]
+    axes.set_yticks(range(len(rows)), labels, size=8)
     axes.invert_yaxis()
     if rows[0][1]["unit"] != "x":
         axes.set_xscale("log")

@@ -50,13 +50,13 @@ def against_plain(scale: Scale, say: Say) -> list[Finding]:
 
 
 def same_networks(config: dict[str, Any]) -> tuple[Model, PlainDenoiser]:
-    """A model of pixels that was not trained, and its plain twin with the same weights."""
-    torch.manual_seed(0)
-    denoiser = build_denoiser(config).eval().requires_grad_(False)
+    """A model of pixels that was not trained, read as for sampling, and its plain twin with the same weights."""
+    with tempfile.TemporaryDirectory() as folder:
+        model = load_whole_model(untrained(Path(folder) / "model", config))
     channels = config["channels"]
     plain = PlainDenoiser(PlainUNet(config["resolution"], channels + 2, channels, **config["network_options"]))
-    plain.load_state_dict(dict(denoiser.named_parameters()))
-    return Model(denoiser, pixel_space(channels), None, {}), plain.eval().requires_grad_(False)
+    plain.load_state_dict(dict(model.denoiser.named_parameters()))
+    return model, plain.eval().requires_grad_(False)
 
 
 def sampling_flops(config: dict[str, Any]) -> float:

@@ -18,6 +18,7 @@ from patchloom.models.ema import PowerEMA, PowerProfile
 from patchloom.models.errors import CheckpointError
 from patchloom.models.snapshots import load_edm_snapshot, read_edm_snapshot
 from patchloom.models.step import TrainingState
+from patchloom.models.unet import UNet
 
 __all__ = [
     "CheckpointError",
@@ -140,13 +141,15 @@ def verified_card(folder: Path) -> dict[str, Any]:
 
 def load_whole_model(folder: Path | str, device: torch.device | str = "cpu") -> Model:
     """`load_model` with its space and, for latents, the decoder that travels in the folder."""
-    denoiser = load_model(folder)
+    denoiser = load_model(folder).to(device)
+    if torch.device(device).type == "cpu" and isinstance(denoiser.model, UNet):  # others may rely on the usual layout
+        denoiser.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # a tenth faster without gradients
     card = read_card(folder, "denoiser")
     space = Space(card["space"]["kind"], tuple(card["space"]["mean"]), tuple(card["space"]["scale"]))
     autoencoder = None
     if space.kind == "latents":
         autoencoder = load_autoencoder(Path(folder) / "autoencoder", device)
-    return Model(denoiser.to(device), space, autoencoder, card)
+    return Model(denoiser, space, autoencoder, card)
 
 
 def save_checkpoint(folder: Path, state: TrainingState, identity: dict[str, Any]) -> None:

@@ -58,6 +58,11 @@ def group_norm(channels: int, eps: float) -> nn.GroupNorm:
     return nn.GroupNorm(groups, channels, eps=eps)
 
 
+def silu_of_fresh(x: Tensor) -> Tensor:
+    """SiLU of a tensor (of any shape) that nobody else reads: in its place, where no gradient will ask for it."""
+    return F.silu(x, inplace=not torch.is_grad_enabled())
+
+
 def placed(constant: Tensor) -> Tensor:
     """A constant (of any shape) where new tensors stand now.
 
@@ -220,13 +225,13 @@ class Block(nn.Module):
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
         """(B, C, H, W) and (B, E) -> (B, C', H', W')."""
         residual = x if self.skip is None else self.skip(x)
-        x = self.conv0(F.silu(self.norm0(x)))
+        x = self.conv0(silu_of_fresh(self.norm0(x)))
         condition = self.affine(embedding).to(x.dtype)[:, :, None, None]
         if self.adaptive_scale:
             scale, shift = condition.chunk(2, dim=1)
-            x = F.silu(torch.addcmul(shift, self.norm1(x), scale + 1))
+            x = silu_of_fresh(torch.addcmul(shift, self.norm1(x), scale + 1))
         else:
-            x = F.silu(self.norm1(x.add_(condition)))
+            x = silu_of_fresh(self.norm1(x.add_(condition)))
         x = self.conv1(self.dropout(x)).add_(residual).mul_(self.skip_scale)
         if self.heads:
             x = self._attend(self.norm2(x)).add_(x).mul_(self.skip_scale)

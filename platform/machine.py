@@ -22,8 +22,9 @@ def keep_freed_memory() -> None:
     each page anew: a tenth of a training step on two cores, more of sampling and encoding. The process then holds
     its peak to its end, and that peak is up to a fifth higher.
     """
-    if {"MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_"} & os.environ.keys():
-        return  # the user has chosen
+    is_chosen = {"MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_"} & os.environ.keys()
+    if is_chosen or "glibc.malloc" in os.environ.get("GLIBC_TUNABLES", ""):
+        return  # by the user
     with contextlib.suppress(AttributeError, OSError):  # another libc
         libc = ctypes.CDLL("libc.so.6")
         # the second alone would have every larger tensor cleared anew
@@ -32,18 +33,45 @@ def keep_freed_memory() -> None:
 
 
 def system_load() -> dict[str, float]:
-    """CPU since the last call, memory, disk, network since the start of the machine, and GPUs where NVML answers."""
-    memory, disk, network = psutil.virtual_memory(), psutil.disk_usage("/"), psutil.net_io_counters()
-    load = {
-        "cpu_utilization_percentage": psutil.cpu_percent(),
+    """CPU since the last call, memory, disk, network since the start of the machine, and GPUs where NVML answers.
+
+    What the machine does not tell, as in a container without `/proc/net`, is left out.
+    """
+    load: dict[str, float] = {}
+    for part in (_processors, _memory, _disk, _network, _gpus):
+        with contextlib.suppress(psutil.Error, OSError, AttributeError):
+            load |= part()
+    return load
+
+
+def _processors() -> dict[str, float]:
+    return {"cpu_utilization_percentage": psutil.cpu_percent()}
+
+
+def _memory() -> dict[str, float]:
+    memory = psutil.virtual_memory()
+    return {
         "system_memory_usage_megabytes": memory.used / MEGABYTE,
         "system_memory_usage_percentage": memory.percent,
-        "disk_usage_percentage": disk.percent,
-        "disk_available_megabytes": disk.free / MEGABYTE,
+    }
+
+
+def _disk() -> dict[str, float]:
+    disk = psutil.disk_usage("/")
+    return {"disk_usage_percentage": disk.percent, "disk_available_megabytes": disk.free / MEGABYTE}
+
+
+def _network() -> dict[str, float]:
+    network = psutil.net_io_counters()
+    return {
         "network_receive_megabytes": network.bytes_recv / MEGABYTE,
         "network_transmit_megabytes": network.bytes_sent / MEGABYTE,
     }
-    for number, handle in enumerate(_gpus()):
+
+
+def _gpus() -> dict[str, float]:
+    load = {}
+    for number, handle in enumerate(_handles()):
         import pynvml
 
         with contextlib.suppress(pynvml.NVMLError):
@@ -55,7 +83,7 @@ def system_load() -> dict[str, float]:
 
 
 @cache
-def _gpus() -> list[Any]:
+def _handles() -> list[Any]:
     """NVML's handles of the GPUs; none where there is no driver or `pynvml` is not installed."""
     try:
         import pynvml

@@ -131,6 +131,16 @@ def test_an_image_does_not_depend_on_its_neighbours(model_folder: Path) -> None:
     assert not torch.equal(generate(model, [7], [0], Sampling(steps=2))[0], together[2])
 
 
+def test_a_model_read_for_sampling_gives_what_training_sees(model_folder: Path) -> None:
+    sampled, trained = load_whole_model(model_folder).denoiser, load_model(model_folder)
+    x, sigma = torch.randn(2, sampled.channels, 16, 16), torch.tensor([0.1, 5.0])
+    with torch.no_grad():
+        without_gradients = sampled(x, sigma)
+    torch.testing.assert_close(without_gradients, trained(x, sigma).detach(), atol=1e-5, rtol=1e-5)
+    first = next(weight for weight in sampled.parameters() if weight.dim() == 4)
+    assert first.is_contiguous(memory_format=torch.channels_last)
+
+
 def test_the_models_import_without_ray_mlflow_or_pydantic() -> None:
     code = (
         "import importlib, pkgutil, sys, patchloom.models as models\n"

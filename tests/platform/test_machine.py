@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 import time
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -41,6 +42,14 @@ def test_the_load_is_what_the_machine_says() -> None:
     assert load["disk_available_megabytes"] == pytest.approx(disk.f_bavail * disk.f_frsize / 1e6, rel=0.05)
     assert before.bytes_recv <= round(load["network_receive_megabytes"] * 1e6) <= after.bytes_recv
     assert before.bytes_sent <= round(load["network_transmit_megabytes"] * 1e6) <= after.bytes_sent
+
+
+def test_what_a_machine_does_not_tell_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(psutil, "PROCFS_PATH", str(tmp_path))  # as in a sandbox
+    assert {name for name in system_load() if not re.fullmatch(OF_A_GPU, name)} == {
+        "disk_usage_percentage",
+        "disk_available_megabytes",
+    }
 
 
 def test_the_processor_is_measured_since_the_last_call() -> None:
