@@ -4,13 +4,20 @@ import torch
 import torch.nn.functional as F
 
 from patchloom.benchmarks.paired import now
+from patchloom.models.flops import peak_flops
 
 CONVOLUTIONS = ((8, 64, 64), (8, 128, 32), (32, 128, 64), (64, 256, 32))  # batch, channels, side
 LONG_ENOUGH_S = 0.01
+LOOKS = 10  # of a machine that may be busy for a moment: a limit that is too low is none
+
+
+def gemm_flops(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOP/s of matrix products, the best of some looks; about a second."""
+    return max(peak_flops(device, dtype)[0] for _ in range(LOOKS))
 
 
 @torch.no_grad()
-def convolution_flops(device: torch.device, dtype: torch.dtype, repeats: int = 3) -> float:
+def convolution_flops(device: torch.device, dtype: torch.dtype, repeats: int = LOOKS) -> float:
     """FLOP/s of the fastest 3x3 convolution of a U-Net's shapes, the best of `repeats` each."""
     best = 0.0
     for batch, channels, side in CONVOLUTIONS:
@@ -30,7 +37,7 @@ def convolution_flops(device: torch.device, dtype: torch.dtype, repeats: int = 3
 
 
 @torch.no_grad()
-def copy_bytes_per_second(device: torch.device, mebibytes: int = 256, repeats: int = 3) -> float:
+def copy_bytes_per_second(device: torch.device, mebibytes: int = 256, repeats: int = LOOKS) -> float:
     """Bytes a second that a copy in memory reads and writes, the best of `repeats`."""
     source = torch.ones(mebibytes * 2**18, device=device)
     target = torch.empty_like(source)

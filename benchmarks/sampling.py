@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 from patchloom.benchmarks.findings import Finding, Say, Scale
+from patchloom.benchmarks.limits import gemm_flops
 from patchloom.benchmarks.paired import Work, in_turns
 from patchloom.benchmarks.plain import PlainDenoiser, PlainUNet, plain_heun
 from patchloom.benchmarks.setups import song_config
@@ -18,7 +19,7 @@ from patchloom.benchmarks.training import beside_plain
 from patchloom.models.checkpoints import Model, load_whole_model, save_model
 from patchloom.models.codec import pixel_space
 from patchloom.models.denoiser import build_denoiser
-from patchloom.models.flops import peak_flops, training_flops
+from patchloom.models.flops import training_flops
 from patchloom.models.generate import Sampling, generate, generate_padded, one_thread
 from patchloom.pipelines.sample_shard import ShardSampler
 from patchloom.platform.cluster import map_on_actors, ray_session
@@ -80,7 +81,7 @@ def on_ray_data(scale: Scale, say: Say) -> list[Finding]:
         loop = partial(plain_loop, model, SHARD * (shards - 1))
         ways: dict[str, Work] = {"loop": loop, "worker": worker, "saving": partial(loop, scratch / "saved")}
         turns = in_turns(ways, scale.rounds, 1, say)
-        gemm = peak_flops(CPU, torch.float32)[0]
+        gemm = gemm_flops(CPU, torch.float32)
     turns.by_clock["worker"] = worker.by_clock[-scale.rounds :]  # the warm-up and its start left out
     turns.by_core["worker"] = worker.by_core[-scale.rounds :]
     limit = None if torch.cuda.is_available() else gemm / sampling_flops(config)

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from patchloom.benchmarks.findings import Finding, Say, Scale, exactly
-from patchloom.benchmarks.limits import convolution_flops
+from patchloom.benchmarks.limits import convolution_flops, gemm_flops
 from patchloom.benchmarks.paired import Spread, Turns, in_turns, now
 from patchloom.benchmarks.plain import PlainDenoiser, PlainTraining, PlainUNet
 from patchloom.benchmarks.setups import Trainer, method_of, only, representative_steps, song_config
 from patchloom.models.cost import Gain, foretold_gain
-from patchloom.models.flops import peak_flops, training_flops
+from patchloom.models.flops import training_flops
 from patchloom.models.loss import denoising_loss
 from patchloom.models.luck import Luck, draw_block, join
 from patchloom.models.noise import training_sigmas
@@ -48,7 +48,7 @@ def against_plain(scale: Scale, say: Say) -> list[Finding]:
 
 def beside_plain(name: str, turns: Turns, flops: float, wanted: float) -> list[Finding]:
     """What turns of `ours` and `plain` came to, of so many FLOPs an image, beside the rates of GEMM and convolution."""
-    gemm, convolution = peak_flops(CPU, torch.float32)[0], convolution_flops(CPU, torch.float32)
+    gemm, convolution = gemm_flops(CPU, torch.float32), convolution_flops(CPU, torch.float32)
     return [
         Finding(f"{name}: over a plain loop", turns.ratio("ours", "plain"), "x", wanted=wanted),
         Finding(f"{name}: over it, a core's time", turns.ratio("ours", "plain", of_core=True), "x"),
@@ -70,7 +70,7 @@ def by_size(scale: Scale, say: Say) -> list[Finding]:
     ways["p = 0.5"] = _steps_of(trainer, mixed, MIXED_STEPS)
     ways["p = 1"] = _steps_of(trainer, only(full, scale.side), MIXED_STEPS // 2)
     turns = in_turns(ways, scale.rounds, 1, say)
-    gemm = peak_flops(CPU, torch.float32)[0]
+    gemm = gemm_flops(CPU, torch.float32)
     found = []
     for size in mixed.schedule.sizes:
         rate = turns.rate(str(size.pixels))
@@ -184,7 +184,7 @@ def by_precision(scale: Scale, say: Say) -> list[Finding]:
     plan = plan_step(trainers["fp32"].method, 0, 0)
     ways = {name: lambda one=one: one.steps([plan]) for name, one in trainers.items()}
     turns = in_turns(ways, scale.rounds, 1, say)
-    rates = {name: peak_flops(CPU, dtype)[0] for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16))}
+    rates = {name: gemm_flops(CPU, dtype) for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16))}
     limit = rates["bf16"] / rates["fp32"]
     return [Finding("bf16 over fp32", turns.ratio("bf16", "fp32"), "x", limit, "GEMM rates of the two")]
 
@@ -201,7 +201,7 @@ def compiled(scale: Scale, say: Say) -> list[Finding]:
     turns = in_turns(
         {"eager": lambda: eager.steps([plan]), "compiled": lambda: fast.steps([plan])}, scale.rounds, 1, say
     )
-    images_at_most = peak_flops(CPU, torch.float32)[0] / training_flops(config, scale.side)
+    images_at_most = gemm_flops(CPU, torch.float32) / training_flops(config, scale.side)
     limit = images_at_most / turns.rate("eager").median
     return [
         Finding("compiled over eager", turns.ratio("compiled", "eager"), "x", limit, "all of the GEMM rate"),

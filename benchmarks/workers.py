@@ -31,6 +31,7 @@ COUNTS = (1, 2, 4)
 BATCH, P = 16, 0.5
 EXACT_STEPS, STEPS = 100, 20  # of two ranks' draws, so that each pair of sizes has its share; of the others
 REDUCTIONS = 10
+CROP_OF = {1: "one worker", 2: "each of two workers"}  # which share the way to the memory
 WANTED = {1: None, 2: 2.3, 4: None}  # the gain of `shared` over p = 1, a counted image
 DRAWS = {1: ("p = 1", "shared"), 2: ("p = 1", "shared", "stratified", "independent"),
          4: ("p = 1", "shared", "stratified", "independent")}  # fmt: skip
@@ -76,12 +77,14 @@ def _work(rank: int, scale: Scale, port: int, path: str) -> None:
     dist.init_process_group("gloo", rank=rank, world_size=max(COUNTS))
     groups = {count: dist.new_group(list(range(count))) for count in COUNTS}
     session = _Session(rank, scale, groups)
-    found: dict[str, Any] = {"seconds": {}, "single": {}, "reduce": {}, "gradient_bytes": session.gradient_bytes}
+    found: dict[str, Any] = {"seconds": {}, "crop": {1: {}, 2: {}}, "reduce": {},
+                             "gradient_bytes": session.gradient_bytes}  # fmt: skip
     for number in range(-1, scale.rounds):  # the first round warms up
         for size in session.trainer.method.schedule.sizes:
             method = only(session.trainer.method, size.pixels)
-            seconds = session.timed(1, method, [plan_step(method, 0, 0)]) / (BATCH * size.batch_multiplier)
-            _note(found["single"], size.pixels, seconds, number)
+            for count, seconds_of in found["crop"].items():
+                seconds = session.timed(count, method, [plan_step(method, 0, 0)], is_joint=False)
+                _note(seconds_of, size.pixels, seconds * count / (BATCH * size.batch_multiplier), number)
         for count in COUNTS:
             _note(found["reduce"], count, session.timed_reduction(count), number)
             for name, method in draws_of(scale, count).items():
@@ -111,14 +114,15 @@ class _Session:
             for name, method in draws_of(scale, count).items()
         }
 
-    def timed(self, count: int, method: Method, plans: list[StepPlan]) -> float:
-        """Seconds that these steps take on the first `count` workers."""
+    def timed(self, count: int, method: Method, plans: list[StepPlan], is_joint: bool = True) -> float:
+        """Seconds that these steps take on the first `count` workers, which sum their gradients where `is_joint`."""
         trainer = self.trainer
         mine = plans if self.rank < count else []
         work = [[(group, trainer.rows(len(group.crops))) for group in plan.share(self.rank, count)] for plan in mine]
 
         def reduce(tensor: Tensor) -> None:
-            dist.all_reduce(tensor, group=self.groups[count])
+            if is_joint:
+                dist.all_reduce(tensor, group=self.groups[count])
 
         dist.barrier()
         began = time.perf_counter()
@@ -140,16 +144,18 @@ class _Session:
 
 def _findings(scale: Scale, found: dict[str, Any]) -> list[Finding]:
     base = method_of(replace(scale, batch=BATCH), P)
-    single = {pixels: Spread.of(seconds) for pixels, seconds in found["single"].items()}
-    costs = {pixels: spread.median for pixels, spread in single.items()}
+    crop = {CROP_OF[count]: {pixels: Spread.of(seconds) for pixels, seconds in found["crop"][count].items()}
+            for count in found["crop"]}  # fmt: skip
     gradient_bytes = found["gradient_bytes"]
-    out = [Finding(f"a crop of {pixels} pixels, one worker", spread, "s") for pixels, spread in single.items()]
+    out = [Finding(f"a crop of {pixels} pixels, {who}", spread, "s")
+           for who, spreads in crop.items() for pixels, spread in spreads.items()]  # fmt: skip
     pair = Spread.of(found["reduce"][2])
     out.append(Finding("gradients", exactly(gradient_bytes), "bytes"))
     out.append(Finding("an all-reduce of two workers", pair, "s"))
     pixels_cost = {size.pixels: float(size.pixels**2) for size in base.schedule.sizes}
     for count in COUNTS:
         full = found["seconds"][f"{count} p = 1"]
+        costs = {pixels: spread.median for pixels, spread in crop[CROP_OF[min(count, 2)]].items()}
         for name, method in draws_of(scale, count).items():
             seconds = found["seconds"][f"{count} {name}"]
             setting = f"{count} worker{'s' if count > 1 else ''}, {name}"

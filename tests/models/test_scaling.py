@@ -77,7 +77,8 @@ def test_steps_that_were_measured_were_foretold(setting: str) -> None:
     count = int(setting[0])
     draw = setting.partition(", ")[2]
     schedule = patch_schedule(64, 1.0 if draw == "p = 1" else 0.5)
-    cost = {size: measured[f"a crop of {size} pixels, one worker"] for size in (64, 32, 16)}
+    whose = "one worker" if count == 1 else "each of two workers"
+    cost = {size: measured[f"a crop of {size} pixels, {whose}"] for size in (64, 32, 16)}
     gradients = measured["gradients"]
     workers = Workers(
         count, gradients / measured["an all-reduce of two workers"], processors=int(min(count, measured["cpus"]))
