@@ -45,7 +45,7 @@ SUBJECTS = {
     "train.sizes": Subject("training:by_size", 2.5, "images a second by patch size, and what patches gain"),
     "train.parts": Subject("training:by_part", 0.6, "what share of a step is not the network"),
     "train.memory": Subject("training:memory", 0.2, "what a crop of each size keeps in memory"),
-    "train.precision": Subject("training:by_precision", 1.0, "bfloat16 beside float32"),
+    "train.precision": Subject("training:by_precision", 3.5, "bfloat16 beside float32"),
     "train.compile": Subject("training:compiled", 3.0, "compiled steps beside eager ones"),
     "train.workers": Subject("workers:by_draw", 5.0, "1, 2 and 4 workers, and how sizes are drawn across them"),
     "train.latents": Subject("latents:precomputed", 5.0, "latents encoded once beside encoding in every step"),
