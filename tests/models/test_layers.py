@@ -58,7 +58,7 @@ def test_neighbouring_drawn_masks_are_independent() -> None:
     assert stats.chisquare(counts.numpy()).pvalue > 1e-4
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.2])
+@pytest.mark.parametrize("dropout", [pytest.param(0.0, marks=pytest.mark.slow), 0.2])
 def test_a_compiled_network_has_one_graph_a_patch_size(tiny_denoiser: Callable[..., Denoiser], dropout: float) -> None:
     options = {"width": 8, "width_multipliers": [1, 2], "blocks": 1, "attention": [8], "dropout": dropout}
     method = Method(
