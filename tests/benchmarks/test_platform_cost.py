@@ -65,7 +65,7 @@ def test_bare_steps_are_those_of_the_command(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.ray
-def test_every_way_is_measured_and_ends(tmp_path: Path) -> None:
+def test_every_way_is_measured_and_ends() -> None:
     ours = psutil.Process()
     before = set(ours.children(recursive=True))
     found = {finding.what: finding for finding in beside_bare_steps(TINY, lambda text: None)}
