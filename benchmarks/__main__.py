@@ -7,7 +7,7 @@ import signal
 import sys
 
 from patchloom.benchmarks.suite import SUBJECTS, benchmark
-from patchloom.platform.errors import UserError
+from patchloom.errors import UserError
 
 
 def main() -> int:

@@ -29,18 +29,18 @@ from patchloom.benchmarks.limits import convolution_flops
 from patchloom.benchmarks.machine import describe_machine
 from patchloom.benchmarks.paired import in_turns, now
 from patchloom.benchmarks.plain import PlainDenoiser, PlainTraining, PlainUNet
-from patchloom.benchmarks.setups import Trainer, adm_config, method_of, only, representative_steps, song_config
+from patchloom.benchmarks.setups import Trainer, adm_config, only, representative_steps, song_config, step_settings
+from patchloom.errors import UserError
 from patchloom.models.checkpoints import Model
-from patchloom.models.cost import foretold_gain
+from patchloom.models.cost import estimated_gain
 from patchloom.models.features import POOL, ColourFeatures, Features, features_of_file
 from patchloom.models.flops import peak_flops, training_flops
 from patchloom.models.generate import Sampling, generate
-from patchloom.models.luck import RowOrder
 from patchloom.models.metrics import frechet_distance
-from patchloom.models.plan import Method, plan_step
+from patchloom.models.random_draws import RowOrder
 from patchloom.models.step import HALF_PRECISIONS, Rows, set_rounding, training_step
-from patchloom.platform.errors import UserError
-from patchloom.platform.storage import make_folder, write_atomic
+from patchloom.models.step_plan import StepSettings, plan_step
+from patchloom.platform.files.storage import make_folder, write_atomic
 
 RESULTS_FORMAT = 1
 PIXEL = Scale(rounds=3, width=128, side=64, batch=64)
@@ -74,7 +74,7 @@ class Variant:
         """What this device can do of it: a CPU, which only tries things out, computes in float32 as it is."""
         return self if device.type == "cuda" else replace(self, precision="fp32", compiled=False)
 
-    def trainer(self, config: dict[str, Any], method: Method, device: torch.device) -> Trainer:
+    def trainer(self, config: dict[str, Any], method: StepSettings, device: torch.device) -> Trainer:
         """A run that computes so."""
         return Trainer(
             config, replace(method, precision=self.precision), device,
@@ -123,7 +123,7 @@ def speeds(
     plain: PlainTraining | None = None,
 ) -> None:  # fmt: skip
     """Full-size steps of each variant in turns, over a plain loop or the first of them; FLOPs used; peak memory."""
-    method = method_of(scale)
+    method = step_settings(scale)
     plan = plan_step(method, 0, 0)
     trainers: dict[str, Trainer] = {}
     memory: dict[str, float] = {}
@@ -173,7 +173,7 @@ def speeds(
 
 def patch_gain(session: Session, name: str, config: dict[str, Any], scale: Scale, variant: Variant) -> None:
     """Counted images a second of p = .5 over p = 1, and of each size alone."""
-    mixed, full = method_of(scale, 0.5), method_of(scale, 1.0)
+    mixed, full = step_settings(scale, 0.5), step_settings(scale, 1.0)
     sizes = mixed.schedule.sizes
     if not session.has_time(f"{name}: p = 0.5", 30 + (COMPILING_S * len(sizes) if variant.compiled else 0)):
         return
@@ -181,7 +181,7 @@ def patch_gain(session: Session, name: str, config: dict[str, Any], scale: Scale
     set_rounding(variant.precision)
     trainer = variant.trainer(config, mixed, session.device)
 
-    def steps_of(method: Method, steps: int) -> Callable[[], int]:
+    def steps_of(method: StepSettings, steps: int) -> Callable[[], int]:
         method = replace(method, precision=variant.precision)
         plans = representative_steps(method, steps)
         return lambda: trainer.steps(plans, method)
@@ -190,7 +190,7 @@ def patch_gain(session: Session, name: str, config: dict[str, Any], scale: Scale
     ways |= {"p = 0.5": steps_of(mixed, MIXED_STEPS), "p = 1": steps_of(only(full, scale.side), MIXED_STEPS // 2)}
     turns = in_turns(ways, scale.rounds, 1)
     gain = turns.ratio("p = 0.5", "p = 1")
-    limit = foretold_gain(mixed, {size.pixels: float(size.pixels**2) for size in sizes}, 1)
+    limit = estimated_gain(mixed, {size.pixels: float(size.pixels**2) for size in sizes}, 1)
     mean = mixed.schedule.mean_multiplier
     session.keep(f"{name}: what patches gain ({variant.name})", [
         *(Finding(way, turns.rate(way), "counted images/s") for way in ways),
@@ -211,7 +211,7 @@ def quality(session: Session, images: np.ndarray, features: Features, seconds: f
     found = []
     for p in RATIOS:
         precision = FASTEST.on(session.device).precision
-        method = method_of(scale, p, precision=precision, block_size=8, lr=1e-3, lr_rampup_images=20_000)
+        method = step_settings(scale, p, precision=precision, block_size=8, lr=1e-3, lr_rampup_images=20_000)
         config = song_config(side, scale.width, scale.blocks)
         trainer = Trainer(config, method, session.device, ema_halflife_images=50_000)
         curve = quality_curve(trainer, pixels, features, reference, seconds, samples)

@@ -9,11 +9,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from patchloom.benchmarks.findings import TINY, Finding, Say, Scale, exactly
 from patchloom.benchmarks.paired import Spread, Turns, in_turns
-from patchloom.benchmarks.setups import Trainer, adm_config, method_of, only
+from patchloom.benchmarks.setups import Trainer, adm_config, only, step_settings
 from patchloom.models.flops import training_flops
 from patchloom.models.patches import PatchSchedule, patch_schedule
-from patchloom.models.plan import Method, plan_step
 from patchloom.models.step import Rows, training_step
+from patchloom.models.step_plan import StepSettings, plan_step
 
 BATCH, P = 2, 0.5
 LATENT_SIDE, DOWNSCALE = 32, 8
@@ -31,7 +31,7 @@ def precomputed(scale: Scale, say: Say) -> list[Finding]:
     side = 8 if is_tiny else LATENT_SIDE
     config = adm_config(side, 32, 1) if is_tiny else adm_config(side)
     small = Scale(side=side, batch=BATCH)
-    method = method_of(small, P)
+    method = step_settings(small, P)
     trainer, encode = Trainer(config, method), _autoencoder(is_tiny)
     image = side * DOWNSCALE
     images = torch.rand(BATCH, 3, image, image) * 2 - 1
@@ -69,7 +69,7 @@ def precomputed(scale: Scale, say: Say) -> list[Finding]:
     ]
 
 
-def _latent_step(trainer: Trainer, method: Method) -> int:
+def _latent_step(trainer: Trainer, method: StepSettings) -> int:
     """One step on moments, whose latents are drawn afresh; gives its crops."""
     plan = plan_step(method, 0, 0)
     work = []
@@ -81,7 +81,7 @@ def _latent_step(trainer: Trainer, method: Method) -> int:
     return plan.crops
 
 
-def _seconds(turns: Turns, method: Method) -> list[dict[int, float]]:
+def _seconds(turns: Turns, method: StepSettings) -> list[dict[int, float]]:
     """Seconds of a crop of each size, and of an encoding under 0, round by round."""
     names = {0: "encoding"} | {size.pixels: str(size.pixels) for size in method.schedule.sizes}
     rounds = len(turns.by_clock["encoding"])

@@ -26,12 +26,12 @@ from patchloom.benchmarks import peer as child_script
 from patchloom.benchmarks.findings import TINY, Finding, Say, Scale
 from patchloom.benchmarks.paired import Work, in_turns
 from patchloom.benchmarks.peer import GROUPS, Setting
-from patchloom.benchmarks.setups import DROPOUT, Trainer, method_of, representative_steps, song_config
+from patchloom.benchmarks.setups import DROPOUT, Trainer, representative_steps, song_config, step_settings
 from patchloom.models.flops import parameter_count, training_flops
-from patchloom.models.plan import Method
+from patchloom.models.step_plan import StepSettings
 from patchloom.platform import progress
-from patchloom.platform.copies import cache_folder
-from patchloom.platform.storage import locked, sweep_partial, whole_folder
+from patchloom.platform.files.copies import cache_folder
+from patchloom.platform.files.storage import locked, sweep_partial, whole_folder
 
 STEPS, MIXED_STEPS = 5, 10  # a turn: of full size, and of p = .5, 5 full, 3 half and 2 quarter
 OWN_TORCH_GIB = 30  # of room, before a torch is installed once more; it takes about 5
@@ -105,13 +105,13 @@ class Match:
 def our_ways(scale: Scale) -> tuple[Size, dict[str, Work]]:
     """How large our network is, and its steps at p = 1 and at p = .5."""
     config = song_config(scale.side, scale.width, scale.blocks)
-    mixed, full = method_of(scale, 0.5), method_of(scale, 1.0)
+    mixed, full = step_settings(scale, 0.5), step_settings(scale, 1.0)
     trainer = Trainer(config, mixed)
     size = Size(parameter_count(trainer.denoiser), training_flops(config, scale.side))
     return size, {"p = 1": _steps_of(trainer, full, STEPS), "p = 0.5": _steps_of(trainer, mixed, MIXED_STEPS)}
 
 
-def _steps_of(trainer: Trainer, method: Method, steps: int) -> Work:
+def _steps_of(trainer: Trainer, method: StepSettings, steps: int) -> Work:
     plans = representative_steps(method, steps)
     return lambda: trainer.steps(plans, method)
 

@@ -26,10 +26,10 @@ import torch
 
 from patchloom.benchmarks.findings import Finding, Say, Scale
 from patchloom.benchmarks.paired import Spread
-from patchloom.benchmarks.setups import Trainer, method_of, song_config
-from patchloom.models.plan import plan_step
+from patchloom.benchmarks.setups import Trainer, song_config, step_settings
+from patchloom.models.step_plan import plan_step
 from patchloom.pipelines.prepare import prepare
-from patchloom.platform.machine import keep_freed_memory
+from patchloom.platform.compute.machine import keep_freed_memory
 from patchloom.platform.recipe import check_recipe, recipe_yaml
 
 LINE_STEPS, WARM_UP_LINES = 10, 6  # a line each so many steps; in the first, MLflow's client is imported meanwhile
@@ -215,7 +215,7 @@ def _bare_steps(scale: Scale, lines: Path, threads: int) -> None:
     """Steps without end."""
     torch.set_num_threads(threads)
     keep_freed_memory()
-    trainer = Trainer(_network(scale), replace(method_of(scale), block_size=scale.batch))
+    trainer = Trainer(_network(scale), replace(step_settings(scale), block_size=scale.batch))
     for step in itertools.count(LINE_STEPS, LINE_STEPS):
         trainer.steps([plan_step(trainer.method, step - LINE_STEPS + one, 0) for one in range(LINE_STEPS)])
         with lines.open("a") as file:

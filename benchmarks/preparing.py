@@ -18,11 +18,19 @@ from PIL import Image
 
 from patchloom.benchmarks.findings import Finding, Say, Scale
 from patchloom.benchmarks.paired import Work, in_turns
-from patchloom.pipelines.prepare import SHARD_ROWS, Plan, _finish, _plan_images, _start_work, _transform, prepare
-from patchloom.pipelines.shards import ShardMaker
-from patchloom.platform.cluster import map_on_actors, ray_session
-from patchloom.platform.folder import Folder
-from patchloom.platform.sources import open_source
+from patchloom.pipelines.prepare.preparing import (
+    SHARD_ROWS,
+    Plan,
+    _finish,
+    _plan_images,
+    _start_work,
+    _transform,
+    prepare,
+)
+from patchloom.pipelines.prepare.shard_maker import ShardMaker
+from patchloom.platform.compute.cluster import map_on_actors, ray_session
+from patchloom.platform.dataset.sources import open_source
+from patchloom.platform.files.folder import Folder
 
 SIDE = 64
 COPIES = 4  # of the images for workers on Ray, so that their start is a small part

@@ -9,8 +9,8 @@ import torch
 from patchloom.benchmarks.findings import Finding, Say, Scale, exactly
 from patchloom.benchmarks.limits import copy_bytes_per_second
 from patchloom.benchmarks.paired import Spread, in_turns
-from patchloom.platform.dataset import Dataset, write_shard
-from patchloom.platform.storage import file_sha256
+from patchloom.platform.dataset.prepared import Dataset, write_shard
+from patchloom.platform.files.storage import file_sha256
 
 SHAPE, SHARD_ROWS = (4, 32, 32), 512
 BATCH, BATCHES = 64, 200

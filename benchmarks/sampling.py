@@ -17,13 +17,13 @@ from patchloom.benchmarks.plain import PlainDenoiser, PlainUNet, plain_heun
 from patchloom.benchmarks.setups import song_config
 from patchloom.benchmarks.training import beside_plain
 from patchloom.models.checkpoints import Model, load_whole_model, save_model
-from patchloom.models.codec import pixel_space
 from patchloom.models.denoiser import build_denoiser
 from patchloom.models.flops import training_flops
 from patchloom.models.generate import Sampling, generate, generate_padded, one_thread
-from patchloom.pipelines.sample_shard import ShardSampler
-from patchloom.platform.cluster import map_on_actors, ray_session
-from patchloom.platform.tracking import tracking_uri
+from patchloom.models.normalisation import pixel_normalisation
+from patchloom.pipelines.sample.shard_sampler import ShardSampler
+from patchloom.platform.compute.cluster import map_on_actors, ray_session
+from patchloom.platform.tracking.runs import tracking_uri
 
 CPU = torch.device("cpu")
 SAMPLING = Sampling(steps=5)
@@ -102,7 +102,7 @@ def untrained(folder: Path, config: dict[str, Any]) -> Path:
     """A model folder with weights as they were drawn."""
     torch.manual_seed(0)
     folder.mkdir()
-    card = {"name": "benchmark", "denoiser": config, "space": pixel_space().describe(), "class_names": [],
+    card = {"name": "benchmark", "denoiser": config, "space": pixel_normalisation().describe(), "class_names": [],
             "label_dropout": 0.0, "code_version": ""}  # fmt: skip
     save_model(folder, build_denoiser(config), card)
     return folder

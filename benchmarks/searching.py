@@ -12,9 +12,9 @@ import yaml
 from patchloom.benchmarks.findings import Finding, Say, Scale, exactly
 from patchloom.benchmarks.paired import Spread, Work, in_turns, now
 from patchloom.benchmarks.startup import Desk, patchloom, small_recipe, wait_for
-from patchloom.pipelines.trials import plan_trials
+from patchloom.pipelines.tune.trials import plan_trials
 from patchloom.platform.dataset import open_dataset
-from patchloom.platform.search import load_search
+from patchloom.platform.recipe.search import load_search
 
 GRID = [1.0, 0.75, 0.5, 0.25]  # of p
 AT_ONCE = 2  # trials, and all there are where they only show that they run
@@ -23,7 +23,7 @@ LINES = 10  # of a trial's progress
 MOST_ROUNDS = 2
 SMALL_SIDE, SMALL_WIDTH = 32, 16
 ONE_THREAD = {"OMP_NUM_THREADS": "1"}  # what Ray gives a trial of one CPU
-MAKE_STORE = "from patchloom.platform.tracking import require_reachable; require_reachable()"
+MAKE_STORE = "from patchloom.platform.tracking.runs import require_reachable; require_reachable()"
 
 
 def beside_its_trials(scale: Scale, say: Say) -> list[Finding]:

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from patchloom.benchmarks.findings import Scale
-from patchloom.models.codec import Space, pixel_space
 from patchloom.models.denoiser import Denoiser, build_denoiser
 from patchloom.models.ema import HalfLifeEMA
+from patchloom.models.normalisation import Normalisation, pixel_normalisation
 from patchloom.models.patches import patch_schedule
-from patchloom.models.plan import Method, StepPlan, plan_step
 from patchloom.models.step import Rows, TrainingState, compile_network, new_state, training_step
+from patchloom.models.step_plan import StepPlan, StepSettings, plan_step
 
 DROPOUT = 0.1
 ADAM = (0.9, 0.999), 1e-8
@@ -38,9 +38,9 @@ def adm_config(side: int = 32, width: int = 192, blocks: int = 3, *, channels: i
             "coordinates": "linear", "sigma_data": 0.5}  # fmt: skip
 
 
-def method_of(scale: Scale, p: float = 1.0, **changes: Any) -> Method:
+def step_settings(scale: Scale, p: float = 1.0, **changes: Any) -> StepSettings:
     """A run at this ratio of full-size steps, with Eq. 5's sizes and multipliers."""
-    base = Method(
+    base = StepSettings(
         seed=0, schedule=patch_schedule(scale.side, p), updates=10**6, batch_size=scale.batch, block_size=BLOCK,
         lr=1e-4, lr_rampup_images=0,
     )  # fmt: skip
@@ -55,7 +55,7 @@ class Trainer:
     """
 
     def __init__(
-        self, config: dict[str, Any], method: Method, device: torch.device | str = "cpu", *,
+        self, config: dict[str, Any], method: StepSettings, device: torch.device | str = "cpu", *,
         channels_last: bool = False, compiled: bool = False, ema_halflife_images: float = 500_000.0,
     ) -> None:  # fmt: skip
         torch.manual_seed(0)
@@ -67,7 +67,7 @@ class Trainer:
         self.state: TrainingState = new_state(self.denoiser, [average], method, *ADAM)
         if compiled:
             compile_network(self.denoiser, method.schedule)
-        self.space: Space = pixel_space(self.channels)
+        self.space: Normalisation = pixel_normalisation(self.channels)
         self.resolution = config["resolution"]
 
     def rows(self, count: int) -> Rows:
@@ -76,7 +76,7 @@ class Trainer:
         images = torch.randint(0, 256, shape, dtype=torch.uint8, device=self.device)
         return Rows(images, torch.full((count,), -1, device=self.device))
 
-    def steps(self, plans: list[StepPlan], method: Method | None = None) -> int:
+    def steps(self, plans: list[StepPlan], method: StepSettings | None = None) -> int:
         """Take these steps alone; gives the crops that were counted."""
         for plan in plans:
             work = [(group, self.rows(len(group.crops))) for group in plan.share()]
@@ -88,7 +88,7 @@ def alone(_: Tensor) -> None:
     """The sum over one worker."""
 
 
-def only(method: Method, pixels: int) -> Method:
+def only(method: StepSettings, pixels: int) -> StepSettings:
     """The same run with crops of one size in every step."""
     sizes = tuple(
         replace(size, probability=float(size.pixels == pixels)) for size in method.schedule.sizes
@@ -96,7 +96,7 @@ def only(method: Method, pixels: int) -> Method:
     return replace(method, schedule=replace(method.schedule, sizes=sizes), draw="shared")
 
 
-def representative_steps(method: Method, steps: int) -> list[StepPlan]:
+def representative_steps(method: StepSettings, steps: int) -> list[StepPlan]:
     """The first steps of the run whose sizes have exactly their shares, so that no luck of the draw is measured."""
     if method.draw == "stratified":
         return [plan_step(method, step, 0) for step in range(steps)]

@@ -13,10 +13,10 @@ from typing import Any
 
 from patchloom.benchmarks.findings import TINY, Finding, Say, Scale, table
 from patchloom.benchmarks.machine import busy_share, code_digest, describe_machine
-from patchloom.platform.errors import UserError
-from patchloom.platform.machine import keep_freed_memory
+from patchloom.errors import UserError
+from patchloom.platform.compute.machine import keep_freed_memory
+from patchloom.platform.files.storage import make_folder, write_atomic
 from patchloom.platform.progress import clock, say
-from patchloom.platform.storage import make_folder, write_atomic
 
 RESULTS_FORMAT = 1
 BUSY = 0.15  # of all cores, by others; above it numbers are warned of, and above TOO_BUSY not measured

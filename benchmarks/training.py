@@ -12,17 +12,17 @@ from patchloom.benchmarks.findings import Finding, Say, Scale, exactly
 from patchloom.benchmarks.limits import convolution_flops, gemm_flops
 from patchloom.benchmarks.paired import Spread, Turns, in_turns, now
 from patchloom.benchmarks.plain import PlainDenoiser, PlainTraining, PlainUNet
-from patchloom.benchmarks.setups import Trainer, method_of, only, representative_steps, song_config
-from patchloom.models.cost import Gain, foretold_gain
+from patchloom.benchmarks.setups import Trainer, only, representative_steps, song_config, step_settings
+from patchloom.models.cost import Gain, estimated_gain
 from patchloom.models.flops import training_flops
 from patchloom.models.loss import denoising_loss
-from patchloom.models.luck import Luck, draw_block, join
 from patchloom.models.noise import training_sigmas
 from patchloom.models.patches import crop, offsets
-from patchloom.models.plan import Method, plan_step
-from patchloom.models.step import Rows, dropout_luck
-from patchloom.platform.dataset import Dataset, write_shard
-from patchloom.platform.storage import file_sha256
+from patchloom.models.random_draws import RandomDraws, draw_block, join
+from patchloom.models.step import Rows, seeded_dropout
+from patchloom.models.step_plan import StepSettings, plan_step
+from patchloom.platform.dataset.prepared import Dataset, write_shard
+from patchloom.platform.files.storage import file_sha256
 
 CPU = torch.device("cpu")
 MIXED_STEPS = 10  # 5 full, 3 half and 2 quarter: Eq. 5's shares at p = .5 exactly
@@ -32,7 +32,7 @@ STEP_WANTED, GAIN_WANTED = 1.05, 2.4
 def against_plain(scale: Scale, say: Say) -> list[Finding]:
     """A training step at full size beside the same mathematics written plainly, and beside the GEMM rate."""
     config = song_config(scale.side, scale.width, scale.blocks)
-    trainer = Trainer(config, method_of(scale))
+    trainer = Trainer(config, step_settings(scale))
     options = config["network_options"]
     plain = PlainTraining(PlainDenoiser(PlainUNet(scale.side, 5, 3, **options)).train(), scale.side)
     plan = plan_step(trainer.method, 0, 0)
@@ -62,7 +62,7 @@ def beside_plain(name: str, turns: Turns, flops: float, wanted: float) -> list[F
 def by_size(scale: Scale, say: Say) -> list[Finding]:
     """Counted images a second of each patch size and of p = .5; what patches gain, a counted image and an update."""
     config = song_config(scale.side, scale.width, scale.blocks)
-    mixed, full = method_of(scale, 0.5), method_of(scale, 1.0)
+    mixed, full = step_settings(scale, 0.5), step_settings(scale, 1.0)
     trainer = Trainer(config, mixed)
     ways: dict[str, Callable[[], int]] = {}
     for size in mixed.schedule.sizes:
@@ -79,10 +79,10 @@ def by_size(scale: Scale, say: Say) -> list[Finding]:
         found.append(Finding("  FLOPs used of the GEMM rate", _scaled(rate, 100 * flops / gemm), "%"))
     found.append(Finding("p = 0.5", turns.rate("p = 0.5"), "counted images/s"))
     found.append(Finding("p = 1", turns.rate("p = 1"), "counted images/s"))
-    limit = foretold_gain(mixed, {size.pixels: float(size.pixels**2) for size in mixed.schedule.sizes}, 1)
+    limit = estimated_gain(mixed, {size.pixels: float(size.pixels**2) for size in mixed.schedule.sizes}, 1)
     found += gains("p = 0.5 over p = 1, one worker", turns.ratio("p = 0.5", "p = 1"), mixed, limit, GAIN_WANTED)
     seconds = {size.pixels: turns.seconds(str(size.pixels)).median for size in mixed.schedule.sizes}
-    quarter = foretold_gain(method_of(scale, 0.25), seconds, 1)
+    quarter = estimated_gain(step_settings(scale, 0.25), seconds, 1)
     return [
         *found,
         Finding("p = 0.25 over p = 1, by seconds of single sizes", exactly(quarter.per_image), "x a counted image"),
@@ -90,7 +90,9 @@ def by_size(scale: Scale, say: Say) -> list[Finding]:
     ]
 
 
-def gains(name: str, per_image: Spread, method: Method, limit: Gain, wanted: float | None = None) -> list[Finding]:
+def gains(
+    name: str, per_image: Spread, method: StepSettings, limit: Gain, wanted: float | None = None
+) -> list[Finding]:
     """What patches gain in both countings, beside what cost as pixels would allow."""
     per_update = _scaled(per_image, 1 / method.schedule.mean_multiplier)
     why = "cost as pixels"
@@ -121,7 +123,7 @@ class Parts:
     """A full-size step, whole and in pieces; each takes one, on what the others left ready."""
 
     def __init__(self, scale: Scale, dataset: Dataset) -> None:
-        self.trainer = Trainer(song_config(scale.side, scale.width, scale.blocks), method_of(scale))
+        self.trainer = Trainer(song_config(scale.side, scale.width, scale.blocks), step_settings(scale))
         self.side, self.dataset = scale.side, dataset
         self.plan = plan_step(self.trainer.method, 0, 0)
         (self.group,) = self.plan.share()
@@ -137,7 +139,7 @@ class Parts:
         state, method = self.trainer.state, self.trainer.method
         state.gradients.flat.zero_()
         sigma = training_sigmas(self.luck.sigma, method.noise_mean, method.noise_std)
-        with dropout_luck(state.denoiser, 0, 0, self.group.blocks, CPU):
+        with seeded_dropout(state.denoiser, 0, 0, self.group.blocks, CPU):
             denoising_loss(state.denoiser, self.clean, self.luck.noise, sigma, self.where).mean().backward()
         return 1
 
@@ -169,7 +171,7 @@ class Parts:
         patches, where = crop(self.images, offsets(self.luck.corner, self.side, self.side), self.side)
         return self.trainer.space.normalise(patches), where
 
-    def _luck(self) -> Luck:
+    def _luck(self) -> RandomDraws:
         method, channels = self.trainer.method, self.trainer.channels
         return join([
             draw_block(method.seed, 0, block, method.block_size, channels, self.side, self.side, False, CPU)
@@ -180,7 +182,7 @@ class Parts:
 def by_precision(scale: Scale, say: Say) -> list[Finding]:
     """Steps in bfloat16 beside float32, in turns."""
     config = song_config(scale.side, scale.width, scale.blocks)
-    trainers = {name: Trainer(config, method_of(scale, precision=name)) for name in ("fp32", "bf16")}
+    trainers = {name: Trainer(config, step_settings(scale, precision=name)) for name in ("fp32", "bf16")}
     plan = plan_step(trainers["fp32"].method, 0, 0)
     ways = {name: lambda one=one: one.steps([plan]) for name, one in trainers.items()}
     turns = in_turns(ways, scale.rounds, 1, say)
@@ -190,7 +192,7 @@ def by_precision(scale: Scale, say: Say) -> list[Finding]:
 def compiled(scale: Scale, say: Say) -> list[Finding]:
     """Compiled steps at full size beside eager ones, and what compiling takes."""
     config = song_config(scale.side, scale.width, scale.blocks)
-    eager, fast = Trainer(config, method_of(scale)), Trainer(config, method_of(scale), compiled=True)
+    eager, fast = Trainer(config, step_settings(scale)), Trainer(config, step_settings(scale), compiled=True)
     plan = plan_step(eager.method, 0, 0)
     say("compiling; a minute or two")
     began = now()
@@ -210,7 +212,7 @@ def compiled(scale: Scale, say: Say) -> list[Finding]:
 def memory(scale: Scale, say: Say) -> list[Finding]:
     """What a crop of each patch size keeps for its backward pass."""
     config = song_config(scale.side, scale.width, scale.blocks)
-    trainer = Trainer(config, method_of(scale, 0.5))
+    trainer = Trainer(config, step_settings(scale, 0.5))
     found = []
     for size in trainer.method.schedule.sizes:
         say(f"{size.pixels} pixels")
@@ -223,7 +225,7 @@ def memory(scale: Scale, say: Say) -> list[Finding]:
     return found
 
 
-def saved_bytes(trainer: Trainer, method: Method) -> int:
+def saved_bytes(trainer: Trainer, method: StepSettings) -> int:
     """Bytes of the tensors that a step's forward pass keeps for its backward pass, each storage once."""
     kept: dict[int, int] = {}
     owned = {each.untyped_storage().data_ptr() for each in trainer.denoiser.state_dict().values()}
@@ -250,7 +252,7 @@ def pixels_on_disk(folder: Path, scale: Scale) -> Dataset:
     return Dataset(folder, {"shards": [shard], "kind": "pixels"})
 
 
-def _steps_of(trainer: Trainer, method: Method, steps: int) -> Callable[[], int]:
+def _steps_of(trainer: Trainer, method: StepSettings, steps: int) -> Callable[[], int]:
     plans = representative_steps(method, steps)
     return lambda: trainer.steps(plans, method)
 

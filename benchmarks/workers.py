@@ -19,13 +19,13 @@ from torch.multiprocessing.spawn import spawn
 
 from patchloom.benchmarks.findings import Finding, Say, Scale, exactly
 from patchloom.benchmarks.paired import Spread
-from patchloom.benchmarks.setups import Trainer, method_of, only, representative_steps, song_config
+from patchloom.benchmarks.setups import Trainer, only, representative_steps, song_config, step_settings
 from patchloom.benchmarks.training import gains
-from patchloom.models.cost import foretold_gain
-from patchloom.models.plan import Method, StepPlan, plan_step
+from patchloom.models.cost import estimated_gain
 from patchloom.models.scaling import Workers, step_seconds
 from patchloom.models.step import training_step
-from patchloom.platform.machine import keep_freed_memory
+from patchloom.models.step_plan import StepPlan, StepSettings, plan_step
+from patchloom.platform.compute.machine import keep_freed_memory
 
 COUNTS = (1, 2, 4)
 BATCH, P = 16, 0.5
@@ -50,9 +50,9 @@ def by_draw(scale: Scale, say: Say) -> list[Finding]:
     return _findings(scale, found)
 
 
-def draws_of(scale: Scale, count: int) -> dict[str, Method]:
+def draws_of(scale: Scale, count: int) -> dict[str, StepSettings]:
     """The settings that so many workers run."""
-    base = method_of(replace(scale, batch=BATCH), P)
+    base = step_settings(replace(scale, batch=BATCH), P)
     every = {
         "p = 1": only(base, scale.side),
         "shared": base,
@@ -62,7 +62,7 @@ def draws_of(scale: Scale, count: int) -> dict[str, Method]:
     return {name: every[name] for name in DRAWS[count]}
 
 
-def _plans(scale: Scale, method: Method, count: int) -> list[StepPlan]:
+def _plans(scale: Scale, method: StepSettings, count: int) -> list[StepPlan]:
     if scale.rounds == 1:
         return [plan_step(method, step, 0) for step in range(2)]
     if method.draw == "independent" and count > 2:  # too many combinations to have their shares
@@ -106,7 +106,7 @@ class _Session:
     def __init__(self, rank: int, scale: Scale, groups: dict[int, Any]) -> None:
         self.rank, self.groups = rank, groups
         config = song_config(scale.side, scale.width // 2, 1, dropout=0.0)
-        self.trainer = Trainer(config, method_of(replace(scale, batch=BATCH), P))
+        self.trainer = Trainer(config, step_settings(replace(scale, batch=BATCH), P))
         self.gradient_bytes = self.trainer.state.gradients.flat.numel() * 4
         self.plans = {
             (count, name): _plans(scale, method, count)
@@ -114,7 +114,7 @@ class _Session:
             for name, method in draws_of(scale, count).items()
         }
 
-    def timed(self, count: int, method: Method, plans: list[StepPlan], is_joint: bool = True) -> float:
+    def timed(self, count: int, method: StepSettings, plans: list[StepPlan], is_joint: bool = True) -> float:
         """Seconds that these steps take on the first `count` workers, which sum their gradients where `is_joint`."""
         trainer = self.trainer
         mine = plans if self.rank < count else []
@@ -143,7 +143,7 @@ class _Session:
 
 
 def _findings(scale: Scale, found: dict[str, Any]) -> list[Finding]:
-    base = method_of(replace(scale, batch=BATCH), P)
+    base = step_settings(replace(scale, batch=BATCH), P)
     crop = {CROP_OF[count]: {pixels: Spread.of(seconds) for pixels, seconds in found["crop"][count].items()}
             for count in found["crop"]}  # fmt: skip
     gradient_bytes = found["gradient_bytes"]
@@ -166,13 +166,13 @@ def _findings(scale: Scale, found: dict[str, Any]) -> list[Finding]:
                 ratio = Spread.of([
                     one / two * method.schedule.mean_multiplier for one, two in zip(full, seconds, strict=True)
                 ])  # fmt: skip
-                limit = foretold_gain(method, pixels_cost, count)
+                limit = estimated_gain(method, pixels_cost, count)
                 out += gains(f"gain of {setting}", ratio, method, limit, WANTED[count] if name == "shared" else None)
     return out
 
 
 def foretold_step(
-    method: Method, count: int, cpus: int, seconds_of_crop: dict[int, float], gradient_bytes: int, reduce_s: float
+    method: StepSettings, count: int, cpus: int, seconds_of_crop: dict[int, float], gradient_bytes: int, reduce_s: float
 ) -> float:
     """Seconds of a step of so many workers on so many cores, by `models/scaling.py`.
 

@@ -9,12 +9,12 @@ one line where it is not better or something is wrong with what was asked. A sec
 import argparse
 import sys
 
+from patchloom.errors import UserError
 from patchloom.models.checkpoints import CheckpointError
-from patchloom.pipelines.browse import promote_model
 from patchloom.pipelines.evaluate import evaluate
+from patchloom.pipelines.registry.browse import promote_model
 from patchloom.pipelines.sample import sample
-from patchloom.platform.errors import UserError
-from patchloom.platform.registry import list_versions
+from patchloom.platform.tracking.registry import list_versions
 
 
 def nightly(name: str, reference: str, out: str, seeds: str, steps: int, features: str, metric: str) -> str:

@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from patchloom.errors import CheckpointError
 from patchloom.models.backbones import import_allowed
-from patchloom.models.errors import CheckpointError
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL

@@ -11,11 +11,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from patchloom.errors import CheckpointError
 from patchloom.models.autoencoder import Autoencoder, load_autoencoder
-from patchloom.models.codec import Space
 from patchloom.models.denoiser import Denoiser, build_denoiser
 from patchloom.models.ema import PowerEMA, PowerProfile
-from patchloom.models.errors import CheckpointError
+from patchloom.models.normalisation import Normalisation
 from patchloom.models.snapshots import load_edm_snapshot, read_edm_snapshot
 from patchloom.models.step import TrainingState
 from patchloom.models.unet import UNet
@@ -50,7 +50,7 @@ class Model:
     """All that sampling needs: the denoiser, its space, the decoder of a latent model, its card."""
 
     denoiser: Denoiser
-    space: Space
+    space: Normalisation
     autoencoder: Autoencoder | None
     card: dict[str, Any]
 
@@ -145,7 +145,7 @@ def load_whole_model(folder: Path | str, device: torch.device | str = "cpu") -> 
     if torch.device(device).type == "cpu" and isinstance(denoiser.model, UNet):  # others may rely on the usual layout
         denoiser.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # a tenth faster without gradients
     card = read_card(folder, "denoiser")
-    space = Space(card["space"]["kind"], tuple(card["space"]["mean"]), tuple(card["space"]["scale"]))
+    space = Normalisation(card["space"]["kind"], tuple(card["space"]["mean"]), tuple(card["space"]["scale"]))
     autoencoder = None
     if space.kind == "latents":
         autoencoder = load_autoencoder(Path(folder) / "autoencoder", device)

@@ -7,11 +7,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from patchloom.models.codec import Space
 from patchloom.models.denoiser import Denoiser
+from patchloom.models.normalisation import Normalisation
 from patchloom.models.patches import PatchSchedule, PatchSize
-from patchloom.models.plan import Method, StepPlan, plan_step
 from patchloom.models.step import Rows, new_state, training_step
+from patchloom.models.step_plan import StepPlan, StepSettings, plan_step
 
 PLANNED_STEPS = 4000
 
@@ -24,7 +24,7 @@ class Gain:
     per_update: float
 
 
-def step_cost(method: Method, cost_of_crop: Mapping[int, float], workers: int) -> tuple[float, float]:
+def step_cost(method: StepSettings, cost_of_crop: Mapping[int, float], workers: int) -> tuple[float, float]:
     """The mean cost of a step, for which all wait for the slowest worker, and the mean number of its crops.
 
     cost_of_crop: by patch size in pixels, in any unit. Exact where a step has one size; the other draws are
@@ -38,7 +38,7 @@ def step_cost(method: Method, cost_of_crop: Mapping[int, float], workers: int) -
     return cost, sum(share * plan.crops for share, plan in plans)
 
 
-def _only(method: Method, size: PatchSize) -> Method:
+def _only(method: StepSettings, size: PatchSize) -> StepSettings:
     """The same run with a single size in every step."""
     return replace(method, schedule=PatchSchedule((replace(size, probability=1.0),)), draw="shared", emulated_ranks=1)
 
@@ -48,7 +48,7 @@ def _slowest(plan: StepPlan, cost_of_crop: Mapping[int, float], workers: int) ->
     return max(sum(len(group.crops) * cost_of_crop[group.size.pixels] for group in share) for share in shares)
 
 
-def foretold_gain(method: Method, cost_of_crop: Mapping[int, float], workers: int) -> Gain:
+def estimated_gain(method: StepSettings, cost_of_crop: Mapping[int, float], workers: int) -> Gain:
     """What this run's patches save against p = 1 on so many workers (Patch Diffusion, Table 1, by arithmetic)."""
     cost, crops = step_cost(method, cost_of_crop, workers)
     full_cost, full_crops = step_cost(_only(method, method.schedule.sizes[0]), cost_of_crop, workers)
@@ -56,7 +56,7 @@ def foretold_gain(method: Method, cost_of_crop: Mapping[int, float], workers: in
 
 
 def measured_seconds_of_crop(
-    denoiser: Denoiser, method: Method, space: Space, workers: int = 1, repeats: int = 3
+    denoiser: Denoiser, method: StepSettings, space: Normalisation, workers: int = 1, repeats: int = 3
 ) -> dict[int, float]:
     """Seconds that a crop of each patch size takes in a training step here, the best of `repeats`; by pixels.
 

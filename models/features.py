@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from patchloom.models.errors import CheckpointError
+from patchloom.errors import CheckpointError
 from patchloom.models.inception import RESIZE, inception_state, load_inception
 from patchloom.models.metrics import COLOUR_LAYOUT, colour_layout
 

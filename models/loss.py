@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from patchloom.models.denoiser import Denoiser
-from patchloom.models.luck import derive_seed
+from patchloom.models.random_draws import derive_seed
 
 SIGMA_EDGES = (0.1, 0.3, 1.0, 3.0)  # of the noise levels that losses are told apart by
 HELD_OUT_SIGMAS = (0.1, 0.3, 1.0, 3.0)  # fixed noise levels of the held-out loss

@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from patchloom.errors import CheckpointError
 from patchloom.models.denoiser import Denoiser, build_denoiser
-from patchloom.models.errors import CheckpointError
 from patchloom.models.patches import COORDINATE_CHANNELS
 
 PRECONDITIONINGS = ("EDMPrecond", "Patch_EDMPrecond")

@@ -13,15 +13,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from patchloom.models.augment import augment, augmentation_labels
-from patchloom.models.codec import Space
 from patchloom.models.denoiser import Denoiser
 from patchloom.models.ema import WeightAverage
 from patchloom.models.layers import Dropout
 from patchloom.models.loss import SIGMA_BINS, denoising_loss, losses_by_sigma
-from patchloom.models.luck import Luck, derive_seed, draw_block, join
 from patchloom.models.noise import training_sigmas
+from patchloom.models.normalisation import Normalisation
 from patchloom.models.patches import PatchSchedule, crop, offsets
-from patchloom.models.plan import Group, Method, StepPlan
+from patchloom.models.random_draws import RandomDraws, derive_seed, draw_block, join
+from patchloom.models.step_plan import Group, StepPlan, StepSettings
 from patchloom.models.unet import UNet
 
 HALF_PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -55,7 +55,7 @@ def one_hot(labels: Tensor, classes: int) -> Tensor:
 
 
 def crop_losses(
-    denoiser: Denoiser, rows: Rows, luck: Luck, size: int, method: Method, space: Space
+    denoiser: Denoiser, rows: Rows, luck: RandomDraws, size: int, method: StepSettings, space: Normalisation
 ) -> tuple[Tensor, Tensor]:
     """The loss of each crop and its noise level, both (B,): crop, add noise, denoise, compare (Eq. 4)."""
     images = rows.image if rows.std is None else rows.image + rows.std * luck.posterior
@@ -125,7 +125,7 @@ class TrainingState:
 
 
 def new_state(
-    denoiser: Denoiser, emas: list[WeightAverage], method: Method, betas: tuple[float, float], eps: float
+    denoiser: Denoiser, emas: list[WeightAverage], method: StepSettings, betas: tuple[float, float], eps: float
 ) -> TrainingState:
     """A run before its first step: EDM's Adam and one flat tensor of gradients."""
     optimizer = torch.optim.Adam(denoiser.parameters(), lr=method.lr, betas=betas, eps=eps, fused=True)
@@ -136,7 +136,7 @@ def new_state(
 
 
 @contextmanager
-def dropout_luck(network: nn.Module, seed: int, step: int, blocks: range, device: torch.device) -> Iterator[None]:
+def seeded_dropout(network: nn.Module, seed: int, step: int, blocks: range, device: torch.device) -> Iterator[None]:
     """Dropout layers draw from one generator a block while this holds: masks do not depend on who owns a block.
 
     Layers of a backbone of one's own know torch's global generator alone; it is seeded, and given back after.
@@ -156,17 +156,17 @@ def dropout_luck(network: nn.Module, seed: int, step: int, blocks: range, device
         layer.generators, layer.seeds = [], None
 
 
-def learning_rate(method: Method, images_seen: int) -> float:
+def learning_rate(method: StepSettings, images_seen: int) -> float:
     """A linear ramp over the first images, then constant (EDM)."""
     return method.lr * min(1.0, images_seen / max(method.lr_rampup_images, 1))
 
 
 def training_step(
     state: TrainingState,
-    method: Method,
+    method: StepSettings,
     plan: StepPlan,
     work: Iterable[tuple[Group, Rows]],
-    space: Space,
+    space: Normalisation,
     reduce: Callable[[Tensor], object],
 ) -> None:
     """Take one step on this worker's share of the batch and move `state` on.
@@ -194,7 +194,7 @@ def training_step(
 
 
 def _add_gradients(
-    state: TrainingState, method: Method, plan: StepPlan, group: Group, rows: Rows, space: Space
+    state: TrainingState, method: StepSettings, plan: StepPlan, group: Group, rows: Rows, space: Normalisation
 ) -> None:
     """One microbatch: the gradients of a group's crops, and its losses by patch size and noise level."""
     size, device = group.size, rows.image.device
@@ -208,7 +208,7 @@ def _add_gradients(
     ])  # fmt: skip
     half = HALF_PRECISIONS.get(method.precision)
     with (
-        dropout_luck(state.denoiser, method.seed, plan.step, group.blocks, device),
+        seeded_dropout(state.denoiser, method.seed, plan.step, group.blocks, device),
         torch.autocast(device.type, half, enabled=half is not None),
     ):
         losses, sigma = crop_losses(state.denoiser, rows, luck, size.pixels, method, space)

@@ -1,1 +1,1 @@
-"""The pipelines: one file per arrow of the flow, joining the models and the platform."""
+"""The pipelines: one sub-package per step of the flow, joining the method (models) and the platform."""

@@ -8,21 +8,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from patchloom.pipelines.autoencode import AutoencoderSettings, train_autoencoder
-from patchloom.pipelines.evaluate import evaluate
+from patchloom.errors import UserError
+from patchloom.pipelines.evaluate.evaluation import evaluate
 from patchloom.pipelines.inspect import dataset_sheet
-from patchloom.pipelines.prepare import prepare
-from patchloom.pipelines.register import register
+from patchloom.pipelines.prepare.preparing import prepare
+from patchloom.pipelines.registry.registering import register
 from patchloom.pipelines.report import report
-from patchloom.pipelines.sample import sample
-from patchloom.pipelines.train import train
-from patchloom.pipelines.tune import tune
-from patchloom.platform.cluster import ray_session
-from patchloom.platform.errors import UserError
+from patchloom.pipelines.sample.sampling import sample
+from patchloom.pipelines.train.autoencoder import AutoencoderSettings, train_autoencoder
+from patchloom.pipelines.train.training import train
+from patchloom.pipelines.tune.tuning import tune
+from patchloom.platform.compute.cluster import ray_session
+from patchloom.platform.files.storage import local_path, make_folder, read_json, write_atomic, write_json
 from patchloom.platform.progress import clock, say
-from patchloom.platform.recipe import load_recipe
-from patchloom.platform.storage import local_path, make_folder, read_json, write_atomic, write_json
-from patchloom.platform.tracking import require_reachable, run_exists, tracking_uri
+from patchloom.platform.recipe.run_recipe import load_recipe
+from patchloom.platform.tracking.runs import require_reachable, run_exists, tracking_uri
 
 DEMO_FORMAT = 1
 # Photographs in scikit-image's own wheel: CC0 or public domain, no download.

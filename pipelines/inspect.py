@@ -10,18 +10,18 @@ from typing import Any
 import numpy as np
 import torch
 
+from patchloom.errors import UserError
 from patchloom.models.autoencoder import load_autoencoder, weights_sha256
 from patchloom.models.checkpoints import load_whole_model
-from patchloom.pipelines.pictures import contact_sheet, save_png
-from patchloom.pipelines.shards import sums
-from patchloom.platform.cluster import ray_session
-from patchloom.platform.dataset import CARD, Dataset, open_dataset
-from patchloom.platform.errors import UserError
-from patchloom.platform.folder import Folder
+from patchloom.pipelines.pages.pictures import contact_sheet, save_png
+from patchloom.pipelines.prepare.shard_maker import sums
+from patchloom.platform.compute.cluster import ray_session
+from patchloom.platform.dataset.prepared import CARD, Dataset, open_dataset
+from patchloom.platform.files.folder import Folder
+from patchloom.platform.files.storage import read_json_lines
 from patchloom.platform.progress import progress, say
-from patchloom.platform.registry import fetch_model, list_versions
-from patchloom.platform.storage import read_json_lines
-from patchloom.platform.tracking import require_reachable, tracking_uri
+from patchloom.platform.tracking.registry import fetch_model, list_versions
+from patchloom.platform.tracking.runs import require_reachable, tracking_uri
 
 SHEET = "contact_sheet.png"
 AGAIN = "prepare again into an empty folder"

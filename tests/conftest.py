@@ -48,7 +48,7 @@ def mlflow_store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 @pytest.fixture(scope="session")
 def ray_cluster(mlflow_store: Path, cache: Path, s3: str) -> Iterator[None]:
     """One Ray session for every test that needs one; its workers find the tests' own networks by PYTHONPATH."""
-    from patchloom.platform.cluster import ray_session
+    from patchloom.platform.compute.cluster import ray_session
 
     path = os.pathsep.join(filter(None, (str(Path(__file__).parent / "support"), os.environ.get("PYTHONPATH"))))
     with environment(PYTHONPATH=path), ray_session(cpus=2):
@@ -118,7 +118,7 @@ def trained(pixels: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def champion(trained: Path) -> str:
     """The tiny run's model in the registry."""
-    from patchloom.pipelines.register import register
+    from patchloom.pipelines.registry.registering import register
 
     register(str(trained), "tiny", alias="champion")
     return "models:/tiny@champion"

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from patchloom.pipelines.wheel import wheel_bytes
+from patchloom.pipelines.registry.wheel import wheel_bytes
 
 ROOT = Path(__file__).parent.parent
 
@@ -26,8 +26,8 @@ def test_a_wheel_holds_every_room_and_runs_elsewhere(tmp_path: Path) -> None:
         names = set(archive.namelist())
         archive.extractall(tmp_path / "installed")
     for room in ("models", "platform", "pipelines", "tune_configs", "benchmarks"):
-        here = {path.name for path in (ROOT / room).iterdir() if path.suffix in (".py", ".yaml", ".json")}
-        assert here <= {name.rsplit("/", 1)[1] for name in names if name.startswith(f"patchloom/{room}/")}
+        files = [*(ROOT / room).rglob("*.py"), *(ROOT / room).glob("*.yaml"), *(ROOT / room).glob("*.json")]
+        assert {f"patchloom/{path.relative_to(ROOT).as_posix()}" for path in files} <= names
     assert "patchloom/platform/__init__.py" not in names
     with zipfile.ZipFile(io.BytesIO(wheel_bytes())) as ours:  # what travels with a model is what a build makes
         assert set(ours.namelist()) == {name for name in names if not name.endswith("top_level.txt")}
@@ -35,14 +35,15 @@ def test_a_wheel_holds_every_room_and_runs_elsewhere(tmp_path: Path) -> None:
             if not name.endswith(("/RECORD", "/WHEEL", "/METADATA")):  # the README may be newer than the installation
                 assert ours.read(name) == (tmp_path / "installed" / name).read_bytes(), name
     code = (
-        "import patchloom.platform.recipe as recipe, patchloom.pipelines.train_loop\n"
+        "import patchloom.platform.recipe as recipe, patchloom.pipelines.train.loop\n"
         "print(recipe.__file__, recipe.load_recipe('demo_latents').name)\n"
     )
     environment = {**os.environ, "PYTHONPATH": str(tmp_path / "installed")}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, env=environment)
-    assert done.stdout.split() == [str(tmp_path / "installed/patchloom/platform/recipe.py"), "demo-latents"], (
-        done.stderr
-    )
+    assert done.stdout.split() == [
+        str(tmp_path / "installed/patchloom/platform/recipe/__init__.py"),
+        "demo-latents",
+    ], done.stderr
 
 
 def test_the_wheel_that_travels_with_a_model_is_the_code_and_vouches_for_it() -> None:
@@ -56,8 +57,8 @@ def test_the_wheel_that_travels_with_a_model_is_the_code_and_vouches_for_it() ->
             digest = base64.urlsafe_b64encode(hashlib.sha256(archive.read(name)).digest()).decode().rstrip("=")
             assert (told, int(size)) == (f"sha256={digest}", len(archive.read(name)))
         for room in ("models", "platform", "pipelines", "benchmarks"):
-            for path in (ROOT / room).glob("*.py"):
-                assert archive.read(f"patchloom/{room}/{path.name}") == path.read_bytes()
+            for path in (ROOT / room).rglob("*.py"):
+                assert archive.read(f"patchloom/{path.relative_to(ROOT).as_posix()}") == path.read_bytes()
         assert {info.date_time for info in archive.infolist()} == {(1980, 1, 1, 0, 0, 0)}
         assert b"\nRequires-Dist: torch" in archive.read("patchloom-0.1.0.dist-info/METADATA")
     assert not [name for name in names if "test" in name or name.endswith(".pyc")]

@@ -18,10 +18,10 @@ from patchloom.benchmarks.plain import plain_heun
 from patchloom.benchmarks.setups import song_config
 from patchloom.models.generate import Sampling, generate
 from patchloom.models.samplers import SeededNoise
-from patchloom.pipelines.trials import images_for, plan_trials, trial_flops
+from patchloom.pipelines.tune.trials import images_for, plan_trials, trial_flops
 from patchloom.platform.dataset import open_dataset
 from patchloom.platform.recipe import load_recipe
-from patchloom.platform.search import load_search
+from patchloom.platform.recipe.search import load_search
 
 SUBJECT = Callable[[Scale, Say], list[Finding]]
 

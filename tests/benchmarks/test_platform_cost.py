@@ -12,7 +12,7 @@ from patchloom.benchmarks.findings import TINY
 from patchloom.benchmarks.platform_cost import Paused, _dataset, _network, _recipe, beside_bare_steps
 from patchloom.models.denoiser import skeleton
 from patchloom.models.flops import parameter_count, training_flops
-from patchloom.pipelines.train import model_card
+from patchloom.pipelines.train.training import model_card
 from patchloom.platform.dataset import open_dataset
 from patchloom.platform.recipe import check_recipe
 

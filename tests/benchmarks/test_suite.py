@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from patchloom.benchmarks.suite import SUBJECTS, benchmark, chosen_subjects, keep
-from patchloom.platform.errors import UserError
+from patchloom.errors import UserError
 
 ROOT = Path(__file__).parent.parent.parent
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from patchloom.models.denoiser import Denoiser, build_denoiser
-from patchloom.pipelines.pictures import contact_sheet, save_png
+from patchloom.pipelines.pages.pictures import contact_sheet, save_png
 
 
 @pytest.fixture(scope="session")

@@ -9,10 +9,10 @@ from scipy import stats
 from torch import Tensor, nn
 
 from patchloom.models.augment import augment, augmentation_labels, draw_parameters
-from patchloom.models.codec import Space
-from patchloom.models.luck import draw_block
+from patchloom.models.normalisation import Normalisation
 from patchloom.models.patches import coordinate_grid, crop, patch_schedule
-from patchloom.models.step import Method, Rows, crop_losses
+from patchloom.models.random_draws import draw_block
+from patchloom.models.step import Rows, StepSettings, crop_losses
 
 R = 33  # odd, so that a pixel lies in the middle
 PIXEL = 2 / (R - 1)
@@ -289,14 +289,14 @@ class Witness(nn.Module):
 
 def seen_by_the_network(augmentation: float) -> tuple[Witness, Tensor]:
     """What a network sees of 32 crops, without noise, of images whose content is their coordinates."""
-    method = Method(
+    method = StepSettings(
         seed=1, schedule=patch_schedule(R - 1, 0.5), updates=1, batch_size=32, block_size=32, lr=1.0,
         lr_rampup_images=0, noise_mean=-20.0, noise_std=1e-3, augmentation=augmentation,
     )  # fmt: skip
     luck = draw_block(1, 0, 0, 32, 2, R - 1, 8, False, CPU, augmentation)
     rows = Rows(coordinate_grid(R - 1, R - 1).expand(32, -1, -1, -1), torch.zeros(32))
     witness = Witness()
-    crop_losses(witness, rows, luck, 8, method, Space("latents", (0.0, 0.0), (1.0, 1.0)))  # type: ignore[arg-type]
+    crop_losses(witness, rows, luck, 8, method, Normalisation("latents", (0.0, 0.0), (1.0, 1.0)))  # type: ignore[arg-type]
     return witness, luck.augmentation
 
 

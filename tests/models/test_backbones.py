@@ -11,14 +11,14 @@ import torch
 
 from patchloom.models.backbones import ALLOWED, allow_backbones, allowed_backbones, build_backbone
 from patchloom.models.checkpoints import CheckpointError, load_model, save_model
-from patchloom.models.codec import pixel_space
 from patchloom.models.denoiser import Denoiser, build_denoiser, halvings_of
 from patchloom.models.ema import HalfLifeEMA
 from patchloom.models.flops import training_flops
 from patchloom.models.loss import held_out_loss
+from patchloom.models.normalisation import pixel_normalisation
 from patchloom.models.patches import coordinate_grid, patch_schedule
-from patchloom.models.plan import Method, plan_step
 from patchloom.models.step import Rows, TrainingState, new_state, training_step
+from patchloom.models.step_plan import StepSettings, plan_step
 
 PACKAGE = "somebodys_network"
 ADAPTER = """
@@ -226,15 +226,15 @@ def test_its_flops_are_counted_and_grow_with_the_patch(config: dict[str, Any]) -
 # Training
 
 
-def state_of(config: dict[str, Any], method: Method) -> TrainingState:
+def state_of(config: dict[str, Any], method: StepSettings) -> TrainingState:
     denoiser = build(config).train()
     return new_state(denoiser, [HalfLifeEMA(denoiser, 16)], method, (0.9, 0.999), 1e-8)
 
 
-def method_of(**changes: Any) -> Method:
+def step_settings(**changes: Any) -> StepSettings:
     values = {"seed": 2, "schedule": patch_schedule(16, 0.5, smaller=((0.5, 1.0, 2),)), "updates": 30,
               "batch_size": 8, "block_size": 4, "lr": 3e-3, "lr_rampup_images": 0}  # fmt: skip
-    return Method(**{**values, **changes})
+    return StepSettings(**{**values, **changes})
 
 
 def image_rows() -> Rows:
@@ -244,7 +244,7 @@ def image_rows() -> Rows:
     return Rows(images.to(torch.uint8), torch.full((16,), -1))
 
 
-def train(state: TrainingState, method: Method, steps: int) -> None:
+def train(state: TrainingState, method: StepSettings, steps: int) -> None:
     rows = image_rows()
     for _ in range(steps):
         plan = plan_step(method, state.step, state.images_seen)
@@ -252,15 +252,15 @@ def train(state: TrainingState, method: Method, steps: int) -> None:
             Rows(rows.image[[crop % 16 for crop in group.crops]], rows.label[: len(group.crops)])
             for group in plan.share(0, 1)
         ]
-        training_step(state, method, plan, zip(plan.share(), parts, strict=True), pixel_space(), lambda _: None)
+        training_step(state, method, plan, zip(plan.share(), parts, strict=True), pixel_normalisation(), lambda _: None)
 
 
 @pytest.mark.parametrize("draw", ["shared", "stratified"])
 @pytest.mark.usefixtures("allowed")
 def test_a_network_from_outside_learns_on_patches(config: dict[str, Any], draw: str) -> None:
-    method = method_of(draw=draw)
+    method = step_settings(draw=draw)
     state = state_of(config, method)
-    images = pixel_space().normalise(image_rows().image.float())
+    images = pixel_normalisation().normalise(image_rows().image.float())
     before = held_out_loss(copy.deepcopy(state.denoiser).eval(), images, None)
     train(state, method, 25)
     after = held_out_loss(state.denoiser.eval(), images, None)
@@ -273,7 +273,7 @@ def test_a_network_from_outside_learns_on_patches(config: dict[str, Any], draw: 
 @pytest.mark.usefixtures("allowed")
 def test_its_dropout_repeats_and_leaves_the_global_generator_alone(config: dict[str, Any]) -> None:
     config = {**config, "network_options": {**OPTIONS, "dropout": 0.5}}
-    method = method_of()
+    method = step_settings()
     found = []
     for number in range(2):
         state = state_of(config, method)
@@ -293,8 +293,8 @@ def test_its_dropout_repeats_and_leaves_the_global_generator_alone(config: dict[
 
 @pytest.mark.usefixtures("allowed")
 def test_a_trained_network_from_outside_comes_back_bit_for_bit(config: dict[str, Any], tmp_path: Path) -> None:
-    state = state_of(config, method_of())
-    train(state, method_of(), 2)
+    state = state_of(config, step_settings())
+    train(state, step_settings(), 2)
     folder = tmp_path / "model"
     folder.mkdir()
     save_model(folder, state.denoiser, {"denoiser": config})

@@ -16,13 +16,13 @@ from patchloom.models.checkpoints import (
     save_checkpoint,
     save_model,
 )
-from patchloom.models.codec import pixel_space
 from patchloom.models.denoiser import Denoiser
 from patchloom.models.ema import HalfLifeEMA
+from patchloom.models.normalisation import pixel_normalisation
 from patchloom.models.patches import patch_schedule
-from patchloom.models.step import Method, TrainingState, new_state
+from patchloom.models.step import StepSettings, TrainingState, new_state
 
-METHOD = Method(0, patch_schedule(16, 0.5), 5, 8, 8, lr=1e-3, lr_rampup_images=0)
+METHOD = StepSettings(0, patch_schedule(16, 0.5), 5, 8, 8, lr=1e-3, lr_rampup_images=0)
 
 
 @pytest.fixture
@@ -78,9 +78,9 @@ def test_the_whole_model_brings_its_space_and_every_tensor(
     tiny_denoiser: Callable[..., Denoiser], tiny_config: Callable[..., dict[str, Any]], tmp_path: Path
 ) -> None:
     denoiser = tiny_denoiser(classes=2)
-    save_model(tmp_path, denoiser, {"denoiser": tiny_config(classes=2), "space": pixel_space().describe()})
+    save_model(tmp_path, denoiser, {"denoiser": tiny_config(classes=2), "space": pixel_normalisation().describe()})
     model = load_whole_model(tmp_path)
-    assert model.space == pixel_space()
+    assert model.space == pixel_normalisation()
     assert model.autoencoder is None
     loaded = model.denoiser.state_dict()
     assert loaded.keys() == denoiser.state_dict().keys()

@@ -20,8 +20,8 @@ from patchloom.models.checkpoints import (
     save_model,
 )
 from patchloom.models.generate import Sampling, generate, generate_padded
-from patchloom.models.plan import plan_step
 from patchloom.models.step import TrainingState, training_step
+from patchloom.models.step_plan import plan_step
 
 CARD = {
     "denoiser": {

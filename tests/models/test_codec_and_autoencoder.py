@@ -16,7 +16,7 @@ from patchloom.models.autoencoder import (
     new_autoencoder,
     save_autoencoder,
 )
-from patchloom.models.codec import Space, pixel_space, to_pixels
+from patchloom.models.normalisation import Normalisation, pixel_normalisation, to_pixels
 
 
 @pytest.fixture(scope="module")
@@ -33,15 +33,15 @@ def images() -> Tensor:
 
 def test_every_grey_level_survives_the_round_trip() -> None:
     levels = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16).expand(1, 3, 16, 16)
-    seen = pixel_space().normalise(levels)
+    seen = pixel_normalisation().normalise(levels)
     torch.testing.assert_close(seen, levels / 127.5 - 1)
-    assert torch.equal(to_pixels(seen, pixel_space(), None), levels)
-    torch.testing.assert_close(pixel_space().restore(seen), levels.float())
+    assert torch.equal(to_pixels(seen, pixel_normalisation(), None), levels)
+    torch.testing.assert_close(pixel_normalisation().restore(seen), levels.float())
 
 
 def test_values_beyond_the_range_are_clipped() -> None:
     x = torch.tensor([-9.0, -1.0, 0.0, 1.0, 9.0]).view(1, 1, 1, 5)
-    assert to_pixels(x, pixel_space(1), None).flatten().tolist() == [0, 0, 128, 255, 255]
+    assert to_pixels(x, pixel_normalisation(1), None).flatten().tolist() == [0, 0, 128, 255, 255]
 
 
 def test_whitened_latents_have_mean_0_and_deviation_sigma_data_in_every_channel() -> None:
@@ -49,7 +49,7 @@ def test_whitened_latents_have_mean_0_and_deviation_sigma_data_in_every_channel(
     stored = torch.randn(8, 3, 16, 16, generator=generator) * torch.tensor([1.0, 5.0, 0.2])[:, None, None] + 7
     by_channel = stored.transpose(0, 1).flatten(1).double()
     mean, std = by_channel.mean(1), by_channel.std(1, correction=0)
-    space = Space("latents", tuple(mean.tolist()), tuple((0.5 / std).tolist()))
+    space = Normalisation("latents", tuple(mean.tolist()), tuple((0.5 / std).tolist()))
     white = space.normalise(stored).transpose(0, 1).flatten(1).double()
     torch.testing.assert_close(white.mean(1), torch.zeros(3, dtype=torch.float64), atol=1e-5, rtol=0)
     torch.testing.assert_close(white.std(1, correction=0), torch.full((3,), 0.5, dtype=torch.float64))
@@ -58,7 +58,7 @@ def test_whitened_latents_have_mean_0_and_deviation_sigma_data_in_every_channel(
 
 def test_latents_without_an_autoencoder_are_refused() -> None:
     with pytest.raises(ValueError, match="latents need the autoencoder"):
-        to_pixels(torch.zeros(1, 4, 4, 4), Space("latents", (0,) * 4, (1,) * 4), None)
+        to_pixels(torch.zeros(1, 4, 4, 4), Normalisation("latents", (0,) * 4, (1,) * 4), None)
 
 
 def test_encoding_is_diffusers_own_of_images_in_minus_1_to_1(network: Any, images: Tensor) -> None:
@@ -85,7 +85,7 @@ def test_decoding_gives_bytes_of_the_images_size(network: Any, images: Tensor) -
 def test_latents_go_back_to_pixels_through_the_space_and_the_decoder(network: Any, images: Tensor) -> None:
     autoencoder = DiffusersAutoencoder(network)
     mean, _ = autoencoder.encode(images)
-    space = Space("latents", (0.3, -0.2, 0.0, 1.0), (2.0, 4.0, 0.5, 1.0))
+    space = Normalisation("latents", (0.3, -0.2, 0.0, 1.0), (2.0, 4.0, 0.5, 1.0))
     found, wanted = to_pixels(space.normalise(mean), space, autoencoder), autoencoder.decode(mean)
     assert int((found.int() - wanted.int()).abs().max()) <= 1  # rounding may tip a value over a grey level
 

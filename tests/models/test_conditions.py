@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from patchloom.models.augment import augmentation_labels
-from patchloom.models.codec import pixel_space
 from patchloom.models.denoiser import Denoiser, build_denoiser, halvings_of
+from patchloom.models.normalisation import pixel_normalisation
 from patchloom.models.patches import coordinate_grid, encode_coordinates, extended_grid, patch_schedule
-from patchloom.models.plan import Method, StepPlan
 from patchloom.models.step import Rows, new_state, training_step
+from patchloom.models.step_plan import StepPlan, StepSettings
 
 Build = Callable[..., Denoiser]
 WIDTHS: dict[str, Any] = {"width": 8, "width_multipliers": [1, 2], "blocks": 1, "attention": [8], "dropout": 0.0}
@@ -281,7 +281,7 @@ def test_a_training_step_reaches_the_weights_of_every_condition(
     options = {**WIDTHS, "augmentation": 9}
     denoiser = tiny_denoiser(network=network, network_options=options, patch_size=True, coordinates=coordinates)
     schedule = patch_schedule(16, 0.5)
-    method = Method(
+    method = StepSettings(
         seed=0, schedule=schedule, updates=1, batch_size=4, block_size=4, lr=1e-3, lr_rampup_images=0, augmentation=0.9
     )
     state = new_state(denoiser.train(), [], method, (0.9, 0.999), 1e-8)
@@ -289,7 +289,7 @@ def test_a_training_step_reaches_the_weights_of_every_condition(
     images = torch.randint(0, 256, (8, 3, 16, 16), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
     plan = StepPlan(0, 0, 4, (schedule.sizes[1],), (2,))
     rows = Rows(images, torch.full((8,), -1))
-    training_step(state, method, plan, zip(plan.share(), [rows], strict=True), pixel_space(), lambda _: None)
+    training_step(state, method, plan, zip(plan.share(), [rows], strict=True), pixel_normalisation(), lambda _: None)
     for name in ("map_augment", "map_size"):
         gradient = denoiser.model.get_parameter(f"{name}.weight").grad
         assert gradient is not None and gradient.abs().max() > 0

@@ -12,26 +12,26 @@ import torch
 from scipy import stats
 from torch import Tensor
 
-from patchloom.models.codec import pixel_space
 from patchloom.models.denoiser import Denoiser
 from patchloom.models.ema import HalfLifeEMA
 from patchloom.models.loss import SIGMA_BINS, losses_by_sigma
-from patchloom.models.luck import draw_block, join, size_luck
+from patchloom.models.normalisation import pixel_normalisation
 from patchloom.models.patches import PatchSchedule, patch_schedule
-from patchloom.models.plan import Method, StepPlan, plan_step
+from patchloom.models.random_draws import draw_block, join, size_uniform
 from patchloom.models.step import Rows, crop_losses, new_state, training_step
+from patchloom.models.step_plan import StepPlan, StepSettings, plan_step
 
 SHARES = {64: 0.5, 32: 0.3, 16: 0.2}  # Eq. 5 at p = 0.5
 MULTIPLIERS = {64: 1, 32: 2, 16: 4}
 
 
-def method_of(draw: str, schedule: PatchSchedule | None = None, **changes: Any) -> Method:
+def step_settings(draw: str, schedule: PatchSchedule | None = None, **changes: Any) -> StepSettings:
     values = {"seed": 5, "schedule": schedule or patch_schedule(64, 0.5), "updates": 10_000, "batch_size": 256,
               "block_size": 8, "lr": 1e-3, "lr_rampup_images": 0, "draw": draw}  # fmt: skip
-    return Method(**{**values, **changes})
+    return StepSettings(**{**values, **changes})
 
 
-def plans_of(method: Method, steps: int) -> list[StepPlan]:
+def plans_of(method: StepSettings, steps: int) -> list[StepPlan]:
     """The plans of a run's first steps, each where the one before ended."""
     plans: list[StepPlan] = []
     crops = 0
@@ -53,20 +53,20 @@ def blocks_by_size(plans: list[StepPlan]) -> Counter[int]:
 
 
 def test_a_shared_draw_is_one_size_in_a_batch_that_is_its_multiple() -> None:
-    for plan in plans_of(method_of("shared"), 50):
+    for plan in plans_of(step_settings("shared"), 50):
         (size,) = plan.sizes
         assert plan.crops == 256 * MULTIPLIERS[size.pixels]
         assert not plan.whole_groups
 
 
 def test_shared_draws_follow_equation_5() -> None:
-    drawn = Counter(plan.sizes[0].pixels for plan in plans_of(method_of("shared"), 5000))
+    drawn = Counter(plan.sizes[0].pixels for plan in plans_of(step_settings("shared"), 5000))
     counts = [drawn[pixels] for pixels in SHARES]
     assert stats.chisquare(counts, [5000 * share for share in SHARES.values()]).pvalue > 1e-4
 
 
 def test_one_independent_rank_draws_what_is_shared() -> None:
-    shared, alone = plans_of(method_of("shared"), 100), plans_of(method_of("independent"), 100)
+    shared, alone = plans_of(step_settings("shared"), 100), plans_of(step_settings("independent"), 100)
     assert [(plan.sizes, plan.blocks) for plan in shared] == [(plan.sizes, plan.blocks) for plan in alone]
 
 
@@ -75,7 +75,7 @@ def test_one_independent_rank_draws_what_is_shared() -> None:
 
 @pytest.mark.parametrize("batch", [64, 88, 256, 1000])
 def test_after_any_number_of_steps_every_size_has_its_share_to_within_a_block(batch: int) -> None:
-    method, done = method_of("stratified", batch_size=batch), Counter[int]()
+    method, done = step_settings("stratified", batch_size=batch), Counter[int]()
     for steps, plan in enumerate(plans_of(method, 300), start=1):
         done += blocks_by_size([plan])
         for pixels, share in SHARES.items():
@@ -84,7 +84,7 @@ def test_after_any_number_of_steps_every_size_has_its_share_to_within_a_block(ba
 
 
 def test_every_stratified_step_holds_every_size_and_hardly_more_crops_than_another() -> None:
-    plans = plans_of(method_of("stratified"), 300)
+    plans = plans_of(step_settings("stratified"), 300)
     assert all(plan.sizes == patch_schedule(64, 0.5).sizes and min(plan.blocks) >= 1 for plan in plans)
     sizes = [plan.crops for plan in plans]
     assert max(sizes) - min(sizes) <= 3 * 8
@@ -93,19 +93,19 @@ def test_every_stratified_step_holds_every_size_and_hardly_more_crops_than_anoth
 
 
 def test_a_stratified_step_does_not_depend_on_the_seed() -> None:
-    one, other = (plans_of(method_of("stratified", seed=seed), 20) for seed in (1, 2))
+    one, other = (plans_of(step_settings("stratified", seed=seed), 20) for seed in (1, 2))
     assert one == other
 
 
 @pytest.mark.parametrize(("p", "wanted"), [(1.0, {64}), (0.0, {32, 16})])
 def test_stratified_steps_at_p_of_0_and_1_hold_no_crop_of_the_others(p: float, wanted: set[int]) -> None:
-    for plan in plans_of(method_of("stratified", patch_schedule(64, p)), 20):
+    for plan in plans_of(step_settings("stratified", patch_schedule(64, p)), 20):
         assert {group.size.pixels for group in plan.share(0, 1)} == wanted
 
 
 @pytest.mark.parametrize("workers", [2, 3, 5])
 def test_stratified_workers_have_the_same_mix_to_within_a_block_a_size(workers: int) -> None:
-    for plan in plans_of(method_of("stratified"), 20):
+    for plan in plans_of(step_settings("stratified"), 20):
         mixes: list[Counter[int]] = []
         for worker in range(workers):
             groups = plan.share(worker, workers)
@@ -122,7 +122,7 @@ def test_stratified_workers_have_the_same_mix_to_within_a_block_a_size(workers: 
 @pytest.fixture(scope="module")
 def independent() -> np.ndarray:
     """(3000, 4) patch sizes of four emulated ranks over 3000 steps."""
-    method = method_of("independent", emulated_ranks=4)
+    method = step_settings("independent", emulated_ranks=4)
     return np.array([[size.pixels for size in plan_step(method, step, 0).sizes] for step in range(3000)])
 
 
@@ -145,7 +145,7 @@ def test_a_ranks_sizes_do_not_depend_on_those_of_the_step_before(independent: np
 
 
 def test_a_rank_has_its_part_of_the_batch_times_its_own_multiplier() -> None:
-    for plan in plans_of(method_of("independent", emulated_ranks=4), 100):
+    for plan in plans_of(step_settings("independent", emulated_ranks=4), 100):
         assert len(plan.sizes) == 4
         for size, blocks in zip(plan.sizes, plan.blocks, strict=True):
             assert blocks * 8 == 256 // 4 * MULTIPLIERS[size.pixels]
@@ -153,7 +153,7 @@ def test_a_rank_has_its_part_of_the_batch_times_its_own_multiplier() -> None:
 
 @pytest.mark.parametrize("workers", [1, 2, 3, 4, 6])
 def test_a_rank_belongs_to_one_worker_whole(workers: int) -> None:
-    for plan in plans_of(method_of("independent", emulated_ranks=4), 20):
+    for plan in plans_of(step_settings("independent", emulated_ranks=4), 20):
         shares = [plan.share(worker, workers) for worker in range(workers)]
         owned = [(group.size.pixels, len(group.blocks)) for share in shares for group in share]
         wanted = [(size.pixels, blocks) for size, blocks in zip(plan.sizes, plan.blocks, strict=True)]
@@ -162,9 +162,9 @@ def test_a_rank_belongs_to_one_worker_whole(workers: int) -> None:
 
 
 def test_the_luck_of_ranks_differs_and_the_first_is_that_of_a_shared_step() -> None:
-    lucks = [size_luck(3, 7, rank) for rank in range(50)]
+    lucks = [size_uniform(3, 7, rank) for rank in range(50)]
     assert len(set(lucks)) == 50
-    assert lucks[0] == size_luck(3, 7)
+    assert lucks[0] == size_uniform(3, 7)
 
 
 # What they minimise
@@ -174,7 +174,7 @@ def test_the_luck_of_ranks_differs_and_the_first_is_that_of_a_shared_step() -> N
 @pytest.mark.parametrize("p", [0.0, 0.25, 0.5, 1.0])
 def test_crops_of_a_size_weigh_its_probability_in_the_mean_step(draw: str, ranks: int, p: float) -> None:
     schedule, steps = patch_schedule(64, p), 1500
-    method = method_of(draw, schedule, emulated_ranks=ranks)
+    method = step_settings(draw, schedule, emulated_ranks=ranks)
     weights = np.zeros((steps, 3))
     for step, plan in enumerate(plans_of(method, steps)):
         for size, blocks in zip(plan.sizes, plan.blocks, strict=True):
@@ -197,20 +197,20 @@ def rows_of(crops: range) -> Rows:
     return Rows(torch.stack(images).to(torch.uint8), torch.full((len(crops),), -1))
 
 
-def flat_of(denoiser: Denoiser, method: Method, plan: StepPlan, worker: int = 0, workers: int = 1) -> Tensor:
+def flat_of(denoiser: Denoiser, method: StepSettings, plan: StepPlan, worker: int = 0, workers: int = 1) -> Tensor:
     """Gradients and record that one worker adds to the step."""
     mine = copy.deepcopy(denoiser).train()
     state = new_state(mine, [HalfLifeEMA(mine, 100)], method, (0.9, 0.999), 1e-3)
     kept: list[Tensor] = []
     rows = [rows_of(group.crops) for group in plan.share(worker, workers)]
     work = zip(plan.share(worker, workers), rows, strict=True)
-    training_step(state, method, plan, work, pixel_space(), lambda flat: kept.append(flat.clone()))
+    training_step(state, method, plan, work, pixel_normalisation(), lambda flat: kept.append(flat.clone()))
     assert state.images_seen == plan.crops  # of all workers
     return kept[0]
 
 
-def tiny_method(draw: str, **changes: Any) -> Method:
-    return method_of(draw, TINY, batch_size=16, block_size=4, **changes)
+def tiny_method(draw: str, **changes: Any) -> StepSettings:
+    return step_settings(draw, TINY, batch_size=16, block_size=4, **changes)
 
 
 @pytest.mark.parametrize(("draw", "ranks"), [("stratified", 1), ("independent", 2)])
@@ -228,7 +228,7 @@ def test_the_gradient_of_a_mixed_step_is_the_weighted_sum_of_its_sizes(
             draw_block(5, step, block, 4, 3, 16, size.pixels, False, torch.device("cpu")) for block in blocks
         ])  # fmt: skip
         rows = rows_of(range(40 + 4 * blocks.start, 40 + 4 * blocks.stop))
-        losses, _ = crop_losses(denoiser, rows, luck, size.pixels, method, pixel_space())
+        losses, _ = crop_losses(denoiser, rows, luck, size.pixels, method, pixel_normalisation())
         gradients = torch.autograd.grad(losses.mean(), parameters)
         share = 4 * count / (16 * MULTIPLIERS[4 * size.pixels])
         wanted += share * torch.cat([gradient.flatten() for gradient in gradients])

@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 from patchloom.models.checkpoints import Model
-from patchloom.models.codec import pixel_space
 from patchloom.models.denoiser import Denoiser
 from patchloom.models.generate import (
     SAMPLERS,
@@ -19,6 +18,7 @@ from patchloom.models.generate import (
     one_thread,
 )
 from patchloom.models.noise import karras_sigmas
+from patchloom.models.normalisation import pixel_normalisation
 from patchloom.models.samplers import SeededNoise
 
 SEEDS = [3, 14, 15, 92, 65, 35, 89]
@@ -26,7 +26,7 @@ SEEDS = [3, 14, 15, 92, 65, 35, 89]
 
 @pytest.fixture(scope="module")
 def model(tiny_denoiser: Callable[..., Denoiser]) -> Model:
-    return Model(tiny_denoiser(classes=3), pixel_space(), None, {})
+    return Model(tiny_denoiser(classes=3), pixel_normalisation(), None, {})
 
 
 def by_seed(model: Model, seeds: list[int], batch: int = 4) -> dict[int, Tensor]:
@@ -59,7 +59,7 @@ def test_the_label_matters(model: Model) -> None:
 
 
 def test_gaussian_data_is_sampled_along_its_exact_path(linear_denoiser: Denoiser) -> None:
-    made = generate(Model(linear_denoiser, pixel_space(), None, {}), [1, 2], [-1, -1], Sampling(steps=100))
+    made = generate(Model(linear_denoiser, pixel_normalisation(), None, {}), [1, 2], [-1, -1], Sampling(steps=100))
     # the flow of N(0, 0.5^2) shrinks noise at sigma = 80 by 0.5 / sqrt(0.5^2 + 80^2)
     wanted = SeededNoise([1, 2], (3, 16, 16))().double() * 80 * 0.5 / (0.25 + 80**2) ** 0.5
     grey = (wanted * 127.5 + 128).clamp(0, 255)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from patchloom.models.errors import CheckpointError
+from patchloom.errors import CheckpointError
 from patchloom.models.features import TorchScriptFeatures, features_of_file
 from patchloom.models.inception import Inception, inception_state, load_inception, tensorflow_resize
 

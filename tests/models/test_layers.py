@@ -8,12 +8,12 @@ import torch
 import torch._dynamo
 from scipy import stats
 
-from patchloom.models.codec import pixel_space
 from patchloom.models.denoiser import Denoiser
 from patchloom.models.layers import Dropout, hashed_uniforms
+from patchloom.models.normalisation import pixel_normalisation
 from patchloom.models.patches import patch_schedule
-from patchloom.models.plan import Method, plan_step
 from patchloom.models.step import Rows, new_state, training_step
+from patchloom.models.step_plan import StepSettings, plan_step
 
 
 def test_hashed_uniforms_are_uniform_and_independent() -> None:
@@ -61,7 +61,7 @@ def test_neighbouring_drawn_masks_are_independent() -> None:
 @pytest.mark.parametrize("dropout", [pytest.param(0.0, marks=pytest.mark.slow), 0.2])
 def test_a_compiled_network_has_one_graph_a_patch_size(tiny_denoiser: Callable[..., Denoiser], dropout: float) -> None:
     options = {"width": 8, "width_multipliers": [1, 2], "blocks": 1, "attention": [8], "dropout": dropout}
-    method = Method(
+    method = StepSettings(
         seed=0, schedule=patch_schedule(16, 0.5), updates=30, batch_size=8, block_size=4, lr=1e-3, lr_rampup_images=0
     )  # fmt: skip
     gradients = []
@@ -77,7 +77,9 @@ def test_a_compiled_network_has_one_graph_a_patch_size(tiny_denoiser: Callable[.
             plan = plan_step(method, step, state.images_seen)
             images = torch.randint(0, 256, (plan.crops, 3, 16, 16), generator=generator, dtype=torch.uint8)
             rows = Rows(images, torch.full((plan.crops,), -1))
-            training_step(state, method, plan, zip(plan.share(), [rows], strict=True), pixel_space(), lambda _: None)
+            training_step(
+                state, method, plan, zip(plan.share(), [rows], strict=True), pixel_normalisation(), lambda _: None
+            )
         gradients.append(state.gradients.flat[: state.gradients.length].clone())
     sizes = {plan_step(method, step, 0).sizes[0].pixels for step in range(8)}
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == len(sizes) == 3

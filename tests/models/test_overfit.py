@@ -13,14 +13,14 @@ from PIL import Image
 from torch import Tensor
 
 from patchloom.models.checkpoints import Model
-from patchloom.models.codec import pixel_space
 from patchloom.models.denoiser import Denoiser, build_denoiser
 from patchloom.models.ema import HalfLifeEMA
 from patchloom.models.generate import Sampling, generate
-from patchloom.models.luck import RowOrder
+from patchloom.models.normalisation import pixel_normalisation
 from patchloom.models.patches import coordinate_grid, patch_schedule
-from patchloom.models.plan import Method, plan_step
+from patchloom.models.random_draws import RowOrder
 from patchloom.models.step import Rows, new_state, training_step
+from patchloom.models.step_plan import StepSettings, plan_step
 
 SIDE, UPDATES = 16, 1600
 NAMES = ("astronaut.png", "chelsea.png", "coffee.png", "rocket.jpg")
@@ -42,7 +42,7 @@ def eight_images() -> Tensor:
 def overfitted() -> tuple[Denoiser, Tensor]:
     """A network of 0.3 M parameters after 1600 steps at p = 0.5, and what it has seen."""
     images = eight_images()
-    method = Method(
+    method = StepSettings(
         seed=1, schedule=patch_schedule(SIDE, 0.5), updates=UPDATES, batch_size=8, block_size=8, lr=2e-3,
         lr_rampup_images=500, noise_mean=0.0, noise_std=1.6,  # wider than EDM's: the last test asks at high noise
     )  # fmt: skip
@@ -58,7 +58,7 @@ def overfitted() -> tuple[Denoiser, Tensor]:
         numbers = [torch.tensor([order[k] for k in group.crops]) for group in plan.share(0, 1)]
         rows = [Rows(images[number], number) for number in numbers]
         falling = replace(method, lr=method.lr * min(1.0, 2.5 * (1 - step / UPDATES)))
-        training_step(state, falling, plan, zip(plan.share(), rows, strict=True), pixel_space(), lambda _: None)
+        training_step(state, falling, plan, zip(plan.share(), rows, strict=True), pixel_normalisation(), lambda _: None)
     average = state.emas[0].module
     assert isinstance(average, Denoiser)
     return average, images
@@ -73,10 +73,10 @@ def test_eight_images_are_made_again_at_full_size(
     overfitted: tuple[Denoiser, Tensor], artefacts: Callable[[str, Tensor], Path]
 ) -> None:
     denoiser, images = overfitted
-    model = Model(denoiser, pixel_space(), None, {})
+    model = Model(denoiser, pixel_normalisation(), None, {})
     made = generate(model, list(range(8)), list(range(8)), Sampling(steps=18))
     artefacts("overfit-above-made-below-seen", torch.cat([made, images]))
-    normalise = pixel_space().normalise
+    normalise = pixel_normalisation().normalise
     found = [psnr_db(normalise(one), normalise(other)) for one, other in zip(made, images, strict=True)]
     print("PSNR dB by image:", [round(value, 1) for value in found])
     assert min(found) > 18 and np.median(found) > 22
@@ -89,7 +89,7 @@ def test_eight_images_are_made_again_at_full_size(
 def test_coordinates_say_what_lies_where(overfitted: tuple[Denoiser, Tensor]) -> None:
     """From pure noise, a crop's estimate is the part of the image that its coordinates name."""
     denoiser, images = overfitted
-    clean, labels = pixel_space().normalise(images), torch.eye(8)
+    clean, labels = pixel_normalisation().normalise(images), torch.eye(8)
     noise = 80 * torch.randn(8, 3, 8, 8, generator=torch.Generator().manual_seed(0))
     grid = coordinate_grid(SIDE, SIDE)
     corners = [(0, 0), (0, 8), (8, 0), (8, 8), (4, 4)]

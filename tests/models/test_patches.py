@@ -5,13 +5,13 @@ import pytest
 import torch
 from scipy import stats
 
-from patchloom.models.luck import size_luck
 from patchloom.models.patches import coordinate_grid, crop, offsets, patch_schedule
+from patchloom.models.random_draws import size_uniform
 
 
 def test_a_hundred_thousand_draws_of_sizes_follow_equation_5() -> None:
     schedule, draws = patch_schedule(64, p=0.5), 100_000
-    drawn = np.array([schedule.size_at(step, draws, size_luck(0, step)).pixels for step in range(draws)])
+    drawn = np.array([schedule.size_at(step, draws, size_uniform(0, step)).pixels for step in range(draws)])
     counts = [(drawn == pixels).sum() for pixels in (64, 32, 16)]
     assert sum(counts) == draws
     assert stats.chisquare(counts, [0.5 * draws, 0.3 * draws, 0.2 * draws]).pvalue > 1e-4
@@ -25,7 +25,7 @@ def test_p_of_0_and_1_leave_no_room_for_chance(p: float, wanted: set[int]) -> No
 
 
 def test_a_larger_p_only_turns_small_patches_into_full_images() -> None:
-    lucks = [size_luck(3, step) for step in range(500)]
+    lucks = [size_uniform(3, step) for step in range(500)]
     fewer, more = (
         {step for step, luck in enumerate(lucks) if patch_schedule(64, p).size_at(step, 500, luck).pixels == 64}
         for p in (0.25, 0.5)

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from patchloom.models.cost import foretold_gain
+from patchloom.models.cost import estimated_gain
 from patchloom.models.patches import patch_schedule
-from patchloom.models.plan import Method
 from patchloom.models.scaling import Workers, expected_slowest, images_per_second, step_seconds
+from patchloom.models.step_plan import StepSettings
 
 RESULTS = Path(__file__).parent.parent.parent / "benchmarks" / "results"
 FAST = 1e18  # bytes a second: gradients cost nothing
@@ -44,14 +44,14 @@ def test_steps_of_cost_as_pixels_have_the_papers_gains() -> None:
 @pytest.mark.parametrize("ranks", [1, 2, 4])
 def test_independent_draws_cost_what_planned_steps_do(ranks: int) -> None:
     schedule = patch_schedule(64, 0.25)
-    method = Method(
+    method = StepSettings(
         seed=0, schedule=schedule, updates=10**6, batch_size=16, block_size=2, lr=1e-4, lr_rampup_images=0,
         draw="independent", emulated_ranks=ranks,
     )  # fmt: skip
     cost = {64: 1.0, 32: 0.3, 16: 0.1}
     seconds = step_seconds(schedule, "independent", 16 // ranks, cost, 0, Workers(ranks, FAST))
     full = step_seconds(patch_schedule(64, 1.0), "shared", 16 // ranks, cost, 0, Workers(ranks, FAST))
-    assert full / seconds == pytest.approx(foretold_gain(method, cost, ranks).per_update, rel=0.05)  # of 4,000 steps
+    assert full / seconds == pytest.approx(estimated_gain(method, cost, ranks).per_update, rel=0.05)  # of 4,000 steps
 
 
 def measured_workers() -> dict[str, float]:

@@ -6,19 +6,19 @@ from typing import Any
 import pytest
 import torch
 
-from patchloom.models.codec import Space, pixel_space, to_pixels
 from patchloom.models.denoiser import build_denoiser
 from patchloom.models.ema import HalfLifeEMA
-from patchloom.models.luck import RowOrder, draw_block, join
+from patchloom.models.normalisation import Normalisation, pixel_normalisation, to_pixels
 from patchloom.models.patches import coordinate_grid, patch_schedule
-from patchloom.models.plan import Method, StepPlan, plan_step
+from patchloom.models.random_draws import RowOrder, draw_block, join
 from patchloom.models.step import Gradients, Rows, TrainingState, learning_rate, new_state, one_hot, training_step
+from patchloom.models.step_plan import StepPlan, StepSettings, plan_step
 
 R = 8
-SPACE = Space("latents", (0.1, -0.2), (2.0, 0.5))
+SPACE = Normalisation("latents", (0.1, -0.2), (2.0, 0.5))
 
 
-def make_state(method: Method) -> TrainingState:
+def make_state(method: StepSettings) -> TrainingState:
     torch.manual_seed(1)
     options = {"width": 8, "width_multipliers": [1, 2], "blocks": 1, "attention": [4], "dropout": 0.0}
     denoiser = build_denoiser({
@@ -29,10 +29,10 @@ def make_state(method: Method) -> TrainingState:
     return new_state(denoiser, [HalfLifeEMA(denoiser, 50.0, 0.5)], method, (0.9, 0.999), 1e-3)
 
 
-def make_method(p: float, **changes: Any) -> Method:
+def make_method(p: float, **changes: Any) -> StepSettings:
     values = {"seed": 5, "schedule": patch_schedule(R, p), "updates": 10, "batch_size": 8, "block_size": 4,
               "lr": 1e-2, "lr_rampup_images": 32, "label_dropout": 0.3}  # fmt: skip
-    return Method(**{**values, **changes})
+    return StepSettings(**{**values, **changes})
 
 
 def make_rows(count: int) -> Rows:
@@ -163,9 +163,9 @@ def test_an_average_moves_half_way_in_a_half_life() -> None:
 
 def test_pixels_go_there_and_back_unchanged() -> None:
     values = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16).expand(1, 3, -1, -1)
-    x = pixel_space().normalise(values)
+    x = pixel_normalisation().normalise(values)
     assert (float(x.min()), float(x.max())) == (-1, 1)
-    assert torch.equal(to_pixels(x, pixel_space(), None), values)
+    assert torch.equal(to_pixels(x, pixel_normalisation(), None), values)
 
 
 def test_a_space_is_affine_and_undone() -> None:

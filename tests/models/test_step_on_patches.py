@@ -10,22 +10,22 @@ import torch
 from torch import Tensor
 
 from patchloom.models.checkpoints import load_checkpoint, save_checkpoint
-from patchloom.models.codec import pixel_space
 from patchloom.models.denoiser import Denoiser
 from patchloom.models.ema import HalfLifeEMA
-from patchloom.models.luck import derive_seed
+from patchloom.models.normalisation import pixel_normalisation
 from patchloom.models.patches import patch_schedule
-from patchloom.models.plan import Group, Method, StepPlan
+from patchloom.models.random_draws import derive_seed
 from patchloom.models.step import Rows, TrainingState, new_state, training_step
+from patchloom.models.step_plan import Group, StepPlan, StepSettings
 
-METHOD = Method(
+METHOD = StepSettings(
     seed=7, schedule=patch_schedule(16, 0.0, smaller=[(0.5, 1.0, 2)]), updates=5, batch_size=8, block_size=4,
     lr=1e-3, lr_rampup_images=0, mirror=True,
 )  # fmt: skip
 PLAN = StepPlan(step=3, first_crop=100, block_size=4, sizes=(METHOD.schedule.sizes[1],), blocks=(4,))
 
 
-def state_of(denoiser: Denoiser, method: Method = METHOD) -> TrainingState:
+def state_of(denoiser: Denoiser, method: StepSettings = METHOD) -> TrainingState:
     """A fresh state; Adam's eps is large so that gradients that are zero but for rounding stay small."""
     mine = copy.deepcopy(denoiser).train()
     return new_state(mine, [HalfLifeEMA(mine, 100)], method, (0.9, 0.999), 1e-3)
@@ -44,18 +44,18 @@ def parts_of(rows: Rows, worker: int, workers: int, microbatch: int | None = Non
     return [(group, Rows(rows.image[part], rows.label[part])) for group, part in zip(groups, parts, strict=True)]
 
 
-def step_of(denoiser: Denoiser, rows: Rows, workers: int, method: Method = METHOD) -> list[TrainingState]:
+def step_of(denoiser: Denoiser, rows: Rows, workers: int, method: StepSettings = METHOD) -> list[TrainingState]:
     """What each of `workers` holds after the step; the all-reduce adds flats that were made one by one."""
     flats: list[Tensor] = []
     for worker in range(workers):
         training_step(
-            state_of(denoiser, method), method, PLAN, parts_of(rows, worker, workers), pixel_space(),
+            state_of(denoiser, method), method, PLAN, parts_of(rows, worker, workers), pixel_normalisation(),
             lambda flat: flats.append(flat.clone()),
         )  # fmt: skip
     states = [state_of(denoiser, method) for _ in range(workers)]
     for worker, state in enumerate(states):
         training_step(
-            state, method, PLAN, parts_of(rows, worker, workers), pixel_space(),
+            state, method, PLAN, parts_of(rows, worker, workers), pixel_normalisation(),
             lambda flat: flat.copy_(torch.stack(flats).sum(0)),
         )  # fmt: skip
     return states
@@ -68,7 +68,7 @@ def flat_weights(state: TrainingState) -> Tensor:
 def test_a_step_on_patches_is_the_loss_of_python_slices(tiny_denoiser: Callable[..., Denoiser], rows: Rows) -> None:
     denoiser = tiny_denoiser()
     state = state_of(denoiser)
-    training_step(state, METHOD, PLAN, parts_of(rows, 0, 1), pixel_space(), lambda _: None)
+    training_step(state, METHOD, PLAN, parts_of(rows, 0, 1), pixel_normalisation(), lambda _: None)
 
     plain = copy.deepcopy(denoiser).train()
     axis, total = torch.linspace(-1, 1, 16), torch.zeros(())
@@ -118,7 +118,7 @@ def test_microbatches_add_up_to_the_batch(tiny_denoiser: Callable[..., Denoiser]
     denoiser, flats = tiny_denoiser(), []
     for most in (None, microbatch):
         state = state_of(denoiser)
-        training_step(state, METHOD, PLAN, parts_of(rows, 0, 1, most), pixel_space(), lambda _: None)
+        training_step(state, METHOD, PLAN, parts_of(rows, 0, 1, most), pixel_normalisation(), lambda _: None)
         flats.append(state.gradients.flat)
     torch.testing.assert_close(flats[1], flats[0], rtol=1e-4, atol=1e-5 * float(flats[0].abs().max()))
     blocks = [len(group.blocks) for group in PLAN.share(0, 1, microbatch)]
@@ -132,7 +132,7 @@ def test_half_precision_comes_near_the_gradients_of_single(
     denoiser, flats = tiny_denoiser(), []
     for method in (METHOD, replace(METHOD, precision=precision)):
         state = state_of(denoiser, method)
-        training_step(state, method, PLAN, parts_of(rows, 0, 1), pixel_space(), lambda _: None)
+        training_step(state, method, PLAN, parts_of(rows, 0, 1), pixel_normalisation(), lambda _: None)
         flats.append(state.gradients.flat[: state.gradients.length])
         assert next(state.denoiser.parameters()).dtype == torch.float32
     assert 0 < float((flats[1] - flats[0]).norm() / flats[0].norm()) < tolerance
@@ -145,7 +145,7 @@ def test_an_overflow_in_fp16_skips_the_step_and_halves_the_scale(
     state = state_of(tiny_denoiser(), method)
     state.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40)
     before = flat_weights(state).clone()
-    training_step(state, method, PLAN, parts_of(rows, 0, 1), pixel_space(), lambda _: None)
+    training_step(state, method, PLAN, parts_of(rows, 0, 1), pixel_normalisation(), lambda _: None)
     assert torch.equal(flat_weights(state), before)
     assert state.scaler.get_scale() == 2.0**39
     assert state.images_seen == 16  # the crops were seen all the same
@@ -178,7 +178,7 @@ def test_one_bad_crop_does_not_end_a_run(tiny_denoiser: Callable[..., Denoiser],
     state = state_of(tiny_denoiser())
     broken = Rows(rows.image.float(), rows.label)
     broken.image[5] = float("nan")
-    training_step(state, METHOD, PLAN, parts_of(broken, 0, 1), pixel_space(), lambda _: None)
+    training_step(state, METHOD, PLAN, parts_of(broken, 0, 1), pixel_normalisation(), lambda _: None)
     assert flat_weights(state).isfinite().all()
     loss, crops = state.gradients.loss_and_crops[1].sum(0).tolist()
     assert crops == 15 and loss > 0  # and the record says so

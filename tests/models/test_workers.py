@@ -11,13 +11,13 @@ from own_workers import Together
 from torch import Tensor
 
 from patchloom.models.checkpoints import load_checkpoint, save_checkpoint
-from patchloom.models.codec import pixel_space
 from patchloom.models.denoiser import Denoiser
 from patchloom.models.ema import HalfLifeEMA
-from patchloom.models.luck import RowOrder, draw_block
+from patchloom.models.normalisation import pixel_normalisation
 from patchloom.models.patches import crop, offsets, patch_schedule
-from patchloom.models.plan import Method, plan_step
+from patchloom.models.random_draws import RowOrder, draw_block
 from patchloom.models.step import Rows, TrainingState, new_state, training_step
+from patchloom.models.step_plan import StepSettings, plan_step
 
 STEPS, ROWS = 50, 40
 DRAWS: dict[str, dict[str, Any]] = {
@@ -25,8 +25,8 @@ DRAWS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-def method_of(draw: str) -> Method:
-    return Method(
+def step_settings(draw: str) -> StepSettings:
+    return StepSettings(
         seed=3, schedule=patch_schedule(16, 0.5), updates=STEPS, batch_size=8, block_size=2, lr=1e-3,
         lr_rampup_images=100, mirror=True, **DRAWS[draw],
     )  # fmt: skip
@@ -39,7 +39,7 @@ def images() -> Tensor:
 
 @pytest.mark.parametrize("draw", DRAWS)
 def test_any_number_of_workers_sees_the_same_rows_crops_sigmas_and_noise(draw: str, images: Tensor) -> None:
-    method, order = method_of(draw), RowOrder(ROWS, seed=3)
+    method, order = step_settings(draw), RowOrder(ROWS, seed=3)
     consumed = 0
     for step in range(STEPS):
         plan = plan_step(method, step, consumed)
@@ -62,12 +62,12 @@ def test_any_number_of_workers_sees_the_same_rows_crops_sigmas_and_noise(draw: s
         consumed += plan.crops
 
 
-def new_run(fresh: Denoiser, method: Method) -> TrainingState:
+def new_run(fresh: Denoiser, method: StepSettings) -> TrainingState:
     denoiser = copy.deepcopy(fresh).train()
     return new_state(denoiser, [HalfLifeEMA(denoiser, 100)], method, (0.9, 0.999), 1e-3)
 
 
-def train_on(states: list[TrainingState], method: Method, images: Tensor, until: int = STEPS) -> list[float]:
+def train_on(states: list[TrainingState], method: StepSettings, images: Tensor, until: int = STEPS) -> list[float]:
     """As many workers as states take the steps that are left up to `until`; their losses, which all must see."""
 
     def work(rank: int, reduce: Callable[[Tensor], None]) -> list[float]:
@@ -77,7 +77,7 @@ def train_on(states: list[TrainingState], method: Method, images: Tensor, until:
             groups = plan.share(rank, len(states))
             numbers = [torch.tensor([order[k] for k in group.crops]) for group in groups]
             rows = [Rows(images[number], torch.full((len(number),), -1)) for number in numbers]
-            training_step(state, method, plan, zip(groups, rows, strict=True), pixel_space(), reduce)
+            training_step(state, method, plan, zip(groups, rows, strict=True), pixel_normalisation(), reduce)
             total, crops = state.gradients.loss_and_crops.sum((0, 1)).tolist()
             assert crops == plan.crops
             seen.append(total / crops)
@@ -90,7 +90,7 @@ def train_on(states: list[TrainingState], method: Method, images: Tensor, until:
 
 @pytest.mark.parametrize("draw", DRAWS)
 def test_losses_of_fifty_steps_agree(draw: str, images: Tensor, tiny_denoiser: Callable[..., Denoiser]) -> None:
-    method, fresh = method_of(draw), tiny_denoiser()
+    method, fresh = step_settings(draw), tiny_denoiser()
     one, two, four = (
         train_on([new_run(fresh, method) for _ in range(workers)], method, images) for workers in (1, 2, 4)
     )
@@ -102,7 +102,7 @@ def test_losses_of_fifty_steps_agree(draw: str, images: Tensor, tiny_denoiser: C
 def test_a_run_of_two_workers_then_one_then_two_is_that_of_two(
     draw: str, images: Tensor, tiny_denoiser: Callable[..., Denoiser], tmp_path: Path
 ) -> None:
-    method, fresh = method_of(draw), tiny_denoiser()
+    method, fresh = step_settings(draw), tiny_denoiser()
     straight = [new_run(fresh, method) for _ in range(2)]
     wanted = train_on(straight, method, images, 18)
     found: list[float] = []

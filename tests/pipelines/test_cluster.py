@@ -23,8 +23,8 @@ os.environ["RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S"] = "0.2"
 import ray.cluster_utils
 from ray._raylet import GcsClient
 from ray.core.generated import autoscaler_pb2
-from patchloom.pipelines.checkpointer import newest_checkpoint
-from patchloom.platform.cluster import quiet_environment
+from patchloom.pipelines.train.checkpointer import newest_checkpoint
+from patchloom.platform.compute.cluster import quiet_environment
 quiet_environment()
 recipe, data, out, fate = json.loads(sys.argv[1])
 small = {"object_store_memory": 100 * 2**20}

@@ -6,12 +6,12 @@ from pathlib import Path
 import pytest
 from helpers import assert_equal_models, start_cli, tiny_recipe, wait_until
 
-from patchloom.pipelines.checkpointer import whole_checkpoints
-from patchloom.pipelines.register import register
+from patchloom.errors import UserError
+from patchloom.pipelines.registry.registering import register
 from patchloom.pipelines.report import report
 from patchloom.pipelines.train import train
-from patchloom.platform.errors import UserError
-from patchloom.platform.folder import Folder
+from patchloom.pipelines.train.checkpointer import whole_checkpoints
+from patchloom.platform.files.folder import Folder
 from patchloom.platform.recipe import recipe_yaml
 
 pytestmark = pytest.mark.ray

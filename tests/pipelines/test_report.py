@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from patchloom.errors import UserError
 from patchloom.pipelines.evaluate import evaluate
 from patchloom.pipelines.report import report
 from patchloom.pipelines.sample import sample
-from patchloom.platform.errors import UserError
-from patchloom.platform.storage import read_json_lines
+from patchloom.platform.files.storage import read_json_lines
 
 pytestmark = pytest.mark.ray
 

@@ -1,0 +1,5 @@
+"""`python -m patchloom.pipelines.cli` is `patchloom`."""
+
+from patchloom.pipelines.cli.app import main
+
+main()

@@ -1,0 +1,253 @@
+"""Image sets: what is measured, whatever it lies in, as pieces that any worker can read again by itself."""
+
+import hashlib
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from patchloom.errors import UserError
+from patchloom.pipelines.sample.folder import CARD, read_entries, read_samples
+from patchloom.platform.dataset.prepared import CARD as DATASET_CARD
+from patchloom.platform.dataset.prepared import open_dataset
+from patchloom.platform.dataset.readers import npz_images
+from patchloom.platform.dataset.sources import IMAGE_EXTENSIONS
+from patchloom.platform.files.folder import Folder
+from patchloom.platform.files.storage import file_sha256, local_path
+
+PIECE_ROWS = 128  # about a minute of Inception on a CPU core: what a kill costs, and how often progress moves
+NPZ_ARRAYS = ("arr_0", "images")
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Some rows of a set. What was computed of them stays true as long as their sha256 is the same."""
+
+    sha256: str
+    start: int
+    stop: int
+
+
+class ImageSet(ABC):
+    """Images of one size, in an order that does not change; `kind` and `about` go into what is said of results."""
+
+    kind: str
+    address: str  # `open_images` opens the same set by it, on any node
+    pieces: list[Piece]
+    fingerprint: str  # of all images, with their order
+    size: tuple[int, int, int]  # channels, height, width
+
+    def __len__(self) -> int:
+        return self.pieces[-1].stop if self.pieces else 0
+
+    @abstractmethod
+    def read(self, start: int, stop: int) -> np.ndarray:
+        """Rows as (N, C, H, W) uint8; raises UserError at one that is damaged or of another size."""
+
+    @property
+    def about(self) -> dict[str, Any]:
+        """What else results depend on: a reference's transform, samples' options."""
+        return {}
+
+    @property
+    def beside(self) -> Folder | None:
+        """Where what was computed of it may be kept for all who use it, if anywhere."""
+        return None
+
+    def at(self, rows: np.ndarray) -> np.ndarray:
+        """Single rows as (N, C, H, W) uint8."""
+        return np.concatenate([self.read(int(row), int(row) + 1) for row in rows])
+
+
+class SampleImages(ImageSet):
+    """What `patchloom sample` wrote, verified against its manifest."""
+
+    kind = "samples"
+
+    def __init__(self, folder: Folder) -> None:
+        self.address, self.folder = folder.address, folder
+        self.entries = read_entries(folder)
+        self.sampling: dict[str, Any] = folder.read_json(CARD)
+        self.pieces = _pieces([entry["sha256"] for entry in self.entries])
+        self.fingerprint = _sha256(*(piece.sha256 for piece in self.pieces))
+        self.size = self.read(0, 1).shape[1:] if self.entries else (0, 0, 0)
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        """Rows in the order of their seeds."""
+        return read_samples(self.folder, self.entries[start:stop])
+
+    @property
+    def about(self) -> dict[str, Any]:
+        """The options that they were sampled with, and the model."""
+        return {key: value for key, value in self.sampling.items() if key not in ("format_version", "kind", "lineage")}
+
+    @property
+    def beside(self) -> Folder:
+        """In the samples' folder."""
+        return self.folder.folder(".features")
+
+
+class DatasetImages(ImageSet):
+    """A prepared dataset: its pixels, or what its autoencoder makes of its latents' means."""
+
+    def __init__(self, address: str) -> None:
+        self.dataset = open_dataset(address)
+        card = self.dataset.card
+        self.address, self.fingerprint = self.dataset.address, self.dataset.fingerprint
+        self.kind = "pixels" if self.dataset.kind == "pixels" else "reconstructions"
+        if card["mirror"]:
+            raise UserError(f"{address} holds mirror images too: measure latents that were prepared without --mirror")
+        self._autoencoder: Any = None
+        self._device = "cuda" if torch.cuda.is_available() else "cpu"
+        start, self.pieces = 0, []
+        for shard in card["shards"]:
+            for first in range(0, shard["rows"], PIECE_ROWS):
+                last = min(first + PIECE_ROWS, shard["rows"])
+                self.pieces.append(Piece(_sha256(shard["sha256"], f"{first}-{last}"), start + first, start + last))
+            start += shard["rows"]
+        side = card["resolution"] * (card["autoencoder"]["downscale"] if card["autoencoder"] else 1)
+        self.size = (3 if card["autoencoder"] else card["channels"], side, side)
+
+    def keys(self, start: int, stop: int) -> list[str]:
+        """The keys of rows."""
+        return list(self.dataset.rows(range(start, stop))["key"])
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        """Rows in the dataset's order; latents are decoded."""
+        rows = self.dataset.rows(range(start, stop))
+        if self.kind == "pixels":
+            return rows["image"]
+        if self._autoencoder is None:
+            from patchloom.models.autoencoder import load_autoencoder
+
+            self._autoencoder = load_autoencoder(self.dataset.path / "autoencoder", self._device)
+        means = torch.from_numpy(rows["mean"]).float().split(16)
+        return np.concatenate([self._autoencoder.decode(some.to(self._device)).cpu().numpy() for some in means])
+
+    @property
+    def about(self) -> dict[str, Any]:
+        """How the images came to their size, and what encoded them."""
+        card = self.dataset.card
+        autoencoder = card["autoencoder"]["weights_sha256"] if card["autoencoder"] else None
+        return {"transform": card["transform"], "autoencoder": autoencoder}
+
+    @property
+    def beside(self) -> Folder:
+        """In the dataset's folder."""
+        return Folder(self.address).folder(".features")
+
+
+class ArrayImages(ImageSet):
+    """The images of an `.npz`: `arr_0` (ADM's) or `images`, (N, H, W, C) uint8."""
+
+    kind = "npz"
+
+    def __init__(self, address: str) -> None:
+        self.address = address
+        self.images = npz_images(*Folder.of_file(address))
+        sha256 = sha256_at(address)
+        self.pieces = [
+            Piece(_sha256(sha256, str(start)), start, min(start + PIECE_ROWS, len(self.images)))
+            for start in range(0, len(self.images), PIECE_ROWS)
+        ]
+        self.fingerprint = sha256
+        self.size = self.read(0, 1).shape[1:] if len(self.images) else (0, 0, 0)
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        """Rows in the array's order."""
+        images = self.images[start:stop]
+        return np.ascontiguousarray((images[..., None] if images.ndim == 3 else images).transpose(0, 3, 1, 2))
+
+
+class PictureImages(ImageSet):
+    """A folder of PNG files, in the order of their names."""
+
+    kind = "pictures"
+
+    def __init__(self, folder: Path, files: list[Path]) -> None:
+        self.address, self.files = str(folder), files
+        self.pieces = _pieces([file_sha256(path) for path in files])
+        self.fingerprint = _sha256(*(piece.sha256 for piece in self.pieces))
+        self.size = self._decoded(files[0]).shape
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        """Rows in the order of the files' names."""
+        images = [self._decoded(path) for path in self.files[start:stop]]
+        for path, image in zip(self.files[start:stop], images, strict=True):
+            if image.shape != self.size:
+                found, wanted = (f"{shape[2]}x{shape[1]}" for shape in (image.shape, self.size))
+                raise UserError(f"{path} is {found} and {self.files[0].name} {wanted}: images of one size were wanted")
+        return np.stack(images)
+
+    @staticmethod
+    def _decoded(path: Path) -> Any:
+        try:
+            with Image.open(path) as image:
+                pixels = np.asarray(image if image.mode in ("L", "RGB") else image.convert("RGB"))
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+            raise UserError(f"{path} cannot be read ({error}): remove it, or make it again") from None
+        return pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
+
+
+def open_images(address: str) -> ImageSet:
+    """The images at an address: samples, a prepared dataset, an `.npz`, or a folder of PNG files.
+
+    Raises UserError for anything else, JPEG files among it: what they lost would be measured too.
+    """
+    if address.endswith(".npz"):
+        return ArrayImages(address)
+    folder = Folder.at(address)
+    if folder.has(DATASET_CARD):
+        return DatasetImages(address)
+    if folder.has(CARD):
+        return SampleImages(folder)
+    path = local_path(address)
+    if not path.is_dir():
+        raise UserError(f"{path} does not exist: give a folder of `patchloom sample`, a prepared dataset or an .npz")
+    files = sorted(file for file in path.rglob("*") if file.suffix.lower() in IMAGE_EXTENSIONS and file.is_file())
+    lossy = [file for file in files if file.suffix.lower() != ".png"]
+    if lossy:
+        raise UserError(
+            f"{path} holds {len(lossy):,} files such as {lossy[0].name}, and what a lossy format left out would be "
+            "measured too: give PNG files, or `patchloom prepare` them where they are the real images"
+        )
+    if not files:
+        raise UserError(f"{path} holds no samples: give a folder of `patchloom sample`, a prepared dataset or an .npz")
+    return PictureImages(path, files)
+
+
+def check_pair(samples: ImageSet, reference: ImageSet | None) -> None:
+    """Refuse sets that cannot be compared; a reference of statistics alone has no size to compare."""
+    for images in filter(None, (samples, reference)):
+        if len(images) < 2:
+            count = "1 image" if len(images) == 1 else "no images"
+            raise UserError(f"{images.address} holds {count}, and a distance takes 2 or more: sample more seeds")
+        if images.size[0] not in (1, 3):
+            raise UserError(f"{images.address} has {images.size[0]} channels, and grey or RGB was wanted")
+    if reference is not None and samples.size[1:] != reference.size[1:]:
+        found, wanted = (f"{width}x{height}" for _, height, width in (samples.size, reference.size))
+        raise UserError(f"samples are {found} and the reference is {wanted}: give a reference of the same size")
+
+
+def _pieces(sha256s: list[str]) -> list[Piece]:
+    starts = range(0, len(sha256s), PIECE_ROWS)
+    ends = [min(start + PIECE_ROWS, len(sha256s)) for start in starts]
+    return [Piece(_sha256(*sha256s[start:end]), start, end) for start, end in zip(starts, ends, strict=True)]
+
+
+def sha256_at(address: str) -> str:
+    """The sha256 of a file, here or far away."""
+    folder, name = Folder.of_file(address)
+    digest = hashlib.sha256()
+    with folder.open(name) as file:
+        while piece := file.read(1 << 22):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def _sha256(*parts: str) -> str:
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()

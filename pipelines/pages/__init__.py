@@ -1,0 +1,1 @@
+"""Pages: the HTML and the pictures that people look at."""

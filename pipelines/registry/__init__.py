@@ -1,0 +1,1 @@
+"""Registry: models as versions of registered names, described, compared, promoted, exported."""

@@ -1,0 +1,1 @@
+"""Ray: sessions, workers, pools of actors, searches; and the machine at hand."""

@@ -1,0 +1,211 @@
+"""Datasets: prepared images or latents on disk, as Arrow files that are memory-mapped and a card.
+
+DATASET/dataset.json                 the card, written last: its presence means the dataset is complete
+DATASET/shards/part-00000.arrow ...  rows in the source's order: key, image | mean (and std), label
+DATASET/skipped.jsonl                one line an input that could not be used
+DATASET/autoencoder/                 for latents: what encoded them, so that a decoding never changes
+"""
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from patchloom.errors import UserError
+from patchloom.platform.files.copies import cached_copy
+from patchloom.platform.files.folder import Folder
+from patchloom.platform.files.storage import file_sha256
+from patchloom.platform.progress import progress
+
+DATASET_FORMAT = 1
+CARD = "dataset.json"
+MIRRORED = "#mirror"  # ends the key of a row that was encoded from a mirror image
+
+
+def tensor_column(values: np.ndarray) -> pa.ExtensionArray:
+    """(n, ...) numpy values as a native `arrow.fixed_shape_tensor` column."""
+    row = int(np.prod(values.shape[1:]))
+    flat = pa.array(np.ascontiguousarray(values).reshape(-1))
+    kind = pa.fixed_shape_tensor(flat.type, values.shape[1:])
+    return pa.ExtensionArray.from_storage(kind, pa.FixedSizeListArray.from_arrays(flat, row))
+
+
+def shard_bytes(keys: Sequence[str], labels: Sequence[int], tensors: dict[str, np.ndarray]) -> pa.Buffer:
+    """One Arrow IPC file: `key`, the tensor columns, `label`. The bytes depend on the rows alone."""
+    columns = {"key": pa.array(keys, pa.string())}
+    columns |= {name: tensor_column(values) for name, values in tensors.items()}
+    columns["label"] = pa.array(labels, pa.int32())
+    table = pa.table(columns)
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_file(sink, table.schema) as writer:
+        writer.write_table(table)
+    return sink.getvalue()
+
+
+def write_shard(path: Path, keys: Sequence[str], labels: Sequence[int], tensors: dict[str, np.ndarray]) -> None:
+    """Write one shard to a local file."""
+    path.write_bytes(shard_bytes(keys, labels, tensors))
+
+
+class Shard:
+    """One memory-mapped Arrow file; its checksum is verified when its rows are first read."""
+
+    def __init__(self, path: Path, rows: int, size_bytes: int, sha256: str) -> None:
+        self.path, self.rows, self.size_bytes, self.sha256 = path, rows, size_bytes, sha256
+        self._columns: dict[str, np.ndarray] | None = None
+        if not path.is_file():
+            raise UserError(f"{path} is missing: prepare again into an empty folder")
+        if path.stat().st_size != size_bytes:
+            raise UserError(
+                f"{path} has {path.stat().st_size} bytes and its card says {size_bytes}: "
+                "prepare again into an empty folder"
+            )
+
+    def verify(self) -> None:
+        """Raise UserError where the bytes are not those that were written."""
+        found = file_sha256(self.path)
+        if found != self.sha256:
+            raise UserError(
+                f"{self.path} has sha256 {found[:12]} and its card says {self.sha256[:12]}: "
+                "prepare again into an empty folder"
+            )
+
+    def columns(self) -> dict[str, np.ndarray]:
+        """Every column by name: tensors as read-only views of the memory map."""
+        if self._columns is None:
+            self.verify()
+            table = pa.ipc.open_file(pa.memory_map(str(self.path))).read_all()
+            self._columns = {}
+            for name in table.column_names:
+                column = table.column(name).chunk(0)  # a shard is one batch; combining chunks would copy the map
+                if isinstance(column, pa.FixedShapeTensorArray):
+                    self._columns[name] = column.to_numpy_ndarray()
+                elif pa.types.is_string(
+                    column.type
+                ):  # not by Arrow's own way to numpy, which loads pandas for a second
+                    self._columns[name] = np.array(column.to_pylist(), dtype=object)
+                else:
+                    self._columns[name] = np.from_dlpack(column)
+        return self._columns
+
+
+class Dataset:
+    """A prepared dataset: `len()`, `.card`, `.rows(indices)`, `.indices(split)`."""
+
+    def __init__(self, path: Path, card: dict[str, Any], address: str | None = None) -> None:
+        self.path, self.card = path, card
+        self.address = address or str(path)  # what another node opens it by
+        self.shards = [
+            Shard(path / shard["file"], shard["rows"], shard["bytes"], shard["sha256"]) for shard in card["shards"]
+        ]
+        self._starts = np.cumsum([0] + [shard.rows for shard in self.shards])
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    @property
+    def kind(self) -> str:
+        """`pixels` or `latents`."""
+        return str(self.card["kind"])
+
+    @property
+    def class_names(self) -> list[str]:
+        """The classes' names in the order of their numbers."""
+        return [entry["name"] for entry in self.card["classes"]]
+
+    @property
+    def fingerprint(self) -> str:
+        """The sha256 of the card, which holds the checksum of every shard."""
+        return file_sha256(self.path / CARD)
+
+    def rows(self, indices: Sequence[int] | np.ndarray) -> dict[str, np.ndarray]:
+        """The rows at these positions, in their order: numpy arrays by column name."""
+        wanted = np.asarray(indices, dtype=np.int64)
+        if wanted.size and (wanted.min() < 0 or wanted.max() >= len(self)):
+            raise IndexError(f"rows {wanted.min()} to {wanted.max()} were asked of {len(self)}")
+        which = np.searchsorted(self._starts, wanted, side="right") - 1
+        out: dict[str, np.ndarray] = {}
+        for number in np.unique(which) if wanted.size else [0]:
+            here = which == number
+            for name, values in self.shards[number].columns().items():
+                if name not in out:
+                    out[name] = np.empty((len(wanted), *values.shape[1:]), dtype=values.dtype)
+                out[name][here] = values[wanted[here] - self._starts[number]]
+        return out
+
+    def indices(self, split: str, held_out_fraction: float = 0.05) -> np.ndarray:
+        """Positions of the rows of `train`, `held_out` or `all`, ascending: a pure function of the keys."""
+        if split not in ("train", "held_out", "all"):
+            raise UserError(f"split {split!r} is unknown: choose train, held_out or all")
+        if split == "all":
+            return np.arange(len(self))
+        keys = [key for shard in self.shards for key in shard.columns()["key"]]
+        held_out = np.array([self._is_held_out(key, held_out_fraction) for key in keys], dtype=bool)
+        return np.flatnonzero(held_out if split == "held_out" else ~held_out)
+
+    def _is_held_out(self, key: str, fraction: float) -> bool:
+        unit = key.removesuffix(MIRRORED)  # a mirror image goes with its image
+        if self.card["split_by"] == "region":  # crops of one photograph overlap: their region goes as a whole
+            unit = unit.rsplit("#", 1)[0]
+        return int.from_bytes(hashlib.sha256(unit.encode()).digest()[:8], "big") < fraction * 2**64
+
+    def verify(self) -> None:
+        """Read everything and raise UserError at the first shard that is not what was written."""
+        for shard in self.shards:
+            shard.verify()
+
+
+def is_dataset(folder: Folder) -> bool:
+    """Whether a folder holds a complete prepared dataset (a `dataset.json` of ours, not one of EDM's)."""
+    return folder.has(CARD) and "format_version" in folder.read_json(CARD)
+
+
+def open_dataset(path: str | Path) -> Dataset:
+    """Open a prepared dataset; a remote one is first copied to this node's cache, once for all its processes.
+
+    Raises UserError where it is missing, incomplete or newer than this version.
+    """
+    folder = Folder.at(path)
+    card = _read_card(folder)
+    return Dataset(_copy(folder, card) if folder.is_remote else folder.path, card, folder.address)
+
+
+def _read_card(folder: Folder) -> dict[str, Any]:
+    if not folder.is_remote and not folder.path.is_dir():
+        raise UserError(f"{folder} does not exist: make a dataset with `patchloom prepare SOURCE {folder}`")
+    if not folder.has(CARD):
+        raise UserError(f"{folder} has no {CARD}, so it is incomplete or no dataset: run prepare again")
+    card = folder.read_json(CARD)
+    version = card.get("format_version") if isinstance(card, dict) else None
+    if not isinstance(version, int):
+        raise UserError(f"{folder}/{CARD} has no format_version, so it is not a prepared dataset: run prepare first")
+    if version > DATASET_FORMAT:
+        raise UserError(
+            f"{folder} has format {version} and this version reads up to {DATASET_FORMAT}: update patchloom"
+        )
+    return dict(card)
+
+
+_held: dict[str, Path] = {}  # copies that this process uses until it ends
+
+
+def _copy(there: Folder, card: dict[str, Any]) -> Path:
+    """This node's copy of a remote dataset, verified against its card."""
+    name = hashlib.sha256(there.read(CARD)).hexdigest()[:32]
+    if name in _held:
+        return _held[name]
+    names = {name: size for name, size in there.files().items() if not name.startswith(".")}
+    size_bytes = sum(names.values())
+
+    def fill(here: Path) -> None:
+        with progress(f"fetching {there.name}", size_bytes / 2**20, "MiB") as meter:
+            for name, size in sorted(names.items(), key=lambda item: item[0] == CARD):
+                there.fetch(name, here / name)
+                meter.update(meter.done + size / 2**20)
+        Dataset(here, card).verify()
+
+    _, _held[name] = cached_copy("datasets", name, size_bytes, fill)
+    return _held[name]

@@ -1,0 +1,292 @@
+"""Sources: what people keep their images in, listed in the source's order and read one at a time.
+
+A folder of files, a zip or tar, WebDataset shards, Parquet or Arrow tables, a saved Hugging Face dataset, an `.npz`.
+Listing gives the key, the class and the place of every input; a reader, wherever it runs, gives what is there.
+"""
+
+import json
+import tarfile
+import zipfile
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, BinaryIO
+
+import pyarrow as pa
+import pyarrow.parquet
+
+from patchloom.errors import UserError
+from patchloom.platform.dataset.labels import LABEL_COLUMNS, Labels, find_labels, first_of, number_classes, read_labels
+from patchloom.platform.dataset.readers import npz_array, npz_images, open_table, tar_file, zip_file, zip_place
+from patchloom.platform.files.folder import Folder
+
+IMAGE_EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif")
+FILE_KINDS = {
+    "zip": (".zip",),
+    "npz": (".npz",),
+    "tar": (".tar", ".tar.gz", ".tgz"),
+    "table": (".parquet", ".arrow", ".feather"),
+}
+IMAGE_COLUMNS = ("image", "img", "jpg", "jpeg", "png", "webp", "bytes", "image_bytes", "path", "file_name")
+KEY_COLUMNS = ("key", "__key__")
+KINDS = "a folder of images, .zip, .tar, .tar.gz, .parquet, .arrow, .npz, a saved Hugging Face dataset"
+
+
+@dataclass(frozen=True)
+class Input:
+    """One input: its key, its class (-1 for none), its place in the source, its bytes there (-1 when unknown)."""
+
+    key: str
+    label: int
+    place: list[Any]
+    size_bytes: int
+
+
+@dataclass(frozen=True)
+class Source:
+    """A listed source: how to read it again elsewhere, its classes, and its inputs in their order."""
+
+    kind: str
+    address: str
+    class_names: list[str]
+    inputs: list[Input]
+    unmatched_labels: int = 0  # of a table of labels: names without an input
+
+
+@dataclass
+class _Found:
+    """An input whose class is still in the source's own words."""
+
+    key: str
+    place: list[Any]
+    size_bytes: int
+    label: int | str | None
+
+
+def open_source(address: str, labels: str | None = None) -> Source:
+    """List a source; raises UserError for what holds no image. labels: a file of keys and labels that lies apart."""
+    kind, folder, names = _kind_of(address)
+    found, told = LISTS[kind](folder, names)
+    if not found:
+        endings = " ".join(sorted(IMAGE_EXTENSIONS))
+        archives = [name for name in names if name.lower().endswith(sum(FILE_KINDS.values(), ()))]
+        hint = f"; is {folder}/{archives[0]} meant?" if archives else ""
+        raise UserError(f"{folder} holds no image: files ending in {endings} were looked for, in all sub-folders{hint}")
+    by_folder = kind in ("files", "zip") or (kind == "tar" and len(names) == 1)  # shards and rows have no folders
+    class_names, inputs, unmatched = _labelled(found, read_labels(labels) if labels else told, by_folder)
+    return Source(kind, folder.address, class_names, inputs, unmatched)
+
+
+def _labelled(found: list[_Found], given: Labels | None, by_folder: bool) -> tuple[list[str], list[Input], int]:
+    """The class names, the inputs with their class as a number, and how many labels name no input."""
+    if given is None and all(one.label is None for one in found):
+        raw: list[int | str | None] = [one.key.split("/")[0] if by_folder and "/" in one.key else None for one in found]
+        names = None
+    elif given is None:
+        raw, names = [one.label for one in found], None
+    else:
+        raw = [given.of.get(one.key, one.label) for one in found]
+        names = given.class_names
+    class_names, number = number_classes(raw, names)
+    inputs = [Input(one.key, number(label), one.place, one.size_bytes) for one, label in zip(found, raw, strict=True)]
+    unmatched = len(given.of.keys() - {one.key for one in found}) if given else 0
+    return class_names, inputs, unmatched
+
+
+def _kind_of(address: str) -> tuple[str, Folder, dict[str, int]]:
+    """What a source is, the folder that it is or lies in, and the files that it consists of with their sizes."""
+    folder, (parent, name) = Folder.at(address), Folder.of_file(address)
+    if not folder.is_remote and not folder.path.exists():
+        raise UserError(f"{folder} does not exist: give {KINDS}")
+    if parent.has(name):
+        for kind, endings in FILE_KINDS.items():
+            if name.lower().endswith(endings):
+                return kind, parent, {name: parent.size(name)}
+        raise UserError(f"{folder} is a file that is no archive, table or array known here: give {KINDS}")
+    names = folder.files()
+    if "dataset_dict.json" in names:
+        splits = sorted({name.split("/")[0] for name in names if "/" in name})
+        raise UserError(
+            f"{folder} holds the splits {', '.join(splits)}: give one of them, such as {folder}/{splits[0]}"
+        )
+    state = folder.read_json("state.json") if "state.json" in names else {}
+    if isinstance(state, dict) and "_data_files" in state:  # as Hugging Face's `datasets` saves
+        files = [entry["filename"] for entry in state["_data_files"]]
+        missing = [name for name in files if name not in names]
+        if missing:
+            raise UserError(f"{folder}/{missing[0]} is missing from a saved dataset: save it again")
+        return "table", folder, {name: names[name] for name in files}
+    if not any(_is_image(name) for name in names):
+        for kind in ("tar", "table"):  # tables beside shards are the notes of who made them
+            chosen = {name: size for name, size in names.items() if name.lower().endswith(FILE_KINDS[kind])}
+            if chosen:
+                return kind, folder, chosen
+    return "files", folder, names
+
+
+def _is_image(name: str) -> bool:
+    return name.lower().endswith(IMAGE_EXTENSIONS)
+
+
+def _list_files(folder: Folder, names: dict[str, int]) -> tuple[list[_Found], Labels | None]:
+    found = [_Found(name, [name], size, None) for name, size in names.items() if _is_image(name)]
+    return found, find_labels(names, folder.read)
+
+
+def _list_zip(folder: Folder, names: dict[str, int]) -> tuple[list[_Found], Labels | None]:
+    (name,) = names
+    archive = zip_file(folder, name)
+    found, others = list[_Found](), dict[str, zipfile.ZipInfo]()
+    for member in archive.infolist():
+        if _is_image(member.filename):
+            found.append(_Found(member.filename, zip_place(name, member), member.file_size, None))
+        else:
+            others[member.filename] = member
+    return found, find_labels(others, lambda text: archive.read(others[text]))
+
+
+def _list_tars(folder: Folder, names: dict[str, int]) -> tuple[list[_Found], Labels | None]:
+    """Members in their order; `a.jpg`, `a.cls` and `a.json` of one name belong together (WebDataset)."""
+    found: list[_Found] = []
+    texts: dict[str, bytes] = {}
+    for name in names:
+        before = "" if len(names) == 1 else f"{name}/"
+        stems: dict[str, int | str] = {}
+        mine: list[_Found] = []
+        with tar_file(folder, name) as file:
+            try:
+                archive = tarfile.TarFile(fileobj=file)
+                for member in archive:
+                    if member.islnk():  # another name of a member before it
+                        target = archive.getmember(member.linkname)
+                        member.offset_data, member.size = target.offset_data, target.size
+                    elif not member.isfile():
+                        continue
+                    stem, _, ending = member.name.rpartition(".")
+                    place = [name, member.offset_data, member.size]
+                    if _is_image(member.name):
+                        mine.append(_Found(before + member.name.removeprefix("./"), place, member.size, None))
+                    elif ending in ("cls", "json", "csv", "jsonl") and member.size < 1 << 26:
+                        content = _at(file, member)
+                        texts[member.name.removeprefix("./")] = content
+                        label = _sidecar(ending, content)
+                        if label is not None:
+                            stems[before + stem.removeprefix("./")] = label
+                file.seek(archive.offset)
+                if file.read(tarfile.BLOCKSIZE).strip(b"\0"):  # tarfile takes a damaged header for the end
+                    raise tarfile.ReadError(f"what stands at byte {archive.offset} is no header")
+            except (tarfile.TarError, EOFError, OSError, KeyError) as error:
+                raise UserError(f"{folder}/{name} is no whole tar file ({error}): fetch it again") from None
+        for one in mine:
+            one.label = stems.get(one.key.rpartition(".")[0])
+        found += mine
+    return found, find_labels(texts, texts.__getitem__) if len(names) == 1 else None
+
+
+def _at(file: BinaryIO, member: tarfile.TarInfo) -> bytes:
+    here = file.tell()
+    file.seek(member.offset_data)
+    content = file.read(member.size)
+    file.seek(here)
+    return content
+
+
+def _sidecar(ending: str, content: bytes) -> int | str | None:
+    """The class that stands beside a WebDataset image: the text of `.cls`, or the label of `.json`."""
+    try:
+        if ending == "cls":
+            text = content.decode().strip()
+            return int(text) if text.removeprefix("-").isdigit() else text or None
+        if ending == "json":
+            value = json.loads(content)
+            column = first_of(LABEL_COLUMNS, value) if isinstance(value, dict) else None
+            return value[column] if column and isinstance(value[column], (int, str)) else None
+    except (ValueError, UnicodeDecodeError):
+        return None
+    return None
+
+
+def _list_tables(folder: Folder, names: dict[str, int]) -> tuple[list[_Found], Labels | None]:
+    found: list[_Found] = []
+    class_names: list[str] | None = None
+    for name in names:
+        table = open_table(folder, name)
+        column = _image_column(folder, name, table.schema)
+        label, key = first_of(LABEL_COLUMNS, table.schema.names), first_of(KEY_COLUMNS, table.schema.names)
+        class_names = class_names or _class_names(folder, table.schema, label)
+        labels, keys = (table.column(one) if one else None for one in (label, key))
+        for row in range(table.rows):
+            known = labels[row] if labels is not None else None
+            text = str(keys[row]) if keys is not None and keys[row] is not None else ""
+            found.append(_Found(text, [name, column, row], -1, known))
+    width = len(str(max(len(found) - 1, 0)))
+    for row, one in enumerate(found):
+        one.key = one.key or f"{row:0{width}d}"
+    return found, Labels({}, class_names) if class_names else None
+
+
+def _image_column(folder: Folder, name: str, schema: pa.Schema) -> str:
+    features = _features(folder, schema)
+    told = [column for column, feature in features.items() if feature.get("_type") == "Image"]
+    column = first_of(tuple(told), schema.names) or first_of(IMAGE_COLUMNS, schema.names)
+    if column is None:
+        raise UserError(
+            f"{folder}/{name} has the columns {', '.join(schema.names)}, and none of images: name it image "
+            "(encoded bytes, a path, or Hugging Face's struct of both)"
+        )
+    return column
+
+
+def _features(folder: Folder, schema: pa.Schema) -> dict[str, dict[str, Any]]:
+    """What Hugging Face's `datasets` notes of the columns, in the schema or beside the files."""
+    told = (schema.metadata or {}).get(b"huggingface")
+    if told:
+        features = json.loads(told).get("info", {}).get("features")
+    elif folder.has("dataset_info.json"):
+        features = folder.read_json("dataset_info.json").get("features")
+    else:
+        features = None
+    return {name: feature for name, feature in (features or {}).items() if isinstance(feature, dict)}
+
+
+def _class_names(folder: Folder, schema: pa.Schema, label: str | None) -> list[str] | None:
+    names = _features(folder, schema).get(label or "", {}).get("names")
+    return [str(name) for name in names] if names else None
+
+
+def _list_npz(folder: Folder, names: dict[str, int]) -> tuple[list[_Found], Labels | None]:
+    (name,) = names
+    images = npz_images(folder, name)
+    labels, class_names = (
+        npz_array(folder, name, wanted) for wanted in (("labels", "label", "arr_1"), ("class_names", "classes"))
+    )
+    if labels is not None and labels.ndim == 2 and labels.shape[1] > 1:
+        labels = labels.argmax(1)  # one-hot
+    if labels is not None and labels.size != len(images):
+        raise UserError(f"{folder}/{name} has {len(images)} images and {labels.size} labels: give one label an image")
+    values = [None] * len(images) if labels is None else labels.reshape(-1).tolist()
+    width = len(str(max(len(images) - 1, 0)))
+    found = [_Found(f"{row:0{width}d}", [name, row], images[0].nbytes, value) for row, value in enumerate(values)]
+    return found, Labels({}, [str(one) for one in class_names.tolist()]) if class_names is not None else None
+
+
+LISTS: dict[str, Callable[[Folder, dict[str, int]], tuple[list[_Found], Labels | None]]] = {
+    "files": _list_files,
+    "zip": _list_zip,
+    "tar": _list_tars,
+    "table": _list_tables,
+    "npz": _list_npz,
+}
+
+
+def repeated(keys: list[str]) -> set[int]:
+    """The positions of keys that stood before."""
+    if len(set(keys)) == len(keys):
+        return set()
+    seen: Counter[str] = Counter()
+    again = set()
+    for position, key in enumerate(keys):
+        seen[key] += 1
+        if seen[key] > 1:
+            again.add(position)
+    return again

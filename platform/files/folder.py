@@ -1,0 +1,269 @@
+"""Folders, here or far away: the same few verbs at a path, at s3://, gs:// and hdfs://, and where else fsspec goes."""
+
+import contextlib
+import functools
+import json
+import os
+import re
+import shutil
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import pyarrow as pa
+import pyarrow.fs
+
+from patchloom.errors import UserError
+from patchloom.platform.files.storage import local_path, write_atomic
+
+COPY_BYTES = 8 << 20
+
+
+def is_remote(text: str | os.PathLike[str]) -> bool:
+    """Whether an address is not on this machine's own file system."""
+    name = os.fspath(text)
+    return "://" in name and not name.startswith("file://")
+
+
+@dataclass(frozen=True)
+class Folder:
+    """A folder at an address; names in it are relative, with slashes. What is written is there whole or not at all.
+
+    Every method raises UserError where the address cannot be reached, in one line.
+    """
+
+    address: str
+
+    @staticmethod
+    def at(text: str | os.PathLike[str]) -> "Folder":
+        """The folder that a user's words name: an absolute path, or a remote address without its last slash."""
+        if not is_remote(text):
+            return Folder(str(local_path(text)))
+        base, mark, options = os.fspath(text).partition("?")
+        if not base.partition("://")[2].strip("/"):
+            raise UserError(f"{base} names no place: give an address such as s3://bucket/folder")
+        return Folder(base.rstrip("/") + mark + options)
+
+    @staticmethod
+    def of_file(text: str | os.PathLike[str]) -> "tuple[Folder, str]":
+        """The folder that a file lies in, and the file's name."""
+        whole = Folder.at(text)
+        base, mark, options = whole.address.partition("?") if whole.is_remote else (whole.address, "", "")
+        parent, _, name = base.rpartition("/")
+        if parent.endswith(":/"):  # the top of a store lies in nothing
+            return whole, ""
+        return Folder((parent or "/") + mark + options), name
+
+    def __str__(self) -> str:
+        # neither the options that pyarrow takes after the question mark nor the keys before the @ are shown
+        return re.sub("://[^/]*@", "://", self.address.partition("?")[0]) if self.is_remote else self.address
+
+    @property
+    def is_remote(self) -> bool:
+        """Whether it lies on another machine."""
+        return is_remote(self.address)
+
+    @property
+    def path(self) -> Path:
+        """Where it lies on this machine; ValueError for a remote one."""
+        if self.is_remote:
+            raise ValueError(f"{self.address} has no path on this machine")
+        return Path(self.address)
+
+    @property
+    def name(self) -> str:
+        """The last part of its address."""
+        return str(self).rsplit("/", 1)[-1]
+
+    def folder(self, name: str) -> "Folder":
+        """The folder of this name in it."""
+        base, mark, options = self.address.partition("?") if self.is_remote else (self.address, "", "")
+        return Folder(f"{base}/{name}{mark}{options}")
+
+    def files(self) -> dict[str, int]:
+        """Every file below it with its size in bytes, in the order of names; nothing where there is no folder."""
+        if not self.is_remote:
+            return dict(sorted(_local_files(self.path)))
+        with self._reached() as (system, base):
+            selector = pyarrow.fs.FileSelector(base, recursive=True, allow_not_found=True)
+            found = system.get_file_info(selector)
+        wanted = (info for info in found if info.type == pyarrow.fs.FileType.File)
+        return dict(sorted((info.path.removeprefix(base).lstrip("/"), info.size) for info in wanted))
+
+    def has(self, name: str) -> bool:
+        """Whether there is a file of this name."""
+        with self._reached() as (system, base):
+            return bool(system.get_file_info(f"{base}/{name}").type == pyarrow.fs.FileType.File)
+
+    def size(self, name: str) -> int:
+        """The bytes of a file; -1 where it cannot be told."""
+        with self._reached() as (system, base):
+            size = system.get_file_info(f"{base}/{name}").size
+        return -1 if size is None else int(size)
+
+    def stamp(self, name: str) -> str:
+        """What tells a file from a later one of its name, as far as its store knows: bytes, time of change, tag."""
+        with self._reached() as (system, base):
+            info = system.get_file_info(f"{base}/{name}")
+            with system.open_input_file(f"{base}/{name}") as file:
+                told = file.metadata()
+        return f"{info.size} {info.mtime_ns} {sorted(told.items())}"
+
+    def open(self, name: str) -> BinaryIO:
+        """A file to read from, at random, and to close; an OSError says what is wrong with it."""
+        if not self.is_remote:
+            return (self.path / name).open("rb")
+        with self._reached() as (system, base):
+            opened: BinaryIO = system.open_input_file(f"{base}/{name}")
+        return opened
+
+    def read(self, name: str) -> bytes:
+        """What a file holds; an OSError says what is wrong with it."""
+        with self.open(name) as file:
+            return file.read()
+
+    def read_json(self, name: str) -> Any:
+        """A JSON file's value."""
+        try:
+            return json.loads(self.read(name))
+        except ValueError as error:
+            raise UserError(f"{self}/{name} is not JSON ({error}): remove it or restore it") from None
+
+    def write(self, name: str, content: Any, sync: bool = True) -> None:
+        """Write a file: text, or bytes of any kind. sync: as `write_atomic` has it, on this machine."""
+        if self.is_remote:
+            with self._reached() as (system, base), _output(system, f"{base}/{name}") as file:
+                file.write(content.encode() if isinstance(content, str) else content)
+            return
+        path = self.path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(path, content, sync)
+
+    def write_json(self, name: str, value: Any) -> None:
+        """Write a JSON file, with its keys in the order given."""
+        self.write(name, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+    def put(self, file: Path, name: str) -> None:
+        """Bring a local file here under a name."""
+        if self.is_remote:
+            try:
+                with (
+                    file.open("rb") as source,
+                    self._reached() as (system, base),
+                    _output(system, f"{base}/{name}") as target,
+                ):
+                    shutil.copyfileobj(source, target, COPY_BYTES)  # an object appears when its upload is complete
+            except BaseException:
+                with contextlib.suppress(OSError, UserError):
+                    self.remove(name)  # closing ends an upload, wherever it stands
+                raise
+            return
+        self._put_locally(file, self.path / name)
+
+    @staticmethod
+    def _put_locally(file: Path, path: Path) -> None:
+        partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.partial")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with file.open("rb") as source, partial.open("wb") as target:
+                shutil.copyfileobj(source, target, COPY_BYTES)
+                target.flush()
+                os.fsync(target.fileno())
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)
+
+    def fetch(self, name: str, path: Path) -> None:
+        """Copy a file to a local path."""
+        partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.partial")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with self.open(name) as source, partial.open("wb") as target:
+                shutil.copyfileobj(source, target, COPY_BYTES)
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)
+
+    def remove(self, name: str) -> None:
+        """Remove a file; one that is gone is well gone."""
+        if not self.is_remote:
+            (self.path / name).unlink(missing_ok=True)
+        elif self.has(name):
+            with self._reached() as (system, base):
+                system.delete_file(f"{base}/{name}")
+
+    def remove_folder(self, name: str) -> None:
+        """Remove a folder in it with all that it holds."""
+        if not self.is_remote:
+            shutil.rmtree(self.path / name, ignore_errors=True)
+            return
+        for file in self.folder(name).files():
+            self.folder(name).remove(file)
+
+    @contextmanager
+    def _reached(self) -> Iterator[tuple[Any, str]]:
+        """The file system and this folder's path on it; what goes wrong with a remote one is said in a line."""
+        if not self.is_remote:
+            yield pyarrow.fs.LocalFileSystem(), self.address
+            return
+        try:
+            yield _system(self.address)
+        except FileNotFoundError:
+            raise
+        except (OSError, pa.ArrowException) as error:
+            problem = " ".join(str(error).split())
+            problem = problem if len(problem) <= 200 else f"{problem[:197]}..."
+            raise UserError(f"{self} cannot be reached ({problem}): check the address and its credentials") from None
+
+
+def _local_files(folder: Path) -> Iterator[tuple[str, int]]:
+    def refuse(error: OSError) -> None:
+        if not isinstance(error, FileNotFoundError):
+            raise UserError(f"{error.filename} cannot be listed ({error.strerror}): let it be read, or move it away")
+
+    for parent, _, names in os.walk(folder, onerror=refuse):
+        for name in names:
+            path = Path(parent, name)
+            try:
+                size = path.stat().st_size
+            except OSError:  # a dangling link, or no permission: it is there, and cannot be read
+                size = -1
+            yield path.relative_to(folder).as_posix(), size
+
+
+def _output(system: Any, path: str) -> Any:
+    """A file to write to as it is; pyarrow would compress one whose name ends in .gz."""
+    if system.type_name not in ("s3", "gcs"):  # object stores have no folders to make
+        system.create_dir(path.rpartition("/")[0], recursive=True)
+    return system.open_output_stream(path, compression=None)
+
+
+def _system(address: str) -> tuple[Any, str]:
+    """The file system of a remote address and the path on it, in which any character may stand."""
+    base, mark, options = address.partition("?")
+    scheme, _, place = base.partition("://")
+    host, _, rest = place.partition("/")
+    system, top = _store(f"{scheme}://{host}{mark}{options}")
+    return system, f"{top}/{rest}".rstrip("/")
+
+
+@functools.lru_cache(64)
+def _store(address: str) -> tuple[Any, str]:
+    """The file system at the top of a store, pyarrow's own or fsspec's, and the path of that top."""
+    try:
+        system, path = pyarrow.fs.FileSystem.from_uri(address)
+    except pa.ArrowInvalid as invalid:
+        import fsspec
+
+        scheme = address.split("://")[0]
+        if scheme in ("s3", "gs", "gcs", "hdfs", "viewfs"):  # pyarrow knows these: what it says is what is wrong
+            raise UserError(f"{Folder(address)} cannot be an address ({invalid}): check it") from None
+        try:
+            inner, path = fsspec.core.url_to_fs(address)
+        except (ValueError, ImportError) as error:
+            raise UserError(f"{Folder(address)}: no file system is known for {scheme}:// ({error})") from None
+        system = pyarrow.fs.PyFileSystem(pyarrow.fs.FSSpecHandler(inner))
+    return system, path.rstrip("/")

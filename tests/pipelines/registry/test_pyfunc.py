@@ -1,0 +1,202 @@
+"""Pyfunc: MLflow's own users get the bytes of `patchloom sample`: in a process, over HTTP, from the version alone."""
+
+import base64
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import mlflow
+import pandas as pd
+import pytest
+from helpers import run_python
+from mlflow.exceptions import MlflowException
+from mlflow.models import Model
+
+from patchloom.pipelines.sample import sample
+from patchloom.platform.tracking.registry import fetch_model
+from patchloom.platform.tracking.runs import connect
+
+pytestmark = pytest.mark.ray
+PICKLES = (".pkl", ".pickle", ".pt", ".pth", ".bin", ".ckpt")
+CASES: dict[str, dict[str, Any]] = {
+    "defaults": {"steps": 2},
+    "guided": {"steps": 3, "guidance": 1.3, "guidance_between": (0.3, 5.0), "ladder": "vp"},
+    "churned": {"steps": 3, "churn": 10.0, "churn_between": (0.05, 50.0), "churn_noise": 1.003},
+    "another sampler": {"steps": 3, "sampler": "dpmpp-2m-sde", "batch": 3},
+    "a larger canvas": {"steps": 2, "size": (24, 32), "canvas": "extrapolate"},
+}
+
+
+def sampled(champion: str, folder: Path, **options: Any) -> dict[int, bytes]:
+    """The PNG files of seeds 0 to 3 in a batch job."""
+    sample(champion, str(folder), "0-3", workers=0, **options)
+    return {seed: (folder / "000000" / f"{seed:06d}.png").read_bytes() for seed in range(4)}
+
+
+def pngs_of(table: pd.DataFrame) -> dict[int, bytes]:
+    return {int(row.seed): base64.b64decode(str(row.png)) for row in table.itertuples()}
+
+
+@pytest.fixture(scope="module")
+def loaded(champion: str) -> Any:
+    """The champion as MLflow loads it."""
+    connect()
+    return mlflow.pyfunc.load_model(champion)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_every_option_gives_the_bytes_of_the_batch_job(case: str, champion: str, loaded: Any, tmp_path: Path) -> None:
+    wanted = sampled(champion, tmp_path / "samples", **CASES[case])
+    params = {name: list(value) if isinstance(value, tuple) else value for name, value in CASES[case].items()}
+    table = loaded.predict(pd.DataFrame({"seed": [3, 0, 1]}), params=params)
+    assert list(table.columns) == ["seed", "label", "png"]
+    assert list(zip(table["seed"], table["label"], strict=True)) == [(3, 1), (0, 0), (1, 1)]
+    assert pngs_of(table) == {seed: wanted[seed] for seed in (3, 0, 1)}
+
+
+@pytest.mark.parametrize(
+    ("given", "numbers"),
+    [(["coffee", "chelsea", None], [1, 0, 0]), ([1, 1, -1], [1, 1, -1]), ([1.0, None, 0.0], [1, 1, 0])],
+    ids=str,
+)
+def test_classes_are_told_by_name_or_number(given: list[Any], numbers: list[int], loaded: Any) -> None:
+    table = loaded.predict(pd.DataFrame({"seed": [0, 1, 2], "label": given}), params={"steps": 1})
+    assert table["label"].tolist() == numbers
+
+
+@pytest.mark.parametrize(
+    ("column", "params", "words"),
+    [
+        ({"label": ["tea"]}, {}, "it knows chelsea, coffee"),
+        ({"label": [2]}, {}, "is not a class"),
+        ({}, {"size": [32]}, "two numbers were wanted"),
+        ({}, {"size": [17, 16]}, "multiples of 2"),
+        ({}, {"sampler": "magic"}, "sampler magic is unknown"),
+        ({}, {"batch": 0}, "the batch at 1"),
+    ],
+)
+def test_what_does_not_fit_is_the_users_mistake(
+    column: dict[str, Any], params: dict[str, Any], words: str, loaded: Any
+) -> None:
+    with pytest.raises(MlflowException, match=words) as refused:
+        loaded.predict(pd.DataFrame({"seed": [0], **column}), params=params)
+    assert refused.value.error_code == "INVALID_PARAMETER_VALUE"
+
+
+def test_a_version_has_a_signature_and_an_example_that_it_can_answer(champion: str, loaded: Any) -> None:
+    signature = loaded.metadata.signature
+    assert [(column.name, column.required) for column in signature.inputs] == [("seed", True), ("label", False)]
+    assert [column.name for column in signature.outputs] == ["seed", "label", "png"]
+    assert {spec.name: spec.default for spec in signature.params} == {
+        "sampler": "heun", "steps": 18, "ladder": "karras", "churn": 0.0, "churn_between": [], "churn_noise": 1.0,
+        "guidance": 1.0, "guidance_between": [], "size": [], "canvas": "rescale", "batch": 8,
+    }  # fmt: skip
+    version = fetch_model(champion).folder.parents[1]
+    example, params = (
+        Model.load(version).load_input_example(str(version)),
+        Model.load(version).load_input_example_params(str(version)),
+    )
+    assert example.to_dict("list") == {"seed": [0, 1], "label": ["chelsea", "coffee"]}
+    assert len(loaded.predict(example, params=params)) == 2
+
+
+def test_no_file_of_a_registered_version_is_a_pickle(champion: str, mlflow_store: Path) -> None:
+    files = [path for path in mlflow_store.rglob("*") if path.is_file()]
+    assert any(path.name == "model.safetensors" for path in files)
+    assert not [path for path in files if path.suffix in PICKLES]
+    assert not [path for path in files if path.read_bytes()[:2] == b"\x80\x04"]
+
+
+def test_a_version_loads_with_its_own_wheel_and_without_pickle(champion: str, tmp_path: Path) -> None:
+    version = fetch_model(champion).folder.parents[1]
+    requirements = (version / "requirements.txt").read_text().split()
+    assert requirements == [f"mlflow=={mlflow.__version__}", "artifacts/patchloom-0.1.0-py3-none-any.whl"]
+    # as MLflow installs them: with the version's folder as the working directory
+    install = [
+        sys.executable,
+        "-m",
+        "pip",
+        "install",
+        "--quiet",
+        "--no-index",
+        "--no-deps",
+        "--target",
+        str(tmp_path / "code"),
+    ]
+    subprocess.run([*install, requirements[1]], check=True, cwd=version, capture_output=True)
+    code = (
+        "import mlflow, pandas, patchloom\n"
+        f"model = mlflow.pyfunc.load_model({champion!r})\n"
+        "table = model.predict(pandas.DataFrame({'seed': [0, 3]}), params={'steps': 2})\n"
+        "print(patchloom.__file__)\n"
+        "print(table.to_json(orient='records'))\n"
+    )
+    done = run_python(code, MLFLOW_ALLOW_PICKLE_DESERIALIZATION="false", PYTHONPATH=str(tmp_path / "code"))
+    assert done.returncode == 0, done.stderr
+    *_, where, rows = done.stdout.strip().splitlines()
+    assert where == str(tmp_path / "code" / "patchloom" / "__init__.py")
+    wanted = sampled(champion, tmp_path / "samples", steps=2)
+    assert pngs_of(pd.DataFrame(json.loads(rows))) == {seed: wanted[seed] for seed in (0, 3)}
+
+
+@pytest.fixture
+def server(champion: str, tmp_path: Path) -> Iterator[str]:
+    """The address of `mlflow models serve` with the champion, a process of its own."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [
+        sys.executable,
+        "-m",
+        "mlflow",
+        "models",
+        "serve",
+        "-m",
+        champion,
+        "--env-manager",
+        "local",
+        "-p",
+        str(port),
+    ]
+    path = os.pathsep.join((str(Path(sys.executable).parent), os.environ["PATH"]))  # where MLflow finds its server
+    environment = {**os.environ, "MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false", "PATH": path}
+    with (tmp_path / "server.log").open("w") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment, cwd=tmp_path)
+    try:
+        for _ in range(600):
+            assert process.poll() is None, (tmp_path / "server.log").read_text()
+            try:
+                urllib.request.urlopen(f"http://127.0.0.1:{port}/ping", timeout=5).close()
+                break
+            except OSError:
+                time.sleep(0.2)
+        yield f"http://127.0.0.1:{port}/invocations"
+    finally:
+        process.terminate()
+        process.wait()
+
+
+def test_the_http_server_answers_with_the_bytes_of_the_batch_job(champion: str, server: str, tmp_path: Path) -> None:
+    def ask(**content: Any) -> Any:
+        body = json.dumps(content).encode()
+        request = urllib.request.Request(server, body, {"Content-Type": "application/json"})
+        with urllib.request.urlopen(request, timeout=60) as response:
+            return json.loads(response.read())["predictions"]
+
+    options = {"steps": 3, "guidance": 1.3, "size": (24, 16)}
+    wanted = sampled(champion, tmp_path / "samples", label="coffee", **options)
+    table = {"columns": ["seed", "label"], "data": [[3, "coffee"], [1, 1], [0, "coffee"]]}
+    rows = ask(dataframe_split=table, params={**options, "size": [24, 16]})
+    assert [(row["seed"], row["label"]) for row in rows] == [(3, 1), (1, 1), (0, 1)]
+    assert pngs_of(pd.DataFrame(rows)) == {seed: wanted[seed] for seed in (3, 1, 0)}
+    with pytest.raises(urllib.error.HTTPError, match="400") as refused:
+        ask(dataframe_records=[{"seed": 0, "label": "tea"}])
+    assert "it knows chelsea, coffee" in json.loads(refused.value.read())["message"]

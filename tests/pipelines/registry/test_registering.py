@@ -1,0 +1,126 @@
+"""Registering: two processes at the same moment, in a store that neither of them has seen, lose and mix nothing."""
+
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import environment
+
+from patchloom.models.checkpoints import load_model, read_card, save_model
+from patchloom.platform.tracking.registry import fetch_model, list_versions, promote
+
+pytestmark = pytest.mark.ray
+REGISTER = """
+import sys, time
+from pathlib import Path
+from patchloom.pipelines.registry.registering import register
+who, ready, go, *folders = sys.argv[1:]
+Path(ready).touch()
+while not Path(go).exists():
+    time.sleep(0.001)
+for folder in folders:
+    print(register(folder, "raced", alias=who))
+"""
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[str]:
+    """The address of a new `mlflow server`, a process of its own with a database and artifacts of its own."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    stores = [
+        "--backend-store-uri",
+        f"sqlite:///{tmp_path}/server.db",
+        "--artifacts-destination",
+        f"{tmp_path}/artifacts",
+    ]
+    command = [sys.executable, "-m", "mlflow", "server", *stores, "--port", str(port), "--workers", "1"]
+    address = f"http://127.0.0.1:{port}"
+    with (tmp_path / "server.log").open("w") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, cwd=tmp_path)
+    try:
+        for _ in range(600):
+            assert process.poll() is None, (tmp_path / "server.log").read_text()
+            try:
+                urllib.request.urlopen(f"{address}/health", timeout=5).close()
+                break
+            except OSError:
+                time.sleep(0.2)
+        yield address
+    finally:
+        process.terminate()
+        process.wait()
+
+
+@pytest.fixture
+def folders(trained: Path, tmp_path: Path) -> dict[str, list[Path]]:
+    """Four models with weights of their own, two for each process."""
+    denoiser, card = load_model(trained / "model"), read_card(trained / "model", "denoiser")
+    made: dict[str, list[Path]] = {}
+    for number, who in enumerate(("left", "right", "left", "right")):
+        folder = tmp_path / f"model-{number}"
+        folder.mkdir()
+        with torch.no_grad():
+            next(denoiser.parameters()).add_(1)
+        save_model(folder, denoiser, {key: value for key, value in card.items() if key != "weights_sha256"})
+        made.setdefault(who, []).append(folder)
+    return made
+
+
+def weights_of(folder: Path) -> str:
+    return str(read_card(folder, "denoiser")["weights_sha256"])
+
+
+def race(folders: dict[str, list[Path]], tmp_path: Path) -> dict[str, list[str]]:
+    """Both processes register their models from the same moment on; the references that each was given."""
+    processes = {
+        who: subprocess.Popen(
+            [sys.executable, "-c", REGISTER, who, str(tmp_path / who), str(tmp_path / "go"), *map(str, theirs)],
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path,
+        )
+        for who, theirs in folders.items()
+    }  # fmt: skip
+    while not all((tmp_path / who).exists() for who in folders):
+        assert all(process.poll() is None for process in processes.values())
+        time.sleep(0.01)
+    (tmp_path / "go").touch()
+    given = {}
+    for who, process in processes.items():
+        output, errors = process.communicate(timeout=240)
+        assert process.returncode == 0, errors
+        lines = output.splitlines()
+        given[who] = [line for line in lines if line.startswith("models:/")]
+        assert lines == [
+            line for one in given[who] for line in (f"  registered {one} as {who}", one)
+        ]  # nothing of MLflow's
+    return given
+
+
+@pytest.mark.parametrize("store", ["sqlite", pytest.param("mlflow server", marks=pytest.mark.slow)])
+def test_two_processes_register_at_the_same_time(
+    store: str, folders: dict[str, list[Path]], tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    uri = (
+        request.getfixturevalue("server") if store == "mlflow server" else f"sqlite:///{tmp_path / 'new' / 'mlflow.db'}"
+    )
+    (tmp_path / "new").mkdir()
+    with environment(MLFLOW_TRACKING_URI=uri):
+        given = race(folders, tmp_path)
+        assert sorted(given["left"] + given["right"]) == [f"models:/raced/{number}" for number in (1, 2, 3, 4)]
+        for who, references in given.items():
+            assert [weights_of(fetch_model(one).folder) for one in references] == list(map(weights_of, folders[who]))
+            assert fetch_model(f"models:/raced@{who}").reference == references[-1]  # its last promotion
+        assert {row["tags"]["weights_sha256"] for row in list_versions()} == {
+            weights_of(folder) for theirs in folders.values() for folder in theirs
+        }
+        first = given["left"][0].rsplit("/", 1)[1]
+        promote("raced", first, "right")
+        assert fetch_model("models:/raced@right").version == first
+        assert fetch_model("models:/raced@left").reference == given["left"][-1]

@@ -1,0 +1,147 @@
+"""Sampling: a seed's bytes are its own, a second call does what is missing, and nothing is mixed."""
+
+import hashlib
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from patchloom.errors import UserError
+from patchloom.pipelines.cli import main
+from patchloom.pipelines.evaluate import evaluate
+from patchloom.pipelines.sample.sampling import parse_seeds, sample
+
+pytestmark = pytest.mark.ray
+OPTIONS = {"steps": 3, "batch": 4}
+
+
+def png_bytes(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.glob("[0-9]*/*.png"))}
+
+
+@pytest.fixture(scope="module")
+def samples(champion: str, ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Ten seeds of the tiny champion, made by one worker."""
+    folder = tmp_path_factory.mktemp("samples") / "samples"
+    sample(champion, str(folder), "0-9", workers=1, **OPTIONS)
+    return folder
+
+
+def test_every_seed_has_a_file_that_the_manifest_vouches_for(samples: Path) -> None:
+    entries = [json.loads(line) for line in (samples / "manifest.jsonl").read_text().splitlines()]
+    assert [entry["seed"] for entry in entries] == list(range(10))
+    assert [entry["label"] for entry in entries] == [0, 1] * 5
+    for entry in entries:
+        assert entry["file"] == f"000000/{entry['seed']:06d}.png"
+        content = (samples / entry["file"]).read_bytes()
+        assert hashlib.sha256(content).hexdigest() == entry["sha256"]
+    assert len({entry["sha256"] for entry in entries}) == 10
+    with Image.open(samples / "contact_sheet.png") as sheet:
+        assert sheet.size == (2 * (8 * 18 - 2), 2 * (2 * 18 - 2))
+
+
+def test_two_workers_more_seeds_and_another_order_give_the_same_bytes(
+    champion: str, samples: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "samples"
+    sample(champion, str(folder), "7,3", workers=2, **OPTIONS)
+    sample(champion, str(folder), "0-9", workers=2, **OPTIONS)
+    assert png_bytes(folder) == png_bytes(samples)
+    assert (folder / "manifest.jsonl").read_bytes() == (samples / "manifest.jsonl").read_bytes()
+    assert (folder / "contact_sheet.png").read_bytes() == (samples / "contact_sheet.png").read_bytes()
+
+
+def test_a_spoilt_or_lost_image_is_made_again(champion: str, samples: Path, pixels: Path) -> None:
+    before = png_bytes(samples)
+    (samples / "000000" / "000002.png").unlink()
+    (samples / "000000" / "000005.png").write_bytes(b"spoilt")
+    with pytest.raises(UserError, match=r"000002\.png is missing"):
+        evaluate(str(samples), str(pixels), features="colours")
+    assert sample(champion, str(samples), "0-9", workers=0, **OPTIONS).made == 2
+    assert png_bytes(samples) == before
+
+
+def test_other_options_in_the_same_folder_are_refused(champion: str, samples: Path) -> None:
+    with pytest.raises(UserError, match="steps was 3 and is now 4"):
+        sample(champion, str(samples), "0-9", steps=4, batch=4)
+    with pytest.raises(UserError, match="not a class of this model: it knows chelsea, coffee"):
+        sample(champion, str(samples), "0-9", label="dog", **OPTIONS)
+
+
+def test_one_json_object_is_all_that_comes_out(
+    champion: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "samples"
+    arguments = ["sample", champion, str(folder), "--seeds", "0-2", "--steps", "1", "--workers", "0", "--json"]
+    monkeypatch.setattr(sys, "argv", ["patchloom", *arguments])
+    for made in (3, 0):
+        with pytest.raises(SystemExit) as left:
+            main()
+        output = capsys.readouterr()
+        told = json.loads(output.out)
+        assert left.value.code == 0 and output.out.count("\n") == 1
+        assert "sampling: 3 images in" in output.err
+        assert told["seconds"] > 0 and told["images_per_second"] >= 0
+        assert {key: told[key] for key in ("folder", "format", "images", "made", "manifest", "contact_sheet")} == {
+            "folder": str(folder), "format": "png", "images": 3, "made": made,
+            "manifest": f"{folder}/manifest.jsonl", "contact_sheet": f"{folder}/contact_sheet.png",
+        }  # fmt: skip
+        assert told["model"]["reference"] == "models:/tiny/1" and told["model"]["version"] == "1"
+
+
+def test_a_guided_class_is_sampled(champion: str, tmp_path: Path) -> None:
+    folder = tmp_path / "samples"
+    sample(champion, str(folder), [1, 2], label="coffee", guidance=1.5, workers=0, **OPTIONS)
+    lines = (folder / "manifest.jsonl").read_text().splitlines()
+    assert [json.loads(line)["label"] for line in lines] == [1, 1]
+    assert json.loads((folder / "sampling.json").read_text())["network_evaluations"] == 2 * (2 * 3 - 1)
+
+
+def test_a_photograph_stays_in_the_middle_of_a_larger_canvas(champion: str, images: Path, tmp_path: Path) -> None:
+    centre, folder = images / "coffee" / "00.png", tmp_path / "samples"
+    sample(champion, str(folder), [0, 1], sampler="dpmpp-2m-sde", size=(24, 32), canvas="extrapolate",
+           outpaint=str(centre), workers=0, **OPTIONS)  # fmt: skip
+    wanted = np.asarray(Image.open(centre))
+    made = [np.asarray(Image.open(folder / "000000" / f"00000{seed}.png")) for seed in (0, 1)]
+    for image in made:
+        assert image.shape == (24, 32, 3)
+        assert (image[4:20, 8:24] == wanted).all()
+    assert abs(made[0].astype(int) - made[1])[:, :8].max() > 10
+    options = json.loads((folder / "sampling.json").read_text())
+    assert options["size"] == [24, 32] and options["network_evaluations"] == 3
+    assert options["outpaint"]["sha256"] == hashlib.sha256(centre.read_bytes()).hexdigest()
+
+
+@pytest.mark.parametrize(("text", "seeds"), [("0-3", [0, 1, 2, 3]), ("5,0,9", [0, 5, 9]), ("0-2,2,7", [0, 1, 2, 7])])
+def test_seeds_are_ranges_or_lists(text: str, seeds: list[int]) -> None:
+    assert parse_seeds(text) == seeds
+
+
+@pytest.mark.parametrize("text", ["", "a-b", "3-1", "-4", "1.5"])
+def test_what_is_no_seed_is_refused(text: str) -> None:
+    with pytest.raises(UserError, match="seed"):
+        parse_seeds(text)
+
+
+def test_seeds_come_from_a_file(tmp_path: Path) -> None:
+    (tmp_path / "seeds.txt").write_text("4\n2\n")
+    assert parse_seeds(str(tmp_path / "seeds.txt")) == [2, 4]
+
+
+def test_a_version_carries_its_lineage(champion: str, trained: Path) -> None:
+    from patchloom.pipelines.registry.registering import register
+    from patchloom.platform.tracking.registry import list_versions
+
+    rows = [row for row in list_versions() if row["name"] == "tiny"]
+    run = json.loads((trained / "run.json").read_text())
+    assert [(row["version"], row["run_id"]) for row in rows] == [("1", run["run_id"])]
+    assert "champion" in rows[0]["aliases"]
+    tags = rows[0]["tags"]
+    assert tags["dataset_fingerprint"] == run["dataset_fingerprint"]
+    assert tags["weights_sha256"] == hashlib.sha256((trained / "model/model.safetensors").read_bytes()).hexdigest()
+    assert tags["recipe_sha256"] == hashlib.sha256((trained / "recipe.yaml").read_bytes()).hexdigest()
+    assert "patchloom sample models:/tiny/1" in rows[0]["description"]
+    assert register(str(trained), "tiny") == "models:/tiny/1"  # the same weights again: the same version

@@ -1,0 +1,126 @@
+"""Autoencoders: trained through Ray Train, measured on held-out images, registered, and usable by diffusers."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import mlflow
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from patchloom.errors import UserError
+from patchloom.models.autoencoder import WEIGHTS, load_autoencoder
+from patchloom.pipelines.train.autoencoder import (
+    AutoencoderResult,
+    AutoencoderSettings,
+    reconstruct,
+    reconstruction_quality,
+    train_autoencoder,
+)
+from patchloom.platform.dataset import open_dataset
+from patchloom.platform.files.storage import read_json, read_json_lines
+from patchloom.platform.tracking.registry import fetch_model
+
+pytestmark = pytest.mark.ray
+SETTINGS = AutoencoderSettings(widths=(8, 16), images=400, batch_size=4, patch=16, held_out_fraction=0.2)
+
+
+def test_an_autoencoder_learns_is_measured_and_registered(ray_cluster: None, pixels: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "ae"
+    result = train_autoencoder(str(pixels), str(folder), SETTINGS, workers=2, register="tiny-ae")
+    lines = read_json_lines(folder / "progress.jsonl")
+    assert lines[-1]["images_seen"] == 400
+    assert lines[-1]["loss"] < lines[0]["loss"]
+
+    dataset = open_dataset(pixels)
+    images = dataset.rows(dataset.indices("held_out", 0.2))["image"]
+    decoded = reconstruct(load_autoencoder(result.model), images)
+    errors = ((images.astype(float) - decoded) ** 2).mean((1, 2, 3))
+    assert result.psnr_db == pytest.approx(np.mean(10 * np.log10(255**2 / errors)), abs=1e-6)
+    assert result.psnr_db > 12  # a flat grey image of these windows has less
+    with Image.open(folder / "reconstructions.png") as picture:
+        assert picture.height == 2 * (2 * 18 - 2)
+
+    assert result.reference is not None
+    fetched = fetch_model(result.reference)
+    assert read_json(fetched.folder / "model.json") == read_json(result.model / "model.json")
+    again = train_autoencoder(str(pixels), str(folder), SETTINGS, workers=2, register="tiny-ae")
+    assert again == result
+    with pytest.raises(UserError, match="another run"):
+        train_autoencoder(str(pixels), str(folder), AutoencoderSettings(images=8, patch=16), workers=0)
+
+
+@pytest.fixture(scope="module")
+def begun(pixels: Path, tmp_path_factory: pytest.TempPathFactory) -> AutoencoderResult:
+    """A finished run of this process, registered."""
+    folder = tmp_path_factory.mktemp("begun") / "ae"
+    return train_autoencoder(str(pixels), str(folder), SETTINGS, workers=0, register="begun-ae")
+
+
+def test_quality_and_a_picture_are_kept_in_mlflow(begun: AutoencoderResult, tmp_path: Path) -> None:
+    client = mlflow.MlflowClient()
+    run = client.get_run(begun.run_id)
+    assert run.data.metrics["psnr_db"] == pytest.approx(begun.psnr_db)
+    assert run.data.metrics["ssim"] == pytest.approx(begun.ssim)
+    losses = client.get_metric_history(begun.run_id, "loss")
+    assert losses[-1].step == 100 and losses[-1].value < losses[0].value
+    kept = Path(client.download_artifacts(begun.run_id, "reconstructions.png", str(tmp_path)))
+    assert kept.read_bytes() == (begun.model.parent / "reconstructions.png").read_bytes()
+    name, version = str(begun.reference).removeprefix("models:/").split("/")
+    tags = client.get_model_version(name, version).tags
+    assert float(tags["psnr_db"]) == pytest.approx(begun.psnr_db, abs=1e-3)
+
+
+def test_fine_tuning_begins_with_what_was_learnt(begun: AutoencoderResult, pixels: Path, tmp_path: Path) -> None:
+    def run(name: str, **changes: Any) -> tuple[AutoencoderResult, float]:
+        """The result of a short run, and the loss of its first ten steps."""
+        settings = replace(SETTINGS, images=40, lr=1e-3, **changes)
+        result = train_autoencoder(str(pixels), str(tmp_path / name), settings, workers=0)
+        return result, read_json_lines(tmp_path / name / "progress.jsonl")[0]["loss"]
+
+    tuned, tuned_loss = run("tuned", init_from=begun.reference, widths=(99, 1))  # the shape is the other's
+    scratch, scratch_loss = run("scratch")
+    assert tuned_loss < 0.8 * scratch_loss
+    assert tuned.psnr_db > begun.psnr_db - 1 and tuned.psnr_db > scratch.psnr_db + 2
+    still = replace(SETTINGS, images=40, lr=0.0, init_from=str(begun.model))
+    kept = train_autoencoder(str(pixels), str(tmp_path / "still"), still, workers=0)
+    before, after, learnt = (load_file(one.model / WEIGHTS) for one in (begun, kept, tuned))
+    assert all(torch.equal(before[name], after[name]) for name in before) and before.keys() == learnt.keys()
+    assert not all(torch.equal(before[name], learnt[name]) for name in before)
+
+
+def test_only_what_can_be_trained_is_fine_tuned(pixels: Path, tmp_path: Path) -> None:
+    import diffusers
+
+    network = diffusers.AutoencoderTiny(
+        encoder_block_out_channels=(8, 8), decoder_block_out_channels=(8, 8), num_encoder_blocks=(1, 1),
+        num_decoder_blocks=(1, 1),
+    )  # fmt: skip
+    network.save_pretrained(tmp_path / "tiny", safe_serialization=True)
+    settings = replace(SETTINGS, init_from=str(tmp_path / "tiny"))
+    with pytest.raises(UserError, match="is of AutoencoderTiny, and only an AutoencoderKL can be trained here"):
+        train_autoencoder(str(pixels), str(tmp_path / "out"), settings, workers=0)
+
+
+def test_the_scale_gives_latents_unit_variance(begun: AutoencoderResult, pixels: Path) -> None:
+    autoencoder = load_autoencoder(begun.model)
+    images = open_dataset(pixels).rows(range(48))["image"]
+    mean, std = autoencoder.encode(torch.from_numpy(images))
+    variance = float((mean.var() + std.square().mean()) * autoencoder.scale**2)
+    assert variance == pytest.approx(1, rel=0.1)
+
+
+def test_quality_of_known_pairs() -> None:
+    images = np.full((2, 3, 16, 16), 100, np.uint8)
+    assert reconstruction_quality(images, images + 10)["psnr_db"] == pytest.approx(10 * np.log10(255**2 / 100))
+    noise = np.random.default_rng(0).integers(0, 255, (2, 3, 16, 16), dtype=np.uint8)
+    assert reconstruction_quality(noise, noise + 1)["ssim"] > 0.99
+    assert reconstruction_quality(noise, noise[::-1])["ssim"] < 0.3
+
+
+def test_a_patch_that_does_not_halve_is_refused(pixels: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="--patch 10 does not fit"):
+        train_autoencoder(str(pixels), str(tmp_path / "ae"), AutoencoderSettings(patch=10), workers=0)

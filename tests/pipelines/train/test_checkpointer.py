@@ -1,0 +1,74 @@
+"""The checkpointer: a copy that training cannot change, written beside it; what is not whole is never read."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from patchloom.models.checkpoints import load_checkpoint
+from patchloom.models.denoiser import build_denoiser
+from patchloom.models.ema import HalfLifeEMA
+from patchloom.models.patches import patch_schedule
+from patchloom.models.step import TrainingState, new_state
+from patchloom.models.step_plan import StepSettings
+from patchloom.pipelines.train.checkpointer import Checkpointer, newest_checkpoint
+from patchloom.platform.files.storage import sweep_partial
+from patchloom.platform.recipe.run_recipe import Keep
+
+METHOD = StepSettings(0, patch_schedule(16, 0.5), 100, 8, 8, lr=1e-3, lr_rampup_images=0)
+
+
+def make_state(width: int) -> TrainingState:
+    options = {"width": width, "width_multipliers": [1, 2], "blocks": 1, "attention": [], "dropout": 0.0}
+    denoiser = build_denoiser({
+        "network": "song", "network_options": options, "resolution": 16, "channels": 3, "classes": 0,
+        "coordinates": "linear", "sigma_data": 0.5,
+    })  # fmt: skip
+    return new_state(denoiser, [HalfLifeEMA(denoiser, 10)], METHOD, (0.9, 0.999), 1e-8)
+
+
+def test_training_goes_on_while_a_checkpoint_of_what_it_was_is_written(tmp_path: Path) -> None:
+    state = make_state(width=64)  # 30 MB, so that writing takes longer than to come back
+    checkpointer = Checkpointer(tmp_path, Keep())
+    before = [parameter.detach().clone() for parameter in state.denoiser.parameters()]
+    checkpointer.save(state, {})
+    assert newest_checkpoint(tmp_path) is None  # it is back, and the checkpoint is not there yet
+    for parameter in (*state.denoiser.parameters(), *state.emas[0].module.parameters()):
+        torch.nn.init.zeros_(parameter)
+    checkpointer.wait()
+    newest, resumed = newest_checkpoint(tmp_path), make_state(width=64)
+    assert newest is not None
+    load_checkpoint(newest, resumed)
+    for module in (resumed.denoiser, resumed.emas[0].module):
+        assert all(torch.equal(a, b) for a, b in zip(before, module.parameters(), strict=True))
+
+
+def test_a_checkpoint_that_is_not_whole_is_never_the_newest(tmp_path: Path) -> None:
+    state = make_state(width=8)
+    checkpointer = Checkpointer(tmp_path, Keep())
+    checkpointer.save(state, {})
+    checkpointer.wait()
+    whole = newest_checkpoint(tmp_path)
+    assert whole is not None and whole.name == "step-00000000"
+    folder = tmp_path / "checkpoints"
+    shutil.copytree(whole, folder / ".step-00000009.0a1b2c3d.partial")  # killed before it got its name
+    shutil.copytree(whole, folder / "step-00000008", ignore=lambda *_: ["checkpoint.json"])  # of a store without order
+    assert newest_checkpoint(tmp_path) == whole
+    sweep_partial(folder)
+    assert sorted(path.name for path in folder.iterdir()) == ["step-00000000", "step-00000008"]
+
+
+def test_the_newest_of_a_run_without_checkpoints_is_none(tmp_path: Path) -> None:
+    assert newest_checkpoint(tmp_path) is None
+
+
+@pytest.mark.parametrize("last", [1, 2])
+def test_the_last_checkpoints_are_kept(tmp_path: Path, last: int) -> None:
+    state, checkpointer = make_state(width=8), Checkpointer(tmp_path, Keep(last=last))
+    for step in range(1, 5):
+        state.step = step
+        checkpointer.save(state, {})
+    checkpointer.wait()
+    kept = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
+    assert kept == [f"step-{step:08d}" for step in range(5 - last, 5)]

@@ -1,0 +1,167 @@
+"""Training: counts that add up, runs that go on where they were killed, and lines that MLflow mirrors."""
+
+import contextlib
+import os
+from pathlib import Path
+from typing import Any
+
+import mlflow
+import pytest
+import torch
+import yaml
+from helpers import assert_equal_models, start_cli, tiny_recipe, wait_until
+
+from patchloom.errors import UserError
+from patchloom.models.checkpoints import load_model
+from patchloom.pipelines.train import train
+from patchloom.pipelines.train.checkpointer import newest_checkpoint
+from patchloom.pipelines.train.dry_run import describe_plan
+from patchloom.platform.files.storage import read_json, read_json_lines
+from patchloom.platform.recipe import recipe_yaml
+from patchloom.platform.tracking.runs import line_metrics
+
+pytestmark = pytest.mark.ray
+
+
+def test_a_run_has_as_many_updates_as_its_images_buy(trained: Path) -> None:
+    lines = read_json_lines(trained / "progress.jsonl")
+    assert lines[-1]["step"] == round(600 / (8 * 1.9)) == 39
+    assert [line["step"] for line in lines] == sorted({line["step"] for line in lines})
+    last = lines[-1]
+    # every update takes 8 full images, 16 crops of a quarter of the pixels, or 32 of a sixteenth
+    full, rest = last["full_size_images"], last["images_seen"] - last["full_size_images"]
+    assert full % 8 == 0 and rest % 16 == 0
+    assert full + rest / 16 <= last["pixel_equivalent_images"] <= full + rest / 4
+    assert set().union(*(line["loss_by_patch_size"] for line in lines)) == {"16", "8", "4"}
+
+
+def test_a_line_holds_every_number_that_is_counted(trained: Path) -> None:
+    lines = read_json_lines(trained / "progress.jsonl")
+    before: dict[str, Any] = {"images_seen": 0, "flops": 0, "step": 0}
+    for line in lines:
+        seconds = (line["images_seen"] - before["images_seen"]) / line["images_per_second"]
+        assert line["flops_per_second"] * seconds == pytest.approx(line["flops"] - before["flops"])
+        assert line["updates_per_second"] * seconds == pytest.approx(line["step"] - before["step"])
+        utilisation = line["flops_per_second"] / line["peak_flops_per_second"]
+        assert line["model_flops_utilisation"] == pytest.approx(utilisation) and 0 < utilisation < 1
+        assert line["eta_seconds"] == pytest.approx((39 - line["step"]) / line["updates_per_second"])
+        assert set(line["images_per_second_by_patch_size"]) == set(line["loss_by_patch_size"])
+        assert 0 <= line["data_wait_share"] < 1 and line["straggler_loss"] == 0  # of one worker
+        assert 2**26 < line["peak_memory_bytes"] < 2**36
+        before = line
+    assert {line["peak_flops_source"] for line in lines} == {"measured"}
+
+
+def test_the_model_folder_builds_without_ray_or_mlflow(trained: Path) -> None:
+    denoiser = load_model(trained / "model")
+    clean = denoiser(torch.zeros(2, 3, 16, 16), 0.5, labels=torch.eye(2))
+    assert clean.shape == (2, 3, 16, 16) and clean.isfinite().all()
+    assert read_json(trained / "model" / "model.json")["class_names"] == ["chelsea", "coffee"]
+
+
+def test_mlflow_holds_the_lines_the_parameters_and_the_preview(trained: Path) -> None:
+    lines = read_json_lines(trained / "progress.jsonl")
+    run_id = read_json(trained / "run.json")["run_id"]
+    client = mlflow.MlflowClient(os.environ["MLFLOW_TRACKING_URI"])
+    history = client.get_metric_history(run_id, "loss")
+    assert [(point.step, point.value) for point in history] == [(line["step"], line["loss"]) for line in lines]
+    run = client.get_run(run_id)
+    told = line_metrics(last_of_each(lines))  # every number, system metrics too; evaluations may stand beside them
+    assert {key: run.data.metrics[key] for key in told} == pytest.approx(told)
+    assert {"straggler_loss", "model_flops_utilisation", "system/cpu_utilization_percentage"} <= set(run.data.metrics)
+    assert run.info.status == "FINISHED"
+    assert run.data.params["patches.p"] == "0.5"
+    assert run.inputs.dataset_inputs[0].dataset.digest == read_json(trained / "run.json")["dataset_fingerprint"][:32]
+    assert any("preview" in item.path for item in client.list_artifacts(run_id, "images"))
+
+
+def last_of_each(lines: list[dict[str, Any]]) -> dict[str, Any]:
+    """One line of the newest value of every key, also of keys within dictionaries."""
+    newest: dict[str, Any] = {}
+    for line in lines:
+        for key, value in line.items():
+            newest[key] = newest.get(key, {}) | value if isinstance(value, dict) else value
+    return newest
+
+
+def test_a_dry_run_predicts_the_counts_of_the_run(trained: Path, pixels: Path) -> None:
+    plan = describe_plan(tiny_recipe(), str(pixels))
+    last = read_json_lines(trained / "progress.jsonl")[-1]
+    assert plan["updates"] == last["updates"]
+    assert plan["crops"] == pytest.approx(last["images_seen"], rel=0.25)  # 39 random draws of the patch size
+    assert plan["parameters"] == sum(p.numel() for p in load_model(trained / "model").parameters())
+    small = {size["pixels"]: size["flops_per_crop"] for size in plan["sizes"]}
+    assert small[16] / small[8] == pytest.approx(4, rel=0.1)  # convolutions cost what their pixels do
+
+
+@pytest.mark.slow
+def test_a_killed_command_leaves_no_worker_that_writes(pixels: Path, tmp_path: Path) -> None:
+    run, recipe = tmp_path / "run", tmp_path / "recipe.yaml"
+    tiny = tiny_recipe(train__images=3000)
+    recipe.write_text(recipe_yaml(tiny))
+    arguments = ["train", str(recipe), "--data", str(pixels), "--out", str(run), "--workers", "2"]
+    process = start_cli(*arguments, cwd=tmp_path)
+    wait_until(lambda: newest_checkpoint(run) is not None, process)
+    process.kill()  # the command alone: its workers are orphans now
+    process.wait()
+    finished = start_cli(*arguments, "--resume", cwd=tmp_path)
+    output, _ = finished.communicate(timeout=240)
+    assert finished.returncode == 0, output
+    assert "going on from step" in output
+    steps = [line["step"] for line in read_json_lines(run / "progress.jsonl")]
+    assert steps == sorted(set(steps)) and steps[-1] == round(3000 / (8 * 1.9))
+
+
+def test_a_folder_that_holds_another_run_is_refused(trained: Path, pixels: Path) -> None:
+    with pytest.raises(UserError, match="--resume"):
+        train(tiny_recipe(), str(pixels), str(trained), workers=0)
+    with pytest.raises(UserError, match="another recipe"):
+        train(tiny_recipe(seed=4), str(pixels), str(trained), workers=0, resume=True)
+
+
+def test_a_finished_run_has_nothing_to_do(trained: Path, pixels: Path) -> None:
+    before = (trained / "model" / "model.safetensors").stat().st_mtime_ns
+    result = train(tiny_recipe(), str(pixels), str(trained), workers=0, resume=True)
+    assert result.last["step"] == 39
+    assert (trained / "model" / "model.safetensors").stat().st_mtime_ns == before
+
+
+def test_a_second_process_on_a_run_is_refused(pixels: Path, tmp_path: Path) -> None:
+    from patchloom.platform.files.storage import locked
+
+    (tmp_path / "run").mkdir()
+    with locked(tmp_path / "run"), pytest.raises(UserError, match="in use"):
+        train(tiny_recipe(), str(pixels), str(tmp_path / "run"), workers=0)
+
+
+def test_a_recipe_that_does_not_fit_is_refused_with_its_arithmetic(pixels: Path, tmp_path: Path) -> None:
+    recipe = tiny_recipe(patches__sizes=[{"fraction": 0.3125, "weight": 1, "batch_multiplier": 2}])
+    with pytest.raises(UserError, match=r"fraction 0.3125 of 16 pixels is 5, and the network halves 1 times"):
+        train(recipe, str(pixels), str(tmp_path / "run"), workers=0)
+    with pytest.raises(UserError, match="multiple of 32"):
+        train(tiny_recipe(model__width=144), str(pixels), str(tmp_path / "run"), workers=0)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_survives_a_store_that_goes_away(
+    pixels: Path, tmp_path: Path, trained: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    store = tmp_path / "store"
+    store.mkdir()
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{store / 'mlflow.db'}")
+    run = tmp_path / "run"
+
+    def spoil(line: dict[str, int]) -> None:
+        for file in store.glob("mlflow.db*"):
+            with contextlib.suppress(FileNotFoundError):
+                file.write_bytes(b"this is no database")
+
+    train(tiny_recipe(), str(pixels), str(run), workers=0, show=spoil)
+    assert_equal_models(run, trained)
+    assert "lines wait in" in capsys.readouterr().out
+
+
+def test_the_recipe_that_travels_with_a_run_is_the_one_it_was_given(trained: Path) -> None:
+    given = tiny_recipe().model_dump(mode="json")
+    assert yaml.safe_load((trained / "recipe.yaml").read_text()) == given
+    assert yaml.safe_load((trained / "model" / "recipe.yaml").read_text()) == given

@@ -1,0 +1,303 @@
+"""Searching: equal budgets, one MLflow child a trial, and a best recipe at full length."""
+
+import contextlib
+import json
+import signal
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import mlflow
+import psutil
+import pytest
+import yaml
+from helpers import start_cli, tiny_recipe, wait_until
+
+from patchloom.errors import UserError
+from patchloom.pipelines.evaluate import evaluate
+from patchloom.pipelines.sample import sample
+from patchloom.pipelines.train.checkpointer import newest_checkpoint
+from patchloom.pipelines.tune import trials, tune
+from patchloom.pipelines.tune.trials import plan_trials
+from patchloom.platform.dataset import open_dataset
+from patchloom.platform.files.storage import read_json, read_json_lines
+from patchloom.platform.recipe import load_recipe, recipe_yaml
+from patchloom.platform.recipe.search import load_search
+
+pytestmark = pytest.mark.ray
+
+
+def write_search(folder: Path, **changes: object) -> str:
+    (folder / "base.yaml").write_text(recipe_yaml(tiny_recipe()))
+    search = {
+        "name": "two-p",
+        "recipe": "base.yaml",
+        "set": {"preview.every_images": 0},
+        "space": {"patches.p": {"grid": [0.5, 1.0]}},
+        "budget": {"updates": 5},
+        **changes,
+    }
+    (folder / "search.yaml").write_text(yaml.safe_dump(search))
+    return str(folder / "search.yaml")
+
+
+def test_a_search_compares_its_trials_and_keeps_the_best(
+    ray_cluster: None, pixels: Path, tmp_path: Path, mlflow_store: Path
+) -> None:
+    folder = tmp_path / "search"
+    result = tune(write_search(tmp_path), str(pixels), str(folder))
+    rows = read_json_lines(folder / "trials.jsonl")
+    assert sorted(trial["settings"]["patches.p"] for trial in rows) == [0.5, 1.0]
+    assert [trial["updates"] for trial in rows] == [5, 5]
+    assert rows[0]["held_out_loss"] == min(trial["held_out_loss"] for trial in rows)
+    best = load_recipe(folder / "best.yaml")
+    assert best.patches.p == rows[0]["settings"]["patches.p"]
+    assert best.train.images == tiny_recipe().train.images
+    assert best.preview == tiny_recipe().preview
+
+    client = mlflow.MlflowClient(f"sqlite:///{mlflow_store / 'mlflow.db'}")
+    for trial in rows:
+        run = client.get_run(trial["run_id"])
+        assert run.data.tags["mlflow.parentRunId"] == result.run_id
+        assert run.data.params["patches.p"] == str(trial["settings"]["patches.p"])
+        assert run.data.metrics["held_out_loss"] == pytest.approx(trial["held_out_loss"])
+    assert client.get_run(result.run_id).data.metrics["trials"] == 2
+
+    with pytest.raises(UserError, match="--restore"):
+        tune(write_search(tmp_path), str(pixels), str(folder))
+    written = {path: path.stat().st_mtime_ns for path in (folder / "trials").glob("*/model/model.json")}
+    assert len(written) == 2
+    restored = tune(write_search(tmp_path), str(pixels), str(folder), restore=True)
+    assert [trial["held_out_loss"] for trial in restored.trials] == [trial["held_out_loss"] for trial in rows]
+    assert written == {path: path.stat().st_mtime_ns for path in written}
+    with pytest.raises(UserError, match="another search"):
+        tune(write_search(tmp_path, budget={"updates": 6}), str(pixels), str(folder), restore=True)
+
+
+def test_equal_flops_buy_more_updates_of_smaller_patches(pixels: Path, tmp_path: Path) -> None:
+    search, base = load_search(write_search(tmp_path, budget={"flops": 1e10}))
+    dataset = open_dataset(pixels)
+    half, full = (trial.recipe for trial in plan_trials(search, base, dataset))
+    # R = 16: a step costs 1 at full size, 2/4 at R/2 and 4/16 at R/4, so .5 + .3 x .5 + .2 x .25 = .7 of a full one
+    updates = [half.train.images / 8 / 1.9, full.train.images / 8]
+    assert updates[0] / updates[1] == pytest.approx(1 / 0.7, rel=0.05)
+
+
+def test_repeats_differ_in_their_seed_and_ramps_follow_the_length(pixels: Path, tmp_path: Path) -> None:
+    changes = {"repeats": 2, "of_budget": {"optimizer.lr_rampup_images": 0.1, "ema.0.halflife_images": 0.25}}
+    search, base = load_search(write_search(tmp_path, budget={"updates": 100}, **changes))
+    planned = plan_trials(search, base, open_dataset(pixels))
+    assert [(trial.settings["patches.p"], trial.repeat, trial.recipe.seed) for trial in planned] == [
+        (0.5, 0, 3), (0.5, 1, 4), (1.0, 0, 3), (1.0, 1, 4),
+    ]  # fmt: skip
+    for trial in planned:
+        images = trial.recipe.train.images
+        assert images == pytest.approx(100 * 8 * (1.9 if trial.settings["patches.p"] == 0.5 else 1))
+        assert trial.recipe.optimizer.lr_rampup_images == pytest.approx(images / 10, abs=1)
+        assert trial.recipe.ema[0].halflife_images == pytest.approx(images / 4, abs=1)
+
+
+def test_seconds_buy_what_a_step_was_measured_to_take(
+    pixels: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    search, base = load_search(write_search(tmp_path, budget={"seconds": 10}))
+    dataset = open_dataset(pixels)
+    assert all(trial.recipe and trial.recipe.train.images > 0 for trial in plan_trials(search, base, dataset))
+    seconds_of_crop = {16: 0.01, 8: 0.004, 4: 0.001}
+    monkeypatch.setattr(trials, "measured_seconds_of_crop", lambda *_: seconds_of_crop)
+    half, full = (trial.recipe for trial in plan_trials(search, base, dataset))
+    assert half and full
+    # a step has 8 crops of 16 pixels, 16 of 8 or 32 of 4: 0.08, 0.064 or 0.032 s, in shares of .5, .3 and .2
+    assert full.train.images == round(10 / 0.08 * 8)
+    assert half.train.images == round(10 / (0.5 * 0.08 + 0.3 * 0.064 + 0.2 * 0.032) * 8 * 1.9)
+    again = plan_trials(search, base, dataset, lengths=[100, 200])
+    assert [trial.recipe.train.images for trial in again if trial.recipe] == [100, 200]  # measured once, and kept
+
+
+def test_what_no_recipe_can_be_is_named_before_anything_starts(pixels: Path, tmp_path: Path) -> None:
+    path = write_search(tmp_path, space={"patches.p": {"grid": [0.5, 1.4]}})
+    with pytest.raises(UserError, match=r"setting 1 \(p 1.4\): patches.p: 1.4 is not within 0 and 1"):
+        tune(path, str(pixels), str(tmp_path / "search"))
+    path = write_search(tmp_path, space={"model.blocks": {"grid": [0, -1]}})
+    with pytest.raises(UserError, match="blocks"):
+        tune(path, str(pixels), str(tmp_path / "search"))
+    assert not (tmp_path / "search").exists()
+
+
+def test_impossible_settings_are_failed_trials_with_their_reason(
+    ray_cluster: None, pixels: Path, tmp_path: Path
+) -> None:
+    third = [{"fraction": 0.3, "weight": 1.0, "batch_multiplier": 2}]
+    also = [{"patches.sizes": third}, {"optimizer.lr": 1e30, "optimizer.lr_rampup_images": 0}, {"patches.p": 0.5}]
+    path = write_search(tmp_path, space={"patches.p": {"grid": [1.0]}}, also=also)
+    result = tune(path, str(pixels), str(tmp_path / "search"), register_best="tuned")
+    assert [trial["status"] for trial in result.trials] == ["finished", "finished", "failed", "failed"]
+    not_divisible, diverged = sorted(result.trials[2:], key=lambda trial: str(trial["name"]))
+    assert "fraction 0.3 of 16 pixels is 4.8" in not_divisible["error"]
+    assert "the loss diverged" in diverged["error"]
+    best = tmp_path / "search" / "trials" / result.trials[0]["name"]
+    version = mlflow.MlflowClient().get_model_version("tuned", "1")
+    assert version.run_id == result.trials[0]["run_id"] == read_json(best / "run.json")["run_id"]
+    page = (tmp_path / "search" / "report.html").read_text()
+    assert "fraction 0.3 of 16 pixels" in page and "Take p" in page
+
+
+def test_a_trial_that_fails_is_marked_and_the_others_finish(ray_cluster: None, pixels: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "search"
+    (folder / "trials" / "001").mkdir(parents=True)
+    (folder / "trials" / "001" / "progress.jsonl").mkdir()  # the second trial cannot write its lines
+    result = tune(write_search(tmp_path), str(pixels), str(folder))
+    assert [trial["status"] for trial in result.trials] == ["finished", "failed"]
+    assert "progress.jsonl" in result.trials[1]["error"]
+    assert read_json(folder / "search.json")["kind"] == "search"
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"space": {"patches.schedule": {"grid": ["stochastic", "progressive"]}}}, "only at its end"),
+        ({"space": {"patches.p": {"grid": [0.5]}}, "also": [{"patches.schedule": "progressive"}]}, "only at its end"),
+        ({"set": {"preview.every_images": 0}}, "needs held_out_loss on the way"),
+    ],
+)
+def test_what_cannot_be_compared_half_way_does_not_compete(
+    changes: dict[str, Any], words: str, pixels: Path, tmp_path: Path
+) -> None:
+    path = write_search(tmp_path, scheduler={"kind": "asha"}, **changes)
+    with pytest.raises(UserError, match=words):
+        tune(path, str(pixels), str(tmp_path / "search"))
+    assert not (tmp_path / "search").exists()
+
+
+def test_advice_and_early_stops_end_in_time(ray_cluster: None, pixels: Path, tmp_path: Path) -> None:
+    changes: dict[str, Any] = {
+        "space": {"optimizer.lr": {"loguniform": [1e-6, 1e-2]}, "loss.reduction": {"choice": ["mean", "sum"]}},
+        "searcher": "tpe",
+        "trials": 4,
+        "scheduler": {"kind": "asha", "grace": 0.3, "reduction": 2},
+        "of_budget": {"train.held_out_every_images": 0.1},
+        "budget": {"updates": 60},
+    }
+    began = time.monotonic()
+    result = tune(write_search(tmp_path, **changes), str(pixels), str(tmp_path / "search"))
+    assert time.monotonic() - began < 300
+    assert sorted(trial["name"] for trial in result.trials) == ["000", "001", "002", "003"]
+    assert {trial["status"] for trial in result.trials} <= {"finished", "stopped"}
+    assert all(1e-6 <= trial["settings"]["optimizer.lr"] <= 1e-2 for trial in result.trials)
+    client = mlflow.MlflowClient()
+    for trial in result.trials:
+        assert trial["status"] == "finished" or trial["updates"] < 60
+        assert (
+            client.get_run(trial["run_id"]).info.status
+            == {"finished": "FINISHED", "stopped": "KILLED"}[trial["status"]]
+        )
+    again = tune(write_search(tmp_path, **changes), str(pixels), str(tmp_path / "search"), restore=True)
+    assert again.trials == result.trials
+
+
+def test_a_forgotten_trials_folder_does_not_answer_for_another_setting(pixels: Path, tmp_path: Path) -> None:
+    space = {"patches.p": {"uniform": [0, 1]}}
+    search, base = load_search(write_search(tmp_path, space=space, searcher="tpe", trials=2))
+    common = trials.trial_config(search, base, open_dataset(pixels), tmp_path, "no-run", 0)
+    one, other = ({"common": common, "settings": {"patches.p": p}} for p in (0.25, 0.75))
+    folder = tmp_path / "trials" / "000"
+    folder.mkdir(parents=True)
+    begun = trials._advised_recipe(one, search, folder)
+    assert begun.patches.p == 0.25
+    (folder / "recipe.yaml").write_text(recipe_yaml(begun))
+    (folder / "trial.json").write_text(json.dumps({"status": "finished", "settings": one["settings"]}))
+    assert trials.is_finished(folder, one["settings"]) and not trials.is_finished(folder, other["settings"])
+    assert trials._advised_recipe(one, search, folder) == begun and (folder / "trial.json").is_file()
+    assert trials._advised_recipe(other, search, folder).patches.p == 0.75
+    assert not list(folder.iterdir())
+
+
+@pytest.mark.slow
+def test_a_frontier_and_trials_of_two_workers_end_in_time(ray_cluster: None, pixels: Path, tmp_path: Path) -> None:
+    changes: dict[str, Any] = {
+        "space": {"patches.p": {"uniform": [0, 1]}, "budget.share": {"choice": [0.2, 1]}},
+        "searcher": "frontier",
+        "trials": 2,
+        "budget": {"updates": 10},
+    }
+    began = time.monotonic()
+    result = tune(write_search(tmp_path, **changes), str(pixels), str(tmp_path / "search"), workers=2)
+    assert time.monotonic() - began < 300
+    assert [trial["status"] for trial in result.trials] == ["finished", "finished"]
+    for trial in result.trials:
+        assert trial["updates"] == 10 * trial["settings"]["budget.share"]
+
+
+@pytest.mark.slow
+def test_a_final_distance_is_that_of_the_trials_samples(ray_cluster: None, pixels: Path, tmp_path: Path) -> None:
+    final = {"features": "colours", "samples": 6, "steps": 2}
+    path = write_search(tmp_path, final=final, metric="final_distance")
+    result = tune(path, str(pixels), str(tmp_path / "search"))
+    found = []
+    for trial in result.trials:
+        run = tmp_path / "search" / "trials" / trial["name"]
+        sample(str(run), str(tmp_path / "again" / trial["name"]), "0-5", steps=2, workers=0)
+        measured = evaluate(str(tmp_path / "again" / trial["name"]), str(pixels), metrics=("fd",), features="colours")
+        assert trial["final_distance"] == pytest.approx(measured["metrics"]["frechet_distance"], rel=1e-6)
+        found.append(trial["final_distance"])
+    assert found == sorted(found)
+
+
+@pytest.mark.slow
+def test_a_trial_whose_process_dies_goes_on(pixels: Path, tmp_path: Path) -> None:
+    path = write_search(tmp_path, space={"patches.p": {"grid": [0.5]}}, budget={"updates": 400})
+    process = start_cli("tune", path, "--data", str(pixels), "--out", str(tmp_path / "search"), cwd=tmp_path)
+    run = tmp_path / "search" / "trials" / "000"
+    wait_until(lambda: newest_checkpoint(run), process)
+    lock = str(run / ".lock")
+    victims = [child for child in psutil.Process(process.pid).children(recursive=True) if lock in files_of(child)]
+    assert len(victims) == 1
+    victims[0].kill()
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output
+    (row,) = read_json_lines(tmp_path / "search" / "trials.jsonl")
+    assert row["status"] == "finished" and row["updates"] == 400
+    assert lock not in output and "best of 1 settings" in output
+
+
+def files_of(process: psutil.Process) -> list[str]:
+    with contextlib.suppress(psutil.Error):
+        return [file.path for file in process.open_files()]
+    return []
+
+
+@pytest.mark.slow
+def test_a_stopped_and_killed_search_ends_as_if_it_had_not_been(pixels: Path, tmp_path: Path) -> None:
+    """Ctrl-C, then SIGKILL of the driver and all of its Ray; finished trials stay, and the table is the same."""
+    changes: dict[str, Any] = {"space": {"patches.p": {"grid": [0.25, 0.5, 1.0]}}, "repeats": 2,
+                               "budget": {"updates": 200}}  # fmt: skip
+    path, places = write_search(tmp_path, **changes), tmp_path / "killed" / "trials"
+    command = ["tune", path, "--data", str(pixels)]
+
+    def begun(out: str, finished: int, *options: str) -> subprocess.Popen[str]:
+        process = start_cli(*command, "--out", str(tmp_path / out), *options, cwd=tmp_path)
+        wait_until(lambda: len(list(places.glob("*/trial.json"))) >= finished, process)
+        return process
+
+    stopped = begun("killed", 1)
+    stopped.send_signal(signal.SIGINT)
+    output, _ = stopped.communicate(timeout=60)
+    assert stopped.returncode == 130 and "patchloom: stopped; the same command goes on" in output
+    assert "Traceback" not in output
+    killed = begun("killed", 3, "--restore")
+    for process in [psutil.Process(killed.pid), *psutil.Process(killed.pid).children(recursive=True)]:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+    killed.communicate()
+    before = {place: place.stat().st_mtime_ns for place in places.glob("*/trial.json")}
+    assert 3 <= len(before) < 6
+    for out, options in (("killed", ["--restore"]), ("whole", [])):
+        ended = start_cli(*command, "--out", str(tmp_path / out), *options, cwd=tmp_path)
+        output, _ = ended.communicate(timeout=600)
+        assert ended.returncode == 0, output
+    assert before == {place: place.stat().st_mtime_ns for place in before}
+    tables = [read_json_lines(tmp_path / out / "trials.jsonl") for out in ("killed", "whole")]
+    chance = {"seconds", "run_id"}
+    table, whole = ([{key: row[key] for key in row.keys() - chance} for row in rows] for rows in tables)
+    assert table == whole

@@ -1,0 +1,452 @@
+"""Sources: whatever people keep images in, here or far away, gives the same inputs, and what is broken says so."""
+
+import gzip
+import io
+import json
+import os
+import subprocess
+import sys
+import tarfile
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import boto3
+import fsspec
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet
+import pytest
+from PIL import Image
+
+from patchloom.errors import UserError
+from patchloom.pipelines.prepare.images import decode
+from patchloom.platform.dataset.readers import Reader
+from patchloom.platform.dataset.sources import Source, open_source, repeated
+from patchloom.platform.files.folder import Folder
+
+PIXELS = np.random.default_rng(0).integers(0, 256, (6, 4, 5, 3), dtype=np.uint8)
+NAMES = ["dog/9.png", "cat/1.png", "dog/2.png", "cat/10.png", "dog/3.png", "cat/4.png"]  # in no order
+LABELS = [1, 0, 1, 0, 1, 0]
+CLASSES = ["cat", "dog"]
+NUMBERS = [str(row) for row in range(6)]
+
+
+def png(pixels: np.ndarray) -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "png")
+    return file.getvalue()
+
+
+ENCODED = [png(pixels) for pixels in PIXELS]
+
+
+def write_files(folder: Path, files: dict[str, bytes]) -> Path:
+    folder.mkdir(exist_ok=True)
+    for name, content in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(content)
+    return folder
+
+
+def write_tar(path: Path, members: list[tuple[str, bytes]], mode: str = "w") -> Path:
+    with tarfile.open(path, mode) as archive:
+        for name, content in members:
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
+    return path
+
+
+def write_zip(path: Path, members: list[tuple[str, bytes]]) -> Path:
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, content in members:
+            archive.writestr(name, content)
+    return path
+
+
+def arrow_stream(table: pa.Table) -> bytes:
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table)
+    return bytes(sink.getvalue())
+
+
+def inputs_of(address: str | Path) -> tuple[list[str], list[int], list[str]]:
+    source = open_source(str(address))
+    return [one.key for one in source.inputs], [one.label for one in source.inputs], source.class_names
+
+
+def contents_of(source: Source) -> list[np.ndarray]:
+    reader = Reader(source.kind, source.address)
+    return [np.asarray(decode(reader.read(one.place))) for one in source.inputs]
+
+
+# Each of these writes the six images into a folder and returns what to open in it ("" for the folder itself) and
+# the keys, classes and rows that must come out, the rows in numbers of PIXELS.
+Written = tuple[str, list[str], list[int]]
+BY_NAME = sorted(range(6), key=NAMES.__getitem__)
+MEMBERS = [("cat/", b""), *zip(NAMES, ENCODED, strict=True), ("README.txt", b"no input")]
+STRUCTS = [{"bytes": content, "path": None} for content in ENCODED]
+FEATURES = {"photo": {"_type": "Image"}, "label": {"_type": "ClassLabel", "names": CLASSES}}
+
+
+def a_folder(here: Path) -> Written:
+    write_files(here, dict(zip(NAMES, ENCODED, strict=True)) | {".DS_Store": b"", "notes.csv": b"a", "cat/x.txt": b"b"})
+    return "", sorted(NAMES), BY_NAME
+
+
+def a_zip(here: Path) -> Written:
+    write_zip(here / "images.zip", MEMBERS)
+    return "images.zip", NAMES, list(range(6))
+
+
+def a_tar(here: Path) -> Written:
+    write_tar(here / "images.tar", MEMBERS[1:])
+    return "images.tar", NAMES, list(range(6))
+
+
+def a_compressed_tar(here: Path) -> Written:
+    write_tar(here / "images.tar.gz", [(f"./{name}", content) for name, content in MEMBERS[1:]], "w:gz")
+    return "images.tar.gz", NAMES, list(range(6))
+
+
+def webdataset_shards(here: Path) -> Written:
+    for shard in range(2):
+        members = []
+        for row in range(3 * shard, 3 * shard + 3):
+            members += [(f"{row:04d}.cls", str(LABELS[row]).encode()), (f"{row:04d}.png", ENCODED[row])]
+            members += [(f"{row:04d}.json", b'{"caption": "no label"}')]
+        write_tar(here / f"{shard}.tar", members)
+    return "", [f"{row // 3}.tar/{row:04d}.png" for row in range(6)], list(range(6))
+
+
+def parquet_of_bytes(here: Path) -> Written:
+    words = [CLASSES[label] for label in LABELS]
+    table = pa.table({"label": words, "key": NAMES, "image": ENCODED})
+    pyarrow.parquet.write_table(table, here / "rows.parquet", row_group_size=4)
+    return "rows.parquet", NAMES, list(range(6))
+
+
+def parquet_of_paths(here: Path) -> Written:
+    write_files(here, dict(zip(NAMES, ENCODED, strict=True)))
+    table = pa.table({"path": NAMES, "label": [CLASSES[label] for label in LABELS]})
+    pyarrow.parquet.write_table(table, here / "rows.parquet")
+    return "rows.parquet", NUMBERS, list(range(6))
+
+
+def parquet_of_hugging_face(here: Path) -> Written:
+    """With features in the schema's metadata, bytes in some structs and a path in others."""
+    structs = [{"bytes": None, "path": "cat/0.png"}, *STRUCTS[1:]]
+    write_files(here, {"cat/0.png": ENCODED[0]})
+    table = pa.table({"image": ["a caption"] * 6, "photo": structs, "label": LABELS})
+    told = {"huggingface": json.dumps({"info": {"features": {"image": {"_type": "Value"}, **FEATURES}}})}
+    pyarrow.parquet.write_table(table.replace_schema_metadata(told), here / "rows.parquet")
+    return "rows.parquet", NUMBERS, list(range(6))
+
+
+def an_arrow_file(here: Path) -> Written:
+    table = pa.table({"image": ENCODED, "label": [CLASSES[label] for label in LABELS]})
+    with pa.ipc.new_file(str(here / "rows.arrow"), table.schema) as writer:
+        writer.write_table(table, max_chunksize=4)
+    return "rows.arrow", NUMBERS, list(range(6))
+
+
+def a_saved_hugging_face_dataset(here: Path) -> Written:
+    """As `datasets` 4 saves it, in two files whose order is the state's."""
+    files = ["data-00001-of-00002.arrow", "data-00000-of-00002.arrow"]
+    for half, name in enumerate(files):
+        rows = slice(3 * half, 3 * half + 3)
+        (here / name).write_bytes(arrow_stream(pa.table({"photo": STRUCTS[rows], "label": LABELS[rows]})))
+    (here / "state.json").write_text(json.dumps({"_data_files": [{"filename": name} for name in files]}))
+    (here / "dataset_info.json").write_text(json.dumps({"features": FEATURES}))
+    return "", NUMBERS, list(range(6))
+
+
+def an_npz(here: Path) -> Written:
+    np.savez_compressed(here / "images.npz", images=PIXELS, labels=np.array(LABELS), class_names=np.array(CLASSES))
+    return "images.npz", NUMBERS, list(range(6))
+
+
+def upload(here: Path, address: str) -> None:
+    """Every file of a folder to memory:// or s3://, by other people's clients."""
+    store, bucket, prefix = boto3.client("s3"), *address.split("://")[1].split("/", 1)
+    for path in here.rglob("*"):
+        name = f"{prefix}/{path.relative_to(here).as_posix()}"
+        if path.is_file() and address.startswith("s3://"):
+            store.put_object(Bucket=bucket, Key=name, Body=path.read_bytes())
+        elif path.is_file():
+            fsspec.filesystem("memory").pipe_file(f"/{bucket}/{name}", path.read_bytes())
+
+
+@pytest.mark.parametrize(
+    "write",
+    [a_folder, a_zip, a_tar, a_compressed_tar, webdataset_shards, parquet_of_bytes, parquet_of_paths,
+     parquet_of_hugging_face, an_arrow_file, a_saved_hugging_face_dataset, an_npz],
+)  # fmt: skip
+def test_a_source_gives_the_same_inputs_wherever_it_lies(
+    write: Callable[[Path], Written], tmp_path: Path, s3: str
+) -> None:
+    name, keys, rows = write(tmp_path)
+    for store in (str(tmp_path), f"memory://sources/{write.__name__}", f"{s3}/sources/{write.__name__}"):
+        if store != str(tmp_path):
+            upload(tmp_path, store)
+        source = open_source(f"{store}/{name}".rstrip("/"))
+        assert [one.key for one in source.inputs] == keys, store
+        assert [one.label for one in source.inputs] == [LABELS[row] for row in rows], store
+        assert source.class_names == (["0", "1"] if write is webdataset_shards else CLASSES), store
+        assert source.unmatched_labels == 0, store
+        for row, pixels in zip(rows, contents_of(source), strict=True):
+            assert np.array_equal(pixels, PIXELS[row]), store
+
+
+def test_a_compressed_file_is_brought_far_away_as_it_is(tmp_path: Path) -> None:
+    content = gzip.compress(b"text" * 100)
+    (tmp_path / "a.tar.gz").write_bytes(content)
+    far = Folder("memory://brought/here")
+    far.put(tmp_path / "a.tar.gz", "put.tar.gz")
+    far.write("written.tar.gz", content)
+    assert far.read("put.tar.gz") == far.read("written.tar.gz") == content
+
+
+def test_every_file_with_an_image_extension_is_an_input_whatever_it_holds(tmp_path: Path) -> None:
+    names = ["a.png", "a.jpg", "a.jpeg", "a.webp", "a.bmp", "a.tif", "a.tiff", "a.gif", "a.PNG", "a.Jpeg"]
+    others = ["a.txt", "a.png.txt", "png", "dataset.jsonl", ".DS_Store", "a.svg", "b/Thumbs.db"]
+    write_files(tmp_path, dict.fromkeys(names + others, b""))
+    assert inputs_of(tmp_path) == (sorted(names), [-1] * 10, [])
+
+
+def test_the_class_is_the_first_sub_folder_and_none_for_files_beside_it(tmp_path: Path) -> None:
+    write_files(tmp_path, {"b/x/y/1.png": b"", "a/c/2.png": b"", "3.png": b"", "b/4.png": b""})
+    assert inputs_of(tmp_path) == (["3.png", "a/c/2.png", "b/4.png", "b/x/y/1.png"], [-1, 0, 1, 1], ["a", "b"])
+
+
+@pytest.mark.filterwarnings("ignore:Duplicate name")
+def test_a_key_that_comes_twice_is_found_and_both_are_read(tmp_path: Path) -> None:
+    write_zip(tmp_path / "two.zip", [("a.png", ENCODED[0]), ("b.png", ENCODED[1]), ("a.png", ENCODED[2])])
+    write_tar(tmp_path / "two.tar", [("a.png", ENCODED[0]), ("b.png", ENCODED[1]), ("./a.png", ENCODED[2])])
+    for name in ("two.zip", "two.tar"):
+        source = open_source(str(tmp_path / name))
+        assert [one.key for one in source.inputs] == ["a.png", "b.png", "a.png"]
+        assert repeated([one.key for one in source.inputs]) == {2}
+        assert np.array_equal(contents_of(source), PIXELS[:3])
+
+
+def test_a_tars_hard_link_is_the_image_that_it_names(tmp_path: Path) -> None:
+    path = write_tar(tmp_path / "images.tar", [("a.png", ENCODED[0])])
+    with tarfile.open(path, "a") as archive:
+        link = tarfile.TarInfo("b.png")  # as GNU tar stores the second name of one file
+        link.type, link.linkname = tarfile.LNKTYPE, "a.png"
+        archive.addfile(link)
+    source = open_source(str(path))
+    assert [one.key for one in source.inputs] == ["a.png", "b.png"]
+    assert np.array_equal(contents_of(source), PIXELS[[0, 0]])
+
+
+@pytest.mark.parametrize(
+    ("ending", "content", "label", "classes"),
+    [
+        ("cls", b"1\n", 1, ["0", "1"]),
+        ("cls", b"-1", -1, []),
+        ("cls", b"tabby cat", 0, ["tabby cat"]),
+        ("cls", b"", -1, []),
+        ("json", b'{"width": 4, "label": 2}', 2, ["0", "1", "2"]),
+        ("json", b"[not json", -1, []),
+    ],
+)
+def test_a_webdataset_sidecar_tells_the_class(
+    ending: str, content: bytes, label: int, classes: list[str], tmp_path: Path
+) -> None:
+    path = write_tar(tmp_path / "0.tar", [("a.jpg", ENCODED[0]), (f"a.{ending}", content), ("b.jpg", ENCODED[1])])
+    assert inputs_of(path) == (["a.jpg", "b.jpg"], [label, -1], classes)
+
+
+def test_shards_without_labels_have_no_classes(tmp_path: Path) -> None:
+    write_tar(tmp_path / "0.tar", [("a.jpg", ENCODED[0])])
+    write_tar(tmp_path / "1.tar", [("c.jpg", ENCODED[2])])
+    assert inputs_of(tmp_path) == (["0.tar/a.jpg", "1.tar/c.jpg"], [-1, -1], [])
+
+
+def test_img2datasets_tables_beside_its_shards_are_not_the_images(tmp_path: Path) -> None:
+    write_tar(tmp_path / "00000.tar", [("000.jpg", ENCODED[0]), ("000.json", b'{"key": "000"}'), ("000.txt", b"cat")])
+    table = pa.table({"url": ["https://example.org"], "key": ["000"], "status": ["success"]})
+    pyarrow.parquet.write_table(table, tmp_path / "00000.parquet")
+    (tmp_path / "00000_stats.json").write_text("{}")
+    assert inputs_of(tmp_path)[0] in (["000.jpg"], ["00000.tar/000.jpg"])
+
+
+OPAQUE = np.concatenate([PIXELS, np.full((6, 4, 5, 1), 255, np.uint8)], 3)
+GREY = PIXELS[..., :1]
+
+
+@pytest.mark.parametrize(
+    ("stored", "shown"),
+    [(PIXELS, PIXELS), (PIXELS.transpose(0, 3, 1, 2), PIXELS), (OPAQUE.transpose(0, 3, 1, 2), PIXELS),
+     (GREY, GREY.repeat(3, 3)), (GREY[..., 0], GREY.repeat(3, 3)), (GREY.transpose(0, 3, 1, 2), GREY.repeat(3, 3))],
+    ids=["NHWC", "NCHW", "RGBA NCHW", "grey NHWC", "grey NHW", "grey NCHW"],
+)  # fmt: skip
+def test_an_npz_may_hold_its_images_in_any_usual_order_of_axes(
+    stored: np.ndarray, shown: np.ndarray, tmp_path: Path
+) -> None:
+    np.savez(tmp_path / "images.npz", images=np.asfortranarray(stored))
+    source = open_source(str(tmp_path / "images.npz"))
+    assert [one.label for one in source.inputs] == [-1] * 6
+    assert np.array_equal(contents_of(source), shown)
+
+
+@pytest.mark.parametrize("labels", [np.array(LABELS)[:, None], np.eye(2)[LABELS], np.eye(2, dtype=bool)[LABELS]])
+def test_an_npz_may_hold_labels_as_a_column_or_one_hot(labels: np.ndarray, tmp_path: Path) -> None:
+    np.savez(tmp_path / "images.npz", images=PIXELS, labels=labels)
+    assert inputs_of(tmp_path / "images.npz") == (NUMBERS, LABELS, ["0", "1"])
+
+
+def test_keys_of_numbered_rows_are_padded_so_that_they_sort(tmp_path: Path) -> None:
+    np.savez(tmp_path / "images.npz", images=np.zeros((101, 2, 2), np.uint8))
+    keys = inputs_of(tmp_path / "images.npz")[0]
+    assert keys == sorted(keys) and keys[:2] == ["000", "001"] and keys[-1] == "100"
+
+
+def test_cells_of_a_table_are_read_in_any_order(tmp_path: Path) -> None:
+    values = [row.to_bytes(4, "big") for row in range(100)]
+    pyarrow.parquet.write_table(pa.table({"image": values}), tmp_path / "rows.parquet", row_group_size=40)
+    (tmp_path / "rows.arrow").write_bytes(
+        arrow_stream(pa.table({"image": pa.chunked_array([values[:60], values[60:]])}))
+    )
+    order = [7, 99, 0, 40, 39, 41, 3, 3, 98, *range(100)]
+    for name in ("rows.parquet", "rows.arrow"):
+        reader = Reader("table", str(tmp_path))
+        assert [reader.read([name, "image", row]) for row in order] == [values[row] for row in order]
+
+
+def test_a_row_without_an_image_is_an_input_that_cannot_be_read(tmp_path: Path) -> None:
+    empty = [{"bytes": None, "path": None}, None, {"bytes": b"", "path": None}]
+    pyarrow.parquet.write_table(pa.table({"image": [*STRUCTS[:2], *empty]}), tmp_path / "rows.parquet")
+    source = open_source(str(tmp_path / "rows.parquet"))
+    reader = Reader(source.kind, source.address)
+    assert [one.key for one in source.inputs] == list("01234")
+    for one in source.inputs[2:]:
+        with pytest.raises(ValueError, match="the row has no image"):
+            reader.read(one.place)
+    assert reader.read(source.inputs[1].place) == ENCODED[1]
+
+
+def test_a_remote_source_may_be_the_top_of_its_store() -> None:
+    with fsspec.open("memory://top/cat/a.png", "wb") as file:
+        file.write(ENCODED[0])
+    assert inputs_of("memory://top") == (["cat/a.png"], [0], ["cat"])
+    assert inputs_of("memory://top/") == (["cat/a.png"], [0], ["cat"])
+
+
+def test_a_folder_of_images_may_hold_a_state_of_somebody_elses(tmp_path: Path) -> None:
+    write_files(tmp_path, {"a.png": ENCODED[0], "state.json": b'{"epoch": 3}'})
+    assert inputs_of(tmp_path)[0] == ["a.png"]
+
+
+def whole_tar(here: Path) -> tuple[bytes, list[int]]:
+    path = write_tar(here / "whole.tar", [(name, ENCODED[0]) for name in ("a.png", "b.png", "c.png")])
+    with tarfile.open(path) as archive:
+        return path.read_bytes(), [member.offset for member in archive.getmembers()]
+
+
+def changed(content: bytes, at: int) -> bytes:
+    return content[:at] + bytes([content[at] ^ 255]) + content[at + 1 :]
+
+
+def npz(here: Path, **arrays: Any) -> bytes:
+    np.savez(here / "arrays.npz", **arrays)
+    return (here / "arrays.npz").read_bytes()
+
+
+def parquet(here: Path, **columns: Any) -> bytes:
+    pyarrow.parquet.write_table(pa.table(columns), here / "table.parquet")
+    return (here / "table.parquet").read_bytes()
+
+
+OTHERS = np.arange(6 * 60, dtype=np.uint8).reshape(6, 4, 5, 3)
+BROKEN: dict[str, tuple[str, Callable[[Path], bytes], str]] = {
+    "a film": ("film.mp4", lambda here: b"film", "no archive, table or array"),
+    "a text as zip": ("x.zip", lambda here: b"text", "no whole zip"),
+    "half a zip": ("x.zip", lambda here: write_zip(here / "a.zip", MEMBERS).read_bytes()[:300], "no whole zip"),
+    "a zip without images": ("x.zip", lambda here: write_zip(here / "a.zip", MEMBERS[-1:]).read_bytes(), "no image"),
+    "a text as tar": ("x.tar", lambda here: b"text" * 1000, "no whole tar"),
+    "an empty tar": ("x.tar", lambda here: b"", "no whole tar"),
+    "a tar cut in an image": ("x.tar", lambda here: whole_tar(here)[0][: whole_tar(here)[1][1] + 600], "no whole tar"),
+    "a tar cut in a header": ("x.tar", lambda here: whole_tar(here)[0][: whole_tar(here)[1][1] + 99], "no whole tar"),
+    "a damaged header": ("x.tar", lambda here: changed(whole_tar(here)[0], whole_tar(here)[1][1]), "no whole tar"),
+    "half a tar.gz": (
+        "x.tar.gz",
+        lambda here: write_tar(here / "a.tgz", MEMBERS[1:], "w:gz").read_bytes()[:200],
+        "no whole gzip",
+    ),
+    "an empty tar.gz": ("x.tar.gz", lambda here: b"", "no whole"),
+    "a text as parquet": ("x.parquet", lambda here: b"text" * 9, "no whole table"),
+    "half a parquet": ("x.parquet", lambda here: parquet(here, image=ENCODED)[:-9], "no whole table"),
+    "a text as arrow": ("x.arrow", lambda here: b"text" * 9, "no whole table"),
+    "no column of images": ("x.parquet", lambda here: parquet(here, text=["a"], label=[0]), "none of images"),
+    "half an npz": ("x.npz", lambda here: npz(here, images=PIXELS)[:-30], "no whole"),
+    "a damaged npz": ("x.npz", lambda here: changed(npz(here, images=OTHERS), 400), "no whole"),
+    "an npz without images": ("x.npz", lambda here: npz(here, weights=PIXELS), "no array `images`"),
+    "images of floats": ("x.npz", lambda here: npz(here, images=PIXELS / 255), "uint8"),
+    "too few labels": ("x.npz", lambda here: npz(here, images=PIXELS, labels=[1]), "6 images and 1 labels"),
+    "labels of Python objects": (
+        "x.npz",
+        lambda here: npz(here, images=PIXELS, labels=np.array(list("aabbab"), object)),
+        "label",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_a_broken_file_is_refused_in_a_line(case: str, tmp_path: Path) -> None:
+    name, content, words = BROKEN[case]
+    (tmp_path / name).write_bytes(content(tmp_path))
+    with pytest.raises(UserError, match=words) as caught:
+        open_source(str(tmp_path / name))
+    assert "\n" not in str(caught.value) and str(tmp_path) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("files", "words"),
+    [
+        ({"README.txt": b""}, "holds no image"),
+        ({"dataset_dict.json": b"{}", "train/state.json": b"{}", "test/x.arrow": b""}, "splits test, train"),
+        (
+            {"state.json": b'{"_data_files": [{"filename": "data-0.arrow"}]}', "dataset_info.json": b"{}"},
+            "data-0.arrow",
+        ),
+    ],
+    ids=["no image", "several splits", "a saved dataset without its file"],
+)
+def test_a_folder_that_is_no_source_is_refused_in_a_line(files: dict[str, bytes], words: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=words) as caught:
+        open_source(str(write_files(tmp_path, files)))
+    assert "\n" not in str(caught.value) and str(tmp_path) in str(caught.value)
+
+
+def test_a_source_that_is_not_there_is_refused_in_a_line(tmp_path: Path) -> None:
+    for address in (f"{tmp_path}/nothing", f"{tmp_path}/nothing.zip", "memory://nothing/here"):
+        with pytest.raises(UserError, match=address):
+            open_source(address)
+
+
+def test_a_broken_archive_is_refused_again_when_it_is_asked_for_again(tmp_path: Path) -> None:
+    whole = write_tar(tmp_path / "whole.tgz", MEMBERS[1:], "w:gz").read_bytes()
+    (tmp_path / "half.tgz").write_bytes(whole[: len(whole) // 2])
+    code = f"""
+from patchloom.errors import UserError
+from patchloom.platform.dataset.sources import open_source
+for _ in range(2):
+    try:
+        open_source({str(tmp_path / "half.tgz")!r})
+    except UserError:
+        print("refused")
+"""
+    environment = {**os.environ, "PATCHLOOM_CACHE": str(tmp_path / "cache")}
+    process = subprocess.Popen([sys.executable, "-c", code], env=environment, stdout=subprocess.PIPE, text=True)
+    try:
+        output, _ = process.communicate(timeout=10)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        output, _ = process.communicate()
+    assert output.split() == ["refused", "refused"]  # a lock that was left behind would wait for ever

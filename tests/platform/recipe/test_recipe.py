@@ -1,0 +1,91 @@
+"""Recipes: every error at its path, every shipped file valid, nothing changed after reading."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from helpers import tiny_recipe
+from pydantic import ValidationError
+
+from patchloom.errors import UserError
+from patchloom.platform.recipe.run_recipe import SHIPPED, check_recipe, load_recipe, recipe_yaml
+from patchloom.platform.recipe.search import Search, load_search
+
+MINIMAL: dict[str, Any] = {"name": "x", "train": {"images": 100}}
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"patches": {"p": 1.4}}, "patches.p: 1.4 is not within 0 and 1"),
+        ({"patches": {"pp": 0.5}}, "patches.pp: unknown key; did you mean p?"),
+        ({"optimiser": {}}, "optimiser: unknown key; did you mean optimizer?"),
+        ({"ema": [{"halflife": 5}]}, "ema.0.halflife: unknown key; did you mean halflife_images?"),
+        ({"train": {}}, "train.images: is missing and has no default"),
+        ({"train": {"images": 0}}, "train.images: 0 is not above 0"),
+        ({"train": {"images": "many"}}, "train.images: 'many' is wrong"),
+        ({"train": {"images": 9, "batch_size": 12}}, "batch_size 12 is not a multiple of block_size 8"),
+        ({"model": {"network": "vit"}}, "model.network: 'vit' is not one of"),
+        ({"patches": {"sizes": []}}, "patches: p is 0.5 and there is no smaller size"),
+        ({"patches": {"sizes": [{"fraction": 1, "weight": 1, "batch_multiplier": 1}]}}, "fractions between 0 and 1"),
+    ],
+)
+def test_an_error_names_its_path(values: dict[str, Any], words: str) -> None:
+    with pytest.raises(UserError) as error:
+        check_recipe({**MINIMAL, **values})
+    assert words in str(error.value)
+
+
+def test_all_that_is_wrong_is_said_at_once() -> None:
+    with pytest.raises(UserError, match=r"patches\.p: .*; train\.block_size: "):
+        check_recipe({"name": "x", "patches": {"p": -1}, "train": {"images": 5, "block_size": 0}})
+
+
+def test_overrides_reach_into_lists_and_are_checked(tmp_path: Path) -> None:
+    (tmp_path / "r.yaml").write_text(recipe_yaml(tiny_recipe()))
+    recipe = load_recipe(tmp_path / "r.yaml", ["patches.p=0.25", "patches.sizes.1.batch_multiplier=8", "seed=7"])
+    assert (recipe.patches.p, recipe.patches.sizes[1].batch_multiplier, recipe.seed) == (0.25, 8, 7)
+    assert recipe.patches.sizes[0] == tiny_recipe().patches.sizes[0]
+    for override, words in (("seed", "no '='"), ("ema.5.halflife_images=1", "no position"), ("seed.a=1", "single")):
+        with pytest.raises(UserError, match=words):
+            load_recipe(tmp_path / "r.yaml", [override])
+
+
+def test_a_recipe_is_frozen_and_survives_yaml() -> None:
+    recipe = tiny_recipe()
+    with pytest.raises(ValidationError, match="frozen"):
+        recipe.seed = 4  # type: ignore[misc]
+    assert check_recipe(yaml.safe_load(recipe_yaml(recipe))) == recipe
+
+
+@pytest.mark.parametrize("path", sorted(SHIPPED.glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_shipped_file_is_valid(path: Path) -> None:
+    values = yaml.safe_load(path.read_text())
+    if "space" in values:
+        search, base = load_search(path.stem)
+        assert len(search.settings()) > 1
+        assert base.name
+    else:
+        assert load_recipe(path.stem).train.images > 0
+
+
+def test_a_search_is_the_product_of_its_grids() -> None:
+    search = Search.model_validate({
+        "name": "s", "recipe": "r", "budget": {"images": 5},
+        "space": {"patches.p": {"grid": [0.5, 1]}, "seed": {"grid": [1, 2]}},
+    })  # fmt: skip
+    assert search.settings() == [{"patches.p": p, "seed": seed} for p in (0.5, 1) for seed in (1, 2)]
+    with pytest.raises(ValidationError, match="exactly one of images, updates, flops, seconds, not 2"):
+        Search.model_validate({**search.model_dump(), "budget": {"images": 5, "updates": 5}})
+
+
+def test_what_is_no_recipe_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "list.yaml").write_text("- 1")
+    (tmp_path / "broken.yaml").write_text("a: [1")
+    with pytest.raises(UserError, match="holds no keys"):
+        load_recipe(tmp_path / "list.yaml")
+    with pytest.raises(UserError, match="is not YAML"):
+        load_recipe(tmp_path / "broken.yaml")
+    with pytest.raises(UserError, match=r"demo_latents\.yaml"):
+        load_recipe("nonesuch")

@@ -1,0 +1,136 @@
+"""Searches: every combination once, draws that are a function of the seed, conditions, and mistakes at their path."""
+
+import math
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from patchloom.errors import UserError
+from patchloom.platform.recipe.run_recipe import SHIPPED, with_values
+from patchloom.platform.recipe.search import SHARE, Search, load_search
+from patchloom.platform.recipe.sections import checked
+
+
+def search(**changes: Any) -> Search:
+    values = {"name": "s", "recipe": "r.yaml", "space": {"patches.p": {"grid": [0.5, 1.0]}}, "budget": {"updates": 5}}
+    return checked(Search, {**values, **changes})
+
+
+def test_a_grid_gives_every_combination_once_in_order() -> None:
+    space = {"patches.p": {"grid": [0.25, 0.5]}, "patches.draw": {"grid": ["shared", "stratified"]}}
+    assert [tuple(setting.values()) for setting in search(space=space).settings()] == [
+        (0.25, "shared"), (0.25, "stratified"), (0.5, "shared"), (0.5, "stratified"),
+    ]  # fmt: skip
+
+
+def test_a_key_that_hangs_on_another_is_there_only_with_it() -> None:
+    space = {
+        "patches.schedule": {"grid": ["stochastic", "progressive"]},
+        "patches.draw": {"grid": ["shared", "stratified"], "when": {"patches.schedule": "stochastic"}},
+        "patches.shares_of": {"grid": ["images"], "when": {"patches.schedule": ["progressive"]}},
+    }
+    assert [tuple(setting.values()) for setting in search(space=space).settings()] == [
+        ("stochastic", "shared"), ("stochastic", "stratified"), ("progressive", "images"),
+    ]  # fmt: skip
+
+
+def test_draws_are_a_function_of_the_seed_and_stay_in_their_range() -> None:
+    space = {
+        "patches.p": {"uniform": [0.1, 0.9]},
+        "optimizer.lr": {"loguniform": [1e-5, 1e-1]},
+        "model.blocks": {"randint": [1, 3]},
+        "loss.reduction": {"choice": ["mean", "sum"]},
+    }
+    found = search(space=space, trials=400, seed=4).settings()
+    assert found == search(space=space, trials=400, seed=4).settings() != search(space=space, trials=400).settings()
+    assert len(found) == 400 and all(0.1 <= setting["patches.p"] <= 0.9 for setting in found)
+    assert {setting["model.blocks"] for setting in found} == {1, 2, 3}
+    assert {setting["loss.reduction"] for setting in found} == {"mean", "sum"}
+    # uniform in the logarithm: a half lies below the geometric mean
+    below = sum(setting["optimizer.lr"] < 1e-3 for setting in found) / 400
+    assert abs(below - 0.5) < 4 * math.sqrt(0.25 / 400)
+    middle = sum(setting["patches.p"] for setting in found) / 400
+    assert abs(middle - 0.5) < 4 * 0.8 / math.sqrt(12 * 400)
+
+
+def test_a_draw_stands_beside_every_grid() -> None:
+    space = {"optimizer.lr": {"loguniform": [1e-5, 1e-1]}, "patches.p": {"grid": [0.5, 1.0]}}
+    found = search(space=space, trials=3).settings()
+    assert [setting["patches.p"] for setting in found] == [0.5, 1.0] * 3
+    assert found[0]["optimizer.lr"] == found[1]["optimizer.lr"] != found[2]["optimizer.lr"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"space": {"patches.p": {}}}, "space.patches.p: give exactly one of grid, choice"),
+        ({"space": {"patches.p": {"grid": [1], "choice": [1]}}}, "not 2"),
+        ({"space": {"patches.p": {"uniform": [0.9, 0.1]}}}, "put the lower end first"),
+        ({"space": {"optimizer.lr": {"loguniform": [0, 1]}}}, "0 is not above 0"),
+        ({"space": {"patches.p": {"grid": [1], "when": {"seed": 1}}}}, "seed does not stand before patches.p"),
+        ({"trials": 3}, "nothing is drawn"),
+        ({"budget": {}}, "exactly one of images, updates, flops, seconds, not 0"),
+        ({"budget": {"seconds": 3, "images": 4}}, "not 2"),
+        ({"of_budget": {"patches.p": 0.5}}, "of_budget.patches.p: is in the space or in set too"),
+        ({"of_budget": {"optimizer.lr_rampup_images": 1.5}}, "1.5 is not within 0 and 1"),
+        ({"repeat": 3}, "did you mean repeats?"),
+        ({"searcher": "tpe", "repeats": 2}, "tries settings once"),
+        ({"searcher": "tpe", "also": [{"seed": 1}]}, "finds its settings by itself"),
+        ({"searcher": "frontier", "scheduler": {"kind": "asha"}}, "a frontier has two"),
+        ({"space": {"budget.share": {"grid": [0.5, 1]}}, "scheduler": {"kind": "asha"}}, "equal shares of one budget"),
+        ({"metric": "final_distance"}, "add one, such as final:"),
+        ({"metric": "final_distance", "final": {}, "searcher": "tpe"}, "too late to steer"),
+        ({"scheduler": {"kind": "asha", "grace": 1.0}}, "scheduler.grace"),
+        ({"metric": "fid"}, "'fid' is not one of 'held_out_loss'"),
+    ],
+)
+def test_a_mistake_is_named_at_its_path(changes: dict[str, Any], words: str) -> None:
+    with pytest.raises(UserError) as refused:
+        search(**changes)
+    assert words in str(refused.value)
+
+
+def test_settings_beside_the_space_come_last_and_once() -> None:
+    also = [{"patches.p": 0.5, "patches.schedule": "progressive"}, {"patches.p": 0.5}]
+    assert search(also=also).settings() == [{"patches.p": 0.5}, {"patches.p": 1.0}, also[0]]
+
+
+class Chosen:
+    """An Optuna trial's questions, answered by the last choice and the upper ends."""
+
+    def suggest_categorical(self, _: str, choices: list[int]) -> int:
+        return choices[-1]
+
+    def suggest_float(self, _: str, low: float, high: float, log: bool) -> float:
+        return high if not log else low * high
+
+    def suggest_int(self, _: str, low: int, high: int) -> int:
+        return high
+
+
+def test_an_adviser_is_asked_for_every_kind_of_value_and_only_where_it_applies() -> None:
+    space = {
+        "patches.schedule": {"choice": ["stochastic", "progressive"]},
+        "patches.draw": {"grid": ["shared", "stratified"], "when": {"patches.schedule": "stochastic"}},
+        "patches.sizes": {"choice": [[], [{"fraction": 0.5}]]},
+        "patches.p": {"uniform": [0.1, 0.9]},
+        "optimizer.lr": {"loguniform": [2.0, 3.0]},
+        "model.blocks": {"randint": [1, 4]},
+    }
+    assert search(space=space, searcher="tpe", trials=5).suggested(Chosen()) == {
+        "patches.schedule": "progressive", "patches.sizes": [{"fraction": 0.5}], "patches.p": 0.9, "optimizer.lr": 6.0,
+        "model.blocks": 4,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("path", sorted(SHIPPED.glob("*_search*.yaml")), ids=lambda path: path.stem)
+def test_every_shipped_search_is_one(path: Path) -> None:
+    found, base = load_search(path.stem)
+    settings = found.settings() if not found.is_advised else [found.drawn(random.Random(n)) for n in range(20)]
+    assert len(settings) > 1
+    for setting in settings:
+        values = {key: value for key, value in setting.items() if key != SHARE}
+        recipe = with_values(base, {**found.set, **values, **dict.fromkeys(found.of_budget, 1)})
+        assert recipe != base
