@@ -1,22 +1,22 @@
-# Two commands do all their own set-up in .venv: `make demo` and `make test`.
+# `make demo` and `make test` set up .venv themselves.
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
-# of bench-gpu: any Python with torch will do; IMAGES is an .npz with `images`, FEATURES are Inception's weights
+# For bench-gpu: GPU_PYTHON is any Python with torch, IMAGES an .npz with `images`, FEATURES the weights of Inception.
 GPU_PYTHON ?= $(if $(wildcard $(READY)),$(BIN)/python,$(PYTHON))
 
 .PHONY: demo test test-all check bench bench-gpu schema clean
 
 demo: $(READY)
-	@echo "make demo: photographs in, a registered model and samples out (3 to 6 minutes on two cores)"
+	@echo "make demo: from photographs to a registered model and samples (3 to 6 minutes on two cores)"
 	@$(BIN)/patchloom demo --out demo
 
 test: $(READY)
-	@echo "make test: all tests but the expensive ones"
+	@echo "make test: all tests except the slow ones"
 	@$(BIN)/python -m pytest -q -m "not slow"
 
 test-all: $(READY)
-	@echo "make test-all: every test, the expensive ones too"
+	@echo "make test-all: all tests, including the slow ones"
 	@$(BIN)/python -m pytest -q
 
 check: $(READY)
@@ -26,11 +26,11 @@ check: $(READY)
 	@$(BIN)/mypy
 
 bench: $(READY)
-	@echo "make bench: every benchmark, beside its limit (most of an hour on two cores; patchloom benchmark --list)"
+	@echo "make bench: all benchmarks (most of an hour on two cores; patchloom benchmark --list shows them)"
 	@$(BIN)/patchloom benchmark --out benchmarks/results
 
 bench-gpu:
-	@echo "make bench-gpu: training on one GPU, within ten minutes; torch, numpy and safetensors are enough"
+	@echo "make bench-gpu: training on one GPU, within ten minutes; needs torch, numpy and safetensors"
 	@$(GPU_PYTHON) -m patchloom.benchmarks.gpu $(if $(IMAGES),--images $(IMAGES)) $(if $(FEATURES),--features $(FEATURES))
 
 schema: $(READY)
@@ -40,8 +40,8 @@ clean:
 	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache *.egg-info
 
 $(READY): pyproject.toml constraints.txt
-	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "Python 3.11 or newer is needed, and $(PYTHON) is " + sys.version.split()[0] + ": make PYTHON=python3.11 ...")'
-	@echo "setting up .venv (once; a few minutes, most of them for torch)"
+	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "$(PYTHON) is Python " + sys.version.split()[0] + ", and Patchloom needs 3.11 or newer: run make PYTHON=python3.11 ...")'
+	@echo "setting up .venv (once; a few minutes, mostly for torch)"
 	@$(PYTHON) -m venv .venv
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
 	@touch $(READY)
