@@ -28,7 +28,7 @@ def test_a_wheel_holds_every_room_and_runs_elsewhere(tmp_path: Path) -> None:
     for room in ("models", "platform", "pipelines", "tune_configs", "benchmarks"):
         files = [*(ROOT / room).rglob("*.py"), *(ROOT / room).glob("*.yaml"), *(ROOT / room).glob("*.json")]
         assert {f"patchloom/{path.relative_to(ROOT).as_posix()}" for path in files} <= names
-    assert "patchloom/platform/__init__.py" not in names
+    assert "patchloom/platform/__init__.py" not in names and "patchloom/py.typed" in names
     with zipfile.ZipFile(io.BytesIO(wheel_bytes())) as ours:  # what travels with a model is what a build makes
         assert set(ours.namelist()) == {name for name in names if not name.endswith("top_level.txt")}
         for name in ours.namelist():
@@ -53,6 +53,7 @@ def test_the_wheel_that_travels_with_a_model_is_the_code_and_vouches_for_it() ->
         names = set(archive.namelist())
         rows = list(csv.reader(archive.read("patchloom-0.1.0.dist-info/RECORD").decode().splitlines()))
         assert {row[0] for row in rows} == names
+        assert "patchloom/py.typed" in names
         for name, told, size in rows[:-1]:
             digest = base64.urlsafe_b64encode(hashlib.sha256(archive.read(name)).digest()).decode().rstrip("=")
             assert (told, int(size)) == (f"sha256={digest}", len(archive.read(name)))
