@@ -19,6 +19,22 @@ from PIL import Image
 CLASSES = ("chelsea", "coffee")
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Where tests run in two processes, those that need Ray share one of them, and a file stays in one process."""
+    for item in items:
+        needs_ray = item.get_closest_marker("ray") or "ray_cluster" in getattr(item, "fixturenames", ())
+        group = "ray" if needs_ray else item.path.name
+        item.add_marker(pytest.mark.xdist_group(group))
+
+
+@pytest.fixture(autouse=True)
+def shared_ray(request: pytest.FixtureRequest) -> None:
+    """Tests marked `ray` find one running session, which they share."""
+    if request.node.get_closest_marker("ray"):
+        request.getfixturevalue("ray_cluster")
+
+
 @pytest.fixture(scope="session", autouse=True)
 def one_thread() -> Iterator[None]:
     """Small networks gain nothing from more, and threads that wait for one another stand still on a busy machine."""
@@ -46,7 +62,7 @@ def mlflow_store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 @pytest.fixture(scope="session")
-def ray_cluster(mlflow_store: Path, cache: Path, s3: str) -> Iterator[None]:
+def ray_cluster(mlflow_store: Path, cache: Path, s3_environment: str) -> Iterator[None]:
     """One Ray session for every test that needs one; its workers find the tests' own networks by PYTHONPATH."""
     from patchloom.platform.compute.cluster import ray_session
 
@@ -56,26 +72,31 @@ def ray_cluster(mlflow_store: Path, cache: Path, s3: str) -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The address of a bucket on a real S3-compatible server (moto's, a process of its own), also for Ray's workers."""
+def s3_environment() -> Iterator[str]:
+    """The address of the tests' S3 server, known to every process that they start, Ray's workers too."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+        address = f"http://127.0.0.1:{probe.getsockname()[1]}"
+    keys = {"AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret", "AWS_DEFAULT_REGION": "us-east-1"}
+    with environment(AWS_ENDPOINT_URL=address, **keys):
+        yield address
+
+
+@pytest.fixture(scope="session")
+def s3(s3_environment: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A bucket on a real S3-compatible server (moto's, in a process of its own)."""
     log = (tmp_path_factory.mktemp("s3") / "server.log").open("w")
-    command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
+    command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", s3_environment.rpartition(":")[2]]
     server = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
-    address = f"http://127.0.0.1:{port}"
     for _ in range(300):
         try:
-            request = urllib.request.Request(f"{address}/patchloom", method="PUT")
+            request = urllib.request.Request(f"{s3_environment}/patchloom", method="PUT")
             urllib.request.urlopen(request, timeout=5).close()
             break
         except OSError:
             assert server.poll() is None
             time.sleep(0.1)
-    keys = {"AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret", "AWS_DEFAULT_REGION": "us-east-1"}
-    with environment(AWS_ENDPOINT_URL=address, **keys):
-        yield "s3://patchloom"
+    yield "s3://patchloom"
     server.terminate()
     server.wait()
 
@@ -96,12 +117,12 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def pixels(images: Path, ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def pixels(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The images as a prepared dataset."""
     from patchloom.pipelines.prepare import prepare
 
     folder = tmp_path_factory.mktemp("data") / "pixels"
-    prepare(str(images), str(folder), resolution=16, shard_rows=20, workers=2)
+    prepare(str(images), str(folder), resolution=16, shard_rows=20, workers=0)
     return folder
 
 

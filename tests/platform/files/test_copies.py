@@ -310,7 +310,7 @@ def test_a_watcher_gets_new_lines_in_the_same_file_and_pictures_before_them(
 FILLER = """
 import os, sys, time
 from pathlib import Path
-from patchloom.platform.files.copies import hold_copy
+from patchloom.platform.files.copies import cached_copy
 
 name, size, seconds = sys.argv[1], int(sys.argv[2]), float(sys.argv[3])
 
@@ -322,7 +322,7 @@ def fill(folder):
     time.sleep(seconds)
     (folder / "rest").write_bytes(bytes(size - size // 2))
 
-_, folder = hold_copy("kind", name, size, fill)
+_, folder = cached_copy("kind", name, size, fill)
 print("held", sum(path.stat().st_size for path in folder.iterdir()), flush=True)
 sys.stdin.read()
 """
