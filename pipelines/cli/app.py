@@ -6,7 +6,6 @@ import os
 import signal
 import sys
 import traceback
-from dataclasses import asdict
 from typing import Annotated, Any, NoReturn
 
 import typer
@@ -15,7 +14,8 @@ from patchloom import __version__
 from patchloom.errors import Stopped, UserError
 from patchloom.models.backbones import allow_backbones
 from patchloom.pipelines.cli.machine import benchmark, doctor
-from patchloom.pipelines.cli.models import Backbones, Json, Model, aside, models_app
+from patchloom.pipelines.cli.models import Backbones, Json, aside, models_app
+from patchloom.pipelines.cli.sample import sample
 
 app = typer.Typer(
     help="Patchloom trains image diffusion models on patches, on Ray, and keeps every run and model in MLflow.",
@@ -225,58 +225,6 @@ def tune(
     print(f"train the best at full length: patchloom train {result.folder / 'best.yaml'} --data {data} --out RUN")
 
 
-@app.command(epilog="Example: patchloom sample models:/patchloom-demo@champion samples --seeds 0-63")
-def sample(
-    model: Model,
-    out: Annotated[str, typer.Argument(help="The folder to write, here or at s3://, gs://, ...")],
-    seeds: Annotated[str, typer.Option(help="0-63, or 0,5,9, or a file of seeds")] = "0-63",
-    steps: Annotated[int, typer.Option(min=1, help="Noise levels; Heun takes 2 x steps - 1 evaluations")] = 18,
-    sampler: Annotated[str, typer.Option(help="heun, euler, ddim, ancestral, dpmpp-2m, dpmpp-2m-sde, plms")] = "heun",
-    ladder: Annotated[str, typer.Option(help="Noise levels: karras, vp, ve, linear, iddpm")] = "karras",
-    churn: Annotated[float, typer.Option(min=0, help="heun: EDM's S_churn, noise added over all steps")] = 0.0,
-    churn_between: Annotated[str | None, typer.Option(metavar="LOW-HIGH", help="Noise levels that churn")] = None,
-    churn_noise: Annotated[float, typer.Option(min=0, help="EDM's S_noise, such as 1.003")] = 1.0,
-    guidance: Annotated[float, typer.Option(help="Classifier-free guidance; 1 is none")] = 1.0,
-    guidance_between: Annotated[str | None, typer.Option(metavar="LOW-HIGH", help="Noise levels it acts at")] = None,
-    label: Annotated[str | None, typer.Option(help="A class by name or number; all in turn by default")] = None,
-    labels: Annotated[
-        str | None, typer.Option(help="The class of each seed: .csv, .jsonl or .parquet of seed and label, or .txt")
-    ] = None,
-    size: Annotated[str | None, typer.Option(metavar="HxW", help="Pixels; the trained size by default")] = None,
-    canvas: Annotated[str, typer.Option(help="Other sizes: rescale (again -1..1) or extrapolate (beyond)")] = "rescale",
-    outpaint: Annotated[
-        str | None, typer.Option(metavar="IMAGE", help="Stays in the middle of a larger --size, which is sampled")
-    ] = None,
-    format_: Annotated[str, typer.Option("--format", help="png, zip, webdataset, parquet or npz")] = "png",
-    shard_size: Annotated[
-        int | None, typer.Option(min=1, help="Images an archive (1000), and what a worker makes at a time")
-    ] = None,
-    batch: Annotated[int, typer.Option(min=1, help="Images a compute batch; bytes depend on it")] = 8,
-    as_json: Json = False,
-    allow_backbone: Backbones = None,
-    workers: Annotated[
-        int | None,
-        typer.Option(min=0, help="Processes at once; all CPUs or GPUs by default; 0 is this one, without Ray"),
-    ] = None,
-) -> None:
-    """Sample images in batches."""
-    from patchloom.pipelines.sample.sampling import parse_levels, parse_size
-    from patchloom.pipelines.sample.sampling import sample as run
-
-    allow_backbones(*allow_backbone or [])
-    with aside(as_json):
-        result = run(
-            model, out, seeds, steps=steps, sampler=sampler, ladder=ladder, churn=churn,
-            churn_between=parse_levels(churn_between, "--churn-between") if churn_between else None,
-            churn_noise=churn_noise, guidance=guidance,
-            guidance_between=parse_levels(guidance_between, "--guidance-between") if guidance_between else None,
-            label=label, labels=labels, size=parse_size(size) if size else None, canvas=canvas, outpaint=outpaint,
-            format=format_, shard_size=shard_size, batch=batch, workers=workers,
-        )  # fmt: skip
-    if as_json:
-        print(json.dumps(asdict(result)))
-
-
 @app.command(epilog="Example: patchloom evaluate samples --reference dataset")
 def evaluate(
     samples: Annotated[str, typer.Argument(help="A folder of `patchloom sample` or of PNG files, .npz, or a dataset")],
@@ -318,6 +266,7 @@ def report(
     print(f"open {run(folder, out)}")
 
 
+app.command(epilog="Example: patchloom sample models:/patchloom-demo@champion samples --seeds 0-63")(sample)
 app.command(epilog="Example: patchloom benchmark train.sizes sample --json")(benchmark)
 app.command()(doctor)
 
