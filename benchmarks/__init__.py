@@ -1,1 +1,1 @@
-"""Benchmarks: how fast the platform is, each number beside its limit and beside what others do."""
+"""Benchmarks: training, sampling, data and commands, compared with plain loops, other packages and limits."""

@@ -1,22 +1,22 @@
-"""One GPU, ten minutes, no network: the paper's settings in the precisions that people use, and quality at equal time.
+"""GPU benchmark: the paper's networks in several precisions on one GPU, and quality at equal time, within ten minutes.
 
-It needs torch, numpy and safetensors, and no installation: `make bench-gpu`, or from a checkout
+It needs torch, numpy and safetensors, no installation and no network access: `make bench-gpu`, or from a checkout
 
     python -m patchloom.benchmarks.gpu [--images cifar.npz] [--features inception.safetensors] [--out FOLDER]
 
-DDPM++ on 64 x 64 pixels: what the platform does on a GPU beside plain float32 without TF32, as the released code
-trains on pixels. ADM on latents of 32: beside half precision without compilation, as it trains on latents. With images
-(`images`, N x H x W x 3 uint8), the same few minutes of training at p = .25, .5 and 1 and the Fréchet distance of
-samples over them. What does not fit into the time is left out with a word.
+DDPM++ on 64 x 64 pixels is compared with plain float32 without TF32, as the released code trains on pixels. ADM on
+latents of 32 is compared with half precision without compilation, as the released code trains on latents. With
+`--images` (`images`, N x H x W x 3 uint8), it also trains for some minutes at p = .25, .5 and 1 and measures the
+Fréchet distance of samples over time. Measurements that do not fit into the time are skipped with a message.
 """
 
 import argparse
-import json
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +24,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from patchloom.benchmarks.findings import TINY, Finding, Scale, exactly, table
+from patchloom.benchmarks.findings import TINY, Finding, Scale, exact, findings_table
+from patchloom.benchmarks.interleaved import interleave, now
 from patchloom.benchmarks.limits import convolution_flops
 from patchloom.benchmarks.machine import describe_machine
-from patchloom.benchmarks.paired import in_turns, now
 from patchloom.benchmarks.plain import PlainDenoiser, PlainTraining, PlainUNet
+from patchloom.benchmarks.result_file import GpuResults, QualityPoint
 from patchloom.benchmarks.setups import Trainer, adm_config, only, representative_steps, song_config, step_settings
 from patchloom.errors import UserError
 from patchloom.models.checkpoints import Model
@@ -42,28 +43,27 @@ from patchloom.models.step import HALF_PRECISIONS, Rows, set_rounding, training_
 from patchloom.models.step_plan import StepSettings, plan_step
 from patchloom.platform.files.storage import make_folder, write_atomic
 
-RESULTS_FORMAT = 1
 PIXEL = Scale(rounds=3, width=128, side=64, batch=64)
 LATENT = Scale(rounds=3, width=192, side=32, batch=64, blocks=3)
 WANTED_SPEED, WANTED_GAIN = 5.0, 2.4
-MIXED_STEPS = 10  # Eq. 5's shares at p = .5 exactly
-PLAIN = "a plain loop, fp32 without TF32"
+MIXED_STEPS = 10  # exactly the shares of Eq. 5 at p = .5
+PLAIN = "plain loop, fp32 without TF32"
 RATIOS = (0.25, 0.5, 1.0)
-LOOKS = 4  # at a run's quality, evenly spaced
-SAMPLES, SAMPLED_AT_ONCE, SAMPLER_STEPS = 2_000, 250, 18
-COMPILING_S = 100.0  # what a graph of a large network may take
+CURVE_POINTS = 4  # per quality curve, at equal intervals
+SAMPLES, SAMPLE_BATCH, SAMPLER_STEPS = 2_000, 250, 18
+COMPILE_S = 100.0  # expected for one graph of a large network
 
 Say = Callable[[str], None]
 
 
 def say(text: str) -> None:
-    """One line to the person watching; `rich` may not be here."""
+    """Print one line to stderr; `rich` may not be installed."""
     print(text, file=sys.stderr, flush=True)
 
 
 @dataclass(frozen=True)
 class Variant:
-    """How a step computes."""
+    """How a step computes: precision, layout and compilation."""
 
     name: str
     precision: str = "fp32"
@@ -71,13 +71,13 @@ class Variant:
     compiled: bool = False
 
     def on(self, device: torch.device) -> "Variant":
-        """What this device can do of it: a CPU, which only tries things out, computes in float32 as it is."""
+        """The variant that this device supports: on a CPU, float32 without compilation."""
         return self if device.type == "cuda" else replace(self, precision="fp32", compiled=False)
 
-    def trainer(self, config: dict[str, Any], method: StepSettings, device: torch.device) -> Trainer:
-        """A run that computes so."""
+    def trainer(self, config: dict[str, Any], settings: StepSettings, device: torch.device) -> Trainer:
+        """A trainer with this variant."""
         return Trainer(
-            config, replace(method, precision=self.precision), device,
+            config, replace(settings, precision=self.precision), device,
             channels_last=self.channels_last, compiled=self.compiled,
         )  # fmt: skip
 
@@ -91,116 +91,127 @@ LATENT_VARIANTS = (Variant("fp16", "fp16"), Variant("bf16", "bf16"), FASTEST)
 
 
 @dataclass
-class Session:
-    """What is measured where, until when, and what was found."""
+class GpuSession:
+    """The device, the deadline and the findings of one call."""
 
     device: torch.device
     deadline: float
     is_tiny: bool
     findings: dict[str, list[Finding]] = field(default_factory=dict)
-    curves: dict[str, list[dict[str, float]]] = field(default_factory=dict)
+    curves: dict[str, list[QualityPoint]] = field(default_factory=dict)
 
     @property
     def seconds_left(self) -> float:
-        """Until the time is up."""
+        """Seconds until the deadline."""
         return self.deadline - time.monotonic()
 
     def has_time(self, what: str, seconds: float) -> bool:
-        """Whether there is time for something; says so where there is none."""
+        """Whether there is time for a measurement; prints a message if not."""
         if self.is_tiny or self.seconds_left > seconds:
             return True
-        say(f"  {what} left out: {max(0.0, self.seconds_left):.0f} s are left, and it may take {seconds:.0f} s")
+        say(f"  {what} skipped: it takes about {seconds:.0f} s, and {max(0.0, self.seconds_left):.0f} s are left")
         return False
 
     def keep(self, name: str, findings: list[Finding]) -> None:
-        """Note what was found, and show it."""
+        """Record findings and print them."""
         self.findings[name] = findings
-        say(f"\n{name}\n{table(findings)}")
+        say(f"\n{name}\n{findings_table(findings)}")
 
 
 def speeds(
-    session: Session, name: str, config: dict[str, Any], scale: Scale, variants: tuple[Variant, ...],
+    session: GpuSession, name: str, config: dict[str, Any], scale: Scale, variants: tuple[Variant, ...],
     plain: PlainTraining | None = None,
 ) -> None:  # fmt: skip
-    """Full-size steps of each variant in turns, over a plain loop or the first of them; FLOPs used; peak memory."""
-    method = step_settings(scale)
-    plan = plan_step(method, 0, 0)
-    trainers: dict[str, Trainer] = {}
-    memory: dict[str, float] = {}
-    for variant in variants:
-        if variant.compiled and not session.has_time(f"{name}: {variant.name}", COMPILING_S):
-            continue
-        say(f"  {name}: {variant.name}" + (" (compiling)" if variant.compiled else ""))
-        reset_memory(session.device)
-        trainer = variant.on(session.device).trainer(config, method, session.device)
-        set_rounding(trainer.method.precision)
-        trainer.steps([plan])
-        trainers[variant.name], memory[variant.name] = trainer, peak_memory(session.device)
+    """Full-size steps of each variant, interleaved, compared with a plain loop or the first variant."""
+    trainers, memory = _start_variants(session, name, config, scale, variants)
+    plan = plan_step(step_settings(scale), 0, 0)
+    noise = next(iter(trainers.values()))
 
-    def steps_of(trainer: Trainer) -> Callable[[], int]:
-        def steps() -> int:
-            set_rounding(trainer.method.precision)
-            return trainer.steps([plan, plan])
+    def steps_of(trainer: Trainer) -> int:
+        set_rounding(trainer.settings.precision)
+        return trainer.steps([plan, plan])
 
-        return steps
-
-    def plainly() -> int:
-        assert plain is not None
+    def plain_steps(training: PlainTraining) -> int:
         set_rounding("fp32")
         for _ in range(2):
-            plain.step(next(iter(trainers.values())).rows(scale.batch).image, scale.side)
+            training.step(noise.rows(scale.batch).image, scale.side)
         return 2 * scale.batch
 
-    ways = {variant: steps_of(trainer) for variant, trainer in trainers.items()}
-    ways |= {PLAIN: plainly} if plain is not None else {}
-    turns = in_turns(ways, scale.rounds, 1)
-    first, flops = PLAIN if plain is not None else variants[0].name, training_flops(config, scale.side)
-    found = [] if plain is None else [Finding(PLAIN, turns.rate(PLAIN), "images/s")]
-    for variant in variants:
-        if variant.name in ways:
-            rate = turns.rate(variant.name)
-            precision = variant.on(session.device).precision
-            used, peak, source = utilisation(session.device, precision, rate.median * flops)
-            found.append(Finding(variant.name, rate, "images/s", peak / flops, source))
-            found.append(Finding("  FLOPs used", exactly(100 * used), "%"))
-            found.append(Finding("  memory at the peak", exactly(memory[variant.name]), "GiB"))
-    for variant in variants:
-        if variant.name in ways and variant.name != first:
+    alternatives = {name: partial(steps_of, trainer) for name, trainer in trainers.items()}
+    if plain is not None:
+        alternatives[PLAIN] = partial(plain_steps, plain)
+    timings = interleave(alternatives, scale.rounds, 1)
+    flops = training_flops(config, scale.side)
+    found = [] if plain is None else [Finding(PLAIN, timings.rate(PLAIN), "images/s")]
+    measured = [variant for variant in variants if variant.name in trainers]
+    for variant in measured:
+        rate, precision = timings.rate(variant.name), variant.on(session.device).precision
+        used, peak, source = utilisation(session.device, precision, rate.median * flops)
+        found.append(Finding(variant.name, rate, "images/s", peak / flops, source))
+        found.append(Finding("  share of peak FLOPs", exact(100 * used), "%"))
+        found.append(Finding("  peak memory", exact(memory[variant.name]), "GiB"))
+    first = PLAIN if plain is not None else variants[0].name
+    for variant in measured:
+        if variant.name != first:
             wanted = WANTED_SPEED if variant == FASTEST and plain is not None else None
-            found.append(Finding(f"{variant.name} over {first}", turns.ratio(variant.name, first), "x", wanted=wanted))
+            ratio = timings.ratio(variant.name, first)
+            found.append(Finding(f"{variant.name} over {first}", ratio, "x", wanted=wanted))
     session.keep(f"{name}, full size, batch {scale.batch}", found)
 
 
-def patch_gain(session: Session, name: str, config: dict[str, Any], scale: Scale, variant: Variant) -> None:
-    """Counted images a second of p = .5 over p = 1, and of each size alone."""
+def _start_variants(
+    session: GpuSession, name: str, config: dict[str, Any], scale: Scale, variants: tuple[Variant, ...]
+) -> tuple[dict[str, Trainer], dict[str, float]]:
+    """Trainers after their first step, and their peak memory in GiB, by variant."""
+    settings = step_settings(scale)
+    plan = plan_step(settings, 0, 0)
+    trainers: dict[str, Trainer] = {}
+    memory: dict[str, float] = {}
+    for variant in variants:
+        if variant.compiled and not session.has_time(f"{name}: {variant.name}", COMPILE_S):
+            continue
+        say(f"  {name}: {variant.name}" + (" (compiling)" if variant.compiled else ""))
+        reset_memory(session.device)
+        trainer = variant.on(session.device).trainer(config, settings, session.device)
+        set_rounding(trainer.settings.precision)
+        trainer.steps([plan])
+        trainers[variant.name], memory[variant.name] = trainer, peak_memory(session.device)
+    return trainers, memory
+
+
+def patch_gain(session: GpuSession, name: str, config: dict[str, Any], scale: Scale, variant: Variant) -> None:
+    """Counted images per second of each patch size and of p = .5, and the gain over p = 1."""
     mixed, full = step_settings(scale, 0.5), step_settings(scale, 1.0)
     sizes = mixed.schedule.sizes
-    if not session.has_time(f"{name}: p = 0.5", 30 + (COMPILING_S * len(sizes) if variant.compiled else 0)):
+    if not session.has_time(f"{name}: p = 0.5", 30 + (COMPILE_S * len(sizes) if variant.compiled else 0)):
         return
     variant = variant.on(session.device)
     set_rounding(variant.precision)
     trainer = variant.trainer(config, mixed, session.device)
 
-    def steps_of(method: StepSettings, steps: int) -> Callable[[], int]:
-        method = replace(method, precision=variant.precision)
-        plans = representative_steps(method, steps)
-        return lambda: trainer.steps(plans, method)
+    def steps_of(settings: StepSettings, steps: int) -> Callable[[], int]:
+        settings = replace(settings, precision=variant.precision)
+        plans = representative_steps(settings, steps)
+        return lambda: trainer.steps(plans, settings)
 
-    ways = {f"crops of {size.pixels}": steps_of(only(mixed, size.pixels), 2) for size in sizes}
-    ways |= {"p = 0.5": steps_of(mixed, MIXED_STEPS), "p = 1": steps_of(only(full, scale.side), MIXED_STEPS // 2)}
-    turns = in_turns(ways, scale.rounds, 1)
-    gain = turns.ratio("p = 0.5", "p = 1")
+    alternatives = {f"crops of {size.pixels}": steps_of(only(mixed, size.pixels), 2) for size in sizes}
+    alternatives |= {
+        "p = 0.5": steps_of(mixed, MIXED_STEPS),
+        "p = 1": steps_of(only(full, scale.side), MIXED_STEPS // 2),
+    }
+    timings = interleave(alternatives, scale.rounds, 1)
+    gain = timings.ratio("p = 0.5", "p = 1")
     limit = estimated_gain(mixed, {size.pixels: float(size.pixels**2) for size in sizes}, 1)
-    mean = mixed.schedule.mean_multiplier
-    session.keep(f"{name}: what patches gain ({variant.name})", [
-        *(Finding(way, turns.rate(way), "counted images/s") for way in ways),
-        Finding("p = 0.5 over p = 1", gain, "x a counted image", limit.per_image, "cost as pixels", WANTED_GAIN),
-        Finding("p = 0.5 over p = 1", exactly(gain.median / mean), "x an update", limit.per_update, "cost as pixels"),
+    mean, why = mixed.schedule.mean_multiplier, "cost proportional to pixels"
+    session.keep(f"{name}: gain of patches ({variant.name})", [
+        *(Finding(way, timings.rate(way), "counted images/s") for way in alternatives),
+        Finding("p = 0.5 over p = 1", gain, "x per counted image", limit.per_image, why, WANTED_GAIN),
+        Finding("p = 0.5 over p = 1", exact(gain.median / mean), "x per update", limit.per_update, why),
     ])  # fmt: skip
 
 
-def quality(session: Session, images: np.ndarray, features: Features, seconds: float) -> None:
-    """Train at each p for the same seconds; the Fréchet distance of samples over that time, sampling not counted."""
+def quality(session: GpuSession, images: np.ndarray, features: Features, seconds: float) -> None:
+    """Train at each p for the same seconds, not counting sampling, and measure the Fréchet distance of samples."""
     pixels = torch.from_numpy(images).permute(0, 3, 1, 2).contiguous().to(session.device)
     side, samples = pixels.shape[-1], 64 if session.is_tiny else SAMPLES
     say(f"  features of {len(pixels):,} images")
@@ -211,86 +222,84 @@ def quality(session: Session, images: np.ndarray, features: Features, seconds: f
     found = []
     for p in RATIOS:
         precision = FASTEST.on(session.device).precision
-        method = step_settings(scale, p, precision=precision, block_size=8, lr=1e-3, lr_rampup_images=20_000)
+        settings = step_settings(scale, p, precision=precision, block_size=8, lr=1e-3, lr_rampup_images=20_000)
         config = song_config(side, scale.width, scale.blocks)
-        trainer = Trainer(config, method, session.device, ema_halflife_images=50_000)
+        trainer = Trainer(config, settings, session.device, ema_halflife_images=50_000)
         curve = quality_curve(trainer, pixels, features, reference, seconds, samples)
         session.curves[f"p = {p:g}"] = curve
         last = curve[-1]
-        found.append(
-            Finding(f"p = {p:g}, after {seconds:.0f} s", exactly(last["distance"]), features.name, is_cost=True)
-        )
-        found.append(Finding("  counted images", exactly(last["images_seen"]), "images"))
-        found.append(Finding("  updates", exactly(last["updates"]), "updates"))
-    ceiling = frechet_distance(*(reference[half::2] for half in (0, 1)))
-    found.append(Finding("one half of the images to the other", exactly(ceiling), features.name, is_cost=True))
+        found.append(Finding(f"p = {p:g}, after {seconds:.0f} s", exact(last.distance), features.name, is_cost=True))
+        found.append(Finding("  counted images", exact(last.images_seen), "images"))
+        found.append(Finding("  updates", exact(last.updates), "updates"))
+    half_distance = frechet_distance(*(reference[half::2] for half in (0, 1)))
+    found.append(Finding("between two halves of the images", exact(half_distance), features.name, is_cost=True))
     session.keep(f"Fréchet distance of {samples:,} samples at equal time", found)
 
 
 def quality_curve(
     trainer: Trainer, pixels: Tensor, features: Features, reference: Tensor, seconds: float, samples: int
-) -> list[dict[str, float]]:
-    """Train for so many seconds, and look at samples of the average `LOOKS` times."""
-    set_rounding(trainer.method.precision)
-    order, state, method = RowOrder(len(pixels), 0), trainer.state, trainer.method
+) -> list[QualityPoint]:
+    """Train for some seconds and measure samples of the averaged weights `CURVE_POINTS` times."""
+    set_rounding(trainer.settings.precision)
+    order, state, settings = RowOrder(len(pixels), 0), trainer.state, trainer.settings
     labels = torch.full((len(pixels),), -1, device=trainer.device)
-    curve: list[dict[str, float]] = []
-    spent, began = 0.0, now()
-    for look in range(1, LOOKS + 1):
-        while spent + now() - began < seconds * look / LOOKS:
-            plan = plan_step(method, state.step, state.images_seen)
+    curve: list[QualityPoint] = []
+    spent, start = 0.0, now()
+    for point in range(1, CURVE_POINTS + 1):
+        while spent + now() - start < seconds * point / CURVE_POINTS:
+            plan = plan_step(settings, state.step, state.images_seen)
             work = []
             for group in plan.share():
                 rows = torch.tensor([order[crop] for crop in group.crops], device=trainer.device)
                 work.append((group, Rows(pixels[rows], labels[rows])))
-            training_step(state, method, plan, work, trainer.space, lambda _: None)
-        spent, average = spent + now() - began, state.emas[0].module
+            training_step(state, settings, plan, work, trainer.normalisation, lambda _: None)
+        spent, average = spent + now() - start, state.emas[0].module
         distance = frechet_distance(features_of(features, sampled(average, trainer, samples)), reference)
-        curve.append({"seconds": spent, "distance": distance, "updates": state.step, "images_seen": state.images_seen})
-        say(f"  p = {method.schedule.sizes[0].probability:g}, {spent:.0f} s, {state.step:,} updates: {distance:.3g}")
-        began = now()
+        curve.append(QualityPoint(spent, distance, state.step, state.images_seen))
+        say(f"  p = {settings.schedule.sizes[0].probability:g}, {spent:.0f} s, {state.step:,} updates: {distance:.3g}")
+        start = now()
     return curve
 
 
 def sampled(average: Any, trainer: Trainer, count: int) -> Tensor:
-    """(count, 3, R, R) uint8 samples of the averaged weights, of the seeds 0, 1, ..."""
-    model = Model(average, trainer.space, None, {})
+    """(count, 3, R, R) uint8 samples of the averaged weights, for the seeds 0, 1, ..."""
+    model = Model(average, trainer.normalisation, None, {})
     batches = []
-    for first in range(0, count, SAMPLED_AT_ONCE):
-        seeds = list(range(first, min(first + SAMPLED_AT_ONCE, count)))
+    for first in range(0, count, SAMPLE_BATCH):
+        seeds = list(range(first, min(first + SAMPLE_BATCH, count)))
         batches.append(generate(model, seeds, [-1] * len(seeds), Sampling(steps=SAMPLER_STEPS)))
     return torch.cat(batches)
 
 
 @torch.no_grad()
 def features_of(features: Features, images: Tensor) -> Tensor:
-    """(N, d) features of uint8 images, a batch at a time."""
-    batches = [features(images[first : first + SAMPLED_AT_ONCE])[POOL].cpu() for first in
-               range(0, len(images), SAMPLED_AT_ONCE)]  # fmt: skip
+    """(N, d) features of uint8 images, computed in batches."""
+    batches = [features(images[first : first + SAMPLE_BATCH])[POOL].cpu() for first in
+               range(0, len(images), SAMPLE_BATCH)]  # fmt: skip
     return torch.cat(batches)
 
 
 def utilisation(device: torch.device, precision: str, flops_per_second: float) -> tuple[float, float, str]:
-    """The share of the most FLOP/s of this precision that is used, that most, and where it is from."""
+    """The utilisation of peak FLOP/s in this precision, the peak, and the source of the peak."""
     set_rounding(precision)
     peak, source = peak_flops(device, HALF_PRECISIONS.get(precision, torch.float32))
-    return flops_per_second / peak, peak, f"all FLOPs, {source}"
+    return flops_per_second / peak, peak, f"peak FLOPs, {source}"
 
 
 def reset_memory(device: torch.device) -> None:
-    """Begin to watch for a new peak."""
+    """Reset the measurement of peak memory."""
     if device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
 
 
 def peak_memory(device: torch.device) -> float:
-    """GiB that tensors held at most; what earlier variants still hold is among them."""
+    """Peak GiB of tensors, including those of earlier variants that are still in memory."""
     return torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else 0.0
 
 
-def limits(session: Session) -> None:
-    """What the device can do at best."""
+def limits(session: GpuSession) -> None:
+    """Measure the fastest convolutions of the device."""
     found = []
     for precision in ("fp32", "tf32", "bf16") if session.device.type == "cuda" else ("fp32",):
         set_rounding(precision)
@@ -298,15 +307,15 @@ def limits(session: Session) -> None:
         measured = convolution_flops(session.device, dtype) / 1e12
         peak, source = peak_flops(session.device, dtype)
         name = f"fastest 3x3 convolution, {precision}"
-        found.append(Finding(name, exactly(measured), "TFLOP/s", peak / 1e12, source))
+        found.append(Finding(name, exact(measured), "TFLOP/s", peak / 1e12, source))
     session.keep("limits", found)
 
 
 def measure(
     device: torch.device, minutes: float, images: np.ndarray | None, features: Features, is_tiny: bool
-) -> dict[str, Any]:
-    """Everything that fits into these minutes, the most important first; gives the record."""
-    session = Session(device, time.monotonic() + 60 * minutes, is_tiny)
+) -> GpuResults:
+    """Run the measurements that fit into these minutes, the most important first."""
+    session = GpuSession(device, time.monotonic() + 60 * minutes, is_tiny)
     pixel, latent = (replace(TINY, rounds=1), replace(TINY, rounds=1)) if is_tiny else (PIXEL, LATENT)
     song = song_config(pixel.side, pixel.width, pixel.blocks, dropout=0.05)
     adm = adm_config(latent.side, 32, 1) if is_tiny else adm_config(latent.side)
@@ -316,37 +325,37 @@ def measure(
     patch_gain(session, f"DDPM++ on {pixel.side} pixels", song, pixel, Variant("bf16, channels last", "bf16", True))
     speeds(session, f"ADM on latents of {latent.side}", adm, latent, LATENT_VARIANTS)
     if images is None:
-        say("  quality at equal time left out: give --images FILE.npz")
+        say("  quality at equal time skipped: pass --images FILE.npz")
     elif session.has_time("quality at equal time", 150):
         quality(session, images, features, 0.5 if is_tiny else min(100.0, (session.seconds_left - 60) / len(RATIOS)))
     if not is_tiny:
         patch_gain(session, f"DDPM++ on {pixel.side} pixels, compiled", song, pixel, FASTEST)
-    return {
-        "format_version": RESULTS_FORMAT, "benchmark": "gpu", "date": datetime.now(UTC).strftime("%Y-%m-%d"),
-        "machine": describe_machine(),
-        "subjects": {name: [found.describe() for found in each] for name, each in session.findings.items()},
-        "curves": session.curves, "scales": {"pixel": asdict(pixel), "latent": asdict(latent)},
-    }  # fmt: skip
+    return GpuResults(
+        datetime.now(UTC).strftime("%Y-%m-%d"), describe_machine(), session.findings, session.curves,
+        {"pixel": pixel, "latent": latent},
+    )  # fmt: skip
 
 
 def main() -> int:
-    """Parse, measure, keep; exit code 2 where there is no GPU."""
+    """Parse the options, measure and write the result file. Returns the exit code, 2 without a GPU."""
     parser = argparse.ArgumentParser("patchloom.benchmarks.gpu", description=__doc__.splitlines()[0])
-    parser.add_argument("--images", type=Path, help=".npz with `images` (N, H, W, 3) uint8")
-    parser.add_argument("--features", type=Path, help="Inception's weights; colours of tiles without")
-    parser.add_argument("--minutes", type=float, default=9.0)
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
-    parser.add_argument("--tiny", action="store_true", help="on any device: shows that everything runs")
+    parser.add_argument("--images", type=Path, help="a .npz file with `images` (N, H, W, 3) uint8")
+    parser.add_argument("--features", type=Path, help="weights of Inception; default: colours of tiles")
+    parser.add_argument("--minutes", type=float, default=9.0, help="time limit")
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"), help="folder for the result file")
+    parser.add_argument(
+        "--tiny", action="store_true", help="smallest sizes on any device, only to check that everything runs"
+    )
     options = parser.parse_args()
     if not torch.cuda.is_available() and not options.tiny:
         print(
-            "patchloom: torch sees no CUDA device here: run this on a machine with a GPU, or with --tiny",
+            "patchloom: torch finds no CUDA device: run this on a machine with a GPU, or pass --tiny",
             file=sys.stderr,
         )
         return 2
     for path in (options.images, options.features):
         if path is not None and not path.is_file():
-            print(f"patchloom: {path} is no file: give another, or none", file=sys.stderr)
+            print(f"patchloom: {path} is not a file: pass another file, or none", file=sys.stderr)
             return 2
     try:
         make_folder(options.out)
@@ -356,23 +365,23 @@ def main() -> int:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     features = features_of_file(options.features, device) if options.features else ColourFeatures()
     images = np.load(options.images)["images"] if options.images else None
-    record = measure(device, options.minutes, images, features, options.tiny)
-    path = options.out / f"gpu-{record['date']}.json"
-    write_atomic(path, json.dumps(record, indent=2) + "\n")
-    say(f"\nkept as {path}")
+    results = measure(device, options.minutes, images, features, options.tiny)
+    path = options.out / f"gpu-{results.date}.json"
+    write_atomic(path, results.to_json() + "\n")
+    say(f"\nresults: {path}")
     draw(path)
     return 0
 
 
 def draw(path: Path) -> None:
-    """Plots beside the record, where matplotlib is."""
+    """Plot the result file if matplotlib is installed."""
     try:
-        from patchloom.benchmarks.plots import plot_record
+        from patchloom.benchmarks.plots import plot_results
     except ImportError:
-        say(f"no plots: matplotlib is not here; elsewhere, python -m patchloom.benchmarks.plots {path} draws them")
+        say(f"no plots: matplotlib is not installed; python -m patchloom.benchmarks.plots {path} draws them elsewhere")
         return
-    for plot in plot_record(path):
-        say(f"look at it: {plot}")
+    for plot in plot_results(path):
+        say(f"plot: {plot}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Latents: training on latents that were encoded once beside encoding the images of every step, as others do."""
+"""Latent benchmarks: training on stored latents, compared with encoding the images in every step."""
 
 from collections.abc import Callable
 from functools import partial
@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from patchloom.benchmarks.findings import TINY, Finding, Say, Scale, exactly
-from patchloom.benchmarks.paired import Spread, Turns, in_turns
+from patchloom.benchmarks.findings import TINY, Finding, Say, Scale, exact
+from patchloom.benchmarks.interleaved import Spread, Timings, interleave
 from patchloom.benchmarks.setups import Trainer, adm_config, only, step_settings
 from patchloom.models.flops import training_flops
 from patchloom.models.patches import PatchSchedule, patch_schedule
@@ -21,82 +21,84 @@ WANTED = 2.0
 
 
 def precomputed(scale: Scale, say: Say) -> list[Finding]:
-    """Counted images a second at p = .5 on stored latents, over those of a loop that encodes each crop's image first.
+    """The gain of stored latents at p = .5 over a loop that encodes the image of each crop first.
 
-    ADM at latents of 32 (the paper's) and an autoencoder of Stable Diffusion's shape on 256 x 256 images, in
-    float32 as the released code has it. A step of each size and an encoding take turns; p = .5 is Eq. 5's
-    mean of them, an encoding added for each crop.
+    The network is ADM on latents of 32 (as in the paper), and the autoencoder has the shape of Stable Diffusion's, on
+    256 x 256 images in float32 as in the released code. A step of each size and an encoding are measured, interleaved.
+    The times at p = .5 are the mean of Eq. 5, with one encoding added per crop.
     """
     is_tiny = scale == TINY
     side = 8 if is_tiny else LATENT_SIDE
     config = adm_config(side, 32, 1) if is_tiny else adm_config(side)
     small = Scale(side=side, batch=BATCH)
-    method = step_settings(small, P)
-    trainer, encode = Trainer(config, method), _autoencoder(is_tiny)
+    settings = step_settings(small, P)
+    trainer, encode = Trainer(config, settings), _autoencoder(is_tiny)
     image = side * DOWNSCALE
     images = torch.rand(BATCH, 3, image, image) * 2 - 1
 
-    def encoded() -> int:
+    def encode_batch() -> int:
         encode(images)
         return BATCH
 
-    ways: dict[str, Callable[[], int]] = {"encoding": encoded}
-    for size in method.schedule.sizes:
-        ways[str(size.pixels)] = partial(_latent_step, trainer, only(method, size.pixels))
-    turns = in_turns(ways, 1 if is_tiny else max(3, scale.rounds - 2), 1, say)
-    flops = {size.pixels: float(training_flops(config, size.pixels)) for size in method.schedule.sizes}
+    alternatives: dict[str, Callable[[], int]] = {"encoding": encode_batch}
+    for size in settings.schedule.sizes:
+        alternatives[str(size.pixels)] = partial(_latent_step, trainer, only(settings, size.pixels))
+    timings = interleave(alternatives, 1 if is_tiny else max(3, scale.rounds - 2), 1, say)
+    flops = {size.pixels: float(training_flops(config, size.pixels)) for size in settings.schedule.sizes}
     flops_of_encoding = _flops(is_tiny, image)
-    schedules = {"R and R/2, as in the released code": patch_schedule(side, P, smaller=((0.5, 1.0, 2),)),
-                 "R, R/2 and R/4": method.schedule}  # fmt: skip
+    schedules = {"R and R/2 as in the released code": patch_schedule(side, P, smaller=((0.5, 1.0, 2),)),
+                 "R, R/2 and R/4": settings.schedule}  # fmt: skip
     gains = []
     for sizes, schedule in schedules.items():
-        gain = Spread.of([_gain(schedule, seconds) for seconds in _seconds(turns, method)])
+        gain = Spread.of([_gain(schedule, seconds) for seconds in _seconds(timings, settings)])
         limit = _gain(schedule, flops | {0: flops_of_encoding})
-        name = f"latents encoded once over encoding in each step, p = 0.5, {sizes}"
+        name = f"stored latents over encoding in each step, p = 0.5, {sizes}"
         gains.append(Finding(name, gain, "x", limit, "by FLOPs", WANTED))
     return [
         *gains,
-        Finding(f"an encoding of {image} x {image} pixels", turns.seconds("encoding"), "s"),
-        Finding("  of", exactly(flops_of_encoding / 1e9), "GFLOP"),
+        Finding(f"an encoding of {image} x {image} pixels", timings.seconds("encoding"), "s"),
+        Finding("  FLOPs", exact(flops_of_encoding / 1e9), "GFLOP"),
         *(
             found
             for pixels, cost in flops.items()
             for found in (
-                Finding(f"a step, a crop of {pixels} latents", turns.seconds(str(pixels)), "s"),
-                Finding("  of", exactly(cost / 1e9), "GFLOP"),
+                Finding(f"a step, a crop of {pixels} latents", timings.seconds(str(pixels)), "s"),
+                Finding("  FLOPs", exact(cost / 1e9), "GFLOP"),
             )
         ),
     ]
 
 
-def _latent_step(trainer: Trainer, method: StepSettings) -> int:
-    """One step on moments, whose latents are drawn afresh; gives its crops."""
-    plan = plan_step(method, 0, 0)
+def _latent_step(trainer: Trainer, settings: StepSettings) -> int:
+    """One step on moments, from which latents are sampled. Returns the number of crops."""
+    plan = plan_step(settings, 0, 0)
     work = []
     for group in plan.share():
         shape = (len(group.crops), trainer.channels, trainer.resolution, trainer.resolution)
         rows = Rows(torch.randn(shape), torch.full((shape[0],), -1), torch.full(shape, 0.1))
         work.append((group, rows))
-    training_step(trainer.state, method, plan, work, trainer.space, lambda _: None)
+    training_step(trainer.state, settings, plan, work, trainer.normalisation, lambda _: None)
     return plan.crops
 
 
-def _seconds(turns: Turns, method: StepSettings) -> list[dict[int, float]]:
-    """Seconds of a crop of each size, and of an encoding under 0, round by round."""
-    names = {0: "encoding"} | {size.pixels: str(size.pixels) for size in method.schedule.sizes}
-    rounds = len(turns.by_clock["encoding"])
-    return [{pixels: 1 / turns.by_clock[name][number] for pixels, name in names.items()} for number in range(rounds)]
+def _seconds(timings: Timings, settings: StepSettings) -> list[dict[int, float]]:
+    """For each round, the seconds per crop by size; key 0 is an encoding."""
+    names = {0: "encoding"} | {size.pixels: str(size.pixels) for size in settings.schedule.sizes}
+    rounds = len(timings.wall_rates["encoding"])
+    return [
+        {pixels: 1 / timings.wall_rates[name][number] for pixels, name in names.items()} for number in range(rounds)
+    ]
 
 
 def _gain(schedule: PatchSchedule, cost: dict[int, float]) -> float:
-    """The cost of a mean step that encodes over that of one that does not; the cost of an encoding stands under 0."""
+    """Cost of a mean step with encoding divided by its cost without; key 0 is the cost of an encoding."""
     step = sum(size.probability * size.batch_multiplier * cost[size.pixels] for size in schedule.sizes)
     encoding = cost[0] * schedule.mean_multiplier
     return (step + encoding) / step
 
 
 def _network(is_tiny: bool) -> Any:
-    """An AutoencoderKL of Stable Diffusion's shape (Rombach et al. 2022), with random weights."""
+    """An AutoencoderKL with the shape of Stable Diffusion's (Rombach et al. 2022) and random weights."""
     from diffusers import AutoencoderKL
 
     widths = (8, 8, 8, 8) if is_tiny else (128, 256, 512, 512)
@@ -119,7 +121,7 @@ def _autoencoder(is_tiny: bool) -> Callable[[torch.Tensor], torch.Tensor]:
 
 
 def _flops(is_tiny: bool, side: int) -> float:
-    """FLOPs of one encoding; a multiply-add counts 2."""
+    """FLOPs of one encoding; a multiply-add counts as 2."""
     with torch.device("meta"):
         network = _network(is_tiny).eval()
         with FlopCounterMode(display=False) as counter, torch.no_grad():

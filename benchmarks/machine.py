@@ -1,48 +1,64 @@
-"""Machine: what was measured on, in words and numbers, and how busy others keep it."""
+"""The machine of a measurement: processor, memory, GPUs and versions, and how busy other processes keep it."""
 
 import hashlib
 import os
 import platform
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
 
 import torch
 
 PACKAGES = ("torch", "ray", "mlflow", "diffusers", "numpy", "pyarrow", "pillow")
 
 
-def describe_machine() -> dict[str, Any]:
-    """Processor, cores, memory, GPU, threads and versions; nothing that names the host."""
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+@dataclass(frozen=True)
+class Machine:
+    """What a benchmark ran on; nothing that names the host. The fields are the keys of the result file."""
+
+    processor: str
+    cpus: int | None
+    memory_gib: int
+    gpus: list[str]
+    cuda: str | None
+    cudnn: int | None
+    threads: int
+    python: str
+    versions: dict[str, str]
+    words: str  # all of it in one line
+
+
+def describe_machine() -> Machine:
+    """This machine."""
+    memory_gib = round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30)
+    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     gpus = [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())]
-    described: dict[str, Any] = {
-        "processor": _processor(),
-        "cpus": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "memory_gib": round(memory / 2**30),
-        "gpus": gpus,
-        "cuda": torch.version.cuda,
-        "cudnn": torch.backends.cudnn.version() if gpus else None,
-        "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        "versions": {name: _version(name) for name in PACKAGES if _version(name)},
-    }
-    words = f"{described['processor']}, {described['cpus']} cores, {described['memory_gib']} GiB"
-    described["words"] = ", ".join([*gpus, words, f"torch {torch.__version__}"])
-    return described
+    processor = _processor()
+    return Machine(
+        processor=processor,
+        cpus=cpus,
+        memory_gib=memory_gib,
+        gpus=gpus,
+        cuda=torch.version.cuda,
+        cudnn=torch.backends.cudnn.version() if gpus else None,
+        threads=torch.get_num_threads(),
+        python=platform.python_version(),
+        versions={name: found for name in PACKAGES if (found := _version(name))},
+        words=", ".join([*gpus, f"{processor}, {cpus} cores, {memory_gib} GiB", f"torch {torch.__version__}"]),
+    )
 
 
 def code_digest() -> str:
-    """Twelve hexadecimal digits of the sha256 of all of the package's Python files: which code was measured."""
+    """The first 12 hexadecimal digits of the sha256 of all Python files of the package."""
     root, digest = Path(__file__).resolve().parents[1], hashlib.sha256()
-    for room in ("benchmarks", "models", "pipelines", "platform"):
-        for path in sorted((root / room).rglob("*.py")):
+    for folder in ("benchmarks", "models", "pipelines", "platform"):
+        for path in sorted((root / folder).rglob("*.py")):
             digest.update(path.read_bytes())
     return digest.hexdigest()[:12]
 
 
 def busy_share(seconds: float = 1.0) -> float:
-    """What share of all cores is at work while this process only waits."""
+    """The share of all cores that is busy while this process waits."""
     import psutil
 
     return float(psutil.cpu_percent(interval=seconds)) / 100

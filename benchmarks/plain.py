@@ -1,8 +1,8 @@
-"""Plain: the same training step and sampler as most would write them in PyTorch, with nothing of the platform.
+"""A plain PyTorch version of the training step and the sampler, which uses none of Patchloom's code.
 
-One module after the other in float32, torch's own dropout and default Adam, an average that is a Python loop over
-parameters, crops cut one by one. Parameters are named as in the platform's networks, so that both can hold the same
-weights; a test compares outputs and gradients.
+It runs one module after the other in float32, with torch's dropout and default Adam, an average in a Python loop over
+parameters, and crops cut one by one. Parameters have the names of Patchloom's networks, so both can load the same
+weights. A test compares outputs and gradients.
 """
 
 import copy
@@ -118,7 +118,7 @@ class PlainUNet(nn.Module):
 
 
 class PlainDenoiser(nn.Module):
-    """EDM's preconditioning (Table 1), the coordinates joined as two more channels."""
+    """EDM's preconditioning (Table 1), with the coordinates as two more input channels."""
 
     def __init__(self, network: nn.Module, sigma_data: float = 0.5) -> None:
         super().__init__()
@@ -141,7 +141,7 @@ def full_grid(side: int) -> Tensor:
 
 
 class PlainTraining:
-    """A training loop's state and its step."""
+    """The state of a training loop, and one step."""
 
     def __init__(self, denoiser: PlainDenoiser, resolution: int, halflife_images: float = 1e5) -> None:
         self.device = next(denoiser.parameters()).device
@@ -152,7 +152,7 @@ class PlainTraining:
         self.resolution = resolution
 
     def step(self, images: Tensor, size: int) -> float:
-        """Train on a crop of `size` pixels of each of (B, C, R, R) uint8 images; gives the loss."""
+        """Train on one crop of `size` pixels per image of (B, C, R, R) uint8. Returns the loss."""
         x = images.to(torch.float32) / 127.5 - 1
         crops, coordinates = [], []
         for image in x:
@@ -192,11 +192,11 @@ def plain_heun(denoiser: PlainDenoiser, noise: Tensor, steps: int) -> Tensor:
         return estimate.to(torch.float64)
 
     x = noise.to(torch.float64) * sigmas[0]
-    for now, after in pairwise(sigmas):
-        slope = (x - clean(x, now)) / now
-        ahead = x + (after - now) * slope
-        if after > 0:
-            slope = (slope + (ahead - clean(ahead, after)) / after) / 2
-            ahead = x + (after - now) * slope
-        x = ahead
+    for sigma, sigma_next in pairwise(sigmas):
+        slope = (x - clean(x, sigma)) / sigma
+        x_next = x + (sigma_next - sigma) * slope
+        if sigma_next > 0:
+            slope = (slope + (x_next - clean(x_next, sigma_next)) / sigma_next) / 2
+            x_next = x + (sigma_next - sigma) * slope
+        x = x_next
     return (x * 127.5 + 128).clip(0, 255).to(torch.uint8)

@@ -1,7 +1,7 @@
-"""Platform cost: what `patchloom train` adds to bare steps (data, logging, MLflow, Ray), by the clock.
+"""Platform benchmark: the time that `patchloom train` adds to a bare step (data, logging, MLflow, Ray).
 
-A machine's speed drifts by more in a minute than is looked for here. So all ways begin, and then one at a time goes
-on for some seconds while the others are stopped, in turns.
+The speed of a machine drifts within a minute by more than this time. So all alternatives start, and then one at a time
+runs for some seconds while the others are stopped.
 """
 
 import contextlib
@@ -25,60 +25,63 @@ import psutil
 import torch
 
 from patchloom.benchmarks.findings import Finding, Say, Scale
-from patchloom.benchmarks.paired import Spread
+from patchloom.benchmarks.interleaved import Spread
 from patchloom.benchmarks.setups import Trainer, song_config, step_settings
 from patchloom.models.step_plan import plan_step
 from patchloom.pipelines.prepare import prepare
 from patchloom.platform.compute.machine import keep_freed_memory
 from patchloom.platform.recipe import check_recipe, recipe_yaml
 
-LINE_STEPS, WARM_UP_LINES = 10, 6  # a line each so many steps; in the first, MLflow's client is imported meanwhile
-LINES_A_TURN, TURNS_A_ROUND = 2, 4
+LINE_STEPS, WARM_UP_LINES = 10, 6  # steps per progress line; the MLflow client is imported during the first lines
+TURN_LINES, ROUND_TURNS = 2, 4
 ROWS = 256
 WANTED = 3.0
-LOOK_EVERY_S, PATIENCE_S = 0.02, 600.0
-GONE = (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD)  # a zombie is kept by who does not ask for its exit code
-ON_THE_CPU = {"CUDA_VISIBLE_DEVICES": ""}  # as the bare steps
+POLL_EVERY_S, TIMEOUT_S = 0.02, 600.0
+GONE = (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD)  # a zombie stays until its parent asks for the exit code
+ON_THE_CPU = {"CUDA_VISIBLE_DEVICES": ""}  # as for the bare steps
 
 
-def beside_bare_steps(scale: Scale, say: Say) -> list[Finding]:
-    """Seconds of a step of `patchloom train`, in this process and on Ray, over those of its bare steps in a loop.
+def against_bare_steps(scale: Scale, say: Say) -> list[Finding]:
+    """Seconds per step of `patchloom train`, in one process and on Ray, compared with bare steps in a loop.
 
-    Bare steps are `training_step` on rows in memory; the command reads its rows and logs a line every ten steps,
-    far more often than a recipe asks by default. All use as many threads as there are cores, and keep freed memory.
-    The network is half the scale's width, so that a step is near the shortest, .2 s, that the limit holds for.
+    A bare step is `training_step` on rows in memory. The command also reads its rows and logs a line every ten steps,
+    far more often than by default. All use one thread per core and keep freed memory. The network has half the width
+    of the scale, so a step takes about .2 s, the shortest for which the target applies.
     """
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
         dataset = _dataset(folder / "data", scale)
         recipe = folder / "recipe.yaml"
         recipe.write_text(recipe_yaml(check_recipe(_recipe(scale))))
         with contextlib.ExitStack() as stack:
-            ways = {}
-            for way, workers in (("bare", None), ("in one process", 0), ("on a worker of Ray Train", 1)):
-                say(f"beginning: {way}")
+            alternatives = {}
+            for name, workers in (("bare", None), ("in one process", 0), ("on a worker of Ray Train", 1)):
+                say(f"starting: {name}")
                 run = folder / f"run-{workers}"
-                began = _bare(scale, run) if workers is None else _command(recipe, dataset, run, workers)
-                ways[way] = stack.enter_context(began)
-            seconds: dict[str, list[float]] = {way: [] for way in ways}
-            turns = TURNS_A_ROUND * scale.rounds
+                paused = _bare(scale, run) if workers is None else _command(recipe, dataset, run, workers)
+                alternatives[name] = stack.enter_context(paused)
+            seconds: dict[str, list[float]] = {name: [] for name in alternatives}
+            turns = ROUND_TURNS * scale.rounds
             for number in range(turns):
                 say(f"turn {number + 1} of {turns}")
-                for way in list(ways)[:: 1 if number % 2 else -1]:
-                    seconds[way].append(ways[way].seconds_of_a_step())
-    found = [Finding(f"a step, {way}", Spread.of(each), "s") for way, each in seconds.items()]
-    for way, each in list(seconds.items())[1:]:
+                for name in list(alternatives)[:: 1 if number % 2 else -1]:
+                    seconds[name].append(alternatives[name].measure_step())
+    found = [Finding(f"a step, {name}", Spread.of(each), "s") for name, each in seconds.items()]
+    for name, each in list(seconds.items())[1:]:
         added = [100 * (one / bare - 1) for one, bare in zip(each, seconds["bare"], strict=True)]
-        name = f"`patchloom train` {way}: added to a bare step"
-        found.append(Finding(name, Spread.of(added), "%", wanted=WANTED, is_cost=True))
+        what = f"`patchloom train` {name}: added to a bare step"
+        found.append(Finding(what, Spread.of(added), "%", wanted=WANTED, is_cost=True))
     return found
 
 
 @dataclass
-class Paused:
-    """A process (and all that it started) that steps only while it is asked to; it writes a line every few steps.
+class PausedProcess:
+    """A training process (and its child processes) that is stopped except while it is measured.
 
-    log: where it writes its last words.
+    Args:
+        root: the process.
+        lines: the file to which it writes a line every few steps.
+        log: its output, shown if it fails.
     """
 
     root: psutil.Process
@@ -86,53 +89,53 @@ class Paused:
     log: Path | None = None
     _stopped: list[psutil.Process] = field(default_factory=list)
     _read_bytes: int = 0
-    _steps: deque[int] = field(default_factory=deque)  # of lines that were read and not yet asked for
+    _steps: deque[int] = field(default_factory=deque)  # of the lines that were read and not yet used
 
-    def seconds_of_a_step(self, lines: int = LINES_A_TURN) -> float:
-        """Go on until so many lines are there after a first one, stop again, and tell from the first to the last.
+    def measure_step(self, lines: int = TURN_LINES) -> float:
+        """Continue until `lines` lines follow a first one, then stop. Returns seconds per step from first to last line.
 
-        What fell due while it was stopped is done before the first.
+        Work that was due while the process was stopped is done before the first line.
         """
-        self._look()
+        self._read_lines()
         self._steps.clear()
-        self._go_on()
+        self._continue()
         first = self._next_step()
-        began = time.perf_counter()
+        start = time.perf_counter()
         for _ in range(lines):
             last = self._next_step()
-        seconds = time.perf_counter() - began
+        seconds = time.perf_counter() - start
         self._stop()
         return seconds / (last - first)
 
     def end(self) -> None:
-        """Kill them all."""
+        """Kill the process and its child processes."""
         self._stop()
         for process in self._stopped:
             _send(process, signal.SIGKILL)
         _wait_until(lambda: all(_state(process) in GONE for process in self._stopped))
 
     def _next_step(self) -> int:
-        _wait_until(lambda: bool(self._steps) or self._look() or self._has_ended())
+        _wait_until(lambda: bool(self._steps) or self._read_lines() or self._has_ended())
         if not self._steps:
-            words = self.log.read_text() if self.log is not None else ""
-            raise RuntimeError(f"a process that was to go on has ended: {words.strip() or 'without a word'}")
+            output = self.log.read_text() if self.log is not None else ""
+            raise RuntimeError(f"the measured process ended: {output.strip() or 'without output'}")
         return self._steps.popleft()
 
-    def _look(self) -> bool:
-        """Read the whole lines that are new, if any; cheap, as it is done beside what is measured."""
+    def _read_lines(self) -> bool:
+        """Read new complete lines. Returns whether there were any. It is cheap, as it runs during a measurement."""
         if not self.lines.is_file():
             return False
         with self.lines.open("rb") as file:
             file.seek(self._read_bytes)
-            whole = b"".join(line for line in file if line.endswith(b"\n"))
-        self._read_bytes += len(whole)
-        self._steps.extend(json.loads(line)["step"] for line in whole.splitlines())
-        return bool(whole)
+            complete = b"".join(line for line in file if line.endswith(b"\n"))
+        self._read_bytes += len(complete)
+        self._steps.extend(json.loads(line)["step"] for line in complete.splitlines())
+        return bool(complete)
 
     def _has_ended(self) -> bool:
         return _state(self.root) in GONE
 
-    def _go_on(self) -> None:
+    def _continue(self) -> None:
         for process in self._stopped:
             _send(process, signal.SIGCONT)
 
@@ -151,9 +154,9 @@ class Paused:
             return []
 
 
-def _send(process: psutil.Process, what: signal.Signals) -> None:
+def _send(process: psutil.Process, number: signal.Signals) -> None:
     with contextlib.suppress(psutil.NoSuchProcess):
-        process.send_signal(what)
+        process.send_signal(number)
 
 
 def _state(process: psutil.Process) -> str:
@@ -163,61 +166,61 @@ def _state(process: psutil.Process) -> str:
         return str(psutil.STATUS_DEAD)
 
 
-def _wait_until(happened: Callable[[], bool]) -> None:
-    began = time.perf_counter()
-    while not happened():
-        if time.perf_counter() - began > PATIENCE_S:
-            raise TimeoutError(f"a process did not go on, stop or end in {PATIENCE_S:.0f} s")
-        time.sleep(LOOK_EVERY_S)
+def _wait_until(condition: Callable[[], bool]) -> None:
+    start = time.perf_counter()
+    while not condition():
+        if time.perf_counter() - start > TIMEOUT_S:
+            raise TimeoutError(f"a process did not continue, stop or end within {TIMEOUT_S:.0f} s")
+        time.sleep(POLL_EVERY_S)
 
 
 @contextlib.contextmanager
-def _command(recipe: Path, dataset: Path, run: Path, workers: int) -> Iterator[Paused]:
-    """The real command, warm and stopped."""
+def _command(recipe: Path, dataset: Path, run: Path, workers: int) -> Iterator[PausedProcess]:
+    """`patchloom train`, warmed up and stopped."""
     command = [sys.executable, "-m", "patchloom.pipelines.cli", "train", str(recipe), "--data", str(dataset)]
     store = {"MLFLOW_TRACKING_URI": f"sqlite:///{run.with_suffix('.db')}"}
     log = run.with_suffix(".log")
-    with log.open("w") as words:
+    with log.open("w") as output:
         process = subprocess.Popen(
             [*command, "--out", str(run), "--workers", str(workers)],
-            env=os.environ | store | ON_THE_CPU, stdin=subprocess.DEVNULL, stdout=words, stderr=words,
+            env=os.environ | store | ON_THE_CPU, stdin=subprocess.DEVNULL, stdout=output, stderr=output,
         )  # fmt: skip
-    with _warm(Paused(psutil.Process(process.pid), run / "progress.jsonl", log)) as paused:
+    with _warm(PausedProcess(psutil.Process(process.pid), run / "progress.jsonl", log)) as paused:
         yield paused
     process.wait()
 
 
 @contextlib.contextmanager
-def _bare(scale: Scale, folder: Path) -> Iterator[Paused]:
-    """Bare steps in a process of their own, warm and stopped."""
+def _bare(scale: Scale, folder: Path) -> Iterator[PausedProcess]:
+    """Bare steps in a new process, warmed up and stopped."""
     lines = folder.with_suffix(".jsonl")
     process = get_context("spawn").Process(
         target=_bare_steps, args=(scale, lines, torch.get_num_threads()), daemon=True
     )
     process.start()
     assert process.pid is not None
-    with _warm(Paused(psutil.Process(process.pid), lines)) as paused:
+    with _warm(PausedProcess(psutil.Process(process.pid), lines)) as paused:
         yield paused
     process.join()
 
 
 @contextlib.contextmanager
-def _warm(paused: Paused) -> Iterator[Paused]:
-    """A process once it has warmed up, stopped; it is killed after the block."""
+def _warm(paused: PausedProcess) -> Iterator[PausedProcess]:
+    """Warm a process up and stop it; kill it after the block."""
     try:
-        paused.seconds_of_a_step(WARM_UP_LINES)
+        paused.measure_step(WARM_UP_LINES)
         yield paused
     finally:
         paused.end()
 
 
 def _bare_steps(scale: Scale, lines: Path, threads: int) -> None:
-    """Steps without end."""
+    """Take steps until the process is killed."""
     torch.set_num_threads(threads)
     keep_freed_memory()
     trainer = Trainer(_network(scale), replace(step_settings(scale), block_size=scale.batch))
     for step in itertools.count(LINE_STEPS, LINE_STEPS):
-        trainer.steps([plan_step(trainer.method, step - LINE_STEPS + one, 0) for one in range(LINE_STEPS)])
+        trainer.steps([plan_step(trainer.settings, step - LINE_STEPS + one, 0) for one in range(LINE_STEPS)])
         with lines.open("a") as file:
             file.write(json.dumps({"step": step}) + "\n")
 
@@ -228,7 +231,7 @@ def _network(scale: Scale) -> dict[str, Any]:
 
 
 def _recipe(scale: Scale) -> dict[str, Any]:
-    """The steps of `_bare_steps`, many more than are taken."""
+    """A recipe with the steps of `_bare_steps`, and more of them than are needed."""
     options = _network(scale)["network_options"]
     batch = scale.batch
     return {
@@ -243,7 +246,7 @@ def _recipe(scale: Scale) -> dict[str, Any]:
 
 
 def _dataset(folder: Path, scale: Scale) -> Path:
-    """Images of noise, prepared as a user's are."""
+    """A prepared dataset of noise."""
     images = np.random.default_rng(0).integers(0, 256, (ROWS, scale.side, scale.side, 3), np.uint8)
     np.savez(folder.with_suffix(".npz"), images=images)
     prepare(f"{folder}.npz", str(folder), resolution=scale.side, crop="none", workers=0)

@@ -1,10 +1,9 @@
-"""Plots: a record of benchmarks as pictures, and scaling to 1,024 GPUs.
+"""Plots of a result file, and of scaling to 1,024 GPUs.
 
-python -m patchloom.benchmarks.plots RECORD.json        # beside the record
+python -m patchloom.benchmarks.plots RESULTS.json        # writes SVG files next to it
 python -m patchloom.benchmarks.plots scaling FOLDER
 """
 
-import json
 import sys
 import textwrap
 from pathlib import Path
@@ -15,89 +14,89 @@ import matplotlib
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
-COLOURS = ("#b3541e", "#2f6690", "#81a4cd", "#7a9e7e", "#9b7ede")  # those of the pages
-WIDTH_IN, ROW_IN, LABEL_CHARACTERS = 8.0, 0.34, 60  # two lines fit a row
+from patchloom.benchmarks.findings import Finding
+from patchloom.benchmarks.result_file import PlotData, read_plot_data
+
+COLOURS = ("#b3541e", "#2f6690", "#81a4cd", "#7a9e7e", "#9b7ede")  # the colours of the report pages
+WIDTH_IN, ROW_IN, LABEL_CHARACTERS = 8.0, 0.34, 60  # a row has room for two lines
 
 
-def plot_record(path: Path) -> list[Path]:
-    """Draw a record's rates, ratios and curves; gives the files, which lie beside it."""
-    record = json.loads(path.read_text())
-    groups = {name: _findings(each) for name, each in record["subjects"].items()}
-    made = []
-    for unit in ("images/s", "x"):
-        rows = [(name, found) for name, each in groups.items() for found in each if found["unit"].startswith(unit)]
+def plot_results(path: Path) -> list[Path]:
+    """Draw the rates, ratios and quality curves of a result file. Returns the SVG files, which are next to it."""
+    results = read_plot_data(path)
+    plots = []
+    for kind, unit in (("rates", "images/s"), ("ratios", "x")):
+        rows = [
+            (name, found) for name, each in results.findings.items() for found in each if found.unit.startswith(unit)
+        ]
         if rows:
-            made.append(_bars(path.with_name(f"{path.stem}-{'rates' if unit != 'x' else 'ratios'}.svg"), rows, record))
-    if record.get("curves"):
-        made.append(_curves(path.with_name(f"{path.stem}-quality.svg"), record))
-    return made
+            plots.append(_plot_bars(path.with_name(f"{path.stem}-{kind}.svg"), rows, results.title))
+    if results.curves:
+        plots.append(_plot_curves(path.with_name(f"{path.stem}-quality.svg"), results))
+    return plots
 
 
-def _findings(subject: Any) -> list[dict[str, Any]]:
-    found: list[dict[str, Any]] = subject["findings"] if isinstance(subject, dict) else subject
-    return found
-
-
-def _bars(path: Path, rows: list[tuple[str, dict[str, Any]]], record: dict[str, Any]) -> Path:
-    """One bar a number, its middle half as a line, its limit as a tick and what was wanted as a dotted one."""
+def _plot_bars(path: Path, rows: list[tuple[str, Finding]], title: str) -> Path:
+    """One bar per number; a line for the middle half, a tick for the limit and a dotted tick for the target."""
     figure, axes = plt.subplots(figsize=(WIDTH_IN, 1.2 + ROW_IN * len(rows)), layout="constrained")
-    subjects = list(dict.fromkeys(name for name, _ in rows))
-    for place, (subject, found) in enumerate(rows):
-        spread, colour = found["measured"], COLOURS[subjects.index(subject) % len(COLOURS)]
-        axes.barh(place, spread["median"], color=colour, height=0.6)
-        axes.plot([spread["low"], spread["high"]], [place, place], color="black", linewidth=1.5)
-        axes.annotate(f" {spread['median']:.3g}", (max(spread["median"], spread["high"]), place), va="center", size=8)
-        for key, style in (("limit", "-"), ("wanted", ":")):
-            if found[key] is not None and found[key] < 40 * spread["median"]:
-                axes.plot([found[key]] * 2, [place - 0.4, place + 0.4], color="black", linestyle=style)
+    names = list(dict.fromkeys(name for name, _ in rows))
+    for y, (name, found) in enumerate(rows):
+        spread = found.measured
+        axes.barh(y, spread.median, color=COLOURS[names.index(name) % len(COLOURS)], height=0.6)
+        axes.plot([spread.low, spread.high], [y, y], color="black", linewidth=1.5)
+        axes.annotate(f" {spread.median:.3g}", (max(spread.median, spread.high), y), va="center", size=8)
+        for value, style in ((found.limit, "-"), (found.wanted, ":")):
+            if value is not None and value < 40 * spread.median:
+                axes.plot([value] * 2, [y - 0.4, y + 0.4], color="black", linestyle=style)
     labels = [textwrap.fill(_label(found), LABEL_CHARACTERS) for _, found in rows]
     axes.set_yticks(range(len(rows)), labels, size=8)
     axes.invert_yaxis()
-    if rows[0][1]["unit"] != "x":
+    unit = rows[0][1].unit
+    if unit != "x":
         axes.set_xscale("log")
-    axes.set_xlabel(f"{rows[0][1]['unit']}  (| limit, ⋮ wanted)" if rows else "")
-    _finish(figure, axes, f"{record['date']}: {record['machine']['words']}")
+    axes.set_xlabel(f"{unit}  (| limit, \u22ee target)")
+    _finish(figure, axes, title)
     return _save(figure, path)
 
 
-def _label(found: dict[str, Any]) -> str:
-    """What was measured, and of what where the unit says so: a counted image or an update."""
-    what, unit = str(found["what"]).strip(), str(found["unit"])
-    return f"{what}, {unit[2:]}" if unit.startswith("x ") else what
+def _label(found: Finding) -> str:
+    """The name of a number, with the rest of its unit, such as "per update"."""
+    name = found.what.strip()
+    return f"{name}, {found.unit[2:]}" if found.unit.startswith("x ") else name
 
 
-def _curves(path: Path, record: dict[str, Any]) -> Path:
-    """Distance over the seconds of training."""
+def _plot_curves(path: Path, results: PlotData) -> Path:
+    """The Fréchet distance over the seconds of training."""
     figure, axes = plt.subplots(figsize=(WIDTH_IN, 4), layout="constrained")
-    for number, (name, curve) in enumerate(record["curves"].items()):
-        seconds = [point["seconds"] for point in curve]
-        axes.plot(seconds, [point["distance"] for point in curve], "o-", color=COLOURS[number], label=name)
+    for number, (name, curve) in enumerate(results.curves.items()):
+        seconds = [point.seconds for point in curve]
+        axes.plot(seconds, [point.distance for point in curve], "o-", color=COLOURS[number], label=name)
     axes.set_xlabel("seconds of training")
     axes.set_ylabel("Fréchet distance of samples")
     axes.legend(frameon=False)
-    _finish(figure, axes, f"quality at equal time, {record['date']}: {record['machine']['words']}")
+    _finish(figure, axes, f"quality at equal time, {results.title}")
     return _save(figure, path)
 
 
 def plot_scaling(folder: Path) -> Path:
-    """Counted images a second on 1 to 1,024 GPUs, of a batch that grows with them and of the paper's batch."""
-    from patchloom.benchmarks.scaling import BATCH_OF_GPU, BATCH_OF_PAPER, GPUS, WAYS, Costs
+    """Counted images per second on 1 to 1,024 GPUs, for a batch that grows with them and for the paper's batch."""
+    from patchloom.benchmarks.scaling import GPU_BATCH, GPUS, PAPER_BATCH, SETTINGS, StepCosts
 
-    costs = Costs()
+    costs = StepCosts()
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained", sharey=True)
-    for number, way in enumerate(WAYS):
-        rates = [costs.rate(way, gpus, BATCH_OF_GPU) for gpus in GPUS]
-        left.loglog(GPUS, rates, "o-", color=COLOURS[number], label=way.name, markersize=4)
+    for number, setting in enumerate(SETTINGS):
+        rates = [costs.rate(setting, gpus, GPU_BATCH) for gpus in GPUS]
+        left.loglog(GPUS, rates, "o-", color=COLOURS[number], label=setting.name, markersize=4)
         left.loglog(GPUS, [rates[0] * gpus for gpus in GPUS], ":", color=COLOURS[number], linewidth=1)
-        rates = [costs.rate(way, gpus, BATCH_OF_PAPER // gpus) for gpus in GPUS]
-        right.loglog(GPUS, rates, "o-", color=COLOURS[number], label=way.name, markersize=4)
-    for axes, title in ((left, f"{BATCH_OF_GPU} images a GPU (dotted: without waiting)"),
-                        (right, f"a batch of {BATCH_OF_PAPER:,} in all")):  # fmt: skip
+        rates = [costs.rate(setting, gpus, PAPER_BATCH // gpus) for gpus in GPUS]
+        right.loglog(GPUS, rates, "o-", color=COLOURS[number], label=setting.name, markersize=4)
+    for axes, title in ((left, f"{GPU_BATCH} images per GPU (dotted: without communication)"),
+                        (right, f"a batch of {PAPER_BATCH:,} in all")):  # fmt: skip
         axes.set_xlabel("GPUs (H100)")
         axes.set_xticks(GPUS[::2], [f"{gpus:,}" for gpus in GPUS[::2]])
         axes.minorticks_off()
         _finish(figure, axes, title)
-    left.set_ylabel("counted images a second")
+    left.set_ylabel("counted images per second")
     left.legend(frameon=False)
     return _save(figure, folder / "scaling.svg")
 
@@ -116,13 +115,13 @@ def _save(figure: Any, path: Path) -> Path:
 
 
 def main() -> int:
-    """Draw what was asked for."""
+    """Draw the plots that the arguments name. Returns the exit code."""
     if sys.argv[1:2] == ["scaling"] and len(sys.argv) == 3:
         print(plot_scaling(Path(sys.argv[2])))
     elif len(sys.argv) == 2 and Path(sys.argv[1]).is_file():
-        print(*plot_record(Path(sys.argv[1])), sep="\n")
+        print(*plot_results(Path(sys.argv[1])), sep="\n")
     else:
-        print("patchloom: give a record, or: scaling FOLDER", file=sys.stderr)
+        print("patchloom: give a result file, or `scaling FOLDER`", file=sys.stderr)
         return 2
     return 0
 

@@ -1,4 +1,4 @@
-"""Preparing: images a second of a core that `patchloom prepare` makes, beside a plain loop that decodes with Pillow."""
+"""Preparation benchmark: images per second of CPU time of `patchloom prepare`, compared with a plain Pillow loop."""
 
 import contextlib
 import io
@@ -17,7 +17,7 @@ import skimage
 from PIL import Image
 
 from patchloom.benchmarks.findings import Finding, Say, Scale
-from patchloom.benchmarks.paired import Work, in_turns
+from patchloom.benchmarks.interleaved import Work, interleave
 from patchloom.pipelines.prepare.preparing import (
     SHARD_ROWS,
     Plan,
@@ -33,56 +33,55 @@ from patchloom.platform.dataset.sources import open_source
 from patchloom.platform.files.folder import Folder
 
 SIDE = 64
-COPIES = 4  # of the images for workers on Ray, so that their start is a small part
-LEAST_SHARDS = 16  # of a preparation on Ray
+COPIES = 4  # of the images for workers on Ray, so that their start is a small part of the time
+MIN_SHARDS = 16  # of a preparation on Ray
 WORKER_WANTED = 0.8
 
 
-def beside_pillow(scale: Scale, say: Say) -> list[Finding]:
-    """Workers of a preparation, alone and one a core on Ray, beside a loop that opens, decodes and keeps the pixels.
+def against_pillow(scale: Scale, say: Say) -> list[Finding]:
+    """Workers of `prepare`, alone and one per core on Ray, compared with a loop that opens and decodes images.
 
-    A worker also hashes, counts and writes shards. Rates are of a core's own time: of the loop in this process, of
-    workers but for the first shard of each (which imports what it needs), of the loop in such workers, which have
-    the same neighbours, and of workers and command together. The whole call is by the clock.
+    A worker also hashes, counts and writes shards. Rates are per second of CPU time: of the loop in this process, of
+    workers without the first shard of each (which includes imports), of the loop in such workers, and of workers and
+    command together. Only the rate of the whole call is per second of elapsed time.
     """
     with tempfile.TemporaryDirectory() as folder, ray_session(), contextlib.redirect_stdout(io.StringIO()):
         scratch = Path(folder)
-        archive = archive_of_windows(scratch / "windows.zip", scale.images)
-        many = several_times(archive, scratch / "several.zip")
-        shard_rows = min(SHARD_ROWS, max(1, COPIES * scale.images // LEAST_SHARDS))
-        alone = Begun.of(archive, scratch / "alone", shard_rows)
-        maker, on_ray = ShardMaker(alone.argument), OnRay(many, scratch / "many", shard_rows)
+        archive = make_archive(scratch / "windows.zip", scale.images)
+        copies = repeat_archive(archive, scratch / "copies.zip")
+        shard_rows = min(SHARD_ROWS, max(1, COPIES * scale.images // MIN_SHARDS))
+        alone = PlannedPreparation.of(archive, scratch / "alone", shard_rows)
+        maker, ray_preparation = ShardMaker(alone.argument), RayPreparation(copies, scratch / "copies", shard_rows)
 
         def whole_call() -> int:
-            with removed(scratch / "whole"):
+            with remove_after(scratch / "whole"):
                 return len(prepare(str(archive), str(scratch / "whole"), resolution=SIDE))
 
-        ways: dict[str, Work] = {
+        alternatives: dict[str, Work] = {
             "worker alone": lambda: sum(maker(shard)["inputs"] for shard in alone.shards),
             "loop": lambda: pillow_loop(archive),
-            "workers": on_ray.workers, "loops": on_ray.loops, "whole call": whole_call,
+            "workers": ray_preparation.workers, "loops": ray_preparation.loops, "whole call": whole_call,
         }  # fmt: skip
-        turns = in_turns(ways, scale.rounds, 1, say)
-    turns.by_core.update({way: rates[-scale.rounds :] for way, rates in on_ray.by_core.items()})
-    limit = "the loop itself"
+        timings = interleave(alternatives, scale.rounds, 1, say)
+    timings.cpu_rates.update({name: rates[-scale.rounds :] for name, rates in ray_preparation.cpu_rates.items()})
     ratios = {
         "a worker on Ray over a Pillow loop": ("workers", "loop", WORKER_WANTED),
         "  over the loop in such workers": ("workers", "loops", None),
-        "  from its start": ("workers from their start", "loop", None),
-        "  and the command's own work": ("workers and command", "loop", None),
+        "  including its start": ("workers with their start", "loop", None),
+        "  including the work of the command": ("workers and command", "loop", None),
         "a worker alone over a Pillow loop": ("worker alone", "loop", None),
     }
     return [
-        *(Finding(f"{what}, a core's time", turns.ratio(way, other, of_core=True), "x", 1.0, limit, wanted)
-          for what, (way, other, wanted) in ratios.items()),
-        Finding(f"the whole call, {scale.images:,} images, by the clock", turns.ratio("whole call", "loop"), "x"),
-        Finding("a Pillow loop", turns.rate("loop"), "images/s"),
-        Finding("the whole call", turns.rate("whole call"), "images/s"),
+        *(Finding(f"{what}, CPU time", timings.ratio(name, other, cpu_time=True), "x", 1.0, "the loop", wanted)
+          for what, (name, other, wanted) in ratios.items()),
+        Finding(f"the whole call, {scale.images:,} images, elapsed time", timings.ratio("whole call", "loop"), "x"),
+        Finding("a Pillow loop", timings.rate("loop"), "images/s"),
+        Finding("the whole call", timings.rate("whole call"), "images/s"),
     ]  # fmt: skip
 
 
-def archive_of_windows(path: Path, images: int) -> Path:
-    """PNG files of 64 x 64, windows of a photograph that ships with scikit-image."""
+def make_archive(path: Path, images: int) -> Path:
+    """Write PNG files of 64 x 64, windows of a photograph of scikit-image, into a zip. Returns its path."""
     with Image.open(Path(skimage.__file__).parent / "data" / "astronaut.png") as opened:
         photograph = np.asarray(opened.convert("RGB"))
     generator = np.random.default_rng(0)
@@ -95,23 +94,23 @@ def archive_of_windows(path: Path, images: int) -> Path:
     return path
 
 
-def several_times(archive: Path, path: Path) -> Path:
-    """The images of an archive again and again, under other names."""
-    with zipfile.ZipFile(archive) as once, zipfile.ZipFile(path, "w") as many:
+def repeat_archive(archive: Path, path: Path) -> Path:
+    """Write the images of an archive `COPIES` times under different names. Returns the path."""
+    with zipfile.ZipFile(archive) as source, zipfile.ZipFile(path, "w") as target:
         for copy in range(COPIES):
-            for name in once.namelist():
-                many.writestr(f"{copy}/{name}", once.read(name))
+            for name in source.namelist():
+                target.writestr(f"{copy}/{name}", source.read(name))
     return path
 
 
 def pillow_loop(archive: Path) -> int:
-    """The plain loop, over all images."""
+    """The plain loop over all images. Returns their number."""
     with zipfile.ZipFile(archive) as opened:
-        return decoded(opened, opened.namelist())
+        return decode_images(opened, opened.namelist())
 
 
-def decoded(archive: zipfile.ZipFile, names: list[str]) -> int:
-    """How many images were opened, decoded and kept for a moment."""
+def decode_images(archive: zipfile.ZipFile, names: list[str]) -> int:
+    """Open and decode images. Returns their number."""
     count = 0
     for name in names:
         with Image.open(io.BytesIO(archive.read(name))) as image:
@@ -120,7 +119,7 @@ def decoded(archive: zipfile.ZipFile, names: list[str]) -> int:
 
 
 class PillowLoop:
-    """The plain loop in a worker, over the images of a shard."""
+    """The plain loop in a worker, over the images of one shard."""
 
     is_first = True
 
@@ -129,38 +128,38 @@ class PillowLoop:
         self.names = self.archive.namelist()
 
     def __call__(self, item: dict[str, int]) -> dict[str, Any]:
-        began, first = time.process_time(), item["shard"] * self.shard_rows
-        made = {"inputs": decoded(self.archive, self.names[first : first + self.shard_rows])}
+        start, first = time.process_time(), item["shard"] * self.shard_rows
+        made = {"inputs": decode_images(self.archive, self.names[first : first + self.shard_rows])}
         is_first, self.is_first = self.is_first, False
-        return made | {"cpu_seconds": time.process_time() - began, "is_first": is_first}
+        return made | {"cpu_seconds": time.process_time() - start, "is_first": is_first}
 
 
-class Timed(ShardMaker):
-    """A worker of a preparation that says what a shard cost it, and whether it is its first."""
+class TimedShardMaker(ShardMaker):
+    """A worker of `prepare` that also returns the CPU time of a shard, and whether the shard is its first."""
 
     is_first = True
 
     def __call__(self, item: dict[str, int]) -> dict[str, Any]:
-        began = time.process_time()
+        start = time.process_time()
         made = super().__call__(item)
         is_first, self.is_first = self.is_first, False
-        return made | {"cpu_seconds": time.process_time() - began, "is_first": is_first}
+        return made | {"cpu_seconds": time.process_time() - start, "is_first": is_first}
 
 
 @dataclass(frozen=True)
-class Begun:
-    """A preparation that is written down and not yet worked on."""
+class PlannedPreparation:
+    """A preparation whose plan is written and whose shards are not started."""
 
     folder: Folder
     plan: Plan
     inputs: int
 
     @staticmethod
-    def of(archive: Path, scratch: Path, shard_rows: int) -> "Begun":
+    def of(archive: Path, scratch: Path, shard_rows: int) -> "PlannedPreparation":
         inputs, plan = _plan_images(open_source(str(archive)), _transform(SIDE, "center", "lanczos", 3, 0, None, None))
-        begun = Begun(Folder(str(scratch)), replace(plan, shard_rows=shard_rows), len(inputs))
-        _start_work(begun.folder, begun.plan, inputs, None)
-        return begun
+        planned = PlannedPreparation(Folder(str(scratch)), replace(plan, shard_rows=shard_rows), len(inputs))
+        _start_work(planned.folder, planned.plan, inputs, None)
+        return planned
 
     @property
     def argument(self) -> dict[str, Any]:
@@ -172,47 +171,47 @@ class Begun:
 
 
 @dataclass(frozen=True)
-class OnRay:
-    """A preparation, and the loop, by a worker a core on Ray; notes images a second of a core's own time."""
+class RayPreparation:
+    """A preparation and the plain loop, each by one worker per core on Ray; records images per second of CPU time."""
 
     archive: Path
     scratch: Path
     shard_rows: int
-    by_core: defaultdict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
+    cpu_rates: defaultdict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
 
     def workers(self) -> int:
-        """Prepare the archive."""
-        with removed(self.scratch):
-            began = time.process_time()
-            begun = Begun.of(self.archive, self.scratch, self.shard_rows)
-            made = list(map_on_actors(Timed, begun.argument, begun.shards, None))
-            _finish(begun.folder, begun.plan, begun.inputs)
-            command = time.process_time() - began
+        """Prepare the archive. Returns the number of images."""
+        with remove_after(self.scratch):
+            start = time.process_time()
+            planned = PlannedPreparation.of(self.archive, self.scratch, self.shard_rows)
+            made = list(map_on_actors(TimedShardMaker, planned.argument, planned.shards, None))
+            _finish(planned.folder, planned.plan, planned.inputs)
+            command = time.process_time() - start
         spent = sum(row["cpu_seconds"] for row in made)
-        self.by_core["workers"].append(warm_rate(made))
-        self.by_core["workers from their start"].append(begun.inputs / spent)
-        self.by_core["workers and command"].append(begun.inputs / (spent + command))
-        return begun.inputs
+        self.cpu_rates["workers"].append(warm_rate(made))
+        self.cpu_rates["workers with their start"].append(planned.inputs / spent)
+        self.cpu_rates["workers and command"].append(planned.inputs / (spent + command))
+        return planned.inputs
 
     def loops(self) -> int:
-        """Decode its images and no more."""
+        """Decode the images with the plain loop. Returns their number."""
         with zipfile.ZipFile(self.archive) as opened:
             images = len(opened.namelist())
         shards = [{"shard": shard} for shard in range(-(-images // self.shard_rows))]
         made = list(map_on_actors(PillowLoop, (str(self.archive), self.shard_rows), shards, None))
-        self.by_core["loops"].append(warm_rate(made))
+        self.cpu_rates["loops"].append(warm_rate(made))
         return images
 
 
 def warm_rate(made: list[dict[str, Any]]) -> float:
-    """Images a second of the workers' time, but for the first shard of each where there are others."""
+    """Images per second of the workers' CPU time, without the first shard of each worker if there are others."""
     later = [row for row in made if not row["is_first"]] or made
     return float(sum(row["inputs"] for row in later) / sum(row["cpu_seconds"] for row in later))
 
 
 @contextlib.contextmanager
-def removed(folder: Path) -> Iterator[None]:
-    """A folder that is not there after the block."""
+def remove_after(folder: Path) -> Iterator[None]:
+    """Remove a folder at the end of the block."""
     try:
         yield
     finally:

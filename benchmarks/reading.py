@@ -1,4 +1,4 @@
-"""Reading: random rows of latents from memory-mapped shards, as training reads them."""
+"""Reading benchmarks: random rows of latents from memory-mapped shards, as training reads them."""
 
 import tempfile
 from pathlib import Path
@@ -6,9 +6,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from patchloom.benchmarks.findings import Finding, Say, Scale, exactly
+from patchloom.benchmarks.findings import Finding, Say, Scale, exact
+from patchloom.benchmarks.interleaved import Spread, interleave
 from patchloom.benchmarks.limits import copy_bytes_per_second
-from patchloom.benchmarks.paired import Spread, in_turns
 from patchloom.platform.dataset.prepared import Dataset, write_shard
 from patchloom.platform.files.storage import file_sha256
 
@@ -18,7 +18,7 @@ LATENTS_WANTED = 20_000.0
 
 
 def random_rows(scale: Scale, say: Say) -> list[Finding]:
-    """Latents a second, mean and std of each, beside numpy's indexing of one mapped array a tensor."""
+    """Latents per second (mean and std), compared with numpy indexing of one memory-mapped array per column."""
     shards = max(1, scale.images // SHARD_ROWS)
     batches = min(BATCHES, scale.images)
     with tempfile.TemporaryDirectory() as folder:
@@ -26,34 +26,34 @@ def random_rows(scale: Scale, say: Say) -> list[Finding]:
         columns = mapped_columns(Path(folder), shards)
         generator = np.random.default_rng(0)
 
-        def ours() -> int:
+        def read_dataset() -> int:
             for _ in range(batches):
                 dataset.rows(generator.integers(0, len(dataset), BATCH))
             return BATCH * batches
 
-        def plainly() -> int:
+        def read_numpy() -> int:
             for _ in range(batches):
-                wanted = generator.integers(0, len(dataset), BATCH)
-                _ = {name: column[wanted] for name, column in columns.items()}
+                rows = generator.integers(0, len(dataset), BATCH)
+                _ = {name: column[rows] for name, column in columns.items()}
             return BATCH * batches
 
         dataset.verify()
-        turns = in_turns({"ours": ours, "numpy": plainly}, 2 * scale.rounds, 1, say)
-    row = sum(column[0].nbytes for column in columns.values())
-    limit = copy_bytes_per_second(torch.device("cpu")) / row  # a batch of rows is small, and is written into a cache
-    share = Spread.of([100 * rate / limit for rate in turns.by_clock["ours"]])
-    why = "the rate of a copy in memory"
+        timings = interleave({"ours": read_dataset, "numpy": read_numpy}, 2 * scale.rounds, 1, say)
+    row_bytes = sum(column[0].nbytes for column in columns.values())
+    limit = copy_bytes_per_second(torch.device("cpu")) / row_bytes
+    share = Spread.of([100 * rate / limit for rate in timings.wall_rates["ours"]])
+    why = "a copy in memory"
     name = f"random reads of {SHAPE} latents, mean and std"
     return [
-        Finding(name, turns.rate("ours"), "latents/s", limit, why, LATENTS_WANTED),
-        Finding("  over numpy's indexing of a mapped file", turns.ratio("ours", "numpy"), "x"),
+        Finding(name, timings.rate("ours"), "latents/s", limit, why, LATENTS_WANTED),
+        Finding("  over numpy indexing of a memory-mapped file", timings.ratio("ours", "numpy"), "x"),
         Finding("  share of the limit", share, "%", 100.0, why),
-        Finding("  bytes a latent", exactly(float(row)), "bytes"),
+        Finding("  bytes per latent", exact(float(row_bytes)), "bytes"),
     ]
 
 
 def latents_on_disk(folder: Path, shards: int) -> Dataset:
-    """Rows of float16 noise in shards, as a preparation writes them."""
+    """A dataset of float16 noise, as `prepare` writes it."""
     (folder / "shards").mkdir(parents=True)
     described = []
     for number in range(shards):
@@ -65,7 +65,7 @@ def latents_on_disk(folder: Path, shards: int) -> Dataset:
 
 
 def mapped_columns(folder: Path, shards: int) -> dict[str, np.ndarray]:
-    """The same rows as one mapped .npy file a column."""
+    """The same rows as one memory-mapped .npy file per column."""
     columns: dict[str, np.ndarray] = {"label": np.zeros(shards * SHARD_ROWS, np.int32)}
     for name, values in _moments().items():
         np.save(folder / f"{name}.npy", np.tile(values, (shards, 1, 1, 1)))

@@ -1,7 +1,7 @@
-"""Scaling on paper: steps on up to 1,024 GPUs, by how sizes are drawn, and the data that they need; all arithmetic.
+"""Calculated scaling: steps on up to 1,024 GPUs for each draw of patch sizes, and the data that they read.
 
-The paper's largest run: ADM on latents of 32, p = .5, one flat all-reduce of float32 gradients that waits for the
-backward pass. What is assumed stands below; the model itself (`models/scaling.py`) is held against 1, 2 and 4 workers.
+The run is the paper's largest: ADM on latents of 32, p = .5, one all-reduce of float32 gradients after the backward
+pass. The constants below are assumptions. A test compares `models/scaling.py` with measured steps of up to 4 workers.
 """
 
 from collections.abc import Iterator
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from patchloom.benchmarks.findings import Finding, Say, Scale, exactly
+from patchloom.benchmarks.findings import Finding, Say, Scale, exact
 from patchloom.benchmarks.setups import adm_config
 from patchloom.models.denoiser import build_denoiser
 from patchloom.models.flops import PEAK_FLOPS, parameter_count, training_flops
@@ -17,20 +17,20 @@ from patchloom.models.patches import PatchSchedule, patch_schedule
 from patchloom.models.scaling import Workers, images_per_second, step_seconds
 
 GPUS = tuple(2**power for power in range(11))
-SIDE, BATCH_OF_GPU, BATCH_OF_PAPER = 32, 64, 4096  # ImageNet-256's latents and batch
-USED = 0.35  # of the data sheet's FLOP/s in bf16: assumed, not measured
-NODE_BYTES_PER_SECOND, NETWORK_BYTES_PER_SECOND = 450e9, 50e9  # one way: NVLink within a node, 400 Gbit/s between two
+SIDE, GPU_BATCH, PAPER_BATCH = 32, 64, 4096  # ImageNet-256's latents and batch
+UTILISATION = 0.35  # share of the data sheet's bf16 FLOP/s: assumed, not measured
+NODE_BYTES_PER_SECOND, NETWORK_BYTES_PER_SECOND = 450e9, 50e9  # one way: NVLink in a node, 400 Gbit/s between nodes
 LATENCY_S = 5e-6
-ROWS = 1_281_167  # of ImageNet
-GPUS_A_NODE = 8
-STORE_BYTES_PER_SECOND = 1.25e9  # what a node reads from an object store: 10 Gbit/s
+ROWS = 1_281_167  # in ImageNet
+GPUS_PER_NODE = 8
+STORE_BYTES_PER_SECOND = 1.25e9  # from an object store to one node: 10 Gbit/s
 LATENT_BYTES = 2 * 2 * 4 * SIDE**2  # mean and std, float16
 PIXEL_BYTES = 3 * 256**2
 
 
 @dataclass(frozen=True)
-class Way:
-    """A ratio of full-size steps, and how the others' sizes are drawn."""
+class PatchSetting:
+    """A ratio p of full-size steps, and the draw of the other sizes."""
 
     name: str
     p: float
@@ -38,68 +38,68 @@ class Way:
 
     @property
     def schedule(self) -> PatchSchedule:
-        """Eq. 5's sizes."""
+        """The sizes of Eq. 5."""
         return patch_schedule(SIDE, self.p)
 
 
-WAYS = (Way("p = 1", 1.0, "shared"), Way("p = 0.5, shared", 0.5, "shared"),
-        Way("p = 0.5, independent", 0.5, "independent"))  # fmt: skip
+SETTINGS = (PatchSetting("p = 1", 1.0, "shared"), PatchSetting("p = 0.5, shared", 0.5, "shared"),
+            PatchSetting("p = 0.5, independent", 0.5, "independent"))  # fmt: skip
 
 
 def ring(gpus: int) -> Workers:
-    """So many GPUs in a ring that enters and leaves every node once."""
-    return Workers(gpus, NODE_BYTES_PER_SECOND if gpus <= GPUS_A_NODE else NETWORK_BYTES_PER_SECOND, LATENCY_S)
+    """A ring of GPUs that enters and leaves every node once."""
+    return Workers(gpus, NODE_BYTES_PER_SECOND if gpus <= GPUS_PER_NODE else NETWORK_BYTES_PER_SECOND, LATENCY_S)
 
 
-class Costs:
-    """What a crop of each size and the gradients cost."""
+class StepCosts:
+    """Seconds per crop of each size, and the bytes of the gradients."""
 
     def __init__(self) -> None:
         config = adm_config(SIDE)
-        flops = PEAK_FLOPS["H100"] * USED
-        sizes = WAYS[1].schedule.sizes
+        flops = PEAK_FLOPS["H100"] * UTILISATION
+        sizes = SETTINGS[1].schedule.sizes
         self.seconds_of_crop = {size.pixels: training_flops(config, size.pixels) / flops for size in sizes}
         with torch.device("meta"):
             self.gradient_bytes = 4.0 * parameter_count(build_denoiser(config))
 
-    def step(self, way: Way, gpus: int, batch_of_gpu: int) -> float:
-        """Seconds of a step."""
+    def step(self, setting: PatchSetting, gpus: int, gpu_batch: int) -> float:
+        """Seconds per step."""
         seconds, workers = self.seconds_of_crop, ring(gpus)
-        return step_seconds(way.schedule, way.draw, batch_of_gpu, seconds, self.gradient_bytes, workers)
+        return step_seconds(setting.schedule, setting.draw, gpu_batch, seconds, self.gradient_bytes, workers)
 
-    def rate(self, way: Way, gpus: int, batch_of_gpu: int) -> float:
-        """Counted images a second of all GPUs."""
-        return images_per_second(way.schedule, batch_of_gpu, ring(gpus), self.step(way, gpus, batch_of_gpu))
+    def rate(self, setting: PatchSetting, gpus: int, gpu_batch: int) -> float:
+        """Counted images per second of all GPUs."""
+        return images_per_second(setting.schedule, gpu_batch, ring(gpus), self.step(setting, gpus, gpu_batch))
 
 
-def to_a_thousand(scale: Scale, say: Say) -> list[Finding]:
-    """Counted images a second on 1 to 1,024 H100s, gains over p = 1, and where the data's limits lie."""
-    costs = Costs()
+def up_to_1024_gpus(scale: Scale, say: Say) -> list[Finding]:
+    """Counted images per second on 1 to 1,024 H100 GPUs, gains over p = 1, and the limits of the data path."""
+    costs = StepCosts()
     found = []
     for gpus in (1, 8, 64, 1024):
-        rates = {way.name: costs.rate(way, gpus, BATCH_OF_GPU) for way in WAYS}
-        alone = {way.name: gpus * costs.rate(way, 1, BATCH_OF_GPU) for way in WAYS}
+        rates = {setting.name: costs.rate(setting, gpus, GPU_BATCH) for setting in SETTINGS}
+        alone = {setting.name: gpus * costs.rate(setting, 1, GPU_BATCH) for setting in SETTINGS}
         for name, rate in rates.items():
-            what = f"{gpus:,} GPU{'s' if gpus > 1 else ''} of {BATCH_OF_GPU} images: {name}"
-            found.append(Finding(what, exactly(rate), "images/s", alone[name], "GPUs alone"))
+            what = f"{gpus:,} GPU{'s' if gpus > 1 else ''}, {GPU_BATCH} images per GPU: {name}"
+            found.append(Finding(what, exact(rate), "images/s", alone[name], "without communication"))
         for name, rate in list(rates.items())[1:]:
-            found.append(Finding(f"  {name} over p = 1", exactly(rate / rates["p = 1"]), "x a counted image"))
+            found.append(Finding(f"  {name} over p = 1", exact(rate / rates["p = 1"]), "x per counted image"))
     for gpus in (64, 1024):
-        share = BATCH_OF_PAPER // gpus
-        seconds = costs.step(WAYS[1], gpus, share)
+        share = PAPER_BATCH // gpus
+        seconds = costs.step(SETTINGS[1], gpus, share)
         reduction = ring(gpus).reduce_seconds(costs.gradient_bytes)
-        what = f"{gpus:,} GPUs of {share} images (the paper's batch of {BATCH_OF_PAPER:,}): all-reduce"
-        found.append(Finding(what, exactly(100 * reduction / seconds), "% of a step"))
+        what = f"{gpus:,} GPUs, {share} images per GPU (the paper's batch of {PAPER_BATCH:,}): all-reduce"
+        found.append(Finding(what, exact(100 * reduction / seconds), "% of a step"))
     return [*found, *_data(costs)]
 
 
-def _data(costs: Costs) -> Iterator[Finding]:
-    """What the data path must carry for ImageNet: into each node's cache once, and from there in every step."""
+def _data(costs: StepCosts) -> Iterator[Finding]:
+    """The data of ImageNet: into the cache of each node once, and from there in every step."""
     for name, row in (("latents of 32", LATENT_BYTES), ("pixels of 256", PIXEL_BYTES)):
         size = ROWS * row
-        yield Finding(f"ImageNet as {name}", exactly(size / 2**30), "GiB")
-        yield Finding("  into a node's cache, once", exactly(size / STORE_BYTES_PER_SECOND), "s", is_cost=True)
-        yield Finding("  into 128 nodes' caches, of the store", exactly(128 * size / 2**40), "TiB")
-    rate = costs.rate(WAYS[1], 1, BATCH_OF_GPU)
-    yield Finding("latents that a GPU reads at p = 0.5", exactly(rate), "rows/s")
-    yield Finding("  bytes of a node of 8 GPUs", exactly(GPUS_A_NODE * rate * LATENT_BYTES / 2**30), "GiB/s")
+        yield Finding(f"ImageNet as {name}", exact(size / 2**30), "GiB")
+        yield Finding("  copy into the cache of a node, once", exact(size / STORE_BYTES_PER_SECOND), "s", is_cost=True)
+        yield Finding("  copy into the caches of 128 nodes", exact(128 * size / 2**40), "TiB")
+    rate = costs.rate(SETTINGS[1], 1, GPU_BATCH)
+    yield Finding("latents read per GPU at p = 0.5", exact(rate), "rows/s")
+    yield Finding("  per node of 8 GPUs", exact(GPUS_PER_NODE * rate * LATENT_BYTES / 2**30), "GiB/s")

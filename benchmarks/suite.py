@@ -1,156 +1,169 @@
-"""The suite: which benchmarks there are, and one call that runs some of them, prints them and keeps them."""
+"""The suite: the list of benchmarks, and one call that runs, prints and keeps some of them."""
 
 import itertools
-import json
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from importlib import import_module
 from pathlib import Path
-from typing import Any
 
-from patchloom.benchmarks.findings import TINY, Finding, Say, Scale, table
+from patchloom.benchmarks.findings import TINY, Finding, Say, Scale, findings_table
 from patchloom.benchmarks.machine import busy_share, code_digest, describe_machine
+from patchloom.benchmarks.result_file import BenchmarkResult, SuiteResults
 from patchloom.errors import UserError
 from patchloom.platform.compute.machine import keep_freed_memory
 from patchloom.platform.files.storage import make_folder, write_atomic
 from patchloom.platform.progress import clock, say
 
-RESULTS_FORMAT = 1
-BUSY = 0.15  # of all cores, by others; above it numbers are warned of, and above TOO_BUSY not measured
-TOO_BUSY = 0.5
+BUSY = 0.15  # share of all cores used by other processes: above it, a warning
+TOO_BUSY = 0.5  # above it, an error
 
 
 @dataclass(frozen=True)
-class Subject:
-    """One benchmark: where its function is, how long it takes on two cores, and what it says, in words."""
+class Benchmark:
+    """One benchmark: its function, its minutes on two cores, and what it measures."""
 
     function: str  # module:name
     minutes: float
-    words: str
+    description: str
 
     def load(self) -> Callable[[Scale, Say], list[Finding]]:
-        """The function; only now is imported what it needs."""
+        """Import the function, and with it the packages that it needs."""
         module, name = self.function.split(":")
         found: Callable[[Scale, Say], list[Finding]] = getattr(import_module(f"patchloom.benchmarks.{module}"), name)
         return found
 
 
-SUBJECTS = {
-    "train.plain": Subject(
-        "training:against_plain", 0.8, "a training step beside the same mathematics written plainly"
+BENCHMARKS = {
+    "train.plain": Benchmark(
+        "training:against_plain", 0.8, "a training step, compared with a plain loop of the same mathematics"
     ),
-    "train.sizes": Subject("training:by_size", 2.5, "images a second by patch size, and what patches gain"),
-    "train.parts": Subject("training:by_part", 0.6, "what share of a step is not the network"),
-    "train.memory": Subject("training:memory", 0.2, "what a crop of each size keeps in memory"),
-    "train.precision": Subject("training:by_precision", 3.5, "bfloat16 beside float32"),
-    "train.compile": Subject("training:compiled", 3.0, "compiled steps beside eager ones"),
-    "train.workers": Subject("workers:by_draw", 5.0, "1, 2 and 4 workers, and how sizes are drawn across them"),
-    "train.latents": Subject("latents:precomputed", 5.0, "latents encoded once beside encoding in every step"),
-    "train.platform": Subject("platform_cost:beside_bare_steps", 11.0, "`patchloom train` beside its bare steps"),
-    "train.peers": Subject("peers:beside_peers", 5.0, "other packages' training loops, at equal parameters and FLOPs"),
-    "sample.plain": Subject("sampling:against_plain", 1.5, "sampling beside the same mathematics written plainly"),
-    "sample.worker": Subject("sampling:on_ray_data", 1.5, "a worker of `patchloom sample` beside a plain loop"),
-    "prepare": Subject("preparing:beside_pillow", 4.0, "a preparation beside a loop of Pillow"),
-    "read": Subject("reading:random_rows", 0.3, "random rows of latents from disk"),
-    "tune": Subject("searching:beside_its_trials", 3.0, "a search beside its trials alone"),
-    "startup": Subject("startup:commands", 2.0, "how soon commands answer"),
-    "scaling": Subject("scaling:to_a_thousand", 0.1, "steps on up to 1,024 GPUs and the data they need, by arithmetic"),
+    "train.sizes": Benchmark("training:by_size", 2.5, "images per second by patch size, and the gain of patches"),
+    "train.parts": Benchmark("training:step_parts", 0.6, "the share of each part of a step"),
+    "train.memory": Benchmark("training:memory", 0.2, "memory per crop of each size"),
+    "train.precision": Benchmark("training:by_precision", 3.5, "bfloat16 compared with float32"),
+    "train.compile": Benchmark("training:compiled", 3.0, "compiled steps compared with eager steps"),
+    "train.workers": Benchmark("workers:by_draw", 5.0, "1, 2 and 4 workers, for each draw of patch sizes"),
+    "train.latents": Benchmark("latents:precomputed", 5.0, "stored latents compared with encoding in every step"),
+    "train.platform": Benchmark("platform_cost:against_bare_steps", 11.0, "the time `patchloom train` adds to a step"),
+    "train.peers": Benchmark("peers:against_peers", 5.0, "training loops of other packages, at equal size"),
+    "sample.plain": Benchmark("sampling:against_plain", 1.5, "sampling, compared with a plain loop"),
+    "sample.worker": Benchmark("sampling:ray_data_worker", 1.5, "a worker of `patchloom sample`, compared with a loop"),
+    "prepare": Benchmark("preparing:against_pillow", 4.0, "`patchloom prepare`, compared with a Pillow loop"),
+    "read": Benchmark("reading:random_rows", 0.3, "random rows of latents from disk"),
+    "tune": Benchmark("searching:against_trials", 3.0, "a search, compared with its trials alone"),
+    "startup": Benchmark("startup:commands", 2.0, "the start-up time of commands"),
+    "scaling": Benchmark("scaling:up_to_1024_gpus", 0.1, "steps and data on up to 1,024 GPUs, calculated"),
 }
 
 
-def chosen_subjects(names: Sequence[str]) -> list[str]:
-    """`train` is all that begins with it; without names all there are. Raises UserError for one that is not known."""
-    chosen = []
+def select_benchmarks(names: Sequence[str]) -> list[str]:
+    """The benchmarks of these names or groups (`train` is every `train.*`); all of them without names.
+
+    Raises:
+        UserError: a name is unknown.
+    """
+    selected: list[str] = []
     for name in names or ["all"]:
-        some = [subject for subject in SUBJECTS if name in ("all", subject, subject.split(".")[0])]
-        if not some:
-            groups = sorted({subject.split(".")[0] for subject in SUBJECTS})
+        matching = [known for known in BENCHMARKS if name in ("all", known, known.split(".")[0])]
+        if not matching:
+            groups = sorted({known.split(".")[0] for known in BENCHMARKS})
             raise UserError(
-                f"benchmark {name} is unknown: choose of {', '.join(groups)}, or a part such as train.sizes "
+                f"benchmark {name} is unknown: choose from {', '.join(groups)}, or a part such as train.sizes "
                 "(patchloom benchmark --list)"
             )
-        chosen += [subject for subject in some if subject not in chosen]
-    return chosen
+        selected += [known for known in matching if known not in selected]
+    return selected
 
 
-def benchmark(
+def run_benchmarks(
     names: Sequence[str] = (), *, out: str | None = None, rounds: int | None = None, tiny: bool = False,
     force: bool = False,
-) -> dict[str, Any]:  # fmt: skip
-    """Measure these subjects one after the other, print a table of each, and give (and keep) them all as one record.
+) -> SuiteResults:  # fmt: skip
+    """Measure one benchmark after the other and print a table of each.
 
-    names: see `chosen_subjects`. out: a folder for `benchmark-DATE.json`, see `keep`. rounds: how often the ways of
-    a comparison take turns. tiny: smallest sizes, to see that everything runs. force: measure on a busy machine
-    too. Raises UserError for unknown names, a folder that cannot be made, and a busy machine.
+    Args:
+        names: benchmarks or groups, see `select_benchmarks`.
+        out: folder for `benchmark-DATE.json`, see `keep_results`; None keeps nothing.
+        rounds: rounds of each comparison; None uses the default.
+        tiny: use the smallest sizes, only to check that everything runs.
+        force: measure on a busy machine too.
+
+    Returns:
+        The results of this call.
+
+    Raises:
+        UserError: an unknown name, a folder that cannot be created, or a busy machine.
     """
-    chosen = chosen_subjects(names)
+    selected = select_benchmarks(names)
     if out is not None:
-        make_folder(Path(out))  # what cannot be kept is refused before it is measured
+        make_folder(Path(out))  # fail before the measurement, not after it
     scale = TINY if tiny else Scale()
     scale = scale if rounds is None else replace(scale, rounds=rounds)
-    keep_freed_memory()  # as commands do, and so for the plain loops in this process
-    machine = describe_machine()
-    say(machine["words"])
+    keep_freed_memory()  # as commands do; it applies to the plain loops in this process too
+    results = SuiteResults(datetime.now(UTC).strftime("%Y-%m-%d"), describe_machine(), scale, {})
+    say(results.machine.words)
     if tiny:
         say("smallest sizes: these numbers only show that everything runs")
     else:
-        say(
-            f"{len(chosen)} benchmarks, about {clock(60 * sum(SUBJECTS[name].minutes for name in chosen))} on two cores"
-        )
-        _check_quiet(force)
-    record: dict[str, Any] = {"format_version": RESULTS_FORMAT, "date": datetime.now(UTC).strftime("%Y-%m-%d"),
-                              "machine": machine, "scale": asdict(scale), "subjects": {}}  # fmt: skip
+        minutes = sum(BENCHMARKS[name].minutes for name in selected)
+        say(f"{len(selected)} benchmarks, about {clock(60 * minutes)} on two cores")
+        _require_quiet(force)
     code = code_digest()
-    for number, name in enumerate(chosen, 1):
-        say(f"\n{name}: {SUBJECTS[name].words} ({number} of {len(chosen)})")
-        busy, began = busy_share(), time.monotonic()
-        if busy > BUSY and not tiny:
-            say(f"  others use {busy:.0%} of this machine's cores: trust ratios, and not rates")
-        findings = SUBJECTS[name].load()(scale, _progress_line(name))
-        findings = [replace(found, wanted=None) for found in findings] if tiny else findings
-        say(table(findings))
-        record["subjects"][name] = {
-            "at": datetime.now(UTC).isoformat(timespec="seconds"), "code": code,
-            "busy_share_before": busy, "seconds": time.monotonic() - began,
-            "findings": [found.describe() for found in findings],
-        }  # fmt: skip
+    for number, name in enumerate(selected, 1):
+        say(f"\n{name}: {BENCHMARKS[name].description} ({number} of {len(selected)})")
+        results.subjects[name] = _measure(name, scale, code)
         if out is not None:
-            path = keep(record, Path(out))
+            path = keep_results(results, Path(out))
     if out is not None:
-        from patchloom.benchmarks.plots import plot_record
+        from patchloom.benchmarks.plots import plot_results
 
-        say("\n".join(["", f"kept: {path}", *(f"look at it: {plot}" for plot in plot_record(path))]))
-    return record
+        say("\n".join(["", f"results: {path}", *(f"plot: {plot}" for plot in plot_results(path))]))
+    return results
 
 
-def keep(record: dict[str, Any], folder: Path) -> Path:
-    """Write `benchmark-DATE.json`; what it says of other subjects on the same machine stays.
+def _measure(name: str, scale: Scale, code: str) -> BenchmarkResult:
+    is_tiny = scale == replace(TINY, rounds=scale.rounds)
+    busy, start = busy_share(), time.monotonic()
+    if busy > BUSY and not is_tiny:
+        say(f"  other processes use {busy:.0%} of this machine's cores: trust the ratios, not the rates")
+    findings = BENCHMARKS[name].load()(scale, _progress_line(name))
+    if is_tiny:
+        findings = [replace(found, wanted=None) for found in findings]
+    say(findings_table(findings))
+    return BenchmarkResult(
+        at=datetime.now(UTC).isoformat(timespec="seconds"), code=code, busy_share_before=busy,
+        seconds=time.monotonic() - start, findings=findings,
+    )  # fmt: skip
 
-    What it says of another machine, or at another scale, stays too, and `benchmark-DATE-2.json` is next.
+
+def keep_results(results: SuiteResults, folder: Path) -> Path:
+    """Write `benchmark-DATE.json`, and keep its other benchmarks of the same machine and scale.
+
+    Results of another machine or scale are kept in their file; then the next free name is `benchmark-DATE-2.json`.
     """
     for number in itertools.count(1):
-        path = folder / f"benchmark-{record['date']}{f'-{number}' if number > 1 else ''}.json"
-        before = json.loads(path.read_text()) if path.is_file() else record
-        if before["machine"] == record["machine"] and before["scale"] == record["scale"]:
+        path = folder / f"benchmark-{results.date}{f'-{number}' if number > 1 else ''}.json"
+        earlier = SuiteResults.from_json(path.read_text()) if path.is_file() else results
+        if earlier.machine == results.machine and earlier.scale == results.scale:
             break
-    record = record | {"subjects": before["subjects"] | record["subjects"]}
-    write_atomic(path, json.dumps(record, indent=2) + "\n")
+    merged = replace(results, subjects=earlier.subjects | results.subjects)
+    write_atomic(path, merged.to_json(indent=2) + "\n")
     return path
 
 
-def _check_quiet(force: bool) -> None:
+def _require_quiet(force: bool) -> None:
     busy = busy_share()
     if busy > TOO_BUSY and not force:
         raise UserError(
-            f"others use {busy:.0%} of this machine's cores, and what is measured now says little: wait, or --force"
+            f"other processes use {busy:.0%} of this machine's cores, too much to measure: wait, or pass --force"
         )
 
 
 def _progress_line(name: str) -> Say:
-    """Says what is going on where somebody watches; a log keeps the results alone."""
+    """Shows progress in one line of a terminal, and nothing in a log."""
     if not sys.stderr.isatty():
         return lambda text: None
     return lambda text: print(f"\r\x1b[K  {name}: {text}", end="\r", file=sys.stderr, flush=True)

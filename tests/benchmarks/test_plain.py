@@ -1,4 +1,4 @@
-"""The plain loop is the same mathematics: outputs, gradients and averages agree with the platform's."""
+"""The plain loop computes the same mathematics: outputs, gradients and averages equal those of Patchloom."""
 
 import copy
 
@@ -20,33 +20,33 @@ def both() -> tuple[Denoiser, PlainDenoiser]:
     config = song_config(SIDE, 16, 1, dropout=0.0)
     torch.manual_seed(0)
     ours = build_denoiser(config).train()
-    for parameter in ours.parameters():  # zeros of the last layers would hide most of the network
+    for parameter in ours.parameters():  # otherwise the zeros of the last layers hide most of the network
         torch.nn.init.normal_(parameter, std=0.1)
     plain = PlainDenoiser(PlainUNet(SIDE, 5, 3, **config["network_options"])).train()
     plain.load_state_dict({name: each for name, each in ours.state_dict().items() if "resample_filter" not in name})
     return ours, plain
 
 
-def test_outputs_and_gradients_are_the_platforms(both: tuple[Denoiser, PlainDenoiser]) -> None:
+def test_outputs_and_gradients_equal_those_of_patchloom(both: tuple[Denoiser, PlainDenoiser]) -> None:
     ours, plain = both
     generator = torch.Generator().manual_seed(1)
     clean, noise = (torch.randn(3, 3, SIDE, SIDE, generator=generator) for _ in range(2))
     sigma = torch.tensor([0.05, 0.5, 10.0])
     grid = full_grid(SIDE)
     torch.testing.assert_close(grid, coordinate_grid(SIDE, SIDE))
-    where = grid.expand(3, -1, -1, -1)
+    coordinates = grid.expand(3, -1, -1, -1)
     noisy = clean + sigma[:, None, None, None] * noise
-    torch.testing.assert_close(plain(noisy, sigma, where), ours(noisy, sigma, where), rtol=1e-4, atol=1e-4)
-    denoising_loss(ours, clean, noise, sigma, where).mean().backward()
+    torch.testing.assert_close(plain(noisy, sigma, coordinates), ours(noisy, sigma, coordinates), rtol=1e-4, atol=1e-4)
+    denoising_loss(ours, clean, noise, sigma, coordinates).mean().backward()
     weight = (sigma**2 + 0.25) / (sigma * 0.5) ** 2
-    (weight[:, None, None, None] * (plain(noisy, sigma, where) - clean) ** 2).mean().backward()
+    (weight[:, None, None, None] * (plain(noisy, sigma, coordinates) - clean) ** 2).mean().backward()
     for (name, one), (_, other) in zip(ours.named_parameters(), plain.named_parameters(), strict=True):
         assert one.grad is not None and other.grad is not None
         scale = float(one.grad.abs().max())
         torch.testing.assert_close(other.grad, one.grad, rtol=1e-3, atol=1e-4 * scale, msg=name)
 
 
-def test_its_average_is_the_platforms(both: tuple[Denoiser, PlainDenoiser]) -> None:
+def test_the_average_equals_that_of_patchloom(both: tuple[Denoiser, PlainDenoiser]) -> None:
     _, plain = both
     before = copy.deepcopy(plain)
     training = PlainTraining(plain, SIDE, halflife_images=100)
@@ -57,4 +57,4 @@ def test_its_average_is_the_platforms(both: tuple[Denoiser, PlainDenoiser]) -> N
         torch.testing.assert_close(average, other)
     pairs = zip(plain.parameters(), before.parameters(), strict=True)
     moved = max(float((after - first).detach().abs().max()) for after, first in pairs)
-    assert moved == pytest.approx(1e-4, rel=0.01)  # Adam's first step is the learning rate, whatever the gradient
+    assert moved == pytest.approx(1e-4, rel=0.01)  # the first step of Adam equals the learning rate for every gradient

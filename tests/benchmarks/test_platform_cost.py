@@ -1,4 +1,4 @@
-"""Platform cost: a process steps only in its turn, with all that it started, and none of them outlives it."""
+"""Platform benchmark: a process and its children run only while they are measured, and all of them end."""
 
 import subprocess
 import sys
@@ -9,7 +9,7 @@ import psutil
 import pytest
 
 from patchloom.benchmarks.findings import TINY
-from patchloom.benchmarks.platform_cost import Paused, _dataset, _network, _recipe, beside_bare_steps
+from patchloom.benchmarks.platform_cost import PausedProcess, _dataset, _network, _recipe, against_bare_steps
 from patchloom.models.denoiser import skeleton
 from patchloom.models.flops import parameter_count, training_flops
 from patchloom.pipelines.train.training import model_card
@@ -27,17 +27,17 @@ for step in itertools.count(2, 2):
 """
 
 
-def test_a_process_and_its_children_step_only_in_their_turn(tmp_path: Path) -> None:
+def test_a_process_and_its_children_run_only_while_measured(tmp_path: Path) -> None:
     with subprocess.Popen([sys.executable, "-c", STEPS, STEPS, "parent"], cwd=tmp_path) as process:
         lines = tmp_path / "lines.jsonl"
-        paused = Paused(psutil.Process(process.pid), lines)
+        paused = PausedProcess(psutil.Process(process.pid), lines)
         try:
-            for asked in (3, 5):
+            for lines_wanted in (3, 5):
                 before = lines.read_text().count("\n") if lines.exists() else 0
-                paused.seconds_of_a_step(asked)
+                paused.measure_step(lines_wanted)
                 written = lines.read_text().count("\n")
-                assert written > before + asked  # one before the first that counts
-                time.sleep(0.3)  # fifteen lines of one that went on
+                assert written > before + lines_wanted  # one line before the first that counts
+                time.sleep(0.3)  # a running process would write 15 lines
                 assert lines.read_text().count("\n") == written
             children = paused.root.children(recursive=True)
             assert len(children) == 1
@@ -46,16 +46,16 @@ def test_a_process_and_its_children_step_only_in_their_turn(tmp_path: Path) -> N
         assert not any(child.is_running() and child.status() != psutil.STATUS_ZOMBIE for child in children)
 
 
-def test_a_process_that_ends_is_not_waited_for(tmp_path: Path) -> None:
+def test_a_process_that_has_ended_is_an_error(tmp_path: Path) -> None:
     log = tmp_path / "log"
     log.write_text("no such dataset\n")
     with subprocess.Popen([sys.executable, "-c", ""]) as process:
-        paused = Paused(psutil.Process(process.pid), tmp_path / "lines.jsonl", log)
-        with pytest.raises(RuntimeError, match="has ended: no such dataset"):
-            paused.seconds_of_a_step()
+        paused = PausedProcess(psutil.Process(process.pid), tmp_path / "lines.jsonl", log)
+        with pytest.raises(RuntimeError, match="no such dataset"):
+            paused.measure_step()
 
 
-def test_bare_steps_are_those_of_the_command(tmp_path: Path) -> None:
+def test_bare_steps_have_the_network_of_the_command(tmp_path: Path) -> None:
     recipe = check_recipe(_recipe(TINY))
     denoiser = model_card(recipe, open_dataset(str(_dataset(tmp_path / "data", TINY))))["denoiser"]
     config = _network(TINY)
@@ -65,11 +65,11 @@ def test_bare_steps_are_those_of_the_command(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.ray
-def test_every_way_is_measured_and_ends() -> None:
-    ours = psutil.Process()
-    before = set(ours.children(recursive=True))
-    found = {finding.what: finding for finding in beside_bare_steps(TINY, lambda text: None)}
+def test_all_alternatives_are_measured_and_end() -> None:
+    this = psutil.Process()
+    before = set(this.children(recursive=True))
+    found = {finding.what: finding for finding in against_bare_steps(TINY, lambda text: None)}
     assert {finding.unit for finding in found.values()} == {"s", "%"} and len(found) == 5
-    left = [each for each in set(ours.children(recursive=True)) - before if each.status() != psutil.STATUS_ZOMBIE]
-    # Python's own helper for spawned processes lives as long as this one
-    assert not [process for process in left if not any("resource_tracker" in word for word in process.cmdline())]
+    remaining = [each for each in set(this.children(recursive=True)) - before if each.status() != psutil.STATUS_ZOMBIE]
+    # Python's resource tracker lives as long as this process
+    assert not [process for process in remaining if not any("resource_tracker" in word for word in process.cmdline())]

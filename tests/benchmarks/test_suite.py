@@ -1,75 +1,79 @@
-"""The suite: what is chosen, what is kept, what a mistake gets; and that its training parts run and count right."""
+"""The suite: selection, result files, errors, and the counts of the training benchmarks."""
 
 import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from patchloom.benchmarks.suite import SUBJECTS, benchmark, chosen_subjects, keep
+from patchloom.benchmarks.result_file import SuiteResults, read_plot_data
+from patchloom.benchmarks.suite import BENCHMARKS, keep_results, run_benchmarks, select_benchmarks
 from patchloom.errors import UserError
 
 ROOT = Path(__file__).parent.parent.parent
 
 
-def test_a_group_is_all_its_parts_and_nothing_is_everything() -> None:
-    assert chosen_subjects(["read", "train"]) == ["read", *(name for name in SUBJECTS if name.startswith("train."))]
-    assert chosen_subjects(["train.sizes", "train.sizes"]) == ["train.sizes"]
-    assert chosen_subjects([]) == list(SUBJECTS)
-    with pytest.raises(UserError, match=r"benchmark trane is unknown: choose of .*train"):
-        chosen_subjects(["trane"])
-    for name, subject in SUBJECTS.items():
-        assert callable(subject.load()), name
+def test_a_group_selects_its_parts_and_no_name_selects_all() -> None:
+    assert select_benchmarks(["read", "train"]) == ["read", *(name for name in BENCHMARKS if name.startswith("train."))]
+    assert select_benchmarks(["train.sizes", "train.sizes"]) == ["train.sizes"]
+    assert select_benchmarks([]) == list(BENCHMARKS)
+    with pytest.raises(UserError, match=r"trane.*train"):
+        select_benchmarks(["trane"])
+    for name, entry in BENCHMARKS.items():
+        assert callable(entry.load()), name
 
 
-def test_numbers_are_kept_beside_those_of_the_day(tmp_path: Path) -> None:
-    benchmark(["train.memory"], out=str(tmp_path), tiny=True)
-    record = benchmark(["scaling"], out=str(tmp_path), tiny=True)
+def test_results_of_one_day_are_merged(tmp_path: Path) -> None:
+    run_benchmarks(["train.memory"], out=str(tmp_path), tiny=True)
+    results = run_benchmarks(["scaling"], out=str(tmp_path), tiny=True)
     (path,) = tmp_path.glob("benchmark-*.json")
     kept = json.loads(path.read_text())
-    assert set(kept["subjects"]) == {"train.memory", "scaling"} and set(record["subjects"]) == {"scaling"}
-    assert kept["subjects"]["scaling"] == record["subjects"]["scaling"]
+    assert set(kept["subjects"]) == {"train.memory", "scaling"} and set(results.subjects) == {"scaling"}
+    assert kept["subjects"]["scaling"] == json.loads(results.to_json())["subjects"]["scaling"]
+    assert SuiteResults.from_json(path.read_text()).subjects["scaling"] == results.subjects["scaling"]
     assert kept["machine"]["versions"]["torch"] and kept["machine"]["cpus"] >= 1
     names = os.uname().nodename, str(Path.home()), str(ROOT)
     assert not any(name in path.read_text() for name in names if len(name) > 1)  # nothing that names the host
 
 
-def test_what_another_machine_found_that_day_stays(tmp_path: Path) -> None:
-    record = benchmark(["scaling"], out=str(tmp_path), tiny=True)
-    other = record | {"machine": record["machine"] | {"cpus": 10**6}}
+def test_results_of_another_machine_on_that_day_are_kept(tmp_path: Path) -> None:
+    results = run_benchmarks(["scaling"], out=str(tmp_path), tiny=True)
+    other = replace(results, machine=replace(results.machine, cpus=10**6))
     for _ in range(2):
-        keep(other, tmp_path)
-    kept = [json.loads(path.read_text()) for path in sorted(tmp_path.glob("benchmark-*.json"), reverse=True)]
-    assert [one["machine"] for one in kept] == [record["machine"], other["machine"]]
+        keep_results(other, tmp_path)
+    paths = sorted(tmp_path.glob("benchmark-*.json"), reverse=True)
+    kept = [SuiteResults.from_json(path.read_text()) for path in paths]
+    assert [each.machine for each in kept] == [results.machine, other.machine]
 
 
-def test_a_folder_that_cannot_be_made_is_refused_before_anything_is_measured(tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_created_is_an_error_before_the_measurement(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="file"):
-        benchmark(["scaling"], out=str(tmp_path / "file" / "results"), tiny=True)
+        run_benchmarks(["scaling"], out=str(tmp_path / "file" / "results"), tiny=True)
 
 
-def test_a_smaller_crop_keeps_less_for_its_backward_pass() -> None:
-    findings = benchmark(["train.memory"], tiny=True)["subjects"]["train.memory"]["findings"]
-    crops = {found["what"]: found["measured"]["median"] for found in findings if "a crop of" in found["what"]}
+def test_a_smaller_crop_keeps_less_memory_for_the_backward_pass() -> None:
+    findings = run_benchmarks(["train.memory"], tiny=True).subjects["train.memory"].findings
+    crops = {found.what: found.measured.median for found in findings if "per crop of" in found.what}
     full, half, quarter = crops.values()
     assert full / half == pytest.approx(4, rel=0.05) and half / quarter == pytest.approx(4, rel=0.05)
 
 
-def test_training_parts_run_and_count_right() -> None:
-    found = benchmark(["train.plain", "train.sizes", "train.parts"], tiny=True)["subjects"]
-    for subject in found.values():
-        rates = [finding["measured"]["median"] for finding in subject["findings"] if "images/s" in finding["unit"]]
+def test_training_benchmarks_run_and_count_images_and_updates() -> None:
+    results = run_benchmarks(["train.plain", "train.sizes", "train.parts"], tiny=True).subjects
+    for result in results.values():
+        rates = [found.measured.median for found in result.findings if "images/s" in found.unit]
         assert all(rate > 0 for rate in rates)
-        assert all(finding["is_met"] is None for finding in subject["findings"])  # smallest sizes are not judged
-    gains = [each for each in found["train.sizes"]["findings"] if each["what"] == "p = 0.5 over p = 1, one worker"]
-    assert [each["limit"] for each in gains] == pytest.approx([1.9 / 0.7, 1 / 0.7])
-    assert gains[0]["measured"]["median"] / gains[1]["measured"]["median"] == pytest.approx(1.9)
+        assert all(found.is_met is None for found in result.findings)  # the smallest sizes have no targets
+    gains = [found for found in results["train.sizes"].findings if found.what == "p = 0.5 over p = 1, one worker"]
+    assert [found.limit for found in gains] == pytest.approx([1.9 / 0.7, 1 / 0.7])
+    assert gains[0].measured.median / gains[1].measured.median == pytest.approx(1.9)
 
 
-def test_the_command_prints_one_object_and_a_mistake_is_one_line() -> None:
+def test_the_command_prints_one_json_object_and_an_error_is_one_line() -> None:
     command = [sys.executable, "-m", "patchloom.pipelines.cli", "benchmark"]
     done = subprocess.run([*command, "scaling", "--tiny", "--json"], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
@@ -78,23 +82,23 @@ def test_the_command_prints_one_object_and_a_mistake_is_one_line() -> None:
     assert done.returncode == 2 and done.stdout == "" and done.stderr.count("\n") == 1
 
 
-WITHOUT = """
+ONLY_TORCH = """
 import sys
 for name in ("ray", "mlflow", "pydantic", "yaml", "rich", "typer", "matplotlib", "pyarrow", "pandas", "diffusers",
              "psutil", "PIL", "skimage", "optuna", "fsspec"):
-    sys.modules[name] = None  # as if it were not installed
+    sys.modules[name] = None  # import fails as if it were not installed
 sys.argv = ["gpu", "--tiny", *sys.argv[1:]]
 from patchloom.benchmarks.gpu import main
 sys.exit(main())
 """
 
 
-def test_the_gpu_benchmark_needs_torch_numpy_and_safetensors_alone(tmp_path: Path) -> None:
+def test_the_gpu_benchmark_needs_only_torch_numpy_and_safetensors(tmp_path: Path) -> None:
     import numpy as np
 
     images = np.random.default_rng(0).integers(0, 256, (64, 16, 16, 3), np.uint8)
     np.savez(tmp_path / "images.npz", images=images)
-    command = [sys.executable, "-c", WITHOUT, "--images", str(tmp_path / "images.npz"), "--out", str(tmp_path)]
+    command = [sys.executable, "-c", ONLY_TORCH, "--images", str(tmp_path / "images.npz"), "--out", str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=240)
     assert done.returncode == 0, done.stderr
     (path,) = tmp_path.glob("gpu-*.json")
@@ -103,7 +107,7 @@ def test_the_gpu_benchmark_needs_torch_numpy_and_safetensors_alone(tmp_path: Pat
     for curve in record["curves"].values():
         assert [point["updates"] for point in curve] == sorted(point["updates"] for point in curve)
         assert len(curve) == 4 and all(point["distance"] >= 0 for point in curve)
-    assert "no plots: matplotlib is not here" in done.stderr
+    assert "matplotlib" in done.stderr
     drawn = subprocess.run(
         [sys.executable, "-m", "patchloom.benchmarks.plots", str(path)], capture_output=True, text=True, cwd=ROOT
     )
@@ -112,9 +116,18 @@ def test_the_gpu_benchmark_needs_torch_numpy_and_safetensors_alone(tmp_path: Pat
     assert len(drawn.stdout.split()) == 3
 
 
-def test_a_gpu_benchmark_without_a_gpu_says_so(tmp_path: Path) -> None:
+def test_the_gpu_benchmark_without_a_gpu_exits_with_code_2(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "patchloom.benchmarks.gpu", "--out", str(tmp_path)]
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
-    assert done.returncode == 2 and "no CUDA device" in done.stderr and done.stderr.count("\n") == 1
+    assert done.returncode == 2 and "CUDA" in done.stderr and done.stderr.count("\n") == 1
     assert not list(tmp_path.iterdir())
+
+
+def test_result_files_of_this_repository_can_be_read_and_merged() -> None:
+    for path in (ROOT / "benchmarks" / "results").glob("benchmark-*.json"):
+        text = path.read_text()
+        results = SuiteResults.from_json(text)
+        assert json.loads(results.to_json()) == json.loads(text)
+        assert results.to_json(indent=2) + "\n" == text
+        assert list(read_plot_data(path).findings) == list(results.subjects)

@@ -1,12 +1,12 @@
-"""Peer: another package's network and its usual training loop, in a process that takes steps when it is asked to.
+"""A process with another package's network and its usual training loop, which takes steps on request.
 
-    python -P peer.py diffusers '{"side": 64, "batch": 8, ...}'
+    python -P peer_process.py diffusers '{"side": 64, "batch": 8, ...}'
 
-It needs torch and that package, and nothing of this project, so that any environment can run it. A request is a line
-of JSON and so is its answer; the first line, unasked, tells what stands here.
+It needs torch and the package, and nothing of Patchloom, so any environment can run it. Each request and each answer
+is one line of JSON. The process first prints the versions of its packages.
 
-    {"count": 32}              -> {"parameters": ..., "flops": ...}: of a network of this width, an image forward
-    {"train": 32, "steps": 5}  -> {"images": 40, "loss": ...}: trained on, of noise
+    {"count": 32}              -> {"parameters": ..., "flops": ...}: of a network of this width, forward, per image
+    {"train": 32, "steps": 5}  -> {"images": 40, "loss": ...}: trained on noise
 """
 
 import contextlib
@@ -25,13 +25,13 @@ from torch.nn import functional
 from torch.utils.flop_counter import FlopCounterMode
 
 Step = Callable[[Tensor], Tensor]  # (B, 3, R, R) uint8 -> the loss
-GROUPS = 8  # of channels, each normalised alone; so widths can be multiples of 8
-CLIP = 1.0  # the gradients' largest norm, in both packages' own loops
+GROUPS = 8  # of channels in a group norm; widths are multiples of it
+CLIP = 1.0  # the maximum gradient norm, in the loops of both packages
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What all networks share: pixels a side, images a step, width multipliers, blocks a level, attention's sides."""
+    """What all networks share; `attention` lists the sides in pixels of the levels with attention."""
 
     side: int
     batch: int
@@ -43,21 +43,46 @@ class Setting:
 
     @property
     def attends(self) -> list[bool]:
-        """Whether each level attends, the largest first."""
+        """Whether each level has attention, the largest level first."""
         return [self.side >> level in self.attention for level in range(len(self.multipliers))]
 
 
 @dataclass(frozen=True)
-class Package:
-    """A package's network of a width, and its loop; `names` are the distributions whose versions matter."""
+class Request:
+    """Count the network of a width, or train it for some steps."""
 
-    names: tuple[str, ...]
+    count: int | None = None
+    train: int | None = None
+    steps: int = 0
+
+
+@dataclass(frozen=True)
+class ForwardCost:
+    """The parameters of a network, and its forward FLOPs per image."""
+
+    parameters: int
+    flops: int
+
+
+@dataclass(frozen=True)
+class TrainedSteps:
+    """The images of the steps that were taken, and the last loss."""
+
+    images: int
+    loss: float
+
+
+@dataclass(frozen=True)
+class PeerPackage:
+    """How to build a package's network of a width, and its training loop."""
+
+    names: tuple[str, ...]  # the distributions whose versions are reported
     network: Callable[[Setting, int], nn.Module]
     loop: Callable[[Setting, nn.Module], Step]
 
 
 def diffusers_network(setting: Setting, width: int) -> nn.Module:
-    """UNet2DModel, all as it comes but for the sizes; it has one more block a level on its way up, as ours."""
+    """UNet2DModel with default options except the sizes; like Patchloom's, its decoder has one more block per level."""
     down = ["AttnDownBlock2D" if attends else "DownBlock2D" for attends in setting.attends]
     up = ["AttnUpBlock2D" if attends else "UpBlock2D" for attends in reversed(setting.attends)]
     network: nn.Module = import_module("diffusers").UNet2DModel(
@@ -69,7 +94,7 @@ def diffusers_network(setting: Setting, width: int) -> nn.Module:
 
 
 def diffusers_loop(_: Setting, network: nn.Module) -> Step:
-    """What diffusers' example of unconditional training does in a step: noise is foretold; AdamW; an EMA of its own."""
+    """A step of diffusers' example of unconditional training: noise prediction, AdamW, diffusers' EMA."""
     diffusers = import_module("diffusers")
     noises = diffusers.DDPMScheduler(num_train_timesteps=1000)
     optimizer = torch.optim.AdamW(network.parameters(), 1e-4, betas=(0.95, 0.999), weight_decay=1e-6)
@@ -93,7 +118,7 @@ def diffusers_loop(_: Setting, network: nn.Module) -> Step:
 
 
 def ddp_network(setting: Setting, width: int) -> nn.Module:
-    """denoising-diffusion-pytorch's Unet: two blocks a level, whatever is asked, and linear attention at the others."""
+    """Unet of denoising-diffusion-pytorch: two blocks per level, and linear attention at the other levels."""
     network: nn.Module = import_module("denoising_diffusion_pytorch").Unet(
         width, dim_mults=tuple(setting.multipliers), full_attn=tuple(setting.attends), flash_attn=True,
         dropout=setting.dropout,
@@ -102,7 +127,7 @@ def ddp_network(setting: Setting, width: int) -> nn.Module:
 
 
 def ddp_loop(setting: Setting, network: nn.Module) -> Step:
-    """What its Trainer does in a step, with its own settings: Adam, and ema_pytorch's average every tenth step."""
+    """A step of its Trainer with default settings: Adam, and the average of ema_pytorch every tenth step."""
     diffusion = import_module("denoising_diffusion_pytorch").GaussianDiffusion(network, image_size=setting.side)
     optimizer = torch.optim.Adam(diffusion.parameters(), 1e-4, betas=(0.9, 0.99))
     average = import_module("ema_pytorch").EMA(diffusion, beta=0.995, update_every=10)
@@ -121,21 +146,21 @@ def ddp_loop(setting: Setting, network: nn.Module) -> Step:
 
 
 PACKAGES = {
-    "diffusers": Package(("diffusers", "accelerate"), diffusers_network, diffusers_loop),
-    "ddp": Package(("denoising-diffusion-pytorch", "accelerate"), ddp_network, ddp_loop),
+    "diffusers": PeerPackage(("diffusers", "accelerate"), diffusers_network, diffusers_loop),
+    "ddp": PeerPackage(("denoising-diffusion-pytorch", "accelerate"), ddp_network, ddp_loop),
 }
 
 
 @functools.cache
 def accelerator() -> Any:
-    """accelerate's, on the CPU in float32, or None where it is not installed."""
+    """accelerate's Accelerator on the CPU in float32, or None if accelerate is not installed."""
     with contextlib.suppress(ModuleNotFoundError):
         return import_module("accelerate").Accelerator(cpu=True, mixed_precision="no")
     return None
 
 
 def prepared(network: nn.Module, optimizer: Any) -> tuple[nn.Module, Any, Callable[..., Any], Callable[..., Any]]:
-    """Network, optimizer, backward pass and clipping, accelerate's where it is installed."""
+    """Network, optimizer, backward pass and clipping; accelerate's if it is installed."""
     if accelerator() is None:
         return network, optimizer, Tensor.backward, nn.utils.clip_grad_norm_
     network, optimizer = accelerator().prepare(network, optimizer)
@@ -143,9 +168,9 @@ def prepared(network: nn.Module, optimizer: Any) -> tuple[nn.Module, Any, Callab
 
 
 class Peer:
-    """A package's networks, one a width, each with its own training."""
+    """A package's networks, one per width, each with its own training."""
 
-    def __init__(self, package: Package, setting: Setting) -> None:
+    def __init__(self, package: PeerPackage, setting: Setting) -> None:
         self.package, self.setting = package, setting
         self._step_of = functools.cache(self._start)
 
@@ -153,31 +178,34 @@ class Peer:
         torch.manual_seed(0)
         return self.package.loop(self.setting, self.package.network(self.setting, width).train())
 
-    def count(self, width: int) -> dict[str, Any]:
-        """Parameters and FLOPs of one image forward, attention included; a multiply-add counts 2."""
+    def count(self, width: int) -> ForwardCost:
+        """Parameters and forward FLOPs per image, including attention; a multiply-add counts as 2."""
         with torch.device("meta"), torch.no_grad():
             network = self.package.network(self.setting, width).eval()
             image, time = torch.zeros(1, 3, self.setting.side, self.setting.side), torch.zeros(1, dtype=torch.long)
             with FlopCounterMode(display=False) as counter:
                 network(image, time)
         parameters = sum(parameter.numel() for parameter in network.parameters())
-        return {"parameters": parameters, "flops": int(counter.get_total_flops())}
+        return ForwardCost(parameters, int(counter.get_total_flops()))
 
-    def train(self, width: int, steps: int) -> dict[str, Any]:
+    def train(self, width: int, steps: int) -> TrainedSteps:
         """Take steps on uint8 noise."""
         step, loss = self._step_of(width), 0.0
         shape = (self.setting.batch, 3, self.setting.side, self.setting.side)
         for _ in range(steps):
             loss = float(step(torch.randint(0, 256, shape, dtype=torch.uint8)).detach())
-        return {"images": steps * self.setting.batch, "loss": loss}
+        return TrainedSteps(steps * self.setting.batch, loss)
 
-    def answer(self, request: dict[str, Any]) -> dict[str, Any]:
-        """What was asked for."""
-        return self.count(request["count"]) if "count" in request else self.train(request["train"], request["steps"])
+    def answer(self, request: Request) -> ForwardCost | TrainedSteps:
+        """Answer one request."""
+        if request.count is not None:
+            return self.count(request.count)
+        assert request.train is not None
+        return self.train(request.train, request.steps)
 
 
 def versions(names: tuple[str, ...]) -> dict[str, str]:
-    """Of torch and of those of these that are installed."""
+    """The versions of torch and of the installed packages of these names."""
     found = {"torch": str(torch.__version__)}
     for name in names:
         with contextlib.suppress(PackageNotFoundError):
@@ -186,14 +214,14 @@ def versions(names: tuple[str, ...]) -> dict[str, str]:
 
 
 def main() -> None:
-    """Answer until nobody asks any more."""
-    answers, sys.stdout = sys.stdout, sys.stderr  # what a package prints is no answer
+    """Answer requests until stdin closes."""
+    answers, sys.stdout = sys.stdout, sys.stderr  # what a package prints must not mix with the answers
     package, setting = PACKAGES[sys.argv[1]], Setting(**json.loads(sys.argv[2]))
     torch.set_num_threads(setting.threads)
     peer = Peer(package, setting)
     print(json.dumps({"versions": versions(package.names)}), file=answers, flush=True)
     for line in sys.stdin:
-        print(json.dumps(peer.answer(json.loads(line))), file=answers, flush=True)
+        print(json.dumps(vars(peer.answer(Request(**json.loads(line))))), file=answers, flush=True)
 
 
 if __name__ == "__main__":
