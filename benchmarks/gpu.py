@@ -204,7 +204,7 @@ def patch_gain(session: GpuSession, name: str, config: dict[str, Any], scale: Sc
     limit = estimated_gain(mixed, {size.pixels: float(size.pixels**2) for size in sizes}, 1)
     mean, why = mixed.schedule.mean_multiplier, "cost proportional to pixels"
     session.keep(f"{name}: gain of patches ({variant.name})", [
-        *(Finding(way, timings.rate(way), "counted images/s") for way in alternatives),
+        *(Finding(name, timings.rate(name), "counted images/s") for name in alternatives),
         Finding("p = 0.5 over p = 1", gain, "x per counted image", limit.per_image, why, WANTED_GAIN),
         Finding("p = 0.5 over p = 1", exact(gain.median / mean), "x per update", limit.per_update, why),
     ])  # fmt: skip

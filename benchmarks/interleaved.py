@@ -54,7 +54,7 @@ class Timings:
     def ratio(self, name: str, other: str, *, cpu_time: bool = False) -> Spread:
         """How many times as fast one alternative is as another one in the same round."""
         rates = self.cpu_rates if cpu_time else self.wall_rates
-        return Spread.of([one / two for one, two in zip(rates[name], rates[other], strict=True)])
+        return Spread.of([rate / other_rate for rate, other_rate in zip(rates[name], rates[other], strict=True)])
 
 
 def interleave(

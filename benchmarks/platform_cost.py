@@ -219,10 +219,10 @@ def _bare_steps(scale: Scale, lines: Path, threads: int) -> None:
     torch.set_num_threads(threads)
     keep_freed_memory()
     trainer = Trainer(_network(scale), replace(step_settings(scale), block_size=scale.batch))
-    for step in itertools.count(LINE_STEPS, LINE_STEPS):
-        trainer.steps([plan_step(trainer.settings, step - LINE_STEPS + one, 0) for one in range(LINE_STEPS)])
+    for first in itertools.count(0, LINE_STEPS):
+        trainer.steps([plan_step(trainer.settings, first + number, 0) for number in range(LINE_STEPS)])
         with lines.open("a") as file:
-            file.write(json.dumps({"step": step}) + "\n")
+            file.write(json.dumps({"step": first + LINE_STEPS}) + "\n")
 
 
 def _network(scale: Scale) -> dict[str, Any]:

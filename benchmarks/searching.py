@@ -99,7 +99,7 @@ class TrialRuns:
     def __call__(self) -> int:
         number = next(self.names)
         with ThreadPoolExecutor(CONCURRENT) as pool:
-            list(pool.map(self._train, self.recipes, (f"alone-{number}-{one}" for one in range(len(self.recipes)))))
+            list(pool.map(self._train, self.recipes, (f"alone-{number}-{trial}" for trial in range(len(self.recipes)))))
         return 1
 
     def _train(self, recipe: str, name: str) -> None:

@@ -86,12 +86,12 @@ class Trainer:
         """Take these steps on one worker. Returns the number of counted crops."""
         for plan in plans:
             work = [(group, self.rows(len(group.crops))) for group in plan.share()]
-            training_step(self.state, settings or self.settings, plan, work, self.normalisation, alone)
+            training_step(self.state, settings or self.settings, plan, work, self.normalisation, no_reduction)
         return sum(plan.crops for plan in plans)
 
 
-def alone(_: Tensor) -> None:
-    """The all-reduce of a single worker: nothing to do."""
+def no_reduction(_: Tensor) -> None:
+    """The all-reduce of a single worker, which changes nothing."""
 
 
 def only(settings: StepSettings, pixels: int) -> StepSettings:

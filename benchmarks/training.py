@@ -2,6 +2,7 @@
 
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -197,7 +198,7 @@ def by_precision(scale: Scale, say: Say) -> list[Finding]:
     config = song_config(scale.side, scale.width, scale.blocks)
     trainers = {name: Trainer(config, step_settings(scale, precision=name)) for name in ("fp32", "bf16")}
     plan = plan_step(trainers["fp32"].settings, 0, 0)
-    alternatives = {name: lambda one=one: one.steps([plan]) for name, one in trainers.items()}
+    alternatives = {name: partial(trainer.steps, [plan]) for name, trainer in trainers.items()}
     timings = interleave(alternatives, scale.rounds, 1, say)
     return [Finding("bf16 over fp32", timings.ratio("bf16", "fp32"), "x")]
 
