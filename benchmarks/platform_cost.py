@@ -30,7 +30,7 @@ from patchloom.benchmarks.setups import Trainer, song_config, step_settings
 from patchloom.models.step_plan import plan_step
 from patchloom.pipelines.prepare import prepare
 from patchloom.platform.compute.machine import keep_freed_memory
-from patchloom.platform.recipe import check_recipe, recipe_yaml
+from patchloom.platform.recipe import Recipe, check_recipe, recipe_yaml
 
 LINE_STEPS, WARM_UP_LINES = 10, 6  # steps per progress line; the MLflow client is imported during the first lines
 TURN_LINES, ROUND_TURNS = 2, 4
@@ -52,7 +52,7 @@ def against_bare_steps(scale: Scale, say: Say) -> list[Finding]:
         folder = Path(scratch)
         dataset = _dataset(folder / "data", scale)
         recipe = folder / "recipe.yaml"
-        recipe.write_text(recipe_yaml(check_recipe(_recipe(scale))))
+        recipe.write_text(recipe_yaml(_recipe(scale)))
         with contextlib.ExitStack() as stack:
             alternatives = {}
             for name, workers in (("bare", None), ("in one process", 0), ("on a worker of Ray Train", 1)):
@@ -230,11 +230,11 @@ def _network(scale: Scale) -> dict[str, Any]:
     return config
 
 
-def _recipe(scale: Scale) -> dict[str, Any]:
+def _recipe(scale: Scale) -> Recipe:
     """A recipe with the steps of `_bare_steps`, and more of them than are needed."""
     options = _network(scale)["network_options"]
     batch = scale.batch
-    return {
+    return check_recipe({
         "name": "benchmark",
         "model": {"network": "ddpmpp", "width": options["width"], "width_multipliers": options["width_multipliers"],
                   "blocks": 1, "attention": options["attention"], "dropout": options["dropout"]},
@@ -242,7 +242,7 @@ def _recipe(scale: Scale) -> dict[str, Any]:
         "ema": [{"halflife_images": 500_000}],
         "train": {"images": 10**6, "batch_size": batch, "block_size": batch, "log_every_images": LINE_STEPS * batch},
         "preview": {"every_images": 0},
-    }  # fmt: skip
+    })  # fmt: skip
 
 
 def _dataset(folder: Path, scale: Scale) -> Path:

@@ -14,7 +14,6 @@ from patchloom.models.denoiser import skeleton
 from patchloom.models.flops import parameter_count, training_flops
 from patchloom.pipelines.train.training import model_card
 from patchloom.platform.dataset import open_dataset
-from patchloom.platform.recipe import check_recipe
 
 STEPS = """
 import itertools, json, subprocess, sys, time
@@ -56,7 +55,7 @@ def test_a_process_that_has_ended_is_an_error(tmp_path: Path) -> None:
 
 
 def test_bare_steps_have_the_network_of_the_command(tmp_path: Path) -> None:
-    recipe = check_recipe(_recipe(TINY))
+    recipe = _recipe(TINY)
     denoiser = model_card(recipe, open_dataset(str(_dataset(tmp_path / "data", TINY))))["denoiser"]
     config = _network(TINY)
     assert training_flops(denoiser, TINY.side) == training_flops(config, TINY.side)
