@@ -1,8 +1,8 @@
 """Generate: seeds in, images out; the image of a seed does not depend on its neighbours."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
 from math import isfinite
 from typing import Any
 
@@ -42,48 +42,57 @@ CANVASES = ("rescale", "extrapolate")
 NAMED = 20  # how many classes an error names
 
 
+def option(default: Any, help: str, choices: Collection[str] = (), minimum: float | None = None) -> Any:
+    """A field of a dataclass of options.
+
+    Args:
+        default: the value if none is given.
+        help: one line for the command line and the documentation.
+        choices: the allowed values; empty for any value.
+        minimum: the smallest allowed number.
+    """
+    return field(default=default, metadata={"help": help, "choices": tuple(choices), "minimum": minimum})
+
+
 @dataclass(frozen=True)
 class Sampling:
-    """How noise becomes images: with the model, the seed and the label, all that an image depends on.
+    """How noise becomes images. The image of a seed depends on the model, the seed, the label and these options.
 
-    churn, churn_between, churn_noise: EDM's S_churn, (S_tmin, S_tmax), S_noise, for `heun`.
-    guidance_between: the noise levels at which guidance acts. size: (height, width) of the images in
-    pixels, None for the trained one; on other sizes `canvas` says what the coordinates are: "rescale", the
-    larger grid again spans [-1, 1] (Patch Diffusion, section 4.5), or "extrapolate", the trained spacing
-    goes on beyond it. Raises ValueError for what no sampler does.
+    Each option is declared here once. The command line, `patchloom.sample`, `patchloom.Sampler`, the parameters of
+    MLflow's pyfunc and `sampling.json` derive from these fields.
+
+    Raises:
+        ValueError: an option is out of range, or two options contradict each other.
     """
 
-    sampler: str = "heun"
-    steps: int = 18
-    ladder: str = "karras"
-    churn: float = 0.0
-    churn_between: tuple[float, float] | None = None
-    churn_noise: float = 1.0
-    guidance: float = 1.0
-    guidance_between: tuple[float, float] | None = None
-    size: tuple[int, int] | None = None
-    canvas: str = "rescale"
+    sampler: str = option("heun", "Sampler", choices=SAMPLERS)
+    steps: int = option(18, "Number of noise levels; heun evaluates the network 2 x steps - 1 times", minimum=1)
+    ladder: str = option("karras", "Spacing of the noise levels", choices=LADDERS)
+    churn: float = option(0.0, "heun: total noise added during sampling (EDM's S_churn)", minimum=0)
+    churn_between: tuple[float, float] | None = option(None, "Add the noise of --churn only at these noise levels")
+    churn_noise: float = option(1.0, "Scale of the noise of --churn (EDM's S_noise), such as 1.003", minimum=0)
+    guidance: float = option(1.0, "Scale of classifier-free guidance; 1 turns it off")
+    guidance_between: tuple[float, float] | None = option(None, "Guide only at these noise levels")
+    size: tuple[int, int] | None = option(None, "Height and width of the images in pixels; default: the trained size")
+    canvas: str = option(
+        "rescale",
+        "Coordinates at another --size: rescale spans [-1, 1] again (Patch Diffusion, section 4.5), extrapolate "
+        "continues the trained spacing beyond it",
+        choices=CANVASES,
+    )
 
     def __post_init__(self) -> None:
-        for name, value, known in (
-            ("sampler", self.sampler, tuple(SAMPLERS)),
-            ("ladder", self.ladder, tuple(LADDERS)),
-            ("canvas", self.canvas, CANVASES),
-        ):
-            if value not in known:
-                raise ValueError(f"{name} {value} is unknown: choose one of {', '.join(known)}")
-        for name, least in (("steps", 1), ("churn", 0), ("churn_noise", 0)):
-            if not getattr(self, name) >= least:
-                raise ValueError(f"{name} {getattr(self, name)} is below {least}")
+        for declared in fields(self):
+            _check_option(declared.name, getattr(self, declared.name), declared.metadata)
         if self.churn and self.sampler != "heun":
-            raise ValueError(f"churn is EDM's, of the sampler heun, and the sampler is {self.sampler}: leave it at 0")
+            raise ValueError(f"churn: {self.churn:g} needs the sampler heun, not {self.sampler}; use 0")
         if not isfinite(self.guidance):
-            raise ValueError(f"guidance is {self.guidance}: a number was wanted, and 1 is none")
+            raise ValueError(f"guidance: {self.guidance} is not finite; 1 turns guidance off")
         for name in ("churn_between", "guidance_between"):
             low, high = getattr(self, name) or EVERYWHERE
             if not 0 <= low < high:
-                raise ValueError(f"{name} is {low:g}-{high:g}, and two rising noise levels were wanted, such as 0.3-5")
-        self.sigmas()  # refuses as many steps as the ladder does not have
+                raise ValueError(f"{name}: {low:g}-{high:g} is not a range of noise levels; use LOW-HIGH such as 0.3-5")
+        self.sigmas()  # raises ValueError if the ladder has fewer steps
 
     def sigmas(self) -> Tensor:
         """The (steps + 1,) float64 noise levels, ending in 0."""
@@ -112,6 +121,13 @@ class Sampling:
 
         self(counted, lambda: torch.zeros(1, 1, 1, 1))
         return count
+
+
+def _check_option(name: str, value: Any, metadata: Mapping[str, Any]) -> None:
+    if metadata["choices"] and value not in metadata["choices"]:
+        raise ValueError(f"{name}: {value} is unknown; choose one of {', '.join(metadata['choices'])}")
+    if metadata["minimum"] is not None and value is not None and not value >= metadata["minimum"]:
+        raise ValueError(f"{name}: {value} is below {metadata['minimum']:g}")
 
 
 def check_fit(sampling: Sampling, card: dict[str, Any]) -> None:

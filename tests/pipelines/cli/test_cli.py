@@ -69,14 +69,14 @@ MISTAKES = {
     "an unknown option": (["train", "--fast"], "No such option"),
     "a missing argument": (["train"], "Missing"),
     "a number that is none": (["sample", "a", "b", "--steps", "many"], "--steps"),
-    "an unknown sampler": (["sample", "{model}", "{tmp}/out", "--sampler", "magic"], "sampler magic is unknown"),
-    "an unknown ladder": (["sample", "{model}", "{tmp}/out", "--ladder", "rope"], "ladder rope is unknown"),
-    "churn without heun": (["sample", "{model}", "{tmp}/out", "--sampler", "ddim", "--churn", "9"], "churn is EDM's"),
+    "an unknown sampler": (["sample", "{model}", "{tmp}/out", "--sampler", "magic"], "sampler: magic"),
+    "an unknown ladder": (["sample", "{model}", "{tmp}/out", "--ladder", "rope"], "ladder: rope"),
+    "churn without heun": (["sample", "{model}", "{tmp}/out", "--sampler", "ddim", "--churn", "9"], "churn: 9"),
     "a size that cannot be halved": (["sample", "{model}", "{tmp}/out", "--size", "17x16"], "multiples of 2"),
     "a size that is none": (["sample", "{model}", "{tmp}/out", "--size", "big"], "is not of the form HxW"),
     "levels that fall": (
         ["sample", "{model}", "{tmp}/out", "--guidance", "2", "--guidance-between", "5-1"],
-        "two rising noise levels",
+        "guidance_between: 5-1",
     ),
     "a reference without a size": (["sample", "{model}", "{tmp}/out", "--outpaint", "a.png"], "give its --size"),
     "a reference that is too large": (
