@@ -21,7 +21,7 @@ from patchloom.benchmarks.interleaved import Spread, Work, interleave, now
 from patchloom.benchmarks.setups import BLOCK, DROPOUT, song_config
 from patchloom.pipelines.prepare import prepare
 from patchloom.platform.recipe import Recipe, check_recipe, recipe_yaml
-from patchloom.platform.tracking.runs import PROGRESS_FILE
+from patchloom.platform.records.run import PROGRESS_FILE
 
 IMAGES = 64
 LONG_RUN_IMAGES = 1_000_000  # the run is killed long before

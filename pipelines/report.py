@@ -11,9 +11,11 @@ from patchloom.pipelines.train.checkpointer import without_tensors
 from patchloom.pipelines.train.page import run_sections
 from patchloom.pipelines.tune.page import search_sections
 from patchloom.platform.files.copies import local_copy
-from patchloom.platform.files.storage import local_path, make_folder, read_json, read_json_lines, write_atomic
+from patchloom.platform.files.storage import local_path, make_folder, read_json, write_atomic
 from patchloom.platform.recipe.run_recipe import load_recipe
-from patchloom.platform.tracking.runs import PROGRESS_FILE, tracking_uri
+from patchloom.platform.records.autoencoder_run import AutoencoderRunCard
+from patchloom.platform.records.run import read_progress
+from patchloom.platform.tracking.runs import tracking_uri
 
 
 def report(folder: str, out: str) -> Path:
@@ -44,7 +46,7 @@ def _chain_page(folder: Path) -> tuple[str, list[str]]:
     card, measured = read_json(folder / "demo.json"), folder / "samples" / "metrics.json"
     samples = read_json(measured)["identity"]
     dataset = read_json(folder / "pixels" / "dataset.json")
-    run = read_json_lines(folder / "run" / PROGRESS_FILE)[-1]
+    run = read_progress(folder / "run")[-1]
     recipe = load_recipe(folder / "run" / "recipe.yaml")
     sections = [
         f'<p class="lead">Photographs in, a registered model out: <code>{html.escape(card["model"])}</code>, '
@@ -52,8 +54,8 @@ def _chain_page(folder: Path) -> tuple[str, list[str]]:
         numbers(
             ("samples", f"{samples['n_samples']}"),
             ("training windows", f"{dataset['rows']:,}"),
-            ("counted images", f"{run['images_seen']:,}"),
-            ("updates", f"{run['updates']:,}"),
+            ("counted images", f"{run.images_seen:,}"),
+            ("updates", f"{run.updates:,}"),
             ("p, schedule", f"{recipe.patches.p:g}, {recipe.patches.schedule}"),
             first_number(measured),
         ),
@@ -87,10 +89,10 @@ def _data_words(card: dict[str, Any]) -> str:
 
 
 def _autoencoder_sections(folder: Path) -> list[str]:
-    run, card = read_json(folder / "autoencoder" / "run.json"), read_json(folder / "latents" / "dataset.json")
+    run, card = AutoencoderRunCard.read(folder / "autoencoder"), read_json(folder / "latents" / "dataset.json")
     words = (
         f"{card['autoencoder']['downscale']} x smaller a side: latents of {card['channels']} x {card['resolution']} x "
-        f"{card['resolution']}. PSNR {run['psnr_db']:.1f} dB and SSIM {run['ssim']:.3f} on {run['measured_images']} "
+        f"{card['resolution']}. PSNR {run.psnr_db:.1f} dB and SSIM {run.ssim:.3f} on {run.measured_images} "
         "held-out windows: it bounds how sharp a sample can be."
     )
     return [

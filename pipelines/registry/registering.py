@@ -12,11 +12,11 @@ from patchloom.pipelines.registry.version_card import PREVIEW, write_card
 from patchloom.pipelines.registry.wheel import wheel_bytes, wheel_name
 from patchloom.pipelines.train.checkpointer import without_tensors
 from patchloom.platform.files.copies import local_copy
-from patchloom.platform.files.storage import file_sha256, read_json, read_json_lines
+from patchloom.platform.files.storage import file_sha256
 from patchloom.platform.progress import say
+from patchloom.platform.records.run import PROGRESS_FILE, RunCard, read_progress
 from patchloom.platform.tracking.registry import list_versions, promote, register_pyfunc
 from patchloom.platform.tracking.runs import (
-    PROGRESS_FILE,
     begin_run,
     end_run,
     flat_parameters,
@@ -40,16 +40,16 @@ def register(run: str, name: str, alias: str | None = None) -> str:
         raise UserError(f"{folder} is no run: give the --out folder of `patchloom train`, or a model folder")
     if not (folder / "model" / "model.json").is_file():
         raise UserError(f"{folder} is not finished and has no model: run `patchloom train ... --resume` first")
-    run_card = read_json(folder / "run.json")
-    if run_card["run_id"] is None:
+    run_card = RunCard.read(folder)
+    if run_card.run_id is None:
         raise UserError(f"{folder} was trained while MLflow was away: `patchloom train ... --resume` sends it first")
     card = read_card(folder / "model", "denoiser")
-    version = _registered(name, card["weights_sha256"], run_card["run_id"])
+    version = _registered(name, card["weights_sha256"], run_card.run_id)
     if version is None:
         previews = sorted((folder / "previews").glob("*.png"))[-1:]
-        log_artifacts(run_card["run_id"], *previews, folder / PROGRESS_FILE)
+        log_artifacts(run_card.run_id, *previews, folder / PROGRESS_FILE)
         shown = {PREVIEW: previews[0].name} if previews else {}
-        version = _log(folder / "model", name, run_card["run_id"], _tags(folder, card, run_card) | shown)
+        version = _log(folder / "model", name, run_card.run_id, _tags(folder, card, run_card) | shown)
     return _named(name, version, alias)
 
 
@@ -111,12 +111,12 @@ def _model_tags(card: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in tags.items() if value is not None}
 
 
-def _tags(folder: Path, card: dict[str, Any], run: dict[str, Any]) -> dict[str, Any]:
-    last = read_json_lines(folder / PROGRESS_FILE)[-1]
+def _tags(folder: Path, card: dict[str, Any], run: RunCard) -> dict[str, Any]:
+    last = read_progress(folder)[-1]
     tags = _model_tags(card) | {
-        "dataset_fingerprint": run["dataset_fingerprint"],
+        "dataset_fingerprint": run.dataset_fingerprint,
         "recipe_sha256": file_sha256(folder / "recipe.yaml"),
     }
-    if "held_out_loss" in last:
-        tags["held_out_loss"] = f"{last['held_out_loss']:.4f}"
+    if last.held_out_loss is not None:
+        tags["held_out_loss"] = f"{last.held_out_loss:.4f}"
     return tags

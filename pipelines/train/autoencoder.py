@@ -36,9 +36,10 @@ from patchloom.platform.files.storage import (
     write_json,
 )
 from patchloom.platform.progress import progress, say
+from patchloom.platform.records.autoencoder_run import AutoencoderSettings
+from patchloom.platform.records.run import PROGRESS_FILE, ProgressLine
 from patchloom.platform.tracking.registry import describe_version, register_folder
 from patchloom.platform.tracking.runs import (
-    PROGRESS_FILE,
     MlflowForwarder,
     begin_run,
     end_run,
@@ -48,31 +49,12 @@ from patchloom.platform.tracking.runs import (
     require_reachable,
 )
 
+__all__ = ["AutoencoderResult", "AutoencoderSettings", "reconstruct", "reconstruction_quality", "train_autoencoder"]
+
 RUN_FORMAT = 1
 LOG_EVERY_STEPS = 10
 MEASURED_IMAGES = 256
 SHOWN_IMAGES = 8
-
-
-@dataclass(frozen=True)
-class AutoencoderSettings:
-    """What an autoencoder is and how it is trained; `widths` halve the image once between each two."""
-
-    widths: tuple[int, ...] = (16, 32, 32)
-    latent_channels: int = 4
-    images: int = 7_000  # patches seen
-    batch_size: int = 8
-    patch: int = 32  # side in pixels: an autoencoder without attention learns as well on patches
-    lr: float = 2e-3
-    kl_weight: float = 1e-4
-    held_out_fraction: float = 0.1
-    seed: int = 0
-    init_from: str | None = None  # the autoencoder whose weights it begins with; its shape is then that one's
-
-    @property
-    def steps(self) -> int:
-        """Optimisation steps of the run."""
-        return max(1, self.images // self.batch_size)
 
 
 @dataclass(frozen=True)
@@ -125,7 +107,7 @@ def train_autoencoder(
             with (
                 progress("training the autoencoder", settings.images, "patches") as meter,
                 MlflowForwarder(
-                    folder, lambda: str(run["run_id"]), lambda line: meter.update(line["images_seen"], _note(line))
+                    folder, lambda: str(run["run_id"]), lambda line: meter.update(line.images_seen, _note(line))
                 ),
             ):
                 run_workers(autoencoder_worker, config, workers, folder / ".ray", "autoencoder")
@@ -150,8 +132,8 @@ def _init_from(reference: str, settings: AutoencoderSettings) -> tuple[Path, Aut
     return folder, replace(settings, init_from=card["weights_sha256"], **shape)
 
 
-def _note(line: dict[str, Any]) -> str:
-    return f"loss {line['loss']:.3f}"
+def _note(line: ProgressLine) -> str:
+    return f"loss {line.loss:.3f}"
 
 
 def _open_folder(folder: Path, settings: AutoencoderSettings, dataset: Dataset) -> dict[str, Any]:

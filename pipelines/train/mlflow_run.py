@@ -3,9 +3,9 @@
 from pathlib import Path
 
 from patchloom.platform.files.folder import Folder
-from patchloom.platform.files.storage import read_json, write_json
 from patchloom.platform.progress import say
 from patchloom.platform.recipe.run_recipe import load_recipe
+from patchloom.platform.records.run import RUN_FILE, RunCard
 from patchloom.platform.tracking.runs import (
     begin_run,
     end_run,
@@ -22,28 +22,28 @@ def tracked(folder: Path, there: Folder, parent_run: str | None = None) -> str:
     A run that was begun without MLflow, or in another store, gets a run in this one. there: the folder's own
     address. Raises what the store's client raises while the store is away.
     """
-    card = read_json(folder / "run.json")
-    if card["run_id"] is not None and run_exists(card["run_id"]):
-        return str(card["run_id"])
+    card = RunCard.read(folder)
+    if card.run_id is not None and run_exists(card.run_id):
+        return card.run_id
     recipe = load_recipe(folder / "recipe.yaml")
     tags = {
-        "patchloom.dataset": card["dataset_fingerprint"],
-        "patchloom.version": card["code_version"],
+        "patchloom.dataset": card.dataset_fingerprint,
+        "patchloom.version": card.code_version,
         "patchloom.folder": str(there),
     }
     parameters = flat_parameters(recipe.model_dump(mode="json"))
     run_id = begin_run(recipe.name, "train", parameters, tags, parent_run)
     log_artifacts(run_id, folder / "recipe.yaml")
-    log_dataset(run_id, card["dataset"], card["dataset_fingerprint"])
-    write_json(folder / "run.json", card | {"run_id": run_id})
+    log_dataset(run_id, card.dataset or "", card.dataset_fingerprint)
+    card.model_copy(update={"run_id": run_id}).write(folder)
     if there.is_remote:
-        there.put(folder / "run.json", "run.json")
+        there.put(folder / RUN_FILE, RUN_FILE)
     return run_id
 
 
 def end_tracking(folder: Path, status: str) -> None:
     """Close the run; a store that is away at the end of a run must not undo the run."""
-    run_id = read_json(folder / "run.json")["run_id"]
+    run_id = RunCard.read(folder).run_id
     if run_id is None:
         return  # the follower has said so
     try:

@@ -1,6 +1,5 @@
 """Monitor: what a run tells while it trains (lines, previews, the held-out loss), and when it must end."""
 
-import json
 import math
 import resource
 import time
@@ -25,9 +24,8 @@ from patchloom.pipelines.train.checkpointer import Checkpointer
 from patchloom.pipelines.train.run import Run
 from patchloom.platform.compute.machine import system_load
 from patchloom.platform.files.folder import Folder
-from patchloom.platform.files.storage import read_json_lines, write_json_lines
 from patchloom.platform.progress import say
-from patchloom.platform.tracking.runs import PROGRESS_FILE
+from patchloom.platform.records.run import ProgressLine, read_progress, write_progress
 
 HELD_OUT_IMAGES = 64
 REFERENCE_IMAGES = 1024
@@ -48,7 +46,7 @@ class Monitor:
         self.run, self.is_first = run, run.worker.rank == 0
         self.checkpointer = Checkpointer(run.folder, run.recipe.train.keep)
         self.verdict = "training" if run.state.step < run.method.updates else "finished"
-        self.last_line: dict[str, Any] = {}
+        self.last_line: ProgressLine | None = None
         self._flops = [training_flops(run.card["denoiser"], size.pixels) for size in run.method.schedule.sizes]
         self._peak_flops, self._peak_source = _peak_of_all(run)
         self._lowest_loss = math.inf
@@ -56,10 +54,9 @@ class Monitor:
         self._model: Model | None = None
         self._reference: torch.Tensor | None = None  # features of training rows
         if self.is_first:  # lines past the checkpoint are about to be written again
-            lines = read_json_lines(run.folder / PROGRESS_FILE)
-            kept = [line for line in lines if line["step"] <= run.state.step]
-            write_json_lines(run.folder / PROGRESS_FILE, kept)
-            self.last_line = kept[-1] if kept else {}
+            kept = [line for line in read_progress(run.folder) if line.step <= run.state.step]
+            write_progress(run.folder, kept)
+            self.last_line = kept[-1] if kept else None
         self._begin_interval()
 
     def __enter__(self) -> "Monitor":
@@ -110,7 +107,10 @@ class Monitor:
             if isinstance(average, PowerEMA) and every and (ends or self._due(every, plan)):
                 self._keep_average(average)
         if ends or leaves or self._due(run.recipe.train.checkpoint_every_images, plan):
-            identity = {"recipe": run.recipe.name, "held_out_loss": self.last_line.get("held_out_loss")}
+            identity = {
+                "recipe": run.recipe.name,
+                "held_out_loss": self.last_line.held_out_loss if self.last_line else None,
+            }
             self.checkpointer.save(run.state, identity)
 
     def _keep_average(self, average: PowerEMA) -> None:
@@ -145,9 +145,8 @@ class Monitor:
             if self.verdict != "diverged":
                 line |= (self._previewed() if looks else {}) | (self._held_out() if measures else {})
             line["time_unix_s"] = time.time()
-            with (self.run.folder / PROGRESS_FILE).open("a") as file:
-                file.write(json.dumps(line) + "\n")
-            self.last_line = line
+            self.last_line = ProgressLine.model_validate(line)
+            self.last_line.append_to(self.run.folder)
         self._begin_interval()
 
     def _counts(self) -> dict[str, Any]:

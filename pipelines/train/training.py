@@ -25,15 +25,13 @@ from patchloom.platform.files.storage import (
     locked,
     make_folder,
     read_json,
-    read_json_lines,
     write_atomic,
-    write_json,
 )
 from patchloom.platform.progress import progress, say
 from patchloom.platform.recipe.run_recipe import Recipe, load_recipe, recipe_yaml
-from patchloom.platform.tracking.runs import PROGRESS_FILE, MlflowForwarder, is_reachable, tracking_uri
+from patchloom.platform.records.run import RUN_FILE, ProgressLine, RunCard, read_progress
+from patchloom.platform.tracking.runs import MlflowForwarder, is_reachable, tracking_uri
 
-RUN_FORMAT = 1
 HEAD_WIDTH = 64
 STEM_LAYERS = 3  # 1x1 convolutions of implicit coordinates, as in the released code
 NETWORKS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -60,7 +58,7 @@ class TrainResult:
 
     folder: Path
     run_id: str | None
-    last: dict[str, Any]
+    last: ProgressLine
     address: str  # the folder as other commands take it
 
     @property
@@ -179,7 +177,7 @@ def train(
     profile: bool = False,
     resume: bool = False,
     parent_run: str | None = None,
-    show: Callable[[dict[str, Any]], None] | None = None,
+    show: Callable[[ProgressLine], None] | None = None,
 ) -> TrainResult:
     """Train a recipe on a prepared dataset into the run folder `out`; returns when `out/model` is written.
 
@@ -230,8 +228,7 @@ def train(
 
 def _result(folder: Path, out: str) -> TrainResult:
     """What a finished run's folder says."""
-    run_id = read_json(folder / "run.json")["run_id"]
-    return TrainResult(folder, run_id, read_json_lines(folder / PROGRESS_FILE)[-1], out)
+    return TrainResult(folder, RunCard.read(folder).run_id, read_progress(folder)[-1], out)
 
 
 @contextmanager
@@ -254,11 +251,11 @@ def _launch(
     answers: bool,
     workers: int,
     min_workers: int | None,
-    show: Callable[[dict[str, Any]], None] | None,
+    show: Callable[[ProgressLine], None] | None,
 ) -> None:
     there = Folder(config["folder"])
 
-    def work(shown: Callable[[dict[str, Any]], None]) -> None:
+    def work(shown: Callable[[ProgressLine], None]) -> None:
         with (
             MlflowForwarder(folder, find_run, shown, answers),
             Fetcher(there, folder) if there.is_remote else nullcontext(),
@@ -284,19 +281,19 @@ def _launch(
     with progress(f"training {recipe.name}", recipe.train.images, "images") as meter:
         meter.begin(begun["images_seen"])
 
-        def on_line(line: dict[str, Any]) -> None:
-            if line["step"] <= begun["step"]:
-                return  # of before the stop
-            sizes = "  ".join(f"{size}px {loss:.3f}" for size, loss in line["loss_by_patch_size"].items())
-            loss = "no number" if line["loss"] is None else f"{line['loss']:.3f}"
-            meter.update(line["images_seen"], f"loss {loss} ({sizes})  {line['model_flops_utilisation']:.0%} of peak")
+        def on_line(line: ProgressLine) -> None:
+            if line.step <= begun["step"]:
+                return  # written before the stop
+            sizes = "  ".join(f"{size}px {loss:.3f}" for size, loss in line.loss_by_patch_size.items())
+            loss = "NaN" if line.loss is None else f"{line.loss:.3f}"
+            meter.update(line.images_seen, f"loss {loss} ({sizes})  {line.model_flops_utilisation:.0%} of peak")
 
         work(on_line)
 
 
 def _judge(folder: Folder, ended: dict[str, Any]) -> None:
     """Raise where a run was stopped or came to nothing."""
-    line: dict[str, Any] = ended["line"]
+    line: ProgressLine = ended["line"]
     whole = whole_checkpoints(folder)
     if ended["verdict"] == "stopped":
         if not whole:  # the disk was full
@@ -305,9 +302,9 @@ def _judge(folder: Folder, ended: dict[str, Any]) -> None:
         raise Stopped(f"{folder} has a checkpoint of step {step:,}: go on with --resume")
     if ended["verdict"] == "diverged":
         where = f"the newest checkpoint is {folder}/{whole[-1]}" if whole else "there is no checkpoint"
-        loss = "no number" if line["loss"] is None else line["loss"]
+        loss = "NaN" if line.loss is None else line.loss
         raise UserError(
-            f"{folder}: the loss diverged by step {line['step']:,} (it was {loss}), and {where}: "
+            f"{folder}: the loss diverged by step {line.step:,} (it was {loss}), and {where}: "
             "begin again with a lower optimizer.lr or a longer optimizer.lr_rampup_images"
         )
 
@@ -326,7 +323,7 @@ def _open_folder(
     Returns what finds or begins its MLflow run, and whether MLflow answers now. What is wrong is refused before
     a run is begun.
     """
-    is_new = not (folder / "run.json").is_file()
+    is_new = not (folder / RUN_FILE).is_file()
     if not is_new:
         _check_same(folder, there, recipe, dataset, resume)
     answers = is_reachable()
@@ -346,7 +343,7 @@ def _check_same(folder: Path, there: Folder, recipe: Recipe, dataset: Dataset, r
     """Refuse to mix two runs."""
     if not resume:
         raise UserError(f"{there} holds a run: give --resume to go on with it, or choose another folder")
-    if read_json(folder / "run.json")["dataset_fingerprint"] != dataset.fingerprint:
+    if RunCard.read(folder).dataset_fingerprint != dataset.fingerprint:
         raise UserError(f"{there} was trained on another dataset than {dataset.address}: give the same, or a new --out")
     if load_recipe(folder / "recipe.yaml") != recipe:
         raise UserError(f"{there} was begun with another recipe ({there}/recipe.yaml): give the same, or a new --out")
@@ -354,15 +351,14 @@ def _check_same(folder: Path, there: Folder, recipe: Recipe, dataset: Dataset, r
 
 def _write_cards(folder: Path, there: Folder, recipe: Recipe, dataset: Dataset) -> None:
     write_atomic(folder / "recipe.yaml", recipe_yaml(recipe))
-    run = {
-        "format_version": RUN_FORMAT,
-        "kind": "train",
-        "run_id": None,  # of MLflow, once it has answered
-        "dataset": dataset.address,
-        "dataset_fingerprint": dataset.fingerprint,
-        "code_version": __version__,
-    }
-    write_json(folder / "run.json", run)
+    RunCard(
+        format_version=RunCard.FORMAT,
+        kind="train",
+        run_id=None,
+        dataset=dataset.address,
+        dataset_fingerprint=dataset.fingerprint,
+        code_version=__version__,
+    ).write(folder)
     if there.is_remote:
-        for name in ("recipe.yaml", "run.json"):
+        for name in ("recipe.yaml", RUN_FILE):
             there.put(folder / name, name)

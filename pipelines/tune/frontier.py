@@ -10,8 +10,7 @@ from typing import Any
 import numpy as np
 
 from patchloom.pipelines.tune.ranking import Ranked, ranked
-from patchloom.platform.files.storage import read_json_lines
-from patchloom.platform.tracking.runs import PROGRESS_FILE
+from patchloom.platform.records.run import ProgressLine, read_progress
 
 HELD_OUT, BY_SIGMA = "held_out_loss", "held_out_loss_by_sigma"
 COSTS = {"flops": "FLOPs", "updates": "updates", "images_seen": "counted images"}
@@ -21,7 +20,7 @@ PAPER_FID = {0.0: 14.51, 0.1: 3.05, 0.25: 2.10, 0.5: 1.77, 0.75: 1.65, 1.0: 1.66
 CLEARLY = 2.0  # standard errors of a difference
 
 Row = dict[str, Any]
-Curve = list[dict[str, Any]]  # the progress lines of a trial that hold a held-out loss
+Curve = list[ProgressLine]  # the progress lines of a trial that hold a held-out loss
 
 
 @dataclass(frozen=True)
@@ -40,7 +39,7 @@ class Equal:
 
 def curve_of(folder: Path, trial: Row) -> Curve:
     """The measured points of a trial."""
-    return [line for line in read_json_lines(folder / "trials" / trial["name"] / PROGRESS_FILE) if HELD_OUT in line]
+    return [line for line in read_progress(folder / "trials" / trial["name"]) if line.held_out_loss is not None]
 
 
 def at_equal(trials: Sequence[Row], curves: dict[str, Curve], by: str) -> Equal | None:

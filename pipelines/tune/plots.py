@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from patchloom.pipelines.pages.html import COLOURS, png_data, svg, tidy
-from patchloom.pipelines.tune.frontier import COSTS, HELD_OUT, Curve, Equal, Row, metric_words, pareto, stochastic_by_p
+from patchloom.pipelines.tune.frontier import COSTS, Curve, Equal, Row, metric_words, pareto, stochastic_by_p
 from patchloom.pipelines.tune.ranking import setting_words, value_words
 
 PLOT_WIDTH, PLOT_HEIGHT, PLOT_MARGIN, LOOK_SIDE = 560, 340, 56, 300
@@ -139,7 +139,7 @@ def curve_sections(trials: list[Row], curves: dict[str, Curve]) -> list[str]:
     for trial in drawn:
         number = names.index(setting_words(trial["settings"]))
         curve = curves[trial["name"]]
-        axes.plot([line["flops"] / 1e12 for line in curve], [line[HELD_OUT] for line in curve], linewidth=1.3,
+        axes.plot([line.flops / 1e12 for line in curve], [line["held_out_loss"] for line in curve], linewidth=1.3,
                   color=f"C{number % 10}", linestyle="-" if trial["status"] == "finished" else ":",
                   label=names[number] if trial["repeat"] == 0 and len(names) <= 10 else None)  # fmt: skip
     axes.set_yscale("log")

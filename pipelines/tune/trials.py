@@ -29,11 +29,12 @@ from patchloom.platform.compute.cluster import quiet_environment
 from patchloom.platform.compute.tuner import AshaSettings, OptunaSettings
 from patchloom.platform.dataset.prepared import Dataset, open_dataset
 from patchloom.platform.files.folder import Folder
-from patchloom.platform.files.storage import make_folder, read_json, read_json_lines, write_json
+from patchloom.platform.files.storage import make_folder, read_json, write_json
 from patchloom.platform.recipe.run_recipe import Recipe, check_recipe, load_recipe, with_values
 from patchloom.platform.recipe.search import SHARE, Budget, Search
 from patchloom.platform.recipe.sections import checked
-from patchloom.platform.tracking.runs import PROGRESS_FILE, MlflowForwarder, tracking_uri
+from patchloom.platform.records.run import ProgressLine, RunCard, read_progress
+from patchloom.platform.tracking.runs import MlflowForwarder, tracking_uri
 
 TRIAL = "trial.json"  # in a trial's run folder: its row of the table, once it is finished or has failed for good
 KEPT = (
@@ -292,7 +293,7 @@ def trial_row(folder: Path, config: dict[str, Any], problem: str | None) -> dict
     ):
         pass  # lines that were not sent when its process was ended
     end_tracking(folder, "KILLED")
-    run_id = read_json(folder / "run.json")["run_id"]
+    run_id = RunCard.read(folder).run_id
     return {**_identity(config), "status": "stopped", **last_numbers(folder), "run_id": run_id}
 
 
@@ -304,9 +305,9 @@ def _trained(config: dict[str, Any], search: Search, folder: Path) -> dict[str, 
         raise UserError(config["problem"])
     recipe = check_recipe(config["recipe"]) if config["recipe"] else _advised_recipe(config, search, folder)
 
-    def show(line: dict[str, Any]) -> None:
-        if search.stops_early and search.metric in line:
-            percent = min(ALMOST_ALL, 100 * line["images_seen"] / recipe.train.images)
+    def show(line: ProgressLine) -> None:
+        if search.stops_early and line.get(search.metric) is not None:
+            percent = min(ALMOST_ALL, 100 * line.images_seen / recipe.train.images)
             ray_tune.report({search.metric: line[search.metric], BUDGET_PERCENT: percent})
 
     began = time.monotonic()
@@ -344,6 +345,6 @@ def _advised_recipe(config: dict[str, Any], search: Search, folder: Path) -> Rec
 def last_numbers(folder: Path) -> dict[str, Any]:
     """The newest value of each number that a table of trials has, of a run that may have been stopped."""
     newest: dict[str, Any] = {}
-    for line in read_json_lines(folder / PROGRESS_FILE):
-        newest |= {key: line[key] for key in KEPT if key in line}
+    for line in read_progress(folder):
+        newest |= line.model_dump(include=set(KEPT), exclude_unset=True)
     return newest

@@ -50,8 +50,8 @@ from patchloom.platform.files.storage import (
 from patchloom.platform.progress import Meter, progress, say
 from patchloom.platform.recipe.run_recipe import Recipe, recipe_yaml
 from patchloom.platform.recipe.search import Final, Search, load_search
+from patchloom.platform.records.run import PROGRESS_FILE
 from patchloom.platform.tracking.runs import (
-    PROGRESS_FILE,
     JsonLinesTail,
     begin_run,
     end_run,
@@ -211,12 +211,12 @@ def _watched(trials: Path, meter: Meter) -> Iterator[None]:
     """Feed a meter from the progress files of many runs while the block runs."""
     stop = threading.Event()
     tails: dict[Path, JsonLinesTail] = {}
-    seen: dict[Path, int] = {}
+    seen: dict[Path, float] = {}
 
     def look() -> None:
         for path in trials.glob(f"*/{PROGRESS_FILE}"):
             for line in tails.setdefault(path, JsonLinesTail(path)).new_lines():
-                seen[path] = line["flops"] / 1e9
+                seen[path] = line.flops / 1e9
         if seen:
             meter.update(sum(seen.values()), f"{len(seen)} trials begun")
 

@@ -18,11 +18,11 @@ from patchloom.errors import UserError
 from patchloom.platform.compute.cluster import quiet_environment
 from patchloom.platform.files.storage import locked
 from patchloom.platform.progress import say
+from patchloom.platform.records.run import PROGRESS_FILE, ProgressLine
 
 EXPERIMENT = "patchloom"
 RETRY_S = 10.0
 BEGIN_AFTER_S = 15.0  # in MLflow, where a run has no line to send yet
-PROGRESS_FILE = "progress.jsonl"
 FIRST_TIME_S = 300.0
 _met: set[str] = set()  # stores that this process has seen whole
 
@@ -134,10 +134,10 @@ def flat_parameters(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def line_metrics(line: dict[str, Any]) -> dict[str, float]:
+def line_metrics(line: ProgressLine) -> dict[str, float]:
     """The numbers of a progress line, nested ones as `loss_by_patch_size/16`."""
     flat: dict[str, float] = {}
-    for key, value in line.items():
+    for key, value in line.model_dump(exclude_unset=True).items():
         if key in ("step", "time_unix_s"):
             continue
         if isinstance(value, dict):
@@ -154,7 +154,7 @@ class JsonLinesTail:
         self.path = path
         self._file, self._offset = 0, 0  # which file (inode) was read, and how far
 
-    def new_lines(self) -> list[dict[str, Any]]:
+    def new_lines(self) -> list[ProgressLine]:
         """Whole lines since the last call; what follows the last newline is still being written."""
         try:
             with self.path.open("rb") as file:
@@ -166,7 +166,7 @@ class JsonLinesTail:
             return []
         whole = content[: content.rfind(b"\n") + 1]
         self._offset += len(whole)
-        return [json.loads(line) for line in whole.splitlines()]
+        return [ProgressLine.parse(line, self.path) for line in whole.splitlines()]
 
 
 class MlflowForwarder:
@@ -180,14 +180,14 @@ class MlflowForwarder:
     """
 
     def __init__(
-        self, folder: Path, find_run: Callable[[], str], show: Callable[[dict[str, Any]], None], begins: bool = False
+        self, folder: Path, find_run: Callable[[], str], show: Callable[[ProgressLine], None], begins: bool = False
     ) -> None:
         self.folder, self.find_run, self.show, self.begins = folder, find_run, show, begins
         self._begin_at = time.monotonic() + BEGIN_AFTER_S
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._follow, name="follower", daemon=True)
         self._tail = JsonLinesTail(folder / PROGRESS_FILE)
-        self._waiting: list[dict[str, Any]] = []  # read and not yet in MLflow
+        self._waiting: list[ProgressLine] = []  # read and not yet in MLflow
         self._run_id = ""  # until a store has said what it has of the run
         self._sent_step = -1
         self._retry_at, self._problem = 0.0, ""
@@ -236,28 +236,28 @@ class MlflowForwarder:
             history = client.get_metric_history(run_id, "images_seen")
             self._run_id, self._sent_step = run_id, max((point.step for point in history), default=-1)
 
-    def _send(self, line: dict[str, Any]) -> None:
+    def _send(self, line: ProgressLine) -> None:
         from mlflow.entities import Metric
 
         client = connect()
-        if line["step"] <= self._sent_step:
+        if line.step <= self._sent_step:
             return
-        if "preview" in line:
-            self._send_picture(client, line)
-        stamp = int(line["time_unix_s"] * 1000)
-        metrics = [Metric(key, value, stamp, line["step"]) for key, value in line_metrics(line).items()]
+        if line.preview is not None:
+            self._send_picture(client, line.preview, line.step)
+        stamp = int(line.time_unix_s * 1000)
+        metrics = [Metric(key, value, stamp, line.step) for key, value in line_metrics(line).items()]
         client.log_batch(self._run_id, metrics=metrics)
-        self._sent_step = line["step"]
+        self._sent_step = line.step
 
-    def _send_picture(self, client: Any, line: dict[str, Any]) -> None:
+    def _send_picture(self, client: Any, preview: str, step: int) -> None:
         """A preview, where it did not arrive before the store went away with its line."""
         from PIL import Image
 
-        name = re.compile(rf"/preview[+%]step[+%]{line['step']}[+%].*webp$")  # the small copy, which MLflow writes last
+        name = re.compile(rf"/preview[+%]step[+%]{step}[+%].*webp$")  # the small copy, which MLflow writes last
         if any(name.search(item.path) for item in client.list_artifacts(self._run_id, "images")):
             return
-        with Image.open(self.folder / line["preview"]) as picture:
-            client.log_image(self._run_id, picture.convert("RGB"), key="preview", step=line["step"])
+        with Image.open(self.folder / preview) as picture:
+            client.log_image(self._run_id, picture.convert("RGB"), key="preview", step=step)
 
 
 def is_reachable() -> bool:

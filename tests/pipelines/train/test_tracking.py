@@ -1,6 +1,5 @@
 """Tracking: a real MLflow server that is away when a run begins, is killed under it and comes back, misses nothing."""
 
-import json
 import os
 import re
 import shutil
@@ -11,7 +10,6 @@ import sys
 import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import mlflow
 import pytest
@@ -20,7 +18,8 @@ from helpers import tiny_recipe, wait_until
 from patchloom.errors import UserError
 from patchloom.pipelines.registry.registering import register
 from patchloom.pipelines.train import train
-from patchloom.platform.files.storage import read_json, read_json_lines
+from patchloom.platform.files.storage import read_json
+from patchloom.platform.records.run import ProgressLine, read_progress
 from patchloom.platform.tracking.runs import MlflowForwarder, line_metrics
 
 pytestmark = pytest.mark.ray
@@ -137,7 +136,7 @@ def test_a_database_of_mlflow_is_known_without_its_client(mlflow_store: Path, tm
 def goes_and_comes_back(server: Server, run: Path, again: Path) -> None:
     """The same lines, written again one by one, while the server is killed and started anew."""
     shutil.copytree(run / "previews", again / "previews")
-    lines, seen = read_json_lines(run / "progress.jsonl"), list[dict[str, Any]]()
+    lines, seen = read_progress(run), list[ProgressLine]()
     client = mlflow.MlflowClient(server.address)
     run_id = client.create_run("0").info.run_id
     with MlflowForwarder(again, lambda: run_id, seen.append):
@@ -152,9 +151,9 @@ def goes_and_comes_back(server: Server, run: Path, again: Path) -> None:
     assert_is_mirrored(server.address, run_id, again)
 
 
-def write_lines(run: Path, lines: list[dict[str, Any]]) -> None:
-    with (run / "progress.jsonl").open("a") as file:
-        file.writelines(json.dumps(line) + "\n" for line in lines)
+def write_lines(run: Path, lines: list[ProgressLine]) -> None:
+    for line in lines:
+        line.append_to(run)
 
 
 def wait_for(condition: Callable[[], bool]) -> None:
@@ -165,11 +164,11 @@ def wait_for(condition: Callable[[], bool]) -> None:
 
 def assert_is_mirrored(store: str, run_id: str, run: Path) -> None:
     """MLflow holds every number of every line once, at its step, and every preview once."""
-    lines = read_json_lines(run / "progress.jsonl")
+    lines = read_progress(run)
     client = mlflow.MlflowClient(store)
     for name in set().union(*map(line_metrics, lines)):
         history = [(point.step, point.value) for point in client.get_metric_history(run_id, name)]
-        assert history == [(line["step"], line_metrics(line)[name]) for line in lines if name in line_metrics(line)]
+        assert history == [(line.step, line_metrics(line)[name]) for line in lines if name in line_metrics(line)]
     pictures = [item.path for item in client.list_artifacts(run_id, "images") if item.path.endswith(".png")]
     steps = sorted(int(re.split("[+%]", path)[2]) for path in pictures)  # images/preview+step+39+timestamp+...
-    assert steps == [line["step"] for line in lines if "preview" in line]
+    assert steps == [line.step for line in lines if line.preview]

@@ -18,6 +18,7 @@ from patchloom.pipelines.train.checkpointer import newest_checkpoint
 from patchloom.pipelines.train.dry_run import describe_plan
 from patchloom.platform.files.storage import read_json, read_json_lines
 from patchloom.platform.recipe import recipe_yaml
+from patchloom.platform.records.run import ProgressLine
 from patchloom.platform.tracking.runs import line_metrics
 
 pytestmark = pytest.mark.ray
@@ -66,7 +67,9 @@ def test_mlflow_holds_the_lines_the_parameters_and_the_preview(trained: Path) ->
     history = client.get_metric_history(run_id, "loss")
     assert [(point.step, point.value) for point in history] == [(line["step"], line["loss"]) for line in lines]
     run = client.get_run(run_id)
-    told = line_metrics(last_of_each(lines))  # every number, system metrics too; evaluations may stand beside them
+    told = line_metrics(
+        ProgressLine.model_validate(last_of_each(lines))
+    )  # every number, system metrics too; evaluations may stand beside them
     assert {key: run.data.metrics[key] for key in told} == pytest.approx(told)
     assert {"straggler_loss", "model_flops_utilisation", "system/cpu_utilization_percentage"} <= set(run.data.metrics)
     assert run.info.status == "FINISHED"
@@ -151,7 +154,7 @@ def test_a_run_survives_a_store_that_goes_away(
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{store / 'mlflow.db'}")
     run = tmp_path / "run"
 
-    def spoil(line: dict[str, int]) -> None:
+    def spoil(line: ProgressLine) -> None:
         for file in store.glob("mlflow.db*"):
             with contextlib.suppress(FileNotFoundError):
                 file.write_bytes(b"this is no database")

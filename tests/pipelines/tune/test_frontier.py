@@ -22,6 +22,7 @@ from patchloom.pipelines.tune.frontier import (
 from patchloom.pipelines.tune.page import search_sections
 from patchloom.pipelines.tune.ranking import ranked
 from patchloom.platform.files.storage import write_json, write_json_lines
+from patchloom.platform.records.run import ProgressLine, write_progress
 
 RATES = {0.0: 1.0, 0.25: 2.0, 0.5: 3.0, 1.0: 5.0}  # FLOPs an image at each p: larger patches cost more
 
@@ -31,13 +32,13 @@ def trial(name: str, settings: dict[str, Any], loss: float, repeat: int = 0, **m
     return {**row, "updates": 10, "images_seen": 100, "flops": 1e12, "seconds": 5.0, **more}
 
 
-def line(images: float, loss: float, rate: float = 1.0) -> dict[str, Any]:
+def line(images: float, loss: float, rate: float = 1.0) -> ProgressLine:
     by_sigma = {"0.1": loss / 2, "1": loss * 3 / 2}
-    return {"images_seen": images, "updates": images / 10, "flops": rate * images, "held_out_loss": loss,
-            "held_out_loss_by_sigma": by_sigma}  # fmt: skip
+    return ProgressLine(step=int(images) * 4, updates=int(images) * 4, images_seen=int(images), flops=rate * images,
+                        held_out_loss=loss, held_out_loss_by_sigma=by_sigma)  # fmt: skip
 
 
-def falling(p: float, most: float, exponent: float, luck: float = 1.0) -> list[dict[str, Any]]:
+def falling(p: float, most: float, exponent: float, luck: float = 1.0) -> list[ProgressLine]:
     """A loss that falls exponentially with images, so that a line through its logarithms is exact."""
     return [line(images, luck * math.exp(-exponent * images), RATES[p]) for images in np.linspace(most / 5, most, 5)]
 
@@ -141,7 +142,7 @@ def test_the_page_is_whole_for_every_outcome(tmp_path: Path) -> None:
     for row in rows[:5]:
         (tmp_path / "trials" / row["name"]).mkdir(parents=True)
         points = [line(images, row["held_out_loss"] + 10 / images) for images in (25, 50, 100)]
-        write_json_lines(tmp_path / "trials" / row["name"] / "progress.jsonl", points)
+        write_progress(tmp_path / "trials" / row["name"], points)
     assert len(curve_of(tmp_path, rows[0])) == 3
     page = "\n".join(search_sections(tmp_path))
     assert page.count('<g class="point">') == 5  # every trial that has a number

@@ -1,0 +1,102 @@
+"""Records of a run folder: `run.json`, which says what the run is, and the lines of `progress.jsonl`."""
+
+import json
+from pathlib import Path
+from typing import Self
+
+from pydantic import Field
+
+from patchloom.errors import UserError
+from patchloom.platform.files.storage import write_atomic, write_json
+from patchloom.platform.records.record import Record, VersionedRecord
+
+RUN_FILE = "run.json"
+PROGRESS_FILE = "progress.jsonl"
+
+
+class RunCard(VersionedRecord):
+    """`run.json`: which dataset and code a run uses, and the MLflow run that mirrors it."""
+
+    format_version: int = 1
+    kind: str = "train"
+    run_id: str | None = None  # of MLflow; None until the tracking store has answered
+    dataset: str | None = None  # its address; older autoencoder runs do not store it
+    dataset_fingerprint: str
+    code_version: str = ""
+
+    @classmethod
+    def read(cls, folder: Path) -> Self:
+        """The card of a run folder; raises UserError where it is missing or damaged."""
+        path = folder / RUN_FILE
+        if not path.is_file():
+            raise UserError(f"{path}: not found; pass the --out folder of a run")
+        return cls.parse(path.read_bytes(), path)
+
+    def write(self, folder: Path) -> None:
+        """Write the fields that are set to `run.json`, whole or not at all."""
+        write_json(folder / RUN_FILE, self.model_dump(mode="json", exclude_unset=True))
+
+
+class ProgressLine(Record):
+    """One line of `progress.jsonl`. Only the fields that are set are written.
+
+    A run of the denoiser fills in all counts and rates. An autoencoder's lines have `step`, `images_seen`,
+    `loss`, `images_per_second` and `time_unix_s`.
+    """
+
+    step: int
+    updates: int = 0
+    images_seen: int = 0  # crops, counted as the paper does
+    full_size_images: int = 0
+    pixel_equivalent_images: float = 0.0
+    flops: int | float = 0
+    learning_rate: float = 0.0
+    loss: float | None = None  # None where it was not finite
+    loss_by_patch_size: dict[str, float] = Field(default_factory=dict)
+    loss_by_sigma: dict[str, float] = Field(default_factory=dict)
+    bad_crops: int = 0  # crops whose loss was not finite
+    images_per_second: float = 0.0
+    updates_per_second: float = 0.0
+    flops_per_second: float = 0.0
+    images_per_second_by_patch_size: dict[str, float] = Field(default_factory=dict)
+    data_wait_share: float = 0.0
+    reduce_wait_share: float = 0.0
+    straggler_loss: float | None = None
+    eta_seconds: float = 0.0
+    peak_memory_bytes: int = 0
+    model_flops_utilisation: float = 0.0
+    peak_flops_per_second: float = 0.0
+    peak_flops_source: str = ""
+    system: dict[str, float] = Field(default_factory=dict)
+    preview: str | None = None  # the picture's path in the run folder
+    preview_frechet_distance: float | None = None
+    held_out_loss: float | None = None
+    held_out_loss_by_sigma: dict[str, float] = Field(default_factory=dict)
+    time_unix_s: float = 0.0
+
+    def append_to(self, folder: Path) -> None:
+        """Add the line to a run's `progress.jsonl`."""
+        with (folder / PROGRESS_FILE).open("a") as file:
+            file.write(self.to_json() + "\n")
+
+    def to_json(self) -> str:
+        """The fields that are set, as one line of JSON."""
+        return json.dumps(self.model_dump(exclude_unset=True))
+
+
+def read_progress(folder: Path) -> list[ProgressLine]:
+    """The lines of a run folder; a last line that a crash cut off is skipped.
+
+    Raises UserError where a line is damaged.
+    """
+    path = folder / PROGRESS_FILE
+    if not path.is_file():
+        return []
+    content = path.read_bytes()
+    whole = content[: content.rfind(b"\n") + 1]
+    return [ProgressLine.parse(line, path) for line in whole.splitlines() if line]
+
+
+def write_progress(folder: Path, lines: list[ProgressLine]) -> None:
+    """Replace a run's `progress.jsonl`."""
+    write_atomic(folder / PROGRESS_FILE, "".join(line.to_json() + "\n" for line in lines))
