@@ -12,7 +12,7 @@ import sys
 from patchloom.errors import UserError
 from patchloom.models.checkpoints import CheckpointError
 from patchloom.pipelines.evaluate import evaluate
-from patchloom.pipelines.registry.browse import promote_model
+from patchloom.pipelines.registry.promoting import promote_model
 from patchloom.pipelines.sample import sample
 from patchloom.platform.tracking.registry import list_versions
 

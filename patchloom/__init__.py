@@ -25,7 +25,8 @@ Steps
 Datasets, recipes and models
     open               open_dataset, load_recipe, load_model
     convert            import_model, export_model, average_model
-    registry           list_versions, compare_models, promote_model, delete_model
+    registry           list_versions, describe_model, compare_models,
+                       promote_model, delete_model
     types              Dataset, Recipe, Denoiser, AutoencoderSettings
 
 Sampling in your own code
@@ -70,8 +71,10 @@ if TYPE_CHECKING:
     from patchloom.pipelines.evaluate import evaluate
     from patchloom.pipelines.inspect import inspect
     from patchloom.pipelines.prepare import prepare
-    from patchloom.pipelines.registry.browse import compare_models, delete_model, promote_model
+    from patchloom.pipelines.registry.comparing import compare_models
     from patchloom.pipelines.registry.convert import average_model, export_model, import_model
+    from patchloom.pipelines.registry.describing import describe_model
+    from patchloom.pipelines.registry.promoting import delete_model, promote_model
     from patchloom.pipelines.registry.registering import register
     from patchloom.pipelines.report import report
     from patchloom.pipelines.sample import sample
@@ -99,6 +102,7 @@ __all__ = [
     "compare_models",
     "ddim",
     "delete_model",
+    "describe_model",
     "dpmpp_2m",
     "dpmpp_2m_sde",
     "euler",
@@ -139,8 +143,10 @@ _MODULES = {
     "pipelines.evaluate": ("evaluate",),
     "pipelines.inspect": ("inspect",),
     "pipelines.prepare": ("prepare",),
-    "pipelines.registry.browse": ("compare_models", "delete_model", "promote_model"),
+    "pipelines.registry.comparing": ("compare_models",),
     "pipelines.registry.convert": ("average_model", "export_model", "import_model"),
+    "pipelines.registry.describing": ("describe_model",),
+    "pipelines.registry.promoting": ("delete_model", "promote_model"),
     "pipelines.registry.registering": ("register",),
     "pipelines.report": ("report",),
     "pipelines.sample": ("sample",),
@@ -177,7 +183,12 @@ def load_model(reference: "str | Path") -> "Denoiser":
         start = patchloom.SeededNoise(seeds=[0, 1], shape=shape)() * sigmas[0]
         images = patchloom.heun(denoiser, start, sigmas)
     """
+    from pathlib import Path
+
     from patchloom.models.checkpoints import load_model as load_denoiser
+
+    if (Path(reference) / "model.json").is_file():
+        return load_denoiser(reference)  # needs torch and safetensors only
     from patchloom.platform.tracking.registry import fetch_model
 
     return load_denoiser(fetch_model(str(reference)).folder)

@@ -1,7 +1,5 @@
-"""Inspect: what is in a dataset, a model or the registry, verified; and what works on this machine."""
+"""Inspect: verify a dataset or model and return its card."""
 
-import os
-import shutil
 import tempfile
 from collections import Counter
 from pathlib import Path
@@ -15,13 +13,11 @@ from patchloom.models.autoencoder import load_autoencoder, weights_sha256
 from patchloom.models.checkpoints import load_whole_model
 from patchloom.pipelines.pages.pictures import contact_sheet, save_png
 from patchloom.pipelines.prepare.shard_maker import sums
-from patchloom.platform.compute.cluster import ray_session
 from patchloom.platform.dataset.prepared import CARD, Dataset, open_dataset
 from patchloom.platform.files.folder import Folder
 from patchloom.platform.files.storage import read_json_lines
-from patchloom.platform.progress import progress, say
-from patchloom.platform.tracking.registry import fetch_model, list_versions
-from patchloom.platform.tracking.runs import require_reachable, tracking_uri
+from patchloom.platform.progress import progress
+from patchloom.platform.tracking.registry import fetch_model
 
 SHEET = "contact_sheet.png"
 AGAIN = "prepare again into an empty folder"
@@ -129,35 +125,3 @@ def dataset_sheet(dataset: Dataset, path: Path, images: int = 64) -> None:
     else:
         pictures = rows["image"]
     save_png(contact_sheet(pictures, columns=16), path)
-
-
-def doctor() -> bool:
-    """Try what the commands need and say what was found; True where all of it works."""
-    import torch
-
-    say(f"torch {torch.__version__}, {os.cpu_count()} CPUs, {torch.cuda.device_count()} GPUs")
-    for index in range(torch.cuda.device_count()):
-        say(f"  GPU {index}: {torch.cuda.get_device_name(index)}")
-    free = shutil.disk_usage(Path.cwd()).free / 2**30
-    say(f"disk: {free:.0f} GiB free in {Path.cwd()}")
-    works = True
-    for name, check in (("MLflow", _check_mlflow), ("Ray", _check_ray)):
-        try:
-            say(f"{name}: {check()}")
-        except Exception as error:
-            works = False
-            say(f"{name}: FAILED, {str(error).splitlines()[0] if str(error) else type(error).__name__}")
-    return works
-
-
-def _check_mlflow() -> str:
-    require_reachable()
-    return f"{tracking_uri()} answers, {len(list_versions())} registered versions"
-
-
-def _check_ray() -> str:
-    with ray_session():
-        import ray
-
-        resources = ray.cluster_resources()
-        return f"version {ray.__version__}, {resources.get('CPU', 0):.0f} CPUs, {resources.get('GPU', 0):.0f} GPUs"

@@ -18,11 +18,15 @@ LAZY = {name: module for module, names in patchloom._MODULES.items() for name in
 ERRORS = {"CheckpointError", "Error", "Stopped", "UserError"}
 # the files and folders that the example of a name reads
 INPUTS = {
+    "compare_models": ("registry",),
+    "delete_model": ("registry",),
+    "describe_model": ("registry",),
     "evaluate": ("samples", "dataset"),
     "inspect": ("dataset",),
     "load_model": ("registry",),
     "open_dataset": ("dataset",),
     "prepare": ("photos",),
+    "promote_model": ("registry",),
     "register": ("run",),
     "report": ("run",),
     "sample": ("registry",),
@@ -90,23 +94,16 @@ def with_example() -> list[object]:
     return [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in names]
 
 
-@pytest.fixture(scope="module")
-def registered_as_my_model(trained: Path) -> str:
-    patchloom.register(str(trained), "my-model", alias="champion")
-    return "models:/my-model@champion"
-
-
 @pytest.fixture
 def provide(
-    images: Path, pixels: Path, trained: Path, request: pytest.FixtureRequest, tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> Callable[[str], None]:  # fmt: skip
+    images: Path, pixels: Path, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Callable[[str], None]:
     """Puts an input of an example into the working directory, which is empty otherwise."""
     monkeypatch.chdir(tmp_path)
 
     def put(name: str) -> None:
         if name == "registry":
-            request.getfixturevalue("registered_as_my_model")
+            patchloom.register(str(trained), "my-model", alias="champion")
         elif name == "recipe.yaml":
             Path(name).write_text(recipe_yaml(tiny_recipe(train__images=40, preview__every_images=0)))
         elif name == "search.yaml":

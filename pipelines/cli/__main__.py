@@ -1,4 +1,4 @@
-"""`python -m patchloom.pipelines.cli` is `patchloom`."""
+"""`python -m patchloom.pipelines.cli` runs `patchloom`."""
 
 from patchloom.pipelines.cli.app import main
 

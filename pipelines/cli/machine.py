@@ -1,4 +1,4 @@
-"""Commands about the machine at hand: what works here, and how fast."""
+"""The commands that show what this machine does: run the demo, check the installation, measure the speed."""
 
 import os
 import sys
@@ -6,32 +6,56 @@ from typing import Annotated
 
 import typer
 
-from patchloom.pipelines.cli.models import Json
+from patchloom.pipelines.cli.options import Json
+
+
+def demo(
+    out: Annotated[str, typer.Option(help="Folder for all results")] = "demo",
+    pixels: Annotated[
+        bool, typer.Option("--pixels", help="Train on 32 x 32 pixels, without an autoencoder: faster")
+    ] = False,
+) -> None:
+    """Run every step on photographs that ship with scikit-image."""
+    from patchloom.pipelines.demo import demo
+
+    demo(out, pixels=pixels)
 
 
 def doctor() -> None:
-    """What works here: Ray, GPUs, MLflow, disk."""
-    from patchloom.pipelines.inspect import doctor as run
+    """Check torch, GPUs, disk space, MLflow and Ray.
 
-    raise typer.Exit(0 if run() else 1)
+    The exit code is 1 if MLflow or Ray does not work.
+    """
+    from patchloom.pipelines.doctor import doctor
+
+    raise typer.Exit(0 if doctor() else 1)
 
 
 def benchmark(
     subjects: Annotated[
         list[str] | None,
-        typer.Argument(help="train, sample, prepare, read, tune, startup, scaling, or a part such as train.sizes"),
+        typer.Argument(
+            help="train, sample, prepare, read, tune, startup, scaling, or a part such as train.sizes  [default: all]"
+        ),
     ] = None,
     as_json: Json = False,
-    out: Annotated[str | None, typer.Option(help="A folder that keeps the numbers, as JSON and plots")] = None,
-    rounds: Annotated[int | None, typer.Option(min=1, help="How often compared ways take turns; 5")] = None,
-    tiny: Annotated[bool, typer.Option("--tiny", help="Smallest sizes, only to see that everything runs")] = False,
-    force: Annotated[bool, typer.Option("--force", help="Measure beside other work too")] = False,
-    list_: Annotated[bool, typer.Option("--list", help="Name all parts and how long they take, and stop")] = False,
+    out: Annotated[str | None, typer.Option(help="Folder to write: results as JSON, and plots")] = None,
+    rounds: Annotated[int | None, typer.Option(min=1, help="Interleaved repetitions of each variant  [default: 5]")] = (
+        None
+    ),
+    tiny: Annotated[bool, typer.Option("--tiny", help="Use the smallest sizes, only to check that everything runs")] = (
+        False
+    ),
+    force: Annotated[bool, typer.Option("--force", help="Measure even if other processes use the machine")] = False,
+    list_: Annotated[bool, typer.Option("--list", help="List all parts and how long they take, then exit")] = False,
 ) -> None:
-    """Measure this machine: each number beside its limit and beside a plain loop."""
+    """Measure the speed of this machine.
+
+    Each number is printed next to the limit of the hardware, and next to a plain training loop.
+    """
     command = [sys.executable, "-m", "patchloom.benchmarks", *(subjects or [])]
     flags = {"--json": as_json, "--tiny": tiny, "--force": force, "--list": list_}
     command += [flag for flag, is_set in flags.items() if is_set]
     command += ["--out", out] if out else []
     command += ["--rounds", str(rounds)] if rounds else []
-    os.execv(sys.executable, command)  # afresh: nothing that was imported until here is in what is measured
+    os.execv(sys.executable, command)  # a new process, so that modules imported so far do not change the numbers

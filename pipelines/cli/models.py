@@ -1,76 +1,89 @@
-"""The commands of `patchloom models`: browse the registry, bring models in and out of it, promote them."""
+"""The commands of `patchloom models`: browse the registry, and move models into and out of it."""
 
-import contextlib
-import json
-import sys
-from contextlib import AbstractContextManager
-from typing import Annotated, Any
+from dataclasses import asdict
+from typing import Annotated
 
 import typer
 
 from patchloom.models.backbones import allow_backbones
+from patchloom.pipelines.cli.options import (
+    Backbones,
+    Json,
+    Model,
+    ModelFolderToWrite,
+    RegisteredName,
+    VersionNumber,
+    messages_to_stderr,
+    print_json,
+)
 
-models_app = typer.Typer(help="Browse and promote registered models.", rich_markup_mode=None)
-
-Json = Annotated[bool, typer.Option("--json", help="The result as one JSON object on stdout, for programs")]
-Model = Annotated[str, typer.Argument(help="models:/NAME@ALIAS, models:/NAME/VERSION, runs:/... or a folder")]
-Backbones = Annotated[
-    list[str] | None,
-    typer.Option("--allow-backbone", metavar="PACKAGE", help="A package that networks may be imported from"),
-]
-
-
-def aside(as_json: bool) -> AbstractContextManager[Any]:
-    """While this holds, what is said goes to stderr where stdout is to be JSON alone."""
-    return contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext()
+models_app = typer.Typer(help="Browse, register, compare, promote and convert models.", rich_markup_mode=None)
 
 
-@models_app.command("list")
+@models_app.command("list", epilog="Example: patchloom models list")
 def models_list(as_json: Json = False) -> None:
-    """Every version of every registered model."""
-    from patchloom.pipelines.registry.browse import models_table
+    """List every version of every registered model."""
+    from patchloom.pipelines.registry.listing import models_table
     from patchloom.platform.tracking.registry import list_versions
 
-    print(json.dumps(list_versions()) if as_json else models_table())
+    if as_json:
+        print_json([asdict(version) for version in list_versions()])
+    else:
+        print(models_table())
 
 
-@models_app.command("show", epilog="Example: patchloom models show models:/patchloom-demo@champion")
+@models_app.command("show", epilog="Example: patchloom models show models:/my-model@champion")
 def models_show(
     model: Model,
-    picture: Annotated[str | None, typer.Option(metavar="PNG", help="Keep its preview grid in this file")] = None,
+    picture: Annotated[str | None, typer.Option(metavar="PNG", help="Save the preview grid of the run here")] = None,
     as_json: Json = False,
 ) -> None:
-    """One model, verified: its card, lineage, metrics, and how to sample from it."""
-    from patchloom.pipelines.registry.browse import model_card, show_model
+    """Verify a model and print its card.
 
-    print(json.dumps(model_card(model)) if as_json else show_model(model, picture))
+    The card has its origin, its metrics, and the command that samples from it.
+    """
+    from patchloom.pipelines.registry.describing import describe_model, show_model
+
+    if as_json:
+        print_json(describe_model(model).to_json_value())
+    else:
+        print(show_model(model, picture))
 
 
 @models_app.command("compare", epilog="Example: patchloom models compare models:/my-model@champion models:/my-model/4")
 def models_compare(
     one: Model,
     other: Model,
-    picture: Annotated[str, typer.Option(metavar="PNG", help="Where the samples of both go")] = "comparison.png",
-    no_picture: Annotated[bool, typer.Option("--no-picture", help="Sample nothing")] = False,
-    seeds: Annotated[int, typer.Option(min=1, help="How many seeds, 0 and on")] = 8,
-    steps: Annotated[int, typer.Option(min=1, help="Noise levels")] = 18,
+    picture: Annotated[
+        str, typer.Option(metavar="PNG", help="Picture to write: samples of the same seeds, one model per row")
+    ] = "comparison.png",
+    no_picture: Annotated[bool, typer.Option("--no-picture", help="Do not sample; compare recipes and metrics")] = (
+        False
+    ),
+    seeds: Annotated[int, typer.Option(min=1, help="Images per model, of seeds 0, 1, ...")] = 8,
+    steps: Annotated[int, typer.Option(min=1, help="Sampling steps")] = 18,
     as_json: Json = False,
 ) -> None:
-    """Two models: what differs in their recipes, their metrics, and samples of the same seeds."""
-    from patchloom.pipelines.registry.browse import compare_models, comparison_words
+    """Compare recipes, metrics and samples of two models."""
+    from patchloom.pipelines.registry.comparing import compare_models
 
-    with aside(as_json):
+    with messages_to_stderr(as_json):
         found = compare_models(one, other, picture=None if no_picture else picture, seeds=seeds, steps=steps)
-    print(json.dumps(found) if as_json else comparison_words(found))
+    if as_json:
+        print_json(found.to_json_value())
+    else:
+        print(found.text())
 
 
 @models_app.command("register", epilog="Example: patchloom models register run my-model --alias champion")
 def models_register(
-    run: Annotated[str, typer.Argument(help="The folder of a finished run, or of a model")],
-    name: Annotated[str, typer.Argument(help="Name in the registry")],
-    alias: Annotated[str | None, typer.Option(help="Point this alias at the version: champion, candidate")] = None,
+    run: Annotated[str, typer.Argument(help="Folder of a finished run or of a model")],
+    name: RegisteredName,
+    alias: Annotated[
+        str | None, typer.Option(help="Alias to point at the new version, such as champion or candidate")
+    ] = None,
 ) -> None:
-    """Make the model of a run, or an imported one, a version of a registered name."""
+    """Register the model of a run as a new version."""
     from patchloom.pipelines.registry.registering import register
 
     register(run, name, alias)
@@ -80,26 +93,25 @@ def models_register(
 def models_import(
     snapshot: Annotated[
         str,
-        typer.Argument(help="A snapshot of EDM or Patch Diffusion (.pkl, nothing in it is run), or an exported folder"),
+        typer.Argument(
+            help="Snapshot of EDM or Patch Diffusion (.pkl; no code in it is run), or a folder of `models export`"
+        ),
     ],
-    out: Annotated[str, typer.Argument(help="The model folder to write")],
+    out: ModelFolderToWrite,
     autoencoder: Annotated[
-        str | None, typer.Option(help="For latents: the diffusers folder, or models:/..., that they belong to")
+        str | None,
+        typer.Option(help="For a model of latents: its autoencoder, a diffusers folder or models:/NAME/VERSION"),
     ] = None,
 ) -> None:
     """Turn an EDM snapshot into a model folder."""
     from patchloom.pipelines.registry.convert import import_model
 
-    folder = import_model(snapshot, out, autoencoder)
-    print(f"sample from it: patchloom sample {folder} samples --seeds 0-63")
+    _print_sample_command(import_model(snapshot, out, autoencoder))
 
 
 @models_app.command("export", epilog="Example: patchloom models export models:/my-model@champion my-model")
-def models_export(
-    model: Model,
-    out: Annotated[str, typer.Argument(help="The folder to write")],
-) -> None:
-    """Copy a model out of the registry: safetensors and JSON."""
+def models_export(model: Model, out: ModelFolderToWrite) -> None:
+    """Copy a model out of the registry, as safetensors and JSON."""
     from patchloom.pipelines.registry.convert import export_model
 
     export_model(model, out)
@@ -107,43 +119,53 @@ def models_export(
 
 @models_app.command("average", epilog="Example: patchloom models average run wider --sigma-rel 0.15")
 def models_average(
-    run: Annotated[str, typer.Argument(help="A finished run that kept power-function averages")],
-    out: Annotated[str, typer.Argument(help="The model folder to write")],
-    sigma_rel: Annotated[float, typer.Option(help="Width of the average relative to the run, 0 to 0.288")],
+    run: Annotated[str, typer.Argument(help="Folder of a finished run that kept power-function averages")],
+    out: ModelFolderToWrite,
+    sigma_rel: Annotated[float, typer.Option(help="Relative width of the average, between 0 and 0.288")],
     allow_backbone: Backbones = None,
 ) -> None:
-    """Make a model of any length of average after the run (EDM2)."""
+    """Make a model with another EMA length after the run (EDM2)."""
     from patchloom.pipelines.registry.convert import average_model
 
     allow_backbones(*allow_backbone or [])
-    folder = average_model(run, out, sigma_rel)
-    print(f"sample from it: patchloom sample {folder} samples --seeds 0-63")
+    _print_sample_command(average_model(run, out, sigma_rel))
 
 
 @models_app.command("promote", epilog="Example: patchloom models promote my-model 3 --alias champion --if-better fid")
 def models_promote(
-    name: Annotated[str, typer.Argument(help="Name in the registry")],
-    version: Annotated[int, typer.Argument(help="Number of the version")],
-    alias: Annotated[str, typer.Option(help="The alias to point at it")] = "champion",
+    name: RegisteredName,
+    version: VersionNumber,
+    alias: Annotated[str, typer.Option(help="Alias to point at the version")] = "champion",
     if_better: Annotated[
-        str | None, typer.Option(metavar="METRIC", help="Only where it beats the alias's version: fid, kid, ...")
+        str | None,
+        typer.Option(
+            metavar="METRIC",
+            help="Promote only if the version is better in this metric (fid, kid, ...) than the alias's current one",
+        ),
     ] = None,
     as_json: Json = False,
 ) -> None:
     """Point an alias at a version."""
-    from patchloom.pipelines.registry.browse import promote_model
+    from patchloom.pipelines.registry.promoting import promote_model
 
-    words = promote_model(name, str(version), alias, if_better)
-    print(json.dumps({"name": name, "version": str(version), "alias": alias, "words": words}) if as_json else words)
+    message = promote_model(name, str(version), alias, if_better)
+    if as_json:
+        print_json({"name": name, "version": str(version), "alias": alias, "words": message})
+    else:
+        print(message)
 
 
 @models_app.command("delete", epilog="Example: patchloom models delete my-model 3")
 def models_delete(
-    name: Annotated[str, typer.Argument(help="Name in the registry")],
-    version: Annotated[int, typer.Argument(help="Number of the version")],
-    yes: Annotated[bool, typer.Option("--yes", help="Do not ask")] = False,
+    name: RegisteredName,
+    version: VersionNumber,
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask for confirmation")] = False,
 ) -> None:
-    """Delete a version from the registry, after a question; its run stays."""
-    from patchloom.pipelines.registry.browse import delete_model
+    """Delete a version from the registry; its run is kept."""
+    from patchloom.pipelines.registry.promoting import delete_model
 
     print(delete_model(name, str(version), yes))
+
+
+def _print_sample_command(folder: object) -> None:
+    print(f"sample from it: patchloom sample {folder} samples --seeds 0-63")

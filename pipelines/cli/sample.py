@@ -1,13 +1,12 @@
 """The command `patchloom sample`."""
 
-import json
 from dataclasses import asdict
 from typing import Annotated
 
 import typer
 
 from patchloom.models.backbones import allow_backbones
-from patchloom.pipelines.cli.models import Backbones, Json, Model, aside
+from patchloom.pipelines.cli.options import Backbones, Json, Model, messages_to_stderr, print_json
 
 
 def sample(
@@ -48,7 +47,7 @@ def sample(
     from patchloom.pipelines.sample.sampling import sample as run
 
     allow_backbones(*allow_backbone or [])
-    with aside(as_json):
+    with messages_to_stderr(as_json):
         result = run(
             model, out, seeds, steps=steps, sampler=sampler, ladder=ladder, churn=churn,
             churn_between=parse_levels(churn_between, "--churn-between") if churn_between else None,
@@ -58,4 +57,4 @@ def sample(
             format=format_, shard_size=shard_size, batch=batch, workers=workers,
         )  # fmt: skip
     if as_json:
-        print(json.dumps(asdict(result)))
+        print_json(asdict(result))

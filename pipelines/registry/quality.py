@@ -1,4 +1,4 @@
-"""Quality: results of evaluations, with all that they depend on, and which of them may be compared."""
+"""Quality: evaluations of a model with everything they depend on, and which of them can be compared."""
 
 import hashlib
 import json
@@ -7,8 +7,8 @@ from typing import Any
 
 from patchloom.errors import UserError
 
-TAG = "evaluation."  # of a version, followed by the identity's digest: one result an identity, the newest
-# how metrics are called where people read them, and whether more is better
+TAG = "evaluation."  # prefix of a version's tag, followed by the digest: the newest evaluation of each identity
+# the title of each metric, and whether more is better
 TITLES = {
     "fid": ("FID", False),
     "sfid": ("sFID", False),
@@ -25,18 +25,18 @@ TITLES = {
 
 @dataclass(frozen=True)
 class Evaluation:
-    """One result: the numbers, and all that they depend on but the model."""
+    """One result: the metrics, and everything but the model that they depend on."""
 
     metrics: dict[str, Any]
     identity: dict[str, Any]
 
     @property
     def digest(self) -> str:
-        """Eight letters that two results share if they may be compared."""
+        """Eight hexadecimal digits of the identity; two results can be compared if their digests are equal."""
         return hashlib.sha256(json.dumps(self.identity, sort_keys=True).encode()).hexdigest()[:8]
 
-    def words(self) -> str:
-        """`FID 12.31 (n=50,000)`: the first number, with what it hangs on most."""
+    def headline(self) -> str:
+        """`FID 12.31 (n=50,000)`: the first metric, with the number of samples."""
         name = next((name for name in TITLES if name in self.metrics), None)
         if name is None:
             return ""
@@ -44,26 +44,29 @@ class Evaluation:
         return f"{TITLES[name][0]} {self.metrics[name]:.4g} ({features}n={self.identity['n_samples']:,})"
 
     def numbers(self) -> str:
-        """`FID 12.31, KID 0.002`: every number, in few digits."""
+        """`FID 12.31, KID 0.002`: every metric, rounded."""
         return ", ".join(f"{TITLES[name][0]} {self.metrics[name]:.4g}" for name in TITLES if name in self.metrics)
 
     def circumstances(self) -> str:
-        """What the numbers hang on, in a line."""
+        """What the metrics depend on, in one line."""
         identity = self.identity
         against = f"{identity['n_reference']:,} images" if identity["n_reference"] else "statistics"
-        words = f"{identity['features']}, {identity['n_samples']:,} samples"
-        words += f" (seeds {identity['seeds']})" if identity.get("seeds") else ""
-        words += f" against {against} ({str(identity['reference'])[:12]})"
+        seeds = f" (seeds {identity['seeds']})" if identity.get("seeds") else ""
+        parts = [
+            f"{identity['features']}, {identity['n_samples']:,} samples{seeds} against {against} "
+            f"({str(identity['reference'])[:12]})"
+        ]
         if "sampler" in identity:
-            words += (
-                f", {identity['sampler']}, {identity['steps']} steps ({identity['network_evaluations']} evaluations)"
-            )
-            words += f", guidance {identity['guidance']:g}"
-        return words
+            parts += [
+                str(identity["sampler"]),
+                f"{identity['steps']} steps ({identity['network_evaluations']} evaluations)",
+                f"guidance {identity['guidance']:g}",
+            ]
+        return ", ".join(parts)
 
 
 def differences(one: Evaluation, other: Evaluation) -> list[str]:
-    """What two results depend on and differ in, as `n_samples is 64 and 50000`; nothing where they may be compared."""
+    """Where the identities of two results differ, as `n_samples is 64 and 50000`; empty if they can be compared."""
     keys = dict.fromkeys([*one.identity, *other.identity])
     return [
         f"{key} is {_short(one.identity.get(key))} and {_short(other.identity.get(key))}"
@@ -72,24 +75,24 @@ def differences(one: Evaluation, other: Evaluation) -> list[str]:
     ]
 
 
-def comparable(mine: list[Evaluation], theirs: list[Evaluation], metric: str | None = None) -> list[
-    tuple[Evaluation, Evaluation]
-]:  # fmt: skip
-    """Pairs of results with one identity (that hold the metric)."""
-    others = {result.digest: result for result in theirs}
-    pairs = [(result, others[result.digest]) for result in mine if result.digest in others]
+def comparable(
+    first: list[Evaluation], second: list[Evaluation], metric: str | None = None
+) -> list[tuple[Evaluation, Evaluation]]:
+    """Pairs of results with the same identity. With `metric`, only pairs that both have it."""
+    by_digest = {result.digest: result for result in second}
+    pairs = [(result, by_digest[result.digest]) for result in first if result.digest in by_digest]
     return [pair for pair in pairs if metric is None or all(metric in result.metrics for result in pair)]
 
 
 def is_better(metric: str, new: float, old: float) -> bool:
-    """Whether a number beats another; raises UserError for a metric that is unknown."""
+    """Whether `new` is better than `old` in a metric; raises UserError for an unknown metric."""
     if metric not in TITLES:
-        raise UserError(f"{metric} is not a metric: choose among {', '.join(TITLES)}")
+        raise UserError(f"{metric} is not a metric: choose one of {', '.join(TITLES)}")
     return new > old if TITLES[metric][1] else new < old
 
 
 def evaluations_of(tags: dict[str, str]) -> list[Evaluation]:
-    """The results that a version keeps, those of most samples first."""
+    """The results in the tags of a version, the one with the most samples first."""
     found = [Evaluation(**json.loads(value)) for key, value in tags.items() if key.startswith(TAG)]
     return sorted(found, key=lambda result: (-result.identity["n_samples"], result.digest))
 

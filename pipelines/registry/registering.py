@@ -1,6 +1,7 @@
-"""Register: a run's model, or one from elsewhere, becomes a version of a registered name, with its lineage."""
+"""Registering: the model of a run, or a model folder, becomes a version of a registered model."""
 
 import tempfile
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,7 @@ from patchloom import __version__
 from patchloom.errors import UserError
 from patchloom.models.checkpoints import read_card, verified_card
 from patchloom.pipelines.registry.pyfunc import input_example, signature
-from patchloom.pipelines.registry.version_card import PREVIEW, write_card
+from patchloom.pipelines.registry.version_card import write_card
 from patchloom.pipelines.registry.wheel import wheel_bytes, wheel_name
 from patchloom.pipelines.train.checkpointer import without_tensors
 from patchloom.platform.files.copies import local_copy
@@ -27,36 +28,81 @@ from patchloom.platform.tracking.runs import (
 ENTRY = Path(__file__).parent / "pyfunc_entry.py"
 
 
-def register(run: str, name: str, alias: str | None = None) -> str:
-    """Register the model of a finished run folder, or a model folder; returns `models:/NAME/VERSION`.
+@dataclass(frozen=True)
+class VersionTags:
+    """The facts about a version that MLflow stores as its tags; None is not stored."""
 
-    A second call with the same weights finds the version that is there. alias: point it at the version
-    (`champion`, `candidate`). Raises UserError for a folder without a model.
+    kind: str
+    resolution: int
+    p: float | None
+    schedule: str | None
+    images_seen: int | None
+    updates: int | None
+    weights_sha256: str
+    code_version: str
+    dataset_fingerprint: str | None = None
+    recipe_sha256: str | None = None
+    held_out_loss: str | None = None
+    preview: str | None = None  # `version_card.PREVIEW`
+
+    def as_tags(self) -> dict[str, str]:
+        """The tags, as text."""
+        return {key: str(value) for key, value in asdict(self).items() if value is not None}
+
+
+def register(run: str, name: str, alias: str | None = None) -> str:
+    """Register the model of a finished run as a new version.
+
+    The second call with the same weights returns the version that exists.
+
+    Args:
+        run: the folder of a finished run, or a model folder.
+        name: the registered model; it is created if it does not exist.
+        alias: point this alias at the version, such as "champion" or "candidate".
+
+    Returns:
+        The reference of the version, `models:/NAME/VERSION`.
+
+    Raises:
+        UserError: the folder has no finished model.
+        CheckpointError: the weights of a model folder do not match their checksum.
+
+    Example:
+        reference = patchloom.register("run", "my-model", alias="champion")
+        assert reference == "models:/my-model/1"
     """
     folder = local_copy(run, without_tensors)
-    if (folder / "model.json").is_file():
-        return _register_folder(folder, name, alias)
+    is_model = (folder / "model.json").is_file()
+    version = _register_folder(folder, name) if is_model else _register_run(folder, name)
+    if alias:
+        promote(name, version, alias)
+    say(f"  registered models:/{name}/{version}" + (f" as {alias}" if alias else ""))
+    return f"models:/{name}/{version}"
+
+
+def _register_run(folder: Path, name: str) -> str:
     if not (folder / "run.json").is_file():
-        raise UserError(f"{folder} is no run: give the --out folder of `patchloom train`, or a model folder")
+        raise UserError(f"{folder} is not a run: give the --out folder of `patchloom train`, or a model folder")
     if not (folder / "model" / "model.json").is_file():
         raise UserError(f"{folder} is not finished and has no model: run `patchloom train ... --resume` first")
     run_card = RunCard.read(folder)
-    if run_card.run_id is None:
-        raise UserError(f"{folder} was trained while MLflow was away: `patchloom train ... --resume` sends it first")
+    run_id = run_card.run_id
+    if run_id is None:
+        raise UserError(f"{folder} is not in MLflow yet: run `patchloom train ... --resume`, which sends it")
     card = read_card(folder / "model", "denoiser")
-    version = _registered(name, card["weights_sha256"], run_card.run_id)
+    version = _find_version(name, card["weights_sha256"], run_id)
     if version is None:
         previews = sorted((folder / "previews").glob("*.png"))[-1:]
-        log_artifacts(run_card.run_id, *previews, folder / PROGRESS_FILE)
-        shown = {PREVIEW: previews[0].name} if previews else {}
-        version = _log(folder / "model", name, run_card.run_id, _tags(folder, card, run_card) | shown)
-    return _named(name, version, alias)
+        log_artifacts(run_id, *previews, folder / PROGRESS_FILE)
+        preview = previews[0].name if previews else None
+        version = _create_version(folder / "model", name, run_id, _tags_of_run(folder, card, run_card, preview))
+    return version
 
 
-def _register_folder(folder: Path, name: str, alias: str | None) -> str:
-    """A model without a run of its own (imported, averaged, exported) gets one that says so."""
+def _register_folder(folder: Path, name: str) -> str:
+    """Register a model without a training run (imported, averaged or exported), with an MLflow run of its own."""
     card = verified_card(folder)
-    version = _registered(name, card["weights_sha256"])
+    version = _find_version(name, card["weights_sha256"])
     if version is None:
         require_reachable()
         tags = {"patchloom.version": __version__, "patchloom.folder": str(folder)}
@@ -64,41 +110,33 @@ def _register_folder(folder: Path, name: str, alias: str | None) -> str:
             {key: card[key] for key in ("denoiser", "imported_from", "average") if key in card}
         )
         run_id = begin_run(card["name"], "import", parameters, tags)
-        version = _log(folder, name, run_id, _model_tags(card))
+        version = _create_version(folder, name, run_id, VersionTags(**_facts_of_model(card)))
         end_run(run_id)
-    return _named(name, version, alias)
+    return version
 
 
-def _log(model: Path, name: str, run_id: str, tags: dict[str, Any]) -> str:
+def _create_version(model: Path, name: str, run_id: str, tags: VersionTags) -> str:
     with tempfile.TemporaryDirectory() as scratch:
         wheel = Path(scratch) / wheel_name()
         wheel.write_bytes(wheel_bytes())
         example = input_example(read_card(model, "denoiser")["class_names"])
         version = register_pyfunc(model, name, run_id, ENTRY, wheel, signature(), example)
-    write_card(name, version, tags)
+    write_card(name, version, tags.as_tags())
     return version
 
 
-def _named(name: str, version: str, alias: str | None) -> str:
-    if alias:
-        promote(name, version, alias)
-    say(f"  registered models:/{name}/{version}" + (f" as {alias}" if alias else ""))
-    return f"models:/{name}/{version}"
-
-
-def _registered(name: str, weights_sha256: str, run_id: str | None = None) -> str | None:
-    """The version with these weights, of this run or of any."""
-    for row in list_versions():
-        same_run = run_id in (None, row["run_id"])
-        if row["name"] == name and same_run and row["tags"].get("weights_sha256") == weights_sha256:
-            return str(row["version"])
+def _find_version(name: str, weights_sha256: str, run_id: str | None = None) -> str | None:
+    """The newest version with these weights, of this run or of any run; None if there is none."""
+    for found in list_versions(name):
+        if run_id in (None, found.run_id) and found.tags.get("weights_sha256") == weights_sha256:
+            return found.version
     return None
 
 
-def _model_tags(card: dict[str, Any]) -> dict[str, Any]:
-    """What a model's card says of itself; a model from elsewhere says less."""
+def _facts_of_model(card: dict[str, Any]) -> dict[str, Any]:
+    """What a model card says about its model; the card of an import says less."""
     patches = card.get("patches", {})
-    tags = {
+    return {
         "kind": card["space"]["kind"],
         "resolution": card["denoiser"]["resolution"],
         "p": patches.get("p"),
@@ -108,15 +146,14 @@ def _model_tags(card: dict[str, Any]) -> dict[str, Any]:
         "weights_sha256": card["weights_sha256"],
         "code_version": card["code_version"],
     }
-    return {key: value for key, value in tags.items() if value is not None}
 
 
-def _tags(folder: Path, card: dict[str, Any], run: RunCard) -> dict[str, Any]:
-    last = read_progress(folder)[-1]
-    tags = _model_tags(card) | {
-        "dataset_fingerprint": run.dataset_fingerprint,
-        "recipe_sha256": file_sha256(folder / "recipe.yaml"),
-    }
-    if last.held_out_loss is not None:
-        tags["held_out_loss"] = f"{last.held_out_loss:.4f}"
-    return tags
+def _tags_of_run(folder: Path, card: dict[str, Any], run: RunCard, preview: str | None) -> VersionTags:
+    loss = read_progress(folder)[-1].held_out_loss
+    return VersionTags(
+        **_facts_of_model(card),
+        dataset_fingerprint=run.dataset_fingerprint,
+        recipe_sha256=file_sha256(folder / "recipe.yaml"),
+        held_out_loss=None if loss is None else f"{loss:.4f}",
+        preview=preview,
+    )

@@ -1,4 +1,4 @@
-"""Version card: what a registered version shows of itself on its page in MLflow, and what evaluations add to it."""
+"""Version card: what the page of a registered version in MLflow shows, and what an evaluation adds to it."""
 
 import json
 from pathlib import Path
@@ -9,18 +9,20 @@ from patchloom.pipelines.registry.quality import TAG, Evaluation, evaluations_of
 from patchloom.platform.tracking.registry import describe_version, find_version, logged_model
 from patchloom.platform.tracking.runs import log_artifacts, log_metrics
 
-PREVIEW = "preview"  # the tag that names the picture among the artifacts of the version's run
+PREVIEW = "preview"  # the tag with the name of the preview picture among the artifacts of the version's run
 
 
-def write_card(name: str, version: str, tags: dict[str, Any]) -> None:
-    """Add tags to a version and write its description anew: preview, facts, evaluations, how to sample from it."""
+def write_card(name: str, version: str, tags: dict[str, str]) -> None:
+    """Add tags to a version and rewrite its description."""
     found = find_version(name, version=version)
-    described = dict(found.tags) | {key: str(value) for key, value in tags.items()}
-    describe_version(name, version, card_text(name, version, found.run_id, described), tags)
+    describe_version(name, version, card_text(name, version, found.run_id, dict(found.tags) | tags), tags)
 
 
 def card_text(name: str, version: str, run_id: str, tags: dict[str, str]) -> str:
-    """The description as Markdown. The picture's address is relative, so that it holds behind any server's."""
+    """The description in Markdown: preview, facts, evaluations, and how to sample from the version.
+
+    The address of the picture is relative, so that it is right behind any server's address.
+    """
     lines = [f"Patch diffusion denoiser on {tags['kind']}.", ""]
     if PREVIEW in tags:
         query = urlencode({"run_uuid": run_id, "path": tags[PREVIEW]})
@@ -33,9 +35,9 @@ def card_text(name: str, version: str, run_id: str, tags: dict[str, str]) -> str
 
 
 def record(result: Evaluation, lineage: dict[str, Any], files: list[Path]) -> None:
-    """Give a result to the registered version that the samples came from, and to the run that made it.
+    """Add an evaluation to the registered version that the samples came from, and to the run that trained it.
 
-    Metrics are called `fid/n-50000/1a2b3c4d`: numbers that may not be compared never share a curve.
+    A metric is logged as `fid/n-50000/1a2b3c4d`, so that values that cannot be compared are on different curves.
     """
     if not lineage["run_id"]:
         return
@@ -43,7 +45,7 @@ def record(result: Evaluation, lineage: dict[str, Any], files: list[Path]) -> No
     if lineage["name"]:
         model_id = logged_model(lineage["name"], lineage["version"])
         value = json.dumps({"metrics": result.metrics, "identity": result.identity})
-        write_card(lineage["name"], lineage["version"], {f"{TAG}{result.digest}": value, "quality": result.words()})
+        write_card(lineage["name"], lineage["version"], {f"{TAG}{result.digest}": value, "quality": result.headline()})
     numbers = {
         f"{name}/n-{result.identity['n_samples']}/{result.digest}": value
         for name, value in result.metrics.items()

@@ -29,6 +29,19 @@ class FetchedModel:
     version: str | None = None
 
 
+@dataclass(frozen=True)
+class RegisteredVersion:
+    """A version of a registered model, as MLflow stores it."""
+
+    name: str
+    version: str
+    aliases: list[str]
+    run_id: str | None
+    created_unix_s: float
+    description: str
+    tags: dict[str, str]
+
+
 def fetch_model(reference: str) -> FetchedModel:
     """Fetch `models:/NAME@ALIAS`, `models:/NAME/VERSION`, `runs:/ID/path` or a folder to this machine."""
     if reference.startswith("models:/"):
@@ -192,28 +205,28 @@ def fetch_preview(fetched: FetchedModel, place: Path) -> Path | None:
     return place
 
 
-def list_versions(name: str | None = None) -> list[dict[str, Any]]:
-    """Every version of every registered model, or of one, newest first within a name."""
+def list_versions(name: str | None = None) -> list[RegisteredVersion]:
+    """Every version of every registered model, or of the model `name`, newest first for each name."""
     client = connect()
-    rows = []
+    found = []
     for model in _all_of(client.search_registered_models):
         if name not in (None, model.name):
             continue
-        aliases: dict[str, list[str]] = {}
-        for alias, number in model.aliases.items():
-            aliases.setdefault(str(number), []).append(alias)
         versions = _all_of(client.search_model_versions, f"name = '{model.name}'")
-        for version in sorted(versions, key=lambda found: -int(found.version)):
-            rows.append({
-                "name": model.name,
-                "version": str(version.version),
-                "aliases": sorted(aliases.get(str(version.version), [])),
-                "run_id": version.run_id,
-                "created_unix_s": version.creation_timestamp / 1000,
-                "description": version.description or "",
-                "tags": dict(version.tags),
-            })  # fmt: skip
-    return rows
+        for version in sorted(versions, key=lambda version: -int(version.version)):
+            number = str(version.version)
+            found.append(
+                RegisteredVersion(
+                    name=model.name,
+                    version=number,
+                    aliases=sorted(alias for alias, aliased in model.aliases.items() if str(aliased) == number),
+                    run_id=version.run_id,
+                    created_unix_s=version.creation_timestamp / 1000,
+                    description=version.description or "",
+                    tags=dict(version.tags),
+                )
+            )
+    return found
 
 
 def _all_of(search: Callable[..., Any], *query: str) -> Iterator[Any]:

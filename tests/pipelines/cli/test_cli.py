@@ -1,4 +1,4 @@
-"""The command line: what a user gets wrong is one clear line and exit code 2, and nothing is written."""
+"""The command line: a mistake of the user is one line and exit code 2, and nothing is written."""
 
 import json
 import os
@@ -26,112 +26,105 @@ def run_main(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
     return int(left.value.code or 0)
 
 
+PREPARE = ["--resolution", "16"]
+TRAIN = ["train", "{recipe}", "--data", "{pixels}", "--out", "{tmp}/out"]
+SAMPLE = ["sample", "{model}", "{tmp}/out"]
+# what was typed, and the values that the message names
 MISTAKES = {
-    "an empty folder": (["prepare", "{tmp}/empty", "{tmp}/out", "--resolution", "16"], "holds no image"),
-    "no usable image": (["prepare", "{tmp}/bad", "{tmp}/out", "--resolution", "16"], "none of the 1 inputs"),
-    "a missing source": (["prepare", "{tmp}/nowhere", "{tmp}/out", "--resolution", "16"], "does not exist"),
-    "no resolution": (["prepare", "{images}", "{tmp}/out"], "--resolution is missing"),
-    "an output below a file": (["prepare", "{images}", "{tmp}/file/out", "--resolution", "16"], "cannot be made"),
-    "a demo among other files": (["demo", "--out", "{tmp}"], "is not empty and holds no demo"),
-    "an autoencoder that is none": (
+    "empty source": (["prepare", "{tmp}/empty", "{tmp}/out", *PREPARE], ["{tmp}/empty"]),
+    "no usable image": (["prepare", "{tmp}/bad", "{tmp}/out", *PREPARE], ["1 input"]),
+    "missing source": (["prepare", "{tmp}/nowhere", "{tmp}/out", *PREPARE], ["{tmp}/nowhere"]),
+    "no resolution": (["prepare", "{images}", "{tmp}/out"], ["--resolution"]),
+    "output below a file": (["prepare", "{images}", "{tmp}/file/out", *PREPARE], ["{tmp}/file/out"]),
+    "demo in a folder with other files": (["demo", "--out", "{tmp}"], ["{tmp}", "--out"]),
+    "autoencoder folder without weights": (
         ["prepare", "{pixels}", "{tmp}/out", "--autoencoder", "{tmp}/empty"],
-        "holds no diffusion_pytorch_model.safetensors",
+        ["{tmp}/empty", "diffusion_pytorch_model.safetensors"],
     ),
-    "pixels prepared twice": (["prepare", "{pixels}", "{tmp}/out"], "give --autoencoder"),
-    "a demo below a file": (["demo", "--out", "{tmp}/file/out"], "cannot be made"),
-    "a run below a file": (["train", "{recipe}", "--data", "{pixels}", "--out", "{tmp}/file/run"], "cannot be made"),
-    "an unknown crop": (["prepare", "{images}", "{tmp}/out", "--resolution", "16", "--crop", "round"], "--crop round"),
-    "an unknown recipe key": (
-        ["train", "{recipe}", "--data", "{pixels}", "--out", "{tmp}/out", "--set", "patches.pp=1"],
-        "patches.pp: unknown key; did you mean p?",
-    ),
-    "p of 1.4": (
-        ["train", "{recipe}", "--data", "{pixels}", "--out", "{tmp}/out", "--set", "patches.p=1.4"],
-        "patches.p: 1.4 is not within 0 and 1",
-    ),
-    "a missing dataset": (["train", "{recipe}", "--data", "{tmp}/nowhere", "--out", "{tmp}/out"], "does not exist"),
-    "a dataset that is none": (
+    "pixels prepared again as pixels": (["prepare", "{pixels}", "{tmp}/out"], ["--autoencoder"]),
+    "demo below a file": (["demo", "--out", "{tmp}/file/out"], ["{tmp}/file/out"]),
+    "run below a file": (["train", "{recipe}", "--data", "{pixels}", "--out", "{tmp}/file/run"], ["{tmp}/file/run"]),
+    "unknown crop": (["prepare", "{images}", "{tmp}/out", *PREPARE, "--crop", "round"], ["--crop round"]),
+    "unknown recipe key": ([*TRAIN, "--set", "patches.pp=1"], ["patches.pp", "mean p?"]),
+    "p of 1.4": ([*TRAIN, "--set", "patches.p=1.4"], ["patches.p", "1.4"]),
+    "missing dataset": (["train", "{recipe}", "--data", "{tmp}/nowhere", "--out", "{tmp}/out"], ["{tmp}/nowhere"]),
+    "folder without a dataset": (
         ["train", "{recipe}", "--data", "{images}", "--out", "{tmp}/out"],
-        "has no dataset.json",
+        ["{images}", "dataset.json"],
     ),
-    "an unknown recipe": (["train", "nonesuch", "--data", "{pixels}", "--out", "{tmp}/out"], "shipped"),
-    "a search for a recipe": (["train", "demo_search", "--data", "{pixels}", "--out", "{tmp}/out"], "is a search"),
-    "a recipe for a search": (["tune", "{recipe}", "--data", "{pixels}", "--out", "{tmp}/out"], "is a recipe"),
-    "no run folder": (["train", "{recipe}", "--data", "{pixels}"], "--out is missing"),
-    "an unknown model name": (["sample", "models:/nonesuch@champion", "{tmp}/out"], "is not in the registry"),
-    "an unknown version": (["sample", "models:/nonesuch/7", "{tmp}/out"], "is not in the registry"),
-    "a folder that is no model": (["sample", "{tmp}/empty", "{tmp}/out"], "is no model"),
-    "seeds that are none": (["sample", "{tmp}/empty", "{tmp}/out", "--seeds", "x"], "is not a seed"),
-    "samples that are none": (["evaluate", "{tmp}/empty", "--reference", "{pixels}"], "holds no samples"),
-    "a report of nothing": (["report", "{tmp}/empty", "{tmp}/out.html"], "is no run, search, samples or demo"),
-    "a registration of nothing": (["models", "register", "{tmp}/empty", "name"], "is no run"),
-    "an unknown command": (["paint"], "No such command 'paint'"),
-    "an unknown option": (["train", "--fast"], "No such option"),
-    "a missing argument": (["train"], "Missing"),
-    "a number that is none": (["sample", "a", "b", "--steps", "many"], "--steps"),
-    "an unknown sampler": (["sample", "{model}", "{tmp}/out", "--sampler", "magic"], "sampler: magic"),
-    "an unknown ladder": (["sample", "{model}", "{tmp}/out", "--ladder", "rope"], "ladder: rope"),
-    "churn without heun": (["sample", "{model}", "{tmp}/out", "--sampler", "ddim", "--churn", "9"], "churn: 9"),
-    "a size that cannot be halved": (["sample", "{model}", "{tmp}/out", "--size", "17x16"], "multiples of 2"),
-    "a size that is none": (["sample", "{model}", "{tmp}/out", "--size", "big"], "is not of the form HxW"),
-    "levels that fall": (
-        ["sample", "{model}", "{tmp}/out", "--guidance", "2", "--guidance-between", "5-1"],
-        "guidance_between: 5-1",
+    "unknown recipe": (
+        ["train", "nonesuch", "--data", "{pixels}", "--out", "{tmp}/out"],
+        ["nonesuch", "demo_pixels.yaml"],
     ),
-    "a reference without a size": (["sample", "{model}", "{tmp}/out", "--outpaint", "a.png"], "give its --size"),
-    "a reference that is too large": (
-        ["sample", "{model}", "{tmp}/out", "--size", "8x8", "--outpaint", "{images}/coffee/00.png"],
-        "cannot stand in the middle",
+    "search given as a recipe": (
+        ["train", "demo_search", "--data", "{pixels}", "--out", "{tmp}/out"],
+        ["demo_search", "patchloom tune"],
     ),
-    "an import of nothing": (["models", "import", "{tmp}/none.pkl", "{tmp}/out"], "is not a file"),
-    "an import of a text": (["models", "import", "{tmp}/file", "{tmp}/out"], "is not a whole pickle"),
-    "an export over a folder": (["models", "export", "{model}", "{tmp}/bad"], "is not empty"),
-    "an average of nothing": (
+    "recipe given as a search": (
+        ["tune", "{recipe}", "--data", "{pixels}", "--out", "{tmp}/out"],
+        ["{recipe}", "patchloom train"],
+    ),
+    "no run folder": (["train", "{recipe}", "--data", "{pixels}"], ["--out"]),
+    "unknown model name": (["sample", "models:/nonesuch@champion", "{tmp}/out"], ["models:/nonesuch@champion"]),
+    "unknown version": (["sample", "models:/nonesuch/7", "{tmp}/out"], ["models:/nonesuch/7"]),
+    "folder without a model": (["sample", "{tmp}/empty", "{tmp}/out"], ["{tmp}/empty"]),
+    "invalid seeds": (["sample", "{tmp}/empty", "{tmp}/out", "--seeds", "x"], ["x"]),
+    "folder without samples": (["evaluate", "{tmp}/empty", "--reference", "{pixels}"], ["{tmp}/empty"]),
+    "report of an empty folder": (["report", "{tmp}/empty", "{tmp}/out.html"], ["{tmp}/empty"]),
+    "registering an empty folder": (["models", "register", "{tmp}/empty", "name"], ["{tmp}/empty", "patchloom train"]),
+    "unknown command": (["paint"], ["paint", "patchloom --help"]),
+    "unknown option": (["train", "--fast"], ["--fast", "patchloom train --help"]),
+    "missing argument": (["train"], ["patchloom train --help"]),
+    "text where a number belongs": (["sample", "a", "b", "--steps", "many"], ["--steps"]),
+    "unknown sampler": ([*SAMPLE, "--sampler", "magic"], ["magic", "heun"]),
+    "unknown ladder": ([*SAMPLE, "--ladder", "rope"], ["rope", "karras"]),
+    "churn without heun": ([*SAMPLE, "--sampler", "ddim", "--churn", "9"], ["churn", "heun", "ddim"]),
+    "size that the network cannot halve": ([*SAMPLE, "--size", "17x16"], ["17", "multiples of 2"]),
+    "invalid size": ([*SAMPLE, "--size", "big"], ["big", "HxW"]),
+    "guidance interval in falling order": ([*SAMPLE, "--guidance", "2", "--guidance-between", "5-1"], ["5-1"]),
+    "outpainting without a size": ([*SAMPLE, "--outpaint", "a.png"], ["--outpaint", "--size"]),
+    "outpainting into a smaller size": (
+        [*SAMPLE, "--size", "8x8", "--outpaint", "{images}/coffee/00.png"],
+        ["{images}/coffee/00.png", "16x16", "8x8"],
+    ),
+    "import of a missing file": (["models", "import", "{tmp}/none.pkl", "{tmp}/out"], ["{tmp}/none.pkl"]),
+    "import of a text file": (["models", "import", "{tmp}/file", "{tmp}/out"], ["{tmp}/file"]),
+    "export over a folder": (["models", "export", "{model}", "{tmp}/bad"], ["{tmp}/bad"]),
+    "average of an empty folder": (
         ["models", "average", "{tmp}/empty", "{tmp}/out", "--sigma-rel", "0.1"],
-        "no finished run",
+        ["{tmp}/empty"],
     ),
-    "an average that was not kept": (
-        ["models", "average", "{model}/..", "{tmp}/out", "--sigma-rel", "0.1"],
-        "kept no averages",
+    "average of a run without snapshots": (
+        ["models", "average", "{run}", "{tmp}/out", "--sigma-rel", "0.1"],
+        ["{run}", "snapshot_every_images"],
     ),
-    "ranks without their draw": (
-        ["train", "{recipe}", "--data", "{pixels}", "--out", "{tmp}/out", "--set", "train.emulated_ranks=2"],
-        "set patches.draw: independent",
+    "emulated ranks with a shared draw": (
+        [*TRAIN, "--set", "train.emulated_ranks=2"],
+        ["train.emulated_ranks", "patches.draw: independent"],
     ),
-    "a stratified step without room": (
-        ["train", "{recipe}", "--data", "{pixels}", "--out", "{tmp}/out", "--set", "patches.draw=stratified"],
-        "raise train.batch_size or lower train.block_size",
+    "batch too small for a stratified step": (
+        [*TRAIN, "--set", "patches.draw=stratified"],
+        ["patches.draw", "train.batch_size", "train.block_size"],
     ),
-    "a progressive mix": (
-        [
-            "train",
-            "{recipe}",
-            "--data",
-            "{pixels}",
-            "--out",
-            "{tmp}/out",
-            "--set",
-            "patches.schedule=progressive",
-            "--set",
-            "patches.draw=stratified",
-        ],
-        "one size at a time",
+    "progressive schedule with a stratified draw": (
+        [*TRAIN, "--set", "patches.schedule=progressive", "--set", "patches.draw=stratified"],
+        ["progressive", "stratified"],
     ),
-    "a network from nowhere": (
+    "network of a package that is not allowed": (
         ["train", "{tmp}/own.yaml", "--data", "{pixels}", "--out", "{tmp}/out"],
-        "give --allow-backbone somebody",
+        ["--allow-backbone somebody"],
     ),
-    "an allowed network that is not there": (
+    "network of a package that is not installed": (
         ["train", "{tmp}/own.yaml", "--data", "{pixels}", "--out", "{tmp}/out", "--allow-backbone", "somebody"],
-        "cannot be imported",
+        ["somebody"],
     ),
-    "a store of an unknown kind": (["sample", "{model}", "nosuch://bucket/samples"], "no file system is known"),
+    "address of an unknown file system": (["sample", "{model}", "nosuch://bucket/samples"], ["nosuch"]),
 }
 
 
 @pytest.mark.ray
 @pytest.mark.parametrize("mistake", MISTAKES)
-def test_a_mistake_is_one_line_and_exit_code_2(
+def test_mistake_is_one_line_with_exit_code_2(
     mistake: str, images: Path, pixels: Path, recipe: str, trained: Path, tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
@@ -141,27 +134,28 @@ def test_a_mistake_is_one_line_and_exit_code_2(
     (tmp_path / "file").write_text("a regular file")
     (tmp_path / "own.yaml").write_text("name: own\nmodel: {backbone: 'somebody.nets:Net'}\ntrain: {images: 100}\n")
     monkeypatch.setenv("PATCHLOOM_ALLOW_BACKBONE", "")
-    arguments, words = MISTAKES[mistake]
-    places = {"tmp": tmp_path, "images": images, "pixels": pixels, "recipe": recipe, "model": trained / "model"}
+    arguments, named = MISTAKES[mistake]
+    places = {"tmp": tmp_path, "images": images, "pixels": pixels, "recipe": recipe, "run": trained,
+              "model": trained / "model"}  # fmt: skip
     capsys.readouterr()
     assert run_main(monkeypatch, *(argument.format(**places) for argument in arguments)) == 2
     error = capsys.readouterr().err
     assert error.startswith("patchloom: ") and error.count("\n") == 1, error
-    assert words in error
+    assert [value for value in named if value.format(**places) not in error] == [], error
     assert not (tmp_path / "out" / "dataset.json").exists()
     assert not (tmp_path / "out" / "run.json").exists()
 
 
 @pytest.mark.ray
-def test_a_text_file_among_images_is_skipped_and_the_exit_code_is_0(
+def test_text_file_among_images_is_skipped_with_exit_code_0(
     images: Path, ray_cluster: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run_main(monkeypatch, "prepare", str(images), str(tmp_path / "out"), "--resolution", "16") == 0
     assert "48 rows + 1 skipped = 49 inputs" in capsys.readouterr().out
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become somebody who may not write")
-def test_a_folder_without_permission_is_refused(tmp_path: Path) -> None:
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can switch to a user without permissions")
+def test_folder_without_permission_is_refused(tmp_path: Path) -> None:
     code = (
         "import os\n"
         "from pathlib import Path\n"
@@ -174,17 +168,17 @@ def test_a_folder_without_permission_is_refused(tmp_path: Path) -> None:
     for folder in (tmp_path, *tmp_path.parents[:2]):
         folder.chmod(0o755)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd="/")
-    assert "cannot be made (Permission denied)" in done.stdout
+    assert str(tmp_path / "out") in done.stdout and "Permission denied" in done.stdout
 
 
 @pytest.mark.ray
-def test_dry_runs_print_what_would_be_and_write_nothing(
+def test_dry_run_prints_the_plan_and_writes_nothing(
     pixels: Path, recipe: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     before = sorted(tmp_path.iterdir())
     assert run_main(monkeypatch, "train", recipe, "--data", str(pixels), "--dry-run") == 0
     words = capsys.readouterr().out
-    assert "39 updates, 593 counted images (crops), 156 full-size images" in words
+    assert all(f"{count} " in words for count in ("39", "593", "156"))  # updates, crops, full-size images
     assert all(size in words for size in ("16px", "8px", "4px", "GFLOP", "MiB"))
     assert run_main(monkeypatch, "tune", "demo_pixels_search", "--data", str(pixels), "--dry-run") == 0
     assert "4 trials" in capsys.readouterr().out
@@ -192,7 +186,7 @@ def test_dry_runs_print_what_would_be_and_write_nothing(
 
 
 @pytest.mark.ray
-def test_inspect_prints_the_card_and_notices_a_changed_byte(
+def test_inspect_prints_the_card_and_detects_a_changed_byte(
     images: Path, ray_cluster: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     data = tmp_path / "data"
@@ -209,7 +203,7 @@ def test_inspect_prints_the_card_and_notices_a_changed_byte(
 
 
 @pytest.mark.ray
-def test_the_registry_is_listed_shown_and_promoted(
+def test_models_list_show_and_promote(
     champion: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run_main(monkeypatch, "models", "promote", "tiny", "1", "--alias", "candidate") == 0
@@ -221,18 +215,19 @@ def test_the_registry_is_listed_shown_and_promoted(
     assert run_main(monkeypatch, "models", "promote", "tiny", "9") == 2
 
 
-def test_every_command_explains_itself_with_an_example(
+def test_help_of_every_command_has_an_example(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     commands = ["demo", "prepare", "inspect", "autoencoder train", "train", "tune", "models register", "models show",
-                "models import", "models export", "models average", "sample", "evaluate", "report"]  # fmt: skip
+                "models import", "models export", "models average", "models list", "models compare", "models promote",
+                "models delete", "sample", "evaluate", "report", "benchmark", "doctor"]  # fmt: skip
     for command in commands:
         assert run_main(monkeypatch, *command.split(), "--help") == 0
         words = " ".join(capsys.readouterr().out.split())
         assert f"Example: patchloom {command}" in words
 
 
-def test_help_imports_nothing_heavy(tmp_path: Path) -> None:
+def test_help_imports_no_heavy_library(tmp_path: Path) -> None:
     code = (
         "import sys; sys.argv = ['patchloom', '--help']\n"
         "from patchloom.pipelines.cli import main\n"
@@ -245,7 +240,7 @@ def test_help_imports_nothing_heavy(tmp_path: Path) -> None:
 
 
 @pytest.mark.ray
-def test_a_newcomers_terminal_shows_our_words_alone(images: Path, tmp_path: Path) -> None:
+def test_terminal_shows_only_messages_of_patchloom(images: Path, tmp_path: Path) -> None:
     process = start_cli("prepare", str(images), "out", "--resolution", "16", cwd=tmp_path)
     output, _ = process.communicate(timeout=180)
     assert process.returncode == 0, output

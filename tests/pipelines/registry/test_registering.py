@@ -117,7 +117,7 @@ def test_two_processes_register_at_the_same_time(
         for who, references in given.items():
             assert [weights_of(fetch_model(one).folder) for one in references] == list(map(weights_of, folders[who]))
             assert fetch_model(f"models:/raced@{who}").reference == references[-1]  # its last promotion
-        assert {row["tags"]["weights_sha256"] for row in list_versions()} == {
+        assert {found.tags["weights_sha256"] for found in list_versions()} == {
             weights_of(folder) for theirs in folders.values() for folder in theirs
         }
         first = given["left"][0].rsplit("/", 1)[1]

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from patchloom.pipelines.registry.browse import promote_model
+from patchloom.pipelines.registry.promoting import promote_model
 from patchloom.pipelines.registry.registering import register
 from patchloom.platform.tracking.registry import list_versions
 
@@ -26,7 +26,7 @@ def test_the_better_version_is_promoted_and_a_worse_one_is_not(
         return subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=dict(os.environ))
 
     def champion() -> str:
-        return next(row["version"] for row in list_versions("nightly") if "champion" in row["aliases"])
+        return next(found.version for found in list_versions("nightly") if "champion" in found.aliases)
 
     missing = run()
     assert missing.returncode == 2 and missing.stderr.strip().splitlines()[-1].startswith("nightly: no version")

@@ -135,13 +135,13 @@ def test_a_version_carries_its_lineage(champion: str, trained: Path) -> None:
     from patchloom.pipelines.registry.registering import register
     from patchloom.platform.tracking.registry import list_versions
 
-    rows = [row for row in list_versions() if row["name"] == "tiny"]
+    rows = [row for row in list_versions() if row.name == "tiny"]
     run = json.loads((trained / "run.json").read_text())
-    assert [(row["version"], row["run_id"]) for row in rows] == [("1", run["run_id"])]
-    assert "champion" in rows[0]["aliases"]
-    tags = rows[0]["tags"]
+    assert [(row.version, row.run_id) for row in rows] == [("1", run["run_id"])]
+    assert "champion" in rows[0].aliases
+    tags = rows[0].tags
     assert tags["dataset_fingerprint"] == run["dataset_fingerprint"]
     assert tags["weights_sha256"] == hashlib.sha256((trained / "model/model.safetensors").read_bytes()).hexdigest()
     assert tags["recipe_sha256"] == hashlib.sha256((trained / "recipe.yaml").read_bytes()).hexdigest()
-    assert "patchloom sample models:/tiny/1" in rows[0]["description"]
+    assert "patchloom sample models:/tiny/1" in rows[0].description
     assert register(str(trained), "tiny") == "models:/tiny/1"  # the same weights again: the same version

@@ -1,0 +1,98 @@
+"""The commands about data: prepare a dataset, inspect a dataset or model."""
+
+import contextlib
+import json
+import sys
+from typing import Annotated
+
+import typer
+
+from patchloom.models.backbones import allow_backbones
+from patchloom.pipelines.cli.options import Backbones
+
+
+def prepare(
+    source: Annotated[
+        str,
+        typer.Argument(
+            help="Images: a folder (classes are its first-level sub-folders), .zip, .tar, WebDataset shards, .parquet, "
+            ".arrow, .npz or a saved Hugging Face dataset. Or a prepared dataset of pixels, to encode as latents"
+        ),
+    ],
+    dataset: Annotated[str, typer.Argument(help="Folder to write: a path, or an address such as s3://...")],
+    resolution: Annotated[
+        int | None, typer.Option(min=1, help="Width and height of the prepared images, in pixels; required for images")
+    ] = None,
+    crop: Annotated[
+        str,
+        typer.Option(
+            help="center, dhariwal (as in ADM), none (images are square), or windows (many crops of each photograph)"
+        ),
+    ] = "center",
+    resize: Annotated[str, typer.Option(help="Antialiased filter: lanczos, box, bicubic or bilinear")] = "lanczos",
+    channels: Annotated[int, typer.Option(help="Colour channels: 3 for RGB, 1 for grey")] = 3,
+    min_side: Annotated[int, typer.Option(min=0, help="Skip images whose shorter side has fewer pixels")] = 0,
+    labels: Annotated[
+        str | None,
+        typer.Option(
+            help="Labels file: .csv, .jsonl or .parquet with key and label, or EDM's dataset.json  "
+            "[default: labels in SOURCE]"
+        ),
+    ] = None,
+    autoencoder: Annotated[
+        str | None,
+        typer.Option(
+            help="Encode images as latents: models:/NAME/VERSION, a folder, a Hugging Face name, or none for pixels  "
+            "[default: Stable Diffusion's at 256 pixels and above, else none]"
+        ),
+    ] = None,
+    precision: Annotated[str, typer.Option(help="Arithmetic of the encoder: fp32 or bf16")] = "fp32",
+    mirror: Annotated[bool, typer.Option("--mirror", help="With latents: encode the mirror image of each row too")] = (
+        False
+    ),
+    short_side: Annotated[
+        int | None,
+        typer.Option(min=1, help="With --crop windows: resize photographs to this shorter side first, in pixels"),
+    ] = None,
+    stride: Annotated[
+        int | None, typer.Option(min=1, help="With --crop windows: distance between windows, in pixels")
+    ] = None,
+    allow_backbone: Backbones = None,
+    workers: Annotated[
+        int | None,
+        typer.Option(
+            min=0,
+            help="Parallel worker processes; 0 runs in this process, without Ray  "
+            "[default: this process for 10 seconds, then all GPUs or CPUs]",
+        ),
+    ] = None,
+) -> None:
+    """Turn images into an Arrow dataset of pixels or latents."""
+    allow_backbones(*allow_backbone or [])
+    from patchloom.pipelines.prepare.preparing import prepare
+
+    prepare(
+        source, dataset, resolution=resolution, crop=crop, resize=resize, channels=channels, min_side=min_side,
+        labels=labels, autoencoder=autoencoder, precision=precision, mirror=mirror, short_side=short_side,
+        stride=stride, workers=workers,
+    )  # fmt: skip
+
+
+def inspect(
+    what: Annotated[str, typer.Argument(help="Dataset folder, model folder or models:/NAME@ALIAS")],
+    allow_backbone: Backbones = None,
+) -> None:
+    """Verify a dataset or model and print its card as JSON.
+
+    A dataset also gets a contact sheet, contact_sheet.png in its folder.
+    """
+    allow_backbones(*allow_backbone or [])
+    from patchloom.pipelines.inspect import inspect, statistics_table
+
+    with contextlib.redirect_stdout(sys.stderr):  # stdout is the card only
+        card = inspect(what)
+    print(json.dumps(card, indent=2, ensure_ascii=False))
+    if "contact_sheet" in card:
+        print(statistics_table(card), file=sys.stderr)
+        if card["contact_sheet"]:
+            print(f"  contact sheet: {card['contact_sheet']}", file=sys.stderr)

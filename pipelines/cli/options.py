@@ -1,0 +1,57 @@
+"""Options that several commands share, each declared once, and how a command prints JSON."""
+
+import contextlib
+import json
+import sys
+from contextlib import AbstractContextManager
+from typing import Annotated, Any
+
+import typer
+
+from patchloom.errors import UserError
+
+Model = Annotated[
+    str, typer.Argument(help="models:/NAME@ALIAS, models:/NAME/VERSION, runs:/ID/model, or a model or run folder")
+]
+RegisteredName = Annotated[str, typer.Argument(help="Name of the registered model")]
+VersionNumber = Annotated[int, typer.Argument(min=1, help="Number of the version")]
+ModelFolderToWrite = Annotated[str, typer.Argument(help="New folder for the model")]
+PreparedDataset = Annotated[str, typer.Option(help="Prepared dataset: a folder or a remote address")]
+Settings = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a recipe key; can be repeated")
+]
+Json = Annotated[
+    bool, typer.Option("--json", help="Print the result as one JSON object to stdout, and messages to stderr")
+]
+Backbones = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--allow-backbone",
+        metavar="PACKAGE",
+        help="Allow networks to be imported from this Python package; can be repeated",
+    ),
+]
+MapWorkers = Annotated[
+    int | None,
+    typer.Option(
+        min=0, help="Parallel worker processes; 0 runs in this process, without Ray  [default: all GPUs, or all CPUs]"
+    ),
+]
+TrainWorkers = Annotated[int, typer.Option(min=0, help="Ray Train workers; 0 trains in this process, without Ray")]
+
+
+def messages_to_stderr(as_json: bool) -> AbstractContextManager[Any]:
+    """With --json, send everything printed in the block to stderr, so that stdout is JSON only."""
+    return contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext()
+
+
+def print_json(value: Any) -> None:
+    """Print a JSON value on one line."""
+    print(json.dumps(value))
+
+
+def required_out(out: str | None, what: str) -> str:
+    """The value of --out, which only --dry-run can leave out; raises UserError if it is missing."""
+    if not out:
+        raise UserError(f"--out is missing: give a folder for the {what}")
+    return out

@@ -1,0 +1,153 @@
+"""The commands that train: an autoencoder, one recipe, or a search over recipes."""
+
+import os
+from typing import Annotated
+
+import typer
+
+from patchloom.errors import UserError
+from patchloom.models.backbones import allow_backbones
+from patchloom.pipelines.cli.options import Backbones, PreparedDataset, Settings, TrainWorkers, required_out
+
+RunFolder = Annotated[str | None, typer.Option(help="Run folder to write; required without --dry-run")]
+
+
+def autoencoder_train(
+    dataset: Annotated[str, typer.Argument(help="Prepared dataset of pixels")],
+    out: Annotated[str, typer.Option(help="Run folder to write")],
+    widths: Annotated[
+        str, typer.Option(help="Channels of each level, from full size down; each further level halves the image")
+    ] = "16,32,32",
+    latent_channels: Annotated[int, typer.Option(min=1, help="Channels of a latent")] = 4,
+    images: Annotated[int, typer.Option(min=1, help="Number of patches to train on")] = 7_000,
+    batch_size: Annotated[int, typer.Option(min=1, help="Patches per update")] = 8,
+    patch: Annotated[int, typer.Option(min=1, help="Width and height of the patches, in pixels")] = 32,
+    lr: Annotated[
+        float | None, typer.Option(min=0, help="Peak learning rate of Adam  [default: 2e-3; 1e-4 with --init-from]")
+    ] = None,
+    init_from: Annotated[
+        str | None,
+        typer.Option(help="Fine-tune this AutoencoderKL: models:/NAME/VERSION, a folder, or a Hugging Face name"),
+    ] = None,
+    workers: TrainWorkers = 1,
+    register: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Register the autoencoder in MLflow under this name")
+    ] = None,
+) -> None:
+    """Train or fine-tune an autoencoder, and measure it.
+
+    The network is an AutoencoderKL of diffusers. PSNR and SSIM of held-out images are printed at the end.
+    """
+    from patchloom.pipelines.train.autoencoder import AutoencoderSettings, train_autoencoder
+
+    settings = AutoencoderSettings(
+        _whole_numbers(widths), latent_channels, images, batch_size, patch,
+        lr=lr or (1e-4 if init_from else 2e-3), init_from=init_from,
+    )  # fmt: skip
+    train_autoencoder(dataset, out, settings, workers=workers, register=register)
+
+
+def _whole_numbers(widths: str) -> tuple[int, ...]:
+    parts = widths.split(",")
+    if not all(part.strip().isdigit() for part in parts):
+        raise UserError(f"--widths {widths} is not a list of whole numbers: write it as 16,32,32")
+    return tuple(int(part) for part in parts)
+
+
+def train(
+    recipe: Annotated[str, typer.Argument(help="Recipe: a YAML file, or the name of a shipped recipe")],
+    data: PreparedDataset,
+    out: RunFolder = None,
+    set_: Settings = None,
+    workers: TrainWorkers = 1,
+    min_workers: Annotated[
+        int | None,
+        typer.Option(min=1, help="Continue with at least this many workers after a node is lost  [default: --workers]"),
+    ] = None,
+    microbatch: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Most crops on a device at once, to save memory; the batch stays the same  [default: all]"
+        ),
+    ] = None,
+    compile_: Annotated[
+        bool,
+        typer.Option("--compile", help="Compile the network for each patch size: minutes at the start, then faster"),
+    ] = False,
+    profile: Annotated[
+        bool, typer.Option("--profile", help="Report the three most expensive parts of a step and write a trace")
+    ] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Continue a stopped run from its newest checkpoint in --out")
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the size, cost and length of the run, then exit")
+    ] = False,
+    measure: Annotated[
+        bool, typer.Option("--measure", help="With --dry-run: measure the seconds per step of each patch size")
+    ] = False,
+    allow_backbone: Backbones = None,
+) -> None:
+    """Train a recipe on a prepared dataset."""
+    from patchloom.platform.recipe.run_recipe import load_recipe
+
+    allow_backbones(*allow_backbone or [])
+    loaded = load_recipe(recipe, set_ or [])
+    if dry_run:
+        from patchloom.pipelines.train.dry_run import run_plan
+
+        print(run_plan(loaded, data, max(1, workers), measure))
+        return
+    from patchloom.pipelines.train.training import train
+
+    result = train(
+        loaded, data, required_out(out, "run"), workers=workers, min_workers=min_workers, microbatch=microbatch,
+        compile=compile_, profile=profile, resume=resume,
+    )  # fmt: skip
+    print(f"model: {result.model}")
+    print(f"register it: patchloom models register {result.folder} NAME --alias champion")
+
+
+def tune(
+    search: Annotated[str, typer.Argument(help="Search: a YAML file, or the name of a shipped search")],
+    data: PreparedDataset,
+    out: Annotated[str | None, typer.Option(help="Search folder to write; required without --dry-run")] = None,
+    restore: Annotated[
+        bool, typer.Option("--restore", help="Continue a stopped search; finished trials are kept")
+    ] = False,
+    concurrent: Annotated[
+        int | None, typer.Option(min=1, help="Trials that run in parallel  [default: as many as fit]")
+    ] = None,
+    workers: Annotated[
+        int, typer.Option(min=0, help="Ray Train workers per trial; 0 trains in the trial's own process")
+    ] = 0,
+    gpus: Annotated[
+        float | None, typer.Option(min=0, help="GPUs per trial, such as 0.25 for four trials on one GPU  [default: 1]")
+    ] = None,
+    register_best: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Register the model of the best trial under this name")
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the trials, their cost and the expected time, then exit")
+    ] = False,
+    allow_backbone: Backbones = None,
+) -> None:
+    """Search recipe keys in short runs of equal cost.
+
+    The result is a ranking of the values of p, the schedule or other keys, with a page that shows it.
+    """
+    from patchloom.platform.compute.tuner import Resources
+
+    allow_backbones(*allow_backbone or [])
+    if dry_run:
+        from patchloom.pipelines.tune.dry_run import search_plan
+
+        print(search_plan(search, data, Resources(concurrent, workers, gpus).at_once(os.cpu_count() or 1, 0)))
+        return
+    from patchloom.pipelines.tune.tuning import tune
+
+    result = tune(
+        search, data, required_out(out, "search"), restore=restore, concurrent=concurrent, workers=workers, gpus=gpus,
+        register_best=register_best,
+    )  # fmt: skip
+    print(f"train the best at full length: patchloom train {result.folder / 'best.yaml'} --data {data} --out RUN")

@@ -1,0 +1,46 @@
+"""Doctor: check what the commands need on this machine."""
+
+import os
+import shutil
+from pathlib import Path
+
+from patchloom.platform.compute.cluster import ray_session
+from patchloom.platform.progress import say
+from patchloom.platform.tracking.registry import list_versions
+from patchloom.platform.tracking.runs import require_reachable, tracking_uri
+
+
+def doctor() -> bool:
+    """Check torch, GPUs, disk space, MLflow and Ray, and print one line for each.
+
+    Returns:
+        True if MLflow and Ray both work.
+    """
+    import torch
+
+    say(f"torch {torch.__version__}, {os.cpu_count()} CPUs, {torch.cuda.device_count()} GPUs")
+    for index in range(torch.cuda.device_count()):
+        say(f"  GPU {index}: {torch.cuda.get_device_name(index)}")
+    free_gib = shutil.disk_usage(Path.cwd()).free / 2**30
+    say(f"disk: {free_gib:.0f} GiB free in {Path.cwd()}")
+    works = True
+    for name, check in (("MLflow", _check_mlflow), ("Ray", _check_ray)):
+        try:
+            say(f"{name}: {check()}")
+        except Exception as error:  # any failure of these libraries is a finding
+            works = False
+            say(f"{name}: FAILED, {str(error).splitlines()[0] if str(error) else type(error).__name__}")
+    return works
+
+
+def _check_mlflow() -> str:
+    require_reachable()
+    return f"{tracking_uri()} works, {len(list_versions())} registered versions"
+
+
+def _check_ray() -> str:
+    with ray_session():
+        import ray
+
+        resources = ray.cluster_resources()
+        return f"version {ray.__version__}, {resources.get('CPU', 0):.0f} CPUs, {resources.get('GPU', 0):.0f} GPUs"

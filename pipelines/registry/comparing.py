@@ -1,0 +1,140 @@
+"""Comparing: how two models differ in recipe, metrics, and samples of the same seeds."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from patchloom.errors import UserError
+from patchloom.models.checkpoints import load_whole_model
+from patchloom.models.generate import Sampling, default_labels, generate_padded
+from patchloom.pipelines.pages.pictures import save_png, side_by_side
+from patchloom.pipelines.registry.describing import recipe_values, registered_version
+from patchloom.pipelines.registry.quality import TITLES, Evaluation, comparable, differences, evaluations_of
+from patchloom.platform.files.storage import local_path, make_folder
+from patchloom.platform.progress import progress
+from patchloom.platform.tracking.registry import FetchedModel, fetch_model
+from patchloom.platform.tracking.runs import flat_parameters
+
+COMPUTE_BATCH = 8  # the default of `patchloom sample`, so that the images are the same
+
+
+@dataclass(frozen=True)
+class ComparedMetrics:
+    """Metrics of two models that were measured in the same way: each metric's value for both models."""
+
+    digest: str
+    circumstances: str
+    values: dict[str, tuple[float, float]]
+
+
+@dataclass(frozen=True)
+class ModelComparison:
+    """How two models differ; `not_comparable` says why there are no metrics."""
+
+    models: tuple[str, str]
+    recipe: dict[str, tuple[Any, Any]]  # only keys with different values
+    metrics: list[ComparedMetrics]
+    not_comparable: list[str]
+    picture: str | None
+
+    def to_json_value(self) -> dict[str, Any]:
+        """What `models compare --json` prints."""
+        metrics = [
+            {"digest": found.digest, "circumstances": found.circumstances, **found.values} for found in self.metrics
+        ]
+        return vars(self) | {"metrics": metrics}
+
+    def text(self) -> str:
+        """The comparison as lines, one column for each model."""
+        lines = [f"{'':24} {self.models[0]:<28} {self.models[1]}"]
+        lines += [f"  {key:<22} {first!s:<28} {second!s}" for key, (first, second) in self.recipe.items()]
+        if not self.recipe:
+            lines.append("  the recipes are the same")
+        for found in self.metrics:
+            lines.append(f"  evaluation {found.digest}: {found.circumstances}")
+            lines += [
+                f"  {TITLES[name][0]:<22} {f'{first:.4f}':<28} {second:.4f}"
+                for name, (first, second) in found.values.items()
+            ]
+        if self.not_comparable:
+            lines.append(f"  the metrics cannot be compared: {'; '.join(self.not_comparable)}")
+        if self.picture:
+            lines.append(f"  samples of the same seeds, one model per row: {self.picture}")
+        return "\n".join(lines)
+
+
+def compare_models(
+    one: str, other: str, *, picture: str | None = "comparison.png", seeds: int = 8, steps: int = 18
+) -> ModelComparison:
+    """Compare two models: recipe keys, metrics measured in the same way, and samples of the same seeds.
+
+    Args:
+        one: a model: `models:/NAME@ALIAS`, `models:/NAME/VERSION`, `runs:/ID/model` or a folder.
+        other: the model to compare it with.
+        picture: the file for the samples, one model per row; None does not sample.
+        seeds: how many images per model, of seeds 0, 1, ...
+        steps: sampling steps.
+
+    Raises:
+        UserError: there is no such model, or the models make images of different sizes and `picture` is not None.
+        CheckpointError: the weights of a model do not match their checksum.
+
+    Example:
+        found = patchloom.compare_models("models:/my-model@champion", "models:/my-model/1", picture=None)
+        print(found.text())
+    """
+    fetched = fetch_model(one), fetch_model(other)
+    first, second = (_evaluations(model) for model in fetched)
+    pairs = comparable(first, second)
+    return ModelComparison(
+        models=(fetched[0].reference, fetched[1].reference),
+        recipe=_different_keys(*(flat_parameters(recipe_values(model)) for model in fetched)),
+        metrics=[_compared_metrics(*pair) for pair in pairs],
+        not_comparable=[] if pairs else why_not_comparable(first, second),
+        picture=_sample_both(fetched, local_path(picture), seeds, steps) if picture else None,
+    )
+
+
+def _evaluations(model: FetchedModel) -> list[Evaluation]:
+    version = registered_version(model)
+    return evaluations_of(version.tags) if version else []
+
+
+def _different_keys(first: dict[str, Any], second: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    both = {key: (first.get(key), second.get(key)) for key in dict.fromkeys([*first, *second])}
+    return {key: values for key, values in both.items() if values[0] != values[1]}
+
+
+def _compared_metrics(first: Evaluation, second: Evaluation) -> ComparedMetrics:
+    names = [name for name in TITLES if name in first.metrics and name in second.metrics]
+    values = {name: (first.metrics[name], second.metrics[name]) for name in names}
+    return ComparedMetrics(first.digest, first.circumstances(), values)
+
+
+def why_not_comparable(first: list[Evaluation], second: list[Evaluation]) -> list[str]:
+    """The fewest differences between an evaluation of one model and one of the other."""
+    if not first or not second:
+        who = "one of the models" if first or second else "neither model"
+        has = "has no" if first or second else "has an"
+        return [f"{who} {has} evaluation: run `patchloom evaluate` on samples of each"]
+    return min((differences(a, b) for a in first for b in second), key=len)
+
+
+def _sample_both(models: tuple[FetchedModel, FetchedModel], place: Path, seeds: int, steps: int) -> str:
+    """Sample the same seeds from both models into a picture with one row per model; its path."""
+    numbers = list(range(seeds))
+    rows: list[np.ndarray] = []
+    make_folder(place.parent)
+    with progress("sampling both models", 2 * seeds, "images") as meter:
+        for fetched in models:
+            model = load_whole_model(fetched.folder)
+            labels = default_labels(numbers, model.denoiser.classes)
+            rows.append(generate_padded(model, numbers, labels, COMPUTE_BATCH, Sampling(steps=steps)).numpy())
+            meter.update(meter.done + seeds)
+    if rows[0].shape != rows[1].shape:
+        sizes = " and ".join(f"{row.shape[-1]}x{row.shape[-2]}" for row in rows)
+        raise UserError(f"the models make images of {sizes}, which do not fit into one picture: pass --no-picture")
+    save_png(side_by_side(rows, scale=1 if rows[0].shape[-1] >= 64 else 2), place)
+    return str(place)

@@ -1,0 +1,132 @@
+"""Describing: what one model is, where it came from, how good it is, and how to sample from it."""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+import yaml
+
+from patchloom.models.checkpoints import verified_card
+from patchloom.pipelines.registry.quality import Evaluation, evaluations_of
+from patchloom.platform.files.storage import local_path
+from patchloom.platform.tracking.registry import (
+    FetchedModel,
+    RegisteredVersion,
+    fetch_model,
+    fetch_preview,
+    list_versions,
+)
+
+
+@dataclass(frozen=True)
+class ModelLineage:
+    """What a model was made from; None for what is not recorded."""
+
+    run: str | None
+    dataset_fingerprint: str | None
+    recipe_sha256: str | None
+    code_version: str
+    weights_sha256: str
+    autoencoder_sha256: str | None
+
+
+@dataclass(frozen=True)
+class ModelDescription:
+    """A verified model: its network, lineage, evaluations and recipe, and the command that samples from it."""
+
+    reference: str
+    aliases: list[str]
+    lineage: ModelLineage
+    kind: str
+    resolution: int
+    network: str
+    images_seen: int | None
+    held_out_loss: str | None
+    class_names: list[str]
+    evaluations: list[Evaluation]
+    recipe: dict[str, Any]
+    folder: str
+    sample: str
+
+    def to_json_value(self) -> dict[str, Any]:
+        """What `models show --json` prints; each evaluation has its digest."""
+        evaluations = [dataclasses.asdict(found) | {"digest": found.digest} for found in self.evaluations]
+        return dataclasses.asdict(self) | {"evaluations": evaluations}
+
+
+def describe_model(reference: str) -> ModelDescription:
+    """Fetch and verify a model, and describe it.
+
+    Args:
+        reference: `models:/NAME@ALIAS`, `models:/NAME/VERSION`, `runs:/ID/model`, or a model or run folder.
+
+    Raises:
+        UserError: there is no such model.
+        CheckpointError: its weights do not match their checksum.
+
+    Example:
+        description = patchloom.describe_model("models:/my-model@champion")
+        print(description.resolution, description.lineage.dataset_fingerprint)
+    """
+    fetched = fetch_model(reference)
+    card = verified_card(fetched.folder)
+    version = registered_version(fetched)
+    tags = version.tags if version else {}
+    return ModelDescription(
+        reference=fetched.reference,
+        aliases=version.aliases if version else [],
+        lineage=ModelLineage(
+            run=fetched.run_id,
+            dataset_fingerprint=tags.get("dataset_fingerprint"),
+            recipe_sha256=tags.get("recipe_sha256"),
+            code_version=card["code_version"],
+            weights_sha256=card["weights_sha256"],
+            autoencoder_sha256=card.get("autoencoder", {}).get("weights_sha256"),
+        ),
+        kind=card["space"]["kind"],
+        resolution=card["denoiser"]["resolution"],
+        network=card["denoiser"]["network"],
+        images_seen=card.get("images_seen"),
+        held_out_loss=tags.get("held_out_loss"),
+        class_names=card["class_names"],
+        evaluations=evaluations_of(tags),
+        recipe=recipe_values(fetched),
+        folder=str(fetched.folder),
+        sample=f"patchloom sample {fetched.reference} samples --seeds 0-63",
+    )
+
+
+def registered_version(fetched: FetchedModel) -> RegisteredVersion | None:
+    """The registry's entry of a fetched version; None for a folder."""
+    versions = list_versions(fetched.name) if fetched.name else []
+    return next((version for version in versions if version.version == fetched.version), None)
+
+
+def recipe_values(fetched: FetchedModel) -> dict[str, Any]:
+    """The recipe that a model was trained with, as it was written; empty for an import."""
+    path = fetched.folder / "recipe.yaml"
+    return dict(yaml.safe_load(path.read_text())) if path.is_file() else {}
+
+
+def show_model(reference: str, picture: str | None = None) -> str:
+    """A model's description as text.
+
+    Args:
+        reference: as for `describe_model`.
+        picture: a file to save the preview grid of its run in.
+    """
+    model = describe_model(reference)
+    lines = [model.reference + (f"  ({', '.join(model.aliases)})" if model.aliases else "")]
+    for name in ("kind", "resolution", "network", "images_seen", "held_out_loss"):
+        value = getattr(model, name)
+        lines += [] if value is None else [f"  {name}: {value}"]
+    lines += [f"  classes: {', '.join(model.class_names) or 'none'}"]
+    lines += [
+        f"  {name.replace('_', ' ')}: {value}" for name, value in dataclasses.asdict(model.lineage).items() if value
+    ]
+    for found in model.evaluations:
+        lines += [f"  evaluation {found.digest}: {found.numbers()}", f"    {found.circumstances()}"]
+    if picture is not None:
+        saved = fetch_preview(fetch_model(reference), local_path(picture))
+        lines += [f"  preview: {saved or 'the run has no preview'}"]
+    return "\n".join([*lines, f"  folder: {model.folder}", f"  sample from it: {model.sample}"])

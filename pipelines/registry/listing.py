@@ -1,0 +1,48 @@
+"""Listing: a table of every registered version."""
+
+import time
+
+from patchloom.pipelines.registry.quality import evaluations_of
+from patchloom.platform.tracking.registry import RegisteredVersion, list_versions
+from patchloom.platform.tracking.runs import tracking_uri
+
+HEADER = ("MODEL", "ALIASES", "KIND", "SIDE", "P", "SCHEDULE", "IMAGES", "QUALITY", "AGE")
+AGE_UNITS = (("d", 86_400), ("h", 3_600), ("m", 60), ("s", 1))  # and their seconds
+
+
+def models_table() -> str:
+    """Every registered version as a table: aliases, kind, resolution, p, images seen, quality and age."""
+    versions = list_versions()
+    if not versions:
+        return f"no model is registered at {tracking_uri()}"
+    lines = [HEADER, *(_table_line(version) for version in versions)]
+    widths = [max(len(line[column]) for line in lines) for column in range(len(HEADER))]
+    return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)
+
+
+def _table_line(version: RegisteredVersion) -> tuple[str, ...]:
+    tags = version.tags
+    images_seen = f"{int(tags['images_seen']):,}" if "images_seen" in tags else ""
+    return (
+        f"{version.name}/{version.version}",
+        ",".join(version.aliases),
+        *(tags.get(key, "") for key in ("kind", "resolution", "p", "schedule")),
+        images_seen,
+        quality_text(tags),
+        _age_text(time.time() - version.created_unix_s),
+    )
+
+
+def quality_text(tags: dict[str, str]) -> str:
+    """The most reliable quality of a version: its evaluation with the most samples, else a number from training."""
+    evaluations = evaluations_of(tags)
+    if evaluations:
+        return evaluations[0].headline()
+    if "psnr_db" in tags:
+        return f"PSNR {float(tags['psnr_db']):.1f} dB"
+    return f"held-out loss {tags['held_out_loss']}" if "held_out_loss" in tags else ""
+
+
+def _age_text(seconds: float) -> str:
+    unit, size = next((unit for unit in AGE_UNITS if seconds >= unit[1]), AGE_UNITS[-1])
+    return f"{int(seconds // size)}{unit}"
