@@ -9,8 +9,8 @@ import torch
 from patchloom.benchmarks.findings import Finding, Say, Scale, exact
 from patchloom.benchmarks.interleaved import Spread, interleave
 from patchloom.benchmarks.limits import copy_bytes_per_second
+from patchloom.benchmarks.setups import open_shards
 from patchloom.platform.dataset.prepared import Dataset, write_shard
-from patchloom.platform.files.storage import file_sha256
 
 SHAPE, SHARD_ROWS = (4, 32, 32), 512
 BATCH, BATCHES = 64, 200
@@ -58,10 +58,9 @@ def latents_on_disk(folder: Path, shards: int) -> Dataset:
     described = []
     for number in range(shards):
         path = folder / "shards" / f"part-{number:05d}.arrow"
-        write_shard(path, [f"{number}-{row}" for row in range(SHARD_ROWS)], [0] * SHARD_ROWS, _moments())
-        described.append({"file": f"shards/{path.name}", "rows": SHARD_ROWS, "bytes": path.stat().st_size,
-                          "sha256": file_sha256(path)})  # fmt: skip
-    return Dataset(folder, {"shards": described, "kind": "latents"})
+        keys = [f"{number}-{row}" for row in range(SHARD_ROWS)]
+        described.append(write_shard(path, keys, [0] * SHARD_ROWS, _moments()))
+    return open_shards(folder, "latents", _moments()["mean"].shape[1:], described)
 
 
 def mapped_columns(folder: Path, shards: int) -> dict[str, np.ndarray]:

@@ -13,7 +13,7 @@ from patchloom.benchmarks.findings import Finding, Say, Scale, exact
 from patchloom.benchmarks.interleaved import Spread, Timings, interleave, now
 from patchloom.benchmarks.limits import convolution_flops, gemm_flops
 from patchloom.benchmarks.plain import PlainDenoiser, PlainTraining, PlainUNet
-from patchloom.benchmarks.setups import Trainer, only, representative_steps, song_config, step_settings
+from patchloom.benchmarks.setups import Trainer, only, open_shards, representative_steps, song_config, step_settings
 from patchloom.models.cost import Gain, estimated_gain
 from patchloom.models.flops import training_flops
 from patchloom.models.loss import denoising_loss
@@ -23,7 +23,6 @@ from patchloom.models.random_draws import RandomDraws, draw_block, join
 from patchloom.models.step import Rows, seeded_dropout
 from patchloom.models.step_plan import StepSettings, plan_step
 from patchloom.platform.dataset.prepared import Dataset, write_shard
-from patchloom.platform.files.storage import file_sha256
 
 CPU = torch.device("cpu")
 MIXED_STEPS = 10  # 5 full, 3 half and 2 quarter: exactly the shares of Eq. 5 at p = .5
@@ -261,9 +260,8 @@ def pixels_on_disk(folder: Path, scale: Scale) -> Dataset:
     images = np.random.default_rng(0).integers(0, 256, (rows, 3, scale.side, scale.side), np.uint8)
     (folder / "shards").mkdir(parents=True, exist_ok=True)
     path = folder / "shards" / "part-00000.arrow"
-    write_shard(path, [f"{row:06d}" for row in range(rows)], [0] * rows, {"image": images})
-    shard = {"file": f"shards/{path.name}", "rows": rows, "bytes": path.stat().st_size, "sha256": file_sha256(path)}
-    return Dataset(folder, {"shards": [shard], "kind": "pixels"})
+    shard = write_shard(path, [f"{row:06d}" for row in range(rows)], [0] * rows, {"image": images})
+    return open_shards(folder, "pixels", images.shape[1:], [shard])
 
 
 def _steps_of(trainer: Trainer, settings: StepSettings, steps: int) -> Callable[[], int]:

@@ -47,7 +47,7 @@ def _inspect_dataset(dataset: Dataset) -> dict[str, Any]:
             Folder(dataset.address).put(Path(scratch) / SHEET, SHEET)
     except (OSError, UserError):
         sheet = None  # a dataset that is only to be read
-    return dataset.card | {"contact_sheet": sheet}
+    return dataset.card.to_dict() | {"contact_sheet": sheet}
 
 
 def verify_dataset(dataset: Dataset) -> None:

@@ -132,8 +132,10 @@ class DatasetImages(ImageSet):
     def about(self) -> dict[str, Any]:
         """How the images came to their size, and what encoded them."""
         card = self.dataset.card
-        autoencoder = card["autoencoder"]["weights_sha256"] if card["autoencoder"] else None
-        return {"transform": card["transform"], "autoencoder": autoencoder}
+        return {
+            "transform": card.transform.to_dict() if card.transform else None,
+            "autoencoder": card.autoencoder.weights_sha256 if card.autoencoder else None,
+        }
 
     @property
     def beside(self) -> Folder:

@@ -23,13 +23,21 @@ from patchloom.models.backbones import allowed_backbones
 from patchloom.pipelines.prepare.images import CROPS, FILTERS, MODES, Transform, decode, size_of
 from patchloom.pipelines.prepare.shard_maker import INPUTS, NOTES, PLAN, PRECISIONS, WORK, ShardMaker
 from patchloom.platform.compute.cluster import map_on_actors
-from patchloom.platform.dataset.prepared import CARD, DATASET_FORMAT, Dataset, is_dataset, open_dataset
+from patchloom.platform.dataset.prepared import CARD, Dataset, is_dataset, open_dataset
 from patchloom.platform.dataset.readers import Reader
 from patchloom.platform.dataset.sources import Source, open_source, repeated
 from patchloom.platform.files.copies import local_copy
 from patchloom.platform.files.folder import Folder, is_remote
 from patchloom.platform.files.storage import local_path, locked, make_folder, sweep_partial
 from patchloom.platform.progress import progress, say
+from patchloom.platform.records.dataset import (
+    ClassRows,
+    DatasetAutoencoder,
+    DatasetCard,
+    ImageTransform,
+    ShardFile,
+    SkippedInputs,
+)
 from patchloom.platform.tracking.registry import fetch_model
 
 SHARD_ROWS, SHARD_BYTES = 512, 64 << 20  # of decoded images: what a worker holds at once
@@ -309,7 +317,7 @@ def _finish(folder: Folder, plan: Plan, inputs: int) -> None:
         why = "; ".join(f"{count} x {reason}" for reason, count in reasons)
         raise UserError(f"none of the {inputs} inputs in {plan.source} can be used ({why}): give readable images")
     folder.write("skipped.jsonl", "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in skipped))
-    folder.write_json(CARD, _card(plan, notes, whole, skipped, inputs))
+    folder.write_json(CARD, _card(plan, notes, whole, skipped, inputs).to_dict())
     folder.remove_folder(WORK)
     rows = sum(note["rows"] for note in whole)
     say(f"{rows:,} rows + {len(skipped):,} skipped = {inputs:,} inputs in {folder}")
@@ -317,7 +325,7 @@ def _finish(folder: Folder, plan: Plan, inputs: int) -> None:
 
 def _card(
     plan: Plan, notes: list[dict[str, Any]], whole: list[dict[str, Any]], skipped: list[dict[str, str]], inputs: int
-) -> dict[str, Any]:
+) -> DatasetCard:
     totals = {name: np.sum([note["sums"][name] for note in whole], axis=0) for name in ("count", "sum", "squares")}
     mean = totals["sum"] / totals["count"]
     std = np.sqrt(np.maximum(totals["squares"] / totals["count"] - mean**2, 0))
@@ -325,29 +333,33 @@ def _card(
     for note in whole:
         classes.update({int(label): count for label, count in note["classes"].items()})
     parent = open_dataset(plan.source).card if plan.source_kind == "dataset" else None
-    transform = parent["transform"] if parent else asdict(plan.transform) if plan.transform else None
-    split_by = parent["split_by"] if parent else "region" if transform and transform["crop"] == "windows" else "key"
+    transform = parent.transform if parent else _transform_record(plan.transform)
+    split_by = parent.split_by if parent else "region" if transform and transform.crop == "windows" else "key"
     source = plan.inputs_sha256 if parent else _combined([note["source_sha256"] for note in notes])
-    return {
-        "format_version": DATASET_FORMAT,
-        "kind": "latents" if plan.autoencoder else "pixels",
-        "resolution": whole[0]["shape"][-1],
-        "channels": whole[0]["shape"][0],
-        "dtype": "float16" if plan.autoencoder else "uint8",
-        "rows": sum(note["rows"] for note in whole),
-        "inputs": inputs,
-        "skipped": {"count": len(skipped), "reasons": dict(Counter(entry["error"] for entry in skipped))},
-        "classes": [{"name": name, "rows": classes[index]} for index, name in enumerate(plan.class_names)],
-        "mean": mean.tolist(),
-        "std": std.tolist(),
-        "transform": transform,
-        "mirror": plan.mirror,
-        "split_by": split_by,
-        "autoencoder": plan.autoencoder,
-        "source_sha256": source,
-        "preparation": plan.identity(),
-        "shards": [{key: note[key] for key in ("file", "rows", "bytes", "sha256")} for note in whole],
-    }
+    return DatasetCard(
+        format_version=DatasetCard.FORMAT,
+        kind="latents" if plan.autoencoder else "pixels",
+        resolution=whole[0]["shape"][-1],
+        channels=whole[0]["shape"][0],
+        dtype="float16" if plan.autoencoder else "uint8",
+        rows=sum(note["rows"] for note in whole),
+        inputs=inputs,
+        skipped=SkippedInputs(count=len(skipped), reasons=dict(Counter(entry["error"] for entry in skipped))),
+        classes=[ClassRows(name=name, rows=classes[index]) for index, name in enumerate(plan.class_names)],
+        mean=mean.tolist(),
+        std=std.tolist(),
+        transform=transform,
+        mirror=plan.mirror,
+        split_by=split_by,
+        autoencoder=DatasetAutoencoder(**plan.autoencoder) if plan.autoencoder else None,
+        source_sha256=source,
+        preparation=plan.identity(),
+        shards=[ShardFile(**{key: note[key] for key in ("file", "rows", "bytes", "sha256")}) for note in whole],
+    )
+
+
+def _transform_record(transform: Transform | None) -> ImageTransform | None:
+    return ImageTransform(**asdict(transform)) if transform else None
 
 
 def _combined(digests: list[str]) -> str:

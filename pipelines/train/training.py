@@ -29,6 +29,7 @@ from patchloom.platform.files.storage import (
 )
 from patchloom.platform.progress import progress, say
 from patchloom.platform.recipe.run_recipe import Recipe, load_recipe, recipe_yaml
+from patchloom.platform.records.dataset import DatasetCard
 from patchloom.platform.records.run import RUN_FILE, ProgressLine, RunCard, read_progress
 from patchloom.platform.tracking.runs import MlflowForwarder, is_reachable, tracking_uri
 
@@ -94,7 +95,7 @@ def model_card(recipe: Recipe, dataset: Dataset) -> dict[str, Any]:
                 f"patches.sizes: fraction {fraction:g} of {card['resolution']} pixels is {side:g}, and the network "
                 f"halves {multiple.bit_length() - 1} times; choose fractions that give a multiple of {multiple}"
             )
-    latents = {"autoencoder": card["autoencoder"]} if card["kind"] == "latents" else {}
+    latents = {"autoencoder": card.autoencoder.to_dict()} if card.autoencoder else {}
     return {
         "name": recipe.name,
         "denoiser": denoiser,
@@ -128,15 +129,18 @@ def _network(recipe: Recipe) -> tuple[str, dict[str, Any]]:
     }
 
 
-def _space(recipe: Recipe, card: dict[str, Any]) -> dict[str, Any]:
-    channels = card["channels"]
-    if card["kind"] == "pixels":
+def _space(recipe: Recipe, card: DatasetCard) -> dict[str, Any]:
+    channels = card.channels
+    if card.autoencoder is None:
         return {"kind": "pixels", "mean": [127.5] * channels, "scale": [1 / 127.5] * channels}
     if recipe.data.whiten:
-        scale = [recipe.model.sigma_data / std for std in card["std"]]
-        return {"kind": "latents", "mean": card["mean"], "scale": scale}
-    told = card["autoencoder"]
-    return {"kind": "latents", "mean": [told.get("shift", 0.0)] * channels, "scale": [told["scale"]] * channels}
+        scale = [recipe.model.sigma_data / std for std in card.std]
+        return {"kind": "latents", "mean": card.mean, "scale": scale}
+    return {
+        "kind": "latents",
+        "mean": [card.autoencoder.shift] * channels,
+        "scale": [card.autoencoder.scale] * channels,
+    }
 
 
 def _check_fit(recipe: Recipe, dataset: Dataset) -> None:

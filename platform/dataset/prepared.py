@@ -9,7 +9,6 @@ DATASET/autoencoder/                 for latents: what encoded them, so that a d
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -19,8 +18,8 @@ from patchloom.platform.files.copies import cached_copy
 from patchloom.platform.files.folder import Folder
 from patchloom.platform.files.storage import file_sha256
 from patchloom.platform.progress import progress
+from patchloom.platform.records.dataset import DatasetCard, ShardFile
 
-DATASET_FORMAT = 1
 CARD = "dataset.json"
 MIRRORED = "#mirror"  # ends the key of a row that was encoded from a mirror image
 
@@ -45,9 +44,11 @@ def shard_bytes(keys: Sequence[str], labels: Sequence[int], tensors: dict[str, n
     return sink.getvalue()
 
 
-def write_shard(path: Path, keys: Sequence[str], labels: Sequence[int], tensors: dict[str, np.ndarray]) -> None:
-    """Write one shard to a local file."""
+def write_shard(path: Path, keys: Sequence[str], labels: Sequence[int], tensors: dict[str, np.ndarray]) -> ShardFile:
+    """Write one shard into a local dataset's folder `shards`, and return its entry in the card."""
     path.write_bytes(shard_bytes(keys, labels, tensors))
+    size_bytes, sha256 = path.stat().st_size, file_sha256(path)
+    return ShardFile(file=f"shards/{path.name}", rows=len(keys), bytes=size_bytes, sha256=sha256)
 
 
 class Shard:
@@ -95,12 +96,10 @@ class Shard:
 class Dataset:
     """A prepared dataset: `len()`, `.card`, `.rows(indices)`, `.indices(split)`."""
 
-    def __init__(self, path: Path, card: dict[str, Any], address: str | None = None) -> None:
+    def __init__(self, path: Path, card: DatasetCard, address: str | None = None) -> None:
         self.path, self.card = path, card
         self.address = address or str(path)  # what another node opens it by
-        self.shards = [
-            Shard(path / shard["file"], shard["rows"], shard["bytes"], shard["sha256"]) for shard in card["shards"]
-        ]
+        self.shards = [Shard(path / shard.file, shard.rows, shard.bytes, shard.sha256) for shard in card.shards]
         self._starts = np.cumsum([0] + [shard.rows for shard in self.shards])
 
     def __len__(self) -> int:
@@ -109,12 +108,12 @@ class Dataset:
     @property
     def kind(self) -> str:
         """`pixels` or `latents`."""
-        return str(self.card["kind"])
+        return self.card.kind
 
     @property
     def class_names(self) -> list[str]:
         """The classes' names in the order of their numbers."""
-        return [entry["name"] for entry in self.card["classes"]]
+        return [entry.name for entry in self.card.classes]
 
     @property
     def fingerprint(self) -> str:
@@ -148,7 +147,7 @@ class Dataset:
 
     def _is_held_out(self, key: str, fraction: float) -> bool:
         unit = key.removesuffix(MIRRORED)  # a mirror image goes with its image
-        if self.card["split_by"] == "region":  # crops of one photograph overlap: their region goes as a whole
+        if self.card.split_by == "region":  # crops of one photograph overlap: their region goes as a whole
             unit = unit.rsplit("#", 1)[0]
         return int.from_bytes(hashlib.sha256(unit.encode()).digest()[:8], "big") < fraction * 2**64
 
@@ -173,26 +172,21 @@ def open_dataset(path: str | Path) -> Dataset:
     return Dataset(_copy(folder, card) if folder.is_remote else folder.path, card, folder.address)
 
 
-def _read_card(folder: Folder) -> dict[str, Any]:
+def _read_card(folder: Folder) -> DatasetCard:
     if not folder.is_remote and not folder.path.is_dir():
         raise UserError(f"{folder} does not exist: make a dataset with `patchloom prepare SOURCE {folder}`")
     if not folder.has(CARD):
-        raise UserError(f"{folder} has no {CARD}, so it is incomplete or no dataset: run prepare again")
-    card = folder.read_json(CARD)
-    version = card.get("format_version") if isinstance(card, dict) else None
-    if not isinstance(version, int):
+        raise UserError(f"{folder} has no {CARD}: it is not a dataset, or it is incomplete; run prepare again")
+    content = folder.read(CARD)
+    if b'"format_version"' not in content:
         raise UserError(f"{folder}/{CARD} has no format_version, so it is not a prepared dataset: run prepare first")
-    if version > DATASET_FORMAT:
-        raise UserError(
-            f"{folder} has format {version} and this version reads up to {DATASET_FORMAT}: update patchloom"
-        )
-    return dict(card)
+    return DatasetCard.parse(content, f"{folder}/{CARD}")
 
 
 _held: dict[str, Path] = {}  # copies that this process uses until it ends
 
 
-def _copy(there: Folder, card: dict[str, Any]) -> Path:
+def _copy(there: Folder, card: DatasetCard) -> Path:
     """This node's copy of a remote dataset, verified against its card."""
     name = hashlib.sha256(there.read(CARD)).hexdigest()[:32]
     if name in _held:

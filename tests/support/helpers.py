@@ -42,6 +42,17 @@ def tiny_recipe(**changes: Any) -> Recipe:
     return with_values(recipe, {key.replace("__", "."): value for key, value in changes.items()})
 
 
+def dataset_card(shards: list[dict[str, Any]], **changes: Any) -> dict[str, Any]:
+    """A dataset.json for shards that a test wrote itself, with some fields changed."""
+    rows = sum(shard["rows"] for shard in shards)
+    return {
+        "format_version": 1, "kind": "pixels", "resolution": 4, "channels": 3, "dtype": "uint8", "rows": rows,
+        "inputs": rows, "skipped": {"count": 0, "reasons": {}}, "classes": [], "mean": [], "std": [],
+        "transform": None, "mirror": False, "split_by": "key", "autoencoder": None, "source_sha256": "",
+        "preparation": "", **changes, "shards": shards,
+    }  # fmt: skip
+
+
 @contextmanager
 def environment(**values: str) -> Iterator[None]:
     """Environment variables for a while, also for the processes that are started in it."""

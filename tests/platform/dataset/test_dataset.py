@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pytest
+from helpers import dataset_card
 
 from patchloom.errors import UserError
 from patchloom.platform.dataset.prepared import Dataset, open_dataset, write_shard
@@ -22,14 +23,13 @@ def folder(tmp_path: Path) -> Path:
     shards = []
     for number, rows in enumerate((slice(0, 4), slice(4, 10))):
         path = tmp_path / "shards" / f"part-{number:05d}.arrow"
-        write_shard(path, KEYS[rows], list(range(10))[rows], {"image": IMAGES[rows]})
-        count = rows.stop - rows.start
-        shards.append({
-            "file": f"shards/{path.name}", "rows": count, "bytes": path.stat().st_size, "sha256": file_sha256(path),
-        })  # fmt: skip
-    write_json(tmp_path / "dataset.json", {
-        "format_version": 1, "kind": "pixels", "split_by": "key", "classes": [], "shards": shards,
-    })  # fmt: skip
+        shard = write_shard(path, KEYS[rows], list(range(10))[rows], {"image": IMAGES[rows]})
+        assert shard == {
+            "file": f"shards/{path.name}", "rows": len(KEYS[rows]), "bytes": path.stat().st_size,
+            "sha256": file_sha256(path),
+        }  # fmt: skip
+        shards.append(shard.to_dict())
+    write_json(tmp_path / "dataset.json", dataset_card(shards))
     return tmp_path
 
 
@@ -68,7 +68,7 @@ def test_the_split_is_the_hash_of_the_key(folder: Path) -> None:
 
 
 def test_a_region_is_held_out_as_a_whole(folder: Path) -> None:
-    dataset = Dataset(folder, open_dataset(folder).card | {"split_by": "region"})
+    dataset = Dataset(folder, open_dataset(folder).card.model_copy(update={"split_by": "region"}))
     for split in ("train", "held_out"):
         indices = set(dataset.indices(split, 0.5).tolist())
         assert all((index ^ 1) in indices for index in indices)

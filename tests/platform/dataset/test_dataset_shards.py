@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pytest
+from helpers import dataset_card
 from scipy import stats
 
 from patchloom.errors import UserError
@@ -32,7 +33,7 @@ def latents(tmp_path: Path) -> Callable[..., Dataset]:
             content = path.read_bytes()
             sha256 = hashlib.sha256(content).hexdigest()
             shards.append({"file": path.name, "rows": len(keys[rows]), "bytes": len(content), "sha256": sha256})
-        card = {"format_version": 1, "kind": "latents", "split_by": split_by, "classes": [], "shards": shards}
+        card = dataset_card(shards, kind="latents", channels=2, dtype="float16", split_by=split_by)
         write_json(tmp_path / "dataset.json", card)
         return open_dataset(tmp_path)
 

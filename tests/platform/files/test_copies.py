@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from helpers import dataset_card
 
 from patchloom.errors import UserError
 from patchloom.platform.dataset.prepared import open_dataset, write_shard
@@ -488,8 +489,7 @@ def dataset(there: Folder, tmp_path: Path) -> Path:
         write_shard(path, [f"{tmp_path.name}-{row}" for row in rows], rows, {"image": IMAGES[rows.start : rows.stop]})
         entry = {"file": f"shards/{path.name}", "rows": len(rows), "bytes": path.stat().st_size}
         shards.append(entry | {"sha256": file_sha256(path)})
-    card = {"format_version": 1, "kind": "pixels", "split_by": "key", "classes": [], "shards": shards}
-    write_json(folder / "dataset.json", card)
+    write_json(folder / "dataset.json", dataset_card(shards))
     for name in names_in(folder):
         there.put(folder / name, name)
     return folder

@@ -1,0 +1,89 @@
+"""The record of a prepared dataset: `dataset.json`."""
+
+from typing import ClassVar, Literal
+
+from pydantic import Field
+
+from patchloom.platform.records.record import Record, VersionedRecord
+
+
+class SkippedInputs(Record):
+    """How many inputs were skipped, and how many for each reason."""
+
+    count: int
+    reasons: dict[str, int]
+
+
+class ClassRows(Record):
+    """The name of a class and its number of rows."""
+
+    name: str
+    rows: int
+
+
+class ImageTransform(Record):
+    """How each image was cropped and resized; see `patchloom prepare --help` for the options."""
+
+    resolution: int
+    crop: str
+    resize: str
+    antialias: bool
+    channels: int
+    min_side: int
+    short_side: int | None
+    stride: int | None
+
+
+class DatasetAutoencoder(Record):
+    """The autoencoder that encoded a dataset of latents.
+
+    A latent enters a network as `(latent - shift) * scale`, unless it is whitened. `downscale` is the number of
+    image pixels per latent pixel along one side.
+    """
+
+    class_name: str = Field(alias="class")
+    weights_sha256: str
+    downscale: int
+    latent_channels: int
+    scale: int | float
+    shift: int | float = 0.0
+    reference: str
+    precision: Literal["fp32", "bf16"] = "fp32"
+
+
+class ShardFile(Record):
+    """One Arrow file of the dataset. `file` is its path relative to the dataset."""
+
+    file: str
+    rows: int
+    bytes: int
+    sha256: str
+
+
+class DatasetCard(VersionedRecord):
+    """The description of a prepared dataset.
+
+    `mean` and `std` are population figures per channel, in stored units (0 to 255 for pixels). `split_by` says what
+    is held out together: single keys, or regions of a photograph whose crops overlap. `source_sha256` covers the
+    inputs, and `preparation` everything that the bytes of the shards depend on.
+    """
+
+    FORMAT: ClassVar[int] = 1
+
+    kind: Literal["pixels", "latents"]
+    resolution: int
+    channels: int
+    dtype: Literal["uint8", "float16"]
+    rows: int
+    inputs: int
+    skipped: SkippedInputs
+    classes: list[ClassRows]
+    mean: list[float]
+    std: list[float]
+    transform: ImageTransform | None
+    mirror: bool = False
+    split_by: Literal["key", "region"] = "key"
+    autoencoder: DatasetAutoencoder | None
+    source_sha256: str
+    preparation: str
+    shards: list[ShardFile]
