@@ -75,10 +75,10 @@ class Record(BaseModel):
 
 
 class FormatVersion(Record):
-    """The format of a record, whatever else the record holds."""
+    """The format of a record, whatever else the record holds; 0 where it is not given."""
 
     model_config = ConfigDict(extra="ignore")
-    format_version: int
+    format_version: int = 0
 
 
 class VersionedRecord(Record):
