@@ -1,49 +1,44 @@
-"""A nightly pipeline: measure the newest version of a model as the champion is measured, and promote it or fail.
+"""A nightly pipeline: evaluate the newest version of a model and the champion, and promote the newest if it is better.
 
     python docs/nightly.py my-model --reference s3://bucket/pixels --out /scratch/nightly
 
-For cron, Airflow or `ray job submit`: exit code 0 where the newest version is the champion now (or was already), 2 with
-one line where it is not better or something is wrong with what was asked. A second call does only what is missing.
+Run it from cron, Airflow or `ray job submit`. Exit code 0: the newest version is the champion. Exit code 2, with one
+line on stderr: it is not better, or an argument is wrong. A second call continues what the first one left.
 """
 
 import argparse
 import sys
 
-from patchloom.errors import UserError
-from patchloom.models.checkpoints import CheckpointError
-from patchloom.pipelines.evaluate import evaluate
-from patchloom.pipelines.registry.promoting import promote_model
-from patchloom.pipelines.sample import sample
-from patchloom.platform.tracking.registry import list_versions
+import patchloom
 
 
 def nightly(name: str, reference: str, out: str, seeds: str, steps: int, features: str, metric: str) -> str:
-    """Sample and measure the champion and the newest version with the same seeds; promote the better one."""
-    rows = list_versions(name)
-    if not rows:
-        raise UserError(f"no version of {name} is registered: train and register one first")
-    newest = rows[0]["version"]
-    champion = next((row["version"] for row in rows if "champion" in row["aliases"]), None)
+    """Sample and evaluate the champion and the newest version with the same seeds; promote the newest if better."""
+    versions = patchloom.list_versions(name)
+    if not versions:
+        raise patchloom.UserError(f"{name} has no registered version: train and register a model first")
+    newest = versions[0].version
+    champion = next((found.version for found in versions if "champion" in found.aliases), None)
     for version in {newest, champion} - {None}:
         folder = f"{out}/{name}-{version}"
-        sample(f"models:/{name}/{version}", folder, seeds, steps=steps)
-        evaluate(folder, reference, features=features)
-    return promote_model(name, newest, if_better=metric)
+        patchloom.sample(f"models:/{name}/{version}", folder, seeds, steps=steps)
+        patchloom.evaluate(folder, reference, features=features)
+    return patchloom.promote_model(name, newest, if_better=metric)
 
 
 def main() -> int:
-    """Parse the command line, run the pipeline, and say what came of it in one line."""
+    """Parse the command line, run the pipeline and print its result."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("name")
-    parser.add_argument("--reference", required=True)
-    parser.add_argument("--out", required=True)
-    parser.add_argument("--seeds", default="0-999")
-    parser.add_argument("--steps", type=int, default=18)
-    parser.add_argument("--features", default="inception")
-    parser.add_argument("--metric", default="fid")
+    parser.add_argument("name", help="registered model")
+    parser.add_argument("--reference", required=True, help="prepared dataset to compare with")
+    parser.add_argument("--out", required=True, help="folder for the samples")
+    parser.add_argument("--seeds", default="0-999", help="seeds to sample (default: 0-999)")
+    parser.add_argument("--steps", type=int, default=18, help="sampling steps (default: 18)")
+    parser.add_argument("--features", default="inception", help="feature extractor (default: inception)")
+    parser.add_argument("--metric", default="fid", help="metric that decides (default: fid)")
     try:
         print(nightly(**vars(parser.parse_args())))
-    except (UserError, CheckpointError) as error:
+    except patchloom.UserError as error:
         print(f"nightly: {error}", file=sys.stderr)
         return 2
     return 0

@@ -1,12 +1,11 @@
-"""Demo: the whole chain on photographs that ship with scikit-image, each step a command of its own."""
+"""Demo: every step of the flow on photographs that ship with scikit-image, each with the command that does the same."""
 
 import os
 import shutil
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from patchloom.errors import UserError
 from patchloom.pipelines.evaluate.evaluation import evaluate
@@ -22,130 +21,173 @@ from patchloom.platform.compute.cluster import ray_session
 from patchloom.platform.files.storage import local_path, make_folder, read_json, write_atomic, write_json
 from patchloom.platform.progress import clock, say
 from patchloom.platform.recipe.run_recipe import load_recipe
+from patchloom.platform.records.demo import DEMO_FILE, DemoCard
 from patchloom.platform.tracking.runs import require_reachable, run_exists, tracking_uri
 
-DEMO_FORMAT = 1
-# Photographs in scikit-image's own wheel: CC0 or public domain, no download.
+# These photographs are in the wheel of scikit-image. They are CC0 or in the public domain.
 PHOTOGRAPHS = ("astronaut.png", "chelsea.png", "coffee.png", "hubble_deep_field.jpg", "retina.jpg", "rocket.jpg")
 WORKERS = 2
 SEEDS = "0-63"
 
 
 @dataclass(frozen=True)
-class Chain:
-    """The two chains: through latents of an autoencoder of one's own, or straight on pixels."""
+class DemoVariant:
+    """What one variant of the demo makes; `name` is the name of its registered model."""
 
     name: str
     resolution: int
     search: str
+    steps: int
     latents: bool
 
 
-LATENTS = Chain("patchloom-demo", 64, "demo_search", latents=True)
-PIXELS = Chain("patchloom-demo-pixels", 32, "demo_pixels_search", latents=False)
+LATENTS_DEMO = DemoVariant("patchloom-demo", 64, "demo_search", steps=8, latents=True)
+PIXELS_DEMO = DemoVariant("patchloom-demo-pixels", 32, "demo_pixels_search", steps=6, latents=False)
 
 
 def demo(out: str = "demo", *, pixels: bool = False) -> Path:
-    """Photographs in, a registered model, samples and a report out; returns the report's path.
+    """Run every step on photographs: prepare, search, train, register, sample, evaluate, report.
 
-    Every step keeps what it finished, so a second call goes on where the first stopped. Raises UserError
-    for a folder that cannot be written or was made with another MLflow store.
+    Each step keeps what it finished, so that a second call continues where the first one stopped.
+
+    Args:
+        out: the folder for all results.
+        pixels: train on 32 x 32 pixels, instead of on latents of 64 x 64 pixels.
+
+    Returns:
+        The path of the report, an HTML page.
+
+    Raises:
+        UserError: the folder cannot be written, has other files in it, or belongs to another MLflow store.
     """
-    chain = PIXELS if pixels else LATENTS
+    variant = PIXELS_DEMO if pixels else LATENTS_DEMO
     folder = make_folder(local_path(out))
-    began = time.monotonic()
+    started = time.monotonic()
     require_reachable()
-    _check_folder(folder, chain)
-    say(f"The chain of Patchloom in {folder}, tracked in {tracking_uri()}")
+    _check_folder(folder, variant)
+    say(f"Patchloom demo in {folder}, tracked in {tracking_uri()}")
     with ray_session(WORKERS):
-        _run(folder, chain, _Steps(8 if chain.latents else 6))
+        _run_steps(_DemoFolder(folder, variant))
     page = report(str(folder), str(folder / "report.html"))
-    say(f"\nDone in {clock(time.monotonic() - began)}. Open {page}")
-    say(f"Next: {command('patchloom models list')}   {command('mlflow ui')} --backend-store-uri {tracking_uri()}")
+    say(f"\nDone in {clock(time.monotonic() - started)}. Open {page}")
+    say(f"Next: {runnable('patchloom models list')}   {runnable('mlflow ui')} --backend-store-uri {tracking_uri()}")
     return page
 
 
-class _Steps:
-    def __init__(self, count: int) -> None:
-        self.count, self.number = count, 0
+@dataclass
+class _DemoFolder:
+    """The folder of a demo, with the commands of the steps so far."""
 
-    def __call__(self, words: str) -> None:
-        self.number += 1
-        say(f"\n[{self.number}/{self.count}] {words}")
+    folder: Path
+    variant: DemoVariant
+    commands: list[str] = field(default_factory=list)
+
+    def path(self, name: str) -> str:
+        return str(self.folder / name)
+
+    def begin(self, title: str, command: str) -> None:
+        """Print the title of the next step and its command, where {demo} is this folder."""
+        line = command.format(demo=os.path.relpath(self.folder))
+        self.commands.append(line)
+        say(f"\n[{len(self.commands)}/{self.variant.steps}] {title}\n  $ {line}")
 
 
-def _run(folder: Path, chain: Chain, step: _Steps) -> None:
-    lines: list[str] = []
+def _run_steps(demo: _DemoFolder) -> None:
+    pixels = _prepare_pixels(demo)
+    data = _encode_latents(demo, pixels) if demo.variant.latents else "pixels"
+    _search(demo, data)
+    _train(demo, data)
+    version = _register(demo)
+    _sample(demo)
+    _evaluate(demo, pixels)
+    card = DemoCard(chain=demo.variant.name, commands=demo.commands, model=version, tracking_uri=tracking_uri())
+    write_json(demo.folder / DEMO_FILE, card.model_dump(mode="json"))
 
-    def begin(words: str, line: str) -> None:
-        step(words)
-        lines.append(line)
-        say(f"  $ {line}")
 
-    side, here = chain.resolution, Path(os.path.relpath(folder))
-    photographs = _photographs(folder / "photographs")
-    begin(
-        f"Preparing: {side} x {side} windows of {len(PHOTOGRAPHS)} photographs",
-        f"patchloom prepare {here}/photographs {here}/pixels --resolution {side} --crop windows",
+def _prepare_pixels(demo: _DemoFolder) -> str:
+    photographs, side = _copy_photographs(demo.folder / "photographs"), demo.variant.resolution
+    demo.begin(
+        f"Prepare {side} x {side} windows of {len(PHOTOGRAPHS)} photographs",
+        f"patchloom prepare {{demo}}/photographs {{demo}}/pixels --resolution {side} --crop windows",
     )
-    data = images = str(folder / "pixels")
-    dataset_sheet(prepare(str(photographs), images, resolution=side, crop="windows"), folder / "dataset.png")
-    if chain.latents:
-        settings = AutoencoderSettings()
-        begin(
-            "Training a small autoencoder on them",
-            f"patchloom autoencoder train {here}/pixels --out {here}/autoencoder --workers {WORKERS} "
-            f"--register {chain.name}-autoencoder",
-        )
-        trained = train_autoencoder(
-            images, str(folder / "autoencoder"), settings, workers=WORKERS, register=f"{chain.name}-autoencoder"
-        )
-        begin(
-            "Encoding the windows as latents",
-            f"patchloom prepare {here}/pixels {here}/latents --autoencoder {trained.reference}",
-        )
-        data = str(folder / "latents")
-        prepare(images, data, autoencoder=trained.reference)
-    short = Path(os.path.relpath(data))
-    begin("Searching p and the schedule", f"patchloom tune {chain.search} --data {short} --out {here}/search")
-    search = tune(chain.search, data, str(folder / "search"), restore=(folder / "search" / "search.json").is_file())
-    begin(
-        "Training the best setting on patches",
-        f"patchloom train {here}/search/best.yaml --data {short} --out {here}/run --workers {WORKERS}",
-    )
-    recipe = load_recipe(search.folder / "best.yaml")
-    train(recipe, data, str(folder / "run"), workers=WORKERS, resume=True)
-    begin(
-        f"Registering the model as {chain.name}@champion",
-        f"patchloom models register {here}/run {chain.name} --alias champion",
-    )
-    version = register(str(folder / "run"), chain.name, alias="champion")
-    begin("Sampling", f"patchloom sample models:/{chain.name}@champion {here}/samples --seeds {SEEDS}")
-    sample(f"models:/{chain.name}@champion", str(folder / "samples"), SEEDS)
-    begin("Measuring", f"patchloom evaluate {here}/samples --reference {here}/pixels --features colours")
-    evaluate(str(folder / "samples"), images, features="colours")
-    card: dict[str, Any] = {"format_version": DEMO_FORMAT, "kind": "demo", "chain": chain.name, "commands": lines}
-    write_json(folder / "demo.json", card | {"model": version, "tracking_uri": tracking_uri()})
+    dataset = prepare(str(photographs), demo.path("pixels"), resolution=side, crop="windows")
+    dataset_sheet(dataset, demo.folder / "dataset.png")
+    return demo.path("pixels")
 
 
-def _check_folder(folder: Path, chain: Chain) -> None:
-    """Refuse to continue the other chain, or one whose runs are in another MLflow store."""
+def _encode_latents(demo: _DemoFolder, pixels: str) -> str:
+    """Train an autoencoder and encode the windows; the name of the dataset in the demo's folder."""
+    name = f"{demo.variant.name}-autoencoder"
+    demo.begin(
+        "Train a small autoencoder on the windows",
+        f"patchloom autoencoder train {{demo}}/pixels --out {{demo}}/autoencoder --workers {WORKERS} --register {name}",
+    )
+    trained = train_autoencoder(pixels, demo.path("autoencoder"), AutoencoderSettings(), workers=WORKERS, register=name)
+    demo.begin(
+        "Encode the windows as latents",
+        f"patchloom prepare {{demo}}/pixels {{demo}}/latents --autoencoder {trained.reference}",
+    )
+    prepare(pixels, demo.path("latents"), autoencoder=trained.reference)
+    return "latents"
+
+
+def _search(demo: _DemoFolder, data: str) -> None:
+    demo.begin(
+        "Search p and the schedule",
+        f"patchloom tune {demo.variant.search} --data {{demo}}/{data} --out {{demo}}/search",
+    )
+    restore = (demo.folder / "search" / "search.json").is_file()
+    tune(demo.variant.search, demo.path(data), demo.path("search"), restore=restore)
+
+
+def _train(demo: _DemoFolder, data: str) -> None:
+    demo.begin(
+        "Train the best setting on patches",
+        f"patchloom train {{demo}}/search/best.yaml --data {{demo}}/{data} --out {{demo}}/run --workers {WORKERS}",
+    )
+    recipe = load_recipe(demo.path("search/best.yaml"))
+    train(recipe, demo.path(data), demo.path("run"), workers=WORKERS, resume=True)
+
+
+def _register(demo: _DemoFolder) -> str:
+    name = demo.variant.name
+    demo.begin(
+        f"Register the model as {name}@champion",
+        f"patchloom models register {{demo}}/run {name} --alias champion",
+    )
+    return register(demo.path("run"), name, alias="champion")
+
+
+def _sample(demo: _DemoFolder) -> None:
+    model = f"models:/{demo.variant.name}@champion"
+    demo.begin("Sample", f"patchloom sample {model} {{demo}}/samples --seeds {SEEDS}")
+    sample(model, demo.path("samples"), SEEDS)
+
+
+def _evaluate(demo: _DemoFolder, pixels: str) -> None:
+    demo.begin("Evaluate", "patchloom evaluate {demo}/samples --reference {demo}/pixels --features colours")
+    evaluate(demo.path("samples"), pixels, features="colours")
+
+
+def _check_folder(folder: Path, variant: DemoVariant) -> None:
+    """Raise UserError for other files, the other variant, or runs that are not in the current MLflow store."""
     mark = folder / ".chain"
     if not mark.is_file() and any(folder.iterdir()):
-        raise UserError(f"{folder} is not empty and holds no demo: choose another --out, or an empty folder")
-    if mark.is_file() and mark.read_text() != chain.name:
-        raise UserError(f"{folder} holds the chain {mark.read_text()}: choose another --out, or remove it")
-    for run in (folder / "autoencoder" / "run.json", folder / "search" / "search.json", folder / "run" / "run.json"):
-        run_id = read_json(run)["run_id"] if run.is_file() else None
+        raise UserError(f"{folder} is not empty and is not a demo: choose another --out or an empty folder")
+    if mark.is_file() and mark.read_text() != variant.name:
+        raise UserError(f"{folder} contains the demo {mark.read_text()}: choose another --out or remove the folder")
+    for card in (folder / "autoencoder" / "run.json", folder / "search" / "search.json", folder / "run" / "run.json"):
+        run_id = read_json(card)["run_id"] if card.is_file() else None
         if run_id is not None and not run_exists(run_id):
             raise UserError(
-                f"{folder} belongs to another MLflow store than {tracking_uri()}: remove it, or choose --out"
+                f"{folder} has runs that are not in the MLflow store {tracking_uri()}: choose another --out or "
+                "remove the folder"
             )
-    write_atomic(mark, chain.name)
+    write_atomic(mark, variant.name)
 
 
-def _photographs(folder: Path) -> Path:
-    """Copy the photographs out of scikit-image, each in a folder named after it: that is its class."""
+def _copy_photographs(folder: Path) -> Path:
+    """Copy the photographs out of scikit-image, each into a folder of its own name, which is its class."""
     import skimage
 
     source = Path(skimage.__file__).parent / "data"
@@ -156,9 +198,8 @@ def _photographs(folder: Path) -> Path:
     return folder
 
 
-def command(line: str) -> str:
-    """A command as it can be typed here: with the environment's folder where that is not on the PATH."""
-    name = line.split()[0]
-    if shutil.which(name):
+def runnable(line: str) -> str:
+    """A command line that works in this shell: with the path of its program if that is not on the PATH."""
+    if shutil.which(line.split()[0]):
         return line
     return f"{os.path.relpath(Path(sys.executable).parent)}/{line}"

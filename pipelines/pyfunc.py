@@ -1,4 +1,4 @@
-"""The place that versions registered by Patchloom 0.1 import their model class from."""
+"""The module that versions registered by Patchloom 0.1 import their model class from."""
 
 from patchloom.pipelines.registry.pyfunc import SamplerModel
 

@@ -9,8 +9,8 @@ from patchloom.models.backbones import allow_backbones
 from patchloom.pipelines.cli.options import (
     Backbones,
     Json,
-    Model,
     ModelFolderToWrite,
+    ModelReference,
     RegisteredName,
     VersionNumber,
     messages_to_stderr,
@@ -34,7 +34,7 @@ def models_list(as_json: Json = False) -> None:
 
 @models_app.command("show", epilog="Example: patchloom models show models:/my-model@champion")
 def models_show(
-    model: Model,
+    model: ModelReference,
     picture: Annotated[str | None, typer.Option(metavar="PNG", help="Save the preview grid of the run here")] = None,
     as_json: Json = False,
 ) -> None:
@@ -52,8 +52,8 @@ def models_show(
 
 @models_app.command("compare", epilog="Example: patchloom models compare models:/my-model@champion models:/my-model/4")
 def models_compare(
-    one: Model,
-    other: Model,
+    one: ModelReference,
+    other: ModelReference,
     picture: Annotated[
         str, typer.Option(metavar="PNG", help="Picture to write: samples of the same seeds, one model per row")
     ] = "comparison.png",
@@ -110,7 +110,7 @@ def models_import(
 
 
 @models_app.command("export", epilog="Example: patchloom models export models:/my-model@champion my-model")
-def models_export(model: Model, out: ModelFolderToWrite) -> None:
+def models_export(model: ModelReference, out: ModelFolderToWrite) -> None:
     """Copy a model out of the registry, as safetensors and JSON."""
     from patchloom.pipelines.registry.convert import export_model
 

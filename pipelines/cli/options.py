@@ -10,7 +10,7 @@ import typer
 
 from patchloom.errors import UserError
 
-Model = Annotated[
+ModelReference = Annotated[
     str, typer.Argument(help="models:/NAME@ALIAS, models:/NAME/VERSION, runs:/ID/model, or a model or run folder")
 ]
 RegisteredName = Annotated[str, typer.Argument(help="Name of the registered model")]

@@ -6,11 +6,11 @@ from typing import Annotated
 import typer
 
 from patchloom.models.backbones import allow_backbones
-from patchloom.pipelines.cli.options import Backbones, Json, Model, messages_to_stderr, print_json
+from patchloom.pipelines.cli.options import Backbones, Json, ModelReference, messages_to_stderr, print_json
 
 
 def sample(
-    model: Model,
+    model: ModelReference,
     out: Annotated[str, typer.Argument(help="The folder to write, here or at s3://, gs://, ...")],
     seeds: Annotated[str, typer.Option(help="0-63, or 0,5,9, or a file of seeds")] = "0-63",
     steps: Annotated[int, typer.Option(min=1, help="Noise levels; Heun takes 2 x steps - 1 evaluations")] = 18,

@@ -1,1 +1,1 @@
-"""Registry: models as versions of registered names, described, compared, promoted, exported."""
+"""Registry: register, list, describe, compare, promote, import and export models."""

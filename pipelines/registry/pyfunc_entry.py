@@ -1,4 +1,4 @@
-"""The one file of a registered version: it only imports patchloom."""
+"""The model code of a registered version: this file only imports Patchloom."""
 
 from mlflow.models import set_model
 
