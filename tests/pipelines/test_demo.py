@@ -1,4 +1,4 @@
-"""The demo: the whole chain as a newcomer runs it, its memory, and what it leaves behind."""
+"""The demo: every step as a user runs it, its memory, and its results."""
 
 import os
 import threading
@@ -17,14 +17,14 @@ pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 
 @pytest.mark.parametrize("pixels", [False, True], ids=["latents", "pixels"])
-def test_the_whole_chain(pixels: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_demo_from_photographs_to_report(pixels: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'mlflow.db'}")
-    monkeypatch.delenv("OMP_NUM_THREADS")  # of the other tests; a newcomer has all cores
-    began = time.monotonic()
+    monkeypatch.delenv("OMP_NUM_THREADS")  # the other tests set it; a user has all cores
+    started = time.monotonic()
     process = start_cli("demo", *(["--pixels"] if pixels else []), cwd=tmp_path)
     peak = PeakMemory(process.pid)
     output, _ = process.communicate(timeout=1500)
-    print(f"{time.monotonic() - began:.0f} s, peak {peak.stop() / 2**30:.2f} GiB PSS")
+    print(f"{time.monotonic() - started:.0f} s, peak {peak.stop() / 2**30:.2f} GiB PSS")
     assert process.returncode == 0, output
     assert "Warning" not in output and "Traceback" not in output
     assert peak.bytes < 8 * 2**30
@@ -38,16 +38,16 @@ def test_the_whole_chain(pixels: bool, tmp_path: Path, monkeypatch: pytest.Monke
 
 
 def assert_like_the_data(images: np.ndarray, dataset: Path) -> None:
-    """Colours as in the data, and neighbours that agree as in photographs and not as in noise."""
+    """Mean colours are near the data's, and neighbouring pixels are similar, as in photographs and not as in noise."""
     data = open_dataset(dataset)
     real = data.rows(np.linspace(0, len(data) - 1, 512).astype(int))["image"].transpose(0, 2, 3, 1)
     assert np.abs(images.mean((0, 1, 2)) - real.mean((0, 1, 2))).max() < 40
     steps = np.abs(np.diff(images.astype(float), axis=2)).mean() / images.astype(float).std()
-    assert steps < 0.35  # independent pixels have 1.13
+    assert steps < 0.35  # 1.13 for independent pixels
 
 
 class PeakMemory:
-    """The most memory (proportional set size) that a process and all it started ever held together."""
+    """The peak memory (proportional set size) of a process and everything it started, measured once per second."""
 
     def __init__(self, pid: int) -> None:
         self.bytes, self._group = 0, os.getpgid(pid)

@@ -1,4 +1,4 @@
-"""What a registry should not hand out is refused, in one clear line, before anything of it is used."""
+"""Damaged or unsafe models in the registry are refused, in one line, before anything of them is used."""
 
 import json
 import pickle
@@ -22,7 +22,7 @@ MODEL = "models:/tampered@champion"
 
 @pytest.fixture(scope="module")
 def kept(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder in MLflow's store of a version that was registered from a folder of another name than `model`."""
+    """The folder in MLflow's store of a version that was registered from a folder named `my-weights`, not `model`."""
     folder = tmp_path_factory.mktemp("elsewhere") / "my-weights"
     shutil.copytree(trained / "model", folder)
     register(str(folder), "tampered", alias="champion")
@@ -31,7 +31,7 @@ def kept(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def stored(kept: Path, tmp_path: Path) -> Iterator[Path]:
-    """That folder, to be changed, and as it was afterwards."""
+    """The same folder, for a test to change; it is restored afterwards."""
     shutil.copytree(kept, tmp_path / "before")
     yield kept
     shutil.rmtree(kept)
@@ -42,9 +42,9 @@ def stored(kept: Path, tmp_path: Path) -> Iterator[Path]:
 def refusal(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> Callable[[str], str]:
-    """The one line that `patchloom sample` says of a model, with exit code 2 and nothing written."""
+    """Runs `patchloom sample`, which must fail with exit code 2 and write nothing; returns its one line of error."""
 
-    def refused(model: str) -> str:
+    def run(model: str) -> str:
         arguments = ["patchloom", "sample", model, str(tmp_path / "out"), "--seeds", "0", "--workers", "0"]
         monkeypatch.setattr(sys, "argv", arguments)
         capsys.readouterr()
@@ -56,24 +56,25 @@ def refusal(
         assert not (tmp_path / "out").exists()
         return line
 
-    return refused
+    return run
 
 
 def refused_by_mlflow(words: str) -> None:
-    """MLflow's own way refuses it too."""
+    """`mlflow.pyfunc.load_model` raises an error with these words."""
     connect()
     with pytest.raises(CheckpointError, match=words):
         mlflow.pyfunc.load_model(MODEL)
 
 
-def test_a_changed_byte_of_the_weights_is_refused_everywhere(stored: Path, refusal: Callable[[str], str]) -> None:
-    assert load_model(stored) is not None  # as it was registered
+def test_changed_byte_in_the_weights_is_refused(stored: Path, refusal: Callable[[str], str]) -> None:
+    assert load_model(stored) is not None
     weights = bytearray((stored / "model.safetensors").read_bytes())
     weights[-100] ^= 1
     (stored / "model.safetensors").write_bytes(weights)
-    assert "model.safetensors has sha256" in refusal(MODEL)
-    assert "model.safetensors has sha256" in refusal(str(stored))
-    refused_by_mlflow("has sha256")
+    for model in (MODEL, str(stored)):
+        error = refusal(model)
+        assert "model.safetensors" in error and "sha256" in error
+    refused_by_mlflow("sha256")
 
 
 PICKLES = {
@@ -86,35 +87,33 @@ PICKLES = {
 
 
 @pytest.mark.parametrize("name", PICKLES)
-def test_a_model_folder_with_a_pickle_is_refused_everywhere(
-    name: str, stored: Path, refusal: Callable[[str], str]
-) -> None:
+def test_model_folder_with_a_pickle_is_refused(name: str, stored: Path, refusal: Callable[[str], str]) -> None:
     (stored / name).parent.mkdir(exist_ok=True)
     (stored / name).write_bytes(PICKLES[name])
-    assert f"{name} is a pickle, which could run anything" in refusal(MODEL)
-    refused_by_mlflow("is a pickle")
+    error = refusal(MODEL)
+    assert name in error and "pickle" in error
+    refused_by_mlflow("pickle")
 
 
-def test_a_model_of_a_newer_format_is_refused_everywhere(stored: Path, refusal: Callable[[str], str]) -> None:
+def test_model_of_a_newer_format_is_refused(stored: Path, refusal: Callable[[str], str]) -> None:
     card = json.loads((stored / "model.json").read_text())
     (stored / "model.json").write_text(json.dumps(card | {"format_version": 99}))
-    assert "has format 99 and this version reads up to 1: update patchloom" in refusal(MODEL)
-    refused_by_mlflow("update patchloom")
+    assert "format 99" in refusal(MODEL)
+    refused_by_mlflow("format 99")
 
 
-def test_a_card_that_is_cut_off_or_gone_is_refused(stored: Path, refusal: Callable[[str], str]) -> None:
+def test_truncated_or_missing_card_is_refused(stored: Path, refusal: Callable[[str], str]) -> None:
     (stored / "model.json").write_text("{")
-    assert "is not JSON" in refusal(MODEL)
+    assert "JSON" in refusal(MODEL)
     (stored / "model.json").unlink()
-    assert "holds no model.json" in refusal(MODEL)
+    assert "model.json" in refusal(MODEL)
 
 
-def test_an_alias_a_version_and_a_name_that_are_not_there(
-    kept: Path, trained: Path, refusal: Callable[[str], str]
-) -> None:
+def test_unknown_alias_version_and_name_are_refused(kept: Path, trained: Path, refusal: Callable[[str], str]) -> None:
     for wrong in ("tampered@chmpion", "tampered/99", "tempered@champion"):
-        assert f"models:/{wrong} is not in the registry at sqlite:" in refusal(f"models:/{wrong}")
-    assert "is not of the form models:/NAME@ALIAS" in refusal("models:/tampered")
+        error = refusal(f"models:/{wrong}")
+        assert f"models:/{wrong} " in error and "sqlite:" in error
+    assert "models:/NAME@ALIAS" in refusal("models:/tampered")
     client = connect()
     source = client.get_model_version("tampered", "1").source
     version = client.create_model_version("tampered", source).version
@@ -122,5 +121,5 @@ def test_an_alias_a_version_and_a_name_that_are_not_there(
     assert fetch_model("models:/tampered@shortly").version == str(version)
     client.delete_model_version("tampered", version)
     for gone in (f"tampered/{version}", "tampered@shortly"):
-        assert f"models:/{gone} is not in the registry" in refusal(f"models:/{gone}")
+        assert f"models:/{gone} " in refusal(f"models:/{gone}")
     assert fetch_model(MODEL).folder == kept
