@@ -2,6 +2,7 @@
 
 import tempfile
 from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,46 +18,114 @@ from patchloom.platform.dataset.prepared import CARD, Dataset, open_dataset
 from patchloom.platform.files.folder import Folder
 from patchloom.platform.files.storage import read_json_lines
 from patchloom.platform.progress import progress
+from patchloom.platform.records.dataset import DatasetCard
 from patchloom.platform.tracking.registry import fetch_model
 
-SHEET = "contact_sheet.png"
-AGAIN = "prepare again into an empty folder"
+CONTACT_SHEET = "contact_sheet.png"
 TENSORS = ("image", "mean", "std")
 DECODED_AT_ONCE = 8
 
 
-def inspect(what: str) -> dict[str, Any]:
-    """The verified card of a dataset or a model; raises UserError where something is not as its card says.
+@dataclass(frozen=True)
+class Inspection:
+    """A verified dataset or model. Only a dataset has a contact sheet, unless its folder cannot be written."""
 
-    A dataset's card comes with `contact_sheet`, the picture of its rows that was written beside it.
+    card: DatasetCard | dict[str, Any]
+    contact_sheet: str | None = None
+
+    def to_json_value(self) -> dict[str, Any]:
+        """What `patchloom inspect` prints."""
+        if isinstance(self.card, DatasetCard):
+            return self.card.to_dict() | {"contact_sheet": self.contact_sheet}
+        return self.card
+
+    def summary(self) -> str:
+        """The counts and statistics of a dataset as text; empty for a model."""
+        return statistics_table(self.card) if isinstance(self.card, DatasetCard) else ""
+
+
+def inspect(what: str) -> Inspection:
+    """Verify a dataset or a model by reading all of it.
+
+    Args:
+        what: a dataset folder, a model or run folder, `models:/NAME@ALIAS`, `models:/NAME/VERSION` or `runs:/ID/model`.
+
+    Returns:
+        The card. For a dataset also the address of a contact sheet, which is written into its folder.
+
+    Raises:
+        UserError: there is no such dataset or model, or it differs from its card.
+        CheckpointError: the weights of a model do not match their checksum.
+
+    Example:
+        found = patchloom.inspect("dataset")
+        print(found.card.rows, found.contact_sheet)
     """
     if not what.startswith(("models:/", "runs:/")):
         folder = Folder.at(what)
         if folder.has(CARD) or not (folder.is_remote or folder.path.exists()):
-            return _inspect_dataset(open_dataset(what))
-    model = load_whole_model(fetch_model(what).folder)
-    return model.card
+            dataset = open_dataset(what)
+            verify_dataset(dataset)
+            return Inspection(dataset.card, _write_contact_sheet(dataset))
+    return Inspection(load_whole_model(fetch_model(what).folder).card)
 
 
-def _inspect_dataset(dataset: Dataset) -> dict[str, Any]:
-    verify_dataset(dataset)
-    sheet: str | None = f"{Folder(dataset.address)}/{SHEET}"
+def _write_contact_sheet(dataset: Dataset) -> str | None:
+    """Write the contact sheet into the dataset's folder; its address, or None if the folder cannot be written."""
+    folder = Folder(dataset.address)
     try:
         with tempfile.TemporaryDirectory() as scratch:
-            dataset_sheet(dataset, Path(scratch) / SHEET)
-            Folder(dataset.address).put(Path(scratch) / SHEET, SHEET)
+            dataset_sheet(dataset, Path(scratch) / CONTACT_SHEET)
+            folder.put(Path(scratch) / CONTACT_SHEET, CONTACT_SHEET)
     except (OSError, UserError):
-        sheet = None  # a dataset that is only to be read
-    return dataset.card.to_dict() | {"contact_sheet": sheet}
+        return None
+    return f"{folder}/{CONTACT_SHEET}"
 
 
 def verify_dataset(dataset: Dataset) -> None:
-    """Read everything; raises UserError at the first thing that is not what the card says.
+    """Read a dataset and compare it with its card.
 
-    Checksums, counts of rows, classes and inputs, keys that differ, the statistics, the autoencoder's weights.
+    This compares checksums, the counts of rows, classes and inputs, the number of different keys, the statistics,
+    and the weights of the autoencoder. Raises UserError at the first difference.
     """
-    card, address = dataset.card, Folder(dataset.address)
+    card = dataset.card
     dataset.verify()
+    found = _read_all_rows(dataset)
+    skipped = len(read_json_lines(dataset.path / "skipped.jsonl"))
+    for what, value, recorded in (
+        ("rows", len(dataset), card.rows),
+        ("different keys", found.keys, card.rows),
+        ("skipped inputs", skipped, card.skipped.count),
+        ("inputs", len(dataset) + skipped, card.inputs),
+        ("rows of each class", found.rows_by_class, [entry.rows for entry in card.classes]),
+    ):
+        if value != recorded:
+            raise _difference(dataset, what, value, recorded)
+    for what, values, figures in (("mean", found.mean, card.mean), ("std", found.std, card.std)):
+        if not np.allclose(values, figures, rtol=1e-9, atol=1e-12):
+            raise _difference(dataset, what, values.tolist(), figures)
+    if card.autoencoder:
+        sha256 = weights_sha256(dataset.path / "autoencoder")
+        if sha256 != card.autoencoder.weights_sha256:
+            raise _difference(dataset, "sha256 of the autoencoder", sha256, card.autoencoder.weights_sha256)
+
+
+def _difference(dataset: Dataset, what: str, found: object, recorded: object) -> UserError:
+    place = Folder(dataset.address)
+    return UserError(f"{place}: {what}: found {found}, dataset.json has {recorded}; prepare again into an empty folder")
+
+
+@dataclass(frozen=True)
+class _RowFigures:
+    """What was counted in all rows of a dataset."""
+
+    keys: int  # different ones
+    rows_by_class: list[int]
+    mean: np.ndarray
+    std: np.ndarray
+
+
+def _read_all_rows(dataset: Dataset) -> _RowFigures:
     keys: set[str] = set()
     classes: Counter[int] = Counter()
     totals: dict[str, np.ndarray] = {}
@@ -70,58 +139,32 @@ def verify_dataset(dataset: Dataset) -> None:
             meter.update(meter.done + shard.rows)
     mean = totals["sum"] / totals["count"]
     std = np.sqrt(np.maximum(totals["squares"] / totals["count"] - mean**2, 0))
-    skipped = len(read_json_lines(dataset.path / "skipped.jsonl"))
-    found = {
-        "rows": len(dataset),
-        "keys that differ": len(keys),
-        "skipped inputs": skipped,
-        "inputs": len(dataset) + skipped,
-        "rows by class": [classes[number] for number in range(len(card["classes"]))],
-    }
-    told = {
-        "rows": card["rows"],
-        "keys that differ": card["rows"],
-        "skipped inputs": card["skipped"]["count"],
-        "inputs": card["inputs"],
-        "rows by class": [entry["rows"] for entry in card["classes"]],
-    }
-    for name, value in found.items():
-        if value != told[name]:
-            raise UserError(f"{address}: {name} are {value} and the card says {told[name]}: {AGAIN}")
-    for name, values in (("mean", mean), ("std", std)):
-        if not np.allclose(values, card[name], rtol=1e-9, atol=1e-12):
-            raise UserError(f"{address}: {name} is {values.tolist()} and the card says {card[name]}: {AGAIN}")
-    if card["autoencoder"]:
-        found_sha256 = weights_sha256(dataset.path / "autoencoder")
-        if found_sha256 != card["autoencoder"]["weights_sha256"]:
-            wanted = card["autoencoder"]["weights_sha256"][:12]
-            raise UserError(f"{address}: its autoencoder has sha256 {found_sha256[:12]}, not {wanted}: {AGAIN}")
+    return _RowFigures(len(keys), [classes[number] for number in range(len(dataset.card.classes))], mean, std)
 
 
-def statistics_table(card: dict[str, Any]) -> str:
-    """The rows, the classes and the channels of a dataset's card, as words."""
-    kept = f"{card['rows']:,} rows + {card['skipped']['count']:,} skipped = {card['inputs']:,} inputs"
-    lines = [f"{card['kind']} of {card['channels']} x {card['resolution']} x {card['resolution']}: {kept}, verified"]
-    lines += [f"  skipped {count:,}: {reason}" for reason, count in card["skipped"]["reasons"].items()]
-    classes = card["classes"]
-    if classes:
-        counts = [entry["rows"] for entry in classes]
-        lines.append(f"  {len(classes)} classes of {min(counts):,} to {max(counts):,} rows")
+def statistics_table(card: DatasetCard) -> str:
+    """The counts of rows, inputs and classes, and the statistics of each channel, as text."""
+    counts = f"{card.rows:,} rows + {card.skipped.count:,} skipped = {card.inputs:,} inputs"
+    lines = [f"{card.kind} of {card.channels} x {card.resolution} x {card.resolution}: {counts}, verified"]
+    lines += [f"  skipped {count:,}: {reason}" for reason, count in card.skipped.reasons.items()]
+    if card.classes:
+        rows = [entry.rows for entry in card.classes]
+        lines.append(f"  {len(rows)} classes of {min(rows):,} to {max(rows):,} rows")
     lines += [
         f"  channel {number}: mean {mean:.4f}, std {std:.4f}"
-        for number, (mean, std) in enumerate(zip(card["mean"], card["std"], strict=True))
+        for number, (mean, std) in enumerate(zip(card.mean, card.std, strict=True))
     ]
     return "\n".join(lines)
 
 
 def dataset_sheet(dataset: Dataset, path: Path, images: int = 64) -> None:
-    """A contact sheet of rows spread over a dataset; latents are decoded."""
+    """Draw rows at equal distances over the dataset into a contact sheet; latents are decoded."""
     chosen = np.linspace(0, len(dataset) - 1, min(images, len(dataset))).astype(int)
     rows = dataset.rows(chosen)
     if dataset.kind == "latents":
         autoencoder = load_autoencoder(dataset.path / "autoencoder")
         latents = torch.from_numpy(rows["mean"]).float()
-        pictures = np.concatenate([autoencoder.decode(some).numpy() for some in latents.split(DECODED_AT_ONCE)])
+        pictures = np.concatenate([autoencoder.decode(batch).numpy() for batch in latents.split(DECODED_AT_ONCE)])
     else:
         pictures = rows["image"]
     save_png(contact_sheet(pictures, columns=16), path)

@@ -87,12 +87,12 @@ def inspect(
     A dataset also gets a contact sheet, contact_sheet.png in its folder.
     """
     allow_backbones(*allow_backbone or [])
-    from patchloom.pipelines.inspect import inspect, statistics_table
+    from patchloom.pipelines.inspect import inspect
 
     with contextlib.redirect_stdout(sys.stderr):  # stdout is the card only
-        card = inspect(what)
-    print(json.dumps(card, indent=2, ensure_ascii=False))
-    if "contact_sheet" in card:
-        print(statistics_table(card), file=sys.stderr)
-        if card["contact_sheet"]:
-            print(f"  contact sheet: {card['contact_sheet']}", file=sys.stderr)
+        found = inspect(what)
+    print(json.dumps(found.to_json_value(), indent=2, ensure_ascii=False))
+    if found.summary():
+        print(found.summary(), file=sys.stderr)
+    if found.contact_sheet:
+        print(f"  contact sheet: {found.contact_sheet}", file=sys.stderr)

@@ -89,7 +89,7 @@ def test_an_image_whose_latent_is_no_number_is_listed(ray_cluster: None, allowed
     assert all("not finite" in entry["error"] for entry in skipped)
     kept = np.delete(pictures, [3, 17], axis=0).reshape(18, 4, 4, 4, 4, 3).mean((2, 4), dtype=np.float64)
     np.testing.assert_allclose(dataset.rows(range(18))["mean"].transpose(0, 2, 3, 1), kept, rtol=1e-3)
-    assert inspect(str(tmp_path / "out"))["rows"] == 18
+    assert inspect(str(tmp_path / "out")).card["rows"] == 18
 
 
 def tiny_diffusers(kind: str) -> Any:

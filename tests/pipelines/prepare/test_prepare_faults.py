@@ -46,7 +46,7 @@ def whole(work: tuple[Path, Path], ray_cluster: None, tmp_path_factory: pytest.T
 def assert_equal_datasets(one: Path, other: Path) -> None:
     assert (one / "dataset.json").read_bytes() == (other / "dataset.json").read_bytes()
     assert shard_hashes(one) == shard_hashes(other)
-    assert inspect(str(one))["rows"] == IMAGES
+    assert inspect(str(one)).card["rows"] == IMAGES
 
 
 def finished(folder: Path) -> list[Path]:
@@ -93,7 +93,7 @@ def test_a_dataset_far_away_is_the_one_here(
     for name in ("dataset.json", *(f"shards/{name}" for name in shard_hashes(whole))):
         assert there.read(f"latents/{name}") == (whole / name).read_bytes()
     assert not [name for name in names if name.startswith(".")]
-    assert inspect(f"{there}/latents")["contact_sheet"] == f"{there}/latents/contact_sheet.png"
+    assert inspect(f"{there}/latents").contact_sheet == f"{there}/latents/contact_sheet.png"
     monkeypatch.setenv("PATCHLOOM_CACHE", str(tmp_path))
     far, near = open_dataset(f"{there}/latents"), open_dataset(whole)
     assert far.fingerprint == near.fingerprint

@@ -107,6 +107,6 @@ def test_five_percent_spoilt_in_ten_ways(tmp_path: Path) -> None:
     assert list(rows["key"]) == sorted(wanted)
     for key, image in zip(rows["key"], rows["image"], strict=True):
         assert np.array_equal(image.transpose(1, 2, 0), wanted[key]), key
-    card = inspect(str(tmp_path / "data"))
+    card = inspect(str(tmp_path / "data")).card
     assert (card["rows"], card["inputs"], card["skipped"]["count"]) == (194, 200, 6)
     assert os.access(tmp_path / "data" / "contact_sheet.png", os.R_OK)
