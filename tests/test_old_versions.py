@@ -1,0 +1,206 @@
+"""Old versions: datasets, runs, samples, searches and registered models that version 0.1.0 wrote still work."""
+
+import contextlib
+import hashlib
+import json
+import os
+import sqlite3
+import subprocess
+import sys
+import tarfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import environment, shard_hashes
+from safetensors.torch import load_file
+
+from patchloom.models.checkpoints import load_model
+from patchloom.pipelines.evaluate import evaluate
+from patchloom.pipelines.prepare import prepare
+from patchloom.pipelines.registry.registering import register
+from patchloom.pipelines.report import report
+from patchloom.pipelines.sample import sample
+from patchloom.pipelines.train import train
+from patchloom.platform.dataset import open_dataset
+from patchloom.platform.recipe import load_recipe
+
+FIXTURE = Path(__file__).parent / "fixtures" / "version_0_1.tar.xz"
+PLACE = "/tmp/patchloom-world"  # where it was made; the MLflow store and some cards hold this path
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The files of version 0.1.0, unpacked as the working folder, with their own MLflow store."""
+    folder = tmp_path_factory.mktemp("world")
+    with tarfile.open(FIXTURE) as archive:
+        archive.extractall(folder, filter="data")
+    for path in folder.rglob("*"):
+        if path.suffix in (".json", ".yaml") or path.name == "MLmodel":
+            path.write_text(path.read_text().replace(PLACE, str(folder)))
+    _move_store(folder / "mlflow.db", str(folder))
+    with environment(MLFLOW_TRACKING_URI=f"sqlite:///{folder / 'mlflow.db'}"), contextlib.chdir(folder):
+        yield folder
+
+
+def _move_store(database: Path, folder: str) -> None:
+    """Put another place for the one that an MLflow store was made at, in every text of every table."""
+    with contextlib.closing(sqlite3.connect(database)) as connection, connection:
+        for (table,) in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'").fetchall():
+            for _, column, kind, *_ in connection.execute(f"PRAGMA table_info({table})").fetchall():
+                if "CHAR" in kind.upper() or "TEXT" in kind.upper():
+                    connection.execute(
+                        f"UPDATE {table} SET {column} = replace({column}, ?, ?) WHERE {column} LIKE ?",
+                        (PLACE, folder, f"%{PLACE}%"),
+                    )
+
+
+def patchloom(*arguments: str) -> str:
+    """What a command prints; it must end with exit code 0."""
+    command = [sys.executable, "-m", "patchloom.pipelines.cli", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, env=dict(os.environ))
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def modification_times(folder: Path) -> dict[str, int]:
+    """When each file of a folder was last written; a lock comes and goes."""
+    files = [path for path in folder.rglob("*") if path.is_file() and path.name != ".lock"]
+    return {path.relative_to(folder).as_posix(): path.stat().st_mtime_ns for path in files}
+
+
+def contents(folder: Path) -> dict[str, str]:
+    """The sha256 of every image of a sample folder."""
+    return {
+        path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in folder.rglob("0*/*.png")
+    }
+
+
+def test_datasets_open_and_match_their_checksums(world: Path) -> None:
+    pixels, latents = open_dataset(world / "pixels"), open_dataset(world / "latents")
+    for dataset in (pixels, latents):
+        dataset.verify()
+        assert len(dataset) == 48
+        assert dataset.class_names == ["chelsea", "coffee"]
+    assert pixels.rows([0])["image"].shape == (1, 3, 16, 16)
+    assert latents.card["autoencoder"]["downscale"] == 2
+    assert pixels.card["skipped"]["count"] == 1
+
+
+def test_the_same_preparation_finds_the_dataset_complete(world: Path) -> None:
+    before = modification_times(world / "pixels")
+    prepare("images", "pixels", resolution=16, shard_rows=20, workers=0)
+    assert before == modification_times(world / "pixels")
+
+
+def test_an_unfinished_preparation_is_completed(world: Path) -> None:
+    finished = {path.name: path.stat().st_mtime_ns for path in (world / "pixels_unfinished" / "shards").iterdir()}
+    assert 4 <= len(finished) < 49
+    prepare("images", "pixels_unfinished", resolution=16, shard_rows=1, workers=0)
+    prepare("images", "pixels_fresh", resolution=16, shard_rows=1, workers=0)
+    assert shard_hashes(world / "pixels_unfinished") == shard_hashes(world / "pixels_fresh")
+    for name in sorted(finished)[:3]:
+        assert (world / "pixels_unfinished" / "shards" / name).stat().st_mtime_ns == finished[name]
+
+
+@pytest.mark.parametrize(("run", "data"), [("run", "pixels"), ("latent_run", "latents")])
+def test_a_finished_run_has_nothing_to_do(world: Path, run: str, data: str) -> None:
+    before = (world / run / "model" / "model.safetensors").stat().st_mtime_ns
+    result = train(load_recipe(world / run / "recipe.yaml"), data, run, workers=0, resume=True)
+    assert result.last["images_seen"] >= 600
+    assert result.run_id == json.loads((world / run / "run.json").read_text())["run_id"]
+    assert (world / run / "model" / "model.safetensors").stat().st_mtime_ns == before
+
+
+def test_a_killed_run_continues_to_the_same_weights(world: Path) -> None:
+    train(load_recipe(world / "recipe.yaml"), "pixels", "run_unfinished", workers=0, resume=True)
+    resumed, whole = (load_file(world / run / "model" / "model.safetensors") for run in ("run_unfinished", "run"))
+    assert resumed.keys() == whole.keys()
+    for name, weights in whole.items():  # another processor than the one that made the fixture may round otherwise
+        torch.testing.assert_close(resumed[name], weights, rtol=0, atol=1e-4)
+
+
+def test_models_load(world: Path) -> None:
+    for run in ("run", "latent_run"):
+        denoiser = load_model(world / run / "model")
+        assert denoiser.classes == 2
+    assert load_model(world / "run" / "model").channels == 3
+
+
+def test_an_average_of_another_length_is_made_of_kept_snapshots(world: Path) -> None:
+    patchloom("models", "average", "latent_run", "average", "--sigma-rel", "0.12")
+    assert load_model(world / "average").channels == 4
+
+
+def test_a_finished_autoencoder_run_has_nothing_to_do(world: Path) -> None:
+    before = (world / "autoencoder" / "model" / "diffusion_pytorch_model.safetensors").stat().st_mtime_ns
+    settings = ["--widths", "8,16", "--images", "200", "--batch-size", "4", "--patch", "16", "--workers", "0"]
+    patchloom("autoencoder", "train", "pixels", "--out", "autoencoder", *settings)
+    assert (world / "autoencoder" / "model" / "diffusion_pytorch_model.safetensors").stat().st_mtime_ns == before
+
+
+def test_a_finished_sample_folder_has_nothing_to_do(world: Path) -> None:
+    before = {path: path.stat().st_mtime_ns for path in (world / "samples").rglob("*.png")}
+    manifest = (world / "samples" / "manifest.jsonl").read_bytes()
+    sample("models:/tiny@champion", "samples", "0-19", steps=3, workers=0)
+    assert before == {path: path.stat().st_mtime_ns for path in (world / "samples").rglob("*.png")}
+    assert manifest == (world / "samples" / "manifest.jsonl").read_bytes()
+    sample("run", "samples_zip", "0-19", steps=3, format="zip", workers=0)
+    assert len((world / "samples_zip" / "manifest.jsonl").read_text().splitlines()) == 20
+
+
+def test_an_unfinished_sample_folder_is_completed_with_the_same_bytes(world: Path) -> None:
+    kept = contents(world / "samples_unfinished")
+    assert 8 <= len(kept) < 20
+    sample("run", "samples_unfinished", "0-19", steps=3, workers=0)
+    sample("run", "samples_fresh", "0-19", steps=3, workers=0)
+    assert contents(world / "samples_unfinished").keys() == contents(world / "samples_fresh").keys()
+    lines = [json.loads(line) for line in (world / "samples_unfinished" / "manifest.jsonl").read_text().splitlines()]
+    assert [line["seed"] for line in lines] == list(range(20))
+
+
+def test_measured_samples_have_a_page(world: Path) -> None:
+    measured = json.loads((world / "samples" / "metrics.json").read_text())
+    page = report("samples", "samples.html").read_text()
+    assert f"{measured['metrics']['frechet_distance']:.4g}" in page
+    again = evaluate("samples", "pixels", features="colours", workers=0, out="again.json")
+    assert again["metrics"]["frechet_distance"] == pytest.approx(measured["metrics"]["frechet_distance"], rel=1e-6)
+
+
+@pytest.mark.parametrize("folder", ["run", "latent_run", "search"])
+def test_runs_and_searches_have_pages(world: Path, folder: str) -> None:
+    assert "<svg" in report(folder, f"{folder}.html").read_text()
+
+
+@pytest.mark.ray
+def test_a_finished_search_has_nothing_to_do(world: Path) -> None:
+    before = (world / "search" / "trials.jsonl").read_text().splitlines()
+    patchloom("tune", "search.yaml", "--data", "pixels", "--out", "search", "--restore")
+    after = (world / "search" / "trials.jsonl").read_text().splitlines()
+    assert [json.loads(line)["held_out_loss"] for line in before] == [
+        json.loads(line)["held_out_loss"] for line in after
+    ]
+
+
+def test_registered_versions_are_listed_compared_sampled_and_promoted(world: Path) -> None:
+    versions = json.loads(patchloom("models", "list", "--json"))
+    assert sorted(int(version["version"]) for version in versions if version["name"] == "tiny") == [1, 2]
+    assert json.loads(patchloom("models", "show", "models:/tiny@champion", "--json"))
+    assert json.loads(patchloom("models", "compare", "models:/tiny/1", "models:/tiny/2", "--no-picture", "--json"))
+    sample("models:/tiny/2", "latent_samples", "0-3", steps=2, workers=0)
+    assert len(contents(world / "latent_samples")) == 4
+    assert register("run", "tiny") == "models:/tiny/1"  # the same weights are the same version
+    patchloom("models", "promote", "tiny", "2", "--alias", "candidate")
+    assert register("latent_run", "tiny", alias="candidate") == "models:/tiny/2"
+
+
+def test_a_registered_version_loads_through_mlflow(world: Path) -> None:
+    import mlflow
+    import pandas as pd
+
+    model = mlflow.pyfunc.load_model("models:/tiny@champion")
+    answer = model.predict(pd.DataFrame({"seed": [0, 3]}), params={"steps": 3})
+    assert list(answer["seed"]) == [0, 3]
+    assert list(answer["label"]) == [0, 1]
