@@ -19,9 +19,20 @@ from patchloom.platform.tracking.runs import tracking_uri
 
 
 def report(folder: str, out: str) -> Path:
-    """Write the page of a run, a search, a folder of samples or of a demo; returns its path.
+    """Write one HTML page about a run, a search, a folder of samples or a demo.
 
-    Raises UserError for a folder that is none of them.
+    Args:
+        folder: the folder; may be remote.
+        out: the HTML file to write.
+
+    Returns:
+        The path of the page.
+
+    Raises:
+        UserError: the folder is none of these, or `out` is a folder.
+
+    Example:
+        page = patchloom.report("run", "report.html")
     """
     place = local_copy(folder, without_tensors)
     if (place / "demo.json").is_file():

@@ -23,6 +23,7 @@ INPUTS = {
     "describe_model": ("registry",),
     "evaluate": ("samples", "dataset"),
     "inspect": ("dataset",),
+    "list_versions": ("registry",),
     "load_model": ("registry",),
     "open_dataset": ("dataset",),
     "prepare": ("photos",),

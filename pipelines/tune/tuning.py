@@ -87,13 +87,29 @@ def tune(
     gpus: float | None = None,
     register_best: str | None = None,
 ) -> TuneResult:
-    """Run a search into the folder `out`: one run folder and one MLflow child run a trial, and a page of them all.
+    """Compare recipe keys in short runs of equal cost, and write a page with the ranking.
 
-    search: a YAML file or the name of a shipped one. concurrent: trials at once, as many as fit by default.
-    workers: Ray Train workers of each trial; 0 trains in the trial's own process. gpus: a trial's part of one.
-    restore: go on with an interrupted search; finished trials stay, others resume from their checkpoints.
-    register_best: the registry's name for the best trial's model.
-    Raises UserError for a search that does not fit the dataset, or when every trial failed.
+    Each trial is a run folder in `out` and an MLflow run below the search's.
+
+    Args:
+        search: the path of a YAML file, or the name of a shipped search.
+        dataset: a prepared dataset; may be remote.
+        out: the search folder to write.
+        restore: continue a stopped search: finished trials are kept, others resume from their checkpoints.
+        concurrent: trials that run in parallel. By default as many as fit.
+        workers: Ray Train workers per trial; 0 trains in the trial's own process.
+        gpus: GPUs per trial, such as 0.25 for four trials on one GPU. By default 1 if there are GPUs.
+        register_best: register the model of the best trial under this name.
+
+    Returns:
+        The trials, best first, and the recipe of the best trial at full length.
+
+    Raises:
+        UserError: the search does not fit the dataset, the folder has another search in it, or every trial failed.
+
+    Example:
+        result = patchloom.tune("search.yaml", "dataset", "search")
+        print(result.best.patches.p)
     """
     definition, base = load_search(search)
     rows = open_dataset(dataset)

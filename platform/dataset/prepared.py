@@ -163,9 +163,21 @@ def is_dataset(folder: Folder) -> bool:
 
 
 def open_dataset(path: str | Path) -> Dataset:
-    """Open a prepared dataset; a remote one is first copied to this node's cache, once for all its processes.
+    """Open a prepared dataset. A remote one is first copied to this node's cache, once for all processes.
 
-    Raises UserError where it is missing, incomplete or newer than this version.
+    Args:
+        path: the folder of the dataset, or its address.
+
+    Returns:
+        The dataset: `len()`, `.card`, `.rows(indices)` and `.indices(split)`.
+
+    Raises:
+        UserError: it is missing or incomplete, or a newer version of Patchloom wrote it.
+
+    Example:
+        dataset = patchloom.open_dataset("dataset")
+        rows = dataset.rows([0, 1])
+        print(len(dataset), rows["image"].shape)
     """
     folder = Folder.at(path)
     card = _read_card(folder)

@@ -286,7 +286,22 @@ def find_config(name: str) -> Path:
 
 
 def load_recipe(name: str | Path, overrides: Sequence[str] = ()) -> Recipe:
-    """Read a recipe, with `a.b=value` overrides; raises UserError at the path of what is wrong."""
+    """Read a recipe.
+
+    Args:
+        name: the path of a YAML file, or the name of a shipped recipe such as "demo_pixels".
+        overrides: changes, such as ["patches.p=0.25", "train.images=10000"].
+
+    Returns:
+        The recipe, with every default filled in.
+
+    Raises:
+        UserError: there is no such recipe, or a key or value is wrong; the message names its path.
+
+    Example:
+        recipe = patchloom.load_recipe("demo_pixels", ["patches.p=0.25"])
+        print(recipe.patches.p)
+    """
     values = read_yaml(find_config(str(name)))
     if "space" in values:
         raise UserError(f"{name} is a search: run it with `patchloom tune`, or give a recipe")

@@ -206,7 +206,15 @@ def fetch_preview(fetched: FetchedModel, place: Path) -> Path | None:
 
 
 def list_versions(name: str | None = None) -> list[RegisteredVersion]:
-    """Every version of every registered model, or of the model `name`, newest first for each name."""
+    """Every version of every registered model, newest first for each name.
+
+    Args:
+        name: list only the versions of this model.
+
+    Example:
+        for version in patchloom.list_versions("my-model"):
+            print(version.name, version.version, version.aliases, version.tags.get("quality"))
+    """
     client = connect()
     found = []
     for model in _all_of(client.search_registered_models):
