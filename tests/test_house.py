@@ -1,4 +1,4 @@
-"""The house: who may import whom, what must not exist, and files that tools outside read."""
+"""The structure of the repository: which folder imports which, unique names, and files that other tools read."""
 
 import ast
 import copy
@@ -13,7 +13,7 @@ import yaml
 
 ROOT = Path(__file__).parent.parent
 FOLDERS = ("models", "platform", "pipelines", "tune_configs", "benchmarks")
-# each part may import itself and what stands before it; a name without a sub-package is one of the folder's own modules
+# each part may import itself and the parts before it; a part is a sub-package, or a module directly in its folder
 ORDER = (
     "errors",
     "models",
@@ -23,11 +23,11 @@ ORDER = (
     "benchmarks",
 )
 OUTSIDE = {"models": {"ray", "mlflow", "typer", "argparse", "pydantic"}, "platform": {"torch", "diffusers"}}
-TORCH_DISTRIBUTED = "platform/compute"  # workers talk through torch.distributed; no network stands there
+TORCH_DISTRIBUTED = "platform/compute"  # only torch.distributed, which connects workers
 
 
 def imports_of(path: Path) -> set[str]:
-    """Dotted names of everything that a file imports, wherever in it."""
+    """Dotted names of everything that a file imports, at any level of indentation."""
     names: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
@@ -39,7 +39,7 @@ def imports_of(path: Path) -> set[str]:
 
 
 def is_module(name: str) -> bool:
-    """Whether a dotted name is one of our modules, not something in one."""
+    """Whether a dotted name is a module of Patchloom, not a name in a module."""
     path = ROOT / Path(*name.removeprefix("patchloom.").split("."))
     return name.startswith("patchloom.") and (path.with_suffix(".py").is_file() or (path / "__init__.py").is_file())
 
@@ -53,7 +53,7 @@ def module_of(path: Path) -> str:
 def part_of(module: str) -> str:
     """Which entry of ORDER a module belongs to."""
     found = [part for part in ORDER if module == part or module.startswith(f"{part}.")]
-    assert found, f"{module} has no place in ORDER"
+    assert found, f"{module} is not in ORDER"
     return found[0]
 
 
@@ -70,21 +70,21 @@ def own_imports(module: str) -> set[str]:
     return names - {"errors"}
 
 
-def test_imports_point_one_way_at_every_level() -> None:
+def test_imports_follow_the_order_of_parts() -> None:
     for module in SOURCES:
         if module in ("pipelines", "platform"):
             continue
         for name in own_imports(module):
             here, there = ORDER.index(part_of(module)), ORDER.index(part_of(name))
-            assert there <= here, f"{module} imports {name}, which stands above it"
+            assert there <= here, f"{module} imports {name}, which comes later in ORDER"
 
 
 def test_no_two_modules_import_each_other() -> None:
     graph = {module: {name for name in own_imports(module) if name in SOURCES} for module in SOURCES}
-    list(TopologicalSorter(graph).static_order())  # raises CycleError, which names the circle
+    list(TopologicalSorter(graph).static_order())  # raises CycleError with the modules
 
 
-def test_a_package_offers_what_its_modules_define_and_modules_do_not_ask_their_own_package() -> None:
+def test_modules_do_not_import_from_their_own_package() -> None:
     for module, path in SOURCES.items():
         if path.name != "__init__.py":
             package = module.rpartition(".")[0]
@@ -92,7 +92,7 @@ def test_a_package_offers_what_its_modules_define_and_modules_do_not_ask_their_o
 
 
 @pytest.mark.parametrize("folder", ["models", "platform", "pipelines", "benchmarks"])
-def test_folders_import_outside_libraries_only_where_they_belong(folder: str) -> None:
+def test_folder_imports_only_the_libraries_it_may(folder: str) -> None:
     for path in sorted((ROOT / folder).rglob("*.py")):
         for name in imports_of(path):
             first, *rest = name.split(".")
@@ -102,7 +102,7 @@ def test_folders_import_outside_libraries_only_where_they_belong(folder: str) ->
             assert first not in OUTSIDE.get(folder, set()), f"{path.relative_to(ROOT)} imports {name}"
 
 
-def test_the_platform_folder_does_not_shadow_the_standard_library() -> None:
+def test_platform_folder_does_not_shadow_the_standard_library() -> None:
     assert not list(ROOT.rglob("platform/__init__.py"))
     done = subprocess.run(
         [sys.executable, "-c", "import platform; print(platform.system())"], cwd=ROOT, capture_output=True, text=True
@@ -110,10 +110,10 @@ def test_the_platform_folder_does_not_shadow_the_standard_library() -> None:
     assert done.stdout.strip(), done.stderr
 
 
-def test_the_package_is_made_of_relative_links() -> None:
-    for room in FOLDERS:
-        link = ROOT / "patchloom" / room
-        assert link.is_symlink() and str(link.readlink()) == f"../{room}"
+def test_package_consists_of_relative_links() -> None:
+    for folder in FOLDERS:
+        link = ROOT / "patchloom" / folder
+        assert link.is_symlink() and str(link.readlink()) == f"../{folder}"
 
 
 def test_ray_accepts_the_cluster_file() -> None:
@@ -124,17 +124,17 @@ def test_ray_accepts_the_cluster_file() -> None:
     workers = cluster["available_node_types"]["gpu_worker"]
     assert cluster["provider"]["type"] == "aws"
     assert workers["min_workers"] == 0 < workers["max_workers"] <= cluster["max_workers"]
-    assert "min_workers" not in cluster  # Ray drops it there without a word
+    assert "min_workers" not in cluster  # Ray ignores it there
 
 
-def test_the_published_schema_is_the_recipes() -> None:
+def test_published_schema_is_that_of_recipes() -> None:
     from patchloom.platform.recipe import recipe_schema
 
     assert (ROOT / "tune_configs" / "recipe.schema.json").read_text() == recipe_schema()
     assert json.loads(recipe_schema())["additionalProperties"] is False
 
 
-def test_what_was_tested_together_is_within_the_ranges() -> None:
+def test_constraints_are_within_the_ranges_of_the_dependencies() -> None:
     import tomllib
 
     from packaging.requirements import Requirement
@@ -148,7 +148,7 @@ def test_what_was_tested_together_is_within_the_ranges() -> None:
         assert pins[requirement.name] in requirement.specifier, text
 
 
-def test_every_dependency_is_imported_by_the_code() -> None:
+def test_every_dependency_is_imported() -> None:
     import tomllib
 
     from packaging.requirements import Requirement
@@ -156,8 +156,8 @@ def test_every_dependency_is_imported_by_the_code() -> None:
     names = {"pillow": "PIL", "pyyaml": "yaml", "scikit-image": "skimage"}
     used = {
         name.split(".")[0]
-        for room in ("models", "platform", "pipelines")
-        for path in (ROOT / room).rglob("*.py")
+        for folder in ("models", "platform", "pipelines")
+        for path in (ROOT / folder).rglob("*.py")
         for name in imports_of(path)
     }
     for text in tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]:
