@@ -1,8 +1,8 @@
 """Sampling benchmarks: `generate` and one worker of `patchloom sample`, compared with plain loops."""
 
+import contextlib
+import io
 import tempfile
-import time
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,8 +21,9 @@ from patchloom.models.denoiser import build_denoiser
 from patchloom.models.flops import training_flops
 from patchloom.models.generate import Sampling, generate, generate_padded, one_thread
 from patchloom.models.normalisation import pixel_normalisation
-from patchloom.pipelines.sample.shard_sampler import ShardSampler
-from patchloom.platform.compute.cluster import map_on_actors, ray_session
+from patchloom.pipelines.sample.shard_sampler import SampledShard, SeedShard, ShardSampler, ShardSamplerArgument
+from patchloom.platform.compute.cluster import ray_session
+from patchloom.platform.compute.jobs import Job, run_job
 from patchloom.platform.tracking.runs import tracking_uri
 
 CPU = torch.device("cpu")
@@ -122,11 +123,23 @@ def plain_loop(model: Model, count: int, saved: Path | None = None) -> int:
     return count
 
 
-class TimedShardSampler(ShardSampler):
-    """A worker that records when a shard was finished; the driver may get the row much later."""
+class BenchmarkedJob(Job[SeedShard, SampledShard]):
+    """Shards of seeds without classes, sampled into a new folder."""
 
-    def __call__(self, item: dict[str, Any]) -> dict[str, Any]:
-        return super().__call__(item) | {"ended_unix_s": time.time()}
+    title, worker, folder = "sampling", ShardSampler, None
+
+    def __init__(self, model: Path, out: Path, shards: int) -> None:
+        self.total, self.results = SHARD * shards, list[SampledShard]()
+        self.argument = ShardSamplerArgument(
+            str(model), str(out), tracking_uri(), (), SAMPLING, SHARD // 2, "png", None, False
+        )
+
+    def missing(self) -> list[SeedShard]:
+        firsts = range(0, self.total, SHARD)
+        return [SeedShard(f"{first:06d}", dict.fromkeys(range(first, first + SHARD), -1)) for first in firsts]
+
+    def keep(self, unit: SeedShard, result: SampledShard) -> None:
+        self.results.append(result)
 
 
 class SampleWorker:
@@ -138,25 +151,11 @@ class SampleWorker:
         self.cpu_rates: list[float] = []
 
     def __call__(self) -> int:
-        rows = sorted(
-            map_on_actors(TimedShardSampler, self._job(), self._items(), 1, True, lambda made: None), key=_end_of
-        )
-        images = sum(row["images"] for row in rows[1:])
-        self.wall_rates.append(images / (_end_of(rows[-1]) - _end_of(rows[0])))
-        self.cpu_rates.append(images / sum(row["cpu_seconds"] for row in rows[1:]))
-        return int(images)
-
-    def _job(self) -> dict[str, Any]:
-        options = {"format": "png", "shard_size": None, "batch": SHARD // 2, "outpaint": None, **asdict(SAMPLING)}
-        return {"folder": str(self.scratch / f"round-{len(self.wall_rates)}"), "reference": str(self.scratch / "model"),
-                "options": options, "sampling": SAMPLING, "tracking": tracking_uri(), "backbones": []}  # fmt: skip
-
-    def _items(self) -> list[dict[str, Any]]:
-        return [
-            {"name": f"{first:06d}", "seeds": list(range(first, first + SHARD)), "labels": [-1] * SHARD, "known": "[]"}
-            for first in range(0, SHARD * self.shards, SHARD)
-        ]
-
-
-def _end_of(row: dict[str, Any]) -> float:
-    return float(row["ended_unix_s"])
+        job = BenchmarkedJob(self.scratch / "model", self.scratch / f"round-{len(self.wall_rates)}", self.shards)
+        with contextlib.redirect_stdout(io.StringIO()):
+            run_job(job, workers=1)
+        shards = sorted(job.results, key=lambda shard: shard.ended_unix_s)
+        images = sum(shard.images for shard in shards[1:])
+        self.wall_rates.append(images / (shards[-1].ended_unix_s - shards[0].ended_unix_s))
+        self.cpu_rates.append(images / sum(shard.cpu_seconds for shard in shards[1:]))
+        return images

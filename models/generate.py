@@ -1,97 +1,34 @@
 """Generate: seeds in, images out; the image of a seed does not depend on its neighbours."""
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields
-from math import isfinite
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from patchloom.models import samplers
 from patchloom.models.checkpoints import Model
 from patchloom.models.denoiser import halvings_of
 from patchloom.models.guidance import EVERYWHERE, guided, guides_at, keep_centre
 from patchloom.models.noise import LADDERS
 from patchloom.models.normalisation import from_pixels, to_pixels
 from patchloom.models.patches import extended_grid
-from patchloom.models.samplers import (
-    Denoise,
-    Noise,
-    SeededNoise,
-    ancestral,
-    ddim,
-    dpmpp_2m,
-    dpmpp_2m_sde,
-    euler,
-    heun,
-    plms,
-)
+from patchloom.models.samplers import Denoise, Noise, SeededNoise
+from patchloom.models.sampling_options import SAMPLER_NAMES, SamplingOptions
 from patchloom.models.step import one_hot
 
-SAMPLERS: dict[str, Callable[..., Tensor]] = {
-    "heun": heun,
-    "euler": euler,
-    "ddim": ddim,
-    "ancestral": ancestral,
-    "dpmpp-2m": dpmpp_2m,
-    "dpmpp-2m-sde": dpmpp_2m_sde,
-    "plms": plms,
-}
-CANVASES = ("rescale", "extrapolate")
+SAMPLERS: dict[str, Callable[..., Tensor]] = {name: getattr(samplers, name.replace("-", "_")) for name in SAMPLER_NAMES}
 NAMED = 20  # how many classes an error names
 
 
-def option(default: Any, help: str, choices: Collection[str] = (), minimum: float | None = None) -> Any:
-    """A field of a dataclass of options.
-
-    Args:
-        default: the value if none is given.
-        help: one line for the command line and the documentation.
-        choices: the allowed values; empty for any value.
-        minimum: the smallest allowed number.
-    """
-    return field(default=default, metadata={"help": help, "choices": tuple(choices), "minimum": minimum})
-
-
 @dataclass(frozen=True)
-class Sampling:
-    """How noise becomes images. The image of a seed depends on the model, the seed, the label and these options.
-
-    Each option is declared here once. The command line, `patchloom.sample`, `patchloom.Sampler`, the parameters of
-    MLflow's pyfunc and `sampling.json` derive from these fields.
-
-    Raises:
-        ValueError: an option is out of range, or two options contradict each other.
-    """
-
-    sampler: str = option("heun", "Sampler", choices=SAMPLERS)
-    steps: int = option(18, "Number of noise levels; heun evaluates the network 2 x steps - 1 times", minimum=1)
-    ladder: str = option("karras", "Spacing of the noise levels", choices=LADDERS)
-    churn: float = option(0.0, "heun: total noise added during sampling (EDM's S_churn)", minimum=0)
-    churn_between: tuple[float, float] | None = option(None, "Add the noise of --churn only at these noise levels")
-    churn_noise: float = option(1.0, "Scale of the noise of --churn (EDM's S_noise), such as 1.003", minimum=0)
-    guidance: float = option(1.0, "Scale of classifier-free guidance; 1 turns it off")
-    guidance_between: tuple[float, float] | None = option(None, "Guide only at these noise levels")
-    size: tuple[int, int] | None = option(None, "Height and width of the images in pixels; default: the trained size")
-    canvas: str = option(
-        "rescale",
-        "Coordinates at another --size: rescale spans [-1, 1] again (Patch Diffusion, section 4.5), extrapolate "
-        "continues the trained spacing beyond it",
-        choices=CANVASES,
-    )
+class Sampling(SamplingOptions):
+    """How noise becomes images. The image of a seed depends on the model, the seed, the label and these options."""
 
     def __post_init__(self) -> None:
-        for declared in fields(self):
-            _check_option(declared.name, getattr(self, declared.name), declared.metadata)
-        if self.churn and self.sampler != "heun":
-            raise ValueError(f"churn: {self.churn:g} needs the sampler heun, not {self.sampler}; use 0")
-        if not isfinite(self.guidance):
-            raise ValueError(f"guidance: {self.guidance} is not finite; 1 turns guidance off")
-        for name in ("churn_between", "guidance_between"):
-            low, high = getattr(self, name) or EVERYWHERE
-            if not 0 <= low < high:
-                raise ValueError(f"{name}: {low:g}-{high:g} is not a range of noise levels; use LOW-HIGH such as 0.3-5")
+        super().__post_init__()
         self.sigmas()  # raises ValueError if the ladder has fewer steps
 
     def sigmas(self) -> Tensor:
@@ -121,13 +58,6 @@ class Sampling:
 
         self(counted, lambda: torch.zeros(1, 1, 1, 1))
         return count
-
-
-def _check_option(name: str, value: Any, metadata: Mapping[str, Any]) -> None:
-    if metadata["choices"] and value not in metadata["choices"]:
-        raise ValueError(f"{name}: {value} is unknown; choose one of {', '.join(metadata['choices'])}")
-    if metadata["minimum"] is not None and value is not None and not value >= metadata["minimum"]:
-        raise ValueError(f"{name}: {value} is below {metadata['minimum']:g}")
 
 
 def check_fit(sampling: Sampling, card: dict[str, Any]) -> None:

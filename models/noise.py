@@ -6,6 +6,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from patchloom.models.sampling_options import LADDER_NAMES
+
 
 def training_sigmas(luck: Tensor, mean: float = -1.2, std: float = 1.2) -> Tensor:
     """Noise levels with ln(sigma) ~ N(mean, std^2) from standard normals of any shape (EDM, Table 1)."""
@@ -67,13 +69,9 @@ def iddpm_sigmas(
     return _with_zero(u[chosen])
 
 
-LADDERS: dict[str, Callable[..., Tensor]] = {
-    "karras": karras_sigmas,
-    "vp": vp_sigmas,
-    "ve": ve_sigmas,
-    "linear": linear_sigmas,
-    "iddpm": iddpm_sigmas,
-}
+LADDERS: dict[str, Callable[..., Tensor]] = dict(
+    zip(LADDER_NAMES, (karras_sigmas, vp_sigmas, ve_sigmas, linear_sigmas, iddpm_sigmas), strict=True)
+)
 
 
 def _ramp(steps: int) -> Tensor:

@@ -1,60 +1,72 @@
-"""The command `patchloom sample`."""
+"""The command `patchloom sample`. Its options are the fields of `SampleOptions`."""
 
-from dataclasses import asdict
-from typing import Annotated
+import inspect
+from collections.abc import Callable
+from dataclasses import Field, asdict, fields
+from typing import Annotated, Any
 
 import typer
 
 from patchloom.models.backbones import allow_backbones
 from patchloom.pipelines.cli.options import Backbones, Json, ModelReference, messages_to_stderr, print_json
+from patchloom.pipelines.sample.options import SampleOptions, parse_levels, parse_size
+
+# how a pair of numbers is written on the command line
+PAIRS: dict[Any, tuple[str, Callable[[str, str], Any]]] = {
+    tuple[int, int] | None: ("HxW", parse_size),
+    tuple[float, float] | None: ("LOW-HIGH", parse_levels),
+}
 
 
 def sample(
     model: ModelReference,
-    out: Annotated[str, typer.Argument(help="The folder to write, here or at s3://, gs://, ...")],
+    out: Annotated[str, typer.Argument(help="The folder to write: a path, or s3://, gs://, ...")],
     seeds: Annotated[str, typer.Option(help="0-63, or 0,5,9, or a file of seeds")] = "0-63",
-    steps: Annotated[int, typer.Option(min=1, help="Noise levels; Heun takes 2 x steps - 1 evaluations")] = 18,
-    sampler: Annotated[str, typer.Option(help="heun, euler, ddim, ancestral, dpmpp-2m, dpmpp-2m-sde, plms")] = "heun",
-    ladder: Annotated[str, typer.Option(help="Noise levels: karras, vp, ve, linear, iddpm")] = "karras",
-    churn: Annotated[float, typer.Option(min=0, help="heun: EDM's S_churn, noise added over all steps")] = 0.0,
-    churn_between: Annotated[str | None, typer.Option(metavar="LOW-HIGH", help="Noise levels that churn")] = None,
-    churn_noise: Annotated[float, typer.Option(min=0, help="EDM's S_noise, such as 1.003")] = 1.0,
-    guidance: Annotated[float, typer.Option(help="Classifier-free guidance; 1 is none")] = 1.0,
-    guidance_between: Annotated[str | None, typer.Option(metavar="LOW-HIGH", help="Noise levels it acts at")] = None,
-    label: Annotated[str | None, typer.Option(help="A class by name or number; all in turn by default")] = None,
-    labels: Annotated[
-        str | None, typer.Option(help="The class of each seed: .csv, .jsonl or .parquet of seed and label, or .txt")
-    ] = None,
-    size: Annotated[str | None, typer.Option(metavar="HxW", help="Pixels; the trained size by default")] = None,
-    canvas: Annotated[str, typer.Option(help="Other sizes: rescale (again -1..1) or extrapolate (beyond)")] = "rescale",
-    outpaint: Annotated[
-        str | None, typer.Option(metavar="IMAGE", help="Stays in the middle of a larger --size, which is sampled")
-    ] = None,
-    format_: Annotated[str, typer.Option("--format", help="png, zip, webdataset, parquet or npz")] = "png",
-    shard_size: Annotated[
-        int | None, typer.Option(min=1, help="Images an archive (1000), and what a worker makes at a time")
-    ] = None,
-    batch: Annotated[int, typer.Option(min=1, help="Images a compute batch; bytes depend on it")] = 8,
     as_json: Json = False,
     allow_backbone: Backbones = None,
     workers: Annotated[
         int | None,
-        typer.Option(min=0, help="Processes at once; all CPUs or GPUs by default; 0 is this one, without Ray"),
+        typer.Option(min=0, help="Parallel processes; default: all GPUs or CPUs; 0: this process, without Ray"),
     ] = None,
+    **options: Any,
 ) -> None:
     """Sample images in batches."""
-    from patchloom.pipelines.sample.sampling import parse_levels, parse_size
     from patchloom.pipelines.sample.sampling import sample as run
 
     allow_backbones(*allow_backbone or [])
+    given = {declared.name: _parse(declared, options[declared.name]) for declared in fields(SampleOptions)}
     with messages_to_stderr(as_json):
-        result = run(
-            model, out, seeds, steps=steps, sampler=sampler, ladder=ladder, churn=churn,
-            churn_between=parse_levels(churn_between, "--churn-between") if churn_between else None,
-            churn_noise=churn_noise, guidance=guidance,
-            guidance_between=parse_levels(guidance_between, "--guidance-between") if guidance_between else None,
-            label=label, labels=labels, size=parse_size(size) if size else None, canvas=canvas, outpaint=outpaint,
-            format=format_, shard_size=shard_size, batch=batch, workers=workers,
-        )  # fmt: skip
+        result = run(model, out, seeds, workers=workers, **given)
     if as_json:
         print_json(asdict(result))
+
+
+def _parse(declared: "Field[Any]", value: Any) -> Any:
+    if declared.type not in PAIRS or not value:
+        return value
+    return PAIRS[declared.type][1](value, f"--{declared.name.replace('_', '-')}")
+
+
+def _parameter(declared: "Field[Any]") -> inspect.Parameter:
+    """An option of the command line made from a field."""
+    limits, text = declared.metadata, declared.metadata["help"]
+    if limits["choices"]:
+        text += f"; one of {', '.join(limits['choices'])}"
+    kind: Any = str | None if declared.type in PAIRS else declared.type
+    metavar = PAIRS[declared.type][0] if declared.type in PAIRS else None
+    annotation = Annotated[kind, typer.Option(help=text, min=limits["minimum"], metavar=metavar)]
+    return inspect.Parameter(
+        declared.name, inspect.Parameter.KEYWORD_ONLY, default=declared.default, annotation=annotation
+    )
+
+
+def _signature() -> inspect.Signature:
+    """The signature of `sample` with the fields of `SampleOptions` after the seeds, in the place of `**options`."""
+    model, out, seeds, *others, _ = inspect.signature(sample).parameters.values()
+    return inspect.Signature([
+        model, out, seeds, *map(_parameter, fields(SampleOptions)),
+        *(other.replace(kind=inspect.Parameter.KEYWORD_ONLY) for other in others),
+    ])  # fmt: skip
+
+
+sample.__signature__ = _signature()  # type: ignore[attr-defined]  # typer reads the parameters from it

@@ -172,7 +172,7 @@ def _identity(sides: ComparedSets, network: Features, reference: str, theirs: Im
         "quantisation": "uint8",
         "images": ours.kind,
         "n_samples": len(ours),
-        "seeds": seed_ranges([entry["seed"] for entry in ours.entries]) if isinstance(ours, SampleImages) else None,
+        "seeds": seed_ranges([entry.seed for entry in ours.entries]) if isinstance(ours, SampleImages) else None,
         **options,
         **about,
         "kid_subsets": [KID_SUBSETS, min(KID_SUBSET_SIZE, len(ours) // 2)],

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from patchloom.errors import UserError
-from patchloom.pipelines.sample.folder import CARD, read_entries, read_samples
+from patchloom.pipelines.sample.folder import SAMPLING_CARD, read_entries, read_samples, read_sampling_card
 from patchloom.platform.dataset.prepared import CARD as DATASET_CARD
 from patchloom.platform.dataset.prepared import open_dataset
 from patchloom.platform.dataset.readers import npz_images
@@ -71,8 +71,8 @@ class SampleImages(ImageSet):
     def __init__(self, folder: Folder) -> None:
         self.address, self.folder = folder.address, folder
         self.entries = read_entries(folder)
-        self.sampling: dict[str, Any] = folder.read_json(CARD)
-        self.pieces = _pieces([entry["sha256"] for entry in self.entries])
+        self.sampling = read_sampling_card(folder)
+        self.pieces = _pieces([entry.sha256 for entry in self.entries])
         self.fingerprint = _sha256(*(piece.sha256 for piece in self.pieces))
         self.size = self.read(0, 1).shape[1:] if self.entries else (0, 0, 0)
 
@@ -83,7 +83,11 @@ class SampleImages(ImageSet):
     @property
     def about(self) -> dict[str, Any]:
         """The options that they were sampled with, and the model."""
-        return {key: value for key, value in self.sampling.items() if key not in ("format_version", "kind", "lineage")}
+        return {
+            key: value
+            for key, value in self.sampling.to_dict().items()
+            if key not in ("format_version", "kind", "lineage")
+        }
 
     @property
     def beside(self) -> Folder:
@@ -205,7 +209,7 @@ def open_images(address: str) -> ImageSet:
     folder = Folder.at(address)
     if folder.has(DATASET_CARD):
         return DatasetImages(address)
-    if folder.has(CARD):
+    if folder.has(SAMPLING_CARD):
         return SampleImages(folder)
     path = local_path(address)
     if not path.is_dir():

@@ -12,12 +12,11 @@ from patchloom.models.generate import Sampling, default_labels, generate_padded
 from patchloom.pipelines.pages.pictures import save_png, side_by_side
 from patchloom.pipelines.registry.describing import recipe_values, registered_version
 from patchloom.pipelines.registry.quality import TITLES, Evaluation, comparable, differences, evaluations_of
+from patchloom.pipelines.sample.options import SampleOptions
 from patchloom.platform.files.storage import local_path, make_folder
 from patchloom.platform.progress import progress
 from patchloom.platform.tracking.registry import FetchedModel, fetch_model
 from patchloom.platform.tracking.runs import flat_parameters
-
-COMPARISON_BATCH = 8  # the default of `patchloom sample`, so that the images are the same
 
 
 @dataclass(frozen=True)
@@ -131,7 +130,7 @@ def _sample_both(models: tuple[FetchedModel, FetchedModel], place: Path, seeds: 
         for fetched in models:
             model = load_whole_model(fetched.folder)
             labels = default_labels(numbers, model.denoiser.classes)
-            rows.append(generate_padded(model, numbers, labels, COMPARISON_BATCH, Sampling(steps=steps)).numpy())
+            rows.append(generate_padded(model, numbers, labels, SampleOptions.batch, Sampling(steps=steps)).numpy())
             meter.update(meter.done + seeds)
     if rows[0].shape != rows[1].shape:
         sizes = " and ".join(f"{row.shape[-1]}x{row.shape[-2]}" for row in rows)

@@ -1,31 +1,36 @@
 """Pyfunc: a registered model as MLflow's own users load and serve it."""
 
 import base64
-import threading
 from dataclasses import fields
 from typing import Any
 
 import pandas as pd
-import torch
 from mlflow.exceptions import MlflowException
 from mlflow.models.signature import ModelSignature
 from mlflow.pyfunc import PythonModel
 from mlflow.types.schema import AnyType, ColSpec, DataType, ParamSchema, ParamSpec, Schema
 
-from patchloom.models.checkpoints import load_whole_model
-from patchloom.models.generate import Sampling, check_fit, class_number, default_labels, generate_padded, one_thread
 from patchloom.pipelines.pages.pictures import png_bytes
+from patchloom.pipelines.sample.options import SAMPLER_OPTIONS, SampleOptions
+from patchloom.pipelines.sample.sampler import load_model_for_sampling, sample_rows
 from patchloom.platform.tracking.registry import MODEL_FOLDER
 
-COMPUTE_BATCH = 8  # that of `patchloom sample`, so that both give the same bytes
-PAIRS = {"size": DataType.long, "churn_between": DataType.double, "guidance_between": DataType.double}
-SCALARS = {str: DataType.string, int: DataType.long, float: DataType.double}
+PARAMETERS = {
+    declared.name: declared for declared in fields(SampleOptions) if declared.name in SAMPLER_OPTIONS | {"batch"}
+}
+TYPES: dict[Any, DataType] = {str: DataType.string, int: DataType.long, float: DataType.double}
+PAIRS: dict[Any, DataType] = {
+    tuple[int, int] | None: DataType.long,
+    tuple[float, float] | None: DataType.double,
+}
 
 
 def signature() -> ModelSignature:
-    """In: seed and, if wanted, label (a class by name or number). Out: seed, label, png (base64).
+    """The signature of a version.
 
-    Parameters: every option of `Sampling`, pairs as lists of two numbers (none: an empty one), and the compute batch.
+    Inputs are `seed` and, optionally, `label` (a class by name or number). Outputs are `seed`, `label` and `png`
+    (base64). Parameters are the options of the sampler and the compute batch. A pair is a list of two numbers, or an
+    empty list for None.
     """
     return ModelSignature(
         inputs=Schema([ColSpec(DataType.long, "seed"), ColSpec(AnyType(), "label", required=False)]),
@@ -34,19 +39,19 @@ def signature() -> ModelSignature:
             ColSpec(DataType.long, "label"),
             ColSpec(DataType.string, "png"),
         ]),
-        params=ParamSchema([_parameter(field.name, field.default) for field in fields(Sampling)]
-                           + [ParamSpec("batch", DataType.long, COMPUTE_BATCH)]),
+        params=ParamSchema([_parameter(name) for name in PARAMETERS]),
     )  # fmt: skip
 
 
-def _parameter(name: str, default: Any) -> ParamSpec:
-    if name in PAIRS:
-        return ParamSpec(name, PAIRS[name], [], (-1,))
-    return ParamSpec(name, SCALARS[type(default)], default)
+def _parameter(name: str) -> ParamSpec:
+    declared = PARAMETERS[name]
+    if declared.type in PAIRS:
+        return ParamSpec(name, PAIRS[declared.type], [], (-1,))
+    return ParamSpec(name, TYPES[declared.type], declared.default)
 
 
 def input_example(class_names: list[str]) -> tuple[pd.DataFrame, dict[str, Any]]:
-    """Two seeds, of a class each where there are classes, and parameters."""
+    """A table of two seeds, with labels if the model has classes, and parameters."""
     table = pd.DataFrame({"seed": [0, 1]})
     if class_names:
         table["label"] = [class_names[0], class_names[-1]]
@@ -57,49 +62,38 @@ class SamplerModel(PythonModel):
     """Samples images for a table of seeds."""
 
     def load_context(self, context: Any) -> None:
-        """Build the model from its folder, once its checksum was seen to be right; nothing is unpickled."""
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        self.model = load_whole_model(context.artifacts[MODEL_FOLDER], device)
-        self._alone = threading.Lock()  # a server's requests come in threads, and the number of torch's is global
+        """Verify the checksum of the model folder and build the model. Nothing is unpickled."""
+        self.model = load_model_for_sampling(context.artifacts[MODEL_FOLDER])
 
     def predict(self, context: Any, model_input: pd.DataFrame, params: dict[str, Any] | None = None) -> pd.DataFrame:
-        """`seed` (and `label`) columns -> seed, label and the PNG as base64 text, the bytes of `patchloom sample`.
+        """Sample one image per row, with the bytes of `patchloom sample`.
 
-        Raises MlflowException (400 over HTTP) for options that do not fit, or a class that is unknown.
+        Args:
+            context: MLflow's context.
+            model_input: columns `seed` and, optionally, `label`.
+            params: parameters of the signature.
+
+        Returns:
+            Columns `seed`, `label` (class number) and `png` (base64).
+
+        Raises:
+            MlflowException: an option does not fit the model, or a class is unknown (HTTP status 400).
         """
-        options = dict(params or {})
-        batch = int(options.pop("batch", COMPUTE_BATCH))
-        seeds = [int(seed) for seed in model_input["seed"]]
+        columns = model_input.to_dict("list")
+        labels = [None if pd.isna(label) else label for label in columns.get("label", [])]
         try:
-            sampling = Sampling(**{name: _value(name, value) for name, value in options.items()})
-            check_fit(sampling, self.model.card)
-            labels = self._labels(seeds, list(model_input["label"]) if "label" in model_input else [None] * len(seeds))
-            if batch < 1 or any(seed < 0 for seed in seeds):
-                raise ValueError("seeds begin at 0, and the batch at 1")
+            options = SampleOptions(**{name: _value(name, value) for name, value in (params or {}).items()})
+            classes, images = sample_rows(self.model, columns["seed"], labels, options.sampling(), options.batch)
         except ValueError as error:
             raise MlflowException.invalid_parameter_value(str(error)) from None
-        with self._alone, one_thread():
-            images = generate_padded(self.model, seeds, labels, batch, sampling).cpu().numpy()
         pngs = [base64.b64encode(png_bytes(image)).decode() for image in images]
-        return pd.DataFrame({"seed": seeds, "label": labels, "png": pngs})
-
-    def _labels(self, seeds: list[int], given: list[Any]) -> list[int]:
-        """The class number of every seed; in turn where none is given."""
-        names = self.model.card["class_names"]
-        defaults = default_labels(seeds, len(names))
-        labels = [default if pd.isna(label) else label for label, default in zip(given, defaults, strict=True)]
-        # a column of numbers in which some are missing is one of floats
-        whole = [int(label) if isinstance(label, float) and label.is_integer() else label for label in labels]
-        try:
-            return [class_number(label, names) for label in whole]
-        except ValueError as error:
-            raise ValueError(f"a label {error}") from None
+        return pd.DataFrame({"seed": columns["seed"], "label": classes, "png": pngs})
 
 
 def _value(name: str, value: Any) -> Any:
-    """A parameter as `Sampling` takes it: a pair for a list of two, None for an empty one."""
-    if name not in PAIRS:
+    """The value of a parameter as an option: a pair for a list of two numbers, None for an empty list."""
+    if PARAMETERS[name].type not in PAIRS:
         return value
     if len(value) not in (0, 2):
-        raise ValueError(f"{name} is {list(value)}, and two numbers were wanted, or none")
+        raise ValueError(f"{name}: {list(value)} is not a list of two numbers, or an empty list")
     return tuple(value) or None

@@ -1,5 +1,14 @@
-"""Sample: a model and seeds in, a folder of images out."""
+"""Sample: seeds in, images out."""
 
-from patchloom.pipelines.sample.sampling import sample
+from typing import TYPE_CHECKING
 
-__all__ = ["sample"]
+if TYPE_CHECKING:
+    from patchloom.pipelines.sample.sampling import sample as sample
+
+
+def __getattr__(name: str) -> object:  # the command line reads the options without torch
+    if name == "sample":
+        from patchloom.pipelines.sample.sampling import sample
+
+        return sample
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,150 +1,138 @@
-"""Sample folders: what a folder of samples holds, which of its images are whole, and what is written at the end."""
+"""Sample folders: what a folder of samples contains, which of its images are intact, and its final files."""
 
-import contextlib
 import io
-import json
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager
 from itertools import groupby
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from patchloom.errors import UserError
 from patchloom.pipelines.pages.pictures import contact_sheet
 from patchloom.pipelines.sample.formats import join_npz, pixels, read_contents
+from patchloom.platform.compute.jobs import NOTES_FOLDER, WORK_FOLDER, check_empty, check_same
 from patchloom.platform.files.folder import Folder
-from patchloom.platform.files.storage import locked, make_folder, sweep_partial
+from patchloom.platform.records.samples import ManifestEntry, SamplingCard
 
-SAMPLES_FORMAT = 1
-CARD, MANIFEST, SHEET, JOINED = "sampling.json", "manifest.jsonl", "contact_sheet.png", "samples.npz"
-WORK = ".work"
-NOTES = f"{WORK}/notes"  # a file a finished shard: its lines of the manifest
+SAMPLING_CARD, MANIFEST, CONTACT_SHEET, JOINED_NPZ = (
+    "sampling.json", "manifest.jsonl", "contact_sheet.png", "samples.npz",
+)  # fmt: skip
 SHEET_IMAGES = 64
 READERS, ARCHIVE_READERS = 16, 2  # an archive is held in memory while it is verified
 
 
-def held(folder: Folder) -> AbstractContextManager[None]:
-    """Keep other processes of this machine out of a local folder; a remote one has no lock."""
-    if folder.is_remote:
-        return contextlib.nullcontext()
-    return locked(make_folder(folder.path))
+def read_sampling_card(folder: Folder) -> SamplingCard:
+    """The card of a folder of samples; raises UserError if it is damaged or newer than this version."""
+    return SamplingCard.parse(folder.read(SAMPLING_CARD), f"{folder}/{SAMPLING_CARD}")
 
 
-def open_folder(folder: Folder, options: dict[str, Any], lineage: dict[str, Any]) -> None:
-    """Begin a folder with its card, or see that an earlier one says the same; UserError with what differs."""
-    if not folder.has(CARD):
-        if any(not name.startswith(".") for name in folder.files()):
-            raise UserError(f"{folder} is not empty and holds no samples: choose an empty folder")
-        card = {"format_version": SAMPLES_FORMAT, "kind": "samples", **options, "lineage": lineage}
-        folder.write_json(CARD, card)
-        return
-    found = folder.read_json(CARD)
-    differs = [key for key in options if _told(found, key) != _told(options, key)]
-    if differs:
-        what = "; ".join(f"{key} was {_told(found, key)} and is now {_told(options, key)}" for key in differs)
-        raise UserError(f"{folder} holds samples with other options ({what}): choose another folder")
+def write_or_check_card(folder: Folder, card: SamplingCard) -> None:
+    """Write the card into an empty folder, or compare it with the card of an earlier call.
 
+    A model is the same if its weights are, whatever its name.
 
-def _told(card: dict[str, Any], key: str) -> Any:
-    """What counts as the same option: a model is the same by whatever name, if its weights are."""
-    value = card.get(key)
-    return {name: value[name] for name in value if name != "reference"} if key == "model" and value else value
-
-
-def finished(folder: Folder) -> dict[int, dict[str, Any]]:
-    """Manifest lines by seed, of images that are there and whole; the others are made again.
-
-    What a killed call had noted down comes into the manifest, and its notes and half-written files go.
+    Raises:
+        UserError: the folder contains other files, or samples with other options.
     """
-    notes = folder.folder(NOTES).files()
-    lines = [entry for name in notes for entry in _read_lines(folder, f"{NOTES}/{name}")]
-    told = {entry["seed"]: entry for entry in [*_read_lines(folder, MANIFEST), *lines]}
-    whole = _whole(folder, [told[seed] for seed in sorted(told)])
-    if notes or len(whole) < len(told):
-        for name in (SHEET, JOINED):  # they show what is there no more, or not yet all of it
-            folder.remove(name)
-        _write_lines(folder, whole)
-    folder.remove_folder(WORK)
-    if not folder.is_remote:
-        for place in (folder.path, *(path for path in folder.path.iterdir() if path.is_dir())):
-            sweep_partial(place)
-    return {entry["seed"]: entry for entry in whole}
+    if folder.has(SAMPLING_CARD):
+        check_same(folder, "samples", read_sampling_card(folder), card, ignored=("model.reference", "lineage"))
+    else:
+        check_empty(folder, "samples")
+        folder.write_json(SAMPLING_CARD, card.to_dict())
 
 
-def _whole(folder: Folder, entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The lines whose images are what they say, in their order."""
-
-    def verified(some: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        return [entry for entry, content in read_contents(folder, some) if content is not None]
-
-    by_file = [list(lines) for _, lines in groupby(entries, key=lambda entry: entry["file"])]
-    readers = ARCHIVE_READERS if len(by_file) < len(entries) else READERS
-    with ThreadPoolExecutor(readers) as pool:
-        return [entry for some in pool.map(verified, by_file) for entry in some]
-
-
-def _read_lines(folder: Folder, name: str) -> list[dict[str, Any]]:
-    if not folder.has(name):
-        return []
-    try:
-        return [json.loads(line) for line in folder.read(name).splitlines()]
-    except ValueError as error:
-        raise UserError(f"{folder}/{name} has a damaged line ({error}): remove that line or restore the file") from None
-
-
-def read_entries(folder: Folder) -> list[dict[str, Any]]:
-    """The lines of a folder's manifest: seed, label, file and sha256 of every image, in the order of their seeds."""
+def read_entries(folder: Folder) -> list[ManifestEntry]:
+    """The lines of a folder's manifest, in the order of the seeds."""
     return _read_lines(folder, MANIFEST)
 
 
-def _write_lines(folder: Folder, entries: list[dict[str, Any]]) -> None:
-    folder.write(MANIFEST, "".join(json.dumps(entry) + "\n" for entry in entries))
+def _read_lines(folder: Folder, name: str) -> list[ManifestEntry]:
+    lines = folder.read(name).splitlines() if folder.has(name) else []
+    return [ManifestEntry.parse(line, f"{folder}/{name}: line {n}") for n, line in enumerate(lines, 1)]
 
 
-def check_classes(folder: Folder, done: dict[int, dict[str, Any]], classes: dict[int, int]) -> None:
-    """Raise UserError where a seed that is there would be of another class now."""
+def _write_manifest(folder: Folder, entries: list[ManifestEntry]) -> None:
+    folder.write(MANIFEST, "".join(f"{entry.to_json()}\n" for entry in entries))
+
+
+def _noted_entries(folder: Folder, notes: list[str]) -> list[ManifestEntry]:
+    """The lines of the manifest and of the notes, in the order of the seeds; a note replaces an older line."""
+    lines = [*read_entries(folder), *(line for name in notes for line in _read_lines(folder, f"{NOTES_FOLDER}/{name}"))]
+    by_seed = {entry.seed: entry for entry in lines}
+    return [by_seed[seed] for seed in sorted(by_seed)]
+
+
+def intact_entries(folder: Folder) -> dict[int, ManifestEntry]:
+    """The lines of all intact images, by seed.
+
+    The notes of a killed call move into the manifest. Lines of missing or damaged images leave it, so that these
+    images are sampled again.
+    """
+    notes = list(folder.folder(NOTES_FOLDER).files())
+    entries = _noted_entries(folder, notes)
+    intact = _intact(folder, entries)
+    if notes or len(intact) < len(entries):
+        for name in (CONTACT_SHEET, JOINED_NPZ):  # outdated
+            folder.remove(name)
+        _write_manifest(folder, intact)
+    folder.remove_folder(WORK_FOLDER)
+    return {entry.seed: entry for entry in intact}
+
+
+def _intact(folder: Folder, entries: list[ManifestEntry]) -> list[ManifestEntry]:
+    def verified(lines: list[ManifestEntry]) -> list[ManifestEntry]:
+        return [entry for entry, content in read_contents(folder, lines) if content is not None]
+
+    by_file = [list(lines) for _, lines in groupby(entries, key=lambda entry: entry.file)]
+    with ThreadPoolExecutor(ARCHIVE_READERS if len(by_file) < len(entries) else READERS) as pool:
+        return [entry for lines in pool.map(verified, by_file) for entry in lines]
+
+
+def check_classes(folder: Folder, entries: dict[int, ManifestEntry], classes: dict[int, int]) -> None:
+    """Raise UserError if the folder contains one of the seeds with another class."""
     for seed, label in classes.items():
-        if seed in done and done[seed]["label"] != label:
+        if seed in entries and entries[seed].label != label:
             raise UserError(
-                f"{folder} holds seed {seed} of class {done[seed]['label']}, and class {label} is asked for now: "
-                "choose another folder"
+                f"{folder} contains seed {seed} with class {entries[seed].label}, not {label}: choose another folder"
             )
 
 
-def finish(folder: Folder, options: dict[str, Any]) -> int:
-    """Put the notes into the manifest, draw the contact sheet, join what is one array; how many images there are."""
-    notes = folder.folder(NOTES).files()
-    told = {entry["seed"]: entry for entry in _read_lines(folder, MANIFEST)}
-    told |= {entry["seed"]: entry for name in notes for entry in _read_lines(folder, f"{NOTES}/{name}")}
-    entries = [told[seed] for seed in sorted(told)]
-    is_joined = options["format"] == "npz"
-    if notes or not folder.has(SHEET) or (is_joined and not folder.has(JOINED)):
-        if is_joined:
-            join_npz(folder, entries, JOINED)
+def complete_folder(folder: Folder, format: str) -> int:
+    """Move the notes into the manifest and write the final files; returns the number of images in the folder."""
+    notes = list(folder.folder(NOTES_FOLDER).files())
+    entries = _noted_entries(folder, notes)
+    final = [CONTACT_SHEET, *([JOINED_NPZ] if format == "npz" else [])]
+    if notes or not all(folder.has(name) for name in final):
+        if format == "npz":
+            join_npz(folder, entries, JOINED_NPZ)
         _write_sheet(folder, entries)
-        _write_lines(folder, entries)
-        folder.remove_folder(WORK)
+        _write_manifest(folder, entries)
+        folder.remove_folder(WORK_FOLDER)
     return len(entries)
 
 
-def _write_sheet(folder: Folder, entries: list[dict[str, Any]]) -> None:
+def _write_sheet(folder: Folder, entries: list[ManifestEntry]) -> None:
     images = read_samples(folder, entries[:SHEET_IMAGES])
     sheet = io.BytesIO()
     contact_sheet(images, scale=1 if images.shape[-1] >= 64 else 2).save(sheet, format="PNG")
-    folder.write(SHEET, sheet.getvalue())
+    folder.write(CONTACT_SHEET, sheet.getvalue())
 
 
-def read_samples(folder: Folder | Path | str, entries: list[dict[str, Any]]) -> np.ndarray:
-    """(N, C, H, W) uint8 images of manifest lines, in any format; raises UserError at one that was changed."""
+def read_samples(folder: Folder | Path | str, entries: list[ManifestEntry]) -> np.ndarray:
+    """The images of manifest lines, in any format.
+
+    Returns:
+        (N, C, H, W) uint8.
+
+    Raises:
+        UserError: an image is missing or damaged.
+    """
     place = folder if isinstance(folder, Folder) else Folder.at(folder)
     images = []
     for entry, content in read_contents(place, entries):
         if content is None:
             raise UserError(
-                f"seed {entry['seed']} in {place}/{entry['file']} is missing or not what was sampled: run the same "
-                "`patchloom sample` again"
+                f"seed {entry.seed} in {place}/{entry.file} is missing or damaged: run `patchloom sample` again"
             )
         images.append(pixels(content))
     return np.stack(images)

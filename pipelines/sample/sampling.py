@@ -1,257 +1,233 @@
-"""Sample: seeds in, a folder of images out, on Ray Data; a second call does only what is missing."""
+"""Sample: seeds in, a folder of images out. A second call only samples the missing images."""
 
-import hashlib
-import io
-import json
+import inspect
 import time
-from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from itertools import groupby
 from typing import Any
 
-import numpy as np
-from PIL import Image
-
 from patchloom.errors import UserError
 from patchloom.models.backbones import allowed_backbones
 from patchloom.models.checkpoints import verified_card
-from patchloom.models.generate import Sampling, check_fit, one_thread
+from patchloom.models.generate import check_fit, one_thread
 from patchloom.pipelines.pages.pictures import png_bytes
 from patchloom.pipelines.sample.folder import (
+    CONTACT_SHEET,
     MANIFEST,
-    SHEET,
     check_classes,
-    finish,
-    finished,
-    held,
-    open_folder,
-    read_samples,
+    complete_folder,
+    intact_entries,
+    write_or_check_card,
 )
-from patchloom.pipelines.sample.formats import choose_format
-from patchloom.pipelines.sample.seeds import choose_labels, parse_levels, parse_seeds, parse_size
-from patchloom.pipelines.sample.shard_sampler import OUTPAINT, ShardSampler
-from patchloom.platform.compute.cluster import Tally, map_on_actors
+from patchloom.pipelines.sample.formats import FORMATS
+from patchloom.pipelines.sample.options import SampleOptions, option_parameters
+from patchloom.pipelines.sample.outpainting import read_center
+from patchloom.pipelines.sample.seeds import choose_labels, parse_seeds
+from patchloom.pipelines.sample.shard_sampler import (
+    CENTER_IMAGE,
+    SampledShard,
+    SeedShard,
+    ShardSampler,
+    ShardSamplerArgument,
+)
+from patchloom.platform.compute.jobs import Job, run_job
 from patchloom.platform.files.folder import Folder
-from patchloom.platform.progress import Meter, progress, say
+from patchloom.platform.progress import say
+from patchloom.platform.records.samples import (
+    ManifestEntry,
+    ModelLineage,
+    OutpaintedImage,
+    SampledModel,
+    SamplingCard,
+)
 from patchloom.platform.tracking.registry import FetchedModel, fetch_model
 from patchloom.platform.tracking.runs import tracking_uri
 
-__all__ = ["MANIFEST", "SampleResult", "parse_levels", "parse_seeds", "parse_size", "read_samples", "sample"]
-
-ARCHIVE_IMAGES = 1000  # in an archive, unless told otherwise
-PNG_IMAGES, PNG_TASKS = 16, 1000  # of PNG files, a task has at least so many, and there are at most so many tasks
+ARCHIVE_IMAGES = 1000  # per archive, by default
+UNIT_IMAGES, MAX_UNITS = 16, 1000  # of PNG files: the smallest unit of work, and the largest number of units
 
 
 @dataclass(frozen=True)
 class SampleResult:
-    """A finished sample folder, and what this call did for it."""
+    """A finished folder of samples, and what this call did.
+
+    Args:
+        folder: its address.
+        format: the file format.
+        model: reference, sha256 and lineage of the model.
+        images: number of images in the folder.
+        made: number of images that this call sampled.
+        seconds: duration of this call.
+        images_per_second: without the start of the workers.
+        manifest: address of the manifest.
+        contact_sheet: address of the contact sheet.
+    """
 
     folder: str
     format: str
-    model: dict[str, Any]
-    images: int  # in the folder
-    made: int  # by this call
-    seconds: float  # of this call
-    images_per_second: float  # without the start of the workers
+    model: dict[str, str | None]
+    images: int
+    made: int
+    seconds: float
+    images_per_second: float
     manifest: str
     contact_sheet: str
 
 
 def sample(
-    model: str,
-    out: str,
-    seeds: str | list[int] = "0-63",
-    *,
-    steps: int = 18,
-    sampler: str = "heun",
-    ladder: str = "karras",
-    churn: float = 0.0,
-    churn_between: tuple[float, float] | None = None,
-    churn_noise: float = 1.0,
-    guidance: float = 1.0,
-    guidance_between: tuple[float, float] | None = None,
-    label: str | None = None,
-    labels: str | None = None,
-    size: tuple[int, int] | None = None,
-    canvas: str = "rescale",
-    outpaint: str | None = None,
-    format: str = "png",
-    shard_size: int | None = None,
-    batch: int = 8,
-    workers: int | None = None,
+    model: str, out: str, seeds: str | list[int] = "0-63", *, workers: int | None = None, **options: Any
 ) -> SampleResult:
-    """Sample one image a seed into the folder `out`, here or far away, with a manifest and a contact sheet.
+    """Sample one image per seed into a folder, with a manifest and a contact sheet.
 
-    model: models:/NAME@ALIAS, models:/NAME/VERSION, runs:/... or a folder. label: one class for all, by name or
-    number; labels: a file with the class of each seed; all classes in turn by default. size: (height, width) in
-    pixels. outpaint: an image file that stays in the middle of a larger canvas, so that its surroundings are
-    sampled. format: png (a file each), zip, webdataset, parquet or npz. shard_size: images an archive, and what one
-    worker makes at a time. batch: the compute batch; the same batch gives the same bytes for any workers, shards and
-    order. workers: all GPUs or CPUs by default; 0 is this process, without Ray. The other options are those of
-    `Sampling`. Asking for more seeds extends the folder. Raises UserError for an unknown model or class, options that
-    do not fit the model, or a folder sampled with other options.
+    A second call samples the images that are missing; a call with more seeds extends the folder. The bytes of an
+    image depend on the model, the seed, the label, the options and `batch`, not on workers or interruptions.
+
+    Args:
+        model: `models:/NAME@ALIAS`, `models:/NAME/VERSION`, `runs:/ID/model` or a folder.
+        out: the folder to write: a path, or s3://, gs://, ...
+        seeds: "0-63", "0,5,9", a file with one seed per line, or a list of numbers.
+        steps: number of noise levels. Default: 18.
+        sampler: heun, euler, ddim, ancestral, dpmpp-2m, dpmpp-2m-sde or plms. Default: heun.
+        ladder: spacing of the noise levels: karras, vp, ve, linear or iddpm. Default: karras.
+        churn: heun: total noise added during sampling (EDM's S_churn). Default: 0.
+        churn_between: (low, high) noise levels at which noise is added. Default: all.
+        churn_noise: scale of that noise (EDM's S_noise). Default: 1.
+        guidance: scale of classifier-free guidance; 1 turns it off. Default: 1.
+        guidance_between: (low, high) noise levels that are guided. Default: all.
+        label: one class for all seeds, by name or number. Default: all classes take turns.
+        labels: a file with the class of each seed: .csv, .jsonl or .parquet with columns seed and label, or .txt.
+        size: (height, width) in pixels. Default: the trained size.
+        canvas: coordinates at another size: rescale or extrapolate. Default: rescale.
+        outpaint: an image file that fills the center of a larger size.
+        format: png, zip, webdataset, parquet or npz. Default: png.
+        shard_size: images per archive, and per unit of work. Default: 1000 per archive.
+        batch: images per network batch. Default: 8.
+        workers: parallel processes. None: all GPUs or CPUs. 0: this process, without Ray.
+
+    Returns:
+        The folder and what this call did.
+
+    Raises:
+        UserError: the model or a class is unknown, the options do not fit the model, or the folder contains
+            something else.
+
+    Example:
+        result = patchloom.sample("models:/my-model@champion", "samples", seeds="0-7", steps=2)
+        print(result.contact_sheet)
     """
     began = time.monotonic()
-    wanted = parse_seeds(seeds) if isinstance(seeds, str) else sorted(set(seeds))
-    for option, number in (("--batch", batch), ("--shard-size", 1 if shard_size is None else shard_size)):
-        if number < 1:
-            raise UserError(f"{option} {number} is below 1")
-    is_archive = choose_format(format).pack is not None
-    fetched = fetch_model(model)
-    card = verified_card(fetched.folder)
-    classes, chosen = choose_labels(wanted, card["class_names"], label, labels)
     try:
-        sampling = Sampling(
-            sampler, steps, ladder, churn, churn_between, churn_noise, guidance, guidance_between, size, canvas
-        )
-        check_fit(sampling, card)
+        chosen = SampleOptions(**options)
+        job = SampleJob(model, Folder.at(out), seeds, chosen)
     except ValueError as error:
         raise UserError(str(error)) from None
-    reference = None if outpaint is None else _reference(outpaint, sampling, card)
-    options = {
-        "model": _model(fetched, card),
-        **asdict(sampling),
-        "network_evaluations": sampling.network_evaluations,
-        **chosen,
-        "outpaint": None if reference is None else {"sha256": reference[1]},
-        "format": format,
-        "shard_size": (shard_size or ARCHIVE_IMAGES) if is_archive else None,
-        "batch": batch,
-        "threads": 1,
-    }
-    options = json.loads(json.dumps(options))  # as they will be read again: lists for tuples
-    folder = Folder.at(out)
-    job = {"folder": folder.address, "reference": fetched.reference, "options": options, "sampling": sampling}
-    with held(folder), progress("sampling", len(wanted), "images") as meter:
-        open_folder(folder, options, _lineage(fetched))
-        if reference is not None:
-            folder.write(OUTPAINT, png_bytes(reference[0]))
-        made = _fill(folder, job, classes, shard_size, workers, meter)
-        images = finish(folder, options)
-    say(f"  {images} images and {SHEET} in {folder}")
+    result = run_job(job, workers)
+    say(f"  {job.images} images and {CONTACT_SHEET} in {job.folder}")
     return SampleResult(
-        str(folder), format, options["model"] | _lineage(fetched), images, made, time.monotonic() - began,
-        meter.rate, f"{folder}/{MANIFEST}", f"{folder}/{SHEET}",
-    )  # fmt: skip
+        folder=str(job.folder),
+        format=chosen.format,
+        model=job.card.model.to_dict() | job.card.lineage.to_dict(),
+        images=job.images,
+        made=result.images,
+        seconds=time.monotonic() - began,
+        images_per_second=result.images_per_second,
+        manifest=f"{job.folder}/{MANIFEST}",
+        contact_sheet=f"{job.folder}/{CONTACT_SHEET}",
+    )
 
 
-def _fill(
-    folder: Folder,
-    job: dict[str, Any],
-    classes: dict[int, int],
-    shard_size: int | None,
-    workers: int | None,
-    meter: Meter,
-) -> int:
-    """Sample what is missing of the seeds in `classes`; how many that were."""
-    done = finished(folder)
-    check_classes(folder, done, classes)
-    todo = [seed for seed in classes if seed not in done]
-    if job["options"]["shard_size"]:
-        shards = _archives(todo, classes, done, job["options"]["shard_size"])
-    else:
-        shards = _tasks(todo, classes, shard_size or _task_size(len(todo), job["options"]["batch"]))
-    meter.begin(len(classes) - len(todo))
-    _run(job, shards, len(todo), workers, meter)
-    return len(todo)
+_model, _out, _seeds, _workers, _ = inspect.signature(sample).parameters.values()
+sample.__signature__ = inspect.Signature(  # type: ignore[attr-defined]  # help() shows the options
+    [_model, _out, _seeds, *option_parameters(), _workers], return_annotation=SampleResult
+)
 
 
-def _run(job: dict[str, Any], shards: list[dict[str, Any]], count: int, workers: int | None, meter: Meter) -> None:
-    """Sample the shards, `count` images in all, on workers, or without Ray in this process."""
-    before = meter.done
+class SampleJob(Job[SeedShard, SampledShard]):
+    """The job of `sample`: its units are shards of seeds."""
 
-    def watch(made: int) -> None:
-        meter.update(before + made)
+    title = "sampling"
+    worker = ShardSampler
+    folder: Folder
 
-    job |= {"tracking": tracking_uri(), "backbones": allowed_backbones()}
-    if workers == 0:
-        _run_here(job, shards, watch)
-    else:
-        for _ in map_on_actors(ShardSampler, job, shards, workers, on_gpus=True, watch=watch):
-            pass
-    watch(count)
+    def __init__(self, model: str, folder: Folder, seeds: str | list[int], options: SampleOptions) -> None:
+        """Check the options against the model; raises UserError or ValueError if they do not fit."""
+        wanted = parse_seeds(seeds) if isinstance(seeds, str) else sorted(set(seeds))
+        fetched, sampling = fetch_model(model), options.sampling()
+        card = verified_card(fetched.folder)
+        self.classes, labels, label = choose_labels(wanted, card["class_names"], options.label, options.labels)
+        check_fit(sampling, card)
+        self.center, center_sha256 = None, None
+        if options.outpaint is not None:
+            downscale = card.get("autoencoder", {}).get("downscale", 1)
+            is_grey = card["space"]["kind"] == "pixels" and card["denoiser"]["channels"] == 1
+            self.center, center_sha256 = read_center(options.outpaint, options.size, downscale, is_grey)
+        is_archive = FORMATS[options.format].pack is not None
+        self.folder, self.total, self.images, self.shard_size = folder, len(self.classes), 0, options.shard_size
+        self.card = SamplingCard(
+            format_version=SamplingCard.FORMAT,
+            kind="samples",
+            model=_sampled_model(fetched, card),
+            **asdict(sampling),
+            network_evaluations=sampling.network_evaluations,
+            labels=labels,
+            label=label,
+            outpaint=OutpaintedImage(sha256=center_sha256) if center_sha256 else None,
+            format=options.format,
+            shard_size=(options.shard_size or ARCHIVE_IMAGES) if is_archive else None,
+            batch=options.batch,
+            threads=1,
+            lineage=ModelLineage(run_id=fetched.run_id, name=fetched.name, version=fetched.version),
+        )
+        self.argument = ShardSamplerArgument(
+            fetched.reference, folder.address, tracking_uri(), tuple(allowed_backbones()), sampling, options.batch,
+            options.format, self.card.shard_size, self.center is not None,
+        )  # fmt: skip
 
+    def start(self) -> bool:
+        """Write `sampling.json` and the image of the center."""
+        write_or_check_card(self.folder, self.card)
+        if self.center is not None:
+            self.folder.write(CENTER_IMAGE, png_bytes(self.center))
+        return True
 
-def _run_here(job: dict[str, Any], shards: list[dict[str, Any]], watch: Callable[[int], None]) -> None:
-    if not shards:
-        return
-    tally = Tally()
+    def missing(self) -> list[SeedShard]:
+        """Shards of the seeds that have no intact image."""
+        entries = intact_entries(self.folder)
+        check_classes(self.folder, entries, self.classes)
+        todo = [seed for seed in self.classes if seed not in entries]
+        if self.card.shard_size:
+            return self._archives(todo, entries, self.card.shard_size)
+        size = self.shard_size or _unit_size(len(todo), self.card.batch)
+        return [self._shard(todo[at], todo[at : at + size]) for at in range(0, len(todo), size)]
 
-    def count(name: str, done: int) -> None:
-        tally.count(name, done)
-        watch(tally.total())
+    def _archives(self, todo: list[int], entries: dict[int, ManifestEntry], size: int) -> list[SeedShard]:
+        """An archive has a fixed range of seeds. One that is extended keeps its images."""
+        existing = {n: tuple(lines) for n, lines in groupby(entries.values(), key=lambda entry: entry.seed // size)}
+        return [
+            self._shard(number, list(seeds), existing.get(number, ()))
+            for number, seeds in groupby(todo, key=lambda seed: seed // size)
+        ]
 
-    with one_thread():
-        sampler = ShardSampler(job)
-        sampler.count = count
-        for shard in shards:
-            sampler(shard)
+    def _shard(self, number: int, seeds: list[int], existing: tuple[ManifestEntry, ...] = ()) -> SeedShard:
+        return SeedShard(f"{number:06d}", {seed: self.classes[seed] for seed in seeds}, existing)
 
+    def in_process(self) -> AbstractContextManager[None]:
+        """One thread: their number changes the last bits of an image."""
+        return one_thread()
 
-def _model(fetched: FetchedModel, card: dict[str, Any]) -> dict[str, Any]:
-    model = {"reference": fetched.reference, "weights_sha256": card["weights_sha256"]}
-    if "autoencoder" in card:
-        model["autoencoder_sha256"] = card["autoencoder"].get("weights_sha256")
-    return model
-
-
-def _lineage(fetched: FetchedModel) -> dict[str, str | None]:
-    return {"run_id": fetched.run_id, "name": fetched.name, "version": fetched.version}
-
-
-def _reference(address: str, sampling: Sampling, card: dict[str, Any]) -> tuple[np.ndarray, str]:
-    """The (C, H, W) uint8 image that stays in the middle, once it is known to fit there, and its file's sha256."""
-    if sampling.size is None:
-        raise UserError("--outpaint keeps an image in the middle of a larger canvas: give its --size HxW too")
-    image, sha256 = _read_image(address, card["space"]["kind"] == "pixels" and card["denoiser"]["channels"] == 1)
-    height, width = image.shape[1:]
-    downscale = card.get("autoencoder", {}).get("downscale", 1)
-    for inner, outer in ((height, sampling.size[0]), (width, sampling.size[1])):
-        if inner > outer or (outer - inner) % (2 * downscale) or inner % downscale:
-            raise UserError(
-                f"--outpaint {address} has {height}x{width} pixels, which cannot stand in the middle of "
-                f"{sampling.size[0]}x{sampling.size[1]}: both margins must be multiples of {downscale} pixels"
-            )
-    return image, sha256
-
-
-def _read_image(address: str, is_grey: bool) -> tuple[np.ndarray, str]:
-    folder, name = Folder.of_file(address)
-    if not folder.has(name):
-        raise UserError(f"--outpaint {address} is not a file: give an image")
-    content = folder.read(name)
-    try:
-        with Image.open(io.BytesIO(content)) as image:
-            found = np.asarray(image.convert("L" if is_grey else "RGB"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"--outpaint {address} is not an image that can be read ({error})") from None
-    return found[None] if is_grey else found.transpose(2, 0, 1), hashlib.sha256(content).hexdigest()
-
-
-def _task_size(count: int, batch: int) -> int:
-    """PNG files a task: whole batches, few enough for all workers to have some, many enough to be worth the way."""
-    least = -(-PNG_IMAGES // batch)
-    return batch * max(least, min(count // (PNG_TASKS * batch), 1000 // batch))
-
-
-def _tasks(todo: list[int], classes: dict[int, int], size: int) -> list[dict[str, Any]]:
-    """Files of their own need no fixed places: what is missing is dealt out in its order."""
-    return [
-        _shard(f"{some[0]:06d}", some, classes, [])
-        for some in (todo[at : at + size] for at in range(0, len(todo), size))
-    ]
+    def finish(self) -> None:
+        """Complete the manifest and draw the contact sheet."""
+        self.images = complete_folder(self.folder, self.card.format)
 
 
-def _archives(
-    todo: list[int], classes: dict[int, int], done: dict[int, dict[str, Any]], size: int
-) -> list[dict[str, Any]]:
-    """An archive holds a fixed range of seeds; one that is extended takes over what it holds."""
-    there = {number: list(lines) for number, lines in groupby(done.values(), key=lambda entry: entry["seed"] // size)}
-    return [
-        _shard(f"{number:06d}", list(some), classes, there.get(number, []))
-        for number, some in groupby(todo, key=lambda seed: seed // size)
-    ]
+def _sampled_model(fetched: FetchedModel, card: dict[str, Any]) -> SampledModel:
+    autoencoder = card.get("autoencoder")
+    sha256 = {"autoencoder_sha256": autoencoder.get("weights_sha256")} if autoencoder else {}
+    return SampledModel(reference=fetched.reference, weights_sha256=card["weights_sha256"], **sha256)
 
 
-def _shard(name: str, seeds: list[int], classes: dict[int, int], known: list[dict[str, Any]]) -> dict[str, Any]:
-    return {"name": name, "seeds": seeds, "labels": [classes[seed] for seed in seeds], "known": json.dumps(known)}
+def _unit_size(count: int, batch: int) -> int:
+    """PNG files per unit: whole batches, enough units for all workers, and not too many units."""
+    least = -(-UNIT_IMAGES // batch)
+    return batch * max(least, min(count // (MAX_UNITS * batch), 1000 // batch))

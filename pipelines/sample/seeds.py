@@ -1,8 +1,7 @@
-"""Seeds: which images are asked for, which class each one is of, and the sizes and levels that options name."""
+"""Seeds: which images are sampled, and which class each one has."""
 
-import re
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from patchloom.errors import UserError
 from patchloom.models.generate import class_number, default_labels
@@ -10,11 +9,11 @@ from patchloom.platform.dataset.labels import read_labels
 from patchloom.platform.files.folder import Folder
 
 SEED_COLUMNS = ("seed", "key")
-NAMED = 5  # how many seeds an error names
+SEEDS_IN_ERROR = 5
 
 
 def parse_seeds(text: str) -> list[int]:
-    """`0-63`, `0,5,9`, both mixed, or a file with one seed a line; sorted, without repeats."""
+    """`0-63`, `0,5,9`, a mix of both, or a file with one seed per line; sorted, without duplicates."""
     path = Path(text)
     parts = path.read_text().split() if path.is_file() else text.split(",")
     seeds: set[int] = set()
@@ -24,67 +23,61 @@ def parse_seeds(text: str) -> list[int]:
             raise UserError(f"--seeds {text}: {part!r} is not a seed; write 0-63, 0,5,9 or a file of seeds")
         seeds.update(range(int(first), int(last) + 1) if dash else [int(first)])
     if not seeds:
-        raise UserError(f"--seeds {text} names no seed: write 0-63, 0,5,9 or a file of seeds")
+        raise UserError(f"--seeds {text}: contains no seed; write 0-63, 0,5,9 or a file of seeds")
     if max(seeds) >= 2**63:
         raise UserError(f"--seeds {text}: {max(seeds)} is too large; seeds are below 2^63")
     return sorted(seeds)
 
 
-def parse_size(text: str) -> tuple[int, int]:
-    """`96x128` -> (96, 128), height first."""
-    match = re.fullmatch(r"(\d+)x(\d+)", text.lower())
-    if not match:
-        raise UserError(f"--size {text} is not of the form HxW, such as 96x128")
-    return int(match[1]), int(match[2])
-
-
-def parse_levels(text: str, option: str) -> tuple[float, float]:
-    """`0.3-5` -> (0.3, 5.0), two noise levels."""
-    low, _, high = text.partition("-")
-    try:
-        return float(low), float(high)
-    except ValueError:
-        raise UserError(f"{option} {text} is not of the form LOW-HIGH, such as 0.3-5") from None
-
-
 def choose_labels(
-    seeds: list[int], class_names: list[str], label: str | None, labels: str | None
-) -> tuple[dict[int, int], dict[str, Any]]:
-    """The class number of every seed (-1 for none), and how they were chosen, as `sampling.json` says it.
+    seeds: list[int], class_names: Sequence[str], label: str | None, labels: str | None
+) -> tuple[dict[int, int], str, int | None]:
+    """Choose the class of every seed.
 
-    label: one class for all, by name or number. labels: a file with the class of each seed. Neither: all classes
-    in turn. Raises UserError for a class that the model does not know, or a seed without one.
+    Args:
+        seeds: the seeds.
+        class_names: the classes of the model.
+        label: one class for all seeds, by name or number.
+        labels: a file with the class of each seed. Without `label` and `labels`, all classes take turns.
+
+    Returns:
+        The class number of every seed (-1: none), and the `labels` and `label` of `sampling.json`.
+
+    Raises:
+        UserError: the model does not know a class, or a seed has none in the file.
     """
     if label is not None and labels is not None:
-        raise UserError("--label is one class for all seeds and --labels a file of classes: give one of them")
+        raise UserError(f"--label {label} and --labels {labels} exclude each other: give one of them")
     if labels is not None:
-        return _labels_of_file(seeds, class_names, labels), {"labels": "file", "label": None}
+        return _labels_of_file(seeds, class_names, labels), "file", None
     if label is not None:
-        number = _known(label, class_names, f"--label {label}")
-        return dict.fromkeys(seeds, number), {"labels": "fixed", "label": number}
-    return dict(zip(seeds, default_labels(seeds, len(class_names)), strict=True)), {"labels": "balanced", "label": None}
+        number = _class_number(label, class_names, f"--label {label}")
+        return dict.fromkeys(seeds, number), "fixed", number
+    return dict(zip(seeds, default_labels(seeds, len(class_names)), strict=True)), "balanced", None
 
 
-def _labels_of_file(seeds: list[int], class_names: list[str], address: str) -> dict[int, int]:
-    """By a table's columns `seed` and `label`, or, in a `.txt`, by the line: the first is seed 0's."""
-    told: dict[str, Any] = {}
+def _labels_of_file(seeds: list[int], class_names: Sequence[str], address: str) -> dict[int, int]:
+    """The classes in a table with columns `seed` and `label`, or in a `.txt` whose first line is seed 0."""
+    found: dict[str, int | str | None]
     if address.endswith(".txt"):
         folder, name = Folder.of_file(address)
         if not folder.has(name):
-            raise UserError(f"--labels {address} does not exist: give a file of labels")
-        told = {str(seed): line.strip() for seed, line in enumerate(folder.read(name).decode().splitlines())}
+            raise UserError(f"--labels {address}: there is no such file")
+        found = {str(seed): line.strip() for seed, line in enumerate(folder.read(name).decode().splitlines())}
     else:
-        told = read_labels(address, SEED_COLUMNS).of
-    missing = [str(seed) for seed in seeds if str(seed) not in told]
+        found = dict(read_labels(address, SEED_COLUMNS).of)
+    missing = [str(seed) for seed in seeds if str(seed) not in found]
     if missing:
-        named = ", ".join(missing[:NAMED]) + (", ..." if len(missing) > NAMED else "")
-        raise UserError(f"--labels {address} has no label for {len(missing)} of the seeds ({named}): add them")
-    numbers = {label: _known(label, class_names, f"--labels {address}: {label}") for label in set(told.values())}
-    return {seed: numbers[told[str(seed)]] for seed in seeds}
+        named = ", ".join(missing[:SEEDS_IN_ERROR]) + (", ..." if len(missing) > SEEDS_IN_ERROR else "")
+        raise UserError(f"--labels {address}: {len(missing)} of the seeds have no label ({named}): add them")
+    numbers = {
+        label: _class_number(label, class_names, f"--labels {address}: {label}") for label in set(found.values())
+    }
+    return {seed: numbers[found[str(seed)]] for seed in seeds}
 
 
-def _known(label: int | str | None, class_names: list[str], what: str) -> int:
+def _class_number(label: int | str | None, class_names: Sequence[str], option: str) -> int:
     try:
-        return class_number(label, class_names)
+        return class_number(label, list(class_names))
     except ValueError as error:
-        raise UserError(f"{what} {error}") from None
+        raise UserError(f"{option} {error}") from None

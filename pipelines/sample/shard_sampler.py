@@ -1,104 +1,142 @@
-"""Sampling one shard of seeds: what a worker does with it, the network beside the writing, and its note last."""
+"""Shard sampler: the worker of `patchloom sample`. It samples the seeds of one shard and writes their files."""
 
-import json
 import os
 import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
+import torch
 
 from patchloom.models.backbones import allow_backbones
-from patchloom.models.checkpoints import load_whole_model
-from patchloom.models.generate import generate_padded
+from patchloom.models.generate import Sampling, generate_padded
 from patchloom.pipelines.pages.pictures import png_pixels
-from patchloom.pipelines.sample.folder import NOTES
-from patchloom.pipelines.sample.formats import FORMATS, Picture, digest, read_contents
-from patchloom.platform.compute.cluster import begin_work
+from patchloom.pipelines.sample.formats import FORMATS, EncodedImage, content_sha256, read_contents
+from patchloom.pipelines.sample.sampler import load_model_for_sampling
+from patchloom.platform.compute.jobs import NOTES_FOLDER
 from patchloom.platform.files.folder import Folder
-from patchloom.platform.tracking.registry import fetch_model
+from patchloom.platform.records.samples import ManifestEntry
 from patchloom.platform.tracking.runs import tracking_uri
 
-OUTPAINT = "outpaint.png"
-REMOTE_WRITERS = 16  # a store answers slowly, and many at once
+CENTER_IMAGE = "outpaint.png"
+REMOTE_WRITERS = 16  # hides the latency of a store
+
+
+@dataclass(frozen=True)
+class SeedShard:
+    """Seeds that one worker samples together.
+
+    Args:
+        name: the name of its note.
+        labels: class number of each missing seed.
+        existing: lines of intact images in the archive, which the new archive keeps.
+    """
+
+    name: str
+    labels: dict[int, int]
+    existing: tuple[ManifestEntry, ...] = ()
+
+    @property
+    def size(self) -> int:
+        """The number of images to sample."""
+        return len(self.labels)
+
+
+@dataclass(frozen=True)
+class ShardSamplerArgument:
+    """What a worker needs to sample shards. `model`, `folder` and `tracking` are addresses that work on any node."""
+
+    model: str
+    folder: str
+    tracking: str
+    backbones: tuple[str, ...]
+    sampling: Sampling
+    batch: int
+    format: str
+    shard_size: int | None
+    has_center: bool
+
+
+@dataclass(frozen=True)
+class SampledShard:
+    """How many images were sampled, the CPU time of the process for them, and when they were finished."""
+
+    images: int
+    cpu_seconds: float
+    ended_unix_s: float
 
 
 class ShardSampler:
-    """Holds a model and samples shards of seeds into a folder, one image or one archive whole after the other."""
+    """Loads a model once, and samples shards of seeds into a folder."""
 
-    def __init__(self, job: dict[str, Any]) -> None:
-        begin_work()
-        import torch
-
-        torch.set_num_threads(1)  # as in `one_thread`, for as long as this process lives
-        if tracking_uri() != job["tracking"]:  # another working directory
-            os.environ["MLFLOW_TRACKING_URI"] = job["tracking"]
-        allow_backbones(*job["backbones"])
-        self.folder, self.options, self.sampling = Folder(job["folder"]), job["options"], job["sampling"]
-        self.format, self.shard_size = FORMATS[self.options["format"]], self.options["shard_size"]
-        self.count: Callable[[str, int], Any] | None = job["tally"].count.remote if "tally" in job else None
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        self.model = load_whole_model(fetch_model(job["reference"]).folder, device)
-        self.outpaint = None
-        if self.options["outpaint"]:
-            self.outpaint = torch.from_numpy(png_pixels(self.folder.read(OUTPAINT)).copy())
-        local = 1 if device == "cpu" else max(1, (os.cpu_count() or 1) // 2)
+    def __init__(self, argument: ShardSamplerArgument) -> None:
+        torch.set_num_threads(1)  # another number changes the order of sums, and so the last bit of an image
+        if tracking_uri() != argument.tracking:  # the worker may have another working directory
+            os.environ["MLFLOW_TRACKING_URI"] = argument.tracking
+        allow_backbones(*argument.backbones)
+        self.argument, self.folder = argument, Folder(argument.folder)
+        self.format = FORMATS[argument.format]
+        self.model = load_model_for_sampling(argument.model)
+        self.center = None
+        if argument.has_center:
+            self.center = torch.from_numpy(png_pixels(self.folder.read(CENTER_IMAGE)).copy())
+        on_cpu = next(self.model.denoiser.parameters()).device.type == "cpu"
+        local = 1 if on_cpu else max(1, (os.cpu_count() or 1) // 2)
         self.writers = ThreadPoolExecutor(REMOTE_WRITERS if self.folder.is_remote else local, "writer")
 
-    def __call__(self, item: dict[str, Any]) -> dict[str, Any]:
-        """Sample shard `item["name"]`: the images of its seeds, then the note that says it is finished."""
+    def __call__(self, shard: SeedShard, report: Callable[[int], None]) -> SampledShard:
+        """Sample and write the images of a shard, then its note."""
         began = time.process_time()
-        seeds, labels = [int(seed) for seed in item["seeds"]], [int(label) for label in item["labels"]]
-        pictures = self._kept(json.loads(item["known"]))
-        todo = [pair for pair in zip(seeds, labels, strict=True) if pair[0] not in pictures]
-        batch, pending = self.options["batch"], deque[Future[Picture]]()
+        images = self._existing(shard)
+        todo = [seed for seed in shard.labels if seed not in images]
+        batch, pending = self.argument.batch, deque[Future[EncodedImage]]()
         for start in range(0, len(todo), batch):
-            some, their = (list(column) for column in zip(*todo[start : start + batch], strict=True))
-            images = generate_padded(self.model, some, their, batch, self.sampling, self.outpaint).cpu().numpy()
-            pending.extend(map(lambda *one: self.writers.submit(self._keep, *one), some, their, images))
-            while len(pending) > 4 * batch:  # a slow disk holds the network up, before memory runs out
-                self._take(pending, pictures)
-            if self.count is not None:
-                self.count(item["name"], start + len(some))
+            seeds = todo[start : start + batch]
+            labels = [shard.labels[seed] for seed in seeds]
+            sampled = generate_padded(self.model, seeds, labels, batch, self.argument.sampling, self.center)
+            for seed, label, image in zip(seeds, labels, sampled.cpu().numpy(), strict=True):
+                pending.append(self.writers.submit(self._encode, seed, label, image))
+            while len(pending) > 4 * batch:  # wait for a slow disk before memory fills up
+                self._collect(pending, images)
+            report(start + len(seeds))
         while pending:
-            self._take(pending, pictures)
-        self._finish(item["name"], [pictures[seed] for seed in sorted(pictures)])
-        return {"name": item["name"], "images": len(todo), "cpu_seconds": time.process_time() - began}
+            self._collect(pending, images)
+        self._write(shard.name, [images[seed] for seed in sorted(images)])
+        return SampledShard(len(todo), time.process_time() - began, time.time())
 
-    def _kept(self, known: list[dict[str, Any]]) -> dict[int, Picture]:
-        """What an archive that is extended holds already."""
-        found = read_contents(self.folder, known)
+    def _existing(self, shard: SeedShard) -> dict[int, EncodedImage]:
+        """The intact images of an archive that is extended."""
         return {
-            entry["seed"]: Picture(entry["seed"], entry["label"], content)
-            for entry, content in found
+            entry.seed: EncodedImage(entry.seed, entry.label, content)
+            for entry, content in read_contents(self.folder, shard.existing)
             if content is not None
         }
 
-    def _keep(self, seed: int, label: int, image: np.ndarray) -> Picture:
-        """An image as its format keeps it, written where it is a file of its own."""
-        picture = Picture(seed, label, self.format.encode(image))
-        if self.format.pack is None:  # not synced: the manifest's checksum finds what a power cut spoilt
-            self.folder.write(self.format.file_of(seed, self.shard_size), picture.content, sync=False)
-        return picture
+    def _encode(self, seed: int, label: int, image: np.ndarray) -> EncodedImage:
+        """Encode an image, and write it if it is a file of its own."""
+        encoded = EncodedImage(seed, label, self.format.encode(image))
+        if self.format.pack is None:  # not synced to disk: the sha256 in the manifest reveals a lost write
+            self.folder.write(self.format.file_of(seed), encoded.content, sync=False)
+        return encoded
 
     @staticmethod
-    def _take(pending: "deque[Future[Picture]]", pictures: dict[int, Picture]) -> None:
-        picture = pending.popleft().result()
-        pictures[picture.seed] = picture
+    def _collect(pending: "deque[Future[EncodedImage]]", images: dict[int, EncodedImage]) -> None:
+        image = pending.popleft().result()
+        images[image.seed] = image
 
-    def _finish(self, name: str, pictures: list[Picture]) -> None:
-        """Write the archive, where it is one, then the note."""
-        lines: list[dict[str, Any]] = [
-            {
-                "seed": picture.seed,
-                "label": picture.label,
-                "file": self.format.file_of(picture.seed, self.shard_size),
-                "sha256": digest(picture.content),
-            }
-            for picture in pictures
+    def _write(self, name: str, images: list[EncodedImage]) -> None:
+        """Write the archive, if the format has archives, then the note."""
+        entries = [
+            ManifestEntry(
+                seed=image.seed,
+                label=image.label,
+                file=self.format.file_of(image.seed, self.argument.shard_size),
+                sha256=content_sha256(image.content),
+            )
+            for image in images
         ]
         if self.format.pack is not None:
-            self.folder.write(lines[0]["file"], self.format.pack(pictures))
-        self.folder.write(f"{NOTES}/{name}.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
+            self.folder.write(entries[0].file, self.format.pack(images))
+        self.folder.write(f"{NOTES_FOLDER}/{name}.jsonl", "".join(f"{entry.to_json()}\n" for entry in entries))

@@ -1,4 +1,4 @@
-"""Sampling: a seed's bytes are its own, a second call does what is missing, and nothing is mixed."""
+"""Sampling: the bytes of a seed depend on nothing else, a second call samples what is missing, options never mix."""
 
 import hashlib
 import json
@@ -12,7 +12,8 @@ from PIL import Image
 from patchloom.errors import UserError
 from patchloom.pipelines.cli import main
 from patchloom.pipelines.evaluate import evaluate
-from patchloom.pipelines.sample.sampling import parse_seeds, sample
+from patchloom.pipelines.sample import sample
+from patchloom.pipelines.sample.seeds import parse_seeds
 
 pytestmark = pytest.mark.ray
 OPTIONS = {"steps": 3, "batch": 4}
@@ -24,13 +25,13 @@ def png_bytes(folder: Path) -> dict[str, bytes]:
 
 @pytest.fixture(scope="module")
 def samples(champion: str, ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Ten seeds of the tiny champion, made by one worker."""
+    """Ten seeds of the tiny champion, sampled by one worker."""
     folder = tmp_path_factory.mktemp("samples") / "samples"
     sample(champion, str(folder), "0-9", workers=1, **OPTIONS)
     return folder
 
 
-def test_every_seed_has_a_file_that_the_manifest_vouches_for(samples: Path) -> None:
+def test_manifest_has_the_sha256_of_every_file(samples: Path) -> None:
     entries = [json.loads(line) for line in (samples / "manifest.jsonl").read_text().splitlines()]
     assert [entry["seed"] for entry in entries] == list(range(10))
     assert [entry["label"] for entry in entries] == [0, 1] * 5
@@ -43,9 +44,7 @@ def test_every_seed_has_a_file_that_the_manifest_vouches_for(samples: Path) -> N
         assert sheet.size == (2 * (8 * 18 - 2), 2 * (2 * 18 - 2))
 
 
-def test_two_workers_more_seeds_and_another_order_give_the_same_bytes(
-    champion: str, samples: Path, tmp_path: Path
-) -> None:
+def test_bytes_do_not_depend_on_workers_or_order(champion: str, samples: Path, tmp_path: Path) -> None:
     folder = tmp_path / "samples"
     sample(champion, str(folder), "7,3", workers=2, **OPTIONS)
     sample(champion, str(folder), "0-9", workers=2, **OPTIONS)
@@ -54,24 +53,24 @@ def test_two_workers_more_seeds_and_another_order_give_the_same_bytes(
     assert (folder / "contact_sheet.png").read_bytes() == (samples / "contact_sheet.png").read_bytes()
 
 
-def test_a_spoilt_or_lost_image_is_made_again(champion: str, samples: Path, pixels: Path) -> None:
+def test_damaged_or_missing_image_is_sampled_again(champion: str, samples: Path, pixels: Path) -> None:
     before = png_bytes(samples)
     (samples / "000000" / "000002.png").unlink()
-    (samples / "000000" / "000005.png").write_bytes(b"spoilt")
-    with pytest.raises(UserError, match=r"000002\.png is missing"):
+    (samples / "000000" / "000005.png").write_bytes(b"damaged")
+    with pytest.raises(UserError, match=r"000002\.png"):
         evaluate(str(samples), str(pixels), features="colours")
     assert sample(champion, str(samples), "0-9", workers=0, **OPTIONS).made == 2
     assert png_bytes(samples) == before
 
 
-def test_other_options_in_the_same_folder_are_refused(champion: str, samples: Path) -> None:
-    with pytest.raises(UserError, match="steps was 3 and is now 4"):
+def test_other_options_in_the_same_folder_are_an_error(champion: str, samples: Path) -> None:
+    with pytest.raises(UserError, match=r"steps.*3.*4"):
         sample(champion, str(samples), "0-9", steps=4, batch=4)
-    with pytest.raises(UserError, match="not a class of this model: it knows chelsea, coffee"):
+    with pytest.raises(UserError, match=r"dog.*chelsea, coffee"):
         sample(champion, str(samples), "0-9", label="dog", **OPTIONS)
 
 
-def test_one_json_object_is_all_that_comes_out(
+def test_json_option_prints_one_object(
     champion: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = tmp_path / "samples"
@@ -81,18 +80,18 @@ def test_one_json_object_is_all_that_comes_out(
         with pytest.raises(SystemExit) as left:
             main()
         output = capsys.readouterr()
-        told = json.loads(output.out)
+        printed = json.loads(output.out)
         assert left.value.code == 0 and output.out.count("\n") == 1
         assert "sampling: 3 images in" in output.err
-        assert told["seconds"] > 0 and told["images_per_second"] >= 0
-        assert {key: told[key] for key in ("folder", "format", "images", "made", "manifest", "contact_sheet")} == {
+        assert printed["seconds"] > 0 and printed["images_per_second"] >= 0
+        assert {key: printed[key] for key in ("folder", "format", "images", "made", "manifest", "contact_sheet")} == {
             "folder": str(folder), "format": "png", "images": 3, "made": made,
             "manifest": f"{folder}/manifest.jsonl", "contact_sheet": f"{folder}/contact_sheet.png",
         }  # fmt: skip
-        assert told["model"]["reference"] == "models:/tiny/1" and told["model"]["version"] == "1"
+        assert printed["model"]["reference"] == "models:/tiny/1" and printed["model"]["version"] == "1"
 
 
-def test_a_guided_class_is_sampled(champion: str, tmp_path: Path) -> None:
+def test_guided_class(champion: str, tmp_path: Path) -> None:
     folder = tmp_path / "samples"
     sample(champion, str(folder), [1, 2], label="coffee", guidance=1.5, workers=0, **OPTIONS)
     lines = (folder / "manifest.jsonl").read_text().splitlines()
@@ -100,7 +99,7 @@ def test_a_guided_class_is_sampled(champion: str, tmp_path: Path) -> None:
     assert json.loads((folder / "sampling.json").read_text())["network_evaluations"] == 2 * (2 * 3 - 1)
 
 
-def test_a_photograph_stays_in_the_middle_of_a_larger_canvas(champion: str, images: Path, tmp_path: Path) -> None:
+def test_outpainting_keeps_the_image_in_the_center(champion: str, images: Path, tmp_path: Path) -> None:
     centre, folder = images / "coffee" / "00.png", tmp_path / "samples"
     sample(champion, str(folder), [0, 1], sampler="dpmpp-2m-sde", size=(24, 32), canvas="extrapolate",
            outpaint=str(centre), workers=0, **OPTIONS)  # fmt: skip
@@ -116,22 +115,22 @@ def test_a_photograph_stays_in_the_middle_of_a_larger_canvas(champion: str, imag
 
 
 @pytest.mark.parametrize(("text", "seeds"), [("0-3", [0, 1, 2, 3]), ("5,0,9", [0, 5, 9]), ("0-2,2,7", [0, 1, 2, 7])])
-def test_seeds_are_ranges_or_lists(text: str, seeds: list[int]) -> None:
+def test_seeds_as_ranges_and_lists(text: str, seeds: list[int]) -> None:
     assert parse_seeds(text) == seeds
 
 
 @pytest.mark.parametrize("text", ["", "a-b", "3-1", "-4", "1.5"])
-def test_what_is_no_seed_is_refused(text: str) -> None:
-    with pytest.raises(UserError, match="seed"):
+def test_invalid_seeds_are_an_error(text: str) -> None:
+    with pytest.raises(UserError, match="--seeds"):
         parse_seeds(text)
 
 
-def test_seeds_come_from_a_file(tmp_path: Path) -> None:
+def test_seeds_from_a_file(tmp_path: Path) -> None:
     (tmp_path / "seeds.txt").write_text("4\n2\n")
     assert parse_seeds(str(tmp_path / "seeds.txt")) == [2, 4]
 
 
-def test_a_version_carries_its_lineage(champion: str, trained: Path) -> None:
+def test_registered_version_has_its_lineage(champion: str, trained: Path) -> None:
     from patchloom.pipelines.registry.registering import register
     from patchloom.platform.tracking.registry import list_versions
 

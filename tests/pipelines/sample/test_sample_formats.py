@@ -1,4 +1,4 @@
-"""Formats of samples: every one holds the same images, for whoever reads it, here and far away, extended or mended."""
+"""Formats of samples: all contain the same images, for other tools too, local and remote, extended and repaired."""
 
 import csv
 import hashlib
@@ -15,11 +15,13 @@ import pytest
 from PIL import Image
 
 from patchloom.errors import UserError
+from patchloom.pipelines.sample.folder import read_entries, read_samples
 from patchloom.pipelines.sample.formats import FORMATS
-from patchloom.pipelines.sample.sampling import read_samples, sample
+from patchloom.pipelines.sample.sampling import sample
 from patchloom.platform.dataset.readers import Reader
 from patchloom.platform.dataset.sources import open_source
 from patchloom.platform.files.folder import Folder
+from patchloom.platform.records.samples import ManifestEntry
 
 pytestmark = pytest.mark.ray
 OPTIONS: dict[str, Any] = {"steps": 2, "batch": 4, "workers": 0}
@@ -31,8 +33,8 @@ def files_of(folder: Path) -> dict[str, bytes]:
     return {name: (folder / name).read_bytes() for name in Folder(str(folder)).files() if not name.startswith(".")}
 
 
-def lines_of(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / "manifest.jsonl").read_text().splitlines()]
+def lines_of(folder: Path) -> list[ManifestEntry]:
+    return read_entries(Folder(str(folder)))
 
 
 def decoded(content: bytes) -> np.ndarray:
@@ -57,19 +59,19 @@ def archives(champion: str, tmp_path_factory: pytest.TempPathFactory) -> dict[st
     return {name: folder / name for name in ARCHIVES}
 
 
-def whole_images(folder: Path) -> np.ndarray:
+def images_of(folder: Path) -> np.ndarray:
     """(10, H, W, 3) from the PNG files."""
     return np.stack([np.asarray(Image.open(folder / "000000" / f"{seed:06d}.png")) for seed in range(10)])
 
 
 @pytest.mark.parametrize("name", ARCHIVES)
-def test_every_format_holds_the_images_of_the_png_files(name: str, pngs: Path, archives: dict[str, Path]) -> None:
+def test_every_format_contains_the_images_of_the_png_files(name: str, pngs: Path, archives: dict[str, Path]) -> None:
     folder, ending = archives[name], FORMATS[name].ending
     lines = lines_of(folder)
     assert [line["seed"] for line in lines] == list(range(10))
     assert [line["label"] for line in lines] == [0, 1] * 5
     assert [line["file"] for line in lines] == [f"00000{shard}{ending}" for shard in [0] * 4 + [1] * 4 + [2] * 2]
-    wanted = whole_images(pngs)
+    wanted = images_of(pngs)
     assert (read_samples(folder, lines).transpose(0, 2, 3, 1) == wanted).all()
     assert (read_samples(folder, lines[5:7]).transpose(0, 2, 3, 1) == wanted[5:7]).all()
     digests = [hashlib.sha256(image.tobytes()).hexdigest() for image in wanted]
@@ -79,7 +81,7 @@ def test_every_format_holds_the_images_of_the_png_files(name: str, pngs: Path, a
     assert (folder / "contact_sheet.png").read_bytes() == (pngs / "contact_sheet.png").read_bytes()
 
 
-def test_a_zip_is_read_by_those_who_know_edms(pngs: Path, archives: dict[str, Path]) -> None:
+def test_zip_has_the_layout_of_edm(pngs: Path, archives: dict[str, Path]) -> None:
     with zipfile.ZipFile(archives["zip"] / "000001.zip") as archive:
         assert archive.namelist() == [f"00000{seed}.png" for seed in (4, 5, 6, 7)] + ["dataset.json"]
         assert json.loads(archive.read("dataset.json")) == {
@@ -88,7 +90,7 @@ def test_a_zip_is_read_by_those_who_know_edms(pngs: Path, archives: dict[str, Pa
         assert archive.read("000006.png") == (pngs / "000000" / "000006.png").read_bytes()
 
 
-def test_a_tar_is_a_shard_of_webdataset(pngs: Path, archives: dict[str, Path]) -> None:
+def test_tar_is_a_webdataset_shard(pngs: Path, archives: dict[str, Path]) -> None:
     with tarfile.open(archives["webdataset"] / "000002.tar") as archive:
         assert archive.getnames() == ["000008.png", "000008.cls", "000009.png", "000009.cls"]
         read = {name: archive.extractfile(name) for name in archive.getnames()}
@@ -98,15 +100,15 @@ def test_a_tar_is_a_shard_of_webdataset(pngs: Path, archives: dict[str, Path]) -
         }  # fmt: skip
 
 
-def test_a_parquet_file_has_the_columns_of_hugging_face(pngs: Path, archives: dict[str, Path]) -> None:
+def test_parquet_has_the_columns_of_hugging_face(pngs: Path, archives: dict[str, Path]) -> None:
     table = pyarrow.parquet.read_table(archives["parquet"] / "000000.parquet").to_pydict()
     assert (table["seed"], table["label"]) == ([0, 1, 2, 3], [0, 1, 0, 1])
     contents = [(pngs / "000000" / f"{seed:06d}.png").read_bytes() for seed in range(4)]
     assert table["image"] == [{"bytes": content, "path": f"{seed:06d}.png"} for seed, content in enumerate(contents)]
 
 
-def test_npz_shards_are_joined_for_evaluators(pngs: Path, archives: dict[str, Path]) -> None:
-    wanted = whole_images(pngs)
+def test_npz_shards_are_joined(pngs: Path, archives: dict[str, Path]) -> None:
+    wanted = images_of(pngs)
     for name, seeds in (("samples", range(10)), ("000001", range(4, 8))):
         with np.load(archives["npz"] / f"{name}.npz", allow_pickle=False) as arrays:
             assert arrays["arr_0"].dtype == np.uint8 and (arrays["arr_0"] == wanted[seeds]).all()
@@ -115,13 +117,13 @@ def test_npz_shards_are_joined_for_evaluators(pngs: Path, archives: dict[str, Pa
 
 
 @pytest.mark.parametrize("name", ["zip", "webdataset", "parquet", "npz"])
-def test_what_was_sampled_can_be_prepared(name: str, pngs: Path, archives: dict[str, Path]) -> None:
+def test_archives_can_be_prepared(name: str, pngs: Path, archives: dict[str, Path]) -> None:
     source = open_source(str(archives[name] / f"000001{FORMATS[name].ending}"))
     assert [one.label for one in source.inputs] == [0, 1, 0, 1]
     reader = Reader(source.kind, source.address)
     found = [reader.read(one.place) for one in source.inputs]
     images = np.stack([decoded(one) if isinstance(one, bytes) else one for one in found])
-    assert (images == whole_images(pngs)[4:8]).all()
+    assert (images == images_of(pngs)[4:8]).all()
 
 
 @pytest.mark.parametrize("name", FORMATS)
@@ -138,9 +140,7 @@ def test_more_seeds_extend_a_folder_to_what_one_call_gives(
 
 
 @pytest.mark.parametrize("name", ARCHIVES)
-def test_a_spoilt_archive_is_noticed_and_made_again(
-    name: str, champion: str, archives: dict[str, Path], tmp_path: Path
-) -> None:
+def test_damaged_archive_is_sampled_again(name: str, champion: str, archives: dict[str, Path], tmp_path: Path) -> None:
     folder, ending = tmp_path / "samples", FORMATS[name].ending
     sample(champion, str(folder), "0-9", format=name, shard_size=4, **OPTIONS)
     content = bytearray((folder / f"000000{ending}").read_bytes())
@@ -148,17 +148,17 @@ def test_a_spoilt_archive_is_noticed_and_made_again(
     content[at] ^= 1
     (folder / f"000000{ending}").write_bytes(content)
     (folder / f"000002{ending}").write_bytes(content[:90])
-    with pytest.raises(UserError, match=rf"seed 8 in .*000002{ending} is missing or not what was sampled"):
+    with pytest.raises(UserError, match=rf"seed 8 .*000002{ending}"):
         read_samples(folder, lines_of(folder)[6:])
-    with pytest.raises(UserError, match=r"run the same `patchloom sample` again"):
+    with pytest.raises(UserError, match=rf"000000{ending}.*patchloom sample"):
         read_samples(folder, lines_of(folder)[:4])
     result = sample(champion, str(folder), "0-9", format=name, shard_size=4, **OPTIONS)
-    assert 3 <= result.made <= 6  # what of the first archive is whole stays
+    assert 3 <= result.made <= 6  # intact images of the first archive are kept
     assert files_of(folder) == files_of(archives[name])
 
 
 @pytest.mark.parametrize("name", ["png", "webdataset", "npz"])
-def test_a_folder_far_away_is_the_one_here(
+def test_remote_folder_equals_local_folder(
     name: str, champion: str, s3: str, pngs: Path, archives: dict[str, Path], tmp_path: Path
 ) -> None:
     there = f"{s3}/samples/{name}"
@@ -170,25 +170,25 @@ def test_a_folder_far_away_is_the_one_here(
     folder.remove("000000/000003.png" if name == "png" else lines_of(archives[name])[3]["file"])
     assert sample(champion, there, "0-9", format=name, shard_size=4, **OPTIONS).made == (1 if name == "png" else 4)
     assert sample(champion, there, "0-9", format=name, shard_size=4, **OPTIONS).made == 0
-    with pytest.raises(UserError, match=r"steps was 2 and is now 3"):
+    with pytest.raises(UserError, match=r"steps.*2.*3"):
         sample(champion, there, "0-9", format=name, shard_size=4, **OPTIONS | {"steps": 3})
 
 
-def test_what_differs_is_said(champion: str, archives: dict[str, Path], trained: Path) -> None:
+def test_error_names_the_options_that_differ(champion: str, archives: dict[str, Path], trained: Path) -> None:
     folder = str(archives["zip"])
-    with pytest.raises(UserError, match=r"shard_size was 4 and is now 5"):
+    with pytest.raises(UserError, match=r"shard_size.*4.*5"):
         sample(champion, folder, "0-9", format="zip", shard_size=5, **OPTIONS)
-    with pytest.raises(UserError, match=r"format was zip and is now png; shard_size was 4 and is now None"):
+    with pytest.raises(UserError, match=r"format.*zip.*png.*shard_size.*4"):
         sample(champion, folder, "0-9", **OPTIONS)
-    with pytest.raises(UserError, match=r"labels was balanced and is now fixed; label was None and is now 1"):
+    with pytest.raises(UserError, match=r"labels.*balanced.*fixed.*label.*1"):
         sample(champion, folder, "0-9", format="zip", shard_size=4, label="coffee", **OPTIONS)
     by_path = sample(str(trained / "model"), folder, "0-9", format="zip", shard_size=4, **OPTIONS)
-    assert by_path.made == 0  # the same weights by another name
+    assert by_path.made == 0  # the same weights under another name
 
 
 @pytest.fixture
 def label_files(tmp_path: Path) -> dict[str, Path]:
-    """Classes of seeds 0 to 3 (coffee, chelsea, none, coffee), told in four ways."""
+    """Files with the classes of seeds 0 to 3 (coffee, chelsea, none, coffee) in four formats."""
     classes = ["coffee", "chelsea", "", "coffee"]
     with (tmp_path / "labels.csv").open("w") as file:
         csv.writer(file).writerows([["seed", "label"], *enumerate(classes)])
@@ -201,31 +201,29 @@ def label_files(tmp_path: Path) -> dict[str, Path]:
 
 
 @pytest.mark.parametrize("ending", [".csv", ".jsonl", ".parquet", ".txt"])
-def test_classes_come_from_a_file(ending: str, champion: str, label_files: dict[str, Path], tmp_path: Path) -> None:
+def test_classes_from_a_file(ending: str, champion: str, label_files: dict[str, Path], tmp_path: Path) -> None:
     folder = tmp_path / "samples"
     sample(champion, str(folder), "0-3", labels=str(label_files[ending]), **OPTIONS)
     assert [line["label"] for line in lines_of(folder)] == [1, 0, -1, 1]
-    manifest = str(folder / "manifest.jsonl")  # what a folder holds can be asked for again
+    manifest = str(folder / "manifest.jsonl")  # a manifest is a file of labels too
     sample(champion, str(tmp_path / "again"), "0-3", labels=manifest, **OPTIONS)
     assert files_of(tmp_path / "again") == files_of(folder)
 
 
-def test_a_file_that_does_not_tell_a_class_is_refused(
-    champion: str, label_files: dict[str, Path], tmp_path: Path
-) -> None:
+def test_invalid_files_of_classes_are_an_error(champion: str, label_files: dict[str, Path], tmp_path: Path) -> None:
     def refused(words: str, **changes: Any) -> None:
         with pytest.raises(UserError, match=words):
             sample(champion, str(tmp_path / "samples"), **{"seeds": "0-3", **OPTIONS, **changes})
 
-    told = str(label_files[".txt"])
-    refused(r"has no label for 16 of the seeds \(4, 5, 6, 7, 8, \.\.\.\)", seeds="0-19", labels=told)
-    refused("give one of them", labels=told, label="coffee")
-    refused("does not exist", labels=str(tmp_path / "none.csv"))
+    labels = str(label_files[".txt"])
+    refused(r"16 .*\(4, 5, 6, 7, 8, \.\.\.\)", seeds="0-19", labels=labels)
+    refused(r"--label coffee.*--labels", labels=labels, label="coffee")
+    refused("none.csv", labels=str(tmp_path / "none.csv"))
     label_files[".txt"].write_text("coffee\ntea\n\ncoffee\n")
-    refused("tea is not a class of this model: it knows chelsea, coffee", labels=told)
+    refused(r"tea.*chelsea, coffee", labels=labels)
     (tmp_path / "odd.csv").write_text("when,label\n1,2\n")
-    refused("a seed and a label were wanted", labels=str(tmp_path / "odd.csv"))
+    refused(r"odd\.csv", labels=str(tmp_path / "odd.csv"))
     label_files[".txt"].write_text("coffee\n1\n-1\ncoffee\n")
-    sample(champion, str(tmp_path / "samples"), "0-1", labels=told, **OPTIONS)
+    sample(champion, str(tmp_path / "samples"), "0-1", labels=labels, **OPTIONS)
     label_files[".txt"].write_text("chelsea\n1\n-1\ncoffee\n")
-    refused("holds seed 0 of class 1, and class 0 is asked for now", labels=told)
+    refused(r"seed 0 .*class 1.*0", labels=labels)

@@ -1,4 +1,4 @@
-"""Sampling that is killed, anywhere, ends with the same bytes; and so does one with other workers and shards."""
+"""Killed sampling continues and gives the same bytes, with any number of workers and any shard size."""
 
 import json
 import os
@@ -28,8 +28,8 @@ def notes_of(folder: Path) -> list[Path]:
     return list((folder / ".work" / "notes").glob("*.jsonl"))
 
 
-def told_of(folder: Path) -> set[int]:
-    """The seeds that the manifest and the notes beside it tell of."""
+def seeds_of(folder: Path) -> set[int]:
+    """The seeds in the manifest and in the notes."""
     seeds: set[int] = set()
     for path in [folder / "manifest.jsonl", *notes_of(folder)]:
         with suppress(FileNotFoundError):
@@ -38,7 +38,7 @@ def told_of(folder: Path) -> set[int]:
 
 
 def assert_complete(folder: Path, seeds: int) -> None:
-    """As many files as seeds, all different, each told once in the manifest, and nothing else left."""
+    """Every seed has one file and one line of the manifest, all images differ, and no other file is left."""
     lines = [json.loads(line) for line in (folder / "manifest.jsonl").read_text().splitlines()]
     assert [line["seed"] for line in lines] == list(range(seeds))
     assert len({line["sha256"] for line in lines}) == seeds
@@ -53,7 +53,7 @@ def assert_complete(folder: Path, seeds: int) -> None:
 
 @pytest.fixture(scope="module")
 def whole(champion: str, ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """In one go, by one worker, in shards of 16."""
+    """Without interruption, by one worker, in shards of 16."""
     folder = tmp_path_factory.mktemp("whole") / "samples"
     sample(champion, str(folder), list(range(SEEDS)), shard_size=16, workers=1, **OPTIONS)
     assert_complete(folder, SEEDS)
@@ -61,25 +61,25 @@ def whole(champion: str, ray_cluster: None, tmp_path_factory: pytest.TempPathFac
 
 
 def kill_in_pieces(champion: str, cwd: Path, *options: str) -> list[int]:
-    """The same command three times, each killed when 32 more images were finished; how many were, each time."""
+    """Run a command three times and kill it after 32 more images; the number of finished images each time."""
     arguments = ["sample", champion, "samples", "--seeds", f"0-{SEEDS - 1}", "--steps", str(OPTIONS["steps"]), *options]
     finished: list[int] = []
     for _ in range(3):
         process = start_cli(*arguments, cwd=cwd)
         wanted = (finished or [0])[-1] + 32
-        wait_until(lambda wanted=wanted: len(told_of(cwd / "samples")) >= wanted, process)
+        wait_until(lambda wanted=wanted: len(seeds_of(cwd / "samples")) >= wanted, process)
         os.killpg(process.pid, signal.SIGKILL)
         process.communicate()
-        finished.append(len(told_of(cwd / "samples")))
+        finished.append(len(seeds_of(cwd / "samples")))
     return finished
 
 
-def test_three_killed_pieces_and_other_shards_give_the_same_bytes(champion: str, whole: Path, tmp_path: Path) -> None:
+def test_three_kills_and_another_shard_size_give_the_same_bytes(champion: str, whole: Path, tmp_path: Path) -> None:
     finished = kill_in_pieces(champion, tmp_path, "--workers", "0", "--shard-size", "16")
     assert 0 < finished[0] < finished[1] < finished[2] < SEEDS, finished
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "samples").glob("*/*.png")}
     result = sample(champion, str(tmp_path / "samples"), list(range(SEEDS)), shard_size=50, workers=2, **OPTIONS)
-    assert result.made == SEEDS - finished[2]  # only what no finished shard holds
+    assert result.made == SEEDS - finished[2]  # only seeds of unfinished shards
     again = sum(path.stat().st_mtime_ns != before[path] for path in before)
     assert again == len(before) - finished[2]
     assert_complete(tmp_path / "samples", SEEDS)
@@ -89,7 +89,7 @@ def test_three_killed_pieces_and_other_shards_give_the_same_bytes(champion: str,
 
 @contextmanager
 def killer(root: psutil.Process, folder: Path, after: list[int]) -> Iterator[list[int]]:
-    """Kill a worker of a process's Ray each time so many shards are finished; the pids of those that were killed."""
+    """Kill a Ray worker of a process when these numbers of shards are finished; the pids of the killed workers."""
     killed: list[int] = []
     stop = threading.Event()
 
@@ -114,11 +114,11 @@ def killer(root: psutil.Process, folder: Path, after: list[int]) -> Iterator[lis
 def cmdline(process: psutil.Process) -> list[str]:
     try:
         return process.cmdline()
-    except psutil.Error:  # it has just gone
+    except psutil.Error:  # it has just ended
         return []
 
 
-def test_a_worker_killed_twice_costs_nothing(champion: str, whole: Path, tmp_path: Path) -> None:
+def test_killed_worker_is_replaced(champion: str, whole: Path, tmp_path: Path) -> None:
     folder = tmp_path / "samples"
     with killer(psutil.Process(), folder, [1, 7]) as killed:
         result = sample(champion, str(folder), list(range(SEEDS)), shard_size=16, workers=1, **OPTIONS)
@@ -137,10 +137,15 @@ def test_two_thousand_samples_in_one_command_with_two_kills(champion: str, tmp_p
         output, _ = process.communicate(timeout=900)
     assert process.returncode == 0, output
     assert len(set(killed)) == 2
-    told = json.loads(output.splitlines()[-1])
-    assert (told["images"], told["made"], told["format"], told["model"]["name"]) == (2000, 2000, "png", "tiny")
+    printed = json.loads(output.splitlines()[-1])
+    assert (printed["images"], printed["made"], printed["format"], printed["model"]["name"]) == (
+        2000,
+        2000,
+        "png",
+        "tiny",
+    )
     assert_complete(folder, 2000)
-    print(f"2,000 samples, two kills: {told['seconds']:.0f} s, {told['images_per_second']:.0f} images/s")
+    print(f"2,000 samples, two kills: {printed['seconds']:.0f} s, {printed['images_per_second']:.0f} images/s")
 
 
 @pytest.mark.slow

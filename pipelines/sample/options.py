@@ -1,0 +1,67 @@
+"""The options of `patchloom sample`, declared once for the command line, Python and pyfunc."""
+
+import re
+from dataclasses import asdict, dataclass, fields
+from inspect import Parameter
+from typing import TYPE_CHECKING
+
+from patchloom.errors import UserError
+from patchloom.models.sampling_options import SamplingOptions, option
+
+if TYPE_CHECKING:
+    from patchloom.models.generate import Sampling
+
+FORMAT_NAMES = ("png", "zip", "webdataset", "parquet", "npz")
+
+
+@dataclass(frozen=True)
+class SampleOptions(SamplingOptions):
+    """What `patchloom sample` makes of a model and seeds: the sampler's options, the classes and the files."""
+
+    label: str | None = option(None, "One class for all seeds, by name or number; default: all classes in turn")
+    labels: str | None = option(
+        None, "A file with the class of each seed: .csv, .jsonl or .parquet with columns seed and label, or .txt"
+    )
+    outpaint: str | None = option(None, "An image file that fills the center; the rest of a larger --size is sampled")
+    format: str = option("png", "File format", choices=FORMAT_NAMES)
+    shard_size: int | None = option(None, "Images per archive (default 1000) and per unit of work", minimum=1)
+    batch: int = option(8, "Images per network batch; the bytes of the images depend on it", minimum=1)
+
+    def sampling(self) -> "Sampling":
+        """The options of the sampler alone."""
+        from patchloom.models.generate import Sampling
+
+        return Sampling(**{name: value for name, value in asdict(self).items() if name in SAMPLER_OPTIONS})
+
+
+SAMPLER_OPTIONS = frozenset(declared.name for declared in fields(SamplingOptions))
+
+
+def option_parameters(names: frozenset[str] | None = None) -> list[Parameter]:
+    """The options as keyword-only parameters of a function's signature.
+
+    Args:
+        names: only these options; default: all.
+    """
+    return [
+        Parameter(declared.name, Parameter.KEYWORD_ONLY, default=declared.default, annotation=declared.type)
+        for declared in fields(SampleOptions)
+        if names is None or declared.name in names
+    ]
+
+
+def parse_size(text: str, name: str = "--size") -> tuple[int, int]:
+    """`96x128` -> (96, 128): height first."""
+    match = re.fullmatch(r"(\d+)x(\d+)", text.lower())
+    if not match:
+        raise UserError(f"{name}: {text} is not HxW, such as 96x128")
+    return int(match[1]), int(match[2])
+
+
+def parse_levels(text: str, name: str) -> tuple[float, float]:
+    """`0.3-5` -> (0.3, 5.0): two noise levels."""
+    low, _, high = text.partition("-")
+    try:
+        return float(low), float(high)
+    except ValueError:
+        raise UserError(f"{name}: {text} is not LOW-HIGH, such as 0.3-5") from None

@@ -1,0 +1,131 @@
+"""Sampler: rows of seeds and labels in, rows with images out, in other people's pipelines."""
+
+import inspect
+import threading
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from patchloom.errors import UserError
+from patchloom.models.checkpoints import Model, load_whole_model
+from patchloom.models.generate import Sampling, check_fit, class_number, default_labels, generate_padded, one_thread
+from patchloom.pipelines.sample.options import SAMPLER_OPTIONS, SampleOptions, option_parameters
+from patchloom.platform.tracking.registry import fetch_model
+
+_one_at_a_time = threading.Lock()  # the number of torch's threads belongs to the process
+
+
+def load_model_for_sampling(reference: str | Path) -> Model:
+    """Fetch a model and load it on the GPU if there is one, else on the CPU."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return load_whole_model(fetch_model(str(reference)).folder, device)
+
+
+def sample_rows(
+    model: Model, seeds: Iterable[Any], labels: Iterable[Any] | None, sampling: Sampling, batch: int
+) -> tuple[list[int], np.ndarray]:
+    """Sample one image per seed with one thread of the CPU, which gives the bytes of `patchloom sample`.
+
+    Args:
+        model: the model.
+        seeds: one seed per image.
+        labels: one class per image, by name or number. None or NaN: the default class of the seed. -1: no class.
+        sampling: the options of the sampler.
+        batch: images per network batch.
+
+    Returns:
+        The class number of every image, and the images as (N, C, H, W) uint8.
+
+    Raises:
+        ValueError: an option does not fit the model, or the model does not know a class.
+    """
+    check_fit(sampling, model.card)
+    numbers = [int(seed) for seed in seeds]
+    if batch < 1 or any(seed < 0 for seed in numbers):
+        raise ValueError(f"seeds start at 0 and the batch at 1: found {min(numbers, default=0)} and {batch}")
+    classes = _class_numbers(numbers, labels, list(model.card["class_names"]))
+    with _one_at_a_time, one_thread():
+        return classes, generate_padded(model, numbers, classes, batch, sampling).cpu().numpy()
+
+
+def _class_numbers(seeds: list[int], labels: Iterable[Any] | None, class_names: list[str]) -> list[int]:
+    numbers = default_labels(seeds, len(class_names))
+    for row, label in enumerate(labels if labels is not None else ()):
+        if label is None or label != label:  # NaN
+            continue
+        # a column of numbers with missing values is a column of floats
+        whole = int(label) if not isinstance(label, str) and label == int(label) else label
+        try:
+            numbers[row] = class_number(whole, class_names)
+        except ValueError as error:
+            raise ValueError(f"label {label} {error}") from None
+    return numbers
+
+
+class Sampler:
+    """Samples images for rows of seeds, in batch pipelines of Ray Data.
+
+    The bytes of an image are those of `patchloom sample` with the same options and `batch`, whatever the batch size
+    of Ray Data.
+
+    Args:
+        model: `models:/NAME@ALIAS`, `models:/NAME/VERSION`, `runs:/ID/model` or a folder. Every worker fetches it.
+            Set `MLFLOW_TRACKING_URI` for the workers if it is not the default.
+        batch: images per network batch.
+        **options: options of the sampler, as for `patchloom.sample`: steps, sampler, ladder, churn, churn_between,
+            churn_noise, guidance, guidance_between, size, canvas.
+
+    Raises:
+        UserError: there is no such model, or the options do not fit it.
+
+    Example:
+        import ray
+
+        rows = ray.data.range(64).rename_columns({"id": "seed"})
+        images = rows.map_batches(
+            patchloom.Sampler,
+            fn_constructor_args=("models:/my-model@champion",),
+            fn_constructor_kwargs={"steps": 18},
+            batch_size=16,
+            compute=ray.data.ActorPoolStrategy(size=1),
+        )
+        first = images.take(1)[0]["image"]
+    """
+
+    def __init__(self, model: str | Path, *, batch: int = SampleOptions.batch, **options: Any) -> None:
+        try:
+            self._sampling, self._batch = Sampling(**options), batch
+            self._model = load_model_for_sampling(model)
+            check_fit(self._sampling, self._model.card)
+        except ValueError as error:
+            raise UserError(str(error)) from None
+
+    def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Sample one image per row.
+
+        Args:
+            batch: columns `seed` and, if wanted, `label` (class by name or number; missing: all classes in turn).
+                Other columns are kept.
+
+        Returns:
+            The columns of the batch and `image`: (N, H, W, C) uint8.
+
+        Raises:
+            UserError: the column `seed` is missing, or the model does not know a class.
+        """
+        if "seed" not in batch:
+            raise UserError(f"seed: this column is missing; the batch has {', '.join(batch) or 'no columns'}")
+        try:
+            _, images = sample_rows(self._model, batch["seed"], batch.get("label"), self._sampling, self._batch)
+        except ValueError as error:
+            raise UserError(str(error)) from None
+        return {**batch, "image": np.ascontiguousarray(images.transpose(0, 2, 3, 1))}
+
+
+_first, _model, *_ = inspect.signature(Sampler.__init__).parameters.values()
+Sampler.__init__.__signature__ = inspect.Signature(  # type: ignore[attr-defined]  # help() shows the options
+    [_first, _model, *option_parameters(SAMPLER_OPTIONS | {"batch"})]
+)

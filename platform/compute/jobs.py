@@ -1,0 +1,223 @@
+"""Jobs: resumable work in units. Workers do the units, notes keep what is finished, and a card completes the folder.
+
+`prepare`, `sample` and the extraction of features are jobs. Each one only defines its units and its worker.
+"""
+
+import contextlib
+import pickle
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass
+from math import inf
+from typing import Any, ClassVar, Generic, Protocol, TypeVar
+
+from patchloom.errors import UserError
+from patchloom.platform.compute.cluster import begin_work, map_on_actors
+from patchloom.platform.files.folder import Folder
+from patchloom.platform.files.storage import locked, make_folder, sweep_partial
+from patchloom.platform.progress import Meter, progress
+from patchloom.platform.records.record import Record
+
+WORK_FOLDER = ".work"  # in the job's folder, removed when the job is finished
+NOTES_FOLDER = f"{WORK_FOLDER}/notes"  # one file per finished unit
+
+Report = Callable[[int], None]  # called by a worker with the number of images of its unit that are done
+
+
+class Unit(Protocol):
+    """One part of a job: a name that is unique in the job, and the number of its images."""
+
+    @property
+    def name(self) -> str:
+        """The name."""
+
+    @property
+    def size(self) -> int:
+        """The number of images."""
+
+
+UnitT = TypeVar("UnitT", bound=Unit)
+ResultT = TypeVar("ResultT")
+
+
+class Job(ABC, Generic[UnitT, ResultT]):
+    """A resumable job. `run_job` calls `start`, `missing`, the workers, `keep` and `finish`, in this order.
+
+    Attributes:
+        title: what the progress line says.
+        total: number of images of the whole job.
+        folder: locked while the job runs, if it is local. None: nothing is locked.
+        worker: `worker(argument)` is built once per process and called with each unit. It writes the output of
+            the unit first and its note last, so that a killed unit is done again.
+        argument: a frozen dataclass that travels to the workers.
+        on_gpus: each worker gets one GPU, if there are any.
+        head_start_s: seconds of work in this process before Ray starts; short jobs finish without Ray.
+    """
+
+    title: str
+    total: int
+    folder: Folder | None
+    worker: ClassVar[type[Any]]
+    argument: object
+    on_gpus: bool = True
+    head_start_s: float = 0.0
+
+    def start(self) -> bool:
+        """Write the plan, or check the plan of an earlier call. Returns False if the job is complete.
+
+        Raises:
+            UserError: the folder contains something else.
+        """
+        return True
+
+    @abstractmethod
+    def missing(self) -> list[UnitT]:
+        """The units that no earlier call finished."""
+
+    def keep(self, unit: UnitT, result: ResultT) -> None:
+        """Take the result of a unit in this process."""
+
+    def finish(self) -> None:
+        """Combine the notes into the final files."""
+
+    def in_process(self) -> contextlib.AbstractContextManager[None]:
+        """A context for the units that this process does itself."""
+        return contextlib.nullcontext()
+
+
+@dataclass(frozen=True)
+class JobResult:
+    """The number of images of one call of a job, and their rate without the start of the workers."""
+
+    images: int = 0
+    images_per_second: float = 0.0
+
+
+def run_job(job: Job[Any, Any], workers: int | None) -> JobResult:
+    """Run a job to its end: start it or continue it, do the missing units, and finish it.
+
+    Args:
+        job: the job.
+        workers: number of parallel processes; None: all CPUs or GPUs; 0: this process, without Ray.
+
+    Raises:
+        UserError: another process uses the folder, or the folder contains something else.
+    """
+    with _exclusive(job.folder):
+        if not job.start():
+            return JobResult()
+        units = job.missing()
+        images = sum(unit.size for unit in units)
+        with progress(job.title, job.total, "images") as meter:
+            meter.begin(job.total - images)
+            _do(job, units, workers, meter)
+            job.finish()
+    return JobResult(images, meter.rate)
+
+
+@contextlib.contextmanager
+def _exclusive(folder: Folder | None) -> Iterator[None]:
+    """Keep other processes out of a local folder. A remote one has no lock: two processes write the same bytes."""
+    if folder is None or folder.is_remote:
+        yield
+        return
+    with locked(make_folder(folder.path)):
+        for place in (folder.path, *folder.path.glob("*/"), *folder.path.glob(f"{WORK_FOLDER}/*/")):
+            sweep_partial(place)
+        yield
+
+
+def _do(job: Job[UnitT, ResultT], units: list[UnitT], workers: int | None, meter: Meter) -> None:
+    """Do units in this process (all, or during the head start), and the others on Ray."""
+    start, finished, todo = meter.done, 0, list(units)
+
+    def show(images: int) -> None:
+        meter.update(max(meter.done, start + images))
+
+    def take(unit: UnitT, result: ResultT) -> None:
+        nonlocal finished
+        job.keep(unit, result)
+        finished += unit.size
+        show(finished)
+
+    if todo and (workers == 0 or (workers is None and job.head_start_s)):
+        end = time.monotonic() + (job.head_start_s if workers is None else inf)
+        with job.in_process():
+            worker = job.worker(job.argument)
+            while todo and time.monotonic() < end:
+                unit = todo.pop(0)
+                take(unit, worker(unit, lambda images: show(finished + images)))
+    by_name, before = {unit.name: unit for unit in todo}, finished
+    for name, result in _on_ray(job, todo, workers, lambda images: show(before + images)):
+        take(by_name[name], result)
+
+
+def _on_ray(
+    job: Job[UnitT, ResultT], units: list[UnitT], workers: int | None, show: Report
+) -> Iterator[tuple[str, ResultT]]:
+    call = {"call": UnitCall(job.worker, job.argument)}
+    items = [{"unit": pickle.dumps(unit)} for unit in units]
+    for row in map_on_actors(UnitActor, call, items, workers, job.on_gpus, show):
+        yield row["name"], pickle.loads(row["result"])
+
+
+@dataclass(frozen=True)
+class UnitCall:
+    """What an actor needs: the class of its worker, and the argument."""
+
+    worker: type[Any]
+    argument: object
+
+
+class UnitActor:
+    """Does units in a process of Ray. The tally shows how many images of each unit are done."""
+
+    def __init__(self, argument: dict[str, Any]) -> None:
+        begin_work()
+        self.worker = argument["call"].worker(argument["call"].argument)
+        self.tally = argument["tally"]
+
+    def __call__(self, item: dict[str, Any]) -> dict[str, Any]:
+        """The name of the unit and the result of its worker."""
+        unit = pickle.loads(item["unit"])
+        result = self.worker(unit, lambda images: self.tally.count.remote(unit.name, images))
+        return {"name": unit.name, "result": pickle.dumps(result)}
+
+
+def check_empty(folder: Folder, noun: str) -> None:
+    """Raise UserError if a folder contains files, hidden ones aside. `noun` names what was expected in it."""
+    if any(not name.startswith(".") for name in folder.files()):
+        raise UserError(f"{folder} is not empty and contains no {noun}: choose an empty folder")
+
+
+def check_same(folder: Folder, noun: str, found: Record, wanted: Record, ignored: Collection[str] = ()) -> None:
+    """Raise UserError if the plan in a folder differs from the wanted plan.
+
+    Args:
+        folder: the folder, for the message.
+        noun: what the folder contains, for the message.
+        found: the plan in the folder.
+        wanted: the plan of this call.
+        ignored: dotted names of fields that may differ.
+    """
+    old, new = _flat(found.to_dict()), _flat(wanted.to_dict())
+    changes = [
+        f"{name} was {_short(old.get(name))} and is now {_short(new.get(name))}"
+        for name in {**new, **old}
+        if old.get(name) != new.get(name) and not any(f"{name}.".startswith(f"{other}.") for other in ignored)
+    ]
+    if changes:
+        raise UserError(f"{folder} contains {noun} with other options ({'; '.join(changes)}): choose another folder")
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+    return flat
+
+
+def _short(value: object) -> str:
+    text = str(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
