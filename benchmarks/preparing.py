@@ -28,7 +28,8 @@ from patchloom.pipelines.prepare.preparing import (
     prepare,
 )
 from patchloom.pipelines.prepare.shard_maker import ShardMaker
-from patchloom.platform.compute.cluster import map_on_actors, ray_session
+from patchloom.platform.compute.cluster import map_on_actors
+from patchloom.platform.compute.session import ray_session
 from patchloom.platform.dataset.sources import open_source
 from patchloom.platform.files.folder import Folder
 

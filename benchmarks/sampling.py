@@ -22,9 +22,9 @@ from patchloom.models.flops import training_flops
 from patchloom.models.generate import Sampling, generate, generate_padded, one_thread
 from patchloom.models.normalisation import pixel_normalisation
 from patchloom.pipelines.sample.shard_sampler import SampledShard, SeedShard, ShardSampler, ShardSamplerArgument
-from patchloom.platform.compute.cluster import ray_session
 from patchloom.platform.compute.jobs import Job, run_job
-from patchloom.platform.tracking.runs import tracking_uri
+from patchloom.platform.compute.session import ray_session
+from patchloom.platform.tracking.client import tracking_uri
 
 CPU = torch.device("cpu")
 SAMPLING = Sampling(steps=5)

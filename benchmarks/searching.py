@@ -23,7 +23,7 @@ LINES = 10  # progress lines per trial
 MAX_ROUNDS = 2
 SMALL_SIDE, SMALL_WIDTH = 32, 16
 ONE_THREAD = {"OMP_NUM_THREADS": "1"}  # as Ray sets it for a trial with one CPU
-MAKE_STORE = "from patchloom.platform.tracking.runs import require_reachable; require_reachable()"
+MAKE_STORE = "from patchloom.platform.tracking.client import require_reachable; require_reachable()"
 
 
 def against_trials(scale: Scale, say: Say) -> list[Finding]:

@@ -17,12 +17,13 @@ from patchloom.pipelines.sample.sampling import sample
 from patchloom.pipelines.train.autoencoder import AutoencoderSettings, train_autoencoder
 from patchloom.pipelines.train.training import train
 from patchloom.pipelines.tune.tuning import tune
-from patchloom.platform.compute.cluster import ray_session
+from patchloom.platform.compute.session import ray_session
 from patchloom.platform.files.storage import local_path, make_folder, read_json, write_atomic, write_json
 from patchloom.platform.progress import clock, say
 from patchloom.platform.recipe.run_recipe import load_recipe
 from patchloom.platform.records.demo import DEMO_FILE, DemoCard
-from patchloom.platform.tracking.runs import require_reachable, run_exists, tracking_uri
+from patchloom.platform.tracking.client import require_reachable, tracking_uri
+from patchloom.platform.tracking.runs import run_exists
 
 # These photographs are in the wheel of scikit-image. They are CC0 or in the public domain.
 PHOTOGRAPHS = ("astronaut.png", "chelsea.png", "coffee.png", "hubble_deep_field.jpg", "retina.jpg", "rocket.jpg")

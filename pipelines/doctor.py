@@ -4,10 +4,10 @@ import os
 import shutil
 from pathlib import Path
 
-from patchloom.platform.compute.cluster import ray_session
+from patchloom.platform.compute.session import ray_session
 from patchloom.platform.progress import say
+from patchloom.platform.tracking.client import require_reachable, tracking_uri
 from patchloom.platform.tracking.registry import list_versions
-from patchloom.platform.tracking.runs import require_reachable, tracking_uri
 
 
 def doctor() -> bool:

@@ -15,7 +15,7 @@ from patchloom.platform.files.storage import local_path, make_folder, read_json,
 from patchloom.platform.recipe.run_recipe import load_recipe
 from patchloom.platform.records.autoencoder_run import AutoencoderRunCard
 from patchloom.platform.records.run import read_progress
-from patchloom.platform.tracking.runs import tracking_uri
+from patchloom.platform.tracking.client import tracking_uri
 
 
 def report(folder: str, out: str) -> Path:

@@ -64,7 +64,7 @@ def mlflow_store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 @pytest.fixture(scope="session")
 def ray_cluster(mlflow_store: Path, cache: Path, s3_environment: str) -> Iterator[None]:
     """One Ray session for every test that needs one; its workers find the tests' own networks by PYTHONPATH."""
-    from patchloom.platform.compute.cluster import ray_session
+    from patchloom.platform.compute.session import ray_session
 
     path = os.pathsep.join(filter(None, (str(Path(__file__).parent / "support"), os.environ.get("PYTHONPATH"))))
     with environment(PYTHONPATH=path), ray_session(cpus=2):

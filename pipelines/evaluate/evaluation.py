@@ -26,7 +26,7 @@ from patchloom.pipelines.evaluate.metrics import METRICS, NEIGHBOURS, ComparedSe
 from patchloom.pipelines.pages.pictures import save_png, side_by_side
 from patchloom.pipelines.registry.quality import TITLES, Evaluation
 from patchloom.pipelines.registry.version_card import record
-from patchloom.platform.compute.cluster import ray_session
+from patchloom.platform.compute.session import ray_session
 from patchloom.platform.files.folder import Folder
 from patchloom.platform.files.storage import make_folder, write_json
 from patchloom.platform.progress import say

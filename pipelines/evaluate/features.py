@@ -29,7 +29,8 @@ from patchloom.models.features import (
 )
 from patchloom.models.metrics import COLOUR_LAYOUT, Moments
 from patchloom.pipelines.evaluate.image_sets import ImageSet, Piece, open_images
-from patchloom.platform.compute.cluster import begin_work, map_on_actors
+from patchloom.platform.compute.cluster import map_on_actors
+from patchloom.platform.compute.session import begin_work
 from patchloom.platform.files.copies import cache_folder, cached_copy, working_copy
 from patchloom.platform.files.downloads import Download, fetch_first
 from patchloom.platform.files.folder import Folder, is_remote

@@ -15,7 +15,7 @@ import pyarrow.compute as pc
 
 from patchloom.models.backbones import allow_backbones
 from patchloom.pipelines.prepare.images import Transform, decode
-from patchloom.platform.compute.cluster import begin_work
+from patchloom.platform.compute.session import begin_work
 from patchloom.platform.dataset.prepared import MIRRORED, open_dataset, shard_bytes
 from patchloom.platform.dataset.readers import Reader
 from patchloom.platform.files.copies import local_copy

@@ -3,8 +3,8 @@
 import time
 
 from patchloom.pipelines.registry.quality import evaluations_of
+from patchloom.platform.tracking.client import tracking_uri
 from patchloom.platform.tracking.registry import RegisteredVersion, list_versions
-from patchloom.platform.tracking.runs import tracking_uri
 
 HEADER = ("MODEL", "ALIASES", "KIND", "SIDE", "P", "SCHEDULE", "IMAGES", "QUALITY", "AGE")
 AGE_UNITS = (("d", 86_400), ("h", 3_600), ("m", 60), ("s", 1))  # and their seconds

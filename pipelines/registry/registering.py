@@ -16,14 +16,9 @@ from patchloom.platform.files.copies import local_copy
 from patchloom.platform.files.storage import file_sha256
 from patchloom.platform.progress import say
 from patchloom.platform.records.run import PROGRESS_FILE, RunCard, read_progress
+from patchloom.platform.tracking.client import require_reachable
 from patchloom.platform.tracking.registry import list_versions, promote, register_pyfunc
-from patchloom.platform.tracking.runs import (
-    begin_run,
-    end_run,
-    flat_parameters,
-    log_artifacts,
-    require_reachable,
-)
+from patchloom.platform.tracking.runs import begin_run, end_run, flat_parameters, log_artifacts
 
 ENTRY = Path(__file__).parent / "pyfunc_entry.py"
 

@@ -23,7 +23,7 @@ from patchloom.models.random_draws import RowOrder, derive_seed
 from patchloom.models.step import Gradients
 from patchloom.pipelines.pages.pictures import save_png, side_by_side
 from patchloom.pipelines.prepare.preparing import fetch_autoencoder
-from patchloom.platform.compute.cluster import Worker, run_workers
+from patchloom.platform.compute.workers import Worker, run_workers
 from patchloom.platform.dataset.prepared import Dataset, open_dataset
 from patchloom.platform.files.storage import (
     local_path,
@@ -38,16 +38,10 @@ from patchloom.platform.files.storage import (
 from patchloom.platform.progress import progress, say
 from patchloom.platform.records.autoencoder_run import AutoencoderSettings
 from patchloom.platform.records.run import PROGRESS_FILE, ProgressLine
+from patchloom.platform.tracking.client import require_reachable
+from patchloom.platform.tracking.forwarder import MlflowForwarder
 from patchloom.platform.tracking.registry import describe_version, register_folder
-from patchloom.platform.tracking.runs import (
-    MlflowForwarder,
-    begin_run,
-    end_run,
-    log_artifacts,
-    log_dataset,
-    log_metrics,
-    require_reachable,
-)
+from patchloom.platform.tracking.runs import begin_run, end_run, log_artifacts, log_dataset, log_metrics
 
 __all__ = ["AutoencoderResult", "AutoencoderSettings", "reconstruct", "reconstruction_quality", "train_autoencoder"]
 

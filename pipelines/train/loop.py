@@ -12,7 +12,7 @@ from patchloom.pipelines.train.checkpointer import CHECKPOINTS, without_old_tens
 from patchloom.pipelines.train.monitor import STOP_FILE, Monitor
 from patchloom.pipelines.train.profiler import Profiler
 from patchloom.pipelines.train.run import Run, open_run, save_run_model
-from patchloom.platform.compute.cluster import Worker
+from patchloom.platform.compute.workers import Worker
 from patchloom.platform.files.copies import Mirror, pull, working_copy
 from patchloom.platform.files.folder import Folder
 from patchloom.platform.files.storage import locked, sweep_partial

@@ -6,14 +6,7 @@ from patchloom.platform.files.folder import Folder
 from patchloom.platform.progress import say
 from patchloom.platform.recipe.run_recipe import load_recipe
 from patchloom.platform.records.run import RUN_FILE, RunCard
-from patchloom.platform.tracking.runs import (
-    begin_run,
-    end_run,
-    flat_parameters,
-    log_artifacts,
-    log_dataset,
-    run_exists,
-)
+from patchloom.platform.tracking.runs import begin_run, end_run, flat_parameters, log_artifacts, log_dataset, run_exists
 
 
 def tracked(folder: Path, there: Folder, parent_run: str | None = None) -> str:

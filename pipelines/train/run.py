@@ -25,7 +25,7 @@ from patchloom.models.step_plan import StepSettings
 from patchloom.models.transfer import transfer
 from patchloom.pipelines.train.checkpointer import newest_checkpoint
 from patchloom.pipelines.train.initial_weights import load_beginning
-from patchloom.platform.compute.cluster import Worker
+from patchloom.platform.compute.workers import Worker
 from patchloom.platform.dataset.prepared import Dataset, open_dataset
 from patchloom.platform.files.storage import whole_folder
 from patchloom.platform.recipe.run_recipe import Average, Recipe, check_recipe, recipe_yaml

@@ -17,7 +17,7 @@ from patchloom.pipelines.train.initial_weights import keep_beginning
 from patchloom.pipelines.train.loop import train_worker
 from patchloom.pipelines.train.mlflow_run import end_tracking, tracked
 from patchloom.pipelines.train.monitor import STOP_FILE, ask_to_stop
-from patchloom.platform.compute.cluster import run_workers
+from patchloom.platform.compute.workers import run_workers
 from patchloom.platform.dataset.prepared import Dataset, open_dataset
 from patchloom.platform.files.copies import Fetcher, pull, working_copy
 from patchloom.platform.files.folder import Folder
@@ -31,7 +31,8 @@ from patchloom.platform.progress import progress, say
 from patchloom.platform.recipe.run_recipe import Recipe, load_recipe, recipe_yaml
 from patchloom.platform.records.dataset import DatasetCard
 from patchloom.platform.records.run import RUN_FILE, ProgressLine, RunCard, read_progress
-from patchloom.platform.tracking.runs import MlflowForwarder, is_reachable, tracking_uri
+from patchloom.platform.tracking.client import is_reachable, tracking_uri
+from patchloom.platform.tracking.forwarder import MlflowForwarder
 
 HEAD_WIDTH = 64
 STEM_LAYERS = 3  # 1x1 convolutions of implicit coordinates, as in the released code

@@ -25,7 +25,7 @@ from patchloom.pipelines.train.monitor import HELD_OUT_IMAGES
 from patchloom.pipelines.train.run import step_settings
 from patchloom.pipelines.train.training import model_card, train
 from patchloom.pipelines.tune.ranking import setting_words
-from patchloom.platform.compute.cluster import quiet_environment
+from patchloom.platform.compute.session import quiet_environment
 from patchloom.platform.compute.tuner import AshaSettings, OptunaSettings
 from patchloom.platform.dataset.prepared import Dataset, open_dataset
 from patchloom.platform.files.folder import Folder
@@ -34,7 +34,8 @@ from patchloom.platform.recipe.run_recipe import Recipe, check_recipe, load_reci
 from patchloom.platform.recipe.search import SHARE, Budget, Search
 from patchloom.platform.recipe.sections import checked
 from patchloom.platform.records.run import ProgressLine, RunCard, read_progress
-from patchloom.platform.tracking.runs import MlflowForwarder, tracking_uri
+from patchloom.platform.tracking.client import tracking_uri
+from patchloom.platform.tracking.forwarder import MlflowForwarder
 
 TRIAL = "trial.json"  # in a trial's run folder: its row of the table, once it is finished or has failed for good
 KEPT = (

@@ -51,15 +51,15 @@ from patchloom.platform.progress import Meter, progress, say
 from patchloom.platform.recipe.run_recipe import Recipe, recipe_yaml
 from patchloom.platform.recipe.search import Final, Search, load_search
 from patchloom.platform.records.run import PROGRESS_FILE
+from patchloom.platform.tracking.client import require_reachable
+from patchloom.platform.tracking.forwarder import JsonLinesTail
 from patchloom.platform.tracking.runs import (
-    JsonLinesTail,
     begin_run,
     end_run,
     flat_parameters,
     log_artifacts,
     log_dataset,
     log_metrics,
-    require_reachable,
 )
 
 ORDER = ("finished", "stopped", "failed")

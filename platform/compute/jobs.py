@@ -13,7 +13,8 @@ from math import inf
 from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
 from patchloom.errors import UserError
-from patchloom.platform.compute.cluster import begin_work, map_on_actors
+from patchloom.platform.compute.cluster import map_on_actors
+from patchloom.platform.compute.session import begin_work
 from patchloom.platform.files.folder import Folder
 from patchloom.platform.files.storage import locked, make_folder, sweep_partial
 from patchloom.platform.progress import Meter, progress

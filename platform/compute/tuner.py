@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from patchloom.platform.compute.cluster import PART_OF_A_CPU, ray_session, session_cpus
+from patchloom.platform.compute.session import ray_session, session_cpus
+from patchloom.platform.compute.workers import TRIAL_CPUS
 
 NAME = "tune"
 PLANNED = "planned"  # where a trial's own configuration stands in that of Ray Tune
@@ -26,7 +27,7 @@ class Resources:
     def of_trial(self, gpus_there: float) -> dict[str, float]:
         """What Ray reserves for a trial itself; its workers reserve their own."""
         if self.workers:
-            return {"cpu": PART_OF_A_CPU}
+            return {"cpu": TRIAL_CPUS}
         return {"cpu": 1, "gpu": (1 if self.gpus is None else self.gpus) if gpus_there else 0}
 
     def at_once(self, cpus: int, gpus_there: float) -> int:

@@ -13,7 +13,7 @@ from patchloom.errors import UserError
 from patchloom.platform.files.copies import local_copy
 from patchloom.platform.files.folder import is_remote
 from patchloom.platform.files.storage import write_atomic
-from patchloom.platform.tracking.runs import connect, tracking_uri
+from patchloom.platform.tracking.client import connect, tracking_uri
 
 MODEL_FOLDER = "model"  # where a version keeps its model folder, below its artifacts
 

@@ -24,7 +24,7 @@ import ray.cluster_utils
 from ray._raylet import GcsClient
 from ray.core.generated import autoscaler_pb2
 from patchloom.pipelines.train.checkpointer import newest_checkpoint
-from patchloom.platform.compute.cluster import quiet_environment
+from patchloom.platform.compute.session import quiet_environment
 quiet_environment()
 recipe, data, out, fate = json.loads(sys.argv[1])
 small = {"object_store_memory": 100 * 2**20}

@@ -104,7 +104,7 @@ CLUSTER = """
 import json, sys, threading, time
 from pathlib import Path
 import ray.cluster_utils
-from patchloom.platform.compute.cluster import quiet_environment
+from patchloom.platform.compute.session import quiet_environment
 quiet_environment()
 source, encoder, out = json.loads(sys.argv[1])
 small = {"object_store_memory": 100 * 2**20}

@@ -18,7 +18,7 @@ from patchloom.platform.dataset import open_dataset
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 SIDE, IMAGES = 2900, 240  # 25 MB each when decoded: 6.05 GB
 IDLE = """
-from patchloom.platform.compute.cluster import ray_session
+from patchloom.platform.compute.session import ray_session
 with ray_session():
     print("READY", flush=True)
     input()

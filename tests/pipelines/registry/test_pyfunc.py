@@ -21,8 +21,8 @@ from mlflow.exceptions import MlflowException
 from mlflow.models import Model
 
 from patchloom.pipelines.sample import sample
+from patchloom.platform.tracking.client import connect
 from patchloom.platform.tracking.registry import fetch_model
-from patchloom.platform.tracking.runs import connect
 
 pytestmark = pytest.mark.ray
 PICKLES = (".pkl", ".pickle", ".pt", ".pth", ".bin", ".ckpt")

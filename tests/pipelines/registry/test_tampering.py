@@ -13,8 +13,8 @@ import pytest
 from patchloom.models.checkpoints import CheckpointError, load_model
 from patchloom.pipelines.cli import main
 from patchloom.pipelines.registry.registering import register
+from patchloom.platform.tracking.client import connect
 from patchloom.platform.tracking.registry import fetch_model, promote
-from patchloom.platform.tracking.runs import connect
 
 pytestmark = pytest.mark.ray
 MODEL = "models:/tampered@champion"

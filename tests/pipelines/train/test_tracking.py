@@ -20,7 +20,7 @@ from patchloom.pipelines.registry.registering import register
 from patchloom.pipelines.train import train
 from patchloom.platform.files.storage import read_json
 from patchloom.platform.records.run import ProgressLine, read_progress
-from patchloom.platform.tracking.runs import MlflowForwarder, line_metrics
+from patchloom.platform.tracking.forwarder import MlflowForwarder, line_metrics
 
 pytestmark = pytest.mark.ray
 
@@ -115,7 +115,7 @@ def test_a_run_without_a_line_is_begun_too(tmp_path: Path) -> None:
 
 LOADED = """
 import sys
-from patchloom.platform.tracking.runs import is_reachable
+from patchloom.platform.tracking.client import is_reachable
 print(is_reachable(), "mlflow" in sys.modules)
 """
 

@@ -19,7 +19,7 @@ from patchloom.pipelines.train.dry_run import describe_plan
 from patchloom.platform.files.storage import read_json, read_json_lines
 from patchloom.platform.recipe import recipe_yaml
 from patchloom.platform.records.run import ProgressLine
-from patchloom.platform.tracking.runs import line_metrics
+from patchloom.platform.tracking.forwarder import line_metrics
 
 pytestmark = pytest.mark.ray
 
@@ -161,7 +161,7 @@ def test_a_run_survives_a_store_that_goes_away(
 
     train(tiny_recipe(), str(pixels), str(run), workers=0, show=spoil)
     assert_equal_models(run, trained)
-    assert "lines wait in" in capsys.readouterr().out
+    assert "progress.jsonl" in capsys.readouterr().out
 
 
 def test_the_recipe_that_travels_with_a_run_is_the_one_it_was_given(trained: Path) -> None:

@@ -82,7 +82,7 @@ def test_places_that_cannot_be_are_refused_in_words(tmp_path: Path) -> None:
 
 
 def test_a_tail_reads_whole_lines_once_and_a_replaced_file_anew(tmp_path: Path) -> None:
-    from patchloom.platform.tracking.runs import JsonLinesTail
+    from patchloom.platform.tracking.forwarder import JsonLinesTail
 
     path = tmp_path / "progress.jsonl"
     tail = JsonLinesTail(path)

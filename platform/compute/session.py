@@ -1,0 +1,155 @@
+"""Ray sessions: one on this machine, or a connection to the cluster at RAY_ADDRESS."""
+
+import contextlib
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+from patchloom.errors import UserError
+from patchloom.platform.compute.machine import keep_freed_memory
+from patchloom.platform.progress import say
+
+# Ray and MLflow read these when they are imported or when their processes start. A value that the user set is kept.
+QUIET_ENVIRONMENT = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # detects a killed worker quickly
+    "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
+    "RAY_AIR_NEW_OUTPUT": "0",
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+    "RAY_BACKEND_LOG_LEVEL": "fatal",  # Ray's C++ core prints warnings about errors that are handled
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",  # Ctrl-C ends a search at once; its folder has everything needed to continue
+    "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",
+    "PYTHONWARNINGS": "ignore",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",  # the default waits for minutes if the server is down
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
+}
+# For a session on this machine only: features that are not useful there and slow down every step on a few cores.
+LOCAL_ENVIRONMENT = {
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # the only node is never preempted
+    "RAY_TRAIN_METRICS_ENABLED": "0",  # there is no Prometheus server
+    "RAY_enable_metrics_collection": "0",
+}
+OBJECT_STORE_BYTES = 1 << 30
+
+
+def quiet_environment() -> None:
+    """Turn usage statistics and log output off, in this process and in those of Ray, unless the user set them."""
+    for name, value in QUIET_ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+
+
+def begin_work() -> None:
+    """Set up a process that does the work of a command: quiet, and with freed memory kept for the next step."""
+    quiet_environment()
+    keep_freed_memory()
+
+
+@contextlib.contextmanager
+def ray_session(cpus: int = 1) -> Iterator[None]:
+    """Make a Ray session available during the block.
+
+    Uses the running session if there is one, else the cluster at RAY_ADDRESS, else starts a session on this machine.
+
+    Args:
+        cpus: CPUs that the work needs at once. A session on this machine offers at least that many, even with
+            fewer cores.
+
+    Raises:
+        UserError: no cluster answers at RAY_ADDRESS.
+    """
+    quiet_environment()
+    import ray
+
+    if ray.is_initialized():
+        yield
+        return
+    is_local = not os.environ.get("RAY_ADDRESS")
+    if is_local:
+        say("  starting Ray on this machine ...")
+    with environment_defaults(LOCAL_ENVIRONMENT if is_local else {}):
+        _start_ray(_local_options(cpus) if is_local else {})
+        try:
+            yield
+        finally:
+            ray.shutdown()
+
+
+def session_cpus() -> int:
+    """The number of CPUs of all nodes of the session."""
+    import ray
+
+    return int(ray.cluster_resources().get("CPU", 1))
+
+
+def session_gpus() -> float:
+    """The number of GPUs of all nodes of the session."""
+    import ray
+
+    return float(ray.cluster_resources().get("GPU", 0))
+
+
+@contextlib.contextmanager
+def environment_defaults(defaults: dict[str, str]) -> Iterator[None]:
+    """Set environment variables during the block, except those that the user has set."""
+    unset = {name: value for name, value in defaults.items() if name not in os.environ}
+    os.environ.update(unset)
+    try:
+        yield
+    finally:
+        for name in unset:
+            os.environ.pop(name, None)
+
+
+def _local_options(cpus: int) -> dict[str, Any]:  # keyword arguments of ray.init
+    return {
+        "address": "local",  # not a cluster that runs, or ran, on this machine
+        "num_cpus": max(os.cpu_count() or 1, cpus),
+        "object_store_memory": OBJECT_STORE_BYTES,
+        "include_dashboard": True,  # Ray Tune uses its State API when it cleans up
+    }
+
+
+def _start_ray(options: dict[str, Any]) -> None:
+    import ray
+
+    with warnings.catch_warnings(), _silent_stderr():
+        warnings.simplefilter("ignore")
+        try:
+            ray.init(logging_level=logging.ERROR, log_to_driver=False, **options)
+        except ConnectionError as error:
+            raise UserError(
+                f"no Ray cluster answers at RAY_ADDRESS={os.environ.get('RAY_ADDRESS')} ({error}): "
+                "start it, or unset RAY_ADDRESS to run on this machine"
+            ) from None
+    _quiet_loggers()
+
+
+@contextlib.contextmanager
+def _silent_stderr() -> Iterator[None]:
+    """Discard what Ray's C++ core writes to stderr while it starts. Python exceptions are not affected."""
+    sys.stderr.flush()
+    original = os.dup(2)
+    try:
+        with open(os.devnull, "w") as devnull:  # noqa: PTH123
+            os.dup2(devnull.fileno(), 2)
+        yield
+    finally:
+        os.dup2(original, 2)
+        os.close(original)
+
+
+def _quiet_loggers() -> None:
+    import ray.data
+
+    for name in ("ray.data", "ray.train", "ray.tune", "ray.air"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)  # failures are returned as exceptions or results
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False

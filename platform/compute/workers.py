@@ -1,0 +1,174 @@
+"""Workers: processes of Ray Train that run one training loop together."""
+
+import contextlib
+import os
+import shutil
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from patchloom.errors import UserError
+from patchloom.platform.compute.session import (
+    begin_work,
+    environment_defaults,
+    ray_session,
+    session_cpus,
+    session_gpus,
+)
+from patchloom.platform.progress import say
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Config = TypeVar("Config")
+Result = TypeVar("Result")
+
+TRIAL_CPUS = 0.01  # reserved for the process of a trial that waits for its own workers
+
+
+@dataclass(frozen=True)
+class Worker:
+    """One process of a training run.
+
+    Args:
+        rank: number of this worker, from 0.
+        count: number of workers.
+        loses_a_node: returns whether the cluster announced that it will take away a node of any worker. All workers
+            must call it at the same step.
+    """
+
+    rank: int = 0
+    count: int = 1
+    loses_a_node: Callable[[], bool] = lambda: False
+
+    def reduce(self, tensor: "Tensor") -> None:
+        """Sum a tensor over all workers, in place."""
+        if self.count > 1:
+            import torch.distributed
+
+            torch.distributed.all_reduce(tensor)
+
+    def any(self, mine: bool) -> bool:
+        """Whether the value is true on any worker. All workers must call it at the same step."""
+        if self.count == 1:
+            return mine
+        import torch
+        import torch.distributed
+
+        device = "cuda" if torch.distributed.get_backend() == "nccl" else "cpu"
+        votes = torch.tensor([float(mine)], device=device)
+        torch.distributed.all_reduce(votes)
+        return votes.item() > 0
+
+
+def run_workers(
+    loop: Callable[[Worker, Config], Result],
+    config: Config,
+    workers: int,
+    scratch: Path,
+    name: str,
+    min_workers: int | None = None,
+    on_stop: Callable[[], None] | None = None,
+) -> Result:
+    """Run `loop(worker, config)` on every worker. A worker that dies is restarted.
+
+    Args:
+        loop: the training loop.
+        config: its configuration, which is pickled for the workers.
+        workers: number of workers; 0 runs the loop in this process, without Ray.
+        scratch: folder for the files of Ray Train, removed at the end.
+        name: name of the run in Ray Train.
+        min_workers: continue with fewer workers, down to this number, if nodes are lost, and with more when they
+            return. None: always `workers`.
+        on_stop: called on SIGTERM instead of ending the process; it asks the loop to return.
+
+    Returns:
+        What the loop returned on rank 0.
+
+    Raises:
+        UserError: the session has fewer CPUs than workers.
+    """
+    if workers == 0:
+        begin_work()
+        with _on_sigterm(on_stop):
+            return loop(Worker(), config)
+    # replacing a lost node may take minutes; an elastic run does not wait for it
+    is_elastic = min_workers is not None and min_workers < workers
+    start_timeout = {"RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "30" if is_elastic else "600"}
+    # _on_sigterm comes last, because Ray sets its own signal handler
+    with environment_defaults(start_timeout), ray_session(workers), _on_sigterm(on_stop):
+        return _run_on_ray_train(loop, config, workers, min_workers or workers, scratch, name)
+
+
+@contextlib.contextmanager
+def _on_sigterm(action: Callable[[], None] | None) -> Iterator[None]:
+    """Call `action` on SIGTERM during the block. Only the main thread can set signal handlers."""
+    if action is None or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, lambda *_: action())
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _run_on_ray_train(
+    loop: Callable[[Worker, Config], Result], config: Config, workers: int, min_workers: int, scratch: Path, name: str
+) -> Result:
+    import ray
+    import ray.train
+    from ray.train.torch import TorchTrainer
+
+    cpus, is_trial = _cpus_per_worker(workers)
+    say(f"  waiting for {workers} worker{'s' if workers > 1 else ''} of Ray Train (half a minute on a laptop) ...")
+    trainer = TorchTrainer(
+        _on_worker(loop, cpus),
+        train_loop_config={"config": config},
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=workers if min_workers == workers else (min_workers, workers),
+            use_gpu=session_gpus() >= workers,
+            resources_per_worker={"CPU": cpus - TRIAL_CPUS if is_trial else cpus},
+        ),
+        run_config=ray.train.RunConfig(
+            name=name,
+            storage_path=str(scratch),
+            failure_config=ray.train.FailureConfig(max_failures=3, controller_failure_limit=3),
+        ),
+    )
+    result: Result = trainer.fit().return_value
+    shutil.rmtree(scratch, ignore_errors=True)
+    return result
+
+
+def _cpus_per_worker(workers: int) -> tuple[int, bool]:
+    """The CPUs of one worker, and whether this process is a trial of a search, which shares CPUs with other trials."""
+    import ray
+
+    available = session_cpus()
+    if workers > available:
+        raise UserError(f"--workers {workers}: the session has {available} CPUs; choose fewer workers")
+    is_trial = ray.get_runtime_context().get_actor_id() is not None
+    return 1 if is_trial or os.environ.get("RAY_ADDRESS") else max(1, available // workers), is_trial
+
+
+def _on_worker(loop: Callable[[Worker, Config], Result], cpus: int) -> Callable[[dict[str, Any]], Result]:
+    """The function that Ray Train calls on each worker."""
+
+    def run_loop(settings: dict[str, Any]) -> Result:
+        begin_work()
+        import ray.train
+        import torch
+
+        context = ray.train.get_context()
+        if not torch.cuda.is_available():
+            torch.set_num_threads(cpus)
+        worker = Worker(
+            context.get_world_rank(), context.get_world_size(), lambda: ray.train.get_preemption_info() is not None
+        )
+        return loop(worker, settings["config"])
+
+    return run_loop
