@@ -4,17 +4,15 @@
 """
 
 import contextlib
-import pickle
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from math import inf
 from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
 from patchloom.errors import UserError
-from patchloom.platform.compute.cluster import map_on_actors
-from patchloom.platform.compute.session import begin_work
+from patchloom.platform.compute.actors import map_on_actors
 from patchloom.platform.files.folder import Folder
 from patchloom.platform.files.storage import locked, make_folder, sweep_partial
 from patchloom.platform.progress import Meter, progress
@@ -22,8 +20,6 @@ from patchloom.platform.records.record import Record
 
 WORK_FOLDER = ".work"  # in the job's folder, removed when the job is finished
 NOTES_FOLDER = f"{WORK_FOLDER}/notes"  # one file per finished unit
-
-Report = Callable[[int], None]  # called by a worker with the number of images of its unit that are done
 
 
 class Unit(Protocol):
@@ -149,41 +145,11 @@ def _do(job: Job[UnitT, ResultT], units: list[UnitT], workers: int | None, meter
             while todo and time.monotonic() < end:
                 unit = todo.pop(0)
                 take(unit, worker(unit, lambda images: show(finished + images)))
-    by_name, before = {unit.name: unit for unit in todo}, finished
-    for name, result in _on_ray(job, todo, workers, lambda images: show(before + images)):
-        take(by_name[name], result)
-
-
-def _on_ray(
-    job: Job[UnitT, ResultT], units: list[UnitT], workers: int | None, show: Report
-) -> Iterator[tuple[str, ResultT]]:
-    call = {"call": UnitCall(job.worker, job.argument)}
-    items = [{"unit": pickle.dumps(unit)} for unit in units]
-    for row in map_on_actors(UnitActor, call, items, workers, job.on_gpus, show):
-        yield row["name"], pickle.loads(row["result"])
-
-
-@dataclass(frozen=True)
-class UnitCall:
-    """What an actor needs: the class of its worker, and the argument."""
-
-    worker: type[Any]
-    argument: object
-
-
-class UnitActor:
-    """Does units in a process of Ray. The tally shows how many images of each unit are done."""
-
-    def __init__(self, argument: dict[str, Any]) -> None:
-        begin_work()
-        self.worker = argument["call"].worker(argument["call"].argument)
-        self.tally = argument["tally"]
-
-    def __call__(self, item: dict[str, Any]) -> dict[str, Any]:
-        """The name of the unit and the result of its worker."""
-        unit = pickle.loads(item["unit"])
-        result = self.worker(unit, lambda images: self.tally.count.remote(unit.name, images))
-        return {"name": unit.name, "result": pickle.dumps(result)}
+    before = finished
+    for unit, result in map_on_actors(
+        job.worker, job.argument, todo, workers, job.on_gpus, lambda images: show(before + images)
+    ):
+        take(unit, result)
 
 
 def check_empty(folder: Folder, noun: str) -> None:
