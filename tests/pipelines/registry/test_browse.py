@@ -170,4 +170,6 @@ def test_models_list_prints_one_json_value(champion: str) -> None:
     code = "import sys; sys.argv = ['patchloom', 'models', 'list', '--json']; " \
            "from patchloom.pipelines.cli import main; main()"  # fmt: skip
     done = run_python(code, MLFLOW_TRACKING_URI=os.environ["MLFLOW_TRACKING_URI"])
-    assert "tiny" in {row["name"] for row in json.loads(done.stdout)}
+    rows = json.loads(done.stdout)
+    assert "tiny" in {row["name"] for row in rows}
+    assert list(rows[0]) == ["name", "version", "aliases", "run_id", "created_unix_s", "description", "tags"]
