@@ -30,6 +30,7 @@ Datasets, recipes and models
     types              Dataset, Recipe, Denoiser, AutoencoderSettings
 
 Sampling in your own code
+    Sampler            seeds and labels -> images, for map_batches of Ray Data
     samplers           heun, euler, ddim, ancestral, dpmpp_2m, dpmpp_2m_sde, plms
     noise ladders      karras_sigmas, linear_sigmas, ve_sigmas, vp_sigmas, iddpm_sigmas
     start noise        SeededNoise
@@ -78,6 +79,7 @@ if TYPE_CHECKING:
     from patchloom.pipelines.registry.registering import register
     from patchloom.pipelines.report import report
     from patchloom.pipelines.sample import sample
+    from patchloom.pipelines.sample.sampler import Sampler
     from patchloom.pipelines.train import train
     from patchloom.pipelines.train.autoencoder import AutoencoderSettings, train_autoencoder
     from patchloom.pipelines.tune import tune
@@ -94,6 +96,7 @@ __all__ = [
     "CheckpointError",
     "Dataset",
     "Error",
+    "Sampler",
     "SeededNoise",
     "Stopped",
     "UserError",
@@ -150,6 +153,7 @@ _MODULES = {
     "pipelines.registry.registering": ("register",),
     "pipelines.report": ("report",),
     "pipelines.sample": ("sample",),
+    "pipelines.sample.sampler": ("Sampler",),
     "pipelines.train": ("train",),
     "pipelines.train.autoencoder": ("AutoencoderSettings", "train_autoencoder"),
     "pipelines.tune": ("tune",),

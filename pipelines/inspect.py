@@ -21,7 +21,7 @@ from patchloom.platform.progress import progress
 from patchloom.platform.records.dataset import DatasetCard
 from patchloom.platform.tracking.registry import fetch_model
 
-CONTACT_SHEET = "contact_sheet.png"
+DATASET_SHEET = "contact_sheet.png"
 TENSORS = ("image", "mean", "std")
 DECODED_AT_ONCE = 8
 
@@ -75,11 +75,11 @@ def _write_contact_sheet(dataset: Dataset) -> str | None:
     folder = Folder(dataset.address)
     try:
         with tempfile.TemporaryDirectory() as scratch:
-            dataset_sheet(dataset, Path(scratch) / CONTACT_SHEET)
-            folder.put(Path(scratch) / CONTACT_SHEET, CONTACT_SHEET)
+            dataset_sheet(dataset, Path(scratch) / DATASET_SHEET)
+            folder.put(Path(scratch) / DATASET_SHEET, DATASET_SHEET)
     except (OSError, UserError):
         return None
-    return f"{folder}/{CONTACT_SHEET}"
+    return f"{folder}/{DATASET_SHEET}"
 
 
 def verify_dataset(dataset: Dataset) -> None:

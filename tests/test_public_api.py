@@ -18,6 +18,7 @@ LAZY = {name: module for module, names in patchloom._MODULES.items() for name in
 ERRORS = {"CheckpointError", "Error", "Stopped", "UserError"}
 # the files and folders that the example of a name reads
 INPUTS = {
+    "Sampler": ("registry",),
     "compare_models": ("registry",),
     "delete_model": ("registry",),
     "describe_model": ("registry",),

@@ -19,7 +19,7 @@ from patchloom.platform.tracking.registry import (
 
 
 @dataclass(frozen=True)
-class ModelLineage:
+class VersionLineage:
     """What a model was made from; None for what is not recorded."""
 
     run: str | None
@@ -36,7 +36,7 @@ class ModelDescription:
 
     reference: str
     aliases: list[str]
-    lineage: ModelLineage
+    lineage: VersionLineage
     kind: str
     resolution: int
     network: str
@@ -75,7 +75,7 @@ def describe_model(reference: str) -> ModelDescription:
     return ModelDescription(
         reference=fetched.reference,
         aliases=version.aliases if version else [],
-        lineage=ModelLineage(
+        lineage=VersionLineage(
             run=fetched.run_id,
             dataset_fingerprint=tags.get("dataset_fingerprint"),
             recipe_sha256=tags.get("recipe_sha256"),
