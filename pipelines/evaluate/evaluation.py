@@ -25,7 +25,7 @@ from patchloom.pipelines.evaluate.image_sets import ImageSet, SampleImages, chec
 from patchloom.pipelines.evaluate.metrics import METRICS, NEIGHBOURS, ComparedSets
 from patchloom.pipelines.pages.pictures import save_png, side_by_side
 from patchloom.pipelines.registry.quality import TITLES, Evaluation
-from patchloom.pipelines.registry.version_card import record
+from patchloom.pipelines.registry.version_card import record_evaluation
 from patchloom.platform.compute.session import ray_session
 from patchloom.platform.files.folder import Folder
 from patchloom.platform.files.storage import make_folder, write_json
@@ -207,7 +207,7 @@ def _keep(result: Evaluation, sides: ComparedSets, address: str) -> dict[str, An
         for file in files:
             folder.put(file, file.name)
         if isinstance(images, SampleImages):
-            record(result, images.sampling["lineage"], files)
+            record_evaluation(result, images.sampling.lineage, files)
     written: dict[str, Any] = folder.read_json(name)
     return written
 

@@ -2,10 +2,10 @@
 
 import json
 from pathlib import Path
-from typing import Any
 from urllib.parse import urlencode
 
 from patchloom.pipelines.registry.quality import TAG, Evaluation, evaluations_of
+from patchloom.platform.records.samples import ModelLineage
 from patchloom.platform.tracking.registry import describe_version, find_version, logged_model
 from patchloom.platform.tracking.runs import log_artifacts, log_metrics
 
@@ -34,22 +34,22 @@ def card_text(name: str, version: str, run_id: str, tags: dict[str, str]) -> str
     return "\n".join([*lines, f"Sample from it: `patchloom sample models:/{name}/{version} samples --seeds 0-63`"])
 
 
-def record(result: Evaluation, lineage: dict[str, Any], files: list[Path]) -> None:
+def record_evaluation(result: Evaluation, lineage: ModelLineage, files: list[Path]) -> None:
     """Add an evaluation to the registered version that the samples came from, and to the run that trained it.
 
     A metric is logged as `fid/n-50000/1a2b3c4d`, so that values that cannot be compared are on different curves.
     """
-    if not lineage["run_id"]:
+    if not lineage.run_id:
         return
     model_id = None
-    if lineage["name"]:
-        model_id = logged_model(lineage["name"], lineage["version"])
+    if lineage.name and lineage.version:
+        model_id = logged_model(lineage.name, lineage.version)
         value = json.dumps({"metrics": result.metrics, "identity": result.identity})
-        write_card(lineage["name"], lineage["version"], {f"{TAG}{result.digest}": value, "quality": result.headline()})
+        write_card(lineage.name, lineage.version, {f"{TAG}{result.digest}": value, "quality": result.headline()})
     numbers = {
         f"{name}/n-{result.identity['n_samples']}/{result.digest}": value
         for name, value in result.metrics.items()
         if isinstance(value, float)
     }
-    log_metrics(lineage["run_id"], numbers, model_id=model_id)
-    log_artifacts(lineage["run_id"], *files, under=f"evaluations/{result.digest}")
+    log_metrics(lineage.run_id, numbers, model_id=model_id)
+    log_artifacts(lineage.run_id, *files, under=f"evaluations/{result.digest}")
