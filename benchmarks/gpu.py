@@ -32,7 +32,8 @@ from patchloom.benchmarks.plain import PlainDenoiser, PlainTraining, PlainUNet
 from patchloom.benchmarks.result_file import GpuResults, QualityPoint
 from patchloom.benchmarks.setups import Trainer, adm_config, only, representative_steps, song_config, step_settings
 from patchloom.errors import UserError
-from patchloom.models.checkpoints import Model
+from patchloom.models.cards import DenoiserConfig, ModelCard
+from patchloom.models.checkpoints import SamplingModel
 from patchloom.models.cost import estimated_gain
 from patchloom.models.features import POOL, ColourFeatures, Features, features_of_file
 from patchloom.models.flops import peak_flops, training_flops
@@ -74,7 +75,7 @@ class Variant:
         """The variant that this device supports: on a CPU, float32 without compilation."""
         return self if device.type == "cuda" else replace(self, precision="fp32", compiled=False)
 
-    def trainer(self, config: dict[str, Any], settings: StepSettings, device: torch.device) -> Trainer:
+    def trainer(self, config: DenoiserConfig, settings: StepSettings, device: torch.device) -> Trainer:
         """A trainer with this variant."""
         return Trainer(
             config, replace(settings, precision=self.precision), device,
@@ -119,7 +120,7 @@ class GpuSession:
 
 
 def speeds(
-    session: GpuSession, name: str, config: dict[str, Any], scale: Scale, variants: tuple[Variant, ...],
+    session: GpuSession, name: str, config: DenoiserConfig, scale: Scale, variants: tuple[Variant, ...],
     plain: PlainTraining | None = None,
 ) -> None:  # fmt: skip
     """Full-size steps of each variant, interleaved, compared with a plain loop or the first variant."""
@@ -160,7 +161,7 @@ def speeds(
 
 
 def _start_variants(
-    session: GpuSession, name: str, config: dict[str, Any], scale: Scale, variants: tuple[Variant, ...]
+    session: GpuSession, name: str, config: DenoiserConfig, scale: Scale, variants: tuple[Variant, ...]
 ) -> tuple[dict[str, Trainer], dict[str, float]]:
     """Trainers after their first step, and their peak memory in GiB, by variant."""
     settings = step_settings(scale)
@@ -179,7 +180,7 @@ def _start_variants(
     return trainers, memory
 
 
-def patch_gain(session: GpuSession, name: str, config: dict[str, Any], scale: Scale, variant: Variant) -> None:
+def patch_gain(session: GpuSession, name: str, config: DenoiserConfig, scale: Scale, variant: Variant) -> None:
     """Counted images per second of each patch size and of p = .5, and the gain over p = 1."""
     mixed, full = step_settings(scale, 0.5), step_settings(scale, 1.0)
     sizes = mixed.schedule.sizes
@@ -263,7 +264,8 @@ def quality_curve(
 
 def sampled(average: Any, trainer: Trainer, count: int) -> Tensor:
     """(count, 3, R, R) uint8 samples of the averaged weights, for the seeds 0, 1, ..."""
-    model = Model(average, trainer.normalisation, None, {})
+    card = ModelCard(denoiser=trainer.config, normalisation=trainer.normalisation)
+    model = SamplingModel(average, trainer.normalisation, None, card)
     batches = []
     for first in range(0, count, SAMPLE_BATCH):
         seeds = list(range(first, min(first + SAMPLE_BATCH, count)))
@@ -320,7 +322,7 @@ def measure(
     song = song_config(pixel.side, pixel.width, pixel.blocks, dropout=0.05)
     adm = adm_config(latent.side, 32, 1) if is_tiny else adm_config(latent.side)
     limits(session)
-    plain = PlainTraining(PlainDenoiser(PlainUNet(pixel.side, 5, 3, **song["network_options"])).to(device), pixel.side)
+    plain = PlainTraining(PlainDenoiser(PlainUNet(pixel.side, 5, 3, **song.network_options)).to(device), pixel.side)
     speeds(session, f"DDPM++ on {pixel.side} pixels", song, pixel, PIXEL_VARIANTS, plain)
     patch_gain(session, f"DDPM++ on {pixel.side} pixels", song, pixel, Variant("bf16, channels last", "bf16", True))
     speeds(session, f"ADM on latents of {latent.side}", adm, latent, LATENT_VARIANTS)

@@ -134,7 +134,7 @@ def wants_numbers(scale: Scale) -> bool:
 
 def setting_for(scale: Scale) -> Setting:
     """The options that all networks share."""
-    options = song_config(scale.side, scale.width, scale.blocks)["network_options"]
+    options = song_config(scale.side, scale.width, scale.blocks).network_options
     return Setting(scale.side, scale.batch, options["width_multipliers"], scale.blocks, options["attention"], DROPOUT,
                    torch.get_num_threads())  # fmt: skip
 

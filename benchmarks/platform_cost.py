@@ -18,7 +18,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import psutil
@@ -27,6 +26,7 @@ import torch
 from patchloom.benchmarks.findings import Finding, Say, Scale
 from patchloom.benchmarks.interleaved import Spread
 from patchloom.benchmarks.setups import Trainer, song_config, step_settings
+from patchloom.models.cards import DenoiserConfig
 from patchloom.models.step_plan import plan_step
 from patchloom.pipelines.prepare import prepare
 from patchloom.platform.compute.machine import keep_freed_memory
@@ -225,14 +225,13 @@ def _bare_steps(scale: Scale, lines: Path, threads: int) -> None:
             file.write(json.dumps({"step": first + LINE_STEPS}) + "\n")
 
 
-def _network(scale: Scale) -> dict[str, Any]:
-    config: dict[str, Any] = song_config(scale.side, scale.width // 2, 1)
-    return config
+def _network(scale: Scale) -> DenoiserConfig:
+    return song_config(scale.side, scale.width // 2, 1)
 
 
 def _recipe(scale: Scale) -> Recipe:
     """A recipe with the steps of `_bare_steps`, and more of them than are needed."""
-    options = _network(scale)["network_options"]
+    options = _network(scale).network_options
     batch = scale.batch
     return check_recipe({
         "name": "benchmark",

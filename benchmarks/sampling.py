@@ -5,7 +5,6 @@ import io
 import tempfile
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from PIL import Image
@@ -16,7 +15,8 @@ from patchloom.benchmarks.limits import gemm_flops
 from patchloom.benchmarks.plain import PlainDenoiser, PlainUNet, plain_heun
 from patchloom.benchmarks.setups import song_config
 from patchloom.benchmarks.training import plain_loop_findings
-from patchloom.models.checkpoints import Model, load_whole_model, save_model
+from patchloom.models.cards import DenoiserConfig, ModelCard
+from patchloom.models.checkpoints import SamplingModel, load_sampling_model, save_model
 from patchloom.models.denoiser import build_denoiser
 from patchloom.models.flops import training_flops
 from patchloom.models.generate import Sampling, generate, generate_padded, one_thread
@@ -38,7 +38,7 @@ def against_plain(scale: Scale, say: Say) -> list[Finding]:
     """`generate`, compared with a plain loop and with the GEMM rate."""
     config = song_config(scale.side, scale.width, scale.blocks, dropout=0.0)
     model, plain = same_networks(config)
-    seeds, shape = list(range(scale.batch)), (scale.batch, config["channels"], scale.side, scale.side)
+    seeds, shape = list(range(scale.batch)), (scale.batch, config.channels, scale.side, scale.side)
 
     def generate_batch() -> int:
         return len(generate(model, seeds, [-1] * len(seeds), SAMPLING))
@@ -51,19 +51,19 @@ def against_plain(scale: Scale, say: Say) -> list[Finding]:
     return plain_loop_findings(name, timings, sampling_flops(config), PLAIN_WANTED)
 
 
-def same_networks(config: dict[str, Any]) -> tuple[Model, PlainDenoiser]:
+def same_networks(config: DenoiserConfig) -> tuple[SamplingModel, PlainDenoiser]:
     """An untrained pixel model as `sample` loads it, and the plain denoiser with the same weights."""
     with tempfile.TemporaryDirectory() as folder:
-        model = load_whole_model(untrained(Path(folder) / "model", config))
-    channels = config["channels"]
-    plain = PlainDenoiser(PlainUNet(config["resolution"], channels + 2, channels, **config["network_options"]))
+        model = load_sampling_model(untrained(Path(folder) / "model", config))
+    channels = config.channels
+    plain = PlainDenoiser(PlainUNet(config.resolution, channels + 2, channels, **config.network_options))
     plain.load_state_dict(dict(model.denoiser.named_parameters()))
     return model, plain.eval().requires_grad_(False)
 
 
-def sampling_flops(config: dict[str, Any]) -> float:
+def sampling_flops(config: DenoiserConfig) -> float:
     """FLOPs per image: one forward pass per evaluation of the network."""
-    forward = training_flops(config, config["resolution"]) / TRAINING_OVER_FORWARD
+    forward = training_flops(config, config.resolution) / TRAINING_OVER_FORWARD
     return SAMPLING.network_evaluations * forward
 
 
@@ -77,7 +77,7 @@ def ray_data_worker(scale: Scale, say: Say) -> list[Finding]:
     config = song_config(min(SMALL_SIDE, scale.side), min(SMALL_WIDTH, scale.width), 1, dropout=0.0)
     with tempfile.TemporaryDirectory() as folder, ray_session(), one_thread():
         scratch = Path(folder)
-        model = load_whole_model(untrained(scratch / "model", config), "cuda" if torch.cuda.is_available() else CPU)
+        model = load_sampling_model(untrained(scratch / "model", config), "cuda" if torch.cuda.is_available() else CPU)
         worker = SampleWorker(scratch, shards)
         loop = partial(plain_loop, model, SHARD * (shards - 1))
         alternatives: dict[str, Work] = {"loop": loop, "worker": worker, "saving": partial(loop, scratch / "saved")}
@@ -101,17 +101,16 @@ def ray_data_worker(scale: Scale, say: Say) -> list[Finding]:
     ]
 
 
-def untrained(folder: Path, config: dict[str, Any]) -> Path:
+def untrained(folder: Path, config: DenoiserConfig) -> Path:
     """Write a model folder with random weights. Returns its path."""
     torch.manual_seed(0)
     folder.mkdir()
-    card = {"name": "benchmark", "denoiser": config, "space": pixel_normalisation().describe(), "class_names": [],
-            "label_dropout": 0.0, "code_version": ""}  # fmt: skip
+    card = ModelCard(name="benchmark", denoiser=config, normalisation=pixel_normalisation())
     save_model(folder, build_denoiser(config), card)
     return folder
 
 
-def plain_loop(model: Model, count: int, saved: Path | None = None) -> int:
+def plain_loop(model: SamplingModel, count: int, saved: Path | None = None) -> int:
     """Sample `count` images in batches, and save each with Pillow if `saved` is given. Returns the count."""
     for seed in range(0, count, SHARD):
         seeds = list(range(seed, seed + SHARD))

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from patchloom.benchmarks.findings import Scale
+from patchloom.models.cards import DenoiserConfig
 from patchloom.models.denoiser import Denoiser, build_denoiser
 from patchloom.models.ema import HalfLifeEMA
 from patchloom.models.normalisation import Normalisation, pixel_normalisation
@@ -25,21 +26,23 @@ ADAM = (0.9, 0.999), 1e-8
 BLOCK = 2  # crops; four workers can share a batch of 8
 
 
-def song_config(side: int, width: int, blocks: int = 4, *, channels: int = 3, dropout: float = DROPOUT) -> Any:
+def song_config(
+    side: int, width: int, blocks: int = 4, *, channels: int = 3, dropout: float = DROPOUT
+) -> DenoiserConfig:
     """DDPM++ (EDM, Table 7) on images of `side` pixels, for `build_denoiser`; two levels on tiny images."""
     multipliers = [1, 2, 2, 2] if side >= 32 else [1, 2]
     options = {"width": width, "width_multipliers": multipliers, "blocks": blocks, "attention": [16],
                "dropout": dropout}  # fmt: skip
-    return {"network": "song", "network_options": options, "resolution": side, "channels": channels, "classes": 0,
-            "coordinates": "linear", "sigma_data": 0.5}  # fmt: skip
+    return DenoiserConfig(network="song", network_options=options, resolution=side, channels=channels, classes=0,
+                          coordinates="linear", sigma_data=0.5)  # fmt: skip
 
 
-def adm_config(side: int = 32, width: int = 192, blocks: int = 3, *, channels: int = 4) -> Any:
+def adm_config(side: int = 32, width: int = 192, blocks: int = 3, *, channels: int = 4) -> DenoiserConfig:
     """ADM (EDM, Table 7) on latents of `side` pixels, as in the paper's LSUN runs."""
     options = {"width": width, "width_multipliers": [1, 2, 3, 4] if side >= 32 else [1, 2], "blocks": blocks,
                "attention": [32, 16, 8], "dropout": DROPOUT, "head_width": min(64, width)}  # fmt: skip
-    return {"network": "dhariwal", "network_options": options, "resolution": side, "channels": channels, "classes": 0,
-            "coordinates": "linear", "sigma_data": 0.5}  # fmt: skip
+    return DenoiserConfig(network="dhariwal", network_options=options, resolution=side, channels=channels, classes=0,
+                          coordinates="linear", sigma_data=0.5)  # fmt: skip
 
 
 def step_settings(scale: Scale, p: float = 1.0, **changes: Any) -> StepSettings:
@@ -64,11 +67,12 @@ class Trainer:
     """
 
     def __init__(
-        self, config: dict[str, Any], settings: StepSettings, device: torch.device | str = "cpu", *,
+        self, config: DenoiserConfig, settings: StepSettings, device: torch.device | str = "cpu", *,
         channels_last: bool = False, compiled: bool = False, ema_halflife_images: float = 500_000.0,
     ) -> None:  # fmt: skip
         torch.manual_seed(0)
-        self.settings, self.device, self.channels = settings, torch.device(device), config["channels"]
+        self.config = config
+        self.settings, self.device, self.channels = settings, torch.device(device), config.channels
         layout = torch.channels_last if channels_last else torch.contiguous_format
         denoiser: Any = build_denoiser(config).to(self.device)
         self.denoiser: Denoiser = denoiser.to(memory_format=layout).train()
@@ -77,7 +81,7 @@ class Trainer:
         if compiled:
             compile_network(self.denoiser, settings.schedule)
         self.normalisation: Normalisation = pixel_normalisation(self.channels)
-        self.resolution = config["resolution"]
+        self.resolution = config.resolution
 
     def rows(self, count: int) -> Rows:
         """`count` rows of uint8 noise."""

@@ -128,13 +128,13 @@ def patchloom(*arguments: str) -> Sequence[str]:
 
 def small_recipe(scale: Scale, **changes: Any) -> Recipe:
     """A recipe on pixels that writes a progress line after every step; `changes` override keys of `train`."""
-    options = song_config(scale.side, scale.width, scale.blocks)["network_options"]
+    options = song_config(scale.side, scale.width, scale.blocks).network_options
     train = {"images": LONG_RUN_IMAGES, "batch_size": scale.batch, "block_size": BLOCK,
              "checkpoint_every_images": LONG_RUN_IMAGES, "log_every_images": scale.batch}  # fmt: skip
     return check_recipe({
         "name": "benchmark",
         "data": {"held_out_fraction": 0.2},
-        "model": options | {"dropout": DROPOUT},
+        "model": {**options, "dropout": DROPOUT},
         "optimizer": {"lr_rampup_images": 0},
         "train": train | changes,
         "preview": {"every_images": 0},

@@ -33,7 +33,7 @@ def against_plain(scale: Scale, say: Say) -> list[Finding]:
     """A full-size training step, compared with a plain loop and with the GEMM rate."""
     config = song_config(scale.side, scale.width, scale.blocks)
     trainer = Trainer(config, step_settings(scale))
-    options = config["network_options"]
+    options = config.network_options
     plain = PlainTraining(PlainDenoiser(PlainUNet(scale.side, 5, 3, **options)).train(), scale.side)
     plan = plan_step(trainer.settings, 0, 0)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from abc import ABC, abstractmethod
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from patchloom.errors import CheckpointError
 from patchloom.models.backbones import import_allowed
+from patchloom.models.cards import AutoencoderCard
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL
@@ -58,16 +60,16 @@ class Autoencoder(ABC):
         """The class as a card names it."""
         return f"{type(self).__module__}:{type(self).__qualname__}"
 
-    def describe(self) -> dict[str, Any]:
-        """What a dataset's card and `model.json` say of it."""
-        return {
-            "class": self.kind,
-            "weights_sha256": self.weights_sha256,
-            "downscale": self.downscale,
-            "latent_channels": self.latent_channels,
-            "scale": self.scale,
-            "shift": self.shift,
-        }
+    def describe(self) -> AutoencoderCard:
+        """The entry `autoencoder` of `dataset.json` and `model.json`."""
+        return AutoencoderCard(
+            class_name=self.kind,
+            weights_sha256=self.weights_sha256,
+            downscale=self.downscale,
+            latent_channels=self.latent_channels,
+            scale=self.scale,
+            shift=self.shift,
+        )
 
 
 class DiffusersAutoencoder(Autoencoder):
@@ -144,8 +146,8 @@ def save_autoencoder(network: AutoencoderKL, folder: Path) -> str:
     """Write diffusers' own folder (safetensors + config) and a card; returns the weights' sha256."""
     network.save_pretrained(folder, safe_serialization=True)
     sha256 = weights_sha256(folder)
-    described = DiffusersAutoencoder(network).describe() | {"weights_sha256": sha256}
-    card = {"format_version": AUTOENCODER_FORMAT, "kind": "autoencoder", **described}
+    described = replace(DiffusersAutoencoder(network).describe(), weights_sha256=sha256)
+    card = {"format_version": AUTOENCODER_FORMAT, "kind": "autoencoder", **described.to_json()}
     (folder / CARD).write_text(json.dumps(card, indent=2) + "\n")
     return sha256
 

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from patchloom.errors import CheckpointError
 from patchloom.models.autoencoder import Autoencoder, load_autoencoder
+from patchloom.models.cards import CHECKPOINT_FORMAT, MODEL_FORMAT, CheckpointCard, ModelCard
 from patchloom.models.denoiser import Denoiser, build_denoiser
 from patchloom.models.ema import PowerEMA, PowerProfile
 from patchloom.models.normalisation import Normalisation
@@ -22,14 +23,15 @@ from patchloom.models.unet import UNet
 
 __all__ = [
     "CheckpointError",
-    "Model",
+    "SamplingModel",
     "checkpoint_content",
     "is_pickle",
     "load_checkpoint",
     "load_edm_snapshot",
     "load_model",
-    "load_whole_model",
+    "load_sampling_model",
     "read_card",
+    "read_checkpoint_card",
     "read_edm_snapshot",
     "read_profile",
     "save_average",
@@ -39,70 +41,84 @@ __all__ = [
     "write_checkpoint",
 ]
 
-MODEL_FORMAT = 1
-CHECKPOINT_FORMAT = 1
 AVERAGE_FORMAT = 1
 PICKLES = (".pkl", ".pickle", ".pt", ".pth", ".bin", ".ckpt")  # what they are usually called
 
 
 @dataclass(frozen=True)
-class Model:
-    """All that sampling needs: the denoiser, its space, the decoder of a latent model, its card."""
+class SamplingModel:
+    """All that sampling needs.
+
+    Args:
+        denoiser: the network.
+        normalisation: the map from its values to stored ones.
+        autoencoder: the decoder of a latent model, None for pixels.
+        card: its `model.json`.
+    """
 
     denoiser: Denoiser
-    space: Normalisation
+    normalisation: Normalisation
     autoencoder: Autoencoder | None
-    card: dict[str, Any]
+    card: ModelCard
 
 
-def save_model(folder: Path, denoiser: Denoiser, card: dict[str, Any]) -> None:
-    """Write `model.safetensors` and `model.json` into an existing folder; the card last, with the weights' sha256."""
+def save_model(folder: Path, denoiser: Denoiser, card: ModelCard) -> None:
+    """Write `model.safetensors`, then `model.json` with the weights' sha256, into an existing folder."""
     weights = {name: tensor.contiguous() for name, tensor in denoiser.state_dict().items()}
     save_file(weights, folder / "model.safetensors")
-    sha256 = file_sha256(folder / "model.safetensors")
-    card = {"format_version": MODEL_FORMAT, "kind": "denoiser", **card, "weights_sha256": sha256}
-    (folder / "model.json").write_text(json.dumps(card, indent=2) + "\n")
+    card = replace(card, weights_sha256=_file_sha256(folder / "model.safetensors"))
+    (folder / "model.json").write_text(json.dumps(card.to_json(), indent=2) + "\n")
 
 
-def read_card(folder: Path | str, kind: str) -> dict[str, Any]:
-    """The checked `model.json` of a folder that must hold a `kind` ("denoiser" or "autoencoder").
+def read_card(folder: Path | str) -> ModelCard:
+    """Read the `model.json` of a denoiser's folder; the weights are not verified.
 
-    Raises CheckpointError where it does not, or where a newer version wrote it.
+    Raises:
+        CheckpointError: the file is missing or damaged, describes something else, or has a newer format.
     """
-    card = _card_of(Path(folder) / "model.json", MODEL_FORMAT)
-    if card.get("kind") != kind:
-        raise CheckpointError(f"{folder} is a model of kind {card.get('kind')!r}, and a {kind} was wanted")
-    if "weights_sha256" not in card:
-        raise CheckpointError(f"{folder}/model.json holds no weights_sha256: fetch the model again")
-    return card
-
-
-def _card_of(path: Path, newest_format: int) -> dict[str, Any]:
-    if not path.is_file():
-        raise CheckpointError(f"{path.parent} holds no {path.name}: give a model folder or models:/NAME@ALIAS")
+    path = Path(folder) / "model.json"
+    content = _read_json(path, MODEL_FORMAT)
+    if content.get("kind") != "denoiser":
+        raise CheckpointError(f"{folder} is a model of kind {content.get('kind')!r}, and a denoiser was wanted")
+    if "weights_sha256" not in content:
+        raise CheckpointError(f"{path} has no weights_sha256: fetch the model again")
     try:
-        card = json.loads(path.read_bytes())
+        return ModelCard.from_json(content)
+    except ValueError as error:
+        raise CheckpointError(f"{path} is damaged ({error}): fetch the model again") from None
+
+
+def _read_json(path: Path, newest_format: int) -> dict[str, Any]:
+    if not path.is_file():
+        raise CheckpointError(f"{path.parent} has no {path.name}: give a model folder or models:/NAME@ALIAS")
+    try:
+        content = json.loads(path.read_bytes())
     except ValueError as error:
         raise CheckpointError(f"{path} is not JSON ({error}): fetch it again") from None
-    if not isinstance(card, dict) or not isinstance(card.get("format_version"), int):
-        raise CheckpointError(f"{path} has no format_version, so it is not patchloom's: fetch it again")
-    if card["format_version"] > newest_format:
+    if not isinstance(content, dict) or not isinstance(content.get("format_version"), int):
+        raise CheckpointError(f"{path} has no format_version, so Patchloom did not write it: fetch it again")
+    if content["format_version"] > newest_format:
         raise CheckpointError(
-            f"{path} has format {card['format_version']} and this version reads up to {newest_format}: update patchloom"
+            f"{path} has format {content['format_version']}, and this version reads up to {newest_format}: "
+            "update patchloom"
         )
-    return card
+    return content
 
 
 def load_model(folder: Path | str) -> Denoiser:
-    """The denoiser of a model folder, in eval mode on the CPU; needs torch and safetensors only.
+    """Load the denoiser of a model folder; needs torch and safetensors only.
 
-    Raises CheckpointError where the folder is not a model, its weights do not match their checksum, or its
-    network is from a package that was not allowed (`backbones.allow_backbones`).
+    Returns:
+        The network on the CPU, in eval mode and without gradients.
+
+    Raises:
+        CheckpointError: the folder has no model, the weights do not match their checksum, or the network comes
+            from a package that is not allowed (`backbones.allow_backbones`).
     """
     folder = Path(folder)
     card = verified_card(folder)
     try:
-        denoiser = build_denoiser(card["denoiser"])
+        denoiser = build_denoiser(card.denoiser)
     except ValueError as error:
         raise CheckpointError(f"{folder}: {error}") from None
     denoiser.load_state_dict(load_file(folder / "model.safetensors"))
@@ -119,93 +135,126 @@ def is_pickle(path: Path) -> bool:
     return path.suffix != ".safetensors" and len(head) == 2 and head[0] == 0x80 and 2 <= head[1] <= 5
 
 
-def verified_card(folder: Path) -> dict[str, Any]:
-    """The card of a denoiser's folder that holds no pickle and whose weights match their checksum.
+def verified_card(folder: Path) -> ModelCard:
+    """Read the card of a denoiser's folder and verify the folder: no pickles, and the checksum of the weights.
 
-    Raises CheckpointError otherwise.
+    Raises:
+        CheckpointError: something is missing, damaged or a pickle.
     """
-    card = read_card(folder, "denoiser")
+    card = read_card(folder)
     for path in sorted(folder.rglob("*")):
         if path.is_file() and is_pickle(path):
-            raise CheckpointError(f"{path} is a pickle, which could run anything: a model folder holds none, remove it")
+            raise CheckpointError(f"{path} is a pickle, which can run any code: remove it from the model folder")
     weights = folder / "model.safetensors"
     if not weights.is_file():
-        raise CheckpointError(f"{folder} holds no model.safetensors: fetch the model again")
-    sha256 = file_sha256(weights)
-    if sha256 != card["weights_sha256"]:
+        raise CheckpointError(f"{folder} has no model.safetensors: fetch the model again")
+    sha256 = _file_sha256(weights)
+    if sha256 != card.weights_sha256:
         raise CheckpointError(
-            f"{weights} has sha256 {sha256[:12]} and its card says {card['weights_sha256'][:12]}: fetch it again"
+            f"{weights} has sha256 {sha256[:12]} instead of {card.weights_sha256[:12]}: fetch it again"
         )
     return card
 
 
-def load_whole_model(folder: Path | str, device: torch.device | str = "cpu") -> Model:
-    """`load_model` with its space and, for latents, the decoder that travels in the folder."""
+def load_sampling_model(folder: Path | str, device: torch.device | str = "cpu") -> SamplingModel:
+    """`load_model`, with the normalisation and, for latents, the decoder in the folder."""
     denoiser = load_model(folder).to(device)
-    if torch.device(device).type == "cpu" and isinstance(denoiser.model, UNet):  # others may rely on the usual layout
-        denoiser.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # a tenth faster without gradients
-    card = read_card(folder, "denoiser")
-    space = Normalisation(card["space"]["kind"], tuple(card["space"]["mean"]), tuple(card["space"]["scale"]))
+    if torch.device(device).type == "cpu" and isinstance(denoiser.model, UNet):  # other networks may need NCHW
+        denoiser.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # 10% faster without gradients
+    card = read_card(folder)
     autoencoder = None
-    if space.kind == "latents":
+    if card.normalisation.kind == "latents":
         autoencoder = load_autoencoder(Path(folder) / "autoencoder", device)
-    return Model(denoiser, space, autoencoder, card)
+    return SamplingModel(denoiser, card.normalisation, autoencoder, card)
 
 
-def save_checkpoint(folder: Path, state: TrainingState, identity: dict[str, Any]) -> None:
-    """Write weights, averages and optimiser into an existing folder; `checkpoint.json` last."""
-    write_checkpoint(folder, *checkpoint_content(state, identity))
+def save_checkpoint(folder: Path, state: TrainingState, recipe: str = "", held_out_loss: float | None = None) -> None:
+    """Write weights, averages and optimiser into an existing folder, then `checkpoint.json`.
+
+    Args:
+        folder: an existing folder.
+        state: the state of the run.
+        recipe: name of the recipe, for the card.
+        held_out_loss: the last measured one, for the card.
+    """
+    write_checkpoint(folder, *checkpoint_content(state, recipe, held_out_loss))
 
 
-def checkpoint_content(state: TrainingState, identity: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """A copy of all that a run goes on from, which training cannot change any more: tensors on the CPU, and a card."""
+def checkpoint_content(
+    state: TrainingState, recipe: str = "", held_out_loss: float | None = None
+) -> tuple[dict[str, Tensor], CheckpointCard]:
+    """Copy all that a run needs to continue: tensors on the CPU and a card. Training can go on meanwhile."""
     tensors = {f"denoiser/{name}": tensor for name, tensor in state.denoiser.state_dict().items()}
     for index, ema in enumerate(state.emas):
         tensors |= {f"ema{index}/{name}": tensor for name, tensor in ema.module.state_dict().items()}
     for index, moments in state.optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer/{index}/{name}": tensor for name, tensor in moments.items()}
-    card = {
-        "format_version": CHECKPOINT_FORMAT,
-        "step": state.step,
-        "images_seen": state.images_seen,
-        "crops_by_size": list(state.crops_by_size),
-        "grad_scaler": state.scaler.state_dict(),
-        **identity,
-    }
+    card = CheckpointCard(
+        step=state.step,
+        images_seen=state.images_seen,
+        crops_by_size=tuple(state.crops_by_size),
+        grad_scaler=state.scaler.state_dict(),
+        recipe=recipe,
+        held_out_loss=held_out_loss,
+    )
     return {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}, card
 
 
-def write_checkpoint(folder: Path, tensors: dict[str, Tensor], card: dict[str, Any]) -> None:
-    """Write `checkpoint_content` into an existing folder; `checkpoint.json` last."""
+def write_checkpoint(folder: Path, tensors: dict[str, Tensor], card: CheckpointCard) -> None:
+    """Write `checkpoint_content` into an existing folder; `checkpoint.json` is written last."""
     save_file(tensors, folder / "state.safetensors")
-    card = card | {"state_sha256": file_sha256(folder / "state.safetensors")}
-    (folder / "checkpoint.json").write_text(json.dumps(card, indent=2) + "\n")
+    card = replace(card, state_sha256=_file_sha256(folder / "state.safetensors"))
+    (folder / "checkpoint.json").write_text(json.dumps(card.to_json(), indent=2) + "\n")
+
+
+def read_checkpoint_card(folder: Path) -> CheckpointCard:
+    """Read the `checkpoint.json` of a checkpoint.
+
+    Raises:
+        CheckpointError: the file is missing or damaged, or has a newer format.
+    """
+    path = folder / "checkpoint.json"
+    try:
+        return CheckpointCard.from_json(_read_json(path, CHECKPOINT_FORMAT))
+    except CheckpointError:
+        raise
+    except ValueError as error:
+        raise CheckpointError(f"{path} is damaged ({error}): {_use_the_previous(folder)}") from None
+
+
+def _use_the_previous(folder: Path) -> str:
+    return f"remove {folder} to continue from the previous checkpoint"
 
 
 def load_checkpoint(folder: Path, state: TrainingState) -> None:
-    """Bring `state` to where the checkpoint stood; raises CheckpointError where it is not whole."""
-    card = _card_of(folder / "checkpoint.json", CHECKPOINT_FORMAT)
+    """Set `state` to that of a checkpoint.
+
+    Raises:
+        CheckpointError: a file is missing, damaged or has a newer format.
+    """
+    card = read_checkpoint_card(folder)
     if not (folder / "state.safetensors").is_file():
-        raise CheckpointError(f"{folder} holds no state.safetensors: remove it to go on from the one before")
-    if file_sha256(folder / "state.safetensors") != card["state_sha256"]:
-        raise CheckpointError(f"{folder} does not match its checksum: remove it to go on from the one before")
+        raise CheckpointError(f"{folder} has no state.safetensors: {_use_the_previous(folder)}")
+    if _file_sha256(folder / "state.safetensors") != card.state_sha256:
+        raise CheckpointError(f"{folder}/state.safetensors does not match its checksum: {_use_the_previous(folder)}")
     tensors = load_file(folder / "state.safetensors")
-
-    def under(prefix: str) -> dict[str, Tensor]:
-        return {name[len(prefix) :]: tensor for name, tensor in tensors.items() if name.startswith(prefix)}
-
-    state.denoiser.load_state_dict(under("denoiser/"))
+    state.denoiser.load_state_dict(_below("denoiser/", tensors))
     for index, ema in enumerate(state.emas):
-        ema.module.load_state_dict(under(f"ema{index}/"))
+        ema.module.load_state_dict(_below(f"ema{index}/", tensors))
     optimizer = state.optimizer.state_dict()
     moments: dict[int, dict[str, Tensor]] = {}
-    for name, tensor in under("optimizer/").items():
+    for name, tensor in _below("optimizer/", tensors).items():
         parameter, moment = name.split("/")
         moments.setdefault(int(parameter), {})[moment] = tensor
     state.optimizer.load_state_dict({"state": moments, "param_groups": optimizer["param_groups"]})
-    if card.get("grad_scaler"):
-        state.scaler.load_state_dict(card["grad_scaler"])
-    state.step, state.crops_by_size = card["step"], card["crops_by_size"]
+    if card.grad_scaler:
+        state.scaler.load_state_dict(dict(card.grad_scaler))
+    state.step, state.crops_by_size = card.step, list(card.crops_by_size)
+
+
+def _below(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors whose names start with `prefix`, without it."""
+    return {name[len(prefix) :]: tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
 
 def save_average(path: Path, average: PowerEMA, images_seen: int) -> None:
@@ -231,7 +280,7 @@ def read_profile(path: Path) -> PowerProfile:
         raise CheckpointError(f"{path} is not a kept average ({error}): remove it") from None
 
 
-def file_sha256(path: Path) -> str:
+def _file_sha256(path: Path) -> str:
     """The sha256 of a file's bytes, read in pieces."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,13 +1,12 @@
 """The denoiser: a network preconditioned so that it learns equally well at every noise level."""
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
 from patchloom.models.backbones import build_backbone
+from patchloom.models.cards import DenoiserConfig
 from patchloom.models.patches import COORDINATE_CHANNELS, coordinate_grid, encode_coordinates
-from patchloom.models.unet import NETWORKS, UNet
+from patchloom.models.unet import UNETS, UNet
 
 
 class Denoiser(nn.Module):
@@ -96,55 +95,61 @@ class Denoiser(nn.Module):
         return labels.to(torch.float32)
 
 
-def build_denoiser(config: dict[str, Any]) -> Denoiser:
-    """A denoiser with freshly drawn weights from its description in `model.json`.
+def build_denoiser(config: DenoiserConfig) -> Denoiser:
+    """Build a denoiser with freshly drawn weights.
 
-    config: `network` ("song", "dhariwal", or "package.module:Class" for a backbone of one's own),
-    `network_options` (further arguments of its constructor), `resolution`, `channels`, `classes`,
-    `coordinates` (see `Denoiser`), `patch_size` and `sigma_data`. Raises ValueError for a network or
-    encoding that is not known, a backbone that was not allowed, and sizes that do not fit together.
+    Raises:
+        ValueError: the network or encoding is unknown, the backbone's package is not allowed, or sizes do not
+            fit together.
     """
-    # format 1 of `model.json` said true and false where there are four encodings now
-    coordinates = {True: "linear", False: "none"}.get(config["coordinates"], config["coordinates"])
-    if coordinates not in COORDINATE_CHANNELS:
+    if config.coordinates not in COORDINATE_CHANNELS:
         known = ", ".join(COORDINATE_CHANNELS)
-        raise ValueError(f"coordinate encoding {coordinates!r} is unknown: choose one of {known}")
-    name, patch_size = config["network"], config.get("patch_size", False)
-    options: dict[str, Any] = dict(
-        resolution=config["resolution"],
-        channels_in=config["channels"] + COORDINATE_CHANNELS[coordinates],
-        channels_out=config["channels"],
-        classes=config["classes"],
-        **config["network_options"],
-    )
-    if ":" in name:
-        network = build_backbone(name, options)
-    elif name in NETWORKS:
-        network = NETWORKS[name](**options, patch_size=patch_size)
-    else:
-        known = ", ".join(sorted(NETWORKS))
-        raise ValueError(f"network {name!r} is unknown: choose one of {known}, or package.module:Class")
+        raise ValueError(f"coordinate encoding {config.coordinates!r} is unknown: choose one of {known}")
     return Denoiser(
-        network,
-        channels=config["channels"],
-        resolution=config["resolution"],
-        classes=config["classes"],
-        coordinates=coordinates,
-        patch_size=patch_size,
-        sigma_data=config["sigma_data"],
+        _build_network(config),
+        channels=config.channels,
+        resolution=config.resolution,
+        classes=config.classes,
+        coordinates=config.coordinates,
+        patch_size=bool(config.patch_size),
+        sigma_data=config.sigma_data,
     )
 
 
-def skeleton(config: dict[str, Any]) -> Denoiser:
-    """A denoiser without numbers: the shapes of its weights, on no memory. Raises what `build_denoiser` does."""
+def _build_network(config: DenoiserConfig) -> nn.Module:
+    options = {
+        "resolution": config.resolution,
+        "channels_in": config.channels + COORDINATE_CHANNELS[config.coordinates],
+        "channels_out": config.channels,
+        "classes": config.classes,
+        **config.network_options,
+    }
+    if ":" in config.network:
+        return build_backbone(config.network, options)
+    if config.network in UNETS:
+        return UNETS[config.network](**options, patch_size=bool(config.patch_size))
+    known = ", ".join(sorted(UNETS))
+    raise ValueError(f"network {config.network!r} is unknown: choose one of {known}, or package.module:Class")
+
+
+def skeleton(config: DenoiserConfig) -> Denoiser:
+    """A denoiser whose weights have shapes but no memory (torch's `meta` device).
+
+    Raises:
+        ValueError: as `build_denoiser`.
+    """
     with torch.device("meta"):
         return build_denoiser(config)
 
 
-def halvings_of(config: dict[str, Any]) -> int:
-    """How often the network of `config` halves its input, so that sides must be multiples of 2 to that power.
+def halvings_of(config: DenoiserConfig) -> int:
+    """How many times the network halves its input: sides must be multiples of 2 to that power.
 
-    0 for a backbone of one's own, which knows best. Raises ValueError where the network cannot be built.
+    Returns:
+        The number of halvings; 0 for a backbone from another package, which checks its own input.
+
+    Raises:
+        ValueError: as `build_denoiser`.
     """
     network = skeleton(config).model
     return network.halvings if isinstance(network, UNet) else 0

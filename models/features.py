@@ -6,7 +6,6 @@ import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from patchloom.errors import CheckpointError
+from patchloom.models.cards import FeaturesCard
 from patchloom.models.inception import RESIZE, inception_state, load_inception
 from patchloom.models.metrics import COLOUR_LAYOUT, colour_layout
 
@@ -36,9 +36,9 @@ class Features(ABC):
     def __call__(self, images: Tensor) -> dict[str, Tensor]:
         """(N, 3, H, W) uint8 images -> by the names of `outputs`, (N, d) float features."""
 
-    def describe(self) -> dict[str, Any]:
-        """What a result says of them: results of other features cannot be compared."""
-        return {"features": self.name, "features_sha256": self.sha256, "resize": self.resize}
+    def describe(self) -> FeaturesCard:
+        """The part of a result that says which network its features come from."""
+        return FeaturesCard(name=self.name, sha256=self.sha256, resize=self.resize)
 
 
 class ColourFeatures(Features):

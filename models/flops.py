@@ -1,11 +1,11 @@
 """FLOPs: what one crop costs to train on, and how many a second a device can do."""
 
 import time
-from typing import Any
 
 import torch
 from torch import nn
 
+from patchloom.models.cards import DenoiserConfig
 from patchloom.models.denoiser import Denoiser, build_denoiser, skeleton
 from patchloom.models.layers import Block, Convolution
 from patchloom.models.unet import UNet
@@ -18,10 +18,10 @@ SIDES = (256, 512, 1024, 2048, 4096, 8192)  # of the matrices of a measured peak
 LONG_ENOUGH_S = 0.01
 
 
-def training_flops(config: dict[str, Any], size: int) -> int:
+def training_flops(config: DenoiserConfig, size: int) -> int:
     """FLOPs of one crop of `size` pixels, forward and backward, attention included.
 
-    A multiply-add counts 2, and the backward pass twice the forward. config: see `build_denoiser`. Raises
+    A multiply-add counts 2, and the backward pass twice the forward. Raises
     ValueError for a network that cannot be built, or a size that it cannot halve.
     """
     denoiser = skeleton(config)
@@ -77,12 +77,12 @@ def _filter_flops(layer: Convolution, channels: int, side: int) -> int:
     return 2 * channels * layer.resample_filter.numel() * pixels
 
 
-def _counted(config: dict[str, Any], size: int, device: str) -> int:
+def _counted(config: DenoiserConfig, size: int, device: str) -> int:
     from torch.utils.flop_counter import FlopCounterMode
 
     with torch.device(device):
         denoiser = build_denoiser(config).eval()
-        noisy = torch.zeros(1, config["channels"], size, size)
+        noisy = torch.zeros(1, config.channels, size, size)
         with FlopCounterMode(display=False) as counter, torch.no_grad():
             denoiser(noisy, torch.ones(1))
     return 3 * int(counter.get_total_flops())

@@ -1,6 +1,6 @@
 """Generate: seeds in, images out; the image of a seed does not depend on its neighbours."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from patchloom.models import samplers
-from patchloom.models.checkpoints import Model
+from patchloom.models.cards import ModelCard
+from patchloom.models.checkpoints import SamplingModel
 from patchloom.models.denoiser import halvings_of
 from patchloom.models.guidance import EVERYWHERE, guided, guides_at, keep_centre
 from patchloom.models.noise import LADDERS
@@ -60,15 +61,15 @@ class Sampling(SamplingOptions):
         return count
 
 
-def check_fit(sampling: Sampling, card: dict[str, Any]) -> None:
+def check_fit(sampling: Sampling, card: ModelCard) -> None:
     """Raise ValueError where the model of this card (`model.json`) cannot be sampled so, with the reason."""
-    if sampling.guidance != 1 and not (card["class_names"] and card["label_dropout"] > 0):
-        lacks = "label dropout" if card["class_names"] else "classes"
+    if sampling.guidance != 1 and not (card.class_names and card.label_dropout > 0):
+        lacks = "label dropout" if card.class_names else "classes"
         raise ValueError(
             f"guidance {sampling.guidance:g} compares a class with no class, and this model was trained without "
             f"{lacks}, so it never learned one of them: leave it at 1"
         )
-    multiple = 2 ** halvings_of(card["denoiser"]) * card.get("autoencoder", {}).get("downscale", 1)
+    multiple = 2 ** halvings_of(card.denoiser) * (card.autoencoder.downscale if card.autoencoder else 1)
     if sampling.size and any(side % multiple or side < 1 for side in sampling.size):
         raise ValueError(
             f"size {sampling.size[0]}x{sampling.size[1]} cannot be halved as often as the networks do: "
@@ -89,7 +90,7 @@ def one_thread() -> Iterator[None]:
 
 @torch.no_grad()
 def generate(
-    model: Model, seeds: list[int], labels: list[int], sampling: Sampling, centre: Tensor | None = None
+    model: SamplingModel, seeds: list[int], labels: list[int], sampling: Sampling, centre: Tensor | None = None
 ) -> Tensor:
     """(B, C, H, W) uint8 images, one a seed, by the sampler on the full grid of coordinates (section 3.4).
 
@@ -108,12 +109,12 @@ def generate(
         coordinates = extended_grid(height, width, denoiser.resolution, device)
     denoise = guided(denoiser, classes, sampling.guidance, sampling.guidance_between or EVERYWHERE, coordinates)
     if centre is not None:
-        denoise = keep_centre(denoise, from_pixels(centre[None].to(device), model.space, model.autoencoder))
+        denoise = keep_centre(denoise, from_pixels(centre[None].to(device), model.normalisation, model.autoencoder))
     x = sampling(denoise, lambda: noise().to(device))
-    return to_pixels(x, model.space, model.autoencoder)
+    return to_pixels(x, model.normalisation, model.autoencoder)
 
 
-def class_number(label: int | str | None, class_names: list[str]) -> int:
+def class_number(label: int | str | None, class_names: Sequence[str]) -> int:
     """A class by its name or number -> its number; -1 for None, an empty word or -1: no class.
 
     Raises ValueError for a class that the model does not know.
@@ -135,7 +136,12 @@ def default_labels(seeds: list[int], classes: int) -> list[int]:
 
 
 def generate_padded(
-    model: Model, seeds: list[int], labels: list[int], batch: int, sampling: Sampling, centre: Tensor | None = None
+    model: SamplingModel,
+    seeds: list[int],
+    labels: list[int],
+    batch: int,
+    sampling: Sampling,
+    centre: Tensor | None = None,
 ) -> Tensor:
     """`generate` in compute batches of exactly `batch`, the last one padded: (N, C, H, W) uint8, one a seed.
 

@@ -1,12 +1,16 @@
 """Codec: from stored rows to the numbers a network sees, and from what it makes back to pixels."""
 
+from __future__ import annotations
+
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
-from patchloom.models.autoencoder import Autoencoder
+    from patchloom.models.autoencoder import Autoencoder
 
 
 @dataclass(frozen=True)
@@ -31,11 +35,24 @@ class Normalisation:
         return x.float() / scale + mean
 
     def _columns(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        import torch  # here, so that cards are read without torch
+
         mean = torch.tensor(self.mean, dtype=torch.float32, device=device)[:, None, None]
         return mean, torch.tensor(self.scale, dtype=torch.float32, device=device)[:, None, None]
 
-    def describe(self) -> dict[str, Any]:
-        """As it stands in `model.json`."""
+    @classmethod
+    def from_json(cls, content: object) -> Normalisation:
+        """Read it from `model.json`.
+
+        Raises:
+            ValueError: a key is missing.
+        """
+        if not isinstance(content, Mapping) or not {"kind", "mean", "scale"} <= content.keys():
+            raise ValueError("a normalisation has the keys kind, mean and scale")
+        return cls(content["kind"], tuple(content["mean"]), tuple(content["scale"]))
+
+    def to_json(self) -> dict[str, Any]:
+        """As it is written to `model.json`."""
         return {"kind": self.kind, "mean": list(self.mean), "scale": list(self.scale)}
 
 
@@ -59,7 +76,7 @@ def to_pixels(x: Tensor, space: Normalisation, autoencoder: Autoencoder | None) 
         if autoencoder is None:
             raise ValueError("latents need the autoencoder that they were encoded with")
         return autoencoder.decode(space.restore(x))
-    return (x.float() * 127.5 + 128).clamp(0, 255).to(torch.uint8)
+    return (x.float() * 127.5 + 128).clamp(0, 255).byte()
 
 
 def from_pixels(images: Tensor, space: Normalisation, autoencoder: Autoencoder | None) -> Tensor:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from patchloom.errors import CheckpointError
+from patchloom.models.cards import DenoiserConfig
 from patchloom.models.denoiser import Denoiser, build_denoiser
 from patchloom.models.patches import COORDINATE_CHANNELS
 
@@ -54,7 +55,7 @@ def load_edm_snapshot(path: str | Path) -> Denoiser:
     return read_edm_snapshot(path)[0]
 
 
-def read_edm_snapshot(path: str | Path) -> tuple[Denoiser, dict[str, Any]]:
+def read_edm_snapshot(path: str | Path) -> tuple[Denoiser, DenoiserConfig]:
     """`load_edm_snapshot` with the network's description, as `build_denoiser` takes it; raises the same."""
     snapshot = _read(Path(path))
     if not isinstance(snapshot, dict) or not isinstance(snapshot.get("ema"), _Record):
@@ -188,7 +189,7 @@ def _names_in(content: bytes) -> list[str]:
     return names
 
 
-def _denoiser(ema: _Record, path: str | Path) -> tuple[Denoiser, dict[str, Any]]:
+def _denoiser(ema: _Record, path: str | Path) -> tuple[Denoiser, DenoiserConfig]:
     if ema.get("class_name") not in PRECONDITIONINGS:
         wanted = " or ".join(PRECONDITIONINGS)
         raise CheckpointError(f"{path} holds a {ema.get('class_name')}, and {wanted} was wanted")
@@ -208,7 +209,7 @@ def _denoiser(ema: _Record, path: str | Path) -> tuple[Denoiser, dict[str, Any]]
     return denoiser.eval().requires_grad_(False), config
 
 
-def _config(class_name: str, arguments: dict[str, Any], ema: _Record, tensors: dict[str, Tensor]) -> dict[str, Any]:
+def _config(class_name: str, arguments: dict[str, Any], ema: _Record, tensors: dict[str, Tensor]) -> DenoiserConfig:
     network, names = NETWORKS[class_name]
     unknown = sorted(set(arguments) - set(names) - OTHER_ARGUMENTS)
     if unknown:
@@ -228,15 +229,15 @@ def _config(class_name: str, arguments: dict[str, Any], ema: _Record, tensors: d
         coordinates, options["stem"] = "implicit", _stem_widths(tensors, f"model.enc.{resolution}x{resolution}_conv.")
     if extra != COORDINATE_CHANNELS[coordinates]:
         raise ValueError(f"its network has {extra} more input than output channels, and 0 or 2 was wanted")
-    return {
-        "network": network,
-        "network_options": options,
-        "resolution": resolution,
-        "channels": channels,
-        "classes": arguments.get("label_dim", 0),
-        "coordinates": coordinates,
-        "sigma_data": float(ema["sigma_data"]),
-    }
+    return DenoiserConfig(
+        network=network,
+        network_options=options,
+        resolution=resolution,
+        channels=channels,
+        classes=arguments.get("label_dim", 0),
+        coordinates=coordinates,
+        sigma_data=float(ema["sigma_data"]),
+    )
 
 
 def _stem_widths(tensors: dict[str, Tensor], prefix: str) -> list[int]:

@@ -286,4 +286,4 @@ class DhariwalUNet(UNet):
         return out
 
 
-NETWORKS: dict[str, type[nn.Module]] = {"song": SongUNet, "dhariwal": DhariwalUNet}
+UNETS: dict[str, type[nn.Module]] = {"song": SongUNet, "dhariwal": DhariwalUNet}

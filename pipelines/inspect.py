@@ -11,7 +11,8 @@ import torch
 
 from patchloom.errors import UserError
 from patchloom.models.autoencoder import load_autoencoder, weights_sha256
-from patchloom.models.checkpoints import load_whole_model
+from patchloom.models.cards import ModelCard
+from patchloom.models.checkpoints import load_sampling_model
 from patchloom.pipelines.pages.pictures import contact_sheet, save_png
 from patchloom.pipelines.prepare.shard_maker import sums
 from patchloom.platform.dataset.prepared import CARD, Dataset, open_dataset
@@ -30,14 +31,14 @@ DECODED_AT_ONCE = 8
 class Inspection:
     """A verified dataset or model. Only a dataset has a contact sheet, unless its folder cannot be written."""
 
-    card: DatasetCard | dict[str, Any]
+    card: DatasetCard | ModelCard
     contact_sheet: str | None = None
 
     def to_json_value(self) -> dict[str, Any]:
         """What `patchloom inspect` prints."""
         if isinstance(self.card, DatasetCard):
             return self.card.to_dict() | {"contact_sheet": self.contact_sheet}
-        return self.card
+        return self.card.to_json()
 
     def summary(self) -> str:
         """The counts and statistics of a dataset as text; empty for a model."""
@@ -67,7 +68,7 @@ def inspect(what: str) -> Inspection:
             dataset = open_dataset(what)
             verify_dataset(dataset)
             return Inspection(dataset.card, _write_contact_sheet(dataset))
-    return Inspection(load_whole_model(fetch_model(what).folder).card)
+    return Inspection(load_sampling_model(fetch_model(what).folder).card)
 
 
 def _write_contact_sheet(dataset: Dataset) -> str | None:

@@ -152,7 +152,7 @@ def changed_copy(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path, fl
     def copy(run: Path, change: float) -> Path:
         from safetensors.torch import load_file, save_file
 
-        from patchloom.models.checkpoints import file_sha256
+        from patchloom.platform.files.storage import file_sha256
 
         folder = tmp_path_factory.mktemp("copies") / "model"
         shutil.copytree(run / "model", folder)

@@ -167,7 +167,7 @@ def _identity(sides: ComparedSets, network: Features, reference: str, theirs: Im
         about = {"reference": theirs.fingerprint, "reference_kind": theirs.kind, "n_reference": len(theirs),
                  "reference_transform": theirs.about.get("transform")}  # fmt: skip
     return {
-        **network.describe(),
+        **network.describe().to_json(),
         "width": len(sides.samples.moments().mean),
         "quantisation": "uint8",
         "images": ours.kind,

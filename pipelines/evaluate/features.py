@@ -270,7 +270,7 @@ def _place(images: ImageSet, features: Features) -> Folder:
     name = f"{features.name}-{features.sha256[:8].replace(' ', '-')}"
     if images.beside is not None:
         with contextlib.suppress(OSError, UserError):
-            images.beside.folder(name).write_json("features.json", features.describe())
+            images.beside.folder(name).write_json("features.json", features.describe().to_json())
             return images.beside.folder(name)
     return Folder(str(make_folder(cache_folder("features") / images.fingerprint[:32] / name)))
 

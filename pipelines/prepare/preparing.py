@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -39,6 +39,9 @@ from patchloom.platform.records.dataset import (
     SkippedInputs,
 )
 from patchloom.platform.tracking.registry import fetch_model
+
+if TYPE_CHECKING:
+    from patchloom.models.cards import AutoencoderCard
 
 SHARD_ROWS, SHARD_BYTES = 512, 64 << 20  # of decoded images: what a worker holds at once
 HEAD_START_S = 10.0  # of work in this process; less of it is done by the time that Ray would have started
@@ -111,7 +114,7 @@ def prepare(
             raise UserError(f"--precision {precision} is unknown: choose one of {', '.join(PRECISIONS)}")
         encoder, card = fetch_autoencoder(str(autoencoder))
         _check_encodable(side, channels, card)
-        plan = replace(plan, autoencoder=card | {"precision": precision})
+        plan = replace(plan, autoencoder=replace(card, precision=precision).to_json())
     if mirror:
         if encoder is None:
             raise UserError("--mirror encodes mirror images; those of pixels are drawn in training: data.mirror")
@@ -139,7 +142,7 @@ def _held(folder: Folder) -> Iterator[None]:
         yield
 
 
-def fetch_autoencoder(reference: str) -> tuple[Path, dict[str, Any]]:
+def fetch_autoencoder(reference: str) -> "tuple[Path, AutoencoderCard]":
     """The folder of an autoencoder and what the card says of it.
 
     reference: models:/..., a folder (also a remote one), or the id of one on Hugging Face's hub.
@@ -153,7 +156,7 @@ def fetch_autoencoder(reference: str) -> tuple[Path, dict[str, Any]]:
         folder, resolved = _from_hub(reference)
     else:
         folder, resolved = local_copy(reference), Folder.at(reference).name  # where it lies is this machine's affair
-    return folder, load_autoencoder(folder).describe() | {"reference": resolved}
+    return folder, replace(load_autoencoder(folder).describe(), reference=resolved)
 
 
 def _from_hub(name: str) -> tuple[Path, str]:
@@ -173,9 +176,9 @@ def _from_hub(name: str) -> tuple[Path, str]:
     return folder / inside, f"{name}@{folder.name}"
 
 
-def _check_encodable(side: int, channels: int, card: dict[str, Any]) -> None:
-    if side % card["downscale"]:
-        raise UserError(f"images of {side} pixels cannot be halved to {card['downscale']} times smaller latents")
+def _check_encodable(side: int, channels: int, card: "AutoencoderCard") -> None:
+    if side % card.downscale:
+        raise UserError(f"images of {side} pixels cannot be halved to {card.downscale} times smaller latents")
     if channels != 3:
         raise UserError(f"--channels {channels} is for pixels, and autoencoders take 3: leave one of them out")
 

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from patchloom.errors import UserError
-from patchloom.models.checkpoints import load_whole_model
+from patchloom.models.checkpoints import load_sampling_model
 from patchloom.models.generate import Sampling, default_labels, generate_padded
 from patchloom.pipelines.pages.pictures import save_png, side_by_side
 from patchloom.pipelines.registry.describing import recipe_values, registered_version
@@ -128,7 +128,7 @@ def _sample_both(models: tuple[FetchedModel, FetchedModel], place: Path, seeds: 
     make_folder(place.parent)
     with progress("sampling both models", 2 * seeds, "images") as meter:
         for fetched in models:
-            model = load_whole_model(fetched.folder)
+            model = load_sampling_model(fetched.folder)
             labels = default_labels(numbers, model.denoiser.classes)
             rows.append(generate_padded(model, numbers, labels, SampleOptions.batch, Sampling(steps=steps)).numpy())
             meter.update(meter.done + seeds)

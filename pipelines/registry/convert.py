@@ -1,13 +1,14 @@
 """Convert: models from elsewhere and to elsewhere, and averages made after the run."""
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from safetensors.torch import load_file
 
 from patchloom import __version__
 from patchloom.errors import UserError
+from patchloom.models.cards import AverageCard, ImportCard, ModelCard
 from patchloom.models.checkpoints import (
     is_pickle,
     load_model,
@@ -46,16 +47,16 @@ def import_model(snapshot: str, out: str, autoencoder: str | None = None) -> Pat
         )
     denoiser, config = read_edm_snapshot(path)
     folder = _new_folder(out)
-    space, encoder, described = pixel_normalisation(denoiser.channels), None, {}
+    normalisation, encoder, card = pixel_normalisation(denoiser.channels), None, None
     if autoencoder is not None:
         encoder, card = fetch_autoencoder(autoencoder)
-        if card["latent_channels"] != denoiser.channels:
+        if card.latent_channels != denoiser.channels:
             raise UserError(
-                f"{path} has {denoiser.channels} channels and {autoencoder} {card['latent_channels']}: "
+                f"{path} has {denoiser.channels} channels and {autoencoder} {card.latent_channels}: "
                 "give the autoencoder that its latents were encoded with"
             )
-        mean, scale = (card["shift"],) * denoiser.channels, (card["scale"],) * denoiser.channels
-        space, described = Normalisation("latents", mean, scale), {"autoencoder": card}
+        mean, scale = (card.shift,) * denoiser.channels, (card.scale,) * denoiser.channels
+        normalisation = Normalisation("latents", mean, scale)
     elif denoiser.channels not in PIXEL_CHANNELS:
         raise UserError(
             f"{path} has {denoiser.channels} channels, so it makes latents: give --autoencoder, the diffusers "
@@ -64,17 +65,18 @@ def import_model(snapshot: str, out: str, autoencoder: str | None = None) -> Pat
     with whole_folder(folder) as partial:
         if encoder is not None:
             shutil.copytree(encoder, partial / "autoencoder", ignore=_pickles)
-        save_model(partial, denoiser, {
-            "name": path.stem,
-            "denoiser": config,
-            "space": space.describe(),
-            **described,
-            "class_names": [str(number) for number in range(denoiser.classes)],
-            "label_dropout": 0.0,  # neither EDM nor the released Patch Diffusion drops labels
-            "imported_from": {"file": path.name, "sha256": file_sha256(path)},
-            "code_version": __version__,
-        })  # fmt: skip
-    say(f"  {path.name}: {config['network']}, {denoiser.resolution} pixels, {denoiser.channels} channels -> {folder}")
+        model_card = ModelCard(
+            name=path.stem,
+            denoiser=config,
+            normalisation=normalisation,
+            autoencoder=card,
+            class_names=tuple(str(number) for number in range(denoiser.classes)),
+            label_dropout=0.0,  # neither EDM nor the released Patch Diffusion drops labels
+            imported_from=ImportCard(file=path.name, sha256=file_sha256(path)),
+            code_version=__version__,
+        )
+        save_model(partial, denoiser, model_card)
+    say(f"  {path.name}: {config.network}, {denoiser.resolution} pixels, {denoiser.channels} channels -> {folder}")
     return folder
 
 
@@ -89,7 +91,7 @@ def export_model(model: str, out: str) -> Path:
     folder = _new_folder(out)
     with whole_folder(folder) as partial:
         shutil.copytree(fetched.folder, partial, dirs_exist_ok=True)
-    say(f"  {card['name']} -> {folder / 'model.safetensors'}; read it with safetensors.torch.load_file")
+    say(f"  {card.name} -> {folder / 'model.safetensors'}; read it with safetensors.torch.load_file")
     return folder
 
 
@@ -102,12 +104,12 @@ def average_model(run: str, out: str, sigma_rel: float) -> Path:
     source = local_copy(run, without_tensors)
     if not (source / "model" / "model.json").is_file():
         raise UserError(f"{source} is no finished run: give the --out folder of `patchloom train`")
-    card = read_card(source / "model", "denoiser")
+    card = read_card(source / "model")
     files = sorted((source / "ema").glob("*/*.safetensors"))
     if not files:
         raise UserError(f"{source} kept no averages: train with snapshot_every_images in the recipe's ema")
     try:
-        wanted = PowerProfile(sigma_rel, card["images_seen"])
+        wanted = PowerProfile(sigma_rel, card.images_seen or 0)
         shares = reconstruction([read_profile(file) for file in files], wanted)
     except ValueError as error:
         raise UserError(str(error)) from None
@@ -117,8 +119,8 @@ def average_model(run: str, out: str, sigma_rel: float) -> Path:
     with whole_folder(folder) as partial:
         for name in ("recipe.yaml", "autoencoder"):
             _copy(source / "model" / name, partial / name)
-        made: dict[str, Any] = {key: value for key, value in card.items() if key != "weights_sha256"}
-        save_model(partial, denoiser, made | {"average": {"sigma_rel": sigma_rel, "snapshots": len(files)}})
+        average = AverageCard(sigma_rel=sigma_rel, snapshots=len(files))
+        save_model(partial, denoiser, replace(card, average=average))
     say(f"  the average of width {sigma_rel:g}, from {len(files)} kept ones -> {folder}")
     return folder
 

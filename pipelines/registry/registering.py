@@ -1,12 +1,12 @@
 """Registering: the model of a run, or a model folder, becomes a version of a registered model."""
 
 import tempfile
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from patchloom import __version__
 from patchloom.errors import UserError
+from patchloom.models.cards import ModelCard
 from patchloom.models.checkpoints import read_card, verified_card
 from patchloom.pipelines.registry.pyfunc import input_example, signature
 from patchloom.pipelines.registry.version_card import write_card
@@ -84,8 +84,8 @@ def _register_run(folder: Path, name: str) -> str:
     run_id = run_card.run_id
     if run_id is None:
         raise UserError(f"{folder} is not in MLflow yet: run `patchloom train ... --resume`, which sends it")
-    card = read_card(folder / "model", "denoiser")
-    version = _find_version(name, card["weights_sha256"], run_id)
+    card = read_card(folder / "model")
+    version = _find_version(name, card.weights_sha256, run_id)
     if version is None:
         previews = sorted((folder / "previews").glob("*.png"))[-1:]
         log_artifacts(run_id, *previews, folder / PROGRESS_FILE)
@@ -97,15 +97,15 @@ def _register_run(folder: Path, name: str) -> str:
 def _register_folder(folder: Path, name: str) -> str:
     """Register a model without a training run (imported, averaged or exported), with an MLflow run of its own."""
     card = verified_card(folder)
-    version = _find_version(name, card["weights_sha256"])
+    version = _find_version(name, card.weights_sha256)
     if version is None:
         require_reachable()
         tags = {"patchloom.version": __version__, "patchloom.folder": str(folder)}
         parameters = flat_parameters(
-            {key: card[key] for key in ("denoiser", "imported_from", "average") if key in card}
+            {key: value for key, value in card.to_json().items() if key in ("denoiser", "imported_from", "average")}
         )
-        run_id = begin_run(card["name"], "import", parameters, tags)
-        version = _create_version(folder, name, run_id, VersionTags(**_facts_of_model(card)))
+        run_id = begin_run(card.name, "import", parameters, tags)
+        version = _create_version(folder, name, run_id, _tags_of_model(card))
         end_run(run_id)
     return version
 
@@ -114,7 +114,7 @@ def _create_version(model: Path, name: str, run_id: str, tags: VersionTags) -> s
     with tempfile.TemporaryDirectory() as scratch:
         wheel = Path(scratch) / wheel_name()
         wheel.write_bytes(wheel_bytes())
-        example = input_example(read_card(model, "denoiser")["class_names"])
+        example = input_example(list(read_card(model).class_names))
         version = register_pyfunc(model, name, run_id, ENTRY, wheel, signature(), example)
     write_card(name, version, tags.as_tags())
     return version
@@ -128,25 +128,24 @@ def _find_version(name: str, weights_sha256: str, run_id: str | None = None) -> 
     return None
 
 
-def _facts_of_model(card: dict[str, Any]) -> dict[str, Any]:
+def _tags_of_model(card: ModelCard) -> VersionTags:
     """What a model card says about its model; the card of an import says less."""
-    patches = card.get("patches", {})
-    return {
-        "kind": card["space"]["kind"],
-        "resolution": card["denoiser"]["resolution"],
-        "p": patches.get("p"),
-        "schedule": patches.get("schedule"),
-        "images_seen": card.get("images_seen"),
-        "updates": card.get("updates"),
-        "weights_sha256": card["weights_sha256"],
-        "code_version": card["code_version"],
-    }
-
-
-def _tags_of_run(folder: Path, card: dict[str, Any], run: RunCard, preview: str | None) -> VersionTags:
-    loss = read_progress(folder)[-1].held_out_loss
     return VersionTags(
-        **_facts_of_model(card),
+        kind=card.normalisation.kind,
+        resolution=card.denoiser.resolution,
+        p=card.patches.p if card.patches else None,
+        schedule=card.patches.schedule if card.patches else None,
+        images_seen=card.images_seen,
+        updates=card.updates,
+        weights_sha256=card.weights_sha256,
+        code_version=card.code_version,
+    )
+
+
+def _tags_of_run(folder: Path, card: ModelCard, run: RunCard, preview: str | None) -> VersionTags:
+    loss = read_progress(folder)[-1].held_out_loss
+    return replace(
+        _tags_of_model(card),
         dataset_fingerprint=run.dataset_fingerprint,
         recipe_sha256=file_sha256(folder / "recipe.yaml"),
         held_out_loss=None if loss is None else f"{loss:.4f}",

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from patchloom.errors import UserError
-from patchloom.models.checkpoints import Model, load_whole_model
+from patchloom.models.checkpoints import SamplingModel, load_sampling_model
 from patchloom.models.generate import Sampling, check_fit, class_number, default_labels, generate_padded, one_thread
 from patchloom.pipelines.sample.options import SAMPLER_OPTIONS, SampleOptions, option_parameters
 from patchloom.platform.tracking.registry import fetch_model
@@ -18,14 +18,14 @@ from patchloom.platform.tracking.registry import fetch_model
 _one_at_a_time = threading.Lock()  # the number of torch's threads belongs to the process
 
 
-def load_model_for_sampling(reference: str | Path) -> Model:
+def load_model_for_sampling(reference: str | Path) -> SamplingModel:
     """Fetch a model and load it on the GPU if there is one, else on the CPU."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    return load_whole_model(fetch_model(str(reference)).folder, device)
+    return load_sampling_model(fetch_model(str(reference)).folder, device)
 
 
 def sample_rows(
-    model: Model, seeds: Iterable[Any], labels: Iterable[Any] | None, sampling: Sampling, batch: int
+    model: SamplingModel, seeds: Iterable[Any], labels: Iterable[Any] | None, sampling: Sampling, batch: int
 ) -> tuple[list[int], np.ndarray]:
     """Sample one image per seed with one thread of the CPU, which gives the bytes of `patchloom sample`.
 
@@ -46,7 +46,7 @@ def sample_rows(
     numbers = [int(seed) for seed in seeds]
     if batch < 1 or any(seed < 0 for seed in numbers):
         raise ValueError(f"seeds start at 0 and the batch at 1: found {min(numbers, default=0)} and {batch}")
-    classes = _class_numbers(numbers, labels, list(model.card["class_names"]))
+    classes = _class_numbers(numbers, labels, list(model.card.class_names))
     with _one_at_a_time, one_thread():
         return classes, generate_padded(model, numbers, classes, batch, sampling).cpu().numpy()
 

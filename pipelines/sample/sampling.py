@@ -9,6 +9,7 @@ from typing import Any
 
 from patchloom.errors import UserError
 from patchloom.models.backbones import allowed_backbones
+from patchloom.models.cards import ModelCard
 from patchloom.models.checkpoints import verified_card
 from patchloom.models.generate import check_fit, one_thread
 from patchloom.pipelines.pages.pictures import png_bytes
@@ -155,12 +156,12 @@ class SampleJob(Job[SeedShard, SampledShard]):
         wanted = parse_seeds(seeds) if isinstance(seeds, str) else sorted(set(seeds))
         fetched, sampling = fetch_model(model), options.sampling()
         card = verified_card(fetched.folder)
-        self.classes, labels, label = choose_labels(wanted, card["class_names"], options.label, options.labels)
+        self.classes, labels, label = choose_labels(wanted, list(card.class_names), options.label, options.labels)
         check_fit(sampling, card)
         self.center, center_sha256 = None, None
         if options.outpaint is not None:
-            downscale = card.get("autoencoder", {}).get("downscale", 1)
-            is_grey = card["space"]["kind"] == "pixels" and card["denoiser"]["channels"] == 1
+            downscale = card.autoencoder.downscale if card.autoencoder else 1
+            is_grey = card.normalisation.kind == "pixels" and card.denoiser.channels == 1
             self.center, center_sha256 = read_center(options.outpaint, options.size, downscale, is_grey)
         is_archive = FORMATS[options.format].pack is not None
         self.folder, self.total, self.images, self.shard_size = folder, len(self.classes), 0, options.shard_size
@@ -221,10 +222,10 @@ class SampleJob(Job[SeedShard, SampledShard]):
         self.images = complete_folder(self.folder, self.card.format)
 
 
-def _sampled_model(fetched: FetchedModel, card: dict[str, Any]) -> SampledModel:
+def _sampled_model(fetched: FetchedModel, card: ModelCard) -> SampledModel:
     autoencoder = card.get("autoencoder")
     sha256 = {"autoencoder_sha256": autoencoder.get("weights_sha256")} if autoencoder else {}
-    return SampledModel(reference=fetched.reference, weights_sha256=card["weights_sha256"], **sha256)
+    return SampledModel(reference=fetched.reference, weights_sha256=card.weights_sha256, **sha256)
 
 
 def _unit_size(count: int, batch: int) -> int:

@@ -118,12 +118,14 @@ def train_autoencoder(
 def _init_from(reference: str, settings: AutoencoderSettings) -> tuple[Path, AutoencoderSettings]:
     """The folder of the autoencoder to begin with, and the settings with its shape and exact weights."""
     folder, card = fetch_autoencoder(reference)
-    if card["class"] != "AutoencoderKL":
-        raise UserError(f"--init-from {reference} is of {card['class']}, and only an AutoencoderKL can be trained here")
+    if card.class_name != "AutoencoderKL":
+        raise UserError(
+            f"--init-from {reference} is of {card.class_name}, and only an AutoencoderKL can be trained here"
+        )
     config = read_json(folder / "config.json")
-    shape = {"widths": tuple(config["block_out_channels"]), "latent_channels": card["latent_channels"]}
-    say(f"  beginning with the weights of {card['reference']}")
-    return folder, replace(settings, init_from=card["weights_sha256"], **shape)
+    say(f"  beginning with the weights of {card.reference}")
+    widths = tuple(config["block_out_channels"])
+    return folder, replace(settings, init_from=card.weights_sha256, widths=widths, latent_channels=card.latent_channels)
 
 
 def _note(line: ProgressLine) -> str:

@@ -4,16 +4,16 @@ import shutil
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 from safetensors import SafetensorError
 from torch import Tensor
 
-from patchloom.models.checkpoints import checkpoint_content, write_checkpoint
+from patchloom.models.cards import CheckpointCard
+from patchloom.models.checkpoints import checkpoint_content, read_checkpoint_card, write_checkpoint
 from patchloom.models.step import TrainingState
 from patchloom.pipelines.train.initial_weights import BEGINNING
 from patchloom.platform.files.folder import Folder
-from patchloom.platform.files.storage import read_json, whole_folder
+from patchloom.platform.files.storage import whole_folder
 from patchloom.platform.progress import say
 from patchloom.platform.recipe.run_recipe import Keep
 
@@ -55,10 +55,10 @@ class Checkpointer:
         self._writer = ThreadPoolExecutor(1, "checkpoint")
         self._pending: Future[None] | None = None
 
-    def save(self, state: TrainingState, identity: dict[str, Any]) -> None:
+    def save(self, state: TrainingState, recipe: str, held_out_loss: float | None) -> None:
         """Begin to write `checkpoints/step-...`; waits only for the one before."""
         self.wait()
-        self._pending = self._writer.submit(self._write, *checkpoint_content(state, identity))
+        self._pending = self._writer.submit(self._write, *checkpoint_content(state, recipe, held_out_loss))
 
     def wait(self) -> None:
         """Until what was begun is written."""
@@ -66,32 +66,31 @@ class Checkpointer:
             self._pending.result()
             self._pending = None
 
-    def _write(self, tensors: dict[str, Tensor], card: dict[str, Any]) -> None:
+    def _write(self, tensors: dict[str, Tensor], card: CheckpointCard) -> None:
         try:
             self.folder.mkdir(exist_ok=True)
-            with whole_folder(self.folder / f"step-{card['step']:08d}") as folder:
+            with whole_folder(self.folder / f"step-{card.step:08d}") as folder:
                 write_checkpoint(folder, tensors, card)
             self._let_go()
         except (OSError, SafetensorError) as error:
             self.failed += 1
             say(
-                f"  the checkpoint of step {card['step']:,} was not written ({error}); "
+                f"  the checkpoint of step {card.step:,} was not written ({error}); "
                 "training goes on, and the next one is tried: free some space"
             )
 
     def _let_go(self) -> None:
         """Remove the checkpoints that no rule keeps."""
         folders = sorted(path.parent for path in self.folder.glob("step-*/checkpoint.json"))
-        cards = {folder: read_json(folder / "checkpoint.json") for folder in folders}
+        cards = {folder: read_checkpoint_card(folder) for folder in folders}
         kept = set(folders[-self.keep.last :])
         if self.keep.every_images:
             milestones: dict[int, Path] = {}
             for folder in folders:  # the first at or after each multiple
-                milestones.setdefault(cards[folder]["images_seen"] // self.keep.every_images, folder)
+                milestones.setdefault(cards[folder].images_seen // self.keep.every_images, folder)
             kept |= {folder for number, folder in milestones.items() if number > 0}
-        measured = [folder for folder in folders if cards[folder].get("held_out_loss") is not None]
-        measured.sort(key=lambda folder: float(cards[folder]["held_out_loss"]))
-        kept |= set(measured[: self.keep.best])
+        losses = {folder: loss for folder in folders if (loss := cards[folder].held_out_loss) is not None}
+        kept |= set(sorted(losses, key=losses.__getitem__)[: self.keep.best])
         for folder in folders:
             if folder not in kept:
                 shutil.rmtree(folder)

@@ -11,7 +11,7 @@ from patchloom.models.flops import parameter_count, training_flops
 from patchloom.models.normalisation import identity_normalisation
 from patchloom.models.step_plan import StepSettings
 from patchloom.pipelines.train.run import step_settings
-from patchloom.pipelines.train.training import model_card
+from patchloom.pipelines.train.training import new_model_card
 from patchloom.platform.dataset.prepared import open_dataset
 from patchloom.platform.recipe.run_recipe import Recipe
 
@@ -37,13 +37,11 @@ def describe_plan(recipe: Recipe, dataset: str, workers: int = 1, measure: bool 
     seconds instead of FLOPs.
     """
     rows = open_dataset(dataset)
-    card = model_card(recipe, rows)
-    method = step_settings(recipe, card["denoiser"]["resolution"])
-    parameters = parameter_count(skeleton(card["denoiser"]))
+    card = new_model_card(recipe, rows)
+    method = step_settings(recipe, card.denoiser.resolution)
+    parameters = parameter_count(skeleton(card.denoiser))
     batch, updates = method.batch_size, method.updates
-    flops_of_crop = {
-        size.pixels: float(training_flops(card["denoiser"], size.pixels)) for size in method.schedule.sizes
-    }
+    flops_of_crop = {size.pixels: float(training_flops(card.denoiser, size.pixels)) for size in method.schedule.sizes}
     sizes = []
     for size in method.schedule.sizes:
         crops = updates * size.probability * batch * size.batch_multiplier
@@ -56,7 +54,7 @@ def describe_plan(recipe: Recipe, dataset: str, workers: int = 1, measure: bool 
     cost_of_crop = flops_of_crop
     if measure:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        denoiser = build_denoiser(card["denoiser"]).to(device).train()
+        denoiser = build_denoiser(card.denoiser).to(device).train()
         cost_of_crop = measured_seconds_of_crop(denoiser, method, identity_normalisation(denoiser.channels), workers)
     return {
         "gains": {draw: estimated_gain(one, cost_of_crop, workers) for draw, one in _draws(method, workers).items()},

@@ -1,9 +1,9 @@
 """Beginning: the weights of another model that a run starts from, kept in the run's own folder."""
 
 from pathlib import Path
-from typing import Any
 
 from patchloom.errors import UserError
+from patchloom.models.cards import DenoiserConfig
 from patchloom.models.checkpoints import load_edm_snapshot, load_model
 from patchloom.models.denoiser import Denoiser, build_denoiser
 from patchloom.models.transfer import transfer
@@ -17,7 +17,7 @@ SNAPSHOT = "snapshot.pkl"
 MODEL_FILES = ("model.safetensors", "model.json")  # the card last
 
 
-def keep_beginning(run: Folder, reference: str, network: dict[str, Any]) -> None:
+def keep_beginning(run: Folder, reference: str, network: DenoiserConfig) -> None:
     """Copy the weights that a recipe's `init_from` names into the run's folder, once it is known that they fit.
 
     There every node finds them, and an alias that moves on does not change a run that goes on. network: see

@@ -10,7 +10,7 @@ import torch
 from safetensors import SafetensorError
 
 from patchloom.models.autoencoder import load_autoencoder
-from patchloom.models.checkpoints import Model, save_average
+from patchloom.models.checkpoints import SamplingModel, save_average
 from patchloom.models.ema import PowerEMA
 from patchloom.models.flops import peak_flops, training_flops
 from patchloom.models.generate import Sampling, default_labels, generate
@@ -47,11 +47,11 @@ class Monitor:
         self.checkpointer = Checkpointer(run.folder, run.recipe.train.keep)
         self.verdict = "training" if run.state.step < run.method.updates else "finished"
         self.last_line: ProgressLine | None = None
-        self._flops = [training_flops(run.card["denoiser"], size.pixels) for size in run.method.schedule.sizes]
+        self._flops = [training_flops(run.card.denoiser, size.pixels) for size in run.method.schedule.sizes]
         self._peak_flops, self._peak_source = _peak_of_all(run)
         self._lowest_loss = math.inf
         self._is_noticed = False
-        self._model: Model | None = None
+        self._model: SamplingModel | None = None
         self._reference: torch.Tensor | None = None  # features of training rows
         if self.is_first:  # lines past the checkpoint are about to be written again
             kept = [line for line in read_progress(run.folder) if line.step <= run.state.step]
@@ -107,11 +107,8 @@ class Monitor:
             if isinstance(average, PowerEMA) and every and (ends or self._due(every, plan)):
                 self._keep_average(average)
         if ends or leaves or self._due(run.recipe.train.checkpoint_every_images, plan):
-            identity = {
-                "recipe": run.recipe.name,
-                "held_out_loss": self.last_line.held_out_loss if self.last_line else None,
-            }
-            self.checkpointer.save(run.state, identity)
+            held_out_loss = self.last_line.held_out_loss if self.last_line else None
+            self.checkpointer.save(run.state, run.recipe.name, held_out_loss)
 
     def _keep_average(self, average: PowerEMA) -> None:
         """`ema/sigma-rel-0.1/step-00001000.safetensors`; one that cannot be written is left out."""
@@ -255,14 +252,14 @@ class Monitor:
             images.append(generate(self._sampler(), seeds, labels, steps).cpu())
         return torch.cat(images)
 
-    def _sampler(self) -> Model:
+    def _sampler(self) -> SamplingModel:
         """The averaged weights as a model; an autoencoder is loaded when pictures are first asked for."""
         if self._model is None:
             run, autoencoder = self.run, None
             if run.space.kind == "latents":
                 autoencoder = load_autoencoder(run.reader.dataset.path / "autoencoder", run.device)
             average: Any = run.state.emas[0].module
-            self._model = Model(average, run.space, autoencoder, run.card)
+            self._model = SamplingModel(average, run.space, autoencoder, run.card)
         return self._model
 
     def _frechet_distance(self, count: int) -> float:

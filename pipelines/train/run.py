@@ -4,7 +4,7 @@ import shutil
 import time
 from collections import defaultdict
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 
 from patchloom.errors import UserError
 from patchloom.models.backbones import allow_backbones
+from patchloom.models.cards import ModelCard
 from patchloom.models.checkpoints import load_checkpoint, save_model
 from patchloom.models.denoiser import Denoiser, build_denoiser
 from patchloom.models.ema import HalfLifeEMA, PowerEMA, WeightAverage
@@ -126,7 +127,7 @@ class Run:
 
     folder: Path
     recipe: Recipe
-    card: dict[str, Any]  # of the model: its network, space and classes
+    card: ModelCard
     method: StepSettings
     space: Normalisation
     reader: Reader
@@ -145,12 +146,12 @@ def open_run(worker: Worker, config: dict[str, Any]) -> Run:
     """Build the networks and bring them to the newest whole checkpoint, if there is one."""
     allow_backbones(*config["backbones"])
     recipe = check_recipe(config["recipe"])
-    card: dict[str, Any] = config["card"]
+    card: ModelCard = config["card"]
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    method = step_settings(recipe, card["denoiser"]["resolution"])
+    method = step_settings(recipe, card.denoiser.resolution)
     set_rounding(recipe.train.precision)
     torch.manual_seed(derive_seed(recipe.seed, "weights"))
-    denoiser = build_denoiser(card["denoiser"])
+    denoiser = build_denoiser(card.denoiser)
     folder = Path(config["folder"])
     newest = newest_checkpoint(folder)
     if newest is None and recipe.train.init_from is not None:
@@ -163,10 +164,11 @@ def open_run(worker: Worker, config: dict[str, Any]) -> Run:
         load_checkpoint(newest, state)
     if config["compile"]:  # the averages were copied before, and sample as they are
         compile_network(denoiser, method.schedule)
-    space = Normalisation(card["space"]["kind"], tuple(card["space"]["mean"]), tuple(card["space"]["scale"]))
     reader = Reader(open_dataset(config["dataset"]), recipe, device)
     profiled = config["profile"] and worker.rank == 0
-    return Run(folder, recipe, card, method, space, reader, state, worker, device, config["microbatch"], profiled)
+    return Run(
+        folder, recipe, card, method, card.normalisation, reader, state, worker, device, config["microbatch"], profiled
+    )
 
 
 def new_average(denoiser: Denoiser, settings: Average) -> WeightAverage:
@@ -178,7 +180,7 @@ def new_average(denoiser: Denoiser, settings: Average) -> WeightAverage:
 
 def save_run_model(run: Run) -> None:
     """Write `model/`: the first average's weights, their card, the recipe and, for latents, the decoder."""
-    card = run.card | {"images_seen": run.state.images_seen, "updates": run.state.step}
+    card = replace(run.card, images_seen=run.state.images_seen, updates=run.state.step)
     average: Any = run.state.emas[0].module
     try:
         with whole_folder(run.folder / "model") as folder:

@@ -11,7 +11,9 @@ from patchloom import __version__
 from patchloom.errors import Stopped, UserError
 from patchloom.models.augment import LABELS
 from patchloom.models.backbones import allowed_backbones
+from patchloom.models.cards import AutoencoderCard, DenoiserConfig, ModelCard, PatchesCard
 from patchloom.models.denoiser import halvings_of
+from patchloom.models.normalisation import Normalisation, pixel_normalisation
 from patchloom.pipelines.train.checkpointer import newest_checkpoint, whole_checkpoints, without_tensors
 from patchloom.pipelines.train.initial_weights import keep_beginning
 from patchloom.pipelines.train.loop import train_worker
@@ -69,22 +71,26 @@ class TrainResult:
         return self.folder / "model"
 
 
-def model_card(recipe: Recipe, dataset: Dataset) -> dict[str, Any]:
-    """What `model.json` will say: the network, its space and its classes; raises UserError where they do not fit."""
+def new_model_card(recipe: Recipe, dataset: Dataset) -> ModelCard:
+    """The card of the model that this recipe makes of this dataset.
+
+    Raises:
+        UserError: the recipe does not fit the dataset.
+    """
     card, model = dataset.card, recipe.model
     _check_fit(recipe, dataset)
     class_names = dataset.class_names if model.class_conditional else []
     network, options = _network(recipe)
-    denoiser = {
-        "network": network,
-        "network_options": options,
-        "resolution": card["resolution"],
-        "channels": card["channels"],
-        "classes": len(class_names),
-        "coordinates": model.coordinates,
-        "patch_size": model.patch_size_condition,
-        "sigma_data": model.sigma_data,
-    }
+    denoiser = DenoiserConfig(
+        network=network,
+        network_options=options,
+        resolution=card.resolution,
+        channels=card.channels,
+        classes=len(class_names),
+        coordinates=model.coordinates,
+        patch_size=model.patch_size_condition,
+        sigma_data=model.sigma_data,
+    )
     try:
         multiple = 2 ** halvings_of(denoiser)
     except ValueError as error:
@@ -96,18 +102,17 @@ def model_card(recipe: Recipe, dataset: Dataset) -> dict[str, Any]:
                 f"patches.sizes: fraction {fraction:g} of {card['resolution']} pixels is {side:g}, and the network "
                 f"halves {multiple.bit_length() - 1} times; choose fractions that give a multiple of {multiple}"
             )
-    latents = {"autoencoder": card.autoencoder.to_dict()} if card.autoencoder else {}
-    return {
-        "name": recipe.name,
-        "denoiser": denoiser,
-        "space": _space(recipe, card),
-        **latents,
-        "class_names": class_names,
-        "label_dropout": model.label_dropout,
-        "patches": recipe.patches.model_dump(mode="json"),
-        "dataset_fingerprint": dataset.fingerprint,
-        "code_version": __version__,
-    }
+    return ModelCard(
+        name=recipe.name,
+        denoiser=denoiser,
+        normalisation=_normalisation(recipe, card),
+        autoencoder=AutoencoderCard.from_json(card.autoencoder.to_dict()) if card.autoencoder else None,
+        class_names=tuple(class_names),
+        label_dropout=model.label_dropout,
+        patches=PatchesCard.from_json(recipe.patches.model_dump(mode="json")),
+        dataset_fingerprint=dataset.fingerprint,
+        code_version=__version__,
+    )
 
 
 def _network(recipe: Recipe) -> tuple[str, dict[str, Any]]:
@@ -130,18 +135,14 @@ def _network(recipe: Recipe) -> tuple[str, dict[str, Any]]:
     }
 
 
-def _space(recipe: Recipe, card: DatasetCard) -> dict[str, Any]:
+def _normalisation(recipe: Recipe, card: DatasetCard) -> Normalisation:
     channels = card.channels
     if card.autoencoder is None:
-        return {"kind": "pixels", "mean": [127.5] * channels, "scale": [1 / 127.5] * channels}
+        return pixel_normalisation(channels)
     if recipe.data.whiten:
-        scale = [recipe.model.sigma_data / std for std in card.std]
-        return {"kind": "latents", "mean": card.mean, "scale": scale}
-    return {
-        "kind": "latents",
-        "mean": [card.autoencoder.shift] * channels,
-        "scale": [card.autoencoder.scale] * channels,
-    }
+        scale = tuple(recipe.model.sigma_data / std for std in card.std)
+        return Normalisation("latents", tuple(card.mean), scale)
+    return Normalisation("latents", (card.autoencoder.shift,) * channels, (card.autoencoder.scale,) * channels)
 
 
 def _check_fit(recipe: Recipe, dataset: Dataset) -> None:
@@ -198,7 +199,7 @@ def train(
     if min_workers is not None and not 1 <= min_workers <= workers:
         raise UserError(f"--min-workers {min_workers} is not within 1 and --workers {workers}: lower it")
     rows = open_dataset(dataset)
-    card = model_card(recipe, rows)
+    card = new_model_card(recipe, rows)
     there = Folder.at(out)
     with _run_folder(there) as folder, locked(folder):
         find_run, answers = _open_folder(folder, there, recipe, card, rows, resume, parent_run)
@@ -318,7 +319,7 @@ def _open_folder(
     folder: Path,
     there: Folder,
     recipe: Recipe,
-    card: dict[str, Any],
+    card: ModelCard,
     dataset: Dataset,
     resume: bool,
     parent_run: str | None,
@@ -333,7 +334,7 @@ def _open_folder(
         _check_same(folder, there, recipe, dataset, resume)
     answers = is_reachable()
     if recipe.train.init_from is not None and newest_checkpoint(folder) is None:
-        keep_beginning(there, recipe.train.init_from, card["denoiser"])
+        keep_beginning(there, recipe.train.init_from, card.denoiser)
     if is_new:
         _write_cards(folder, there, recipe, dataset)
     find_run = functools.partial(tracked, folder, there, parent_run)

@@ -13,6 +13,7 @@ import torch
 
 from patchloom.errors import UserError
 from patchloom.models.backbones import allow_backbones, allowed_backbones
+from patchloom.models.cards import DenoiserConfig
 from patchloom.models.cost import measured_seconds_of_crop, step_cost
 from patchloom.models.denoiser import build_denoiser
 from patchloom.models.flops import training_flops
@@ -23,7 +24,7 @@ from patchloom.models.step_plan import StepSettings
 from patchloom.pipelines.train.mlflow_run import end_tracking, tracked
 from patchloom.pipelines.train.monitor import HELD_OUT_IMAGES
 from patchloom.pipelines.train.run import step_settings
-from patchloom.pipelines.train.training import model_card, train
+from patchloom.pipelines.train.training import new_model_card, train
 from patchloom.pipelines.tune.ranking import setting_words
 from patchloom.platform.compute.session import quiet_environment
 from patchloom.platform.compute.tuner import AshaSettings, OptunaSettings
@@ -98,7 +99,7 @@ def trial_recipe(
     length: int | None = None,
 ) -> Recipe:  # fmt: skip
     """The recipe as a trial runs it: as long as its budget allows; raises UserError where it does not fit the data."""
-    model_card(recipe, dataset)
+    new_model_card(recipe, dataset)
     images = length or max(1, round(images_for(search.budget, recipe, dataset) * setting.get(SHARE, 1)))
     fractions = {key: max(1, round(share * images)) for key, share in search.of_budget.items()}
     trial = with_values(recipe, {"train.images": images, **fractions, "seed": recipe.seed + repeat})
@@ -117,8 +118,8 @@ def _check_metric(search: Search, trial: Recipe) -> None:
 
 def images_for(budget: Budget, recipe: Recipe, dataset: Dataset) -> int:
     """The counted images that a budget buys a recipe, as the mean of what its steps cost."""
-    denoiser = model_card(recipe, dataset)["denoiser"]
-    method = step_settings(recipe, denoiser["resolution"])
+    denoiser = new_model_card(recipe, dataset).denoiser
+    method = step_settings(recipe, denoiser.resolution)
     per_update = method.batch_size * method.schedule.mean_multiplier
     if budget.images is not None:
         return budget.images
@@ -148,8 +149,8 @@ def seconds_of_trial(recipe: Recipe, dataset: Dataset) -> float:
 
 
 def _measured(recipe: Recipe, dataset: Dataset) -> tuple[StepSettings, dict[int, float]]:
-    denoiser = model_card(recipe, dataset)["denoiser"]
-    method = step_settings(recipe, denoiser["resolution"])
+    denoiser = new_model_card(recipe, dataset).denoiser
+    method = step_settings(recipe, denoiser.resolution)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with one_thread():
         network = build_denoiser(denoiser).to(device).train()
@@ -232,12 +233,12 @@ def search_flops(search: Search, base: Recipe, dataset: Dataset, planned: list[T
 
 def trial_flops(recipe: Recipe, dataset: Dataset) -> float:
     """What a trial is expected to spend on its steps."""
-    denoiser = model_card(recipe, dataset)["denoiser"]
-    method = step_settings(recipe, denoiser["resolution"])
+    denoiser = new_model_card(recipe, dataset).denoiser
+    method = step_settings(recipe, denoiser.resolution)
     return method.updates * _flops_of_update(denoiser, method)
 
 
-def _flops_of_update(denoiser: dict[str, Any], method: StepSettings) -> float:
+def _flops_of_update(denoiser: DenoiserConfig, method: StepSettings) -> float:
     cost_of_crop = {size.pixels: float(training_flops(denoiser, size.pixels)) for size in method.schedule.sizes}
     return step_cost(method, cost_of_crop, 1)[0]
 

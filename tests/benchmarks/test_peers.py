@@ -98,7 +98,7 @@ def test_a_match_names_its_width_and_relative_size(peer: PeerProcess) -> None:
 
 def test_patchloom_has_the_size_of_the_plain_network_and_counts_images() -> None:
     size, alternatives = our_alternatives(TINY)
-    plain = PlainUNet(16, 5, 3, **song_config(16, TINY.width, TINY.blocks)["network_options"])
+    plain = PlainUNet(16, 5, 3, **song_config(16, TINY.width, TINY.blocks).network_options)
     assert size.parameters == sum(parameter.numel() for parameter in plain.parameters())
     assert alternatives["p = 1"]() == peers.STEPS * TINY.batch
     assert alternatives["p = 0.5"]() == TINY.batch * (5 + 3 * 2 + 2 * 4)  # Eq. 5: 5 full, 3 half and 2 quarter

@@ -22,7 +22,7 @@ def both() -> tuple[Denoiser, PlainDenoiser]:
     ours = build_denoiser(config).train()
     for parameter in ours.parameters():  # otherwise the zeros of the last layers hide most of the network
         torch.nn.init.normal_(parameter, std=0.1)
-    plain = PlainDenoiser(PlainUNet(SIDE, 5, 3, **config["network_options"])).train()
+    plain = PlainDenoiser(PlainUNet(SIDE, 5, 3, **config.network_options)).train()
     plain.load_state_dict({name: each for name, each in ours.state_dict().items() if "resample_filter" not in name})
     return ours, plain
 

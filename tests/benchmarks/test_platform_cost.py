@@ -12,7 +12,7 @@ from patchloom.benchmarks.findings import TINY
 from patchloom.benchmarks.platform_cost import PausedProcess, _dataset, _network, _recipe, against_bare_steps
 from patchloom.models.denoiser import skeleton
 from patchloom.models.flops import parameter_count, training_flops
-from patchloom.pipelines.train.training import model_card
+from patchloom.pipelines.train.training import new_model_card
 from patchloom.platform.dataset import open_dataset
 
 STEPS = """
@@ -56,7 +56,7 @@ def test_a_process_that_has_ended_is_an_error(tmp_path: Path) -> None:
 
 def test_bare_steps_have_the_network_of_the_command(tmp_path: Path) -> None:
     recipe = _recipe(TINY)
-    denoiser = model_card(recipe, open_dataset(str(_dataset(tmp_path / "data", TINY))))["denoiser"]
+    denoiser = new_model_card(recipe, open_dataset(str(_dataset(tmp_path / "data", TINY)))).denoiser
     config = _network(TINY)
     assert training_flops(denoiser, TINY.side) == training_flops(config, TINY.side)
     assert parameter_count(skeleton(denoiser)) == parameter_count(skeleton(config))

@@ -3,6 +3,7 @@
 import copy
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 
 from patchloom.models.backbones import ALLOWED, allow_backbones, allowed_backbones, build_backbone
+from patchloom.models.cards import DenoiserConfig, ModelCard
 from patchloom.models.checkpoints import CheckpointError, load_model, save_model
 from patchloom.models.denoiser import Denoiser, build_denoiser, halvings_of
 from patchloom.models.ema import HalfLifeEMA
@@ -88,11 +90,11 @@ def allowed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def config(tiny_config: Callable[..., dict[str, Any]]) -> dict[str, Any]:
+def config(tiny_config: Callable[..., DenoiserConfig]) -> DenoiserConfig:
     return tiny_config(network=f"{PACKAGE}:Adapter", network_options=OPTIONS)
 
 
-def build(config: dict[str, Any]) -> Denoiser:
+def build(config: DenoiserConfig) -> Denoiser:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         return build_denoiser(config)
@@ -107,7 +109,7 @@ def test_the_permission_is_read_from_this_variable() -> None:
 
 @pytest.mark.parametrize("others", [None, "", "diffusers", f"{PACKAGE}_2,my_{PACKAGE}", f"{PACKAGE}.others"])
 def test_a_network_that_was_not_allowed_is_refused_and_not_imported(
-    config: dict[str, Any], monkeypatch: pytest.MonkeyPatch, others: str | None
+    config: DenoiserConfig, monkeypatch: pytest.MonkeyPatch, others: str | None
 ) -> None:
     if others is None:
         monkeypatch.delenv(ALLOWED)
@@ -122,9 +124,9 @@ def test_a_network_that_was_not_allowed_is_refused_and_not_imported(
 
 
 def test_a_module_deep_in_a_package_needs_the_packages_permission(
-    config: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    config: DenoiserConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = {**config, "network": f"{PACKAGE}.others:Adapter"}
+    config = replace(config, network=f"{PACKAGE}.others:Adapter")
     with pytest.raises(ValueError, match=f"--allow-backbone {PACKAGE}$"):
         build_denoiser(config)
     assert not [name for name in sys.modules if name.startswith(PACKAGE)]
@@ -172,9 +174,9 @@ def test_a_package_that_is_not_installed_is_refused_in_words(monkeypatch: pytest
 
 
 @pytest.mark.usefixtures("allowed")
-def test_an_option_that_the_network_does_not_know_is_refused_in_words(config: dict[str, Any]) -> None:
+def test_an_option_that_the_network_does_not_know_is_refused_in_words(config: DenoiserConfig) -> None:
     with pytest.raises(ValueError, match=r"was not built with .*colour.*let it take them"):
-        build_denoiser({**config, "network_options": {**OPTIONS, "colour": 1}})
+        build_denoiser(replace(config, network_options={**OPTIONS, "colour": 1}))
 
 
 # Building and running
@@ -184,9 +186,9 @@ def test_an_option_that_the_network_does_not_know_is_refused_in_words(config: di
 @pytest.mark.usefixtures("allowed")
 @torch.no_grad()
 def test_a_network_is_built_for_the_image_and_its_coordinates(
-    config: dict[str, Any], coordinates: str, channels: int
+    config: DenoiserConfig, coordinates: str, channels: int
 ) -> None:
-    denoiser = build({**config, "coordinates": coordinates}).eval()
+    denoiser = build(replace(config, coordinates=coordinates)).eval()
     assert type(denoiser.model).__module__ == PACKAGE
     assert denoiser.model.get_parameter("network.conv_in.weight").shape[1] == channels
     for size in (16, 8):
@@ -195,8 +197,8 @@ def test_a_network_is_built_for_the_image_and_its_coordinates(
 
 @pytest.mark.usefixtures("allowed")
 @torch.no_grad()
-def test_a_network_is_given_labels_and_the_noise_condition(config: dict[str, Any]) -> None:
-    denoiser = build({**config, "network": f"{PACKAGE}.others:Conditional", "network_options": {}, "classes": 4})
+def test_a_network_is_given_labels_and_the_noise_condition(config: DenoiserConfig) -> None:
+    denoiser = build(replace(config, network=f"{PACKAGE}.others:Conditional", network_options={}, classes=4))
     assert denoiser.model.kept == (16, 5, 3, 4)
     x, labels = torch.randn(2, 3, 8, 8), torch.eye(4)[:2]
     grid = coordinate_grid(8, 8)[None].expand(2, -1, -1, -1)
@@ -210,12 +212,12 @@ def test_a_network_is_given_labels_and_the_noise_condition(config: dict[str, Any
 
 
 @pytest.mark.usefixtures("allowed")
-def test_a_network_from_outside_says_itself_what_it_can_halve(config: dict[str, Any]) -> None:
+def test_a_network_from_outside_says_itself_what_it_can_halve(config: DenoiserConfig) -> None:
     assert halvings_of(config) == 0
 
 
 @pytest.mark.usefixtures("allowed")
-def test_its_flops_are_counted_and_grow_with_the_patch(config: dict[str, Any]) -> None:
+def test_its_flops_are_counted_and_grow_with_the_patch(config: DenoiserConfig) -> None:
     small, large = training_flops(config, 8), training_flops(config, 16)
     assert 0 < 3 * small < large < 6 * small  # four times the pixels, and attention
     denoiser = build(config)
@@ -226,7 +228,7 @@ def test_its_flops_are_counted_and_grow_with_the_patch(config: dict[str, Any]) -
 # Training
 
 
-def state_of(config: dict[str, Any], method: StepSettings) -> TrainingState:
+def state_of(config: DenoiserConfig, method: StepSettings) -> TrainingState:
     denoiser = build(config).train()
     return new_state(denoiser, [HalfLifeEMA(denoiser, 16)], method, (0.9, 0.999), 1e-8)
 
@@ -257,7 +259,7 @@ def train(state: TrainingState, method: StepSettings, steps: int) -> None:
 
 @pytest.mark.parametrize("draw", ["shared", "stratified"])
 @pytest.mark.usefixtures("allowed")
-def test_a_network_from_outside_learns_on_patches(config: dict[str, Any], draw: str) -> None:
+def test_a_network_from_outside_learns_on_patches(config: DenoiserConfig, draw: str) -> None:
     method = step_settings(draw=draw)
     state = state_of(config, method)
     images = pixel_normalisation().normalise(image_rows().image.float())
@@ -271,8 +273,8 @@ def test_a_network_from_outside_learns_on_patches(config: dict[str, Any], draw: 
 
 
 @pytest.mark.usefixtures("allowed")
-def test_its_dropout_repeats_and_leaves_the_global_generator_alone(config: dict[str, Any]) -> None:
-    config = {**config, "network_options": {**OPTIONS, "dropout": 0.5}}
+def test_its_dropout_repeats_and_leaves_the_global_generator_alone(config: DenoiserConfig) -> None:
+    config = replace(config, network_options={**OPTIONS, "dropout": 0.5})
     method = step_settings()
     found = []
     for number in range(2):
@@ -283,7 +285,7 @@ def test_its_dropout_repeats_and_leaves_the_global_generator_alone(config: dict[
         assert torch.equal(torch.get_rng_state(), before)
         found.append(state.gradients.flat)
     assert torch.equal(found[0], found[1])
-    plain = state_of({**config, "network_options": OPTIONS}, method)
+    plain = state_of(replace(config, network_options=OPTIONS), method)
     train(plain, method, 1)
     assert not torch.allclose(plain.gradients.flat, found[0])  # dropout was at work
 
@@ -292,12 +294,12 @@ def test_its_dropout_repeats_and_leaves_the_global_generator_alone(config: dict[
 
 
 @pytest.mark.usefixtures("allowed")
-def test_a_trained_network_from_outside_comes_back_bit_for_bit(config: dict[str, Any], tmp_path: Path) -> None:
+def test_a_trained_network_from_outside_comes_back_bit_for_bit(config: DenoiserConfig, tmp_path: Path) -> None:
     state = state_of(config, step_settings())
     train(state, step_settings(), 2)
     folder = tmp_path / "model"
     folder.mkdir()
-    save_model(folder, state.denoiser, {"denoiser": config})
+    save_model(folder, state.denoiser, ModelCard(denoiser=config, normalisation=pixel_normalisation()))
     loaded = load_model(folder)
     x = torch.randn(2, 3, 16, 16)
     with torch.no_grad():
@@ -307,11 +309,12 @@ def test_a_trained_network_from_outside_comes_back_bit_for_bit(config: dict[str,
 
 @pytest.mark.usefixtures("allowed")
 def test_a_model_folder_cannot_bring_its_own_permission(
-    config: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    config: DenoiserConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = tmp_path / "model"
     folder.mkdir()
-    save_model(folder, build(config), {"denoiser": config, "allow_backbone": PACKAGE})
+    card = ModelCard(denoiser=config, normalisation=pixel_normalisation(), other={"allow_backbone": PACKAGE})
+    save_model(folder, build(config), card)
     del sys.modules[PACKAGE]
     monkeypatch.setenv(ALLOWED, "")
     with pytest.raises(CheckpointError, match=f"{folder}: .*--allow-backbone {PACKAGE}$"):

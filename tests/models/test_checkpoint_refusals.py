@@ -8,11 +8,12 @@ from typing import Any
 import pytest
 import torch
 
+from patchloom.models.cards import DenoiserConfig, ModelCard
 from patchloom.models.checkpoints import (
     CheckpointError,
     load_checkpoint,
     load_model,
-    load_whole_model,
+    load_sampling_model,
     save_checkpoint,
     save_model,
 )
@@ -31,19 +32,23 @@ def state(tiny_denoiser: Callable[..., Denoiser]) -> TrainingState:
     return new_state(denoiser, [HalfLifeEMA(denoiser, 10)], METHOD, (0.9, 0.999), 1e-8)
 
 
+def model_card(config: DenoiserConfig) -> ModelCard:
+    return ModelCard(denoiser=config, normalisation=pixel_normalisation())
+
+
 def change_card(path: Path, **changes: Any) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
 def test_a_checkpoint_of_a_newer_format_is_refused(state: TrainingState, tmp_path: Path) -> None:
-    save_checkpoint(tmp_path, state, {})
+    save_checkpoint(tmp_path, state)
     change_card(tmp_path / "checkpoint.json", format_version=99)
     with pytest.raises(CheckpointError, match="99"):
         load_checkpoint(tmp_path, state)
 
 
 def test_a_checkpoint_without_its_tensors_is_refused(state: TrainingState, tmp_path: Path) -> None:
-    save_checkpoint(tmp_path, state, {})
+    save_checkpoint(tmp_path, state)
     (tmp_path / "state.safetensors").unlink()
     with pytest.raises(CheckpointError):
         load_checkpoint(tmp_path, state)
@@ -51,9 +56,9 @@ def test_a_checkpoint_without_its_tensors_is_refused(state: TrainingState, tmp_p
 
 @pytest.mark.parametrize("place", [0, 1000, -1])
 def test_one_flipped_byte_of_a_model_is_refused_wherever_it_is(
-    tiny_denoiser: Callable[..., Denoiser], tiny_config: Callable[..., dict[str, Any]], tmp_path: Path, place: int
+    tiny_denoiser: Callable[..., Denoiser], tiny_config: Callable[..., DenoiserConfig], tmp_path: Path, place: int
 ) -> None:
-    save_model(tmp_path, tiny_denoiser(), {"denoiser": tiny_config()})
+    save_model(tmp_path, tiny_denoiser(), model_card(tiny_config()))
     weights = tmp_path / "model.safetensors"
     content = bytearray(weights.read_bytes())
     content[place] ^= 0x40
@@ -63,9 +68,9 @@ def test_one_flipped_byte_of_a_model_is_refused_wherever_it_is(
 
 
 def test_a_model_without_weights_or_with_a_broken_card_is_refused(
-    tiny_denoiser: Callable[..., Denoiser], tiny_config: Callable[..., dict[str, Any]], tmp_path: Path
+    tiny_denoiser: Callable[..., Denoiser], tiny_config: Callable[..., DenoiserConfig], tmp_path: Path
 ) -> None:
-    save_model(tmp_path, tiny_denoiser(), {"denoiser": tiny_config()})
+    save_model(tmp_path, tiny_denoiser(), model_card(tiny_config()))
     (tmp_path / "model.safetensors").unlink()
     with pytest.raises(CheckpointError, match=r"holds no model\.safetensors"):
         load_model(tmp_path)
@@ -75,12 +80,12 @@ def test_a_model_without_weights_or_with_a_broken_card_is_refused(
 
 
 def test_the_whole_model_brings_its_space_and_every_tensor(
-    tiny_denoiser: Callable[..., Denoiser], tiny_config: Callable[..., dict[str, Any]], tmp_path: Path
+    tiny_denoiser: Callable[..., Denoiser], tiny_config: Callable[..., DenoiserConfig], tmp_path: Path
 ) -> None:
     denoiser = tiny_denoiser(classes=2)
-    save_model(tmp_path, denoiser, {"denoiser": tiny_config(classes=2), "space": pixel_normalisation().describe()})
-    model = load_whole_model(tmp_path)
-    assert model.space == pixel_normalisation()
+    save_model(tmp_path, denoiser, model_card(tiny_config(classes=2)))
+    model = load_sampling_model(tmp_path)
+    assert model.normalisation == pixel_normalisation()
     assert model.autoencoder is None
     loaded = model.denoiser.state_dict()
     assert loaded.keys() == denoiser.state_dict().keys()

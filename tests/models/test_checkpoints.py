@@ -10,12 +10,13 @@ import torch
 from test_step import SPACE, make_method, make_rows, make_state
 
 from patchloom.models.autoencoder import load_autoencoder, new_autoencoder, save_autoencoder
+from patchloom.models.cards import DenoiserConfig, ModelCard
 from patchloom.models.checkpoints import (
     CheckpointError,
-    Model,
+    SamplingModel,
     load_checkpoint,
     load_model,
-    load_whole_model,
+    load_sampling_model,
     save_checkpoint,
     save_model,
 )
@@ -23,15 +24,15 @@ from patchloom.models.generate import Sampling, generate, generate_padded
 from patchloom.models.step import TrainingState, training_step
 from patchloom.models.step_plan import plan_step
 
-CARD = {
-    "denoiser": {
-        "network": "song",
-        "network_options": {"width": 8, "width_multipliers": [1, 2], "blocks": 1, "attention": [4], "dropout": 0.0},
-        "resolution": 8, "channels": 2, "classes": 3, "coordinates": "linear", "sigma_data": 0.5,
-    },
-    "space": {"kind": "latents", "mean": [0.1, -0.2], "scale": [2.0, 0.5]},
-    "class_names": ["a", "b", "c"],
-}  # fmt: skip
+CARD = ModelCard(
+    denoiser=DenoiserConfig(
+        network="song",
+        network_options={"width": 8, "width_multipliers": [1, 2], "blocks": 1, "attention": [4], "dropout": 0.0},
+        resolution=8, channels=2, classes=3, coordinates="linear", sigma_data=0.5,
+    ),
+    normalisation=SPACE,
+    class_names=("a", "b", "c"),
+)  # fmt: skip
 
 
 def advance(state: TrainingState, steps: int) -> None:
@@ -46,7 +47,7 @@ def test_a_run_goes_on_from_its_checkpoint_bit_for_bit(tmp_path: Path) -> None:
     straight, stopped = make_state(make_method(0.5)), make_state(make_method(0.5))
     advance(straight, 5)
     advance(stopped, 2)
-    save_checkpoint(tmp_path, stopped, {"recipe": "x"})
+    save_checkpoint(tmp_path, stopped, recipe="x")
     resumed = make_state(make_method(0.5))
     load_checkpoint(tmp_path, resumed)
     assert (resumed.step, resumed.crops_by_size) == (stopped.step, stopped.crops_by_size)
@@ -58,7 +59,7 @@ def test_a_run_goes_on_from_its_checkpoint_bit_for_bit(tmp_path: Path) -> None:
 
 def test_a_checkpoint_with_a_changed_byte_is_refused(tmp_path: Path) -> None:
     state = make_state(make_method(0.5))
-    save_checkpoint(tmp_path, state, {})
+    save_checkpoint(tmp_path, state)
     flip_last_byte(tmp_path / "state.safetensors")
     with pytest.raises(CheckpointError, match="checksum"):
         load_checkpoint(tmp_path, state)
@@ -121,7 +122,7 @@ def test_an_autoencoder_comes_back_and_a_changed_one_is_refused(tmp_path: Path) 
 
 
 def test_an_image_does_not_depend_on_its_neighbours(model_folder: Path) -> None:
-    model: Model = load_whole_model(model_folder)
+    model: SamplingModel = load_sampling_model(model_folder)
     together = generate(model, [4, 1, 7, 9], [0, 1, 2, -1], Sampling(steps=2))
     assert together.shape == (4, 3, 16, 16) and together.dtype == torch.uint8
     turned = generate(model, [9, 7, 1, 4], [-1, 2, 1, 0], Sampling(steps=2))
@@ -132,7 +133,7 @@ def test_an_image_does_not_depend_on_its_neighbours(model_folder: Path) -> None:
 
 
 def test_a_model_read_for_sampling_gives_what_training_sees(model_folder: Path) -> None:
-    sampled, trained = load_whole_model(model_folder).denoiser, load_model(model_folder)
+    sampled, trained = load_sampling_model(model_folder).denoiser, load_model(model_folder)
     x, sigma = torch.randn(2, sampled.channels, 16, 16), torch.tensor([0.1, 5.0])
     with torch.no_grad():
         without_gradients = sampled(x, sigma)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from patchloom.models.augment import augmentation_labels
+from patchloom.models.cards import DenoiserConfig
 from patchloom.models.denoiser import Denoiser, build_denoiser, halvings_of
 from patchloom.models.normalisation import pixel_normalisation
 from patchloom.models.patches import coordinate_grid, encode_coordinates, extended_grid, patch_schedule
@@ -60,7 +61,7 @@ def test_periodic_coordinates_keep_the_ends_of_the_image_and_all_pixels_apart() 
         assert distances[0, -1] > 1
 
 
-def test_an_unknown_encoding_is_refused(tiny_config: Callable[..., dict[str, Any]]) -> None:
+def test_an_unknown_encoding_is_refused(tiny_config: Callable[..., DenoiserConfig]) -> None:
     with pytest.raises(ValueError, match="'spiral' is unknown: choose linear or periodic"):
         encode_coordinates(full_grid(4), "spiral")
     with pytest.raises(ValueError, match="'spiral' is unknown: choose one of none, linear, implicit, periodic"):
@@ -155,7 +156,7 @@ def test_a_stem_of_1x1_convolutions_mixes_coordinates_in_before_any_neighbour(ti
 
 @pytest.mark.parametrize(("flag", "encoding"), [(True, "linear"), (False, "none")])
 def test_true_and_false_of_older_models_are_encodings(
-    tiny_config: Callable[..., dict[str, Any]], flag: bool, encoding: str
+    tiny_config: Callable[..., DenoiserConfig], flag: bool, encoding: str
 ) -> None:
     assert build_denoiser(tiny_config(coordinates=flag)).coordinates == encoding
 
@@ -335,7 +336,7 @@ def test_a_resolution_need_only_be_divisible(tiny_denoiser: Build, network: str,
 @pytest.mark.parametrize(("resolution", "levels", "multiple"), [(18, 3, 4), (15, 2, 2), (20, 4, 8), (2, 3, 4)])
 @pytest.mark.parametrize("network", ["song", "dhariwal"])
 def test_a_resolution_that_cannot_be_halved_is_refused_when_it_is_built(
-    tiny_config: Callable[..., dict[str, Any]], network: str, resolution: int, levels: int, multiple: int
+    tiny_config: Callable[..., DenoiserConfig], network: str, resolution: int, levels: int, multiple: int
 ) -> None:
     config = tiny_config(
         network=network, resolution=resolution, network_options={**WIDTHS, "width_multipliers": [1] * levels}
@@ -345,6 +346,6 @@ def test_a_resolution_that_cannot_be_halved_is_refused_when_it_is_built(
 
 
 @pytest.mark.parametrize("levels", [1, 2, 3])
-def test_a_network_says_how_often_it_halves(tiny_config: Callable[..., dict[str, Any]], levels: int) -> None:
+def test_a_network_says_how_often_it_halves(tiny_config: Callable[..., DenoiserConfig], levels: int) -> None:
     options = {**WIDTHS, "width_multipliers": [1] * levels}
     assert halvings_of(tiny_config(network_options=options)) == levels - 1

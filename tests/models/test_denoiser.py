@@ -1,20 +1,22 @@
 """The denoiser: what it takes, what it refuses, and what it is without noise."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
+from patchloom.models.cards import DenoiserConfig
 from patchloom.models.denoiser import Denoiser, build_denoiser
 
-BASE: dict[str, Any] = {"classes": 0, "coordinates": "linear", "sigma_data": 0.5}
+OPTIONS = {"width": 8, "width_multipliers": [1, 2], "blocks": 1, "attention": [4], "dropout": 0.0}
+BASE = DenoiserConfig(network="song", network_options=OPTIONS, resolution=8, channels=2, classes=0,
+                      coordinates="linear", sigma_data=0.5)  # fmt: skip
 
 
 def small(**changes: Any) -> Denoiser:
-    options = {"width": 8, "width_multipliers": [1, 2], "blocks": 1, "attention": [4], "dropout": 0.0}
-    config = {"network": "song", "network_options": options, "resolution": 8, "channels": 2, **BASE, **changes}
     torch.manual_seed(0)
-    denoiser = build_denoiser(config).eval().requires_grad_(False)
+    denoiser = build_denoiser(replace(BASE, **changes)).eval().requires_grad_(False)
     for parameter in denoiser.parameters():  # nothing stays near zero, so that every input counts
         parameter.copy_(torch.randn_like(parameter) * 0.1)
     return denoiser

@@ -12,6 +12,7 @@ from helpers import photograph
 from PIL import Image
 from torch import Tensor
 
+from patchloom.models.cards import DenoiserConfig
 from patchloom.models.checkpoints import Model
 from patchloom.models.denoiser import Denoiser, build_denoiser
 from patchloom.models.ema import HalfLifeEMA
@@ -47,10 +48,10 @@ def overfitted() -> tuple[Denoiser, Tensor]:
         lr_rampup_images=500, noise_mean=0.0, noise_std=1.6,  # wider than EDM's: the last test asks at high noise
     )  # fmt: skip
     torch.manual_seed(0)
-    denoiser = build_denoiser({
-        "network": "song", "resolution": SIDE, "channels": 3, "classes": 8, "coordinates": "linear", "sigma_data": 0.5,
-        "network_options": {"width": 32, "width_multipliers": [1, 2], "blocks": 1, "attention": [8], "dropout": 0.0},
-    })  # fmt: skip
+    options = {"width": 32, "width_multipliers": [1, 2], "blocks": 1, "attention": [8], "dropout": 0.0}
+    config = DenoiserConfig(network="song", network_options=options, resolution=SIDE, channels=3, classes=8,
+                            coordinates="linear", sigma_data=0.5)  # fmt: skip
+    denoiser = build_denoiser(config)
     state = new_state(denoiser, [HalfLifeEMA(denoiser, 2000, 0.1)], method, (0.9, 0.99), 1e-8)
     order = RowOrder(8, seed=1)
     for step in range(UPDATES):

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from patchloom.models.cards import DenoiserConfig
 from patchloom.models.denoiser import Denoiser, build_denoiser
 
 SIGMAS = torch.tensor([0.002, 0.5, 7.0, 80.0])
@@ -111,6 +112,6 @@ def test_no_labels_mean_the_zero_vector(tiny_denoiser: Callable[..., Denoiser], 
     assert labels.tolist() == [[0] * 5] * 4
 
 
-def test_an_unknown_network_is_refused(tiny_config: Callable[..., dict[str, Any]]) -> None:
+def test_an_unknown_network_is_refused(tiny_config: Callable[..., DenoiserConfig]) -> None:
     with pytest.raises(ValueError, match="network 'vit' is unknown: choose one of dhariwal, song"):
         build_denoiser(tiny_config(network="vit"))

@@ -6,6 +6,7 @@ import sys
 import types
 from collections import OrderedDict
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import pytest
 import torch
 from torch import nn
 
+from patchloom.models.cards import DenoiserConfig
 from patchloom.models.checkpoints import CheckpointError, load_edm_snapshot, read_edm_snapshot
 from patchloom.models.denoiser import Denoiser, build_denoiser
 from patchloom.models.layers import Dropout
@@ -131,15 +133,21 @@ def network_of(arguments: dict[str, Any], network: str = "song", **changes: Any)
     options["residual_input"] = arguments.get("encoder_type") == "residual"
     if network == "dhariwal":
         del options["residual_input"]
-    config: dict[str, Any] = {"network": network, "resolution": 16, "channels": 3, "classes": 0,
-                              "coordinates": "linear", "sigma_data": 0.5, **changes}  # fmt: skip
-    config["network_options"] = {**options, **changes.get("network_options", {})}
+    options |= changes.pop("network_options", {})
+    config = DenoiserConfig(network=network, network_options=options, resolution=16, channels=3, classes=0,
+                            coordinates="linear", sigma_data=0.5)  # fmt: skip
+    config = replace(config, **changes)
     with torch.random.fork_rng():
         torch.manual_seed(1)
         denoiser = build_denoiser(config).eval()
         for parameter in denoiser.parameters():
             nn.init.normal_(parameter, 0.0, 0.1)
     return denoiser.requires_grad_(False)
+
+
+def reread(config: DenoiserConfig) -> DenoiserConfig:
+    """The description as `model.json` gives it back."""
+    return DenoiserConfig.from_json(json.loads(json.dumps(config.to_json())))
 
 
 def assert_same(ours: Denoiser, loaded: Denoiser) -> None:
@@ -168,7 +176,7 @@ def test_images_of_any_channels_with_and_without_coordinates(
 ) -> None:
     ours = network_of(SONG, channels=channels, coordinates=coordinates)
     loaded, config = read_edm_snapshot(write(ours, wrapper=wrapper, **SONG))
-    assert (config["channels"], config["coordinates"]) == (channels, coordinates)
+    assert (config.channels, config.coordinates) == (channels, coordinates)
     assert_same(ours, loaded)
 
 
@@ -187,7 +195,7 @@ def test_augmentation_weights_are_kept_and_used(write: Write, network: str, argu
     arguments = {**arguments, "augment_dim": 9}
     ours = network_of(arguments, network)
     loaded, config = read_edm_snapshot(write(ours, **arguments))
-    assert config["network_options"]["augmentation"] == 9
+    assert config.network_options["augmentation"] == 9
     assert_same(ours, loaded)
     weight = loaded.state_dict()["model.map_augment.weight"]
     assert weight.shape[1] == 9 and torch.equal(weight, ours.state_dict()["model.map_augment.weight"])
@@ -218,8 +226,8 @@ def test_implicit_coordinates_are_a_stem_of_1x1_convolutions(
 ) -> None:
     ours = network_of(arguments, network, coordinates="implicit", network_options={"stem": stem})
     loaded, config = read_edm_snapshot(write(ours, **arguments, implicit_mlp=True))
-    assert config["coordinates"] == "implicit"
-    assert config["network_options"]["stem"] == stem
+    assert config.coordinates == "implicit"
+    assert config.network_options["stem"] == stem
     names = [name for name in loaded.state_dict() if name.startswith("model.enc.16x16_conv.")]
     layers = [2 * number for number in range(len(stem) + 1)]
     assert names == [f"model.enc.16x16_conv.{layer}.{kind}" for layer in layers for kind in ("weight", "bias")]
@@ -246,9 +254,9 @@ def test_numpys_numbers_of_its_new_and_its_old_home_are_numbers(write: Write, ho
     # the first frame promises the old length: a byte that comes after the end keeps the promise
     path.write_bytes(content.replace(called(written), called(home)) + bytes(len(written) - len(home)))
     loaded, config = read_edm_snapshot(path)
-    assert json.loads(json.dumps(config)) == config
-    assert config["network_options"]["width_multipliers"] == [1, 2]
-    assert (loaded.sigma_data, config["network_options"]["dropout"]) == (0.5, 0.1)
+    assert reread(config) == config
+    assert config.network_options["width_multipliers"] == [1, 2]
+    assert (loaded.sigma_data, config.network_options["dropout"]) == (0.5, 0.1)
     ours.sigma_data = 0.5
     assert_same(ours, loaded)
 
@@ -268,8 +276,8 @@ def test_the_description_builds_the_network_that_the_weights_fit(write: Write) -
     arguments = {**NCSNPP, "augment_dim": 9}
     ours = network_of(arguments, classes=2, sigma_data=0.25)
     loaded, config = read_edm_snapshot(write(ours, **arguments, implicit_mlp=False))
-    assert config["sigma_data"] == loaded.sigma_data == 0.25
-    rebuilt = build_denoiser(json.loads(json.dumps(config))).eval()
+    assert config.sigma_data == loaded.sigma_data == 0.25
+    rebuilt = build_denoiser(reread(config)).eval()
     rebuilt.load_state_dict(loaded.state_dict())
     assert_same(ours, rebuilt)
 

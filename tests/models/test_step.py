@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 
+from patchloom.models.cards import DenoiserConfig
 from patchloom.models.denoiser import build_denoiser
 from patchloom.models.ema import HalfLifeEMA
 from patchloom.models.normalisation import Normalisation, pixel_normalisation, to_pixels
@@ -21,10 +22,9 @@ SPACE = Normalisation("latents", (0.1, -0.2), (2.0, 0.5))
 def make_state(method: StepSettings) -> TrainingState:
     torch.manual_seed(1)
     options = {"width": 8, "width_multipliers": [1, 2], "blocks": 1, "attention": [4], "dropout": 0.0}
-    denoiser = build_denoiser({
-        "network": "song", "network_options": options, "resolution": R, "channels": 2, "classes": 3,
-        "coordinates": "linear", "sigma_data": 0.5,
-    })  # fmt: skip
+    config = DenoiserConfig(network="song", network_options=options, resolution=R, channels=2, classes=3,
+                            coordinates="linear", sigma_data=0.5)  # fmt: skip
+    denoiser = build_denoiser(config)
     # Adam's eps is large, so that gradients that are zero but for rounding stay small
     return new_state(denoiser, [HalfLifeEMA(denoiser, 50.0, 0.5)], method, (0.9, 0.999), 1e-3)
 

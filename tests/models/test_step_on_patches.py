@@ -149,7 +149,7 @@ def test_an_overflow_in_fp16_skips_the_step_and_halves_the_scale(
     assert torch.equal(flat_weights(state), before)
     assert state.scaler.get_scale() == 2.0**39
     assert state.images_seen == 16  # the crops were seen all the same
-    save_checkpoint(tmp_path, state, {})
+    save_checkpoint(tmp_path, state)
     resumed = state_of(tiny_denoiser(), method)
     load_checkpoint(tmp_path, resumed)
     assert resumed.scaler.state_dict() == state.scaler.state_dict()

@@ -3,13 +3,13 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
+from patchloom.models.cards import DenoiserConfig
 from patchloom.models.denoiser import Denoiser, build_denoiser
 from patchloom.models.flops import parameter_count, training_flops
 from patchloom.models.guidance import guided
@@ -21,16 +21,14 @@ GOLDEN = Path(__file__).parents[2].parent / "shared" / "golden"
 NAMES = ("edm_ddpmpp", "edm_ncsnpp", "edm_adm")
 SIZES = (32, 16, 8)
 
-CELEBA = {
-    "network": "song",
-    "network_options": {"width": 128, "width_multipliers": [1, 2, 2, 2], "blocks": 4, "attention": [16]},
-    "resolution": 64, "channels": 3, "classes": 0, "coordinates": "linear", "sigma_data": 0.5,
-}  # fmt: skip
-LSUN = {
-    "network": "dhariwal",
-    "network_options": {},
-    "resolution": 32, "channels": 4, "classes": 0, "coordinates": "linear", "sigma_data": 0.5,
-}  # fmt: skip
+CELEBA = DenoiserConfig(
+    network="song",
+    network_options={"width": 128, "width_multipliers": [1, 2, 2, 2], "blocks": 4, "attention": [16]},
+    resolution=64, channels=3, classes=0, coordinates="linear", sigma_data=0.5,
+)  # fmt: skip
+LSUN = DenoiserConfig(
+    network="dhariwal", network_options={}, resolution=32, channels=4, classes=0, coordinates="linear", sigma_data=0.5
+)
 
 
 class Golden:
@@ -51,7 +49,7 @@ class Golden:
     def labels(self) -> Tensor | None:
         return self["labels"] if "labels" in self.arrays else None
 
-    def _config(self) -> dict[str, Any]:
+    def _config(self) -> DenoiserConfig:
         theirs = json.loads(self.arrays["config_json"].tobytes())
         options = {
             "width": theirs["model_channels"],
@@ -67,15 +65,15 @@ class Golden:
                 "filter_taps": theirs["resample_filter"],
                 "noise_width_multiplier": theirs["channel_mult_noise"],
             }
-        return {
-            "network": {"SongUNet": "song", "DhariwalUNet": "dhariwal"}[theirs["model_type"]],
-            "network_options": options,
-            "resolution": theirs["img_resolution"],
-            "channels": theirs["img_channels_without_coordinates"],
-            "classes": theirs["label_dim"],
-            "coordinates": "linear",
-            "sigma_data": 0.5,
-        }
+        return DenoiserConfig(
+            network={"SongUNet": "song", "DhariwalUNet": "dhariwal"}[theirs["model_type"]],
+            network_options=options,
+            resolution=theirs["img_resolution"],
+            channels=theirs["img_channels_without_coordinates"],
+            classes=theirs["label_dim"],
+            coordinates="linear",
+            sigma_data=0.5,
+        )
 
 
 @pytest.fixture(scope="module")
@@ -146,7 +144,7 @@ def test_a_larger_canvas_ends_where_the_reference_does(golden: Callable[[str], G
 
 
 @pytest.mark.parametrize(("config", "millions"), [(CELEBA, 61.8), (LSUN, 279.6)], ids=["ddpmpp", "adm"])
-def test_the_papers_networks_have_the_papers_parameters(config: dict[str, Any], millions: float) -> None:
+def test_the_papers_networks_have_the_papers_parameters(config: DenoiserConfig, millions: float) -> None:
     with torch.device("meta"):
         denoiser = build_denoiser(config)
     assert parameter_count(denoiser) / 1e6 == pytest.approx(millions, rel=0.002)
@@ -155,7 +153,7 @@ def test_the_papers_networks_have_the_papers_parameters(config: dict[str, Any], 
 @pytest.mark.parametrize(
     ("config", "size", "giga"),
     [(CELEBA, 64, 251.2), (CELEBA, 32, 62.6), (CELEBA, 16, 15.7), (LSUN, 32, 179.3), (LSUN, 16, 41.3), (LSUN, 8, 10.2)],
-    ids=lambda value: value["network"] if isinstance(value, dict) else str(value),
+    ids=lambda value: value.network if isinstance(value, DenoiserConfig) else str(value),
 )
-def test_a_training_crop_costs_the_known_flops(config: dict[str, Any], size: int, giga: float) -> None:
+def test_a_training_crop_costs_the_known_flops(config: DenoiserConfig, size: int, giga: float) -> None:
     assert training_flops(config, size) / 1e9 == pytest.approx(giga, rel=0.01)

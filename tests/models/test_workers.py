@@ -113,7 +113,7 @@ def test_a_run_of_two_workers_then_one_then_two_is_that_of_two(
                 load_checkpoint(tmp_path, state)
         assert states[0].step == len(found)
         found += train_on(states, method, images, until)
-        save_checkpoint(tmp_path, states[0], {})
+        save_checkpoint(tmp_path, states[0])
     assert found == pytest.approx(wanted, rel=1e-5)
     assert states[0].crops_by_size == straight[0].crops_by_size
     for one, other in (

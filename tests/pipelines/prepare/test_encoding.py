@@ -18,7 +18,7 @@ from patchloom.models.autoencoder import load_autoencoder, new_autoencoder, save
 from patchloom.pipelines.inspect import inspect
 from patchloom.pipelines.prepare import prepare
 from patchloom.pipelines.sample import sample
-from patchloom.pipelines.train.training import model_card, train
+from patchloom.pipelines.train.training import new_model_card, train
 from patchloom.platform.dataset import open_dataset
 from patchloom.platform.recipe import with_values
 
@@ -133,11 +133,11 @@ def test_latents_of_every_kind_are_those_of_diffusers(
     assert latents.card["autoencoder"]["class"] == kind
     assert (latents.card["resolution"], latents.card["autoencoder"]["downscale"]) == (4, 4)
     recipe = tiny_recipe(data__whiten=False, patches__p=1.0, patches__sizes=[], model__attention=[])
-    space = model_card(recipe, latents)["space"]
-    assert space["scale"] == [network.config.scaling_factor] * 4
-    assert space["mean"] == [0.12 if kind == "AutoencoderKL" else 0.0] * 4
-    white = model_card(with_values(recipe, {"data.whiten": True}), latents)["space"]
-    mean, scale = (np.array(white[name])[:, None, None] for name in ("mean", "scale"))
+    normalisation = new_model_card(recipe, latents).normalisation
+    assert normalisation.scale == (network.config.scaling_factor,) * 4
+    assert normalisation.mean == (0.12 if kind == "AutoencoderKL" else 0.0,) * 4
+    white = new_model_card(with_values(recipe, {"data.whiten": True}), latents).normalisation
+    mean, scale = (np.array(values)[:, None, None] for values in (white.mean, white.scale))
     drawn, spread = (rows["mean"] - mean) * scale, rows.get("std", np.float64(0)) * scale  # z ~ N(mean, std^2)
     np.testing.assert_allclose(drawn.mean((0, 2, 3)), 0, atol=1e-6)
     np.testing.assert_allclose((drawn**2 + spread**2).mean((0, 2, 3)), recipe.model.sigma_data**2, rtol=1e-6)

@@ -68,7 +68,7 @@ def test_model_folder_has_a_description(trained: Path) -> None:
 
 
 def test_compare_two_models(versions: Callable[[str, int], str], tmp_path: Path) -> None:
-    from patchloom.models.checkpoints import load_whole_model
+    from patchloom.models.checkpoints import load_sampling_model
     from patchloom.platform.tracking.registry import fetch_model
 
     name = versions("pair", 2)
@@ -77,7 +77,7 @@ def test_compare_two_models(versions: Callable[[str, int], str], tmp_path: Path)
     found = compare_models(one, other, picture=str(picture), seeds=3, steps=2)
     assert found.recipe == {} and found.metrics == [] and len(found.not_comparable) == 1
     assert "patchloom evaluate" in found.text()
-    models = [load_whole_model(fetch_model(reference).folder) for reference in (one, other)]
+    models = [load_sampling_model(fetch_model(reference).folder) for reference in (one, other)]
     images = [generate_padded(model, [0, 1, 2], [0, 1, 0], 8, Sampling(steps=2)) for model in models]
     with Image.open(picture) as opened:
         shown = np.asarray(opened)

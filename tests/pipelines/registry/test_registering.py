@@ -62,20 +62,20 @@ def server(tmp_path: Path) -> Iterator[str]:
 @pytest.fixture
 def folders(trained: Path, tmp_path: Path) -> dict[str, list[Path]]:
     """Four models with weights of their own, two for each process."""
-    denoiser, card = load_model(trained / "model"), read_card(trained / "model", "denoiser")
+    denoiser, card = load_model(trained / "model"), read_card(trained / "model")
     made: dict[str, list[Path]] = {}
     for number, who in enumerate(("left", "right", "left", "right")):
         folder = tmp_path / f"model-{number}"
         folder.mkdir()
         with torch.no_grad():
             next(denoiser.parameters()).add_(1)
-        save_model(folder, denoiser, {key: value for key, value in card.items() if key != "weights_sha256"})
+        save_model(folder, denoiser, card)
         made.setdefault(who, []).append(folder)
     return made
 
 
 def weights_of(folder: Path) -> str:
-    return str(read_card(folder, "denoiser")["weights_sha256"])
+    return read_card(folder).weights_sha256
 
 
 def race(folders: dict[str, list[Path]], tmp_path: Path) -> dict[str, list[str]]:

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from patchloom.models.cards import DenoiserConfig
 from patchloom.models.checkpoints import load_checkpoint
 from patchloom.models.denoiser import build_denoiser
 from patchloom.models.ema import HalfLifeEMA
@@ -21,10 +22,9 @@ METHOD = StepSettings(0, patch_schedule(16, 0.5), 100, 8, 8, lr=1e-3, lr_rampup_
 
 def make_state(width: int) -> TrainingState:
     options = {"width": width, "width_multipliers": [1, 2], "blocks": 1, "attention": [], "dropout": 0.0}
-    denoiser = build_denoiser({
-        "network": "song", "network_options": options, "resolution": 16, "channels": 3, "classes": 0,
-        "coordinates": "linear", "sigma_data": 0.5,
-    })  # fmt: skip
+    config = DenoiserConfig(network="song", network_options=options, resolution=16, channels=3, classes=0,
+                            coordinates="linear", sigma_data=0.5)  # fmt: skip
+    denoiser = build_denoiser(config)
     return new_state(denoiser, [HalfLifeEMA(denoiser, 10)], METHOD, (0.9, 0.999), 1e-8)
 
 
@@ -32,7 +32,7 @@ def test_training_goes_on_while_a_checkpoint_of_what_it_was_is_written(tmp_path:
     state = make_state(width=64)  # 30 MB, so that writing takes longer than to come back
     checkpointer = Checkpointer(tmp_path, Keep())
     before = [parameter.detach().clone() for parameter in state.denoiser.parameters()]
-    checkpointer.save(state, {})
+    checkpointer.save(state, "tiny", None)
     assert newest_checkpoint(tmp_path) is None  # it is back, and the checkpoint is not there yet
     for parameter in (*state.denoiser.parameters(), *state.emas[0].module.parameters()):
         torch.nn.init.zeros_(parameter)
@@ -47,7 +47,7 @@ def test_training_goes_on_while_a_checkpoint_of_what_it_was_is_written(tmp_path:
 def test_a_checkpoint_that_is_not_whole_is_never_the_newest(tmp_path: Path) -> None:
     state = make_state(width=8)
     checkpointer = Checkpointer(tmp_path, Keep())
-    checkpointer.save(state, {})
+    checkpointer.save(state, "tiny", None)
     checkpointer.wait()
     whole = newest_checkpoint(tmp_path)
     assert whole is not None and whole.name == "step-00000000"
@@ -68,7 +68,7 @@ def test_the_last_checkpoints_are_kept(tmp_path: Path, last: int) -> None:
     state, checkpointer = make_state(width=8), Checkpointer(tmp_path, Keep(last=last))
     for step in range(1, 5):
         state.step = step
-        checkpointer.save(state, {})
+        checkpointer.save(state, "tiny", None)
     checkpointer.wait()
     kept = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
     assert kept == [f"step-{step:08d}" for step in range(5 - last, 5)]

@@ -14,7 +14,7 @@ import pytest
 from helpers import assert_equal_models, start_cli, tiny_recipe, wait_until
 
 from patchloom.errors import UserError
-from patchloom.models.checkpoints import load_model, save_model
+from patchloom.models.checkpoints import load_model, read_card, save_model
 from patchloom.pipelines.train import train
 from patchloom.pipelines.train.checkpointer import newest_checkpoint
 from patchloom.pipelines.train.dry_run import describe_plan
@@ -97,7 +97,7 @@ def test_a_loss_that_runs_away_ends_the_run_in_words(pixels: Path, tmp_path: Pat
 
 
 def test_a_run_whose_losses_are_no_numbers_ends_in_words(trained: Path, pixels: Path, tmp_path: Path) -> None:
-    denoiser, card = load_model(trained / "model"), read_json(trained / "model" / "model.json")
+    denoiser, card = load_model(trained / "model"), read_card(trained / "model")
     for parameter in denoiser.parameters():
         parameter.fill_(math.nan)
     (tmp_path / "broken").mkdir()

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from patchloom.errors import UserError
 from patchloom.models.autoencoder import new_autoencoder, save_autoencoder
 from patchloom.models.backbones import ALLOWED
-from patchloom.models.checkpoints import CheckpointError, load_edm_snapshot, load_model, load_whole_model
+from patchloom.models.checkpoints import CheckpointError, load_edm_snapshot, load_model, load_sampling_model
 from patchloom.models.denoiser import Denoiser
 from patchloom.models.generate import Sampling, generate
 from patchloom.models.metrics import colour_layout, frechet_distance
@@ -62,7 +62,7 @@ def test_a_choice_is_trained_and_sampled(choice: str, pixels: Path, tmp_path: Pa
         assert lines[-1]["images_seen"] == pytest.approx(lines[-1]["updates"] * batch * multiplier, abs=3 * 2)
     if choice == "by images":
         assert lines[-1]["full_size_images"] / lines[-1]["images_seen"] == pytest.approx(0.5, abs=0.02)
-    made = generate(load_whole_model(result.model), [1, 2], [0, 1], Sampling(steps=2, sampler="dpmpp-2m"))
+    made = generate(load_sampling_model(result.model), [1, 2], [0, 1], Sampling(steps=2, sampler="dpmpp-2m"))
     assert made.shape == (2, 3, 16, 16)
 
 
@@ -134,7 +134,7 @@ def command_line(*arguments: str) -> None:
 def test_a_distance_is_measured_while_it_trains(pixels: Path, tmp_path: Path) -> None:
     recipe = tiny_recipe(preview__frechet_samples=12, train__images=300)
     run = train(recipe, str(pixels), str(tmp_path / "run"), workers=0)
-    model, dataset = load_whole_model(run.model), open_dataset(pixels)
+    model, dataset = load_sampling_model(run.model), open_dataset(pixels)
     seeds = list(range(12))
     made = generate(model, seeds, [seed % 2 for seed in seeds], Sampling(steps=2))
     real = torch.from_numpy(dataset.rows(dataset.indices("train", 0.2))["image"])
@@ -231,7 +231,7 @@ def test_latent_training_in_this_process_starts_soon_and_touches_neither_autoenc
     seconds, *imported = done.stdout.splitlines()[-1].split()
     assert imported == ["False", "False"], done.stdout + done.stderr
     assert float(seconds) < 10  # of this process's own time, from Python's start to the first line
-    assert load_whole_model(tmp_path / "run" / "model").autoencoder is not None
+    assert load_sampling_model(tmp_path / "run" / "model").autoencoder is not None
 
 
 @pytest.mark.slow

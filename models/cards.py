@@ -1,0 +1,232 @@
+"""Cards: what `model.json` and `checkpoint.json` say, as frozen dataclasses.
+
+Each card is one JSON object. `from_json` reads it, and `to_json` writes it with the same keys in the same order.
+A key that this version does not know is kept and written again. A field that is None is not written.
+In the metadata of a field, `key` is its JSON key where that is not its name, and `card` is the class of its value.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import MISSING, Field, dataclass, field, fields
+from typing import Any, Self
+
+from patchloom.models.normalisation import Normalisation
+
+MODEL_FORMAT = 1
+CHECKPOINT_FORMAT = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Card:
+    """The base of all cards: a JSON object with known fields.
+
+    Args:
+        other: the keys that this version does not know, with their JSON values.
+    """
+
+    other: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def from_json(cls, content: object) -> Self:
+        """Read the card from parsed JSON.
+
+        Raises:
+            ValueError: `content` is not an object, or a required key is missing.
+        """
+        if not isinstance(content, Mapping):
+            raise ValueError(f"found a {type(content).__name__} instead of a JSON object")
+        known = cls._fields()
+        missing = [key for key, entry in known.items() if key not in content and entry.default is MISSING]
+        if missing:
+            raise ValueError(f"the key {missing[0]} is missing")
+        values = {entry.name: _read(content[key], entry) for key, entry in known.items() if key in content}
+        return cls(**values, other={key: value for key, value in content.items() if key not in known})
+
+    def to_json(self) -> dict[str, Any]:
+        """The card as JSON values, in the order of its fields, then the unknown keys."""
+        values = {key: getattr(self, entry.name) for key, entry in self._fields().items()}
+        return {key: _plain(value) for key, value in values.items() if value is not None} | dict(self.other)
+
+    @classmethod
+    def _fields(cls) -> dict[str, Field[Any]]:
+        return {entry.metadata.get("key") or entry.name: entry for entry in fields(cls) if entry.name != "other"}
+
+
+def _read(value: Any, entry: Field[Any]) -> Any:
+    card = entry.metadata.get("card")
+    if card is not None:
+        return None if value is None else card.from_json(value)
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Card | Normalisation):
+        return value.to_json()
+    return list(value) if isinstance(value, tuple) else value
+
+
+@dataclass(frozen=True, kw_only=True)
+class DenoiserConfig(Card):
+    """The constructor arguments of a denoiser: enough to build it without its weights.
+
+    Args:
+        network: "song", "dhariwal", or "package.module:Class" for a backbone from another package.
+        network_options: further keyword arguments of the network's constructor.
+        resolution: side of a full image or latent, in pixels.
+        channels: channels of the image or latent.
+        classes: number of classes, 0 for an unconditional model.
+        coordinates: encoding of the patch coordinates: "none", "linear", "implicit" or "periodic".
+        patch_size: whether the network also gets the patch size. None in models from EDM snapshots: no.
+        sigma_data: standard deviation of the data that the preconditioning assumes.
+    """
+
+    network: str
+    network_options: Mapping[str, Any]
+    resolution: int
+    channels: int
+    classes: int
+    coordinates: str
+    patch_size: bool | None = None
+    sigma_data: float
+
+    def __post_init__(self) -> None:
+        if isinstance(self.coordinates, bool):  # early models of format 1 hold true or false
+            object.__setattr__(self, "coordinates", "linear" if self.coordinates else "none")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AutoencoderCard(Card):
+    """The autoencoder of a latent dataset or model.
+
+    Args:
+        class_name: diffusers' name of the class, or "package.module:Class".
+        weights_sha256: sha256 of its safetensors.
+        downscale: image pixels per latent pixel, along one side.
+        latent_channels: channels of a latent.
+        scale: a latent enters a network as (latent - shift) * scale, unless it is whitened.
+        shift: see `scale`.
+        reference: where it came from, such as `models:/NAME/VERSION`. None if not known.
+        precision: precision of the encoder, "fp32" or "bf16". None before anything is encoded.
+    """
+
+    class_name: str = field(metadata={"key": "class"})
+    weights_sha256: str
+    downscale: int
+    latent_channels: int
+    scale: float
+    shift: float = 0.0
+    reference: str | None = None
+    precision: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class PatchesCard(Card):
+    """How a model was trained on patches (Patch Diffusion, Eq. 5); `other` holds the recipe's other keys.
+
+    Args:
+        p: ratio of steps on full-size images.
+        schedule: "stochastic" or "progressive".
+    """
+
+    p: float
+    schedule: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImportCard(Card):
+    """The file that an imported model came from: its name and sha256."""
+
+    file: str
+    sha256: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class AverageCard(Card):
+    """The average that was made after training (EDM2, section 3.2).
+
+    Args:
+        sigma_rel: its relative width.
+        snapshots: number of kept averages that it was made from.
+    """
+
+    sigma_rel: float
+    snapshots: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelCard(Card):
+    """All of `model.json`.
+
+    Args:
+        name: name of the recipe or of the imported file.
+        denoiser: the network.
+        normalisation: the map from stored values to the network's.
+        autoencoder: the decoder of a latent model.
+        class_names: names of the classes, in the order of their numbers.
+        label_dropout: share of labels that training dropped. Guidance needs more than 0.
+        patches: how the model was trained on patches. None for imports.
+        imported_from: the imported file. None for trained models.
+        dataset_fingerprint: the training dataset. None for imports.
+        code_version: version of Patchloom that made the model.
+        images_seen: counted images (crops) of the training. None for imports.
+        updates: optimisation steps. None for imports.
+        average: the average made after training, if the weights are one.
+        weights_sha256: sha256 of `model.safetensors`; `save_model` sets it.
+    """
+
+    format_version: int = MODEL_FORMAT
+    kind: str = "denoiser"
+    name: str = ""
+    denoiser: DenoiserConfig = field(metadata={"card": DenoiserConfig})
+    normalisation: Normalisation = field(metadata={"key": "space", "card": Normalisation})
+    autoencoder: AutoencoderCard | None = field(metadata={"card": AutoencoderCard}, default=None)
+    class_names: tuple[str, ...] = ()
+    label_dropout: float = 0.0
+    patches: PatchesCard | None = field(metadata={"card": PatchesCard}, default=None)
+    imported_from: ImportCard | None = field(metadata={"card": ImportCard}, default=None)
+    dataset_fingerprint: str | None = None
+    code_version: str = ""
+    images_seen: int | None = None
+    updates: int | None = None
+    average: AverageCard | None = field(metadata={"card": AverageCard}, default=None)
+    weights_sha256: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointCard(Card):
+    """All of `checkpoint.json`.
+
+    Args:
+        step: optimisation steps taken.
+        images_seen: counted images (crops).
+        crops_by_size: crops of each patch size, full images first.
+        grad_scaler: state of torch's GradScaler; empty unless the precision is fp16.
+        recipe: name of the recipe.
+        held_out_loss: the last held-out loss, if one was measured.
+        state_sha256: sha256 of `state.safetensors`; `write_checkpoint` sets it.
+    """
+
+    format_version: int = CHECKPOINT_FORMAT
+    step: int
+    images_seen: int
+    crops_by_size: tuple[int, ...]
+    grad_scaler: Mapping[str, Any] = field(default_factory=dict)
+    recipe: str = ""
+    held_out_loss: float | None = None
+    state_sha256: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FeaturesCard(Card):
+    """The network that features come from; distances of features from different networks cannot be compared.
+
+    Args:
+        name: name of the network.
+        sha256: sha256 of its weights.
+        resize: how images are resized for it.
+    """
+
+    name: str = field(metadata={"key": "features"})
+    sha256: str = field(metadata={"key": "features_sha256"})
+    resize: str
