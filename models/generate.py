@@ -11,10 +11,10 @@ from torch import Tensor
 from patchloom.models import samplers
 from patchloom.models.cards import ModelCard
 from patchloom.models.checkpoints import SamplingModel
+from patchloom.models.codec import from_pixels, to_pixels
 from patchloom.models.denoiser import halvings_of
 from patchloom.models.guidance import EVERYWHERE, guided, guides_at, keep_centre
 from patchloom.models.noise import LADDERS
-from patchloom.models.normalisation import from_pixels, to_pixels
 from patchloom.models.patches import extended_grid
 from patchloom.models.samplers import Denoise, Noise, SeededNoise
 from patchloom.models.sampling_options import SAMPLER_NAMES, SamplingOptions

@@ -1,4 +1,4 @@
-"""Codec: from stored rows to the numbers a network sees, and from what it makes back to pixels."""
+"""Normalisation: the affine map between stored values and the values of a network."""
 
 from __future__ import annotations
 
@@ -10,17 +10,20 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from patchloom.models.autoencoder import Autoencoder
-
 
 @dataclass(frozen=True)
 class Normalisation:
-    """The affine map from stored values to the network's: x = (stored - mean) * scale, per channel.
+    """The affine map from stored values to those of a network: x = (stored - mean) * scale, per channel.
 
-    Pixels 0..255 become -1..1; latents are whitened to the denoiser's sigma_data, or only scaled.
+    Pixels 0..255 become -1..1. Latents are whitened to the denoiser's sigma_data, or only scaled.
+
+    Args:
+        kind: "pixels" or "latents".
+        mean: one per channel.
+        scale: one per channel.
     """
 
-    kind: str  # "pixels" or "latents"
+    kind: str
     mean: tuple[float, ...]
     scale: tuple[float, ...]
 
@@ -30,19 +33,19 @@ class Normalisation:
         return (stored.float() - mean) * scale
 
     def restore(self, x: Tensor) -> Tensor:
-        """The way back: (B, C, H, W) network values -> stored units, float32."""
+        """The inverse: (B, C, H, W) values of the network -> (B, C, H, W) stored units, float32."""
         mean, scale = self._columns(x.device)
         return x.float() / scale + mean
 
     def _columns(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        import torch  # here, so that cards are read without torch
+        import torch  # not at the top: cards are read without torch
 
         mean = torch.tensor(self.mean, dtype=torch.float32, device=device)[:, None, None]
         return mean, torch.tensor(self.scale, dtype=torch.float32, device=device)[:, None, None]
 
     @classmethod
     def from_json(cls, content: object) -> Normalisation:
-        """Read it from `model.json`.
+        """Read the entry `space` of `model.json`.
 
         Raises:
             ValueError: a key is missing.
@@ -52,40 +55,15 @@ class Normalisation:
         return cls(content["kind"], tuple(content["mean"]), tuple(content["scale"]))
 
     def to_json(self) -> dict[str, Any]:
-        """As it is written to `model.json`."""
+        """The entry `space` of `model.json`."""
         return {"kind": self.kind, "mean": list(self.mean), "scale": list(self.scale)}
 
 
 def pixel_normalisation(channels: int = 3) -> Normalisation:
-    """uint8 / 127.5 - 1, as EDM does."""
+    """uint8 / 127.5 - 1 (EDM)."""
     return Normalisation("pixels", (127.5,) * channels, (1 / 127.5,) * channels)
 
 
 def identity_normalisation(channels: int) -> Normalisation:
-    """Values as they are."""
+    """Unchanged values, for measurements on noise."""
     return Normalisation("latents", (0.0,) * channels, (1.0,) * channels)
-
-
-def to_pixels(x: Tensor, space: Normalisation, autoencoder: Autoencoder | None) -> Tensor:
-    """(B, C, H, W) of the network's values -> uint8 images, (B, 3, H', W') where they are decoded from latents.
-
-    Pixels are x * 127.5 + 128, clipped to 0..255 and truncated (EDM). Raises ValueError for a space of
-    latents without its autoencoder.
-    """
-    if space.kind == "latents":
-        if autoencoder is None:
-            raise ValueError("latents need the autoencoder that they were encoded with")
-        return autoencoder.decode(space.restore(x))
-    return (x.float() * 127.5 + 128).clamp(0, 255).byte()
-
-
-def from_pixels(images: Tensor, space: Normalisation, autoencoder: Autoencoder | None) -> Tensor:
-    """(B, C, H, W) uint8 images -> (B, C', H', W') float32 of the network's values; latents are posterior means.
-
-    Raises ValueError for a space of latents without its autoencoder.
-    """
-    if space.kind == "pixels":
-        return space.normalise(images)
-    if autoencoder is None:
-        raise ValueError("latents need the autoencoder that they were encoded with")
-    return space.normalise(autoencoder.encode(images)[0])

@@ -63,7 +63,7 @@ def test_one_flipped_byte_of_a_model_is_refused_wherever_it_is(
     content = bytearray(weights.read_bytes())
     content[place] ^= 0x40
     weights.write_bytes(content)
-    with pytest.raises(CheckpointError, match="fetch it again"):
+    with pytest.raises(CheckpointError, match=r"model\.safetensors"):
         load_model(tmp_path)
 
 
@@ -72,10 +72,10 @@ def test_a_model_without_weights_or_with_a_broken_card_is_refused(
 ) -> None:
     save_model(tmp_path, tiny_denoiser(), model_card(tiny_config()))
     (tmp_path / "model.safetensors").unlink()
-    with pytest.raises(CheckpointError, match=r"holds no model\.safetensors"):
+    with pytest.raises(CheckpointError, match=r"model\.safetensors"):
         load_model(tmp_path)
     (tmp_path / "model.json").write_text("{")
-    with pytest.raises(CheckpointError, match="is not JSON"):
+    with pytest.raises(CheckpointError, match=r"model\.json"):
         load_model(tmp_path)
 
 

@@ -91,17 +91,17 @@ def test_a_model_comes_back_bit_for_bit(model_folder: Path) -> None:
 
 
 def test_a_model_that_is_not_what_it_says_is_refused(model_folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"no model\.json"):
+    with pytest.raises(CheckpointError, match=r"model\.json"):
         load_model(tmp_path)
     card = json.loads((model_folder / "model.json").read_text())
     (model_folder / "model.json").write_text(json.dumps(card | {"format_version": 99}))
-    with pytest.raises(CheckpointError, match="format 99 and this version reads up to 1"):
+    with pytest.raises(CheckpointError, match=r"99.* 1\b"):
         load_model(model_folder)
     (model_folder / "model.json").write_text(json.dumps(card))
     flip_last_byte(model_folder / "model.safetensors")
     with pytest.raises(CheckpointError, match="sha256"):
         load_model(model_folder)
-    with pytest.raises(CheckpointError, match="a denoiser was wanted"):
+    with pytest.raises(CheckpointError, match="autoencoder.*denoiser"):
         load_model(model_folder / "autoencoder")
 
 

@@ -16,7 +16,8 @@ from patchloom.models.autoencoder import (
     new_autoencoder,
     save_autoencoder,
 )
-from patchloom.models.normalisation import Normalisation, pixel_normalisation, to_pixels
+from patchloom.models.codec import to_pixels
+from patchloom.models.normalisation import Normalisation, pixel_normalisation
 
 
 @pytest.fixture(scope="module")

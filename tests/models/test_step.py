@@ -7,9 +7,10 @@ import pytest
 import torch
 
 from patchloom.models.cards import DenoiserConfig
+from patchloom.models.codec import to_pixels
 from patchloom.models.denoiser import build_denoiser
 from patchloom.models.ema import HalfLifeEMA
-from patchloom.models.normalisation import Normalisation, pixel_normalisation, to_pixels
+from patchloom.models.normalisation import Normalisation, pixel_normalisation
 from patchloom.models.patches import coordinate_grid, patch_schedule
 from patchloom.models.random_draws import RowOrder, draw_block, join
 from patchloom.models.step import Gradients, Rows, TrainingState, learning_rate, new_state, one_hot, training_step
