@@ -223,8 +223,7 @@ class SampleJob(Job[SeedShard, SampledShard]):
 
 
 def _sampled_model(fetched: FetchedModel, card: ModelCard) -> SampledModel:
-    autoencoder = card.get("autoencoder")
-    sha256 = {"autoencoder_sha256": autoencoder.get("weights_sha256")} if autoencoder else {}
+    sha256 = {"autoencoder_sha256": card.autoencoder.weights_sha256} if card.autoencoder else {}
     return SampledModel(reference=fetched.reference, weights_sha256=card.weights_sha256, **sha256)
 
 

@@ -4,9 +4,10 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from sampling_models import pixel_model
 from torch import Tensor
 
-from patchloom.models.checkpoints import Model
+from patchloom.models.checkpoints import SamplingModel
 from patchloom.models.denoiser import Denoiser
 from patchloom.models.generate import (
     SAMPLERS,
@@ -18,24 +19,23 @@ from patchloom.models.generate import (
     one_thread,
 )
 from patchloom.models.noise import karras_sigmas
-from patchloom.models.normalisation import pixel_normalisation
 from patchloom.models.samplers import SeededNoise
 
 SEEDS = [3, 14, 15, 92, 65, 35, 89]
 
 
 @pytest.fixture(scope="module")
-def model(tiny_denoiser: Callable[..., Denoiser]) -> Model:
-    return Model(tiny_denoiser(classes=3), pixel_normalisation(), None, {})
+def model(tiny_denoiser: Callable[..., Denoiser]) -> SamplingModel:
+    return pixel_model(tiny_denoiser(classes=3))
 
 
-def by_seed(model: Model, seeds: list[int], batch: int = 4) -> dict[int, Tensor]:
+def by_seed(model: SamplingModel, seeds: list[int], batch: int = 4) -> dict[int, Tensor]:
     labels = default_labels(seeds, 3)
     return dict(zip(seeds, generate_padded(model, seeds, labels, batch, Sampling(steps=3, guidance=1.3)), strict=True))
 
 
 @pytest.fixture(scope="module")
-def wanted(model: Model) -> dict[int, Tensor]:
+def wanted(model: SamplingModel) -> dict[int, Tensor]:
     return by_seed(model, SEEDS)
 
 
@@ -46,20 +46,20 @@ def test_images_are_bytes_and_differ_by_seed(wanted: dict[int, Tensor]) -> None:
 
 @pytest.mark.parametrize("seeds", [SEEDS[::-1], SEEDS[2:], [65], [65, 3, 65 + 27, 15, 14]], ids=str)
 def test_an_image_does_not_depend_on_neighbours_order_or_padding(
-    model: Model, wanted: dict[int, Tensor], seeds: list[int]
+    model: SamplingModel, wanted: dict[int, Tensor], seeds: list[int]
 ) -> None:
     for seed, image in by_seed(model, seeds).items():
         assert torch.equal(image, wanted[seed])
 
 
-def test_the_label_matters(model: Model) -> None:
+def test_the_label_matters(model: SamplingModel) -> None:
     first, second, none = (generate(model, [3] * 4, [label] * 4, Sampling(steps=3))[0] for label in (0, 1, -1))
     assert not torch.equal(first, second)
     assert not torch.equal(first, none)
 
 
 def test_gaussian_data_is_sampled_along_its_exact_path(linear_denoiser: Denoiser) -> None:
-    made = generate(Model(linear_denoiser, pixel_normalisation(), None, {}), [1, 2], [-1, -1], Sampling(steps=100))
+    made = generate(pixel_model(linear_denoiser), [1, 2], [-1, -1], Sampling(steps=100))
     # the flow of N(0, 0.5^2) shrinks noise at sigma = 80 by 0.5 / sqrt(0.5^2 + 80^2)
     wanted = SeededNoise([1, 2], (3, 16, 16))().double() * 80 * 0.5 / (0.25 + 80**2) ** 0.5
     grey = (wanted * 127.5 + 128).clamp(0, 255)
@@ -75,7 +75,7 @@ def test_labels_go_in_turn_by_seed_and_are_minus_1_without_classes() -> None:
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
 @pytest.mark.parametrize("canvas", ["rescale", "extrapolate"])
-def test_every_grey_level_of_a_reference_stays_as_it_is(model: Model, sampler: str, canvas: str) -> None:
+def test_every_grey_level_of_a_reference_stays_as_it_is(model: SamplingModel, sampler: str, canvas: str) -> None:
     reference = torch.arange(256, dtype=torch.uint8).reshape(1, 16, 16).repeat(3, 1, 1)
     sampling = Sampling(sampler, steps=6, size=(24, 32), canvas=canvas, guidance=1.3)
     made = generate(model, [1, 2], [0, -1], sampling, reference)

@@ -10,10 +10,10 @@ import pytest
 import torch
 from helpers import photograph
 from PIL import Image
+from sampling_models import pixel_model
 from torch import Tensor
 
 from patchloom.models.cards import DenoiserConfig
-from patchloom.models.checkpoints import Model
 from patchloom.models.denoiser import Denoiser, build_denoiser
 from patchloom.models.ema import HalfLifeEMA
 from patchloom.models.generate import Sampling, generate
@@ -74,7 +74,7 @@ def test_eight_images_are_made_again_at_full_size(
     overfitted: tuple[Denoiser, Tensor], artefacts: Callable[[str, Tensor], Path]
 ) -> None:
     denoiser, images = overfitted
-    model = Model(denoiser, pixel_normalisation(), None, {})
+    model = pixel_model(denoiser)
     made = generate(model, list(range(8)), list(range(8)), Sampling(steps=18))
     artefacts("overfit-above-made-below-seen", torch.cat([made, images]))
     normalise = pixel_normalisation().normalise
