@@ -101,7 +101,7 @@ def test_a_model_that_is_not_what_it_says_is_refused(model_folder: Path, tmp_pat
     flip_last_byte(model_folder / "model.safetensors")
     with pytest.raises(CheckpointError, match="sha256"):
         load_model(model_folder)
-    with pytest.raises(CheckpointError, match="autoencoder.*denoiser"):
+    with pytest.raises(CheckpointError, match=r"autoencoder.*denoiser"):
         load_model(model_folder / "autoencoder")
 
 

@@ -58,7 +58,7 @@ def test_whitened_latents_have_mean_0_and_deviation_sigma_data_in_every_channel(
 
 
 def test_latents_without_an_autoencoder_are_refused() -> None:
-    with pytest.raises(ValueError, match="latents need the autoencoder"):
+    with pytest.raises(ValueError, match="autoencoder"):
         to_pixels(torch.zeros(1, 4, 4, 4), Normalisation("latents", (0,) * 4, (1,) * 4), None)
 
 
@@ -110,7 +110,7 @@ def test_changed_or_missing_weights_are_refused(network: Any, tmp_path: Path) ->
     content = bytearray(weights.read_bytes())
     content[len(content) // 2] ^= 1
     weights.write_bytes(content)
-    with pytest.raises(ValueError, match="fetch it again"):
+    with pytest.raises(ValueError, match="sha256"):
         load_autoencoder(tmp_path)
 
 
