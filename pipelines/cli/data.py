@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from patchloom.models.backbones import allow_backbones
-from patchloom.pipelines.cli.options import Backbones
+from patchloom.pipelines.cli.options import Backbones, FolderToWrite
 
 
 def prepare(
@@ -19,7 +19,7 @@ def prepare(
             ".arrow, .npz or a saved Hugging Face dataset. Or a prepared dataset of pixels, to encode as latents"
         ),
     ],
-    dataset: Annotated[str, typer.Argument(help="Folder to write: a path, or an address such as s3://...")],
+    dataset: FolderToWrite,
     resolution: Annotated[
         int | None, typer.Option(min=1, help="Width and height of the prepared images, in pixels; required for images")
     ] = None,

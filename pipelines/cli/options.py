@@ -15,6 +15,7 @@ ModelReference = Annotated[
 ]
 RegisteredName = Annotated[str, typer.Argument(help="Name of the registered model")]
 VersionNumber = Annotated[int, typer.Argument(min=1, help="Number of the version")]
+FolderToWrite = Annotated[str, typer.Argument(help="Folder to write: a path, or an address such as s3://...")]
 ModelFolderToWrite = Annotated[str, typer.Argument(help="New folder for the model")]
 PreparedDataset = Annotated[str, typer.Option(help="Prepared dataset: a folder or a remote address")]
 Settings = Annotated[

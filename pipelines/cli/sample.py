@@ -8,7 +8,15 @@ from typing import Annotated, Any
 import typer
 
 from patchloom.models.backbones import allow_backbones
-from patchloom.pipelines.cli.options import Backbones, Json, ModelReference, messages_to_stderr, print_json
+from patchloom.pipelines.cli.options import (
+    Backbones,
+    FolderToWrite,
+    Json,
+    MapWorkers,
+    ModelReference,
+    messages_to_stderr,
+    print_json,
+)
 from patchloom.pipelines.sample.options import SampleOptions, parse_levels, parse_size
 
 # how a pair of numbers is written on the command line
@@ -20,17 +28,14 @@ PAIRS: dict[Any, tuple[str, Callable[[str, str], Any]]] = {
 
 def sample(
     model: ModelReference,
-    out: Annotated[str, typer.Argument(help="The folder to write: a path, or s3://, gs://, ...")],
-    seeds: Annotated[str, typer.Option(help="0-63, or 0,5,9, or a file of seeds")] = "0-63",
+    out: FolderToWrite,
+    seeds: Annotated[str, typer.Option(help="Seeds: 0-63, or 0,5,9, or a file with one seed per line")] = "0-63",
     as_json: Json = False,
     allow_backbone: Backbones = None,
-    workers: Annotated[
-        int | None,
-        typer.Option(min=0, help="Parallel processes; default: all GPUs or CPUs; 0: this process, without Ray"),
-    ] = None,
+    workers: MapWorkers = None,
     **options: Any,
 ) -> None:
-    """Sample images in batches."""
+    """Sample one image per seed into a folder."""
     from patchloom.pipelines.sample.sampling import sample as run
 
     allow_backbones(*allow_backbone or [])
