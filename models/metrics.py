@@ -47,10 +47,23 @@ class Moments:
 
 
 def frechet_distance(features_a: Any, features_b: Any) -> float:
-    """The Fréchet distance of two Gaussians fitted to (n, d) features (Dowson & Landau 1982; FID, Heusel et al. 2017).
+    """The Fréchet distance of two Gaussians fitted to features (Dowson & Landau 1982; FID, Heusel et al. 2017).
 
-    numpy or torch; float64 inside; unbiased covariance (n - 1). Raises ValueError for fewer than 2 rows,
-    other widths on both sides, or values that are not finite.
+    Computed in float64 with unbiased covariances (n - 1).
+
+    Args:
+        features_a: (n, d) features, numpy or torch, n of 2 or more.
+        features_b: (m, d) features.
+
+    Raises:
+        ValueError: fewer than 2 rows, different widths, or values that are not finite.
+
+    Example:
+        import numpy as np
+
+        features = np.random.default_rng(0).normal(size=(100, 8))
+        distance = patchloom.frechet_distance(features, features + 1)
+        assert abs(distance - 8) < 1e-6
     """
     sides = []
     for name, features in (("features_a", features_a), ("features_b", features_b)):
@@ -143,11 +156,30 @@ def kernel_distance(
     subset_size: int = KID_SUBSET_SIZE,
     generator: torch.Generator | None = None,
 ) -> KernelDistance:
-    """KID: the unbiased squared MMD of (n, d) features with the kernel (x.y / d + 1)^3 (Binkowski et al. 2018).
+    """KID: the unbiased squared MMD with the kernel (x.y / d + 1)^3, over random subsets (Binkowski et al. 2018).
 
-    Over random subsets of `subset_size` rows of each side, drawn from `generator` (seed 0 by default); at most half
-    of the smaller side, so that the standard error can be told: that of the delete-d jackknife (Shao & Wu
-    1989), which is an upper bound where both sides have one distribution. Raises ValueError for fewer than 4 rows.
+    The standard error is that of the delete-d jackknife (Shao & Wu 1989), an upper bound if both sides have the same
+    distribution. It needs subsets of at most half of the smaller side.
+
+    Args:
+        features_a: (n, d) features, n of 4 or more.
+        features_b: (m, d) features.
+        subsets: number of subsets.
+        subset_size: rows of each side per subset, at most half of the smaller side.
+        generator: source of the subsets; seed 0 by default.
+
+    Returns:
+        The mean, the standard deviation over subsets, and the standard error of the mean.
+
+    Raises:
+        ValueError: fewer than 4 rows.
+
+    Example:
+        import torch
+
+        features = torch.randn(100, 8, generator=torch.Generator().manual_seed(0))
+        kid = patchloom.kernel_distance(features, features + 1, subsets=10)
+        print(kid.mean, kid.standard_error)
     """
     n = min(len(features_a), len(features_b))
     if n < 4:
@@ -172,9 +204,21 @@ def squared_mmd(a: Tensor, b: Tensor) -> float:
 
 
 def inception_score(logits: Tensor, splits: int = INCEPTION_SPLITS, seed: int = 0) -> tuple[float, float]:
-    """(n, K) class logits -> mean and std over splits of exp E[KL(p(y|x) || p(y))] (Salimans et al. 2016).
+    """Inception Score: exp E[KL(p(y|x) || p(y))] (Salimans et al. 2016).
 
-    The rows are shuffled with `seed` before they are split.
+    Args:
+        logits: (n, K) class logits.
+        splits: number of parts that the rows are split into.
+        seed: seed of the shuffle before the split.
+
+    Returns:
+        Mean and standard deviation over the parts.
+
+    Example:
+        import torch
+
+        logits = torch.randn(100, 10, generator=torch.Generator().manual_seed(0))
+        mean, std = patchloom.inception_score(logits)
     """
     order = torch.randperm(len(logits), generator=torch.Generator().manual_seed(seed))
     log_p = logits[order].double().log_softmax(1)

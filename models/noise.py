@@ -15,35 +15,86 @@ def training_sigmas(luck: Tensor, mean: float = -1.2, std: float = 1.2) -> Tenso
 
 
 def karras_sigmas(steps: int, sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float = 7.0) -> Tensor:
-    """The (steps + 1,) float64 noise levels of EDM, Eq. 5, from sigma_max down to sigma_min, then 0.
+    """The noise levels of EDM (Eq. 5).
 
-    Levels are in units of the data; rho bends the ladder towards low noise. Raises ValueError below 1 step.
+    Args:
+        steps: number of noise levels before the final 0.
+        sigma_min: lowest noise level above 0.
+        sigma_max: highest noise level.
+        rho: larger values place more levels at low noise.
+
+    Returns:
+        (steps + 1,) float64 falling noise levels, in units of the data; the last one is 0.
+
+    Raises:
+        ValueError: `steps` is below 1.
+
+    Example:
+        sigmas = patchloom.karras_sigmas(steps=18)
     """
     top, bottom = sigma_max ** (1 / rho), sigma_min ** (1 / rho)
     return _with_zero((top + _ramp(steps) * (bottom - top)) ** rho)
 
 
 def linear_sigmas(steps: int, sigma_min: float = 0.002, sigma_max: float = 80.0) -> Tensor:
-    """(steps + 1,) float64 levels at equal distances from sigma_max down to sigma_min, then 0.
+    """Noise levels at equal distances.
 
-    Raises ValueError below 1 step.
+    Args:
+        steps: number of noise levels before the final 0.
+        sigma_min: lowest noise level above 0.
+        sigma_max: highest noise level.
+
+    Returns:
+        (steps + 1,) float64 falling noise levels, in units of the data; the last one is 0.
+
+    Raises:
+        ValueError: `steps` is below 1.
+
+    Example:
+        sigmas = patchloom.linear_sigmas(steps=18)
     """
     return _with_zero(sigma_max + _ramp(steps) * (sigma_min - sigma_max))
 
 
 def ve_sigmas(steps: int, sigma_min: float = 0.02, sigma_max: float = 100.0) -> Tensor:
-    """(steps + 1,) float64 levels in equal ratios, as for variance-exploding diffusion, then 0 (EDM, Table 1).
+    """Noise levels in equal ratios, as in variance-exploding diffusion (EDM, Table 1).
 
-    Raises ValueError below 1 step.
+    Args:
+        steps: number of noise levels before the final 0.
+        sigma_min: lowest noise level above 0.
+        sigma_max: highest noise level.
+
+    Returns:
+        (steps + 1,) float64 falling noise levels, in units of the data; the last one is 0.
+
+    Raises:
+        ValueError: `steps` is below 1.
+
+    Example:
+        sigmas = patchloom.ve_sigmas(steps=18)
     """
     return _with_zero(sigma_max * (sigma_min / sigma_max) ** _ramp(steps))
 
 
 def vp_sigmas(steps: int, beta_d: float = 19.9, beta_min: float = 0.1, end: float = 1e-3) -> Tensor:
-    """(steps + 1,) float64 levels of variance-preserving diffusion, then 0 (EDM, Table 1).
+    """Noise levels of variance-preserving diffusion (EDM, Table 1).
 
-    sigma(t) = sqrt(exp(beta_d t^2 / 2 + beta_min t) - 1) at equal distances of t from 1 down to `end`.
-    Raises ValueError below 1 step.
+    sigma(t) = sqrt(exp(beta_d t^2 / 2 + beta_min t) - 1), at equal distances of t from 1 down to `end`.
+
+    Args:
+        steps: number of noise levels before the final 0.
+        beta_d: slope of the noise schedule beta(t).
+        beta_min: beta(0).
+        end: lowest t.
+
+    Returns:
+        (steps + 1,) float64 falling noise levels, in units of the data; the last one is 0.
+
+    Raises:
+        ValueError: `steps` is below 1.
+
+    Example:
+        sigmas = patchloom.vp_sigmas(steps=18)
     """
     t = 1 + _ramp(steps) * (end - 1)
     return _with_zero(torch.expm1(beta_d * t**2 / 2 + beta_min * t).sqrt())
@@ -52,10 +103,23 @@ def vp_sigmas(steps: int, beta_d: float = 19.9, beta_min: float = 0.1, end: floa
 def iddpm_sigmas(
     steps: int, first: int = 8, levels: int = 1000, smallest_ratio: float = 0.001, shift: float = 0.008
 ) -> Tensor:
-    """(steps + 1,) float64 levels of improved DDPM's cosine schedule, then 0 (EDM, Table 1).
+    """Noise levels of improved DDPM's cosine schedule (EDM, Table 1).
 
-    Of `levels` levels u_j those from number `first` on (80.2 with the default 8) at equal distances of j.
-    Raises ValueError below 1 step, or above the number of levels that are left.
+    Args:
+        steps: number of noise levels before the final 0.
+        first: number of the highest level that is used; 8 gives sigma 80.2.
+        levels: number of levels of the schedule.
+        smallest_ratio: lower bound of the ratio of neighbouring alphas.
+        shift: offset of the cosine.
+
+    Returns:
+        (steps + 1,) float64 falling noise levels, in units of the data; the last one is 0.
+
+    Raises:
+        ValueError: `steps` is below 1, or above the number of levels from `first` on.
+
+    Example:
+        sigmas = patchloom.iddpm_sigmas(steps=18)
     """
     if steps > levels - first:
         raise ValueError(f"steps is {steps}: this ladder has {levels - first} levels")

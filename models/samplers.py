@@ -29,11 +29,34 @@ def heun(
     churn_noise: float = 1.0,
     noise: Noise | None = None,
 ) -> Tensor:
-    """Heun's 2nd-order sampler (EDM, Algorithm 1), with `churn` its stochastic one (Algorithm 2).
+    """Heun's 2nd-order sampler (EDM, Algorithm 1); with `churn`, its stochastic version (Algorithm 2).
 
-    (B, C, H, W) noise -> (B, C, H, W) clean, float64, by 2 * steps - 1 calls on a ladder that ends in 0.
-    churn, churn_min, churn_max, churn_noise: EDM's S_churn, S_tmin, S_tmax, S_noise; levels in units of the
-    data. Raises ValueError for churn without `noise`.
+    It calls `denoise` 2 * steps - 1 times if the last noise level is 0.
+
+    Args:
+        denoise: `denoise(x, sigma)`, called with x (B, C, H, W) float64 and a 0-dim float64 sigma; returns the clean
+            estimate (B, C, H, W). A `Denoiser` is one.
+        start: (B, C, H, W) noise with standard deviation `sigmas[0]`.
+        sigmas: (steps + 1,) falling noise levels; the last one is usually 0.
+        churn: total noise added during sampling (EDM's S_churn).
+        churn_min: lowest noise level at which noise is added (S_tmin), in units of the data.
+        churn_max: highest noise level at which noise is added (S_tmax).
+        churn_noise: scale of the added noise (S_noise).
+        noise: `noise()` returns (B, C, H, W) unit normal noise, such as `SeededNoise`. Needed with churn.
+
+    Returns:
+        (B, C, H, W) float64 clean images.
+
+    Raises:
+        ValueError: `churn` without `noise`.
+
+    Example:
+        def denoise(x, sigma):  # the ideal denoiser of standard normal data
+            return x / (1 + sigma**2)
+
+        sigmas = patchloom.karras_sigmas(steps=18)
+        noise = patchloom.SeededNoise(seeds=[0, 1], shape=(3, 8, 8))
+        images = patchloom.heun(denoise, noise() * sigmas[0], sigmas)
     """
     x, sigmas = _begin(start, sigmas)
     gamma = min(churn / (len(sigmas) - 1), 2**0.5 - 1)
@@ -55,7 +78,24 @@ def heun(
 def euler(denoise: Denoise, start: Tensor, sigmas: Tensor) -> Tensor:
     """Euler's 1st-order steps along dx/dsigma = (x - D(x; sigma)) / sigma (EDM, Eq. 1 and 3).
 
-    (B, C, H, W) noise -> (B, C, H, W) clean, float64, by one call a step.
+    It calls `denoise` once per step.
+
+    Args:
+        denoise: `denoise(x, sigma)`, called with x (B, C, H, W) float64 and a 0-dim float64 sigma; returns the clean
+            estimate (B, C, H, W). A `Denoiser` is one.
+        start: (B, C, H, W) noise with standard deviation `sigmas[0]`.
+        sigmas: (steps + 1,) falling noise levels; the last one is usually 0.
+
+    Returns:
+        (B, C, H, W) float64 clean images.
+
+    Example:
+        def denoise(x, sigma):  # the ideal denoiser of standard normal data
+            return x / (1 + sigma**2)
+
+        sigmas = patchloom.karras_sigmas(steps=18)
+        noise = patchloom.SeededNoise(seeds=[0, 1], shape=(3, 8, 8))
+        images = patchloom.euler(denoise, noise() * sigmas[0], sigmas)
     """
     x, sigmas = _begin(start, sigmas)
     for sigma, lower in pairwise(sigmas):
@@ -65,11 +105,31 @@ def euler(denoise: Denoise, start: Tensor, sigmas: Tensor) -> Tensor:
 
 @torch.no_grad()
 def ddim(denoise: Denoise, start: Tensor, sigmas: Tensor, *, eta: float = 0.0, noise: Noise | None = None) -> Tensor:
-    """DDIM (Song et al. 2021a, Eq. 12 and 16): keep the clean estimate, lower its noise, renew a part of it.
+    """DDIM (Song et al. 2021a, Eq. 12 and 16): keep the clean estimate, lower its noise, and renew a share of it.
 
-    (B, C, H, W) noise -> (B, C, H, W) clean, float64, by one call a step. eta: 0 renews none (then DDIM is
-    Euler's step), 1 as much as ancestral sampling does. Raises ValueError for another eta, and for one above
-    0 without `noise`.
+    It calls `denoise` once per step.
+
+    Args:
+        denoise: `denoise(x, sigma)`, called with x (B, C, H, W) float64 and a 0-dim float64 sigma; returns the clean
+            estimate (B, C, H, W). A `Denoiser` is one.
+        start: (B, C, H, W) noise with standard deviation `sigmas[0]`.
+        sigmas: (steps + 1,) falling noise levels; the last one is usually 0.
+        eta: share of the noise that is renewed, between 0 and 1. 0 is Euler's step, 1 is ancestral sampling.
+        noise: `noise()` returns (B, C, H, W) unit normal noise, such as `SeededNoise`. Needed if eta is above 0.
+
+    Returns:
+        (B, C, H, W) float64 clean images.
+
+    Raises:
+        ValueError: eta is not between 0 and 1, or above 0 without `noise`.
+
+    Example:
+        def denoise(x, sigma):  # the ideal denoiser of standard normal data
+            return x / (1 + sigma**2)
+
+        sigmas = patchloom.karras_sigmas(steps=18)
+        noise = patchloom.SeededNoise(seeds=[0, 1], shape=(3, 8, 8))
+        images = patchloom.ddim(denoise, noise() * sigmas[0], sigmas)
     """
     if not 0 <= eta <= 1:
         raise ValueError(f"eta is {eta:g}: the share of the noise that is renewed lies between 0 and 1")
@@ -86,15 +146,53 @@ def ddim(denoise: Denoise, start: Tensor, sigmas: Tensor, *, eta: float = 0.0, n
 def ancestral(denoise: Denoise, start: Tensor, sigmas: Tensor, *, noise: Noise | None = None) -> Tensor:
     """DDPM's ancestral sampling (Ho et al. 2020, Algorithm 2): each level from its posterior.
 
-    (B, C, H, W) noise -> (B, C, H, W) clean, float64, by one call a step. Raises ValueError without `noise`.
+    It calls `denoise` once per step.
+
+    Args:
+        denoise: `denoise(x, sigma)`, called with x (B, C, H, W) float64 and a 0-dim float64 sigma; returns the clean
+            estimate (B, C, H, W). A `Denoiser` is one.
+        start: (B, C, H, W) noise with standard deviation `sigmas[0]`.
+        sigmas: (steps + 1,) falling noise levels; the last one is usually 0.
+        noise: `noise()` returns (B, C, H, W) unit normal noise, such as `SeededNoise`.
+
+    Returns:
+        (B, C, H, W) float64 clean images.
+
+    Raises:
+        ValueError: `noise` is None.
+
+    Example:
+        def denoise(x, sigma):  # the ideal denoiser of standard normal data
+            return x / (1 + sigma**2)
+
+        sigmas = patchloom.karras_sigmas(steps=18)
+        noise = patchloom.SeededNoise(seeds=[0, 1], shape=(3, 8, 8))
+        images = patchloom.ancestral(denoise, noise() * sigmas[0], sigmas, noise=noise)
     """
     return ddim(denoise, start, sigmas, eta=1.0, noise=noise)
 
 
 def dpmpp_2m(denoise: Denoise, start: Tensor, sigmas: Tensor) -> Tensor:
-    """DPM-Solver++(2M) (Lu et al. 2022, Algorithm 2): 2nd order from the estimate before this one.
+    """DPM-Solver++(2M) (Lu et al. 2022, Algorithm 2): 2nd order, from this estimate and the previous one.
 
-    (B, C, H, W) noise -> (B, C, H, W) clean, float64, by one call a step.
+    It calls `denoise` once per step.
+
+    Args:
+        denoise: `denoise(x, sigma)`, called with x (B, C, H, W) float64 and a 0-dim float64 sigma; returns the clean
+            estimate (B, C, H, W). A `Denoiser` is one.
+        start: (B, C, H, W) noise with standard deviation `sigmas[0]`.
+        sigmas: (steps + 1,) falling noise levels; the last one is usually 0.
+
+    Returns:
+        (B, C, H, W) float64 clean images.
+
+    Example:
+        def denoise(x, sigma):  # the ideal denoiser of standard normal data
+            return x / (1 + sigma**2)
+
+        sigmas = patchloom.karras_sigmas(steps=18)
+        noise = patchloom.SeededNoise(seeds=[0, 1], shape=(3, 8, 8))
+        images = patchloom.dpmpp_2m(denoise, noise() * sigmas[0], sigmas)
     """
     return _multistep(denoise, start, sigmas, eta=0.0, noise=None)
 
@@ -102,7 +200,28 @@ def dpmpp_2m(denoise: Denoise, start: Tensor, sigmas: Tensor) -> Tensor:
 def dpmpp_2m_sde(denoise: Denoise, start: Tensor, sigmas: Tensor, *, noise: Noise | None = None) -> Tensor:
     """SDE-DPM-Solver++(2M) (Lu et al. 2022): the same along the reverse SDE, with noise renewed in every step.
 
-    (B, C, H, W) noise -> (B, C, H, W) clean, float64, by one call a step. Raises ValueError without `noise`.
+    It calls `denoise` once per step.
+
+    Args:
+        denoise: `denoise(x, sigma)`, called with x (B, C, H, W) float64 and a 0-dim float64 sigma; returns the clean
+            estimate (B, C, H, W). A `Denoiser` is one.
+        start: (B, C, H, W) noise with standard deviation `sigmas[0]`.
+        sigmas: (steps + 1,) falling noise levels; the last one is usually 0.
+        noise: `noise()` returns (B, C, H, W) unit normal noise, such as `SeededNoise`.
+
+    Returns:
+        (B, C, H, W) float64 clean images.
+
+    Raises:
+        ValueError: `noise` is None.
+
+    Example:
+        def denoise(x, sigma):  # the ideal denoiser of standard normal data
+            return x / (1 + sigma**2)
+
+        sigmas = patchloom.karras_sigmas(steps=18)
+        noise = patchloom.SeededNoise(seeds=[0, 1], shape=(3, 8, 8))
+        images = patchloom.dpmpp_2m_sde(denoise, noise() * sigmas[0], sigmas, noise=noise)
     """
     return _multistep(denoise, start, sigmas, eta=1.0, noise=noise)
 
@@ -135,10 +254,27 @@ ADAMS_BASHFORTH = ((1.0,), (3 / 2, -1 / 2), (23 / 12, -16 / 12, 5 / 12), (55 / 2
 
 @torch.no_grad()
 def plms(denoise: Denoise, start: Tensor, sigmas: Tensor) -> Tensor:
-    """PLMS, the linear multistep of PNDM (Liu et al. 2022, Eq. 12 and 13), begun by one Heun step.
+    """PLMS, the linear multistep method of PNDM (Liu et al. 2022, Eq. 12 and 13), started by one Heun step.
 
-    (B, C, H, W) noise -> (B, C, H, W) clean, float64, by one call a step and one more. The slopes
-    (predicted noise) of up to four levels are extrapolated as on equal distances, which holds on a linear ladder.
+    It calls `denoise` once per step, and once more. The slopes (predicted noise) of up to four levels are extrapolated
+    as if the levels had equal distances, which holds for `linear_sigmas`.
+
+    Args:
+        denoise: `denoise(x, sigma)`, called with x (B, C, H, W) float64 and a 0-dim float64 sigma; returns the clean
+            estimate (B, C, H, W). A `Denoiser` is one.
+        start: (B, C, H, W) noise with standard deviation `sigmas[0]`.
+        sigmas: (steps + 1,) falling noise levels; the last one is usually 0.
+
+    Returns:
+        (B, C, H, W) float64 clean images.
+
+    Example:
+        def denoise(x, sigma):  # the ideal denoiser of standard normal data
+            return x / (1 + sigma**2)
+
+        sigmas = patchloom.linear_sigmas(steps=18)
+        noise = patchloom.SeededNoise(seeds=[0, 1], shape=(3, 8, 8))
+        images = patchloom.plms(denoise, noise() * sigmas[0], sigmas)
     """
     x, sigmas = _begin(start, sigmas)
     slopes: deque[Tensor] = deque(maxlen=4)
@@ -174,9 +310,17 @@ def _drawn(noise: Noise | None, x: Tensor) -> Tensor:
 
 
 class SeededNoise:
-    """Unit noise for a batch in which each image draws from its own seed, whatever its neighbours are.
+    """Unit normal noise for a batch in which each image has its own seed, whatever the other images are.
 
-    Every call gives the next (B, C, H, W) float32; the first is what sampling starts from.
+    Each call returns the next (B, C, H, W) float32 noise. The first one is what sampling starts from.
+
+    Args:
+        seeds: one seed per image.
+        shape: (C, H, W) of an image.
+
+    Example:
+        noise = patchloom.SeededNoise(seeds=[0, 1], shape=(3, 8, 8))
+        start = noise() * 80.0
     """
 
     def __init__(self, seeds: Sequence[int], shape: tuple[int, int, int]) -> None:
