@@ -40,7 +40,7 @@ from patchloom.models.flops import peak_flops, training_flops
 from patchloom.models.generate import Sampling, generate
 from patchloom.models.metrics import frechet_distance
 from patchloom.models.random_draws import RowOrder
-from patchloom.models.step import HALF_PRECISIONS, Rows, set_rounding, training_step
+from patchloom.models.step import HALF_PRECISIONS, StoredRows, set_rounding, training_step
 from patchloom.models.step_plan import StepSettings, plan_step
 from patchloom.platform.files.storage import make_folder, write_atomic
 
@@ -252,7 +252,7 @@ def quality_curve(
             work = []
             for group in plan.share():
                 rows = torch.tensor([order[crop] for crop in group.crops], device=trainer.device)
-                work.append((group, Rows(pixels[rows], labels[rows])))
+                work.append((group, StoredRows(pixels[rows], labels[rows])))
             training_step(state, settings, plan, work, trainer.normalisation, lambda _: None)
         spent, average = spent + now() - start, state.emas[0].module
         distance = frechet_distance(features_of(features, sampled(average, trainer, samples)), reference)

@@ -12,7 +12,7 @@ from patchloom.benchmarks.interleaved import Spread, Timings, interleave
 from patchloom.benchmarks.setups import Trainer, adm_config, only, step_settings
 from patchloom.models.flops import training_flops
 from patchloom.models.patches import PatchSchedule, patch_schedule
-from patchloom.models.step import Rows, training_step
+from patchloom.models.step import StoredRows, training_step
 from patchloom.models.step_plan import StepSettings, plan_step
 
 BATCH, P = 2, 0.5
@@ -75,7 +75,7 @@ def _latent_step(trainer: Trainer, settings: StepSettings) -> int:
     work = []
     for group in plan.share():
         shape = (len(group.crops), trainer.channels, trainer.resolution, trainer.resolution)
-        rows = Rows(torch.randn(shape), torch.full((shape[0],), -1), torch.full(shape, 0.1))
+        rows = StoredRows(torch.randn(shape), torch.full((shape[0],), -1), torch.full(shape, 0.1))
         work.append((group, rows))
     training_step(trainer.state, settings, plan, work, trainer.normalisation, lambda _: None)
     return plan.crops

@@ -16,7 +16,7 @@ from patchloom.models.denoiser import Denoiser, build_denoiser
 from patchloom.models.ema import HalfLifeEMA
 from patchloom.models.normalisation import Normalisation, pixel_normalisation
 from patchloom.models.patches import patch_schedule
-from patchloom.models.step import Rows, TrainingState, compile_network, new_state, training_step
+from patchloom.models.step import StoredRows, TrainingState, compile_network, new_state, training_step
 from patchloom.models.step_plan import StepPlan, StepSettings, plan_step
 from patchloom.platform.dataset.prepared import Dataset
 from patchloom.platform.records.dataset import DatasetCard, ShardFile, SkippedInputs
@@ -83,11 +83,11 @@ class Trainer:
         self.normalisation: Normalisation = pixel_normalisation(self.channels)
         self.resolution = config.resolution
 
-    def rows(self, count: int) -> Rows:
+    def rows(self, count: int) -> StoredRows:
         """`count` rows of uint8 noise."""
         shape = (count, self.channels, self.resolution, self.resolution)
         images = torch.randint(0, 256, shape, dtype=torch.uint8, device=self.device)
-        return Rows(images, torch.full((count,), -1, device=self.device))
+        return StoredRows(images, torch.full((count,), -1, device=self.device))
 
     def steps(self, plans: list[StepPlan], settings: StepSettings | None = None) -> int:
         """Take these steps on one worker. Returns the number of counted crops."""

@@ -19,8 +19,8 @@ from patchloom.models.flops import training_flops
 from patchloom.models.loss import denoising_loss
 from patchloom.models.noise import training_sigmas
 from patchloom.models.patches import crop, offsets
-from patchloom.models.random_draws import RandomDraws, draw_block, join
-from patchloom.models.step import Rows, seeded_dropout
+from patchloom.models.random_draws import RandomDraws, concatenate_draws, draws_of_block
+from patchloom.models.step import StoredRows, seeded_dropout
 from patchloom.models.step_plan import StepSettings, plan_step
 from patchloom.platform.dataset.prepared import Dataset, write_shard
 
@@ -159,7 +159,7 @@ class StepParts:
     def rows(self) -> int:
         generator = np.random.default_rng(0)
         columns = self.dataset.rows(generator.integers(0, len(self.dataset), len(self.images)))
-        Rows(torch.from_numpy(columns["image"]), torch.from_numpy(columns["label"]))
+        StoredRows(torch.from_numpy(columns["image"]), torch.from_numpy(columns["label"]))
         return 1
 
     def crops(self) -> int:
@@ -186,8 +186,8 @@ class StepParts:
 
     def _draw(self) -> RandomDraws:
         settings, channels = self.trainer.settings, self.trainer.channels
-        return join([
-            draw_block(settings.seed, 0, block, settings.block_size, channels, self.side, self.side, False, CPU)
+        return concatenate_draws([
+            draws_of_block(settings.seed, 0, block, settings.block_size, channels, self.side, self.side, False, CPU)
             for block in self.group.blocks
         ])  # fmt: skip
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from patchloom.models.denoiser import Denoiser
 from patchloom.models.normalisation import Normalisation
 from patchloom.models.patches import PatchSchedule, PatchSize
-from patchloom.models.step import Rows, new_state, training_step
+from patchloom.models.step import StoredRows, new_state, training_step
 from patchloom.models.step_plan import StepPlan, StepSettings, plan_step
 
 PLANNED_STEPS = 4000
@@ -72,7 +72,7 @@ def measured_seconds_of_crop(
             plan = plan_step(one, number, 0)
             group = plan.share(workers - 1, workers)[0]  # the last worker's share is the largest
             shape = (len(group.crops), denoiser.channels, resolution, resolution)
-            rows = Rows(torch.randn(shape, device=device), torch.full((shape[0],), -1, device=device))
+            rows = StoredRows(torch.randn(shape, device=device), torch.full((shape[0],), -1, device=device))
             began = _now(device)
             training_step(state, one, plan, [(group, rows)], space, _alone)
             if number:

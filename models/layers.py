@@ -58,12 +58,12 @@ def group_norm(channels: int, eps: float) -> nn.GroupNorm:
     return nn.GroupNorm(groups, channels, eps=eps)
 
 
-def silu_of_fresh(x: Tensor) -> Tensor:
+def silu_in_place(x: Tensor) -> Tensor:
     """SiLU of a tensor (of any shape) that nobody else reads: in its place, where no gradient will ask for it."""
     return F.silu(x, inplace=not torch.is_grad_enabled())
 
 
-def placed(constant: Tensor) -> Tensor:
+def on_default_device(constant: Tensor) -> Tensor:
     """A constant (of any shape) where new tensors stand now.
 
     Computed on a `meta` device, it would make torch import its compiler.
@@ -102,7 +102,7 @@ class Convolution(nn.Module):
         self.is_box = tuple(filter_taps) == (1, 1)
         if resample:
             taps = torch.tensor(filter_taps, dtype=torch.float32, device="cpu")
-            self.register_buffer("resample_filter", placed((taps.outer(taps) / taps.sum() ** 2)[None, None]))
+            self.register_buffer("resample_filter", on_default_device((taps.outer(taps) / taps.sum() ** 2)[None, None]))
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, C', H, W), H and W halved or doubled where the layer resamples."""
@@ -225,13 +225,13 @@ class Block(nn.Module):
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
         """(B, C, H, W) and (B, E) -> (B, C', H', W')."""
         residual = x if self.skip is None else self.skip(x)
-        x = self.conv0(silu_of_fresh(self.norm0(x)))
+        x = self.conv0(silu_in_place(self.norm0(x)))
         condition = self.affine(embedding).to(x.dtype)[:, :, None, None]
         if self.adaptive_scale:
             scale, shift = condition.chunk(2, dim=1)
-            x = silu_of_fresh(torch.addcmul(shift, self.norm1(x), scale + 1))
+            x = silu_in_place(torch.addcmul(shift, self.norm1(x), scale + 1))
         else:
-            x = silu_of_fresh(self.norm1(x.add_(condition)))
+            x = silu_in_place(self.norm1(x.add_(condition)))
         x = self.conv1(self.dropout(x)).add_(residual).mul_(self.skip_scale)
         if self.heads:
             x = self._attend(self.norm2(x)).add_(x).mul_(self.skip_scale)
@@ -260,10 +260,10 @@ class NoiseEmbedding(nn.Module):
         super().__init__()
         half = channels // 2
         if kind == "fourier":
-            self.register_buffer("freqs", placed(torch.randn(half, device="cpu") * 16))
+            self.register_buffer("freqs", on_default_device(torch.randn(half, device="cpu") * 16))
         elif kind == "positional":
             steps = torch.arange(half, dtype=torch.float32, device="cpu") / (half - (1 if endpoint else 0))
-            self.register_buffer("frequencies", placed((1 / 10000) ** steps), persistent=False)
+            self.register_buffer("frequencies", on_default_device((1 / 10000) ** steps), persistent=False)
         else:
             raise ValueError(f"embedding {kind!r} is unknown: choose positional or fourier")
         self.kind, self.sines_first = kind, sines_first

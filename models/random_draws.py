@@ -32,7 +32,7 @@ class RandomDraws:
     augmentation: Tensor  # (B, 8) parameters, from a generator of their own; (B, 0) without
 
 
-def draw_block(
+def draws_of_block(
     seed: int, step: int, block: int, count: int, channels: int, resolution: int, size: int,
     latent: bool, device: torch.device, augmentation: float = 0.0,
 ) -> RandomDraws:  # fmt: skip
@@ -54,7 +54,7 @@ def draw_block(
     )
 
 
-def join(blocks: list[RandomDraws]) -> RandomDraws:
+def concatenate_draws(blocks: list[RandomDraws]) -> RandomDraws:
     """Several blocks as one batch."""
     return RandomDraws(*(torch.cat([getattr(block, field.name) for block in blocks]) for field in fields(RandomDraws)))
 

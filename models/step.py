@@ -20,8 +20,8 @@ from patchloom.models.loss import SIGMA_BINS, denoising_loss, losses_by_sigma
 from patchloom.models.noise import training_sigmas
 from patchloom.models.normalisation import Normalisation
 from patchloom.models.patches import PatchSchedule, crop, offsets
-from patchloom.models.random_draws import RandomDraws, derive_seed, draw_block, join
-from patchloom.models.step_plan import Group, StepPlan, StepSettings
+from patchloom.models.random_draws import RandomDraws, concatenate_draws, derive_seed, draws_of_block
+from patchloom.models.step_plan import CropGroup, StepPlan, StepSettings
 from patchloom.models.unet import UNet
 
 HALF_PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -41,7 +41,7 @@ def compile_network(denoiser: Denoiser, schedule: PatchSchedule) -> None:
 
 
 @dataclass(frozen=True)
-class Rows:
+class StoredRows:
     """A batch of stored rows: `image` (B, C, R, R), or moments `image` and `std`; `label` (B,), -1 for none."""
 
     image: Tensor
@@ -55,7 +55,7 @@ def one_hot(labels: Tensor, classes: int) -> Tensor:
 
 
 def crop_losses(
-    denoiser: Denoiser, rows: Rows, luck: RandomDraws, size: int, method: StepSettings, space: Normalisation
+    denoiser: Denoiser, rows: StoredRows, luck: RandomDraws, size: int, method: StepSettings, space: Normalisation
 ) -> tuple[Tensor, Tensor]:
     """The loss of each crop and its noise level, both (B,): crop, add noise, denoise, compare (Eq. 4)."""
     images = rows.image if rows.std is None else rows.image + rows.std * luck.posterior
@@ -165,7 +165,7 @@ def training_step(
     state: TrainingState,
     method: StepSettings,
     plan: StepPlan,
-    work: Iterable[tuple[Group, Rows]],
+    work: Iterable[tuple[CropGroup, StoredRows]],
     space: Normalisation,
     reduce: Callable[[Tensor], object],
 ) -> None:
@@ -194,13 +194,13 @@ def training_step(
 
 
 def _add_gradients(
-    state: TrainingState, method: StepSettings, plan: StepPlan, group: Group, rows: Rows, space: Normalisation
+    state: TrainingState, method: StepSettings, plan: StepPlan, group: CropGroup, rows: StoredRows, space: Normalisation
 ) -> None:
     """One microbatch: the gradients of a group's crops, and its losses by patch size and noise level."""
     size, device = group.size, rows.image.device
     channels, resolution = rows.image.shape[1], rows.image.shape[-1]
-    luck = join([
-        draw_block(
+    luck = concatenate_draws([
+        draws_of_block(
             method.seed, plan.step, block, plan.block_size, channels, resolution, size.pixels,
             rows.std is not None, device, method.augmentation,
         )

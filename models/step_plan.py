@@ -29,7 +29,7 @@ class StepSettings:
 
 
 @dataclass(frozen=True)
-class Group:
+class CropGroup:
     """Crops of one size in a step: whole blocks of them, trained on together."""
 
     size: PatchSize
@@ -57,7 +57,7 @@ class StepPlan:
         """Crops of all workers."""
         return sum(self.blocks) * self.block_size
 
-    def share(self, worker: int = 0, workers: int = 1, microbatch: int | None = None) -> list[Group]:
+    def share(self, worker: int = 0, workers: int = 1, microbatch: int | None = None) -> list[CropGroup]:
         """What a worker owns; all shares together cover the step's batch once.
 
         microbatch: at most so many crops a group (but never less than a block), for what memory holds.
@@ -74,9 +74,9 @@ class StepPlan:
             first += count
         return groups
 
-    def _group(self, size: PatchSize, blocks: range) -> Group:
+    def _group(self, size: PatchSize, blocks: range) -> CropGroup:
         crops = range(self.first_crop + blocks.start * self.block_size, self.first_crop + blocks.stop * self.block_size)
-        return Group(size, blocks, crops)
+        return CropGroup(size, blocks, crops)
 
 
 def plan_step(method: StepSettings, step: int, crops_consumed: int) -> StepPlan:

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from patchloom.models.layers import Block, Convolution, Initialiser, NoiseEmbedding, group_norm, linear, silu_of_fresh
+from patchloom.models.layers import Block, Convolution, Initialiser, NoiseEmbedding, group_norm, linear, silu_in_place
 
 SQRT_HALF = 0.5**0.5
 
@@ -217,7 +217,7 @@ class SongUNet(UNet):
 
     def finish(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, channels_out, H, W): the decoder's own last layers, named after the full-size level."""
-        x = silu_of_fresh(self.dec[f"{self.last_level}_aux_norm"](x))
+        x = silu_in_place(self.dec[f"{self.last_level}_aux_norm"](x))
         out: Tensor = self.dec[f"{self.last_level}_aux_conv"](x)
         return out
 
@@ -282,7 +282,7 @@ class DhariwalUNet(UNet):
 
     def finish(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, channels_out, H, W): the last normalisation, SiLU and convolution."""
-        out: Tensor = self.out_conv(silu_of_fresh(self.out_norm(x)))
+        out: Tensor = self.out_conv(silu_in_place(self.out_norm(x)))
         return out
 
 

@@ -6,8 +6,8 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
-from patchloom.models.step import Rows, training_step
-from patchloom.models.step_plan import Group, StepPlan, plan_step
+from patchloom.models.step import StoredRows, training_step
+from patchloom.models.step_plan import CropGroup, StepPlan, plan_step
 from patchloom.pipelines.train.checkpointer import CHECKPOINTS, without_old_tensors
 from patchloom.pipelines.train.monitor import STOP_FILE, Monitor
 from patchloom.pipelines.train.profiler import Profiler
@@ -68,7 +68,7 @@ class Prefetcher:
     def __init__(self, run: Run) -> None:
         self.run = run
         self._reader = ThreadPoolExecutor(1, "rows")
-        self._next: Future[list[tuple[Group, Rows]]] | None = None
+        self._next: Future[list[tuple[CropGroup, StoredRows]]] | None = None
 
     def __enter__(self) -> "Prefetcher":
         return self
@@ -76,7 +76,7 @@ class Prefetcher:
     def __exit__(self, *_: object) -> None:
         self._reader.shutdown(cancel_futures=True)
 
-    def work(self, plan: StepPlan) -> list[tuple[Group, Rows]]:
+    def work(self, plan: StepPlan) -> list[tuple[CropGroup, StoredRows]]:
         """This worker's groups of a step with their rows; begins to fetch those of the step after it."""
         fetched = self._next or self._reader.submit(self._fetch, plan)
         found = self.run.clock.timed("data", fetched.result)()
@@ -86,7 +86,7 @@ class Prefetcher:
             self._next = self._reader.submit(self._fetch, after)
         return found
 
-    def _fetch(self, plan: StepPlan) -> list[tuple[Group, Rows]]:
+    def _fetch(self, plan: StepPlan) -> list[tuple[CropGroup, StoredRows]]:
         worker = self.run.worker
         groups = plan.share(worker.rank, worker.count, self.run.microbatch)
         return [(group, self.run.reader.rows(group.crops)) for group in groups]

@@ -21,7 +21,7 @@ from patchloom.models.ema import HalfLifeEMA, PowerEMA, WeightAverage
 from patchloom.models.normalisation import Normalisation
 from patchloom.models.patches import patch_schedule
 from patchloom.models.random_draws import RowOrder, derive_seed
-from patchloom.models.step import Rows, TrainingState, compile_network, new_state, set_rounding
+from patchloom.models.step import StoredRows, TrainingState, compile_network, new_state, set_rounding
 from patchloom.models.step_plan import StepSettings
 from patchloom.models.transfer import transfer
 from patchloom.pipelines.train.checkpointer import newest_checkpoint
@@ -105,20 +105,20 @@ class Reader:
         self.held_out = dataset.indices("held_out", recipe.data.held_out_fraction)
         self.order = RowOrder(len(self.train), recipe.seed)
 
-    def rows(self, crops: range) -> Rows:
+    def rows(self, crops: range) -> StoredRows:
         """The rows that these crops of the run are cut from."""
         return self.at(self.train[[self.order[k] for k in crops]])
 
-    def at(self, indices: np.ndarray) -> Rows:
+    def at(self, indices: np.ndarray) -> StoredRows:
         """The rows at these positions, on the device."""
         columns = self.dataset.rows(indices)
         label = torch.from_numpy(columns["label"]).to(self.device)
         if self.dataset.kind == "pixels":
-            return Rows(torch.from_numpy(columns["image"]).to(self.device), label)
+            return StoredRows(torch.from_numpy(columns["image"]).to(self.device), label)
         moments = {
             name: torch.from_numpy(columns[name]).to(self.device).float() for name in ("mean", "std") if name in columns
         }
-        return Rows(moments["mean"], label, moments.get("std"))  # a deterministic autoencoder has no std
+        return StoredRows(moments["mean"], label, moments.get("std"))  # a deterministic autoencoder has no std
 
 
 @dataclass

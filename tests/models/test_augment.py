@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from patchloom.models.augment import augment, augmentation_labels, draw_parameters
 from patchloom.models.normalisation import Normalisation
 from patchloom.models.patches import coordinate_grid, crop, patch_schedule
-from patchloom.models.random_draws import draw_block
-from patchloom.models.step import Rows, StepSettings, crop_losses
+from patchloom.models.random_draws import draws_of_block
+from patchloom.models.step import StepSettings, StoredRows, crop_losses
 
 R = 33  # odd, so that a pixel lies in the middle
 PIXEL = 2 / (R - 1)
@@ -246,8 +246,8 @@ def test_an_image_does_not_depend_on_its_neighbours() -> None:
 @pytest.mark.parametrize("size", [16, 4])
 @pytest.mark.parametrize("latent", [False, True])
 def test_augmentation_changes_no_other_draw_of_a_block(size: int, latent: bool) -> None:
-    plain = draw_block(1, 2, 3, 8, 3, 16, size, latent, CPU)
-    moved = draw_block(1, 2, 3, 8, 3, 16, size, latent, CPU, augmentation=0.12)
+    plain = draws_of_block(1, 2, 3, 8, 3, 16, size, latent, CPU)
+    moved = draws_of_block(1, 2, 3, 8, 3, 16, size, latent, CPU, augmentation=0.12)
     for name in ("label_kept", "mirrored", "sigma", "corner", "posterior", "noise"):
         assert torch.equal(getattr(plain, name), getattr(moved, name))
     assert plain.augmentation.shape == (8, 0)
@@ -255,11 +255,13 @@ def test_augmentation_changes_no_other_draw_of_a_block(size: int, latent: bool) 
 
 
 def test_augmentation_is_repeated_and_shared_by_patch_sizes_and_differs_by_block() -> None:
-    large, again, small = (draw_block(1, 2, 3, 8, 3, 16, size, False, CPU, 0.5).augmentation for size in (16, 16, 4))
+    large, again, small = (
+        draws_of_block(1, 2, 3, 8, 3, 16, size, False, CPU, 0.5).augmentation for size in (16, 16, 4)
+    )
     assert torch.equal(large, again)
     assert torch.equal(large, small)
-    assert not torch.equal(large, draw_block(1, 2, 4, 8, 3, 16, 16, False, CPU, 0.5).augmentation)
-    assert not torch.equal(large, draw_block(1, 3, 3, 8, 3, 16, 16, False, CPU, 0.5).augmentation)
+    assert not torch.equal(large, draws_of_block(1, 2, 4, 8, 3, 16, 16, False, CPU, 0.5).augmentation)
+    assert not torch.equal(large, draws_of_block(1, 3, 3, 8, 3, 16, 16, False, CPU, 0.5).augmentation)
 
 
 @pytest.mark.parametrize("size", [1, 5, 12])
@@ -293,8 +295,8 @@ def seen_by_the_network(augmentation: float) -> tuple[Witness, Tensor]:
         seed=1, schedule=patch_schedule(R - 1, 0.5), updates=1, batch_size=32, block_size=32, lr=1.0,
         lr_rampup_images=0, noise_mean=-20.0, noise_std=1e-3, augmentation=augmentation,
     )  # fmt: skip
-    luck = draw_block(1, 0, 0, 32, 2, R - 1, 8, False, CPU, augmentation)
-    rows = Rows(coordinate_grid(R - 1, R - 1).expand(32, -1, -1, -1), torch.zeros(32))
+    luck = draws_of_block(1, 0, 0, 32, 2, R - 1, 8, False, CPU, augmentation)
+    rows = StoredRows(coordinate_grid(R - 1, R - 1).expand(32, -1, -1, -1), torch.zeros(32))
     witness = Witness()
     crop_losses(witness, rows, luck, 8, method, Normalisation("latents", (0.0, 0.0), (1.0, 1.0)))  # type: ignore[arg-type]
     return witness, luck.augmentation

@@ -19,7 +19,7 @@ from patchloom.models.flops import training_flops
 from patchloom.models.loss import held_out_loss
 from patchloom.models.normalisation import pixel_normalisation
 from patchloom.models.patches import coordinate_grid, patch_schedule
-from patchloom.models.step import Rows, TrainingState, new_state, training_step
+from patchloom.models.step import StoredRows, TrainingState, new_state, training_step
 from patchloom.models.step_plan import StepSettings, plan_step
 
 PACKAGE = "somebodys_network"
@@ -239,11 +239,11 @@ def step_settings(**changes: Any) -> StepSettings:
     return StepSettings(**{**values, **changes})
 
 
-def image_rows() -> Rows:
+def image_rows() -> StoredRows:
     """Sixteen images of one slope each."""
     slopes = torch.linspace(-1, 1, 16)[:, None, None, None]
     images = 127.5 * (1 + slopes * coordinate_grid(16, 16)[:1]).expand(-1, 3, -1, -1)
-    return Rows(images.to(torch.uint8), torch.full((16,), -1))
+    return StoredRows(images.to(torch.uint8), torch.full((16,), -1))
 
 
 def train(state: TrainingState, method: StepSettings, steps: int) -> None:
@@ -251,7 +251,7 @@ def train(state: TrainingState, method: StepSettings, steps: int) -> None:
     for _ in range(steps):
         plan = plan_step(method, state.step, state.images_seen)
         parts = [
-            Rows(rows.image[[crop % 16 for crop in group.crops]], rows.label[: len(group.crops)])
+            StoredRows(rows.image[[crop % 16 for crop in group.crops]], rows.label[: len(group.crops)])
             for group in plan.share(0, 1)
         ]
         training_step(state, method, plan, zip(plan.share(), parts, strict=True), pixel_normalisation(), lambda _: None)

@@ -13,7 +13,7 @@ from patchloom.models.cards import DenoiserConfig
 from patchloom.models.denoiser import Denoiser, build_denoiser, halvings_of
 from patchloom.models.normalisation import pixel_normalisation
 from patchloom.models.patches import coordinate_grid, encode_coordinates, extended_grid, patch_schedule
-from patchloom.models.step import Rows, new_state, training_step
+from patchloom.models.step import StoredRows, new_state, training_step
 from patchloom.models.step_plan import StepPlan, StepSettings
 
 Build = Callable[..., Denoiser]
@@ -289,7 +289,7 @@ def test_a_training_step_reaches_the_weights_of_every_condition(
     told = fractions_told(denoiser)
     images = torch.randint(0, 256, (8, 3, 16, 16), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
     plan = StepPlan(0, 0, 4, (schedule.sizes[1],), (2,))
-    rows = Rows(images, torch.full((8,), -1))
+    rows = StoredRows(images, torch.full((8,), -1))
     training_step(state, method, plan, zip(plan.share(), [rows], strict=True), pixel_normalisation(), lambda _: None)
     for name in ("map_augment", "map_size"):
         gradient = denoiser.model.get_parameter(f"{name}.weight").grad

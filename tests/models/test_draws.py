@@ -17,8 +17,8 @@ from patchloom.models.ema import HalfLifeEMA
 from patchloom.models.loss import SIGMA_BINS, losses_by_sigma
 from patchloom.models.normalisation import pixel_normalisation
 from patchloom.models.patches import PatchSchedule, patch_schedule
-from patchloom.models.random_draws import draw_block, join, size_uniform
-from patchloom.models.step import Rows, crop_losses, new_state, training_step
+from patchloom.models.random_draws import concatenate_draws, draws_of_block, size_uniform
+from patchloom.models.step import StoredRows, crop_losses, new_state, training_step
 from patchloom.models.step_plan import StepPlan, StepSettings, plan_step
 
 SHARES = {64: 0.5, 32: 0.3, 16: 0.2}  # Eq. 5 at p = 0.5
@@ -191,10 +191,10 @@ def test_crops_of_a_size_weigh_its_probability_in_the_mean_step(draw: str, ranks
 TINY = patch_schedule(16, 0.5, smaller=((0.5, 0.6, 2), (0.25, 0.4, 4)))
 
 
-def rows_of(crops: range) -> Rows:
-    """Rows that are a function of a crop's number in the run."""
+def rows_of(crops: range) -> StoredRows:
+    """StoredRows that are a function of a crop's number in the run."""
     images = [torch.randint(0, 256, (3, 16, 16), generator=torch.Generator().manual_seed(crop)) for crop in crops]
-    return Rows(torch.stack(images).to(torch.uint8), torch.full((len(crops),), -1))
+    return StoredRows(torch.stack(images).to(torch.uint8), torch.full((len(crops),), -1))
 
 
 def flat_of(denoiser: Denoiser, method: StepSettings, plan: StepPlan, worker: int = 0, workers: int = 1) -> Tensor:
@@ -224,8 +224,8 @@ def test_the_gradient_of_a_mixed_step_is_the_weighted_sum_of_its_sizes(
     wanted, first = torch.zeros(sum(p.numel() for p in parameters)), 0
     for size, count in zip(plan.sizes, plan.blocks, strict=True):
         blocks = range(first, first + count)
-        luck = join([
-            draw_block(5, step, block, 4, 3, 16, size.pixels, False, torch.device("cpu")) for block in blocks
+        luck = concatenate_draws([
+            draws_of_block(5, step, block, 4, 3, 16, size.pixels, False, torch.device("cpu")) for block in blocks
         ])  # fmt: skip
         rows = rows_of(range(40 + 4 * blocks.start, 40 + 4 * blocks.stop))
         losses, _ = crop_losses(denoiser, rows, luck, size.pixels, method, pixel_normalisation())

@@ -12,7 +12,7 @@ from patchloom.models.denoiser import Denoiser
 from patchloom.models.layers import Dropout, hashed_uniforms
 from patchloom.models.normalisation import pixel_normalisation
 from patchloom.models.patches import patch_schedule
-from patchloom.models.step import Rows, new_state, training_step
+from patchloom.models.step import StoredRows, new_state, training_step
 from patchloom.models.step_plan import StepSettings, plan_step
 
 
@@ -76,7 +76,7 @@ def test_a_compiled_network_has_one_graph_a_patch_size(tiny_denoiser: Callable[.
         for step in range(8):
             plan = plan_step(method, step, state.images_seen)
             images = torch.randint(0, 256, (plan.crops, 3, 16, 16), generator=generator, dtype=torch.uint8)
-            rows = Rows(images, torch.full((plan.crops,), -1))
+            rows = StoredRows(images, torch.full((plan.crops,), -1))
             training_step(
                 state, method, plan, zip(plan.share(), [rows], strict=True), pixel_normalisation(), lambda _: None
             )

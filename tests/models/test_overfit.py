@@ -20,7 +20,7 @@ from patchloom.models.generate import Sampling, generate
 from patchloom.models.normalisation import pixel_normalisation
 from patchloom.models.patches import coordinate_grid, patch_schedule
 from patchloom.models.random_draws import RowOrder
-from patchloom.models.step import Rows, new_state, training_step
+from patchloom.models.step import StoredRows, new_state, training_step
 from patchloom.models.step_plan import StepSettings, plan_step
 
 SIDE, UPDATES = 16, 1600
@@ -57,7 +57,7 @@ def overfitted() -> tuple[Denoiser, Tensor]:
     for step in range(UPDATES):
         plan = plan_step(method, step, state.images_seen)
         numbers = [torch.tensor([order[k] for k in group.crops]) for group in plan.share(0, 1)]
-        rows = [Rows(images[number], number) for number in numbers]
+        rows = [StoredRows(images[number], number) for number in numbers]
         falling = replace(method, lr=method.lr * min(1.0, 2.5 * (1 - step / UPDATES)))
         training_step(state, falling, plan, zip(plan.share(), rows, strict=True), pixel_normalisation(), lambda _: None)
     average = state.emas[0].module

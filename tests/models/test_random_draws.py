@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from patchloom.models.random_draws import RowOrder, derive_seed, draw_block, join, size_uniform
+from patchloom.models.random_draws import RowOrder, concatenate_draws, derive_seed, draws_of_block, size_uniform
 
 CPU = torch.device("cpu")
 
@@ -38,7 +38,7 @@ def test_a_row_does_not_depend_on_which_rows_were_asked_before() -> None:
 
 @pytest.mark.parametrize("latent", [False, True])
 def test_runs_that_differ_only_in_patch_size_share_all_draws_up_to_the_noise(latent: bool) -> None:
-    large, small = (draw_block(3, 8, 2, 8, 4, 16, size, latent, CPU) for size in (16, 4))
+    large, small = (draws_of_block(3, 8, 2, 8, 4, 16, size, latent, CPU) for size in (16, 4))
     for name in ("label_kept", "mirrored", "sigma", "corner", "posterior"):
         assert torch.equal(getattr(large, name), getattr(small, name))
     assert large.noise.shape == (8, 4, 16, 16)
@@ -47,7 +47,7 @@ def test_runs_that_differ_only_in_patch_size_share_all_draws_up_to_the_noise(lat
 
 
 def test_a_block_is_drawn_in_the_stated_order_from_its_own_generator() -> None:
-    block = draw_block(3, 8, 2, count=5, channels=4, resolution=8, size=4, latent=True, device=CPU)
+    block = draws_of_block(3, 8, 2, count=5, channels=4, resolution=8, size=4, latent=True, device=CPU)
     generator = torch.Generator().manual_seed(derive_seed(3, 8, 2))
     assert torch.equal(block.label_kept, torch.rand(5, generator=generator))
     assert torch.equal(block.mirrored, torch.rand(5, generator=generator))
@@ -58,14 +58,14 @@ def test_a_block_is_drawn_in_the_stated_order_from_its_own_generator() -> None:
 
 
 def test_blocks_differ_and_are_joined_in_order() -> None:
-    first, second = (draw_block(0, 0, block, 8, 3, 8, 8, False, CPU) for block in (0, 1))
+    first, second = (draws_of_block(0, 0, block, 8, 3, 8, 8, False, CPU) for block in (0, 1))
     assert not torch.equal(first.noise, second.noise)
-    assert torch.equal(join([first, second]).corner, torch.cat([first.corner, second.corner]))
+    assert torch.equal(concatenate_draws([first, second]).corner, torch.cat([first.corner, second.corner]))
 
 
 def test_the_global_generator_is_left_alone() -> None:
     before = torch.get_rng_state()
-    draw_block(0, 0, 0, 8, 3, 8, 8, True, CPU)
+    draws_of_block(0, 0, 0, 8, 3, 8, 8, True, CPU)
     size_uniform(0, 0)
     assert RowOrder(10, 0)[3] in range(10)
     assert torch.equal(torch.get_rng_state(), before)

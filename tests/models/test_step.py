@@ -12,8 +12,8 @@ from patchloom.models.denoiser import build_denoiser
 from patchloom.models.ema import HalfLifeEMA
 from patchloom.models.normalisation import Normalisation, pixel_normalisation
 from patchloom.models.patches import coordinate_grid, patch_schedule
-from patchloom.models.random_draws import RowOrder, draw_block, join
-from patchloom.models.step import Gradients, Rows, TrainingState, learning_rate, new_state, one_hot, training_step
+from patchloom.models.random_draws import RowOrder, concatenate_draws, draws_of_block
+from patchloom.models.step import Gradients, StoredRows, TrainingState, learning_rate, new_state, one_hot, training_step
 from patchloom.models.step_plan import StepPlan, StepSettings, plan_step
 
 R = 8
@@ -36,15 +36,15 @@ def make_method(p: float, **changes: Any) -> StepSettings:
     return StepSettings(**{**values, **changes})
 
 
-def make_rows(count: int) -> Rows:
+def make_rows(count: int) -> StoredRows:
     generator = torch.Generator().manual_seed(2)
     mean = torch.randn(count, 2, R, R, generator=generator)
-    return Rows(mean, torch.arange(count) % 3, mean.abs() * 0.1)
+    return StoredRows(mean, torch.arange(count) % 3, mean.abs() * 0.1)
 
 
-def rows_of(rows: Rows, crops: range, first: int) -> Rows:
+def rows_of(rows: StoredRows, crops: range, first: int) -> StoredRows:
     here = slice(crops.start - first, crops.stop - first)
-    return Rows(rows.image[here], rows.label[here], None if rows.std is None else rows.std[here])
+    return StoredRows(rows.image[here], rows.label[here], None if rows.std is None else rows.std[here])
 
 
 def test_at_p_of_1_a_step_is_edms() -> None:
@@ -59,7 +59,9 @@ def test_at_p_of_1_a_step_is_edms() -> None:
         plan = plan_step(method, step, step * 8)
         training_step(state, method, plan, zip(plan.share(), [rows], strict=True), SPACE, lambda _: None)
 
-        luck = join([draw_block(5, step, block, 4, 2, R, R, True, torch.device("cpu")) for block in range(2)])
+        luck = concatenate_draws(
+            [draws_of_block(5, step, block, 4, 2, R, R, True, torch.device("cpu")) for block in range(2)]
+        )
         images = rows.image + rows.std * luck.posterior
         images = (images - torch.tensor([0.1, -0.2])[:, None, None]) * torch.tensor([2.0, 0.5])[:, None, None]
         sigma = (1.2 * luck.sigma - 1.2).exp()[:, None, None, None]
@@ -115,10 +117,10 @@ def test_every_block_belongs_to_one_worker(workers: int, whole_groups: bool) -> 
 
 
 def test_settings_share_their_luck_up_to_the_noise() -> None:
-    large, small = (draw_block(1, 2, 3, 4, 2, 16, size, True, torch.device("cpu")) for size in (16, 4))
+    large, small = (draws_of_block(1, 2, 3, 4, 2, 16, size, True, torch.device("cpu")) for size in (16, 4))
     for name in ("label_kept", "mirrored", "sigma", "corner", "posterior"):
         assert torch.equal(getattr(large, name), getattr(small, name))
-    other = draw_block(1, 2, 4, 4, 2, 16, 16, True, torch.device("cpu"))
+    other = draws_of_block(1, 2, 4, 4, 2, 16, 16, True, torch.device("cpu"))
     assert not torch.equal(large.sigma, other.sigma)
 
 

@@ -15,8 +15,8 @@ from patchloom.models.ema import HalfLifeEMA
 from patchloom.models.normalisation import pixel_normalisation
 from patchloom.models.patches import patch_schedule
 from patchloom.models.random_draws import derive_seed
-from patchloom.models.step import Rows, TrainingState, new_state, training_step
-from patchloom.models.step_plan import Group, StepPlan, StepSettings
+from patchloom.models.step import StoredRows, TrainingState, new_state, training_step
+from patchloom.models.step_plan import CropGroup, StepPlan, StepSettings
 
 METHOD = StepSettings(
     seed=7, schedule=patch_schedule(16, 0.0, smaller=[(0.5, 1.0, 2)]), updates=5, batch_size=8, block_size=4,
@@ -32,19 +32,21 @@ def state_of(denoiser: Denoiser, method: StepSettings = METHOD) -> TrainingState
 
 
 @pytest.fixture
-def rows() -> Rows:
+def rows() -> StoredRows:
     generator = torch.Generator().manual_seed(0)
     image = torch.randint(0, 256, (16, 3, 16, 16), generator=generator, dtype=torch.uint8)
-    return Rows(image, torch.randint(-1, 2, (16,), generator=generator))
+    return StoredRows(image, torch.randint(-1, 2, (16,), generator=generator))
 
 
-def parts_of(rows: Rows, worker: int, workers: int, microbatch: int | None = None) -> list[tuple[Group, Rows]]:
+def parts_of(
+    rows: StoredRows, worker: int, workers: int, microbatch: int | None = None
+) -> list[tuple[CropGroup, StoredRows]]:
     groups = PLAN.share(worker, workers, microbatch)
     parts = [slice(group.crops.start - 100, group.crops.stop - 100) for group in groups]
-    return [(group, Rows(rows.image[part], rows.label[part])) for group, part in zip(groups, parts, strict=True)]
+    return [(group, StoredRows(rows.image[part], rows.label[part])) for group, part in zip(groups, parts, strict=True)]
 
 
-def step_of(denoiser: Denoiser, rows: Rows, workers: int, method: StepSettings = METHOD) -> list[TrainingState]:
+def step_of(denoiser: Denoiser, rows: StoredRows, workers: int, method: StepSettings = METHOD) -> list[TrainingState]:
     """What each of `workers` holds after the step; the all-reduce adds flats that were made one by one."""
     flats: list[Tensor] = []
     for worker in range(workers):
@@ -65,7 +67,9 @@ def flat_weights(state: TrainingState) -> Tensor:
     return torch.cat([parameter.detach().flatten() for parameter in state.denoiser.parameters()])
 
 
-def test_a_step_on_patches_is_the_loss_of_python_slices(tiny_denoiser: Callable[..., Denoiser], rows: Rows) -> None:
+def test_a_step_on_patches_is_the_loss_of_python_slices(
+    tiny_denoiser: Callable[..., Denoiser], rows: StoredRows
+) -> None:
     denoiser = tiny_denoiser()
     state = state_of(denoiser)
     training_step(state, METHOD, PLAN, parts_of(rows, 0, 1), pixel_normalisation(), lambda _: None)
@@ -101,7 +105,7 @@ def test_a_step_on_patches_is_the_loss_of_python_slices(tiny_denoiser: Callable[
 
 @pytest.mark.parametrize("workers", [2, 3, 4, 5])
 def test_any_number_of_workers_takes_the_step_of_one(
-    tiny_denoiser: Callable[..., Denoiser], rows: Rows, workers: int
+    tiny_denoiser: Callable[..., Denoiser], rows: StoredRows, workers: int
 ) -> None:
     denoiser = tiny_denoiser(classes=2)
     method = replace(METHOD, label_dropout=0.3)
@@ -114,7 +118,9 @@ def test_any_number_of_workers_takes_the_step_of_one(
 
 
 @pytest.mark.parametrize("microbatch", [1, 4, 9, 100])
-def test_microbatches_add_up_to_the_batch(tiny_denoiser: Callable[..., Denoiser], rows: Rows, microbatch: int) -> None:
+def test_microbatches_add_up_to_the_batch(
+    tiny_denoiser: Callable[..., Denoiser], rows: StoredRows, microbatch: int
+) -> None:
     denoiser, flats = tiny_denoiser(), []
     for most in (None, microbatch):
         state = state_of(denoiser)
@@ -127,7 +133,7 @@ def test_microbatches_add_up_to_the_batch(tiny_denoiser: Callable[..., Denoiser]
 
 @pytest.mark.parametrize(("precision", "tolerance"), [("bf16", 0.1), ("fp16", 0.02)])
 def test_half_precision_comes_near_the_gradients_of_single(
-    tiny_denoiser: Callable[..., Denoiser], rows: Rows, precision: str, tolerance: float
+    tiny_denoiser: Callable[..., Denoiser], rows: StoredRows, precision: str, tolerance: float
 ) -> None:
     denoiser, flats = tiny_denoiser(), []
     for method in (METHOD, replace(METHOD, precision=precision)):
@@ -139,7 +145,7 @@ def test_half_precision_comes_near_the_gradients_of_single(
 
 
 def test_an_overflow_in_fp16_skips_the_step_and_halves_the_scale(
-    tiny_denoiser: Callable[..., Denoiser], rows: Rows, tmp_path: Path
+    tiny_denoiser: Callable[..., Denoiser], rows: StoredRows, tmp_path: Path
 ) -> None:
     method = replace(METHOD, precision="fp16")
     state = state_of(tiny_denoiser(), method)
@@ -155,7 +161,9 @@ def test_an_overflow_in_fp16_skips_the_step_and_halves_the_scale(
     assert resumed.scaler.state_dict() == state.scaler.state_dict()
 
 
-def test_dropout_is_the_same_for_any_number_of_workers(tiny_denoiser: Callable[..., Denoiser], rows: Rows) -> None:
+def test_dropout_is_the_same_for_any_number_of_workers(
+    tiny_denoiser: Callable[..., Denoiser], rows: StoredRows
+) -> None:
     options = {"width": 8, "width_multipliers": [1, 2], "blocks": 1, "attention": [8], "dropout": 0.5}
     denoiser = tiny_denoiser(network_options=options)
     method = METHOD
@@ -164,7 +172,9 @@ def test_dropout_is_the_same_for_any_number_of_workers(tiny_denoiser: Callable[.
     assert float((gradient - two.flat[: two.length]).abs().max() / gradient.abs().max()) < 1e-5
 
 
-def test_dropout_repeats_whatever_the_global_generator_was(tiny_denoiser: Callable[..., Denoiser], rows: Rows) -> None:
+def test_dropout_repeats_whatever_the_global_generator_was(
+    tiny_denoiser: Callable[..., Denoiser], rows: StoredRows
+) -> None:
     options = {"width": 8, "width_multipliers": [1, 2], "blocks": 1, "attention": [8], "dropout": 0.5}
     denoiser, flats = tiny_denoiser(network_options=options), []
     for method in (METHOD, METHOD, replace(METHOD, seed=8)):
@@ -174,9 +184,9 @@ def test_dropout_repeats_whatever_the_global_generator_was(tiny_denoiser: Callab
     assert not torch.allclose(flats[0], flats[2])
 
 
-def test_one_bad_crop_does_not_end_a_run(tiny_denoiser: Callable[..., Denoiser], rows: Rows) -> None:
+def test_one_bad_crop_does_not_end_a_run(tiny_denoiser: Callable[..., Denoiser], rows: StoredRows) -> None:
     state = state_of(tiny_denoiser())
-    broken = Rows(rows.image.float(), rows.label)
+    broken = StoredRows(rows.image.float(), rows.label)
     broken.image[5] = float("nan")
     training_step(state, METHOD, PLAN, parts_of(broken, 0, 1), pixel_normalisation(), lambda _: None)
     assert flat_weights(state).isfinite().all()

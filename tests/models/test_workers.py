@@ -15,8 +15,8 @@ from patchloom.models.denoiser import Denoiser
 from patchloom.models.ema import HalfLifeEMA
 from patchloom.models.normalisation import pixel_normalisation
 from patchloom.models.patches import crop, offsets, patch_schedule
-from patchloom.models.random_draws import RowOrder, draw_block
-from patchloom.models.step import Rows, TrainingState, new_state, training_step
+from patchloom.models.random_draws import RowOrder, draws_of_block
+from patchloom.models.step import StoredRows, TrainingState, new_state, training_step
 from patchloom.models.step_plan import StepSettings, plan_step
 
 STEPS, ROWS = 50, 40
@@ -50,7 +50,7 @@ def test_any_number_of_workers_sees_the_same_rows_crops_sigmas_and_noise(draw: s
                 for group in plan.share(worker, workers):
                     for number, block in enumerate(group.blocks):
                         size = group.size.pixels
-                        luck = draw_block(3, step, block, 2, 3, 16, size, False, torch.device("cpu"))
+                        luck = draws_of_block(3, step, block, 2, 3, 16, size, False, torch.device("cpu"))
                         rows = torch.tensor([order[k] for k in group.crops[2 * number : 2 * number + 2]])
                         patches, where = crop(images[rows], offsets(luck.corner, 16, size), size)
                         blocks[block] = [rows, patches, where, luck.sigma, luck.noise, luck.mirrored]
@@ -76,7 +76,7 @@ def train_on(states: list[TrainingState], method: StepSettings, images: Tensor, 
             plan = plan_step(method, state.step, state.images_seen)
             groups = plan.share(rank, len(states))
             numbers = [torch.tensor([order[k] for k in group.crops]) for group in groups]
-            rows = [Rows(images[number], torch.full((len(number),), -1)) for number in numbers]
+            rows = [StoredRows(images[number], torch.full((len(number),), -1)) for number in numbers]
             training_step(state, method, plan, zip(groups, rows, strict=True), pixel_normalisation(), reduce)
             total, crops = state.gradients.loss_and_crops.sum((0, 1)).tolist()
             assert crops == plan.crops
