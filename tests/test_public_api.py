@@ -2,6 +2,7 @@
 
 import ast
 import inspect
+import os
 import textwrap
 from collections.abc import Callable
 from pathlib import Path
@@ -19,10 +20,13 @@ ERRORS = {"CheckpointError", "Error", "Stopped", "UserError"}
 # the files and folders that the example of a name reads
 INPUTS = {
     "Sampler": ("registry",),
+    "average_model": ("averaged run",),
     "compare_models": ("registry",),
     "delete_model": ("registry",),
     "describe_model": ("registry",),
     "evaluate": ("samples", "dataset"),
+    "export_model": ("registry",),
+    "import_model": ("network-snapshot.pkl",),
     "inspect": ("dataset",),
     "list_versions": ("registry",),
     "load_model": ("registry",),
@@ -36,6 +40,8 @@ INPUTS = {
     "train_autoencoder": ("dataset",),
     "tune": ("dataset", "search.yaml"),
 }
+SHARED = Path(os.environ.get("PATCHLOOM_SHARED_DATA", Path(__file__).parents[1] / "shared" / "data")).parent
+SNAPSHOT = SHARED / "golden" / "edm_adm.pkl"
 SLOW = {"train_autoencoder", "tune"}
 
 
@@ -113,6 +119,13 @@ def provide(
                 "name: tiny\nrecipe: recipe.yaml\nspace: {patches.p: {grid: [0.5, 1.0]}}\nbudget: {images: 40}\n"
             )
             put("recipe.yaml")
+        elif name == "averaged run":
+            averages = [{"sigma_rel": width, "snapshot_every_images": 20} for width in (0.05, 0.1)]
+            patchloom.train(tiny_recipe(train__images=80, ema=averages), str(pixels), "run", workers=0)
+        elif name == "network-snapshot.pkl":
+            if not SNAPSHOT.is_file():
+                pytest.skip(f"no reference snapshot at {SNAPSHOT}")
+            Path(name).symlink_to(SNAPSHOT)
         elif name == "samples":
             patchloom.sample(str(trained), name, seeds="0-7", steps=2, workers=0)
         else:

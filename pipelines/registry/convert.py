@@ -1,4 +1,4 @@
-"""Convert: models from elsewhere and to elsewhere, and averages made after the run."""
+"""Convert: import and export models, and make averages of weights after a run."""
 
 import shutil
 from dataclasses import replace
@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 
 from patchloom import __version__
 from patchloom.errors import UserError
-from patchloom.models.cards import AverageCard, ImportCard, ModelCard
+from patchloom.models.cards import AutoencoderCard, AverageCard, ImportCard, ModelCard
 from patchloom.models.checkpoints import (
     is_pickle,
     load_model,
@@ -31,36 +31,40 @@ PIXEL_CHANNELS = (1, 3)
 
 
 def import_model(snapshot: str, out: str, autoencoder: str | None = None) -> Path:
-    """Turn an EDM or Patch Diffusion snapshot (`.pkl`) into a model folder; nothing of the file is run.
+    """Turn an EDM or Patch Diffusion snapshot (`.pkl`) into a model folder. No code in the file is run.
 
-    snapshot: the file, or a folder that `export_model` wrote, which is verified and copied.
-    autoencoder: for a network of latents, the one they were encoded with (a diffusers folder or models:/...).
-    Returns the folder. Raises UserError for latents without one and for a folder that is not empty, and
-    CheckpointError for a file that is no snapshot or names what no snapshot needs.
+    Args:
+        snapshot: the file, or a folder that `export_model` wrote, which is verified and copied.
+        out: the new model folder.
+        autoencoder: for a model of latents, its autoencoder: a diffusers folder, `models:/NAME/VERSION` or a Hugging
+            Face name.
+
+    Returns:
+        The model folder.
+
+    Raises:
+        UserError: the file is missing, the autoencoder is missing or does not fit, or the folder is not empty.
+        CheckpointError: the file is not a snapshot, or names a class or function that a snapshot does not need.
+
+    Example:
+        folder = patchloom.import_model("network-snapshot.pkl", "imported")
+        denoiser = patchloom.load_model(folder)
     """
     path = local_path(snapshot)
     if (path / "model.json").is_file():
         return export_model(snapshot, out)
     if not path.is_file():
-        raise UserError(
-            f"{path} is not a file: give an EDM snapshot (network-snapshot-*.pkl) or an exported model folder"
-        )
+        raise UserError(f"{path} is not a file: give an EDM snapshot (network-snapshot-*.pkl) or a model folder")
     denoiser, config = read_edm_snapshot(path)
     folder = _new_folder(out)
     normalisation, encoder, card = pixel_normalisation(denoiser.channels), None, None
     if autoencoder is not None:
-        encoder, card = fetch_autoencoder(autoencoder)
-        if card.latent_channels != denoiser.channels:
-            raise UserError(
-                f"{path} has {denoiser.channels} channels and {autoencoder} {card.latent_channels}: "
-                "give the autoencoder that its latents were encoded with"
-            )
-        mean, scale = (card.shift,) * denoiser.channels, (card.scale,) * denoiser.channels
-        normalisation = Normalisation("latents", mean, scale)
+        encoder, card = _fitting_autoencoder(autoencoder, path, denoiser.channels)
+        normalisation = Normalisation("latents", (card.shift,) * denoiser.channels, (card.scale,) * denoiser.channels)
     elif denoiser.channels not in PIXEL_CHANNELS:
         raise UserError(
-            f"{path} has {denoiser.channels} channels, so it makes latents: give --autoencoder, the diffusers "
-            "folder that they were encoded with"
+            f"{path} has {denoiser.channels} channels, so it is a model of latents: give --autoencoder, the "
+            "autoencoder that encoded them"
         )
     with whole_folder(folder) as partial:
         if encoder is not None:
@@ -80,11 +84,33 @@ def import_model(snapshot: str, out: str, autoencoder: str | None = None) -> Pat
     return folder
 
 
-def export_model(model: str, out: str) -> Path:
-    """Copy a verified model folder out of the registry, or from anywhere: safetensors and JSON.
+def _fitting_autoencoder(reference: str, snapshot: Path, channels: int) -> tuple[Path, AutoencoderCard]:
+    """Fetch the autoencoder of a snapshot; raises UserError if its latents have another number of channels."""
+    folder, card = fetch_autoencoder(reference)
+    if card.latent_channels != channels:
+        raise UserError(
+            f"{snapshot} has {channels} channels and latents of {reference} have {card.latent_channels}: give the "
+            "autoencoder that encoded the training data"
+        )
+    return folder, card
 
-    Returns the folder. Raises UserError for an unknown model and for a folder that is not empty, and
-    CheckpointError where the weights do not match their checksum.
+
+def export_model(model: str, out: str) -> Path:
+    """Verify a model and copy its folder, as safetensors and JSON.
+
+    Args:
+        model: `models:/NAME@ALIAS`, `models:/NAME/VERSION`, `runs:/ID/model`, or a model or run folder.
+        out: the new folder.
+
+    Returns:
+        The new folder.
+
+    Raises:
+        UserError: there is no such model, or the folder is not empty.
+        CheckpointError: the weights do not match their checksum.
+
+    Example:
+        folder = patchloom.export_model("models:/my-model@champion", "exported")
     """
     fetched = fetch_model(model)
     card = verified_card(fetched.folder)
@@ -96,14 +122,25 @@ def export_model(model: str, out: str) -> Path:
 
 
 def average_model(run: str, out: str, sigma_rel: float) -> Path:
-    """Make the model whose average has the relative width `sigma_rel`, from the averages that a run kept (EDM2).
+    """Make the model of another EMA length after the run, from the power-function averages that it kept (EDM2).
 
-    Returns its folder. Raises UserError for a run that is not finished or kept none, for a width outside
-    0 ... 0.288, and for a folder that is not empty.
+    Args:
+        run: the folder of a finished run whose recipe has `snapshot_every_images` in `ema`; may be remote.
+        out: the new model folder.
+        sigma_rel: width of the average relative to the length of the run, between 0 and 0.288.
+
+    Returns:
+        The model folder.
+
+    Raises:
+        UserError: the run is not finished or kept no averages, the width is out of range, or the folder is not empty.
+
+    Example:
+        folder = patchloom.average_model("run", "wider", sigma_rel=0.15)
     """
     source = local_copy(run, without_tensors)
     if not (source / "model" / "model.json").is_file():
-        raise UserError(f"{source} is no finished run: give the --out folder of `patchloom train`")
+        raise UserError(f"{source} is not a finished run: give the --out folder of `patchloom train`")
     card = read_card(source / "model")
     files = sorted((source / "ema").glob("*/*.safetensors"))
     if not files:
@@ -118,20 +155,20 @@ def average_model(run: str, out: str, sigma_rel: float) -> Path:
     folder = _new_folder(out)
     with whole_folder(folder) as partial:
         for name in ("recipe.yaml", "autoencoder"):
-            _copy(source / "model" / name, partial / name)
+            _copy_if_present(source / "model" / name, partial / name)
         average = AverageCard(sigma_rel=sigma_rel, snapshots=len(files))
         save_model(partial, denoiser, replace(card, average=average))
-    say(f"  the average of width {sigma_rel:g}, from {len(files)} kept ones -> {folder}")
+    say(f"  average of width {sigma_rel:g}, from {len(files)} snapshots -> {folder}")
     return folder
 
 
 def _pickles(folder: str, names: list[str]) -> list[str]:
-    """What of an autoencoder's folder from elsewhere does not come along."""
+    """The pickles among the files of a diffusers folder; they are not copied."""
     paths = [Path(folder) / name for name in names]
     return [path.name for path in paths if path.is_file() and is_pickle(path)]
 
 
-def _copy(source: Path, target: Path) -> None:
+def _copy_if_present(source: Path, target: Path) -> None:
     if source.is_dir():
         shutil.copytree(source, target)
     elif source.is_file():
@@ -139,7 +176,7 @@ def _copy(source: Path, target: Path) -> None:
 
 
 def _new_folder(out: str) -> Path:
-    """The path of a folder that does not hold anything yet, whose parent can be written."""
+    """The path of a missing or empty folder, whose parent is created; raises UserError for another one."""
     folder = local_path(out)
     make_folder(folder.parent)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):

@@ -1,4 +1,4 @@
-"""Registering: two processes at the same moment, in a store that neither of them has seen, lose and mix nothing."""
+"""Registering from two processes at once, in a new store: no version is lost or mixed up."""
 
 import socket
 import subprocess
@@ -20,18 +20,18 @@ REGISTER = """
 import sys, time
 from pathlib import Path
 from patchloom.pipelines.registry.registering import register
-who, ready, go, *folders = sys.argv[1:]
+side, ready, go, *folders = sys.argv[1:]
 Path(ready).touch()
 while not Path(go).exists():
     time.sleep(0.001)
 for folder in folders:
-    print(register(folder, "raced", alias=who))
+    print(register(folder, "raced", alias=side))
 """
 
 
 @pytest.fixture
 def server(tmp_path: Path) -> Iterator[str]:
-    """The address of a new `mlflow server`, a process of its own with a database and artifacts of its own."""
+    """The address of a new `mlflow server` with its own database and artifacts."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -61,16 +61,16 @@ def server(tmp_path: Path) -> Iterator[str]:
 
 @pytest.fixture
 def folders(trained: Path, tmp_path: Path) -> dict[str, list[Path]]:
-    """Four models with weights of their own, two for each process."""
+    """Four models with different weights, two for each process."""
     denoiser, card = load_model(trained / "model"), read_card(trained / "model")
     made: dict[str, list[Path]] = {}
-    for number, who in enumerate(("left", "right", "left", "right")):
+    for number, side in enumerate(("left", "right", "left", "right")):
         folder = tmp_path / f"model-{number}"
         folder.mkdir()
         with torch.no_grad():
             next(denoiser.parameters()).add_(1)
         save_model(folder, denoiser, card)
-        made.setdefault(who, []).append(folder)
+        made.setdefault(side, []).append(folder)
     return made
 
 
@@ -79,27 +79,27 @@ def weights_of(folder: Path) -> str:
 
 
 def race(folders: dict[str, list[Path]], tmp_path: Path) -> dict[str, list[str]]:
-    """Both processes register their models from the same moment on; the references that each was given."""
+    """Let both processes register their models at the same time; returns the references that each got."""
     processes = {
-        who: subprocess.Popen(
-            [sys.executable, "-c", REGISTER, who, str(tmp_path / who), str(tmp_path / "go"), *map(str, theirs)],
+        side: subprocess.Popen(
+            [sys.executable, "-c", REGISTER, side, str(tmp_path / side), str(tmp_path / "go"), *map(str, models)],
             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path,
         )
-        for who, theirs in folders.items()
+        for side, models in folders.items()
     }  # fmt: skip
-    while not all((tmp_path / who).exists() for who in folders):
+    while not all((tmp_path / side).exists() for side in folders):
         assert all(process.poll() is None for process in processes.values())
         time.sleep(0.01)
     (tmp_path / "go").touch()
     given = {}
-    for who, process in processes.items():
+    for side, process in processes.items():
         output, errors = process.communicate(timeout=240)
         assert process.returncode == 0, errors
         lines = output.splitlines()
-        given[who] = [line for line in lines if line.startswith("models:/")]
+        given[side] = [line for line in lines if line.startswith("models:/")]
         assert lines == [
-            line for one in given[who] for line in (f"  registered {one} as {who}", one)
-        ]  # nothing of MLflow's
+            line for one in given[side] for line in (f"  registered {one} as {side}", one)
+        ]  # and no output of MLflow
     return given
 
 
@@ -114,11 +114,11 @@ def test_two_processes_register_at_the_same_time(
     with environment(MLFLOW_TRACKING_URI=uri):
         given = race(folders, tmp_path)
         assert sorted(given["left"] + given["right"]) == [f"models:/raced/{number}" for number in (1, 2, 3, 4)]
-        for who, references in given.items():
-            assert [weights_of(fetch_model(one).folder) for one in references] == list(map(weights_of, folders[who]))
-            assert fetch_model(f"models:/raced@{who}").reference == references[-1]  # its last promotion
+        for side, references in given.items():
+            assert [weights_of(fetch_model(one).folder) for one in references] == list(map(weights_of, folders[side]))
+            assert fetch_model(f"models:/raced@{side}").reference == references[-1]  # its last promotion
         assert {found.tags["weights_sha256"] for found in list_versions()} == {
-            weights_of(folder) for theirs in folders.values() for folder in theirs
+            weights_of(folder) for models in folders.values() for folder in models
         }
         first = given["left"][0].rsplit("/", 1)[1]
         promote("raced", first, "right")
