@@ -21,7 +21,8 @@ def prepare(
     ],
     dataset: FolderToWrite,
     resolution: Annotated[
-        int | None, typer.Option(min=1, help="Width and height of the prepared images, in pixels; required for images")
+        int | None,
+        typer.Option(min=1, help="Width and height of the prepared images, in pixels; optional with --crop none"),
     ] = None,
     crop: Annotated[
         str,
@@ -52,10 +53,17 @@ def prepare(
     ),
     short_side: Annotated[
         int | None,
-        typer.Option(min=1, help="With --crop windows: resize photographs to this shorter side first, in pixels"),
+        typer.Option(
+            min=1,
+            help="With --crop windows: resize photographs to this shorter side first, in pixels  "
+            "[default: 4 x --resolution]",
+        ),
     ] = None,
     stride: Annotated[
-        int | None, typer.Option(min=1, help="With --crop windows: distance between windows, in pixels")
+        int | None,
+        typer.Option(
+            min=1, help="With --crop windows: distance between windows, in pixels  [default: --resolution / 10]"
+        ),
     ] = None,
     allow_backbone: Backbones = None,
     workers: Annotated[

@@ -48,15 +48,31 @@ def evaluate(
     workers: int | None = None,
     batch: int = BATCH,
 ) -> dict[str, Any]:
-    """Measure images against a reference; returns the result, writes it to `out`, and gives it to the model's version.
+    """Measure images against a reference: FID, KID, precision, recall, ...
 
-    samples: a folder of `patchloom sample`, a folder of PNG files, an `.npz`, or a prepared dataset (latents are
-    decoded: reconstruction FID, psnr, ssim). reference: any of these, or an `.npz` of statistics (EDM's or ADM's).
-    metrics: among `fid`, `sfid`, `kid`, `is`, `precision`, `recall` (on Inception's features), `fd` (the Fréchet
-    distance on others), `psnr`, `ssim`; by default all that the features and the reference allow. features: see
-    `load_features`. out: a JSON file, SAMPLES/metrics.json by default. save_reference: write the reference's
-    statistics to this `.npz`. workers: all CPUs or GPUs by default, 0 for this process. Raises UserError for
-    what cannot be compared.
+    The result is written to `out` and, if the samples come from a registered model, added to its version.
+
+    Args:
+        samples: a folder of `sample`, a folder of PNG files, an `.npz`, or a prepared dataset. Latents are decoded.
+        reference: any of these, or an `.npz` of statistics (EDM's or ADM's).
+        metrics: some of "fid", "sfid", "kid", "is", "precision", "recall" (on Inception features), "fd" (Fréchet
+            distance of other features), "psnr", "ssim". By default all that apply but the last two.
+        features: "inception", "dinov2", "colours" (mean tile colours, no network), or a file of Inception weights or
+            TorchScript.
+        out: the JSON file to write. By default `SAMPLES/metrics.json`.
+        save_reference: also save the statistics of the reference to this `.npz`.
+        workers: worker processes; 0 runs in this process, without Ray. By default all GPUs or CPUs.
+        batch: images per forward pass.
+
+    Returns:
+        The metrics, and everything that they depend on.
+
+    Raises:
+        UserError: the images cannot be compared, or the metrics do not fit the features or the reference.
+
+    Example:
+        result = patchloom.evaluate("samples", "dataset", features="colours", workers=0)
+        print(result["metrics"]["frechet_distance"])
     """
     ours = open_images(samples)
     statistics = read_statistics(reference) if reference.endswith(".npz") else {}

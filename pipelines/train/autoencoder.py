@@ -70,11 +70,25 @@ def train_autoencoder(
     workers: int = 1,
     register: str | None = None,
 ) -> AutoencoderResult:
-    """Train a diffusers `AutoencoderKL` on a pixel dataset, measure it on held-out rows, and register it.
+    """Train or fine-tune an autoencoder (diffusers' `AutoencoderKL`) and measure it on held-out images.
 
-    out: the run folder; a finished one with the same settings has nothing to do. workers: Ray Train
-    workers, 0 for this process. register: the name of the registered model. Raises UserError for a dataset
-    of latents, an `init_from` that is no AutoencoderKL, or a folder that holds something else.
+    Args:
+        dataset: a prepared dataset of pixels; may be remote.
+        out: the run folder to write. A second call with the same settings continues or returns the finished run.
+        settings: the network and its training; by default `AutoencoderSettings()`.
+        workers: Ray Train workers; 0 trains in this process, without Ray.
+        register: register the autoencoder in MLflow under this name.
+
+    Returns:
+        The model folder, PSNR (dB) and SSIM of held-out images, and the reference if it was registered.
+
+    Raises:
+        UserError: the dataset has latents, the settings do not fit it, or the folder has something else in it.
+
+    Example:
+        settings = patchloom.AutoencoderSettings(widths=(8, 8), images=64, patch=8)
+        trained = patchloom.train_autoencoder("dataset", "autoencoder", settings, workers=0)
+        print(trained.model, trained.psnr_db)
     """
     settings = settings or AutoencoderSettings()
     rows = open_dataset(dataset)

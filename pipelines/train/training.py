@@ -172,7 +172,7 @@ def _check_fit(recipe: Recipe, dataset: Dataset) -> None:
 
 
 def train(
-    recipe: Recipe,
+    recipe: Recipe | str | Path,
     dataset: str,
     out: str,
     *,
@@ -185,17 +185,35 @@ def train(
     parent_run: str | None = None,
     show: Callable[[ProgressLine], None] | None = None,
 ) -> TrainResult:
-    """Train a recipe on a prepared dataset into the run folder `out`; returns when `out/model` is written.
+    """Train a recipe on a prepared dataset. The model is in `out/model` when the function returns.
 
-    workers: Ray Train workers; 0 trains in this process without Ray. min_workers: go on with as few of them
-    where nodes were lost; another number takes the same steps, up to summation order. microbatch: at most
-    so many crops at once in a worker, whose gradients add up to the batch's. compile: one graph a patch
-    size, by torch.compile. profile: name what the first steps spend their time on, and keep a trace.
-    resume: go on from the newest checkpoint of `out` (a finished run returns at once). parent_run: the
-    MLflow run that this is a trial of. show: called with each progress line instead of a progress bar.
-    Raises UserError for a recipe that does not fit the dataset, a folder that holds another run, or a loss
-    that diverged; and Stopped where SIGTERM ended it with a checkpoint.
+    Args:
+        recipe: a recipe, the path of a YAML file, or the name of a shipped recipe.
+        dataset: a prepared dataset; may be remote.
+        out: the run folder to write; may be remote.
+        workers: Ray Train workers; 0 trains in this process, without Ray.
+        min_workers: continue with at least this many workers after a node is lost. The steps stay the same, up to
+            summation order. By default `workers`.
+        microbatch: most crops on a device at once, to save memory; the batch stays the same. By default all.
+        compile: compile the network for each patch size with torch.compile.
+        profile: report the three most expensive parts of a step and write a trace.
+        resume: continue from the newest checkpoint in `out`; a finished run returns at once.
+        parent_run: the id of the MLflow run that this run is a trial of.
+        show: called with each progress line, instead of showing a progress bar.
+
+    Returns:
+        The run folder, its model and its last progress line.
+
+    Raises:
+        UserError: the recipe does not fit the dataset, the folder has another run in it, or the loss diverged.
+        Stopped: SIGTERM arrived; a checkpoint was written.
+
+    Example:
+        run = patchloom.train("recipe.yaml", "dataset", "run", workers=0)
+        print(run.model, run.last.loss)
     """
+    if not isinstance(recipe, Recipe):
+        recipe = load_recipe(recipe)
     if min_workers is not None and not 1 <= min_workers <= workers:
         raise UserError(f"--min-workers {min_workers} is not within 1 and --workers {workers}: lower it")
     rows = open_dataset(dataset)
