@@ -1,4 +1,4 @@
-"""Pyfunc: MLflow returns the bytes of `patchloom sample`, in a process, over HTTP, and with the version's wheel only."""
+"""Pyfunc: MLflow returns the bytes of `patchloom sample`: in a process, over HTTP, and from the wheel of a version."""
 
 import base64
 import json
