@@ -15,7 +15,7 @@ from patchloom.pipelines.train.initial_weights import BEGINNING
 from patchloom.platform.files.folder import Folder
 from patchloom.platform.files.storage import whole_folder
 from patchloom.platform.progress import say
-from patchloom.platform.recipe.run_recipe import Keep
+from patchloom.platform.recipe.run_recipe import KeepSection
 
 CHECKPOINTS = "checkpoints"
 
@@ -49,7 +49,7 @@ class Checkpointer:
     A disk that is full costs a checkpoint and not the run: the ones before stay, and the next is tried.
     """
 
-    def __init__(self, folder: Path, keep: Keep) -> None:
+    def __init__(self, folder: Path, keep: KeepSection) -> None:
         self.folder, self.keep = folder / CHECKPOINTS, keep
         self.failed = 0
         self._writer = ThreadPoolExecutor(1, "checkpoint")

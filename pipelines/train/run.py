@@ -29,7 +29,7 @@ from patchloom.pipelines.train.initial_weights import load_beginning
 from patchloom.platform.compute.workers import Worker
 from patchloom.platform.dataset.prepared import Dataset, open_dataset
 from patchloom.platform.files.storage import whole_folder
-from patchloom.platform.recipe.run_recipe import Average, Recipe, check_recipe, recipe_yaml
+from patchloom.platform.recipe.run_recipe import AverageSection, Recipe, check_recipe, recipe_yaml
 
 Result = TypeVar("Result")
 
@@ -171,7 +171,7 @@ def open_run(worker: Worker, config: dict[str, Any]) -> Run:
     )
 
 
-def new_average(denoiser: Denoiser, settings: Average) -> WeightAverage:
+def new_average(denoiser: Denoiser, settings: AverageSection) -> WeightAverage:
     """The running average that a recipe's entry asks for."""
     if settings.sigma_rel is not None:
         return PowerEMA(denoiser, settings.sigma_rel)

@@ -33,7 +33,7 @@ def search_plan(search: str, dataset: str, concurrent: int = 1) -> str:
     """
     definition, base = load_search(search)
     rows = open_dataset(dataset)
-    if definition.is_advised:
+    if definition.is_adaptive:
         check_space(definition, base, rows)
         typical = trial_recipe(definition, set_recipe(definition, base, {}), rows, {})
         planned = [Trial({}, repeat, typical) for repeat in range(definition.trials)]

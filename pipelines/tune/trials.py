@@ -32,7 +32,7 @@ from patchloom.platform.dataset.prepared import Dataset, open_dataset
 from patchloom.platform.files.folder import Folder
 from patchloom.platform.files.storage import make_folder, read_json, write_json
 from patchloom.platform.recipe.run_recipe import Recipe, check_recipe, load_recipe, with_values
-from patchloom.platform.recipe.search import SHARE, Budget, Search
+from patchloom.platform.recipe.search import BUDGET_SHARE, Search, TrialBudget
 from patchloom.platform.recipe.sections import checked
 from patchloom.platform.records.run import ProgressLine, RunCard, read_progress
 from patchloom.platform.tracking.client import tracking_uri
@@ -91,7 +91,7 @@ def _planned(
 
 def set_recipe(search: Search, base: Recipe, setting: dict[str, Any]) -> Recipe:
     """The recipe of a setting, before its budget gives it a length; raises UserError for what no recipe can be."""
-    return with_values(base, {**search.set, **{key: value for key, value in setting.items() if key != SHARE}})
+    return with_values(base, {**search.set, **{key: value for key, value in setting.items() if key != BUDGET_SHARE}})
 
 
 def trial_recipe(
@@ -100,7 +100,7 @@ def trial_recipe(
 ) -> Recipe:  # fmt: skip
     """The recipe as a trial runs it: as long as its budget allows; raises UserError where it does not fit the data."""
     new_model_card(recipe, dataset)
-    images = length or max(1, round(images_for(search.budget, recipe, dataset) * setting.get(SHARE, 1)))
+    images = length or max(1, round(images_for(search.budget, recipe, dataset) * setting.get(BUDGET_SHARE, 1)))
     fractions = {key: max(1, round(share * images)) for key, share in search.of_budget.items()}
     trial = with_values(recipe, {"train.images": images, **fractions, "seed": recipe.seed + repeat})
     _check_metric(search, trial)
@@ -116,7 +116,7 @@ def _check_metric(search: Search, trial: Recipe) -> None:
         raise UserError(f"scheduler: asha needs {search.metric} on the way: give of_budget train.held_out_every_images")
 
 
-def images_for(budget: Budget, recipe: Recipe, dataset: Dataset) -> int:
+def images_for(budget: TrialBudget, recipe: Recipe, dataset: Dataset) -> int:
     """The counted images that a budget buys a recipe, as the mean of what its steps cost."""
     denoiser = new_model_card(recipe, dataset).denoiser
     method = step_settings(recipe, denoiser.resolution)
@@ -194,7 +194,7 @@ class Adviser:
 
     def __call__(self, adviser: Any) -> dict[str, Any]:
         """The configuration of one trial."""
-        return {"common": self.common, "name": trial_name(adviser.number), "settings": self.search.suggested(adviser),
+        return {"common": self.common, "name": trial_name(adviser.number), "settings": self.search.suggest(adviser),
                 "repeat": 0, "recipe": None, "problem": ""}  # fmt: skip
 
 
@@ -215,7 +215,7 @@ def check_space(search: Search, base: Recipe, dataset: Dataset) -> None:
     """Try an advised search's space on a few draws; raises UserError where none of them gives a trial."""
     luck, problems = random.Random(search.seed), list[str]()
     for _ in range(DRAWS_TRIED):
-        setting = search.drawn(luck)
+        setting = search.draw(luck)
         try:
             trial_recipe(search, set_recipe(search, base, setting), dataset, setting, length=1)
             return
@@ -245,7 +245,7 @@ def _flops_of_update(denoiser: DenoiserConfig, method: StepSettings) -> float:
 
 def full_length(base: Recipe, settings: dict[str, Any]) -> Recipe:
     """The recipe of a setting as long as the base recipe, with its own ramps and previews."""
-    return with_values(base, {key: value for key, value in settings.items() if key != SHARE})
+    return with_values(base, {key: value for key, value in settings.items() if key != BUDGET_SHARE})
 
 
 def run_trial(config: dict[str, Any]) -> None:

@@ -49,7 +49,7 @@ from patchloom.platform.files.storage import (
 )
 from patchloom.platform.progress import Meter, progress, say
 from patchloom.platform.recipe.run_recipe import Recipe, recipe_yaml
-from patchloom.platform.recipe.search import Final, Search, load_search
+from patchloom.platform.recipe.search import FinalEvaluation, Search, load_search
 from patchloom.platform.records.run import PROGRESS_FILE
 from patchloom.platform.tracking.client import require_reachable
 from patchloom.platform.tracking.forwarder import JsonLinesTail
@@ -142,7 +142,7 @@ def tune(
 
 def _planned(search: Search, base: Recipe, dataset: Dataset, folder: Path) -> list[Trial]:
     """The trials of a grid search; one that is advised is tried on a few settings, and its trials follow later."""
-    if not search.is_advised:
+    if not search.is_adaptive:
         known = folder / SEARCH_FILE
         return plan_trials(search, base, dataset, read_json(known).get("images") if known.is_file() else None)
     check_space(search, base, dataset)
@@ -188,7 +188,7 @@ def _run_trials(
     folder: Path, search: Search, planned: list[Trial], common: dict[str, Any], resources: Resources, flops: float
 ) -> list[dict[str, Any]]:
     """Every trial's row, in their order; finished ones of an earlier call as they are. flops: of all together."""
-    adapts = search.is_advised or search.stops_early
+    adapts = search.is_adaptive or search.stops_early
     if adapts and (folder / TRIALS_FILE).is_file():
         return sorted(read_json_lines(folder / TRIALS_FILE), key=lambda row: str(row["name"]))
     configs = [planned_config(common, number, trial) for number, trial in enumerate(planned)]
@@ -197,7 +197,7 @@ def _run_trials(
     todo = [config for config in configs if adapts or config["name"] not in done]
     ended: list[tuple[dict[str, Any], str | None]] = [(config, None) for config in configs if config not in todo]
     with progress(f"searching {search.name}", flops / 1e9, "GFLOP") as meter, _watched(folder / "trials", meter):
-        if todo or search.is_advised:
+        if todo or search.is_adaptive:
             ended += run_on_tune(run_trial, todo or advice(search, common), folder / ".ray", resources, halving(search))
     shutil.rmtree(folder / ".ray", ignore_errors=True)
     rows = [trial_row(folder / "trials" / config["name"], config, problem) for config, problem in ended]
@@ -250,7 +250,9 @@ def _watched(trials: Path, meter: Meter) -> Iterator[None]:
         look()
 
 
-def measure_finals(folder: Path, trials: list[dict[str, Any]], final: Final, dataset: Dataset) -> list[dict[str, Any]]:
+def measure_finals(
+    folder: Path, trials: list[dict[str, Any]], final: FinalEvaluation, dataset: Dataset
+) -> list[dict[str, Any]]:
     """Sample every finished trial's model and measure the distance of its samples to the dataset.
 
     What an earlier call measured stays. Returns the rows with `final_distance` in them.

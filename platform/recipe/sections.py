@@ -1,6 +1,7 @@
-"""Sections: YAML read into frozen values, unknown keys refused, every error at its path."""
+"""Sections of recipes and searches: YAML read into frozen values. Errors name the path of the key."""
 
 import difflib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, TypeVar, get_args
 
@@ -16,7 +17,7 @@ SHOWN_PROBLEMS = 4
 
 def _fraction(value: float) -> float:
     if not 0 <= value <= 1:
-        raise PydanticCustomError("within", f"{value:g} is not within 0 and 1")
+        raise PydanticCustomError("fraction", f"{value:g} is not between 0 and 1")
     return value
 
 
@@ -32,7 +33,7 @@ Count = Annotated[int, AfterValidator(_above_zero), Field(json_schema_extra={"mi
 
 
 class Section(BaseModel):
-    """Frozen, and refuses keys that it does not know."""
+    """The base of all sections: frozen, without unknown keys, without NaN or infinity."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False)
 
@@ -41,7 +42,11 @@ SectionType = TypeVar("SectionType", bound=Section)
 
 
 def set_key(values: dict[str, Any], key: str, value: Any) -> None:
-    """Set `a.b.0.c` in nested dictionaries and lists."""
+    """Set the value of a key such as `a.b.0.c` in nested dictionaries and lists.
+
+    Raises:
+        UserError: the path leads through a single value, or to a position that a list does not have.
+    """
     *path, last = key.split(".")
     place: Any = values
     for part in path:
@@ -50,43 +55,43 @@ def set_key(values: dict[str, Any], key: str, value: Any) -> None:
         elif isinstance(place, dict):
             place = place.setdefault(part, {})
         else:
-            raise UserError(f"{key}: {part} is inside a single value: check the key")
+            raise UserError(f"{key}: {part} is below a single value; check the key")
     if isinstance(place, list):
         place[_list_index(place, last, key)] = value
     elif isinstance(place, dict):
         place[last] = value
     else:
-        raise UserError(f"{key}: {last} is inside a single value: check the key")
+        raise UserError(f"{key}: {last} is below a single value; check the key")
 
 
 def _list_index(place: list[Any], part: str, key: str) -> int:
     if not part.isdigit() or int(part) >= len(place):
-        raise UserError(f"{key}: {part} is no position of a list of {len(place)}: count from 0")
+        raise UserError(f"{key}: {part} is not a position in this list of {len(place)}; positions start at 0")
     return int(part)
 
 
 def parse_value(text: str, key: str) -> Any:
-    """The YAML value of `--set key=text`; raises UserError where it is none."""
+    """The value of `--set key=text`, read as YAML; raises UserError if it is not YAML."""
     try:
         return yaml.safe_load(text)
     except yaml.YAMLError:
-        raise UserError(f"--set {key}={text}: the value is not YAML: quote it") from None
+        raise UserError(f"--set {key}={text}: the value is not valid YAML; put it in quotes") from None
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """The keys of a YAML file; raises UserError where it holds none."""
+    """The keys and values of a YAML file; raises UserError if it has no keys."""
     try:
         values = yaml.safe_load(path.read_text())
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         problem = str(error).replace("\n", " ")
-        raise UserError(f"{path} is not YAML: {problem}") from None
+        raise UserError(f"{path} is not valid YAML: {problem}") from None
     if not isinstance(values, dict):
-        raise UserError(f"{path} holds no keys: a recipe starts with `name:`")
+        raise UserError(f"{path} contains no keys; a recipe starts with `name:`")
     return values
 
 
-def checked(kind: type[SectionType], values: dict[str, Any]) -> SectionType:
-    """Plain values as a section; raises UserError that names the path of each problem."""
+def checked(kind: type[SectionType], values: Mapping[str, object]) -> SectionType:
+    """Build a section from plain values; raises UserError with the path of each problem."""
     try:
         return kind.model_validate(values)
     except ValidationError as error:
@@ -100,20 +105,20 @@ def _problem(kind: type[Section], item: Any) -> str:
     if item["type"] == "extra_forbidden":
         known = _keys_at(kind, item["loc"][:-1])
         close = difflib.get_close_matches(str(item["loc"][-1]), known, n=1)
-        hint = f"did you mean {close[0]}?" if close else f"known here: {', '.join(known)}"
+        hint = f"did you mean {close[0]}?" if close else f"known keys: {', '.join(known)}"
         return f"{path}: unknown key; {hint}"
     if item["type"] == "missing":
-        return f"{path}: is missing and has no default"
+        return f"{path}: this key is required"
     message = item["msg"]
     if item["type"] == "literal_error":
         message = f"{item['input']!r} is not one of {item['ctx']['expected']}"
     elif "valid" in message.lower():
-        message = f"{item['input']!r} is wrong: {message[0].lower()}{message[1:]}"
+        message = f"{item['input']!r} is not valid: {message[0].lower()}{message[1:]}"
     return f"{path}: {message}" if path else message
 
 
 def _keys_at(kind: type[BaseModel], location: tuple[Any, ...]) -> list[str]:
-    """The known keys of the section that a path leads to, through lists and dictionaries of sections."""
+    """The known keys of the section at a path, which may lead through lists and dictionaries of sections."""
     current: type[BaseModel] = kind
     for part in location:
         if part not in current.model_fields:

@@ -15,7 +15,7 @@ from patchloom.models.step import TrainingState, new_state
 from patchloom.models.step_plan import StepSettings
 from patchloom.pipelines.train.checkpointer import Checkpointer, newest_checkpoint
 from patchloom.platform.files.storage import sweep_partial
-from patchloom.platform.recipe.run_recipe import Keep
+from patchloom.platform.recipe.run_recipe import KeepSection
 
 METHOD = StepSettings(0, patch_schedule(16, 0.5), 100, 8, 8, lr=1e-3, lr_rampup_images=0)
 
@@ -30,7 +30,7 @@ def make_state(width: int) -> TrainingState:
 
 def test_training_goes_on_while_a_checkpoint_of_what_it_was_is_written(tmp_path: Path) -> None:
     state = make_state(width=64)  # 30 MB, so that writing takes longer than to come back
-    checkpointer = Checkpointer(tmp_path, Keep())
+    checkpointer = Checkpointer(tmp_path, KeepSection())
     before = [parameter.detach().clone() for parameter in state.denoiser.parameters()]
     checkpointer.save(state, "tiny", None)
     assert newest_checkpoint(tmp_path) is None  # it is back, and the checkpoint is not there yet
@@ -46,7 +46,7 @@ def test_training_goes_on_while_a_checkpoint_of_what_it_was_is_written(tmp_path:
 
 def test_a_checkpoint_that_is_not_whole_is_never_the_newest(tmp_path: Path) -> None:
     state = make_state(width=8)
-    checkpointer = Checkpointer(tmp_path, Keep())
+    checkpointer = Checkpointer(tmp_path, KeepSection())
     checkpointer.save(state, "tiny", None)
     checkpointer.wait()
     whole = newest_checkpoint(tmp_path)
@@ -65,7 +65,7 @@ def test_the_newest_of_a_run_without_checkpoints_is_none(tmp_path: Path) -> None
 
 @pytest.mark.parametrize("last", [1, 2])
 def test_the_last_checkpoints_are_kept(tmp_path: Path, last: int) -> None:
-    state, checkpointer = make_state(width=8), Checkpointer(tmp_path, Keep(last=last))
+    state, checkpointer = make_state(width=8), Checkpointer(tmp_path, KeepSection(last=last))
     for step in range(1, 5):
         state.step = step
         checkpointer.save(state, "tiny", None)

@@ -117,7 +117,7 @@ def test_seconds_buy_what_a_step_was_measured_to_take(
 
 def test_what_no_recipe_can_be_is_named_before_anything_starts(pixels: Path, tmp_path: Path) -> None:
     path = write_search(tmp_path, space={"patches.p": {"grid": [0.5, 1.4]}})
-    with pytest.raises(UserError, match=r"setting 1 \(p 1.4\): patches.p: 1.4 is not within 0 and 1"):
+    with pytest.raises(UserError, match=r"setting 1 \(p 1.4\): patches.p: 1.4 "):
         tune(path, str(pixels), str(tmp_path / "search"))
     path = write_search(tmp_path, space={"model.blocks": {"grid": [0, -1]}})
     with pytest.raises(UserError, match="blocks"):
@@ -156,8 +156,11 @@ def test_a_trial_that_fails_is_marked_and_the_others_finish(ray_cluster: None, p
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"space": {"patches.schedule": {"grid": ["stochastic", "progressive"]}}}, "only at its end"),
-        ({"space": {"patches.p": {"grid": [0.5]}}, "also": [{"patches.schedule": "progressive"}]}, "only at its end"),
+        ({"space": {"patches.schedule": {"grid": ["stochastic", "progressive"]}}}, r"^scheduler\.kind"),
+        (
+            {"space": {"patches.p": {"grid": [0.5]}}, "also": [{"patches.schedule": "progressive"}]},
+            r"^scheduler\.kind",
+        ),
         ({"set": {"preview.every_images": 0}}, "needs held_out_loss on the way"),
     ],
 )

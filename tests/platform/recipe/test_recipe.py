@@ -1,4 +1,4 @@
-"""Recipes: every error at its path, every shipped file valid, nothing changed after reading."""
+"""Recipes: errors name the path, every shipped file is valid, and a recipe cannot be changed."""
 
 from pathlib import Path
 from typing import Any
@@ -16,28 +16,30 @@ MINIMAL: dict[str, Any] = {"name": "x", "train": {"images": 100}}
 
 
 @pytest.mark.parametrize(
-    ("values", "words"),
+    ("values", "path", "named"),
     [
-        ({"patches": {"p": 1.4}}, "patches.p: 1.4 is not within 0 and 1"),
-        ({"patches": {"pp": 0.5}}, "patches.pp: unknown key; did you mean p?"),
-        ({"optimiser": {}}, "optimiser: unknown key; did you mean optimizer?"),
-        ({"ema": [{"halflife": 5}]}, "ema.0.halflife: unknown key; did you mean halflife_images?"),
-        ({"train": {}}, "train.images: is missing and has no default"),
-        ({"train": {"images": 0}}, "train.images: 0 is not above 0"),
-        ({"train": {"images": "many"}}, "train.images: 'many' is wrong"),
-        ({"train": {"images": 9, "batch_size": 12}}, "batch_size 12 is not a multiple of block_size 8"),
-        ({"model": {"network": "vit"}}, "model.network: 'vit' is not one of"),
-        ({"patches": {"sizes": []}}, "patches: p is 0.5 and there is no smaller size"),
-        ({"patches": {"sizes": [{"fraction": 1, "weight": 1, "batch_multiplier": 1}]}}, "fractions between 0 and 1"),
+        ({"patches": {"p": 1.4}}, "patches.p", ["1.4", "0", "1"]),
+        ({"patches": {"pp": 0.5}}, "patches.pp", ["p?"]),
+        ({"optimiser": {}}, "optimiser", ["optimizer"]),
+        ({"ema": [{"halflife": 5}]}, "ema.0.halflife", ["halflife_images"]),
+        ({"train": {}}, "train.images", []),
+        ({"train": {"images": 0}}, "train.images", ["0"]),
+        ({"train": {"images": "many"}}, "train.images", ["'many'"]),
+        ({"train": {"images": 9, "batch_size": 12}}, "train", ["batch_size 12", "block_size 8"]),
+        ({"model": {"network": "vit"}}, "model.network", ["'vit'", "'ddpmpp', 'ncsnpp' or 'adm'"]),
+        ({"patches": {"sizes": []}}, "patches", ["p", "0.5"]),
+        ({"patches": {"sizes": [{"fraction": 1, "weight": 1, "batch_multiplier": 1}]}}, "patches", ["fraction"]),
     ],
 )
-def test_an_error_names_its_path(values: dict[str, Any], words: str) -> None:
+def test_an_error_names_the_path_and_the_value(values: dict[str, Any], path: str, named: list[str]) -> None:
     with pytest.raises(UserError) as error:
         check_recipe({**MINIMAL, **values})
-    assert words in str(error.value)
+    found, _, problem = str(error.value).partition(": ")
+    assert found == path
+    assert all(name in problem for name in named)
 
 
-def test_all_that_is_wrong_is_said_at_once() -> None:
+def test_one_error_names_all_wrong_keys() -> None:
     with pytest.raises(UserError, match=r"patches\.p: .*; train\.block_size: "):
         check_recipe({"name": "x", "patches": {"p": -1}, "train": {"images": 5, "block_size": 0}})
 
@@ -47,12 +49,16 @@ def test_overrides_reach_into_lists_and_are_checked(tmp_path: Path) -> None:
     recipe = load_recipe(tmp_path / "r.yaml", ["patches.p=0.25", "patches.sizes.1.batch_multiplier=8", "seed=7"])
     assert (recipe.patches.p, recipe.patches.sizes[1].batch_multiplier, recipe.seed) == (0.25, 8, 7)
     assert recipe.patches.sizes[0] == tiny_recipe().patches.sizes[0]
-    for override, words in (("seed", "no '='"), ("ema.5.halflife_images=1", "no position"), ("seed.a=1", "single")):
-        with pytest.raises(UserError, match=words):
+    for override, named in (
+        ("seed", "--set seed"),
+        ("ema.5.halflife_images=1", r"ema\.5\.halflife_images"),
+        ("seed.a=1", r"seed\.a"),
+    ):
+        with pytest.raises(UserError, match=named):
             load_recipe(tmp_path / "r.yaml", [override])
 
 
-def test_a_recipe_is_frozen_and_survives_yaml() -> None:
+def test_a_recipe_is_frozen_and_the_same_after_writing_and_reading_yaml() -> None:
     recipe = tiny_recipe()
     with pytest.raises(ValidationError, match="frozen"):
         recipe.seed = 4  # type: ignore[misc]
@@ -70,22 +76,22 @@ def test_every_shipped_file_is_valid(path: Path) -> None:
         assert load_recipe(path.stem).train.images > 0
 
 
-def test_a_search_is_the_product_of_its_grids() -> None:
+def test_a_search_tries_the_product_of_its_grids() -> None:
     search = Search.model_validate({
         "name": "s", "recipe": "r", "budget": {"images": 5},
         "space": {"patches.p": {"grid": [0.5, 1]}, "seed": {"grid": [1, 2]}},
     })  # fmt: skip
     assert search.settings() == [{"patches.p": p, "seed": seed} for p in (0.5, 1) for seed in (1, 2)]
-    with pytest.raises(ValidationError, match="exactly one of images, updates, flops, seconds, not 2"):
+    with pytest.raises(ValidationError, match=r"images, updates, flops, seconds.* 2"):
         Search.model_validate({**search.model_dump(), "budget": {"images": 5, "updates": 5}})
 
 
-def test_what_is_no_recipe_is_refused(tmp_path: Path) -> None:
+def test_a_file_that_is_not_a_recipe_is_refused(tmp_path: Path) -> None:
     (tmp_path / "list.yaml").write_text("- 1")
     (tmp_path / "broken.yaml").write_text("a: [1")
-    with pytest.raises(UserError, match="holds no keys"):
+    with pytest.raises(UserError, match=r"list\.yaml"):
         load_recipe(tmp_path / "list.yaml")
-    with pytest.raises(UserError, match="is not YAML"):
+    with pytest.raises(UserError, match=r"broken\.yaml"):
         load_recipe(tmp_path / "broken.yaml")
     with pytest.raises(UserError, match=r"demo_latents\.yaml"):
         load_recipe("nonesuch")

@@ -1,4 +1,4 @@
-"""Any key of a recipe can be overridden, and whatever is wrong is said in one line at its path."""
+"""Every key of a recipe can be overridden, and an error names the path of the key in one line."""
 
 from pathlib import Path
 from typing import Any
@@ -20,41 +20,42 @@ SEARCH: dict[str, Any] = {
 
 @pytest.fixture
 def recipe_file(tmp_path: Path) -> Path:
-    """The shortest recipe: all else is left to the defaults."""
+    """The shortest recipe: all other keys have their defaults."""
     path = tmp_path / "recipe.yaml"
     path.write_text("name: short\ntrain: {images: 100}\n")
     return path
 
 
-def refusal(values: dict[str, Any]) -> str:
+def error_of(values: dict[str, Any]) -> str:
     with pytest.raises(UserError) as error:
         check_recipe(values)
     return str(error.value)
 
 
-def test_a_ratio_above_1_is_refused_in_exactly_these_words() -> None:
+def test_a_p_above_1_is_refused_with_its_path_and_value() -> None:
     values = {"name": "x", "train": {"images": 1}, "patches": {"p": 1.4}}
-    assert refusal(values) == "patches.p: 1.4 is not within 0 and 1"
+    message = error_of(values)
+    assert message.startswith("patches.p: 1.4 ") and "0" in message and message.endswith("1") and "\n" not in message
 
 
 def test_a_missing_section_is_named() -> None:
-    assert refusal({"name": "x"}) == "train: is missing and has no default"
+    assert error_of({"name": "x"}).startswith("train: ")
 
 
 @pytest.mark.parametrize("p", [float("nan"), float("inf"), -0.001])
-def test_a_ratio_that_is_no_ratio_is_refused(p: float) -> None:
-    assert refusal({"name": "x", "train": {"images": 1}, "patches": {"p": p}}).startswith("patches.p: ")
+def test_a_p_that_is_not_a_fraction_is_refused(p: float) -> None:
+    assert error_of({"name": "x", "train": {"images": 1}, "patches": {"p": p}}).startswith("patches.p: ")
 
 
-def test_an_unknown_key_that_resembles_none_gets_the_known_ones() -> None:
-    message = refusal({"name": "x", "train": {"images": 1}, "noise": {"workers": 4}})
-    assert message == "noise.workers: unknown key; known here: mean, std"
+def test_an_unknown_key_without_a_similar_one_lists_the_known_keys() -> None:
+    message = error_of({"name": "x", "train": {"images": 1}, "noise": {"workers": 4}})
+    assert message.startswith("noise.workers: ") and message.endswith("mean, std")
 
 
-def test_where_it_runs_never_enters_a_recipe() -> None:
+def test_a_recipe_has_no_keys_for_where_it_runs() -> None:
     for key in ("workers", "gpus", "compile", "storage", "microbatch"):
-        assert f"{key}: unknown key" in refusal({"name": "x", "train": {"images": 1}, key: 1})
-        assert f"train.{key}: unknown key" in refusal({"name": "x", "train": {"images": 1, key: 1}})
+        assert f"{key}: " in error_of({"name": "x", "train": {"images": 1}, key: 1})
+        assert f"train.{key}: " in error_of({"name": "x", "train": {"images": 1, key: 1}})
 
 
 @pytest.mark.parametrize(
@@ -70,36 +71,36 @@ def test_where_it_runs_never_enters_a_recipe() -> None:
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_an_override_reaches_any_key_also_one_left_to_its_default(recipe_file: Path, override: str, found: Any) -> None:
+def test_an_override_reaches_every_key_also_one_with_its_default(recipe_file: Path, override: str, found: Any) -> None:
     assert found(load_recipe(recipe_file, [override]))
 
 
-def test_the_last_of_two_overrides_holds(recipe_file: Path) -> None:
+def test_the_last_of_two_overrides_applies(recipe_file: Path) -> None:
     assert load_recipe(recipe_file, ["seed=1", "seed=2"]).seed == 2
 
 
 @pytest.mark.parametrize(
-    ("override", "message"),
+    ("override", "start", "named"),
     [
-        ("patches.p", "has no '='"),
-        ("patches.p=2", "patches.p: 2 is not within 0 and 1"),
-        ("patches.pp=0.5", "patches.pp: unknown key; did you mean p?"),
-        ("name.first=x", "name.first: first is inside a single value"),
-        ("seed=[1", "the value is not YAML"),
+        ("patches.p", "--set patches.p ", "="),
+        ("patches.p=2", "patches.p: 2 ", "1"),
+        ("patches.pp=0.5", "patches.pp: ", "p?"),
+        ("name.first=x", "name.first: ", "first"),
+        ("seed=[1", "--set seed=[1: ", "YAML"),
     ],
 )
-def test_a_wrong_override_is_refused_in_words(recipe_file: Path, override: str, message: str) -> None:
+def test_the_error_of_a_wrong_override_names_it(recipe_file: Path, override: str, start: str, named: str) -> None:
     with pytest.raises(UserError) as error:
         load_recipe(recipe_file, [override])
-    assert message in str(error.value)
+    assert str(error.value).startswith(start) and named in str(error.value)
 
 
-def test_changed_values_are_checked_and_the_recipe_stays(recipe_file: Path) -> None:
+def test_changed_values_are_checked_and_the_original_is_unchanged(recipe_file: Path) -> None:
     recipe = load_recipe(recipe_file)
     changed = with_values(recipe, {"patches.sizes.0.batch_multiplier": 3})
     assert [size.batch_multiplier for size in changed.patches.sizes] == [3, 4]
     assert [size.batch_multiplier for size in recipe.patches.sizes] == [2, 4]
-    with pytest.raises(UserError, match=r"patches\.p: 7 is not within 0 and 1"):
+    with pytest.raises(UserError, match=r"patches\.p: 7 "):
         with_values(recipe, {"patches.p": 7})
 
 
@@ -110,7 +111,7 @@ def test_every_section_is_frozen(recipe_file: Path) -> None:
             setattr(section, key, getattr(section, key))
 
 
-def test_the_defaults_are_the_papers(recipe_file: Path) -> None:
+def test_the_defaults_are_those_of_the_paper(recipe_file: Path) -> None:
     recipe: Recipe = load_recipe(recipe_file)
     assert recipe.patches.p == 0.5
     assert [(s.fraction, s.weight, s.batch_multiplier) for s in recipe.patches.sizes] == [(0.5, 0.6, 2), (0.25, 0.4, 4)]
@@ -124,24 +125,26 @@ def load_changed(folder: Path, **changes: Any) -> Any:
     return load_search(folder / "search.yaml")
 
 
-def test_a_searchs_recipe_lies_beside_it(recipe_file: Path) -> None:
+def test_the_recipe_of_a_search_is_found_in_the_same_folder(recipe_file: Path) -> None:
     search, recipe = load_changed(recipe_file.parent)
     assert recipe.name == "short"
     assert search.settings() == [{"patches.p": 0.25}, {"patches.p": 0.5}]
 
 
 @pytest.mark.parametrize(
-    ("changes", "message"),
+    ("changes", "path", "named"),
     [
-        ({"budget": {}}, "budget: give exactly one of images, updates, flops, seconds, not 0"),
-        ({"budget": {"images": 1, "flops": 1.0}}, "budget: give exactly one of images, updates, flops, seconds, not 2"),
-        ({"budget": {"hours": 1}}, "budget.hours: unknown key"),
-        ({"space": {"patches.p": {"grid": []}}}, "space.patches.p.grid: "),
-        ({"space": {"patches.p": {"gird": [1]}}}, "space.patches.p.gird: unknown key; did you mean grid?"),
+        ({"budget": {}}, "budget", "0"),
+        ({"budget": {"images": 1, "flops": 1.0}}, "budget", "2"),
+        ({"budget": {"hours": 1}}, "budget.hours", "seconds"),
+        ({"space": {"patches.p": {"grid": []}}}, "space.patches.p.grid", ""),
+        ({"space": {"patches.p": {"gird": [1]}}}, "space.patches.p.gird", "grid?"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_a_wrong_search_is_refused_at_its_path(recipe_file: Path, changes: dict[str, Any], message: str) -> None:
+def test_the_error_of_a_wrong_search_names_the_path(
+    recipe_file: Path, changes: dict[str, Any], path: str, named: str
+) -> None:
     with pytest.raises(UserError) as error:
         load_changed(recipe_file.parent, **changes)
-    assert message in str(error.value)
+    assert f"{path}: " in str(error.value) and named in str(error.value)

@@ -1,4 +1,4 @@
-"""Searches: every combination once, draws that are a function of the seed, conditions, and mistakes at their path."""
+"""Searches: every combination once, draws that depend on the seed alone, conditions, and errors with their path."""
 
 import math
 import random
@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from patchloom.errors import UserError
 from patchloom.platform.recipe.run_recipe import SHIPPED, with_values
-from patchloom.platform.recipe.search import SHARE, Search, load_search
+from patchloom.platform.recipe.search import BUDGET_SHARE, Search, load_search
 from patchloom.platform.recipe.sections import checked
 
 
@@ -25,7 +26,7 @@ def test_a_grid_gives_every_combination_once_in_order() -> None:
     ]  # fmt: skip
 
 
-def test_a_key_that_hangs_on_another_is_there_only_with_it() -> None:
+def test_a_conditional_key_is_present_only_with_its_condition() -> None:
     space = {
         "patches.schedule": {"grid": ["stochastic", "progressive"]},
         "patches.draw": {"grid": ["shared", "stratified"], "when": {"patches.schedule": "stochastic"}},
@@ -36,7 +37,7 @@ def test_a_key_that_hangs_on_another_is_there_only_with_it() -> None:
     ]  # fmt: skip
 
 
-def test_draws_are_a_function_of_the_seed_and_stay_in_their_range() -> None:
+def test_draws_depend_on_the_seed_alone_and_stay_in_their_range() -> None:
     space = {
         "patches.p": {"uniform": [0.1, 0.9]},
         "optimizer.lr": {"loguniform": [1e-5, 1e-1]},
@@ -55,7 +56,7 @@ def test_draws_are_a_function_of_the_seed_and_stay_in_their_range() -> None:
     assert abs(middle - 0.5) < 4 * 0.8 / math.sqrt(12 * 400)
 
 
-def test_a_draw_stands_beside_every_grid() -> None:
+def test_each_draw_is_combined_with_every_grid() -> None:
     space = {"optimizer.lr": {"loguniform": [1e-5, 1e-1]}, "patches.p": {"grid": [0.5, 1.0]}}
     found = search(space=space, trials=3).settings()
     assert [setting["patches.p"] for setting in found] == [0.5, 1.0] * 3
@@ -63,42 +64,56 @@ def test_a_draw_stands_beside_every_grid() -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "words"),
+    ("changes", "path", "named"),
     [
-        ({"space": {"patches.p": {}}}, "space.patches.p: give exactly one of grid, choice"),
-        ({"space": {"patches.p": {"grid": [1], "choice": [1]}}}, "not 2"),
-        ({"space": {"patches.p": {"uniform": [0.9, 0.1]}}}, "put the lower end first"),
-        ({"space": {"optimizer.lr": {"loguniform": [0, 1]}}}, "0 is not above 0"),
-        ({"space": {"patches.p": {"grid": [1], "when": {"seed": 1}}}}, "seed does not stand before patches.p"),
-        ({"trials": 3}, "nothing is drawn"),
-        ({"budget": {}}, "exactly one of images, updates, flops, seconds, not 0"),
-        ({"budget": {"seconds": 3, "images": 4}}, "not 2"),
-        ({"of_budget": {"patches.p": 0.5}}, "of_budget.patches.p: is in the space or in set too"),
-        ({"of_budget": {"optimizer.lr_rampup_images": 1.5}}, "1.5 is not within 0 and 1"),
-        ({"repeat": 3}, "did you mean repeats?"),
-        ({"searcher": "tpe", "repeats": 2}, "tries settings once"),
-        ({"searcher": "tpe", "also": [{"seed": 1}]}, "finds its settings by itself"),
-        ({"searcher": "frontier", "scheduler": {"kind": "asha"}}, "a frontier has two"),
-        ({"space": {"budget.share": {"grid": [0.5, 1]}}, "scheduler": {"kind": "asha"}}, "equal shares of one budget"),
-        ({"metric": "final_distance"}, "add one, such as final:"),
-        ({"metric": "final_distance", "final": {}, "searcher": "tpe"}, "too late to steer"),
-        ({"scheduler": {"kind": "asha", "grace": 1.0}}, "scheduler.grace"),
-        ({"metric": "fid"}, "'fid' is not one of 'held_out_loss'"),
+        ({"space": {"patches.p": {}}}, "space.patches.p", "grid, choice"),
+        ({"space": {"patches.p": {"grid": [1], "choice": [1]}}}, "space.patches.p", "2"),
+        ({"space": {"patches.p": {"uniform": [0.9, 0.1]}}}, "space.patches.p", "uniform: 0.9 to 0.1"),
+        ({"space": {"optimizer.lr": {"loguniform": [0, 1]}}}, "space.optimizer.lr.loguniform.0", "0"),
+        ({"space": {"patches.p": {"grid": [1], "when": {"seed": 1}}}}, "space.patches.p.when", "seed"),
+        ({"trials": 3}, "trials", "3"),
+        ({"budget": {}}, "budget", "images, updates, flops, seconds"),
+        ({"budget": {"seconds": 3, "images": 4}}, "budget", "2"),
+        ({"of_budget": {"patches.p": 0.5}}, "of_budget.patches.p", "space"),
+        ({"of_budget": {"optimizer.lr_rampup_images": 1.5}}, "of_budget.optimizer.lr_rampup_images", "1.5"),
+        ({"repeat": 3}, "repeat", "repeats?"),
+        ({"searcher": "tpe", "repeats": 2}, "repeats", "tpe"),
+        ({"searcher": "tpe", "also": [{"seed": 1}]}, "also", "tpe"),
+        ({"searcher": "frontier", "scheduler": {"kind": "asha"}}, "scheduler", "asha"),
+        ({"space": {"budget.share": {"grid": [0.5, 1]}}, "scheduler": {"kind": "asha"}}, "scheduler", "budget.share"),
+        ({"metric": "final_distance"}, "metric", "final:"),
+        ({"metric": "final_distance", "final": {}, "searcher": "tpe"}, "metric", "final_distance"),
+        ({"scheduler": {"kind": "asha", "grace": 1.0}}, "scheduler.grace", "1"),
+        ({"metric": "fid"}, "metric", "'fid' is not one of 'held_out_loss'"),
     ],
 )
-def test_a_mistake_is_named_at_its_path(changes: dict[str, Any], words: str) -> None:
-    with pytest.raises(UserError) as refused:
+def test_the_error_of_a_wrong_search_names_the_path(changes: dict[str, Any], path: str, named: str) -> None:
+    with pytest.raises(UserError) as error:
         search(**changes)
-    assert words in str(refused.value)
+    found, _, problem = str(error.value).partition(": ")
+    assert found == path and named in problem
 
 
-def test_settings_beside_the_space_come_last_and_once() -> None:
+def test_further_settings_come_after_the_space_without_duplicates() -> None:
     also = [{"patches.p": 0.5, "patches.schedule": "progressive"}, {"patches.p": 0.5}]
     assert search(also=also).settings() == [{"patches.p": 0.5}, {"patches.p": 1.0}, also[0]]
 
 
-class Chosen:
-    """An Optuna trial's questions, answered by the last choice and the upper ends."""
+def test_asha_is_refused_for_progressive_schedules_with_different_patches(tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_text("name: short\ntrain: {images: 100}\n")
+    values = {
+        "name": "s", "recipe": "recipe.yaml", "budget": {"images": 100}, "scheduler": {"kind": "asha"},
+        "space": {"patches.p": {"grid": [0.25, 0.5]}, "patches.schedule": {"grid": ["stochastic", "progressive"]}},
+    }  # fmt: skip
+    (tmp_path / "search.yaml").write_text(yaml.safe_dump(values))
+    with pytest.raises(UserError, match=r"^scheduler\.kind: .*patches\.p"):
+        load_search(tmp_path / "search.yaml")
+    (tmp_path / "search.yaml").write_text(yaml.safe_dump(values | {"scheduler": {"kind": "none"}}))
+    load_search(tmp_path / "search.yaml")
+
+
+class LastChoice:
+    """Acts as an Optuna trial that suggests the last choice and the upper end."""
 
     def suggest_categorical(self, _: str, choices: list[int]) -> int:
         return choices[-1]
@@ -110,7 +125,7 @@ class Chosen:
         return high
 
 
-def test_an_adviser_is_asked_for_every_kind_of_value_and_only_where_it_applies() -> None:
+def test_optuna_suggests_every_kind_of_value_only_where_it_applies() -> None:
     space = {
         "patches.schedule": {"choice": ["stochastic", "progressive"]},
         "patches.draw": {"grid": ["shared", "stratified"], "when": {"patches.schedule": "stochastic"}},
@@ -119,18 +134,18 @@ def test_an_adviser_is_asked_for_every_kind_of_value_and_only_where_it_applies()
         "optimizer.lr": {"loguniform": [2.0, 3.0]},
         "model.blocks": {"randint": [1, 4]},
     }
-    assert search(space=space, searcher="tpe", trials=5).suggested(Chosen()) == {
+    assert search(space=space, searcher="tpe", trials=5).suggest(LastChoice()) == {
         "patches.schedule": "progressive", "patches.sizes": [{"fraction": 0.5}], "patches.p": 0.9, "optimizer.lr": 6.0,
         "model.blocks": 4,
     }  # fmt: skip
 
 
 @pytest.mark.parametrize("path", sorted(SHIPPED.glob("*_search*.yaml")), ids=lambda path: path.stem)
-def test_every_shipped_search_is_one(path: Path) -> None:
+def test_every_shipped_search_is_valid(path: Path) -> None:
     found, base = load_search(path.stem)
-    settings = found.settings() if not found.is_advised else [found.drawn(random.Random(n)) for n in range(20)]
+    settings = found.settings() if not found.is_adaptive else [found.draw(random.Random(n)) for n in range(20)]
     assert len(settings) > 1
     for setting in settings:
-        values = {key: value for key, value in setting.items() if key != SHARE}
+        values = {key: value for key, value in setting.items() if key != BUDGET_SHARE}
         recipe = with_values(base, {**found.set, **values, **dict.fromkeys(found.of_budget, 1)})
         assert recipe != base
