@@ -7,8 +7,8 @@ import tempfile
 import time
 import zipfile
 from collections import defaultdict
-from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,19 +18,13 @@ from PIL import Image
 
 from patchloom.benchmarks.findings import Finding, Say, Scale
 from patchloom.benchmarks.interleaved import Work, interleave
-from patchloom.pipelines.prepare.preparing import (
-    SHARD_ROWS,
-    Plan,
-    _finish,
-    _plan_images,
-    _start_work,
-    _transform,
-    prepare,
-)
-from patchloom.pipelines.prepare.shard_maker import ShardMaker
-from patchloom.platform.compute.cluster import map_on_actors
+from patchloom.pipelines.prepare.images import Transform
+from patchloom.pipelines.prepare.planning import SHARD_ROWS, plan_images
+from patchloom.pipelines.prepare.preparing import PrepareJob, prepare
+from patchloom.pipelines.prepare.shard_maker import PlannedShard, ShardMaker, ShardMakerArgument
+from patchloom.platform.compute.actors import map_on_actors
+from patchloom.platform.compute.jobs import run_job
 from patchloom.platform.compute.session import ray_session
-from patchloom.platform.dataset.sources import open_source
 from patchloom.platform.files.folder import Folder
 
 SIDE = 64
@@ -51,15 +45,22 @@ def against_pillow(scale: Scale, say: Say) -> list[Finding]:
         archive = make_archive(scratch / "windows.zip", scale.images)
         copies = repeat_archive(archive, scratch / "copies.zip")
         shard_rows = min(SHARD_ROWS, max(1, COPIES * scale.images // MIN_SHARDS))
-        alone = PlannedPreparation.of(archive, scratch / "alone", shard_rows)
-        maker, ray_preparation = ShardMaker(alone.argument), RayPreparation(copies, scratch / "copies", shard_rows)
+        alone = TimedPreparation(archive, scratch / "alone", shard_rows)
+        alone.start()
+        maker = ShardMaker(ShardMakerArgument(alone.folder.address))
+        ray_preparation = RayPreparation(copies, scratch / "copies", shard_rows)
+
+        def worker_alone() -> int:
+            for shard in alone.shards():
+                maker(shard, ignore)
+            return alone.total
 
         def whole_call() -> int:
             with remove_after(scratch / "whole"):
                 return len(prepare(str(archive), str(scratch / "whole"), resolution=SIDE))
 
         alternatives: dict[str, Work] = {
-            "worker alone": lambda: sum(maker(shard)["inputs"] for shard in alone.shards),
+            "worker alone": worker_alone,
             "loop": lambda: pillow_loop(archive),
             "workers": ray_preparation.workers, "loops": ray_preparation.loops, "whole call": whole_call,
         }  # fmt: skip
@@ -119,6 +120,15 @@ def decode_images(archive: zipfile.ZipFile, names: list[str]) -> int:
     return count
 
 
+@dataclass(frozen=True)
+class TimedShard:
+    """What a shard took, and whether it was the first of its worker."""
+
+    images: int
+    cpu_seconds: float
+    is_first: bool
+
+
 class PillowLoop:
     """The plain loop in a worker, over the images of one shard."""
 
@@ -128,47 +138,44 @@ class PillowLoop:
         self.archive, self.shard_rows = zipfile.ZipFile(argument[0]), argument[1]
         self.names = self.archive.namelist()
 
-    def __call__(self, item: dict[str, int]) -> dict[str, Any]:
-        start, first = time.process_time(), item["shard"] * self.shard_rows
-        made = {"inputs": decode_images(self.archive, self.names[first : first + self.shard_rows])}
+    def __call__(self, shard: PlannedShard, report: Callable[[int], None]) -> TimedShard:
+        start, first = time.process_time(), shard.number * self.shard_rows
+        images = decode_images(self.archive, self.names[first : first + self.shard_rows])
         is_first, self.is_first = self.is_first, False
-        return made | {"cpu_seconds": time.process_time() - start, "is_first": is_first}
+        return TimedShard(images, time.process_time() - start, is_first)
 
 
-class TimedShardMaker(ShardMaker):
-    """A worker of `prepare` that also returns the CPU time of a shard, and whether the shard is its first."""
+class TimedShardMaker:
+    """A worker of `prepare` that also returns the CPU time of a shard."""
 
     is_first = True
 
-    def __call__(self, item: dict[str, int]) -> dict[str, Any]:
+    def __init__(self, argument: ShardMakerArgument) -> None:
+        self.maker = ShardMaker(argument)
+
+    def __call__(self, shard: PlannedShard, report: Callable[[int], None]) -> TimedShard:
         start = time.process_time()
-        made = super().__call__(item)
+        self.maker(shard, report)
         is_first, self.is_first = self.is_first, False
-        return made | {"cpu_seconds": time.process_time() - start, "is_first": is_first}
+        return TimedShard(shard.size, time.process_time() - start, is_first)
 
 
-@dataclass(frozen=True)
-class PlannedPreparation:
-    """A preparation whose plan is written and whose shards are not started."""
+class TimedPreparation(PrepareJob):
+    """A preparation that keeps the timings of its shards."""
 
-    folder: Folder
-    plan: Plan
-    inputs: int
+    worker = TimedShardMaker
 
-    @staticmethod
-    def of(archive: Path, scratch: Path, shard_rows: int) -> "PlannedPreparation":
-        inputs, plan = _plan_images(open_source(str(archive)), _transform(SIDE, "center", "lanczos", 3, 0, None, None))
-        planned = PlannedPreparation(Folder(str(scratch)), replace(plan, shard_rows=shard_rows), len(inputs))
-        _start_work(planned.folder, planned.plan, inputs, None)
-        return planned
+    def __init__(self, archive: Path, scratch: Path, shard_rows: int) -> None:
+        preparation = plan_images(str(archive), None, Transform(SIDE), None, "fp32")
+        super().__init__(Folder(str(scratch)), preparation.with_shards(shard_rows))
+        self.head_start_s, self.timings = 0.0, list[TimedShard]()
 
-    @property
-    def argument(self) -> dict[str, Any]:
-        return {"folder": self.folder.address, "backbones": []}
+    def keep(self, unit: PlannedShard, result: Any) -> None:
+        self.timings.append(result)
 
-    @property
-    def shards(self) -> list[dict[str, int]]:
-        return [{"shard": shard} for shard in range(-(-self.inputs // self.plan.shard_rows))]
+
+def ignore(images: int) -> None:
+    """Take a report of progress and do nothing."""
 
 
 @dataclass(frozen=True)
@@ -184,30 +191,29 @@ class RayPreparation:
         """Prepare the archive. Returns the number of images."""
         with remove_after(self.scratch):
             start = time.process_time()
-            planned = PlannedPreparation.of(self.archive, self.scratch, self.shard_rows)
-            made = list(map_on_actors(TimedShardMaker, planned.argument, planned.shards, None))
-            _finish(planned.folder, planned.plan, planned.inputs)
+            job = TimedPreparation(self.archive, self.scratch, self.shard_rows)
+            run_job(job, workers=None)
             command = time.process_time() - start
-        spent = sum(row["cpu_seconds"] for row in made)
-        self.cpu_rates["workers"].append(warm_rate(made))
-        self.cpu_rates["workers with their start"].append(planned.inputs / spent)
-        self.cpu_rates["workers and command"].append(planned.inputs / (spent + command))
-        return planned.inputs
+        spent = sum(shard.cpu_seconds for shard in job.timings)
+        self.cpu_rates["workers"].append(warm_rate(job.timings))
+        self.cpu_rates["workers with their start"].append(job.total / spent)
+        self.cpu_rates["workers and command"].append(job.total / (spent + command))
+        return job.total
 
     def loops(self) -> int:
         """Decode the images with the plain loop. Returns their number."""
         with zipfile.ZipFile(self.archive) as opened:
             images = len(opened.namelist())
-        shards = [{"shard": shard} for shard in range(-(-images // self.shard_rows))]
-        made = list(map_on_actors(PillowLoop, (str(self.archive), self.shard_rows), shards, None))
+        shards = [PlannedShard(number, self.shard_rows) for number in range(-(-images // self.shard_rows))]
+        made = [timed for _, timed in map_on_actors(PillowLoop, (str(self.archive), self.shard_rows), shards, None)]
         self.cpu_rates["loops"].append(warm_rate(made))
         return images
 
 
-def warm_rate(made: list[dict[str, Any]]) -> float:
+def warm_rate(made: list[TimedShard]) -> float:
     """Images per second of the workers' CPU time, without the first shard of each worker if there are others."""
-    later = [row for row in made if not row["is_first"]] or made
-    return float(sum(row["inputs"] for row in later) / sum(row["cpu_seconds"] for row in later))
+    later = [shard for shard in made if not shard.is_first] or made
+    return float(sum(shard.images for shard in later) / sum(shard.cpu_seconds for shard in later))
 
 
 @contextlib.contextmanager

@@ -1,12 +1,12 @@
-"""Shards: what one worker of a preparation does with a range of inputs: read, decode, encode, write, take notes."""
+"""Shard maker: the worker of `prepare`. It reads, decodes, encodes and writes the inputs of one shard."""
 
 import hashlib
-import json
 import os
 import warnings
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,158 +15,208 @@ import pyarrow.compute as pc
 
 from patchloom.models.backbones import allow_backbones
 from patchloom.pipelines.prepare.images import Transform, decode
-from patchloom.platform.compute.session import begin_work
+from patchloom.platform.compute.jobs import NOTES_FOLDER, WORK_FOLDER
 from patchloom.platform.dataset.prepared import MIRRORED, open_dataset, shard_bytes
 from patchloom.platform.dataset.readers import Reader
 from patchloom.platform.files.copies import local_copy
 from patchloom.platform.files.folder import Folder
+from patchloom.platform.records.dataset import DatasetAutoencoder
+from patchloom.platform.records.prepare import PlanFile, PreparedInput, ShardNote, SkippedInput, parse_inputs
 
 if TYPE_CHECKING:
     from patchloom.models.autoencoder import Autoencoder
 
-WORK = ".work"
-PLAN, INPUTS, NOTES = f"{WORK}/plan.json", f"{WORK}/inputs", f"{WORK}/notes"
-PRECISIONS = ("fp32", "bf16")
-ENCODE_BATCH = 16  # fixed, and the last batch of a shard padded, so that a latent's bytes never depend on neighbours
-SUMMED_AT_ONCE = 1 << 17  # uint8 values
+PLAN_FILE, INPUTS_FOLDER = f"{WORK_FOLDER}/plan.json", f"{WORK_FOLDER}/inputs"
+ENCODE_BATCH = 16  # fixed, and the last batch is padded, so that a latent does not depend on its neighbours
+VALUES_PER_SUM = 1 << 17  # uint8 values that fit into the cache
 NOT_FINITE = "its latent is not finite in float16"
 
 
-class ShardMaker:
-    """Makes shards of one preparation; holds the autoencoder where there is one, on a GPU where there is one."""
+@dataclass(frozen=True)
+class PlannedShard:
+    """A shard: its number, and its number of inputs."""
 
-    def __init__(self, argument: dict[str, Any]) -> None:
-        begin_work()
-        allow_backbones(*argument["backbones"])
-        self.folder = Folder(argument["folder"])
-        self.plan = self.folder.read_json(PLAN)["plan"]
-        self.source = self.plan["source"]
-        self.transform = Transform(**self.plan["transform"]) if self.plan["transform"] else None
-        is_dataset = self.plan["source_kind"] == "dataset"
-        self.pixels = open_dataset(self.source) if is_dataset else None
-        self.reader = None if is_dataset else Reader(self.plan["source_kind"], self.source)
+    number: int
+    size: int
+
+    @property
+    def name(self) -> str:
+        """`part-00000`."""
+        return f"part-{self.number:05d}"
+
+
+@dataclass(frozen=True)
+class ShardMakerArgument:
+    """What a worker needs to make shards: the address of the dataset, and the packages it may import."""
+
+    folder: str
+    backbones: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class ShardContent:
+    """The rows of a shard, its skipped inputs, and the sha256 of its part of the source."""
+
+    keys: list[str]
+    labels: list[int]
+    tensors: dict[str, np.ndarray]  # by column
+    skipped: list[SkippedInput]
+    source_sha256: str
+
+    def without(self, is_bad: np.ndarray, error: str) -> "ShardContent":
+        """The content without the bad rows, which are skipped."""
+        good = np.flatnonzero(~is_bad)
+        return ShardContent(
+            [self.keys[row] for row in good],
+            [self.labels[row] for row in good],
+            {column: values[good] for column, values in self.tensors.items()},
+            self.skipped + [SkippedInput(key=self.keys[row], error=error) for row in np.flatnonzero(is_bad)],
+            self.source_sha256,
+        )
+
+
+class ShardMaker:
+    """Makes shards of one preparation. It loads the autoencoder once, on a GPU if there is one."""
+
+    def __init__(self, argument: ShardMakerArgument) -> None:
+        allow_backbones(*argument.backbones)
+        self.folder = Folder(argument.folder)
+        self.plan = PlanFile.parse(self.folder.read(PLAN_FILE), f"{self.folder}/{PLAN_FILE}").plan
+        self.transform = Transform(**self.plan.transform.to_dict()) if self.plan.transform else None
+        is_dataset = self.plan.source_kind == "dataset"
+        self.pixels = open_dataset(self.plan.source) if is_dataset else None
+        self.reader = None if is_dataset else Reader(self.plan.source_kind, self.plan.source)
         self.autoencoder, self.device, threads = None, "cpu", 1
-        if self.plan["autoencoder"]:
-            self.autoencoder, self.device = self._load_autoencoder()
+        if self.plan.autoencoder:
+            self.autoencoder, self.device = self._load_autoencoder(self.plan.autoencoder)
             threads = max(1, (os.cpu_count() or 1) // 2) if self.device == "cuda" else 1
         self.decoders = Decoders(threads)
 
-    def _load_autoencoder(self) -> "tuple[Autoencoder, str]":
+    def _load_autoencoder(self, card: DatasetAutoencoder) -> "tuple[Autoencoder, str]":
         import torch
 
         from patchloom.models.autoencoder import load_autoencoder
 
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        dtype = torch.bfloat16 if self.plan["autoencoder"]["precision"] == "bf16" else torch.float32
+        dtype = torch.bfloat16 if card.precision == "bf16" else torch.float32
         return load_autoencoder(local_copy(self.folder.folder("autoencoder").address), device, dtype), device
 
-    def __call__(self, item: dict[str, int]) -> dict[str, Any]:
-        """Make shard `item["shard"]`: its Arrow file, then the note that says it is finished."""
-        name = f"part-{item['shard']:05d}"
-        inputs = [json.loads(line) for line in self.folder.read(f"{INPUTS}/{name}.jsonl").splitlines()]
+    def __call__(self, shard: PlannedShard, report: Callable[[int], None]) -> None:
+        """Write the Arrow file of a shard, then its note."""
+        name = f"{INPUTS_FOLDER}/{shard.name}.jsonl"
+        inputs = parse_inputs(self.folder.read(name), f"{self.folder}/{name}")
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of Pillow: what cannot be used is listed
-            keys, labels, images, skipped, digest = self._rows(inputs) if self.pixels else self._images(inputs)
-        tensors = {"image": images}
-        if self.autoencoder is not None and keys:
-            tensors = self._encode(images)
-            finite = np.logical_and.reduce([np.isfinite(t).all((1, 2, 3)) for t in tensors.values()])
-            skipped += [{"key": key, "error": NOT_FINITE} for key, ok in zip(keys, finite, strict=True) if not ok]
-            keys = [key for key, ok in zip(keys, finite, strict=True) if ok]
-            labels = [label for label, ok in zip(labels, finite, strict=True) if ok]
-            tensors = {column: values[finite] for column, values in tensors.items()}
-        note: dict[str, Any] = {"inputs": len(inputs), "rows": len(keys), "skipped": skipped, "source_sha256": digest}
-        if keys:
-            file, content = f"shards/{name}.arrow", shard_bytes(keys, labels, tensors)
-            self.folder.write(file, content)
-            note |= {"file": file, "bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-            shape = next(iter(tensors.values())).shape[1:]
-            note |= {"shape": list(shape), "classes": Counter(labels), "sums": sums(tensors)}
-        self.folder.write_json(f"{NOTES}/{name}.json", note)
-        return {"shard": item["shard"], "inputs": len(inputs)}
+            warnings.simplefilter("ignore")  # Pillow's: inputs that cannot be used are listed
+            content = self._rows(inputs) if self.pixels else self._images(inputs)
+        if self.autoencoder is not None and content.keys:
+            content = self._encode(content)
+        note = ShardNote(
+            inputs=len(inputs),
+            rows=len(content.keys),
+            skipped=content.skipped,
+            source_sha256=content.source_sha256,
+            **self._write(f"shards/{shard.name}.arrow", content),
+        )
+        self.folder.write_json(f"{NOTES_FOLDER}/{shard.name}.json", note.to_dict())
 
-    def _rows(self, inputs: list[dict[str, Any]]) -> tuple[list[str], list[int], np.ndarray, list[dict[str, str]], str]:
-        """Rows of a prepared dataset, some of them mirrored."""
+    def _write(self, file: str, content: ShardContent) -> dict[str, Any]:
+        """Write the rows, if there are any; returns the fields of the note that describe the file."""
+        if not content.keys:
+            return {}
+        written = shard_bytes(content.keys, content.labels, content.tensors)
+        self.folder.write(file, written)
+        return {
+            "file": file,
+            "bytes": len(written),
+            "sha256": hashlib.sha256(written).hexdigest(),
+            "shape": list(next(iter(content.tensors.values())).shape[1:]),
+            "classes": Counter(content.labels),
+            "sums": sums(content.tensors),
+        }
+
+    def _rows(self, inputs: list[PreparedInput]) -> ShardContent:
+        """Rows of a prepared dataset, and mirrored rows."""
         assert self.pixels is not None
-        rows = self.pixels.rows([entry["place"][0] for entry in inputs])
-        mirrored = np.array([entry.get("mirror", False) for entry in inputs])
+        rows = self.pixels.rows([entry.place[0] for entry in inputs])
+        mirrored = np.array([entry.mirror for entry in inputs])
         images = np.where(mirrored[:, None, None, None], rows["image"][..., ::-1], rows["image"])
         keys = [key + MIRRORED * bool(flip) for key, flip in zip(rows["key"], mirrored, strict=True)]
-        return keys, [int(label) for label in rows["label"]], images, [], self.plan["inputs_sha256"]
+        labels = [int(label) for label in rows["label"]]
+        return ShardContent(keys, labels, {"image": images}, [], self.plan.inputs_sha256)
 
-    def _images(
-        self, inputs: list[dict[str, Any]]
-    ) -> tuple[list[str], list[int], np.ndarray, list[dict[str, str]], str]:
-        """Decoded images of the source; those that cannot be used are listed with the reason."""
+    def _images(self, inputs: list[PreparedInput]) -> ShardContent:
+        """Decoded images of the source. Images that cannot be used are skipped with the reason."""
         assert self.transform is not None and self.reader is not None
         side, channels = self.transform.resolution, self.transform.channels
         images = np.empty((len(inputs), channels, side, side), np.uint8)
-        keys, labels, skipped = list[str](), list[int](), list[dict[str, str]]()
+        keys, labels, skipped = list[str](), list[int](), list[SkippedInput]()
         digest = hashlib.sha256()
-        for entry, (found, content_sha256) in zip(inputs, self._found(inputs), strict=True):
-            digest.update(content_sha256)
-            key = entry["key"] + MIRRORED * entry.get("mirror", False)
+        for entry, (found, content_digest) in zip(inputs, self._decoded(inputs), strict=True):
+            digest.update(content_digest)
+            key = entry.key + MIRRORED * entry.mirror
             if isinstance(found, Exception):
-                skipped.append({"key": key, "error": self._reason(found)})
+                skipped.append(SkippedInput(key=key, error=self._reason(found)))
                 continue
-            images[len(keys)] = (found[:, ::-1] if entry.get("mirror") else found).transpose(2, 0, 1)
+            images[len(keys)] = (found[:, ::-1] if entry.mirror else found).transpose(2, 0, 1)
             keys.append(key)
-            labels.append(entry["label"])
-        return keys, labels, images[: len(keys)], skipped, digest.hexdigest()
+            labels.append(entry.label)
+        return ShardContent(keys, labels, {"image": images[: len(keys)]}, skipped, digest.hexdigest())
 
-    def _found(self, inputs: list[dict[str, Any]]) -> Iterator[tuple[np.ndarray | Exception, bytes]]:
-        """(R, R, C) uint8, or what was wrong, of every input, and the sha256 of what its place holds."""
+    def _decoded(self, inputs: list[PreparedInput]) -> Iterator[tuple[np.ndarray | Exception, bytes]]:
+        """(R, R, C) uint8, or the error, of every input, with the sha256 of its bytes in the source."""
         assert self.transform is not None
         if self.transform.crop == "windows":
             yield from self._windows(inputs, self.transform)
             return
         transform = self.transform
 
-        def made(content: bytes | np.ndarray) -> np.ndarray:
+        def apply(content: bytes | np.ndarray) -> np.ndarray:
             return transform.apply(decode(content, transform.channels))
 
-        yield from self.decoders.map(made, (self._content(entry) for entry in inputs))
+        yield from self.decoders.map(apply, (self._content(entry) for entry in inputs))
 
     def _windows(
-        self, inputs: list[dict[str, Any]], transform: Transform
+        self, inputs: list[PreparedInput], transform: Transform
     ) -> Iterator[tuple[np.ndarray | Exception, bytes]]:
-        """Windows of photographs, each of which is read once a shard."""
+        """Windows of photographs. Each photograph is read once per shard."""
         place, photograph, digest = None, None, b""
         for entry in inputs:
             try:
-                if entry["place"] != place:
+                if entry.place != place:
                     content, digest = self._content(entry)
                     if isinstance(content, Exception):
                         raise content
-                    place, photograph = entry["place"], transform.photograph(decode(content, transform.channels))
-                assert photograph is not None
-                yield transform.window(photograph, *entry["window"]), digest
+                    place, photograph = entry.place, transform.photograph(decode(content, transform.channels))
+                assert photograph is not None and entry.window is not None
+                yield transform.window(photograph, *entry.window), digest
             except Exception as error:
                 yield error, digest
 
-    def _content(self, entry: dict[str, Any]) -> tuple[bytes | np.ndarray | Exception, bytes]:
-        """What stands at an input's place, and its sha256."""
+    def _content(self, entry: PreparedInput) -> tuple[bytes | np.ndarray | Exception, bytes]:
+        """The content of an input, or the error, and its sha256."""
         assert self.reader is not None
         try:
-            if "error" in entry:
-                raise ValueError(entry["error"])
-            content = self.reader.read(entry["place"])
+            if entry.error is not None:
+                raise ValueError(entry.error)
+            content = self.reader.read(entry.place)
         except Exception as error:
             return error, b""
         return content, hashlib.sha256(content if isinstance(content, bytes) else content.tobytes()).digest()
 
     def _reason(self, error: Exception) -> str:
-        """Why an input was skipped, without a word that depends on this machine."""
-        message = " ".join(str(error).replace(f"{self.source}/", "").split())
-        message = message.replace(self.source, "the source")
-        if "BytesIO" in message:  # Pillow names the object it was given
+        """Why an input was skipped, without anything that depends on this machine."""
+        message = " ".join(str(error).replace(f"{self.plan.source}/", "").split())
+        message = message.replace(self.plan.source, "the source")
+        if "BytesIO" in message:  # Pillow's message contains the address of the object
             message = "cannot identify image file"
         return message if type(error) is ValueError else f"{type(error).__name__}: {message}"
 
-    def _encode(self, images: np.ndarray) -> dict[str, np.ndarray]:
+    def _encode(self, content: ShardContent) -> ShardContent:
+        """The latents of the images. Images whose latent is not finite are skipped."""
         import torch
 
         assert self.autoencoder is not None
+        images = content.tensors["image"]
         moments: dict[str, list[np.ndarray]] = {}
         for start in range(0, len(images), ENCODE_BATCH):
             batch = images[start : start + ENCODE_BATCH]
@@ -175,22 +225,29 @@ class ShardMaker:
             for name, moment in (("mean", mean), ("std", std)):
                 if moment is not None:  # a deterministic autoencoder has no std
                     moments.setdefault(name, []).append(moment[: len(batch)].cpu().to(torch.float16).numpy())
-        return {name: np.concatenate(parts) for name, parts in moments.items()}
+        tensors = {name: np.concatenate(parts) for name, parts in moments.items()}
+        is_bad = ~np.logical_and.reduce([np.isfinite(values).all((1, 2, 3)) for values in tensors.values()])
+        return replace(content, tensors=tensors).without(is_bad, NOT_FINITE)
 
 
 class Decoders:
-    """Decodes in so many threads (Pillow lets go of the interpreter while it works), in order and not far ahead."""
+    """Decodes images in several threads, in order, with a bounded number of prefetched images.
+
+    Pillow releases the interpreter's lock while it decodes.
+    """
 
     def __init__(self, threads: int) -> None:
         self.threads = threads
         self._pool = ThreadPoolExecutor(threads, "decode") if threads > 1 else None
 
     def map(
-        self, function: Any, contents: Iterable[tuple[bytes | np.ndarray | Exception, bytes]]
+        self,
+        function: Callable[[Any], np.ndarray],
+        contents: Iterable[tuple[bytes | np.ndarray | Exception, bytes]],
     ) -> Iterator[tuple[np.ndarray | Exception, bytes]]:
-        """`function` of each content, or the exception of it, with the digest that came along."""
+        """`function` of each content, or its exception, with the digest of the content."""
 
-        def made(content: bytes | np.ndarray | Exception) -> np.ndarray | Exception:
+        def apply(content: bytes | np.ndarray | Exception) -> np.ndarray | Exception:
             if isinstance(content, Exception):
                 return content
             try:
@@ -200,23 +257,23 @@ class Decoders:
 
         if self._pool is None:
             for content, digest in contents:
-                yield made(content), digest
+                yield apply(content), digest
             return
-        ahead: deque[tuple[Future[np.ndarray | Exception], bytes]] = deque()
+        prefetched: deque[tuple[Future[np.ndarray | Exception], bytes]] = deque()
         for content, digest in contents:
-            ahead.append((self._pool.submit(made, content), digest))
-            if len(ahead) > 2 * self.threads:
-                future, digest = ahead.popleft()
+            prefetched.append((self._pool.submit(apply, content), digest))
+            if len(prefetched) > 2 * self.threads:
+                future, digest = prefetched.popleft()
                 yield future.result(), digest
-        for future, digest in ahead:
+        for future, digest in prefetched:
             yield future.result(), digest
 
 
 def sums(tensors: dict[str, np.ndarray]) -> dict[str, list[float]]:
-    """Per channel: how many values, their sum, and their sum of squares (for latents E[z^2] = mean^2 + std^2)."""
+    """Count, sum and sum of squares of the values of each channel (for latents E[z^2] = mean^2 + std^2)."""
     values = next(iter(tensors.values()))
     count = values.size // values.shape[1]
-    if values.dtype == np.uint8:  # exact, and many times faster than in floating point
+    if values.dtype == np.uint8:  # exact, and much faster than in floating point
         total, squares = np.array([_sums_of_levels(values[:, channel]) for channel in range(values.shape[1])]).T
     else:
         exact = values.astype(np.float64)
@@ -227,9 +284,9 @@ def sums(tensors: dict[str, np.ndarray]) -> dict[str, list[float]]:
 
 
 def _sums_of_levels(levels: np.ndarray) -> tuple[int, int]:
-    """The sum of (n, H, W) uint8 values and that of their squares, exactly, by Arrow's vectorised sums."""
+    """The exact sum of (n, H, W) uint8 values and of their squares, by Arrow's vectorised sums."""
     total = squares = 0
-    images = max(1, SUMMED_AT_ONCE // levels[0].size)  # what stays in the cache is summed twice as fast
+    images = max(1, VALUES_PER_SUM // levels[0].size)  # twice as fast as without regard to the cache
     for first in range(0, len(levels), images):
         flat = np.ascontiguousarray(levels[first : first + images]).reshape(-1)
         total += pc.sum(pa.array(flat)).as_py()

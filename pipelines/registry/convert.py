@@ -20,7 +20,7 @@ from patchloom.models.checkpoints import (
 )
 from patchloom.models.ema import PowerProfile, combine, reconstruction
 from patchloom.models.normalisation import Normalisation, pixel_normalisation
-from patchloom.pipelines.prepare.preparing import fetch_autoencoder
+from patchloom.pipelines.prepare.encoders import fetch_autoencoder
 from patchloom.pipelines.train.checkpointer import without_tensors
 from patchloom.platform.files.copies import local_copy
 from patchloom.platform.files.storage import file_sha256, local_path, make_folder, whole_folder

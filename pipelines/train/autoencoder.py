@@ -22,7 +22,7 @@ from patchloom.models.autoencoder import save_autoencoder as save
 from patchloom.models.random_draws import RowOrder, derive_seed
 from patchloom.models.step import Gradients
 from patchloom.pipelines.pages.pictures import save_png, side_by_side
-from patchloom.pipelines.prepare.preparing import fetch_autoencoder
+from patchloom.pipelines.prepare.encoders import fetch_autoencoder
 from patchloom.platform.compute.workers import Worker, run_workers
 from patchloom.platform.dataset.prepared import Dataset, open_dataset
 from patchloom.platform.files.storage import (

@@ -5,7 +5,6 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -18,6 +17,7 @@ from patchloom.benchmarks.plain import plain_heun
 from patchloom.benchmarks.setups import song_config
 from patchloom.models.generate import Sampling, generate
 from patchloom.models.samplers import SeededNoise
+from patchloom.pipelines.prepare.shard_maker import ShardMakerArgument
 from patchloom.pipelines.tune.trials import images_for, plan_trials, trial_flops
 from patchloom.platform.dataset import open_dataset
 from patchloom.platform.recipe import load_recipe
@@ -125,17 +125,18 @@ def test_prepare_and_the_pillow_loop_read_all_images(tmp_path: Path) -> None:
     archive = preparing.make_archive(tmp_path / "source.zip", 10)
     copies = preparing.repeat_archive(archive, tmp_path / "copies.zip")
     assert (preparing.pillow_loop(archive), preparing.pillow_loop(copies)) == (10, 40)
-    planned = preparing.PlannedPreparation.of(copies, tmp_path / "planned", shard_rows=16)
-    maker, loop = preparing.TimedShardMaker(planned.argument), preparing.PillowLoop((str(copies), 16))
+    planned = preparing.TimedPreparation(copies, tmp_path / "planned", shard_rows=16)
+    planned.start()
+    maker = preparing.TimedShardMaker(ShardMakerArgument(planned.folder.address))
+    loop = preparing.PillowLoop((str(copies), 16))
     for worker in (maker, loop):
-        made = [worker(shard) for shard in planned.shards]
-        assert [row["inputs"] for row in made] == [16, 16, 8]
-        assert [row["is_first"] for row in made] == [True, False, False]
+        made = [worker(shard, preparing.ignore) for shard in planned.shards()]
+        assert [shard.images for shard in made] == [16, 16, 8]
+        assert [shard.is_first for shard in made] == [True, False, False]
 
 
 def test_a_rate_excludes_the_first_shard_of_each_worker() -> None:
-    first: dict[str, Any] = {"inputs": 10, "cpu_seconds": 5.0, "is_first": True}
-    later = {"inputs": 10, "cpu_seconds": 0.5, "is_first": False}
+    first, later = preparing.TimedShard(10, 5.0, is_first=True), preparing.TimedShard(10, 0.5, is_first=False)
     assert preparing.warm_rate([first, later, first, later]) == 20
     assert preparing.warm_rate([first]) == 2
 

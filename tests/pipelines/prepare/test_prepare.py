@@ -1,4 +1,4 @@
-"""Preparation: every input is a row or listed, the bytes are the source's, and a kill loses nothing."""
+"""Prepare: every input is a row or is listed, pixels are those of the source, and a kill loses nothing."""
 
 import json
 import shutil
@@ -14,6 +14,7 @@ from PIL import Image
 from patchloom.errors import UserError
 from patchloom.pipelines.prepare import prepare
 from patchloom.pipelines.prepare.images import Transform
+from patchloom.pipelines.prepare.preparing import PrepareJob
 from patchloom.platform.dataset import open_dataset
 
 pytestmark = pytest.mark.ray
@@ -29,7 +30,7 @@ def test_rows_and_skipped_add_up_to_the_inputs(images: Path, pixels: Path) -> No
     assert str(images) not in (pixels / "skipped.jsonl").read_text()
 
 
-def test_rows_are_the_files_in_the_order_of_their_names(images: Path, pixels: Path) -> None:
+def test_rows_have_the_order_of_the_file_names(images: Path, pixels: Path) -> None:
     rows = open_dataset(pixels).rows(range(48))
     names = sorted(path.relative_to(images).as_posix() for path in images.rglob("[0-9]*.png"))
     assert list(rows["key"]) == names
@@ -39,7 +40,7 @@ def test_rows_are_the_files_in_the_order_of_their_names(images: Path, pixels: Pa
         assert label == ("chelsea", "coffee").index(name.split("/")[0])
 
 
-def test_the_card_holds_numpys_statistics(pixels: Path) -> None:
+def test_card_has_the_statistics_of_numpy(pixels: Path) -> None:
     dataset = open_dataset(pixels)
     values = dataset.rows(range(48))["image"].astype(np.float64)
     np.testing.assert_allclose(dataset.card["mean"], values.mean((0, 2, 3)), rtol=1e-12)
@@ -47,13 +48,13 @@ def test_the_card_holds_numpys_statistics(pixels: Path) -> None:
     assert dataset.card["classes"] == [{"name": "chelsea", "rows": 24}, {"name": "coffee", "rows": 24}]
 
 
-def test_one_worker_and_two_write_the_same_bytes(images: Path, pixels: Path, tmp_path: Path) -> None:
+def test_bytes_do_not_depend_on_the_number_of_workers(images: Path, pixels: Path, tmp_path: Path) -> None:
     prepare(str(images), str(tmp_path / "again"), resolution=16, shard_rows=20, workers=1)
     assert shard_hashes(tmp_path / "again") == shard_hashes(pixels)
     assert (tmp_path / "again" / "dataset.json").read_bytes() == (pixels / "dataset.json").read_bytes()
 
 
-def test_what_takes_less_than_rays_start_is_done_without_it(images: Path, pixels: Path, tmp_path: Path) -> None:
+def test_short_preparation_does_not_start_ray(images: Path, pixels: Path, tmp_path: Path) -> None:
     out = tmp_path / "here"
     code = (
         "import sys; from patchloom.pipelines.prepare.preparing import prepare; "
@@ -64,39 +65,37 @@ def test_what_takes_less_than_rays_start_is_done_without_it(images: Path, pixels
     assert shard_hashes(out) == shard_hashes(pixels)
 
 
-def test_an_unfinished_preparation_goes_on_and_keeps_what_is_finished(
+def test_unfinished_preparation_continues_and_keeps_finished_shards(
     images: Path, pixels: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from patchloom.pipelines.prepare import preparing as module
-
     folder = tmp_path / "data"
-    with monkeypatch.context() as patch:  # stop where a kill between the last shard and the card would
-        patch.setattr(module, "_finish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with monkeypatch.context() as patch:  # like a kill between the last shard and the card
+        patch.setattr(PrepareJob, "finish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             prepare(str(images), str(folder), resolution=16, shard_rows=20)
-    with pytest.raises(UserError, match="incomplete"):
+    with pytest.raises(UserError, match=str(folder)):
         open_dataset(folder)
-    with pytest.raises(UserError, match="an unfinished preparation with other transform and shard_rows"):
+    with pytest.raises(UserError, match=r"transform\.resolution.*16.*8.*shard_rows.*20.*30"):
         prepare(str(images), str(folder), resolution=8, shard_rows=30)
-    (folder / ".work" / "notes" / "part-00001.json").unlink()  # its shard was not finished
+    (folder / ".work" / "notes" / "part-00001.json").unlink()  # as if this shard were unfinished
     kept = (folder / "shards" / "part-00000.arrow").stat().st_mtime_ns
     prepare(str(images), str(folder), resolution=16, shard_rows=20)
     assert (folder / "shards" / "part-00000.arrow").stat().st_mtime_ns == kept
     assert shard_hashes(folder) == shard_hashes(pixels)
 
 
-def test_a_second_call_has_nothing_to_do_and_another_is_refused(images: Path, tmp_path: Path) -> None:
+def test_second_call_does_nothing_and_other_options_are_an_error(images: Path, tmp_path: Path) -> None:
     folder = tmp_path / "data"
     first = prepare(str(images), str(folder), resolution=8)
     written = (folder / "dataset.json").stat().st_mtime_ns
     assert len(prepare(str(images), str(folder), resolution=8)) == len(first)
     assert (folder / "dataset.json").stat().st_mtime_ns == written
-    with pytest.raises(UserError, match="another dataset"):
+    with pytest.raises(UserError, match=str(folder)):
         prepare(str(images), str(folder), resolution=4)
 
 
 @pytest.mark.filterwarnings("ignore:Duplicate name")
-def test_a_key_that_comes_twice_is_listed(images: Path, ray_cluster: None, tmp_path: Path) -> None:
+def test_duplicate_key_is_skipped(images: Path, ray_cluster: None, tmp_path: Path) -> None:
     picture = (images / "coffee" / "00.png").read_bytes()
     with zipfile.ZipFile(tmp_path / "two.zip", "w") as archive:
         for name in ("a.png", "b.png", "a.png", "a.png"):
@@ -104,29 +103,29 @@ def test_a_key_that_comes_twice_is_listed(images: Path, ray_cluster: None, tmp_p
     dataset = prepare(str(tmp_path / "two.zip"), str(tmp_path / "out"), resolution=16)
     assert list(dataset.rows([0, 1])["key"]) == ["a.png", "b.png"] and len(dataset) == 2
     skipped = [json.loads(line) for line in (tmp_path / "out" / "skipped.jsonl").read_text().splitlines()]
-    assert skipped == [{"key": "a.png", "error": "its key stood before: keys must differ"}] * 2
-    assert dataset.card["skipped"]["reasons"] == {"its key stood before: keys must differ": 2}
+    assert skipped == [{"key": "a.png", "error": "duplicate key"}] * 2
+    assert dataset.card["skipped"]["reasons"] == {"duplicate key": 2}
 
 
-def test_a_source_without_a_usable_image_is_refused(tmp_path: Path) -> None:
+def test_source_without_usable_images_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match="holds no image"):
+    with pytest.raises(UserError, match=r"empty.*\.png"):
         prepare(str(tmp_path / "empty"), str(tmp_path / "out"), resolution=16)
     (tmp_path / "bad").mkdir()
     (tmp_path / "bad" / "a.png").write_text("text")
-    with pytest.raises(UserError, match="none of the 1 inputs"):
+    with pytest.raises(UserError, match=r"1 inputs.*UnidentifiedImageError"):
         prepare(str(tmp_path / "bad"), str(tmp_path / "out2"), resolution=16)
     assert not (tmp_path / "out2" / "dataset.json").exists()
 
 
-def test_a_folder_with_other_files_is_left_alone(images: Path, tmp_path: Path) -> None:
+def test_folder_with_other_files_is_not_changed(images: Path, tmp_path: Path) -> None:
     (tmp_path / "mine.txt").write_text("precious")
-    with pytest.raises(UserError, match="not empty"):
+    with pytest.raises(UserError, match=str(tmp_path)):
         prepare(str(images), str(tmp_path), resolution=16)
     assert (tmp_path / "mine.txt").read_text() == "precious"
 
 
-def test_windows_of_held_out_regions_share_no_pixel_with_training_windows(tmp_path: Path) -> None:
+def test_held_out_windows_share_no_pixel_with_training_windows(tmp_path: Path) -> None:
     source = tmp_path / "photos" / "cat"
     source.mkdir(parents=True)
     shutil.copy(Path(skimage.__file__).parent / "data" / "chelsea.png", source / "cat.png")
@@ -149,21 +148,21 @@ def test_windows_of_held_out_regions_share_no_pixel_with_training_windows(tmp_pa
     assert len(dataset) + len(skipped) == dataset.card["inputs"]
 
 
-def test_a_centre_crop_is_the_middle_of_the_image() -> None:
+def test_center_crop() -> None:
     wide = np.zeros((4, 8, 3), np.uint8)
     wide[:, 2:6] = np.arange(48, dtype=np.uint8).reshape(4, 4, 3)
     cropped = Transform(4).apply(Image.fromarray(wide))
     assert np.array_equal(cropped, wide[:, 2:6])
 
 
-def test_adms_crop_halves_by_the_mean_of_two_by_two_boxes() -> None:
+def test_dhariwal_crop_halves_with_a_box_filter() -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8)
     boxes = pixels.reshape(4, 2, 4, 2, 3).astype(float).mean((1, 3))
     cropped = Transform(4, crop="dhariwal").apply(Image.fromarray(pixels))
     assert np.abs(cropped - boxes).max() <= 1  # Pillow rounds after the rows and after the columns
 
 
-def test_latents_are_what_diffusers_encodes(pixels: Path, tmp_path: Path) -> None:
+def test_latents_equal_those_of_diffusers(pixels: Path, tmp_path: Path) -> None:
     import torch
     from diffusers import AutoencoderKL
 
@@ -174,10 +173,10 @@ def test_latents_are_what_diffusers_encodes(pixels: Path, tmp_path: Path) -> Non
     save_autoencoder(new_autoencoder((8, 16), 4), tmp_path / "ae")
     (tmp_path / "ae" / "model.json").unlink()  # as diffusers itself leaves the folder
     latents = prepare(str(pixels), str(tmp_path / "latents"), autoencoder=str(tmp_path / "ae"))
-    theirs = AutoencoderKL.from_pretrained(tmp_path / "ae").eval()
+    reference = AutoencoderKL.from_pretrained(tmp_path / "ae").eval()
     images, rows = open_dataset(pixels).rows(range(48)), latents.rows(range(48))
     with torch.no_grad():
-        posterior = theirs.encode(torch.from_numpy(images["image"]) / 127.5 - 1).latent_dist
+        posterior = reference.encode(torch.from_numpy(images["image"]) / 127.5 - 1).latent_dist
     np.testing.assert_allclose(rows["mean"], posterior.mean, atol=1e-3, rtol=1e-3)
     np.testing.assert_allclose(rows["std"], posterior.std, atol=1e-3, rtol=1e-3)
     assert list(rows["key"]) == list(images["key"])

@@ -1,4 +1,4 @@
-"""Preparations that are killed, anywhere, end with the same bytes; and so do those with other workers or far away."""
+"""Killed preparations continue and give the same bytes, with any number of workers, local and remote."""
 
 import json
 import os
@@ -25,7 +25,7 @@ IMAGES = 5_000
 
 @pytest.fixture(scope="module")
 def work(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """An array of images and an autoencoder that takes some seconds for them."""
+    """An array of images, and an autoencoder that needs some seconds to encode them."""
     folder = tmp_path_factory.mktemp("work")
     pictures = np.random.default_rng(0).integers(0, 256, (IMAGES, 16, 16, 3), dtype=np.uint8)
     np.savez(folder / "images.npz", images=pictures, labels=np.arange(IMAGES) % 3)
@@ -37,7 +37,7 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 @pytest.fixture(scope="module")
 def whole(work: tuple[Path, Path], ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What a preparation without a kill gives."""
+    """The dataset of a preparation without interruption."""
     folder = tmp_path_factory.mktemp("whole") / "latents"
     prepare(str(work[0]), str(folder), resolution=16, autoencoder=str(work[1]))
     return folder
@@ -54,7 +54,7 @@ def finished(folder: Path) -> list[Path]:
 
 
 @pytest.mark.parametrize("victim", ["an actor", "the command", pytest.param("everything", marks=pytest.mark.slow)])
-def test_a_killed_preparation_is_completed_by_the_next_call(
+def test_next_call_completes_a_killed_preparation(
     work: tuple[Path, Path], whole: Path, tmp_path: Path, victim: str
 ) -> None:
     arguments = ["prepare", str(work[0]), "latents", "--resolution", "16", "--autoencoder", str(work[1])]
@@ -76,16 +76,16 @@ def test_a_killed_preparation_is_completed_by_the_next_call(
     assert_equal_datasets(tmp_path / "latents", whole)
 
 
-def test_four_workers_write_what_one_writes(work: tuple[Path, Path], ray_cluster: None, tmp_path: Path) -> None:
+def test_four_workers_and_one_write_equal_datasets(work: tuple[Path, Path], ray_cluster: None, tmp_path: Path) -> None:
     for workers in (1, 4):
         prepare(str(work[0]), str(tmp_path / str(workers)), resolution=16, workers=workers, shard_rows=700)
     assert_equal_datasets(tmp_path / "4", tmp_path / "1")
 
 
-def test_a_dataset_far_away_is_the_one_here(
+def test_remote_dataset_equals_local_dataset(
     s3: str, work: tuple[Path, Path], whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The array is read there, the shards are written there, and what is read again comes from a verified copy."""
+    """Source and shards are remote; reading the dataset uses a verified local copy."""
     there = Folder.at(f"{s3}/prepared")
     there.put(work[0], "source/images.npz")
     prepare(f"{there}/source/images.npz", f"{there}/latents", resolution=16, autoencoder=str(work[1]))
@@ -131,7 +131,7 @@ cluster.shutdown()
 
 
 @pytest.mark.slow
-def test_a_lost_node_loses_nothing(work: tuple[Path, Path], whole: Path, tmp_path: Path) -> None:
+def test_preparation_survives_a_lost_node(work: tuple[Path, Path], whole: Path, tmp_path: Path) -> None:
     arguments = [str(work[0]), str(work[1]), str(tmp_path / "latents")]
     done = subprocess.run(
         [sys.executable, "-c", CLUSTER, json.dumps(arguments)],

@@ -1,4 +1,4 @@
-"""Memory: gigabytes of decoded images go through a preparation that itself stays small."""
+"""Memory: preparing gigabytes of decoded images needs little memory."""
 
 import io
 import sys
@@ -26,7 +26,7 @@ with ray_session():
 
 
 def proportional_bytes(process: psutil.Process) -> int:
-    """Proportional set size of a process and all that it started."""
+    """Proportional set size of a process and its children."""
     total = 0
     for one in (process, *process.children(recursive=True)):
         try:
@@ -47,7 +47,7 @@ def idle_ray_bytes(folder: Path) -> int:
     return found
 
 
-def test_six_gigabytes_of_images_go_through_two(tmp_path: Path) -> None:
+def test_six_gigabytes_of_images_need_less_than_two_gigabytes(tmp_path: Path) -> None:
     picture = Image.fromarray(photograph("coffee.png")).resize((SIDE, SIDE))
     jpeg = io.BytesIO()
     picture.save(jpeg, "JPEG", quality=90)

@@ -19,12 +19,12 @@ def test_sums_of_pixels_are_exact(shape: tuple[int, ...]) -> None:
     assert found["sum"] == exact.sum((0, 2, 3)).tolist()
     assert found["squares"] == (exact**2).sum((0, 2, 3)).tolist()
     assert found["count"] == [pixels[:, 0].size] * shape[1]
-    assert shards.SUMMED_AT_ONCE < 400 * 401  # an image larger than that is summed at once
+    assert shards.VALUES_PER_SUM < 400 * 401  # larger images are summed whole
 
 
-def test_sums_of_latents_count_their_spread() -> None:
-    luck = np.random.default_rng(0)
-    mean, std = (luck.standard_normal((9, 2, 4, 4)).astype(np.float16) for _ in range(2))
+def test_sums_of_latents_include_their_std() -> None:
+    random = np.random.default_rng(0)
+    mean, std = (random.standard_normal((9, 2, 4, 4)).astype(np.float16) for _ in range(2))
     found = sums({"mean": mean, "std": std})
     z = mean.astype(np.float64), std.astype(np.float64)
     np.testing.assert_allclose(found["sum"], z[0].sum((0, 2, 3)), rtol=1e-12)
@@ -32,7 +32,7 @@ def test_sums_of_latents_count_their_spread() -> None:
 
 
 @pytest.mark.parametrize("threads", [1, 3])
-def test_images_are_decoded_in_order_and_what_is_wrong_with_one_stays_with_it(threads: int) -> None:
+def test_decoders_keep_the_order_and_return_errors(threads: int) -> None:
     read: list[int] = []
     made_by = set()
 
@@ -50,7 +50,7 @@ def test_images_are_decoded_in_order_and_what_is_wrong_with_one_stays_with_it(th
 
     for number, (found, digest) in enumerate(Decoders(threads).map(decoded, contents())):
         assert digest == bytes([number])
-        assert len(read) <= number + 1 + 3 * threads  # not far ahead: decoded images are large
+        assert len(read) <= number + 1 + 3 * threads  # few prefetched images: decoded images are large
         if number in (7, 11):
             assert isinstance(found, OSError if number == 7 else ValueError)
         else:

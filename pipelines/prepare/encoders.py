@@ -1,0 +1,58 @@
+"""Encoders: the autoencoder that `prepare` encodes images with, from the registry, a folder or Hugging Face's hub."""
+
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from patchloom.errors import UserError
+from patchloom.platform.files.copies import local_copy
+from patchloom.platform.files.folder import Folder, is_remote
+from patchloom.platform.files.storage import local_path
+from patchloom.platform.tracking.registry import fetch_model
+
+if TYPE_CHECKING:
+    from patchloom.models.cards import AutoencoderCard
+
+HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(/[\w.-]+)?")
+
+
+def fetch_autoencoder(reference: str) -> "tuple[Path, AutoencoderCard]":
+    """Fetch an autoencoder to this machine.
+
+    Args:
+        reference: models:/..., a folder (also a remote one), or the id of a model on Hugging Face's hub.
+
+    Returns:
+        Its folder, and its card with the resolved reference.
+
+    Raises:
+        UserError: it cannot be fetched.
+    """
+    from patchloom.models.autoencoder import load_autoencoder
+
+    if reference.startswith(("models:/", "runs:/")):
+        fetched = fetch_model(reference)
+        folder, resolved = fetched.folder, fetched.reference
+    elif not is_remote(reference) and not local_path(reference).exists() and HUB_NAME.fullmatch(reference):
+        folder, resolved = _from_hub(reference)
+    else:
+        folder, resolved = local_copy(reference), Folder.at(reference).name  # the path differs between machines
+    return folder, replace(load_autoencoder(folder).describe(), reference=resolved)
+
+
+def _from_hub(name: str) -> tuple[Path, str]:
+    """The files of `organisation/name`, or of a folder in it, and the name with its commit."""
+    from huggingface_hub import snapshot_download
+
+    repository, inside = "/".join(name.split("/")[:2]), "/".join(name.split("/")[2:])
+    wanted = [f"{inside}/{file}".lstrip("/") for file in ("*.json", "*.safetensors")]
+    try:
+        folder = Path(snapshot_download(repository, allow_patterns=wanted))
+    except Exception as error:  # errors of requests, of the hub and of the disk
+        problem = " ".join(str(error).split())[:160]
+        raise UserError(
+            f"--autoencoder {name} is not a folder and cannot be fetched from Hugging Face's hub ({problem}): "
+            "give a folder or models:/..., or none for pixels"
+        ) from None
+    return folder / inside, f"{name}@{folder.name}"

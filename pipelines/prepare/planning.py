@@ -1,0 +1,149 @@
+"""Planning: which inputs a preparation has, in which order, and everything that the bytes of its shards depend on."""
+
+import contextlib
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+from patchloom.errors import UserError
+from patchloom.pipelines.prepare.encoders import fetch_autoencoder
+from patchloom.pipelines.prepare.images import CROPS, FILTERS, MODES, Transform, decode, size_of
+from patchloom.platform.dataset.prepared import open_dataset
+from patchloom.platform.dataset.readers import Reader
+from patchloom.platform.dataset.sources import Source, open_source, repeated
+from patchloom.platform.progress import say
+from patchloom.platform.records.dataset import DatasetAutoencoder, ImageTransform
+from patchloom.platform.records.prepare import PreparationPlan, PreparedInput
+
+PRECISIONS = ("fp32", "bf16")
+SHARD_ROWS, SHARD_BYTES = 512, 64 << 20  # limits of a shard: rows, and bytes of its decoded images
+SD_VAE, LATENTS_FROM_PIXELS = "stabilityai/sd-vae-ft-mse", 256
+
+
+@dataclass(frozen=True)
+class Preparation:
+    """A plan, its inputs, the side of its images in pixels, and the folder of the encoder if there is one."""
+
+    plan: PreparationPlan
+    inputs: list[PreparedInput]
+    side: int
+    encoder: Path | None = None
+
+    def with_shards(self, rows: int | None) -> "Preparation":
+        """The preparation with this number of rows per shard, or a number that suits the size of the images."""
+        rows = rows or max(1, min(SHARD_ROWS, SHARD_BYTES // (self.side * self.side * 3)))
+        return replace(self, plan=self.plan.model_copy(update={"shard_rows": rows}))
+
+
+def check_transform(transform: Transform) -> Transform:
+    """Complete a transform; raises UserError if an option is unknown or missing.
+
+    A resolution of 0 becomes that of the first image.
+    """
+    known = {"crop": CROPS, "resize": FILTERS, "channels": MODES}
+    for option, choices in known.items():
+        value = getattr(transform, option)
+        if value not in choices:
+            raise UserError(f"--{option} {value} is unknown: choose one of {', '.join(map(str, choices))}")
+    side = transform.resolution
+    if not side and transform.crop != "none":
+        raise UserError("--resolution is missing: give the side of the prepared images in pixels, such as 64")
+    if transform.crop != "windows" or not side:
+        return transform
+    short_side, stride = transform.short_side or 4 * side, transform.stride or max(1, side // 10)
+    if short_side < side:
+        raise UserError(f"--short-side {short_side} is below the resolution {side}: no window fits")
+    return replace(transform, short_side=short_side, stride=stride)
+
+
+def plan_dataset(address: str, autoencoder: str | None, precision: str) -> Preparation:
+    """Plan to encode a prepared dataset of pixels."""
+    dataset = open_dataset(address)
+    if dataset.kind != "pixels":
+        raise UserError(f"{address} contains {dataset.kind}, which cannot be encoded: give a dataset of pixels")
+    if autoencoder is None:
+        raise UserError(f"{address} is a prepared dataset: give --autoencoder to encode it, or a folder of images")
+    plan = PreparationPlan(
+        source=dataset.address,
+        source_kind="dataset",
+        transform=None,
+        class_names=dataset.class_names,
+        inputs_sha256=dataset.fingerprint,
+    )
+    inputs = [PreparedInput([row]) for row in range(len(dataset))]
+    return _with_encoder(Preparation(plan, inputs, dataset.card.resolution), autoencoder, precision, channels=3)
+
+
+def plan_images(address: str, labels: str | None, transform: Transform, autoencoder: str | None, precision: str) -> (
+    Preparation
+):  # fmt: skip
+    """Plan to prepare the images of a source, and to encode them if there is an autoencoder."""
+    source = open_source(address, labels)
+    if source.unmatched_labels:
+        say(f"  {source.unmatched_labels:,} labels have no input in {source.address}")
+    reader = Reader(source.kind, source.address)
+    if not transform.resolution:
+        transform = replace(transform, resolution=_first_side(reader, source))
+    duplicates = set(repeated([one.key for one in source.inputs]))
+    inputs, digest = list[PreparedInput](), hashlib.sha256()
+    for number, one in enumerate(source.inputs):
+        error = "duplicate key" if number in duplicates else None
+        whole = PreparedInput(one.place, one.key, one.label, error=error)
+        for entry in _windows(reader, whole, transform) if transform.crop == "windows" else [whole]:
+            digest.update(json.dumps([entry.key, entry.label, one.size_bytes]).encode())
+            inputs.append(entry)
+    plan = PreparationPlan(
+        source=source.address,
+        source_kind=source.kind,
+        transform=ImageTransform(**asdict(transform)),
+        class_names=source.class_names,
+        inputs_sha256=digest.hexdigest(),
+    )
+    side, channels = transform.resolution, transform.channels
+    if autoencoder is None and side >= LATENTS_FROM_PIXELS and channels == 3:
+        autoencoder = SD_VAE
+    return _with_encoder(Preparation(plan, inputs, side), autoencoder, precision, channels)
+
+
+def _first_side(reader: Reader, source: Source) -> int:
+    for one in source.inputs:
+        with contextlib.suppress(Exception):  # its shard lists it with the reason
+            return min(decode(reader.read(one.place)).size)
+    raise UserError(f"none of the {len(source.inputs)} inputs in {source.address} can be read: give readable images")
+
+
+def _windows(reader: Reader, whole: PreparedInput, transform: Transform) -> Iterator[PreparedInput]:
+    """The windows of one photograph, or the photograph itself if it cannot be read."""
+    try:
+        windows = transform.windows(size_of(reader.read(whole.place)))
+    except Exception:
+        yield whole  # its shard lists it with the reason
+        return
+    for region, y, x in windows:
+        yield replace(whole, key=f"{whole.key}@{region}#{y:05d},{x:05d}", window=(y, x))
+
+
+def _with_encoder(preparation: Preparation, autoencoder: str | None, precision: str, channels: int) -> Preparation:
+    """The preparation with its autoencoder, if it has one; raises UserError if that cannot encode the images."""
+    if autoencoder in (None, "none"):
+        return preparation
+    if precision not in PRECISIONS:
+        raise UserError(f"--precision {precision} is unknown: choose one of {', '.join(PRECISIONS)}")
+    folder, fetched = fetch_autoencoder(str(autoencoder))
+    card = DatasetAutoencoder(**replace(fetched, precision=precision).to_json())
+    if preparation.side % card.downscale:
+        raise UserError(f"--resolution {preparation.side} is not a multiple of {card.downscale}, as latents need")
+    if channels != 3:
+        raise UserError(f"--channels {channels} is for pixels: autoencoders need 3 channels")
+    plan = preparation.plan.model_copy(update={"autoencoder": card})
+    return replace(preparation, plan=plan, encoder=folder)
+
+
+def with_mirror_images(preparation: Preparation) -> Preparation:
+    """The preparation with a mirror image after each input; raises UserError without an autoencoder."""
+    if preparation.encoder is None:
+        raise UserError("--mirror needs --autoencoder: for pixels, training draws mirror images (data.mirror)")
+    inputs = [each for entry in preparation.inputs for each in (entry, replace(entry, mirror=True))]
+    return replace(preparation, plan=preparation.plan.model_copy(update={"mirror": True}), inputs=inputs)
