@@ -17,7 +17,7 @@ from patchloom.pipelines.evaluate.features import (
     COLOURS,
     extract,
     load_features,
-    missing,
+    missing_features,
     read_statistics,
     write_statistics,
 )
@@ -155,7 +155,9 @@ def _extract(
     wanted = [METRICS[name].output for name in chosen if METRICS[name].needs_images]
     theirs_outputs = tuple(output for output in outputs if output in wanted or output not in statistics)
     with contextlib.ExitStack() as stack:
-        todo = missing(ours, network, outputs) or (theirs is not None and missing(theirs, network, theirs_outputs))
+        todo = missing_features(ours, network, outputs) or (
+            theirs is not None and missing_features(theirs, network, theirs_outputs)
+        )
         if todo and workers != 0:
             stack.enter_context(ray_session())  # one for both sides
         options = network, features, workers, batch
@@ -175,13 +177,13 @@ def _save_reference(sides: ComparedSets, address: str, outputs: tuple[str, ...])
 def _identity(sides: ComparedSets, network: Features, reference: str, theirs: ImageSet | None) -> dict[str, Any]:
     """All that the numbers depend on but the images that are measured."""
     ours = sides.samples.images
-    options = {key: value for key, value in ours.about.items() if key not in NOT_OF_THE_NUMBERS}
+    options = {key: value for key, value in ours.details.items() if key not in NOT_OF_THE_NUMBERS}
     about: dict[str, Any]
     if theirs is None:
         about = {"reference": sha256_at(reference), "reference_kind": "statistics", "n_reference": None}
     else:
         about = {"reference": theirs.fingerprint, "reference_kind": theirs.kind, "n_reference": len(theirs),
-                 "reference_transform": theirs.about.get("transform")}  # fmt: skip
+                 "reference_transform": theirs.details.get("transform")}  # fmt: skip
     return {
         **network.describe().to_json(),
         "width": len(sides.samples.moments().mean),
@@ -209,7 +211,7 @@ def seed_ranges(seeds: list[int]) -> str:
 
 def _default_place(images: ImageSet) -> str:
     """`metrics.json` in what patchloom wrote, beside what others did."""
-    return f"{images.address}/metrics.json" if images.beside else f"{images.address}.metrics.json"
+    return f"{images.address}/metrics.json" if images.features_folder else f"{images.address}.metrics.json"
 
 
 def _keep(result: Evaluation, sides: ComparedSets, address: str) -> dict[str, Any]:
@@ -240,7 +242,7 @@ def _write(result: Evaluation, sides: ComparedSets, place: Path) -> list[Path]:
         "metrics": result.metrics,
         "identity": result.identity,
         "digest": result.digest,
-        "model": sides.samples.images.about.get("model"),
+        "model": sides.samples.images.details.get("model"),
         "notes": notes(result),
         "pictures": [picture.name for picture in pictures],
         "code_version": __version__,

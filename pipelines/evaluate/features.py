@@ -1,4 +1,4 @@
-"""Features of image sets: computed piece by piece on Ray Data, kept beside the images, and summed in float64."""
+"""Features of image sets: computed by workers in ranges of rows, kept with the images, and summed in float64."""
 
 import contextlib
 import functools
@@ -7,6 +7,7 @@ import operator
 import os
 import zipfile
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,14 +29,12 @@ from patchloom.models.features import (
     features_of_file,
 )
 from patchloom.models.metrics import COLOUR_LAYOUT, Moments
-from patchloom.pipelines.evaluate.image_sets import ImageSet, Piece, open_images
-from patchloom.platform.compute.cluster import map_on_actors
-from patchloom.platform.compute.session import begin_work
+from patchloom.pipelines.evaluate.image_sets import ImageSet, RowRange, open_images
+from patchloom.platform.compute.jobs import Job, run_job
 from patchloom.platform.files.copies import cache_folder, cached_copy, working_copy
 from patchloom.platform.files.downloads import Download, fetch_first
 from patchloom.platform.files.folder import Folder, is_remote
 from patchloom.platform.files.storage import local_path, make_folder
-from patchloom.platform.progress import progress
 
 BATCH = 32
 COLOURS, DINO, DINO_HUB = "colours", "dinov2", "facebook/dinov2-large"
@@ -54,10 +53,15 @@ STATISTICS = {"pool": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")}
 
 
 def load_features(reference: str, device: torch.device | str = "cpu") -> Features:
-    """The features that a user's word names, fetched once a node where they are not here.
+    """Load a feature network. Its weights are fetched once per node.
 
-    reference: `inception`, `colours` (no network), `dinov2` (from Hugging Face's hub), a file (Inception's weights or a
-    TorchScript module), or a folder of a transformers Dinov2Model. Raises UserError where they cannot be had.
+    Args:
+        reference: `inception`, `colours` (no network), `dinov2` (from Hugging Face's hub), a file (Inception's weights
+            or a TorchScript module), or a folder of a transformers Dinov2Model.
+        device: the device of the network.
+
+    Raises:
+        UserError: the weights cannot be found or fetched.
     """
     if reference in (COLOURS, COLOUR_LAYOUT):
         return ColourFeatures()
@@ -68,14 +72,14 @@ def load_features(reference: str, device: torch.device | str = "cpu") -> Feature
     path = _fetched(reference) if is_remote(reference) else local_path(reference)
     if not path.is_file():
         raise UserError(
-            f"--features {reference} is neither inception, colours, dinov2 nor a file: give a file of Inception's "
-            "weights or a TorchScript module"
+            f"--features {reference} is unknown: give inception, colours, dinov2, a file of Inception's weights, or a "
+            "TorchScript module"
         )
     return features_of_file(path, device)
 
 
 def _inception(device: torch.device | str) -> Features:
-    """From the node's cache, where it lies as safetensors."""
+    """Load Inception from safetensors in the node's cache."""
 
     def fill(folder: Path) -> None:
         raw = folder / "fetched"
@@ -83,8 +87,8 @@ def _inception(device: torch.device | str) -> Features:
             fetch_first(INCEPTION_FILES, raw)
         except UserError as error:
             raise UserError(
-                f"Inception's weights are not here and cannot be fetched ({error}): give --features FILE, or measure "
-                "without a network by --features colours"
+                f"--features inception: the weights cannot be fetched ({error}); give --features FILE, or use "
+                "--features colours, which needs no network"
             ) from None
         found = features_of_file(raw)
         assert isinstance(found, InceptionFeatures)
@@ -100,7 +104,7 @@ def _inception(device: torch.device | str) -> Features:
 
 
 def _fetched(address: str) -> Path:
-    """A remote file on this node."""
+    """A copy of a remote file on this node."""
     folder, name = Folder.of_file(address)
     path = working_copy(folder, "features") / name
     folder.fetch(name, path)
@@ -112,7 +116,7 @@ def _dino(reference: str, device: torch.device | str) -> Features:
         import transformers  # noqa: F401
     except ImportError:
         raise UserError(
-            f"--features {reference} takes the package transformers: pip install 'patchloom[dinov2]'"
+            f"--features {reference} needs the package transformers: pip install 'patchloom[dinov2]'"
         ) from None
     if reference != DINO:
         return DinoFeatures(local_path(reference), local_path(reference).name, device)
@@ -120,44 +124,43 @@ def _dino(reference: str, device: torch.device | str) -> Features:
 
     try:
         folder = snapshot_download(DINO_HUB, allow_patterns=["*.json", "*.safetensors"])
-    except Exception as error:  # of requests, of the hub and of the disk
+    except Exception as error:  # errors of requests, of the hub and of the disk
         problem = " ".join(str(error).split())[:160]
         raise UserError(
-            f"{DINO_HUB} cannot be fetched from Hugging Face's hub ({problem}): give --features FOLDER"
+            f"--features {reference}: {DINO_HUB} cannot be fetched from Hugging Face's hub ({problem}); give a folder"
         ) from None
     return DinoFeatures(Path(folder), DINO_HUB.rpartition("/")[2], device)
 
 
 class Extracted:
-    """The features of an image set, in its order."""
+    """The features of an image set, in the order of its images."""
 
-    def __init__(self, images: ImageSet, features: Features, place: Folder) -> None:
-        self.images, self.features, self.place = images, features, place
+    def __init__(self, images: ImageSet, features: Features, folder: Folder) -> None:
+        self.images, self.features, self.folder = images, features, folder
 
     def rows(self, output: str = POOL) -> Tensor:
         """(N, d) float32 in memory."""
-        return torch.from_numpy(np.concatenate(list(self._pieces(output))))
+        return torch.from_numpy(np.concatenate(list(self._arrays(output))))
 
     def moments(self, output: str = POOL) -> Moments:
-        """Their moments, summed piece by piece and kept, so that they are summed once."""
+        """The moments of the features. They are computed once and kept in a file."""
         name = f"{output}-{self.images.fingerprint[:32]}.npz"
-        if self.place.has(name):
-            kept = np.load(io.BytesIO(self.place.read(name)))
+        if self.folder.has(name):
+            kept = np.load(io.BytesIO(self.folder.read(name)))
             return Moments(int(kept["n"]), torch.from_numpy(kept["mean"]), torch.from_numpy(kept["scatter"]))
-        moments = functools.reduce(operator.add, map(Moments.of, self._pieces(output)))
-        self.place.write(name, _npz(n=moments.count, mean=moments.mean.numpy(), scatter=moments.scatter.numpy()))
+        moments = functools.reduce(operator.add, map(Moments.of, self._arrays(output)))
+        self.folder.write(name, _npz(n=moments.count, mean=moments.mean.numpy(), scatter=moments.scatter.numpy()))
         return moments
 
-    def _pieces(self, output: str) -> Iterator[np.ndarray]:
-        for piece in self.images.pieces:
-            yield np.load(io.BytesIO(self.place.read(_file(piece, output))))
+    def _arrays(self, output: str) -> Iterator[np.ndarray]:
+        for rows in self.images.ranges:
+            yield np.load(io.BytesIO(self.folder.read(_file(rows, output))))
 
 
-def missing(images: ImageSet, features: Features, outputs: tuple[str, ...]) -> dict[int, Piece]:
-    """The pieces whose features no earlier call has kept, by their number."""
-    kept = _place(images, features).files()
-    pieces = enumerate(images.pieces)
-    return {number: piece for number, piece in pieces if any(_file(piece, output) not in kept for output in outputs)}
+def missing_features(images: ImageSet, features: Features, outputs: tuple[str, ...]) -> list[RowRange]:
+    """The ranges of rows whose features no earlier call has kept."""
+    kept = _folder(images, features).files()
+    return [rows for rows in images.ranges if any(_file(rows, output) not in kept for output in outputs)]
 
 
 def extract(
@@ -168,73 +171,98 @@ def extract(
     workers: int | None = None,
     batch: int = BATCH,
 ) -> Extracted:
-    """Compute what is missing, on Ray Data; a kill costs the pieces that were begun.
+    """Compute the features that are missing, and keep them. After a kill, only unfinished ranges are computed again.
 
-    outputs: names among the features' own. reference: what `load_features` takes, on every node. workers: all CPUs
-    (or GPUs) by default, 0 for this process. batch: images that go through the network at once.
+    Args:
+        images: the images.
+        outputs: names among the outputs of the features.
+        features: the feature network.
+        reference: how every node finds that network; see `load_features`.
+        workers: parallel processes. None: all CPUs or GPUs. 0: this process.
+        batch: images per network batch.
     """
-    place, todo = _place(images, features), missing(images, features, outputs)
-    job = {"images": images.address, "features": reference, "sha256": features.sha256, "outputs": outputs,
-           "batch": batch, "backbones": allowed_backbones()}  # fmt: skip
-    if todo:
-        _look(images, todo, place, job, workers)
-    return Extracted(images, features, place)
+    job = FeatureJob(images, outputs, features, reference, batch)
+    if job.missing():
+        run_job(job, workers)
+    return Extracted(images, features, job.features_folder)
 
 
-def _look(images: ImageSet, todo: dict[int, Piece], place: Folder, job: dict[str, Any], workers: int | None) -> None:
-    """Compute the features of pieces and keep them as they come."""
-    items = [{"number": number, "start": piece.start, "stop": piece.stop} for number, piece in todo.items()]
-    kept = len(images) - sum(piece.stop - piece.start for piece in todo.values())
-    with progress(f"looking at {images.kind}", len(images), "images") as meter:
-        meter.begin(kept)
+@dataclass(frozen=True)
+class FeatureMakerArgument:
+    """What a worker needs to compute features. `images` and `features` are addresses that work on any node."""
 
-        def watch(count: int) -> None:
-            meter.update(max(meter.done, kept + count))
-
-        looked_at, watched = 0, None if workers == 0 else watch
-        for row in map_on_actors(FeatureMaker, job, items, workers, on_gpus=True, watch=watched):
-            piece = todo[row["number"]]
-            for output in job["outputs"]:
-                place.write(_file(piece, output), row[output])
-            looked_at += piece.stop - piece.start
-            watch(looked_at)
+    images: str
+    features: str
+    sha256: str
+    outputs: tuple[str, ...]
+    batch: int
+    backbones: tuple[str, ...]
 
 
 class FeatureMaker:
-    """Holds a feature network and the images, and turns pieces into features."""
+    """Loads a feature network and opens the images once, and computes features of ranges of rows."""
 
-    def __init__(self, job: dict[str, Any]) -> None:
-        begin_work()
-        allow_backbones(*job["backbones"])
+    def __init__(self, argument: FeatureMakerArgument) -> None:
+        allow_backbones(*argument.backbones)
+        self.argument, self.images = argument, open_images(argument.images)
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
-        self.images, self.outputs, self.batch = open_images(job["images"]), job["outputs"], job["batch"]
-        self.count: Callable[[str, int], Any] | None = job["tally"].count.remote if "tally" in job else None
-        self.features = load_features(job["features"], self.device)
-        if self.features.sha256 != job["sha256"]:
+        self.features = load_features(argument.features, self.device)
+        if self.features.sha256 != argument.sha256:
             raise UserError(
-                f"the features {job['features']} have sha256 {self.features.sha256[:12]} on this node and "
-                f"{job['sha256'][:12]} where the command runs: give all nodes the same file"
+                f"--features {argument.features} has sha256 {self.features.sha256[:12]} on this node, not "
+                f"{argument.sha256[:12]}: give all nodes the same file"
             )
 
     @torch.inference_mode()
-    def __call__(self, item: dict[str, Any]) -> dict[str, Any]:
-        """The features of one piece, each output as the bytes of a `.npy` file."""
-        found: dict[str, list[Tensor]] = {output: [] for output in self.outputs}
-        images = torch.from_numpy(self.images.read(item["start"], item["stop"]))
-        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):  # ten bits less would be another metric
-            for some in images.expand(-1, 3, -1, -1).split(self.batch):
-                features = self.features(some.to(self.device))
-                for output in self.outputs:
+    def __call__(self, rows: RowRange, report: Callable[[int], None]) -> dict[str, bytes]:
+        """The features of a range, each output as the bytes of a `.npy` file."""
+        outputs, done = self.argument.outputs, 0
+        found: dict[str, list[Tensor]] = {output: [] for output in outputs}
+        images = torch.from_numpy(self.images.read(rows.start, rows.stop))
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):  # TF32 would give another metric
+            for batch in images.expand(-1, 3, -1, -1).split(self.argument.batch):
+                features = self.features(batch.to(self.device))
+                for output in outputs:
                     found[output].append(features[output].float().cpu())
-                if self.count is not None:
-                    self.count(str(item["number"]), sum(map(len, found[self.outputs[0]])))
-        return {"number": item["number"], **{name: _npy(torch.cat(rows)) for name, rows in found.items()}}
+                done += len(batch)
+                report(done)
+        return {output: _npy(torch.cat(batches)) for output, batches in found.items()}
+
+
+class FeatureJob(Job[RowRange, dict[str, bytes]]):
+    """The job of `extract`: its units are ranges of rows."""
+
+    worker = FeatureMaker
+    folder = None  # not locked: two evaluations may use the same reference
+
+    def __init__(
+        self, images: ImageSet, outputs: tuple[str, ...], features: Features, reference: str, batch: int
+    ) -> None:
+        self.images, self.outputs, self.features = images, outputs, features
+        self.title, self.total = f"features of {images.kind}", len(images)
+        self.features_folder = _folder(images, features)
+        self.argument = FeatureMakerArgument(
+            images.address, reference, features.sha256, outputs, batch, allowed_backbones()
+        )
+
+    def missing(self) -> list[RowRange]:
+        """Ranges without a file of features."""
+        return missing_features(self.images, self.features, self.outputs)
+
+    def keep(self, unit: RowRange, result: dict[str, bytes]) -> None:
+        """Write the features, from this process: the folder may be a cache of this node."""
+        for output, content in result.items():
+            self.features_folder.write(_file(unit, output), content)
 
 
 def read_statistics(address: str) -> dict[str, tuple[Tensor, Tensor]]:
-    """Mean (d,) and covariance (d, d) by output, float64, of an `.npz` with EDM's or ADM's names; empty without them.
+    """Read the statistics of an `.npz` with EDM's or ADM's names.
 
-    Raises UserError for a file that is none, and for shapes that do not belong together.
+    Returns:
+        Mean (d,) and covariance (d, d) in float64 by output; empty if the file has no statistics.
+
+    Raises:
+        UserError: the file cannot be read, or the shapes do not match.
     """
     folder, name = Folder.of_file(address)
     try:
@@ -245,12 +273,12 @@ def read_statistics(address: str) -> dict[str, tuple[Tensor, Tensor]]:
             if mean in archive.files and covariance in archive.files
         }
     except (OSError, ValueError, zipfile.BadZipFile) as error:
-        raise UserError(f"{address} is no .npz of arrays ({error}): give one with mu and sigma, or arr_0") from None
+        raise UserError(f"{address} is not an .npz of arrays ({error}): give one with mu and sigma, or arr_0") from None
     for mean, covariance in found.values():
         if mean.ndim != 1 or covariance.shape != (len(mean), len(mean)):
             raise UserError(
-                f"{address} has a mean of {tuple(mean.shape)} and a covariance of {tuple(covariance.shape)}, and (d,) "
-                "and (d, d) were wanted: write it again"
+                f"{address} has a mean of shape {tuple(mean.shape)} and a covariance of shape "
+                f"{tuple(covariance.shape)}, not (d,) and (d, d): write it again"
             )
     return found
 
@@ -265,18 +293,18 @@ def write_statistics(address: str, moments: dict[str, Moments]) -> None:
     folder.write(name, _npz(**arrays))
 
 
-def _place(images: ImageSet, features: Features) -> Folder:
-    """Where features of this network are kept: beside the images, or on this node where those are only to be read."""
+def _folder(images: ImageSet, features: Features) -> Folder:
+    """Where the features of a network are kept: with the images, or in this node's cache if those are read-only."""
     name = f"{features.name}-{features.sha256[:8].replace(' ', '-')}"
-    if images.beside is not None:
+    if images.features_folder is not None:
         with contextlib.suppress(OSError, UserError):
-            images.beside.folder(name).write_json("features.json", features.describe().to_json())
-            return images.beside.folder(name)
+            images.features_folder.folder(name).write_json("features.json", features.describe().to_json())
+            return images.features_folder.folder(name)
     return Folder(str(make_folder(cache_folder("features") / images.fingerprint[:32] / name)))
 
 
-def _file(piece: Piece, output: str) -> str:
-    return f"{piece.sha256[:32]}.{output}.npy"
+def _file(rows: RowRange, output: str) -> str:
+    return f"{rows.sha256[:32]}.{output}.npy"
 
 
 def _npy(rows: Tensor) -> bytes:

@@ -1,4 +1,4 @@
-"""Image sets: what is measured, whatever it lies in, as pieces that any worker can read again by itself."""
+"""Image sets: images to compare, in any container, as ranges of rows that any worker can read."""
 
 import hashlib
 from abc import ABC, abstractmethod
@@ -19,43 +19,47 @@ from patchloom.platform.dataset.sources import IMAGE_EXTENSIONS
 from patchloom.platform.files.folder import Folder
 from patchloom.platform.files.storage import file_sha256, local_path
 
-PIECE_ROWS = 128  # about a minute of Inception on a CPU core: what a kill costs, and how often progress moves
-NPZ_ARRAYS = ("arr_0", "images")
+RANGE_ROWS = 128  # about a minute of Inception on a CPU core
 
 
 @dataclass(frozen=True)
-class Piece:
-    """Some rows of a set. What was computed of them stays true as long as their sha256 is the same."""
+class RowRange:
+    """A range of rows of an image set, with the sha256 of its images. Equal sha256s have equal features."""
 
     sha256: str
     start: int
     stop: int
 
+    @property
+    def size(self) -> int:
+        """The number of rows."""
+        return self.stop - self.start
+
 
 class ImageSet(ABC):
-    """Images of one size, in an order that does not change; `kind` and `about` go into what is said of results."""
+    """Images of one size, in a fixed order. `kind` and `details` are part of a result."""
 
     kind: str
-    address: str  # `open_images` opens the same set by it, on any node
-    pieces: list[Piece]
-    fingerprint: str  # of all images, with their order
+    address: str  # `open_images` opens the same set on any node
+    ranges: list[RowRange]
+    fingerprint: str  # of all images in their order
     size: tuple[int, int, int]  # channels, height, width
 
     def __len__(self) -> int:
-        return self.pieces[-1].stop if self.pieces else 0
+        return self.ranges[-1].stop if self.ranges else 0
 
     @abstractmethod
     def read(self, start: int, stop: int) -> np.ndarray:
-        """Rows as (N, C, H, W) uint8; raises UserError at one that is damaged or of another size."""
+        """Rows as (N, C, H, W) uint8; raises UserError if an image is damaged or has another size."""
 
     @property
-    def about(self) -> dict[str, Any]:
-        """What else results depend on: a reference's transform, samples' options."""
+    def details(self) -> dict[str, Any]:
+        """What else a result depends on: the transform of a dataset, the options of samples."""
         return {}
 
     @property
-    def beside(self) -> Folder | None:
-        """Where what was computed of it may be kept for all who use it, if anywhere."""
+    def features_folder(self) -> Folder | None:
+        """Where the features may be kept, if the images are in a folder of Patchloom."""
         return None
 
     def at(self, rows: np.ndarray) -> np.ndarray:
@@ -64,7 +68,7 @@ class ImageSet(ABC):
 
 
 class SampleImages(ImageSet):
-    """What `patchloom sample` wrote, verified against its manifest."""
+    """Images of `patchloom sample`, verified against their manifest."""
 
     kind = "samples"
 
@@ -72,8 +76,8 @@ class SampleImages(ImageSet):
         self.address, self.folder = folder.address, folder
         self.entries = read_entries(folder)
         self.sampling = read_sampling_card(folder)
-        self.pieces = _pieces([entry.sha256 for entry in self.entries])
-        self.fingerprint = _sha256(*(piece.sha256 for piece in self.pieces))
+        self.ranges = _ranges([entry.sha256 for entry in self.entries])
+        self.fingerprint = _sha256(*(rows.sha256 for rows in self.ranges))
         self.size = self.read(0, 1).shape[1:] if self.entries else (0, 0, 0)
 
     def read(self, start: int, stop: int) -> np.ndarray:
@@ -81,8 +85,8 @@ class SampleImages(ImageSet):
         return read_samples(self.folder, self.entries[start:stop])
 
     @property
-    def about(self) -> dict[str, Any]:
-        """The options that they were sampled with, and the model."""
+    def details(self) -> dict[str, Any]:
+        """The options of sampling, and the model."""
         return {
             key: value
             for key, value in self.sampling.to_dict().items()
@@ -90,13 +94,13 @@ class SampleImages(ImageSet):
         }
 
     @property
-    def beside(self) -> Folder:
-        """In the samples' folder."""
+    def features_folder(self) -> Folder:
+        """`.features` in the folder of samples."""
         return self.folder.folder(".features")
 
 
 class DatasetImages(ImageSet):
-    """A prepared dataset: its pixels, or what its autoencoder makes of its latents' means."""
+    """A prepared dataset: its pixels, or the decoded means of its latents."""
 
     def __init__(self, address: str) -> None:
         self.dataset = open_dataset(address)
@@ -104,14 +108,14 @@ class DatasetImages(ImageSet):
         self.address, self.fingerprint = self.dataset.address, self.dataset.fingerprint
         self.kind = "pixels" if self.dataset.kind == "pixels" else "reconstructions"
         if card["mirror"]:
-            raise UserError(f"{address} holds mirror images too: measure latents that were prepared without --mirror")
+            raise UserError(f"{address} contains mirror images: use latents that were prepared without --mirror")
         self._autoencoder: Any = None
         self._device = "cuda" if torch.cuda.is_available() else "cpu"
-        start, self.pieces = 0, []
+        start, self.ranges = 0, []
         for shard in card["shards"]:
-            for first in range(0, shard["rows"], PIECE_ROWS):
-                last = min(first + PIECE_ROWS, shard["rows"])
-                self.pieces.append(Piece(_sha256(shard["sha256"], f"{first}-{last}"), start + first, start + last))
+            for first in range(0, shard["rows"], RANGE_ROWS):
+                last = min(first + RANGE_ROWS, shard["rows"])
+                self.ranges.append(RowRange(_sha256(shard["sha256"], f"{first}-{last}"), start + first, start + last))
             start += shard["rows"]
         side = card["resolution"] * (card["autoencoder"]["downscale"] if card["autoencoder"] else 1)
         self.size = (3 if card["autoencoder"] else card["channels"], side, side)
@@ -121,7 +125,7 @@ class DatasetImages(ImageSet):
         return list(self.dataset.rows(range(start, stop))["key"])
 
     def read(self, start: int, stop: int) -> np.ndarray:
-        """Rows in the dataset's order; latents are decoded."""
+        """Rows in the order of the dataset. Latents are decoded."""
         rows = self.dataset.rows(range(start, stop))
         if self.kind == "pixels":
             return rows["image"]
@@ -130,11 +134,11 @@ class DatasetImages(ImageSet):
 
             self._autoencoder = load_autoencoder(self.dataset.path / "autoencoder", self._device)
         means = torch.from_numpy(rows["mean"]).float().split(16)
-        return np.concatenate([self._autoencoder.decode(some.to(self._device)).cpu().numpy() for some in means])
+        return np.concatenate([self._autoencoder.decode(batch.to(self._device)).cpu().numpy() for batch in means])
 
     @property
-    def about(self) -> dict[str, Any]:
-        """How the images came to their size, and what encoded them."""
+    def details(self) -> dict[str, Any]:
+        """The transform of the images, and the autoencoder of latents."""
         card = self.dataset.card
         return {
             "transform": card.transform.to_dict() if card.transform else None,
@@ -142,8 +146,8 @@ class DatasetImages(ImageSet):
         }
 
     @property
-    def beside(self) -> Folder:
-        """In the dataset's folder."""
+    def features_folder(self) -> Folder:
+        """`.features` in the folder of the dataset."""
         return Folder(self.address).folder(".features")
 
 
@@ -156,37 +160,37 @@ class ArrayImages(ImageSet):
         self.address = address
         self.images = npz_images(*Folder.of_file(address))
         sha256 = sha256_at(address)
-        self.pieces = [
-            Piece(_sha256(sha256, str(start)), start, min(start + PIECE_ROWS, len(self.images)))
-            for start in range(0, len(self.images), PIECE_ROWS)
+        self.ranges = [
+            RowRange(_sha256(sha256, str(start)), start, min(start + RANGE_ROWS, len(self.images)))
+            for start in range(0, len(self.images), RANGE_ROWS)
         ]
         self.fingerprint = sha256
         self.size = self.read(0, 1).shape[1:] if len(self.images) else (0, 0, 0)
 
     def read(self, start: int, stop: int) -> np.ndarray:
-        """Rows in the array's order."""
+        """Rows in the order of the array."""
         images = self.images[start:stop]
         return np.ascontiguousarray((images[..., None] if images.ndim == 3 else images).transpose(0, 3, 1, 2))
 
 
-class PictureImages(ImageSet):
+class PngImages(ImageSet):
     """A folder of PNG files, in the order of their names."""
 
     kind = "pictures"
 
     def __init__(self, folder: Path, files: list[Path]) -> None:
         self.address, self.files = str(folder), files
-        self.pieces = _pieces([file_sha256(path) for path in files])
-        self.fingerprint = _sha256(*(piece.sha256 for piece in self.pieces))
+        self.ranges = _ranges([file_sha256(path) for path in files])
+        self.fingerprint = _sha256(*(rows.sha256 for rows in self.ranges))
         self.size = self._decoded(files[0]).shape
 
     def read(self, start: int, stop: int) -> np.ndarray:
-        """Rows in the order of the files' names."""
+        """Rows in the order of the file names."""
         images = [self._decoded(path) for path in self.files[start:stop]]
         for path, image in zip(self.files[start:stop], images, strict=True):
             if image.shape != self.size:
                 found, wanted = (f"{shape[2]}x{shape[1]}" for shape in (image.shape, self.size))
-                raise UserError(f"{path} is {found} and {self.files[0].name} {wanted}: images of one size were wanted")
+                raise UserError(f"{path} is {found}, but {self.files[0].name} is {wanted}: all images need one size")
         return np.stack(images)
 
     @staticmethod
@@ -195,14 +199,15 @@ class PictureImages(ImageSet):
             with Image.open(path) as image:
                 pixels = np.asarray(image if image.mode in ("L", "RGB") else image.convert("RGB"))
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-            raise UserError(f"{path} cannot be read ({error}): remove it, or make it again") from None
+            raise UserError(f"{path} cannot be read ({error}): remove or replace it") from None
         return pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
 
 
 def open_images(address: str) -> ImageSet:
-    """The images at an address: samples, a prepared dataset, an `.npz`, or a folder of PNG files.
+    """Open samples, a prepared dataset, an `.npz`, or a folder of PNG files.
 
-    Raises UserError for anything else, JPEG files among it: what they lost would be measured too.
+    Raises:
+        UserError: the address contains something else. JPEG files are refused: compression would change the metrics.
     """
     if address.endswith(".npz"):
         return ArrayImages(address)
@@ -218,40 +223,40 @@ def open_images(address: str) -> ImageSet:
     lossy = [file for file in files if file.suffix.lower() != ".png"]
     if lossy:
         raise UserError(
-            f"{path} holds {len(lossy):,} files such as {lossy[0].name}, and what a lossy format left out would be "
-            "measured too: give PNG files, or `patchloom prepare` them where they are the real images"
+            f"{path} contains {len(lossy):,} files such as {lossy[0].name}, whose lossy compression would change the "
+            "metrics: give PNG files, or use `patchloom prepare` for real images"
         )
     if not files:
-        raise UserError(f"{path} holds no samples: give a folder of `patchloom sample`, a prepared dataset or an .npz")
-    return PictureImages(path, files)
+        raise UserError(f"{path} contains no samples: give a folder of samples, a prepared dataset or an .npz")
+    return PngImages(path, files)
 
 
 def check_pair(samples: ImageSet, reference: ImageSet | None) -> None:
-    """Refuse sets that cannot be compared; a reference of statistics alone has no size to compare."""
+    """Raise UserError if two sets cannot be compared. A reference may be None: only its statistics are known."""
     for images in filter(None, (samples, reference)):
         if len(images) < 2:
             count = "1 image" if len(images) == 1 else "no images"
-            raise UserError(f"{images.address} holds {count}, and a distance takes 2 or more: sample more seeds")
+            raise UserError(f"{images.address} contains {count}; a distance needs at least 2: sample more seeds")
         if images.size[0] not in (1, 3):
-            raise UserError(f"{images.address} has {images.size[0]} channels, and grey or RGB was wanted")
+            raise UserError(f"{images.address} has {images.size[0]} channels, not 1 (grey) or 3 (RGB)")
     if reference is not None and samples.size[1:] != reference.size[1:]:
         found, wanted = (f"{width}x{height}" for _, height, width in (samples.size, reference.size))
-        raise UserError(f"samples are {found} and the reference is {wanted}: give a reference of the same size")
+        raise UserError(f"the samples are {found} and the reference is {wanted}: give a reference of the same size")
 
 
-def _pieces(sha256s: list[str]) -> list[Piece]:
-    starts = range(0, len(sha256s), PIECE_ROWS)
-    ends = [min(start + PIECE_ROWS, len(sha256s)) for start in starts]
-    return [Piece(_sha256(*sha256s[start:end]), start, end) for start, end in zip(starts, ends, strict=True)]
+def _ranges(sha256s: list[str]) -> list[RowRange]:
+    starts = range(0, len(sha256s), RANGE_ROWS)
+    ends = [min(start + RANGE_ROWS, len(sha256s)) for start in starts]
+    return [RowRange(_sha256(*sha256s[start:end]), start, end) for start, end in zip(starts, ends, strict=True)]
 
 
 def sha256_at(address: str) -> str:
-    """The sha256 of a file, here or far away."""
+    """The sha256 of a local or remote file."""
     folder, name = Folder.of_file(address)
     digest = hashlib.sha256()
     with folder.open(name) as file:
-        while piece := file.read(1 << 22):
-            digest.update(piece)
+        while block := file.read(1 << 22):
+            digest.update(block)
     return digest.hexdigest()
 
 

@@ -128,7 +128,7 @@ def _reconstruction(sides: ComparedSets) -> dict[str, Any]:
     if len(ours) != len(theirs):
         raise UserError(f"{ours.address} has {len(ours)} rows and {theirs.address} {len(theirs)}: give the same images")
     totals, rows = {"psnr_db": 0.0, "ssim": 0.0}, 0
-    for piece in ours.pieces:
+    for piece in ours.ranges:
         if ours.keys(piece.start, piece.stop) != theirs.keys(piece.start, piece.stop):
             raise UserError(f"{ours.address} and {theirs.address} have other keys: give the same images, in one order")
         pairs = theirs.read(piece.start, piece.stop), ours.read(piece.start, piece.stop)

@@ -23,11 +23,7 @@ NOTES_FOLDER = f"{WORK_FOLDER}/notes"  # one file per finished unit
 
 
 class Unit(Protocol):
-    """One part of a job: a name that is unique in the job, and the number of its images."""
-
-    @property
-    def name(self) -> str:
-        """The name."""
+    """One part of a job, which one worker does."""
 
     @property
     def size(self) -> int:
