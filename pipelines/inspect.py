@@ -1,10 +1,10 @@
 """Inspect: verify a dataset or model and return its card."""
 
+import json
 import tempfile
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -34,11 +34,13 @@ class Inspection:
     card: DatasetCard | ModelCard
     contact_sheet: str | None = None
 
-    def to_json_value(self) -> dict[str, Any]:
+    def to_json(self) -> str:
         """What `patchloom inspect` prints."""
         if isinstance(self.card, DatasetCard):
-            return self.card.to_dict() | {"contact_sheet": self.contact_sheet}
-        return self.card.to_json()
+            values = self.card.to_dict() | {"contact_sheet": self.contact_sheet}
+        else:
+            values = self.card.to_json()
+        return json.dumps(values, indent=2, ensure_ascii=False)
 
     def summary(self) -> str:
         """The counts and statistics of a dataset as text; empty for a model."""

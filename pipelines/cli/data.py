@@ -1,7 +1,6 @@
 """The commands about data: prepare a dataset, inspect a dataset or model."""
 
 import contextlib
-import json
 import sys
 from typing import Annotated
 
@@ -10,70 +9,72 @@ import typer
 from patchloom.models.backbones import allow_backbones
 from patchloom.pipelines.cli.options import Backbones, FolderToWrite
 
+Source = Annotated[
+    str,
+    typer.Argument(
+        help="Images: a folder (classes are its first-level sub-folders), .zip, .tar, WebDataset shards, .parquet, "
+        ".arrow, .npz or a saved Hugging Face dataset. Or a prepared dataset of pixels, to encode as latents"
+    ),
+]
+Resolution = Annotated[
+    int | None,
+    typer.Option(min=1, help="Width and height of the prepared images, in pixels; optional for --crop none"),
+]
+Crop = Annotated[
+    str,
+    typer.Option(help="center, dhariwal (as in ADM), none (images are square), or windows (many crops per photograph)"),
+]
+LabelsFile = Annotated[
+    str | None,
+    typer.Option(
+        help="Labels file: .csv, .jsonl or .parquet with key and label, or EDM's dataset.json  "
+        "[default: labels in SOURCE]"
+    ),
+]
+EncodeWith = Annotated[
+    str | None,
+    typer.Option(
+        help="Encode images as latents: models:/NAME/VERSION, a folder, a Hugging Face name, or none for pixels  "
+        "[default: Stable Diffusion's at 256 pixels and above, else none]"
+    ),
+]
+ShortSide = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        help="With --crop windows: resize photographs to this shorter side, in pixels  [default: 4 x --resolution]",
+    ),
+]
+Stride = Annotated[
+    int | None,
+    typer.Option(min=1, help="With --crop windows: distance between windows, in pixels  [default: --resolution / 10]"),
+]
+PrepareWorkers = Annotated[
+    int | None,
+    typer.Option(
+        min=0,
+        help="Parallel worker processes; 0 runs in this process, without Ray  "
+        "[default: this process for 10 seconds, then all GPUs or CPUs]",
+    ),
+]
+
 
 def prepare(
-    source: Annotated[
-        str,
-        typer.Argument(
-            help="Images: a folder (classes are its first-level sub-folders), .zip, .tar, WebDataset shards, .parquet, "
-            ".arrow, .npz or a saved Hugging Face dataset. Or a prepared dataset of pixels, to encode as latents"
-        ),
-    ],
+    source: Source,
     dataset: FolderToWrite,
-    resolution: Annotated[
-        int | None,
-        typer.Option(min=1, help="Width and height of the prepared images, in pixels; optional with --crop none"),
-    ] = None,
-    crop: Annotated[
-        str,
-        typer.Option(
-            help="center, dhariwal (as in ADM), none (images are square), or windows (many crops of each photograph)"
-        ),
-    ] = "center",
+    resolution: Resolution = None,
+    crop: Crop = "center",
     resize: Annotated[str, typer.Option(help="Antialiased filter: lanczos, box, bicubic or bilinear")] = "lanczos",
     channels: Annotated[int, typer.Option(help="Colour channels: 3 for RGB, 1 for grey")] = 3,
     min_side: Annotated[int, typer.Option(min=0, help="Skip images whose shorter side has fewer pixels")] = 0,
-    labels: Annotated[
-        str | None,
-        typer.Option(
-            help="Labels file: .csv, .jsonl or .parquet with key and label, or EDM's dataset.json  "
-            "[default: labels in SOURCE]"
-        ),
-    ] = None,
-    autoencoder: Annotated[
-        str | None,
-        typer.Option(
-            help="Encode images as latents: models:/NAME/VERSION, a folder, a Hugging Face name, or none for pixels  "
-            "[default: Stable Diffusion's at 256 pixels and above, else none]"
-        ),
-    ] = None,
+    labels: LabelsFile = None,
+    autoencoder: EncodeWith = None,
     precision: Annotated[str, typer.Option(help="Arithmetic of the encoder: fp32 or bf16")] = "fp32",
-    mirror: Annotated[bool, typer.Option("--mirror", help="With latents: encode the mirror image of each row too")] = (
-        False
-    ),
-    short_side: Annotated[
-        int | None,
-        typer.Option(
-            min=1,
-            help="With --crop windows: resize photographs to this shorter side first, in pixels  "
-            "[default: 4 x --resolution]",
-        ),
-    ] = None,
-    stride: Annotated[
-        int | None,
-        typer.Option(
-            min=1, help="With --crop windows: distance between windows, in pixels  [default: --resolution / 10]"
-        ),
-    ] = None,
+    mirror: Annotated[bool, typer.Option("--mirror", help="With latents: encode mirror images too")] = False,
+    short_side: ShortSide = None,
+    stride: Stride = None,
     allow_backbone: Backbones = None,
-    workers: Annotated[
-        int | None,
-        typer.Option(
-            min=0,
-            help="Parallel worker processes; 0 runs in this process, without Ray  "
-            "[default: this process for 10 seconds, then all GPUs or CPUs]",
-        ),
-    ] = None,
+    workers: PrepareWorkers = None,
 ) -> None:
     """Turn images into an Arrow dataset of pixels or latents."""
     allow_backbones(*allow_backbone or [])
@@ -99,7 +100,7 @@ def inspect(
 
     with contextlib.redirect_stdout(sys.stderr):  # stdout is the card only
         found = inspect(what)
-    print(json.dumps(found.to_json_value(), indent=2, ensure_ascii=False))
+    print(found.to_json())
     if found.summary():
         print(found.summary(), file=sys.stderr)
     if found.contact_sheet:

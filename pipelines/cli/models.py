@@ -45,7 +45,7 @@ def models_show(
     from patchloom.pipelines.registry.describing import describe_model, show_model
 
     if as_json:
-        print_json(describe_model(model).to_json_value())
+        print(describe_model(model).to_json())
     else:
         print(show_model(model, picture))
 
@@ -70,7 +70,7 @@ def models_compare(
     with messages_to_stderr(as_json):
         found = compare_models(one, other, picture=None if no_picture else picture, seeds=seeds, steps=steps)
     if as_json:
-        print_json(found.to_json_value())
+        print(found.to_json())
     else:
         print(found.text())
 

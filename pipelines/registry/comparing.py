@@ -1,5 +1,6 @@
 """Comparing: how two models differ in recipe, metrics, and samples of the same seeds."""
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,11 +11,12 @@ from patchloom.errors import UserError
 from patchloom.models.checkpoints import load_sampling_model
 from patchloom.models.generate import Sampling, default_labels, generate_padded
 from patchloom.pipelines.pages.pictures import save_png, side_by_side
-from patchloom.pipelines.registry.describing import recipe_values, registered_version
+from patchloom.pipelines.registry.describing import recipe_of, registered_version
 from patchloom.pipelines.registry.quality import TITLES, Evaluation, comparable, differences, evaluations_of
 from patchloom.pipelines.sample.options import SampleOptions
 from patchloom.platform.files.storage import local_path, make_folder
 from patchloom.platform.progress import progress
+from patchloom.platform.recipe.run_recipe import Recipe
 from patchloom.platform.tracking.registry import FetchedModel, fetch_model
 from patchloom.platform.tracking.runs import flat_parameters
 
@@ -33,17 +35,17 @@ class ModelComparison:
     """How two models differ; `not_comparable` says why there are no metrics."""
 
     models: tuple[str, str]
-    recipe: dict[str, tuple[Any, Any]]  # only keys with different values
+    recipe: dict[str, tuple[Any, ...]]  # only keys with different values
     metrics: list[ComparedMetrics]
     not_comparable: list[str]
     picture: str | None
 
-    def to_json_value(self) -> dict[str, Any]:
+    def to_json(self) -> str:
         """What `models compare --json` prints."""
         metrics = [
             {"digest": found.digest, "circumstances": found.circumstances, **found.values} for found in self.metrics
         ]
-        return vars(self) | {"metrics": metrics}
+        return json.dumps(vars(self) | {"metrics": metrics})
 
     def text(self) -> str:
         """The comparison as lines, one column for each model."""
@@ -89,7 +91,7 @@ def compare_models(
     pairs = comparable(first, second)
     return ModelComparison(
         models=(fetched[0].reference, fetched[1].reference),
-        recipe=_different_keys(*(flat_parameters(recipe_values(model)) for model in fetched)),
+        recipe=_different_keys(*(recipe_of(model) for model in fetched)),
         metrics=[_compared_metrics(*pair) for pair in pairs],
         not_comparable=[] if pairs else why_not_comparable(first, second),
         picture=_sample_both(fetched, local_path(picture), seeds, steps) if picture else None,
@@ -101,9 +103,13 @@ def _evaluations(model: FetchedModel) -> list[Evaluation]:
     return evaluations_of(version.tags) if version else []
 
 
-def _different_keys(first: dict[str, Any], second: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
-    both = {key: (first.get(key), second.get(key)) for key in dict.fromkeys([*first, *second])}
-    return {key: values for key, values in both.items() if values[0] != values[1]}
+def _different_keys(*recipes: Recipe | None) -> dict[str, tuple[Any, ...]]:
+    """Keys such as `patches.p` with the value in each recipe, if they differ; an import has no values."""
+    flat = [flat_parameters(recipe.model_dump(mode="json")) if recipe else {} for recipe in recipes]
+    values = {
+        key: tuple(found.get(key) for found in flat) for key in dict.fromkeys(key for found in flat for key in found)
+    }
+    return {key: found for key, found in values.items() if found[0] != found[1]}
 
 
 def _compared_metrics(first: Evaluation, second: Evaluation) -> ComparedMetrics:

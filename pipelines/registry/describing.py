@@ -1,14 +1,13 @@
 """Describing: what one model is, where it came from, how good it is, and how to sample from it."""
 
 import dataclasses
+import json
 from dataclasses import dataclass
-from typing import Any
-
-import yaml
 
 from patchloom.models.checkpoints import verified_card
 from patchloom.pipelines.registry.quality import Evaluation, evaluations_of
 from patchloom.platform.files.storage import local_path
+from patchloom.platform.recipe.run_recipe import Recipe, load_recipe
 from patchloom.platform.tracking.registry import (
     FetchedModel,
     RegisteredVersion,
@@ -44,14 +43,15 @@ class ModelDescription:
     held_out_loss: str | None
     class_names: list[str]
     evaluations: list[Evaluation]
-    recipe: dict[str, Any]
+    recipe: Recipe | None  # None for an import
     folder: str
     sample: str
 
-    def to_json_value(self) -> dict[str, Any]:
+    def to_json(self) -> str:
         """What `models show --json` prints; each evaluation has its digest."""
         evaluations = [dataclasses.asdict(found) | {"digest": found.digest} for found in self.evaluations]
-        return dataclasses.asdict(self) | {"evaluations": evaluations}
+        recipe = self.recipe.model_dump(mode="json") if self.recipe else {}
+        return json.dumps(dataclasses.asdict(self) | {"evaluations": evaluations, "recipe": recipe})
 
 
 def describe_model(reference: str) -> ModelDescription:
@@ -90,7 +90,7 @@ def describe_model(reference: str) -> ModelDescription:
         held_out_loss=tags.get("held_out_loss"),
         class_names=list(card.class_names),
         evaluations=evaluations_of(tags),
-        recipe=recipe_values(fetched),
+        recipe=recipe_of(fetched),
         folder=str(fetched.folder),
         sample=f"patchloom sample {fetched.reference} samples --seeds 0-63",
     )
@@ -102,10 +102,10 @@ def registered_version(fetched: FetchedModel) -> RegisteredVersion | None:
     return next((version for version in versions if version.version == fetched.version), None)
 
 
-def recipe_values(fetched: FetchedModel) -> dict[str, Any]:
-    """The recipe that a model was trained with, as it was written; empty for an import."""
+def recipe_of(fetched: FetchedModel) -> Recipe | None:
+    """The recipe that a model was trained with; None for an import."""
     path = fetched.folder / "recipe.yaml"
-    return dict(yaml.safe_load(path.read_text())) if path.is_file() else {}
+    return load_recipe(path) if path.is_file() else None
 
 
 def show_model(reference: str, picture: str | None = None) -> str:

@@ -54,7 +54,7 @@ def test_description_has_the_lineage_of_a_model(champion: str, trained: Path, pi
     run = json.loads((trained / "run.json").read_text())
     assert card.lineage.run == run["run_id"]
     assert card.lineage.dataset_fingerprint == run["dataset_fingerprint"]
-    assert card.recipe["patches"]["p"] == 0.5 and card.class_names == ["chelsea", "coffee"]
+    assert card.recipe is not None and card.recipe.patches.p == 0.5 and card.class_names == ["chelsea", "coffee"]
     words = show_model(champion, str(tmp_path / "preview.png"))
     assert card.sample in words and run["run_id"] in words
     previews = sorted((trained / "previews").glob("*.png"))
@@ -154,13 +154,14 @@ def test_delete_asks_for_confirmation(versions: Callable[[str, int], str], monke
 def test_json_of_show_and_compare_has_the_same_keys_as_in_0_1(versions: Callable[[str, int], str]) -> None:
     reference = f"models:/{versions('json', 1)}/1"
     add_evaluation("json", "1", 12.0)
-    shown = json.loads(json.dumps(describe_model(reference).to_json_value()))
+    shown = json.loads(describe_model(reference).to_json())
     assert list(shown) == ["reference", "aliases", "lineage", "kind", "resolution", "network", "images_seen",
                            "held_out_loss", "class_names", "evaluations", "recipe", "folder", "sample"]  # fmt: skip
+    assert shown["recipe"]["patches"]["p"] == 0.5
     assert list(shown["lineage"]) == ["run", "dataset_fingerprint", "recipe_sha256", "code_version", "weights_sha256",
                                       "autoencoder_sha256"]  # fmt: skip
     assert list(shown["evaluations"][0]) == ["metrics", "identity", "digest"]
-    compared = json.loads(json.dumps(compare_models(reference, reference, picture=None).to_json_value()))
+    compared = json.loads(compare_models(reference, reference, picture=None).to_json())
     assert list(compared) == ["models", "recipe", "metrics", "not_comparable", "picture"]
     assert compared["metrics"][0]["fid"] == [12.0, 12.0]
     assert list(compared["metrics"][0]) == ["digest", "circumstances", "fid", "precision"]
