@@ -9,7 +9,7 @@ import typer
 from patchloom.models.backbones import allow_backbones
 from patchloom.pipelines.cli.options import Backbones, FolderToWrite
 
-Source = Annotated[
+ImageSource = Annotated[
     str,
     typer.Argument(
         help="Images: a folder (classes are its first-level sub-folders), .zip, .tar, WebDataset shards, .parquet, "
@@ -60,7 +60,7 @@ PrepareWorkers = Annotated[
 
 
 def prepare(
-    source: Source,
+    source: ImageSource,
     dataset: FolderToWrite,
     resolution: Resolution = None,
     crop: Crop = "center",
