@@ -92,7 +92,7 @@ def is_better(metric: str, new: float, old: float) -> bool:
 
 
 def evaluations_of(tags: dict[str, str]) -> list[Evaluation]:
-    """The results in the tags of a version, the one with the most samples first."""
+    """The results in the tags of a version, most samples first."""
     found = [Evaluation(**json.loads(value)) for key, value in tags.items() if key.startswith(TAG)]
     return sorted(found, key=lambda result: (-result.identity["n_samples"], result.digest))
 

@@ -121,7 +121,7 @@ def _create_version(model: Path, name: str, run_id: str, tags: VersionTags) -> s
 
 
 def _find_version(name: str, weights_sha256: str, run_id: str | None = None) -> str | None:
-    """The newest version with these weights, of this run or of any run; None if there is none."""
+    """The newest version with these weights, of this run or of any run; None if not found."""
     for found in list_versions(name):
         if run_id in (None, found.run_id) and found.tags.get("weights_sha256") == weights_sha256:
             return found.version
