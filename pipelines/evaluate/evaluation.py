@@ -14,7 +14,7 @@ from patchloom.models.features import INCEPTION, Features
 from patchloom.models.metrics import COLOUR_LAYOUT, KID_SUBSET_SIZE, KID_SUBSETS
 from patchloom.pipelines.evaluate.features import (
     BATCH,
-    COLOURS,
+    COLOUR_FEATURES,
     extract,
     load_features,
     missing_features,
@@ -78,7 +78,7 @@ def evaluate(
     statistics = read_statistics(reference) if reference.endswith(".npz") else {}
     theirs = _reference_images(reference, bool(statistics))
     check_pair(ours, theirs)
-    network = load_features(features if metrics is None or _outputs(metrics) else COLOURS)
+    network = load_features(features if metrics is None or _outputs(metrics) else COLOUR_FEATURES)
     least = min(len(images) for images in (ours, theirs) if images is not None)
     chosen = metrics or _possible(network, theirs is not None, set(statistics), least)
     _check_metrics(chosen, network, theirs is not None, set(statistics))

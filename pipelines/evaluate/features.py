@@ -37,7 +37,7 @@ from patchloom.platform.files.folder import Folder, is_remote
 from patchloom.platform.files.storage import local_path, make_folder
 
 BATCH = 32
-COLOURS, DINO, DINO_HUB = "colours", "dinov2", "facebook/dinov2-large"
+COLOUR_FEATURES, DINO, DINO_HUB = "colours", "dinov2", "facebook/dinov2-large"
 INCEPTION_FILES = (
     Download(  # the port that torch-fidelity and torchmetrics use, with the classifier
         url="https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth",
@@ -63,7 +63,7 @@ def load_features(reference: str, device: torch.device | str = "cpu") -> Feature
     Raises:
         UserError: the weights cannot be found or fetched.
     """
-    if reference in (COLOURS, COLOUR_LAYOUT):
+    if reference in (COLOUR_FEATURES, COLOUR_LAYOUT):
         return ColourFeatures()
     if reference in ("inception", INCEPTION):
         return _inception(device)

@@ -1,7 +1,6 @@
 """Pyfunc: a registered model as MLflow's own users load and serve it."""
 
 import base64
-from dataclasses import fields
 from typing import Any
 
 import pandas as pd
@@ -11,13 +10,11 @@ from mlflow.pyfunc import PythonModel
 from mlflow.types.schema import AnyType, ColSpec, DataType, ParamSchema, ParamSpec, Schema
 
 from patchloom.pipelines.pages.pictures import png_bytes
-from patchloom.pipelines.sample.options import SAMPLER_OPTIONS, SampleOptions
+from patchloom.pipelines.sample.options import SampleOptions, sampler_parameters
 from patchloom.pipelines.sample.sampler import load_model_for_sampling, sample_rows
 from patchloom.platform.tracking.registry import MODEL_FOLDER
 
-PARAMETERS = {
-    declared.name: declared for declared in fields(SampleOptions) if declared.name in SAMPLER_OPTIONS | {"batch"}
-}
+PYFUNC_PARAMETERS = {parameter.name: parameter for parameter in sampler_parameters()}
 TYPES: dict[Any, DataType] = {str: DataType.string, int: DataType.long, float: DataType.double}
 PAIRS: dict[Any, DataType] = {
     tuple[int, int] | None: DataType.long,
@@ -39,15 +36,15 @@ def signature() -> ModelSignature:
             ColSpec(DataType.long, "label"),
             ColSpec(DataType.string, "png"),
         ]),
-        params=ParamSchema([_parameter(name) for name in PARAMETERS]),
+        params=ParamSchema([_parameter(name) for name in PYFUNC_PARAMETERS]),
     )  # fmt: skip
 
 
 def _parameter(name: str) -> ParamSpec:
-    declared = PARAMETERS[name]
-    if declared.type in PAIRS:
-        return ParamSpec(name, PAIRS[declared.type], [], (-1,))
-    return ParamSpec(name, TYPES[declared.type], declared.default)
+    parameter = PYFUNC_PARAMETERS[name]
+    if parameter.annotation in PAIRS:
+        return ParamSpec(name, PAIRS[parameter.annotation], [], (-1,))
+    return ParamSpec(name, TYPES[parameter.annotation], parameter.default)
 
 
 def input_example(class_names: list[str]) -> tuple[pd.DataFrame, dict[str, Any]]:
@@ -92,7 +89,7 @@ class SamplerModel(PythonModel):
 
 def _value(name: str, value: Any) -> Any:
     """The value of a parameter as an option: a pair for a list of two numbers, None for an empty list."""
-    if PARAMETERS[name].type not in PAIRS:
+    if PYFUNC_PARAMETERS[name].annotation not in PAIRS:
         return value
     if len(value) not in (0, 2):
         raise ValueError(f"{name}: {list(value)} is not a list of two numbers, or an empty list")

@@ -37,17 +37,17 @@ class SampleOptions(SamplingOptions):
 SAMPLER_OPTIONS = frozenset(declared.name for declared in fields(SamplingOptions))
 
 
-def option_parameters(names: frozenset[str] | None = None) -> list[Parameter]:
-    """The options as keyword-only parameters of a function's signature.
-
-    Args:
-        names: only these options; default: all.
-    """
+def option_parameters() -> list[Parameter]:
+    """The options as keyword-only parameters of a function's signature."""
     return [
         Parameter(declared.name, Parameter.KEYWORD_ONLY, default=declared.default, annotation=declared.type)
         for declared in fields(SampleOptions)
-        if names is None or declared.name in names
     ]
+
+
+def sampler_parameters() -> list[Parameter]:
+    """The options of the sampler and `batch`, as parameters: all that images depend on, with model, seed and class."""
+    return [parameter for parameter in option_parameters() if parameter.name in SAMPLER_OPTIONS | {"batch"}]
 
 
 def parse_size(text: str, name: str = "--size") -> tuple[int, int]:

@@ -12,7 +12,7 @@ import torch
 from patchloom.errors import UserError
 from patchloom.models.checkpoints import SamplingModel, load_sampling_model
 from patchloom.models.generate import Sampling, check_fit, class_number, default_labels, generate_padded, one_thread
-from patchloom.pipelines.sample.options import SAMPLER_OPTIONS, SampleOptions, option_parameters
+from patchloom.pipelines.sample.options import SampleOptions, sampler_parameters
 from patchloom.platform.tracking.registry import fetch_model
 
 _one_at_a_time = threading.Lock()  # the number of torch's threads belongs to the process
@@ -127,5 +127,5 @@ class Sampler:
 
 _first, _model, *_ = inspect.signature(Sampler.__init__).parameters.values()
 Sampler.__init__.__signature__ = inspect.Signature(  # type: ignore[attr-defined]  # help() shows the options
-    [_first, _model, *option_parameters(SAMPLER_OPTIONS | {"batch"})]
+    [_first, _model, *sampler_parameters()]
 )
