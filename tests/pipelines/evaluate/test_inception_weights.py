@@ -1,4 +1,4 @@
-"""The real weights of FID's Inception: values that torchmetrics documents, scipy's, and the TorchScript's features."""
+"""The real weights of FID's Inception: documented values of torchmetrics, scipy's distance, TorchScript features."""
 
 import os
 from collections.abc import Iterator
@@ -25,7 +25,7 @@ def inception() -> InceptionFeatures:
     try:
         features = load_features("inception")
     except UserError as error:
-        pytest.skip(f"Inception's weights cannot be had here: {error}")
+        pytest.skip(f"Inception's weights are not available: {error}")
     assert isinstance(features, InceptionFeatures)
     return features
 
@@ -41,7 +41,7 @@ def scripted(tmp_path_factory: pytest.TempPathFactory, inception: InceptionFeatu
 def cifar() -> np.ndarray:
     path = SHARED / "cifar10_lossless_19k.npz"
     if not path.is_file():
-        pytest.skip(f"{path} is not here")
+        pytest.skip(f"{path} is missing")
     images: np.ndarray = np.load(path)["images"]
     return images
 
@@ -55,7 +55,7 @@ def without_gradients() -> Iterator[None]:
 def features_of(inception: InceptionFeatures, images: np.ndarray) -> torch.Tensor:
     """(N, H, W, C) uint8 -> (N, 2048)."""
     rows = torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2)))
-    return torch.cat([inception(some)["pool"] for some in rows.split(16)])
+    return torch.cat([inception(batch)["pool"] for batch in rows.split(16)])
 
 
 def scipys_distance(a: np.ndarray, b: np.ndarray) -> float:
@@ -64,7 +64,7 @@ def scipys_distance(a: np.ndarray, b: np.ndarray) -> float:
     return float(((a.mean(0) - b.mean(0)) ** 2).sum() + cov_a.trace() + cov_b.trace() - 2 * root)
 
 
-def test_features_are_those_of_the_torchscript_file(
+def test_features_equal_those_of_the_torchscript_file(
     inception: InceptionFeatures, scripted: torch.jit.ScriptModule
 ) -> None:
     images = torch.randint(0, 256, (3, 3, 299, 299), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
@@ -72,7 +72,7 @@ def test_features_are_those_of_the_torchscript_file(
     assert (inception(images)["pool"] - wanted).abs().max() < 1e-4
 
 
-def test_weights_are_one_set_whatever_file_they_come_in(inception: InceptionFeatures, tmp_path: Path) -> None:
+def test_weights_of_both_files_are_equal(inception: InceptionFeatures, tmp_path: Path) -> None:
     # under the names of the port that the field's other evaluators load, with a classifier
     state = dict(inception.state) | {"fc.weight": torch.eye(1008, 2048), "fc.bias": torch.zeros(1008)}
     torch.save(state, tmp_path / "weights.pth")
@@ -80,35 +80,35 @@ def test_weights_are_one_set_whatever_file_they_come_in(inception: InceptionFeat
     assert port.sha256 == inception.sha256 and port.classifier is not None
 
 
-def test_a_score_without_a_classifier_is_refused(inception: InceptionFeatures, tmp_path: Path) -> None:
+def test_inception_score_without_a_classifier_is_an_error(inception: InceptionFeatures, tmp_path: Path) -> None:
     np.savez(tmp_path / "few.npz", arr_0=np.zeros((2, 8, 8, 3), np.uint8))
     if inception.classifier is not None:
         pytest.skip("these weights have a classifier")
     few = str(tmp_path / "few.npz")
-    with pytest.raises(UserError, match="has no classifier"):
+    with pytest.raises(UserError, match="classifier"):
         evaluate(few, few, metrics=("is",), workers=0)
 
 
 @pytest.mark.slow
-def test_documented_values_of_torchmetrics_come_out(inception: InceptionFeatures) -> None:
+def test_documented_values_of_torchmetrics(inception: InceptionFeatures) -> None:
     torch.manual_seed(42)
     Inception(), torch.nn.Linear(2048, 1008)  # its examples build the network first, whose fresh weights draw too
     a = torch.randint(0, 200, (100, 3, 299, 299), dtype=torch.uint8)
     b = torch.randint(100, 255, (100, 3, 299, 299), dtype=torch.uint8)
-    luck = torch.Generator()
-    luck.set_state(torch.get_rng_state())  # its subsets are drawn next
+    generator = torch.Generator()
+    generator.set_state(torch.get_rng_state())  # its subsets are drawn next
     network = load_inception(inception.state)
     sides = []
     for images in (a, b):
-        found = [network(some) for some in images.split(10)]
+        found = [network(batch) for batch in images.split(10)]
         sides.append({name: torch.cat([rows[name] for rows in found]) for name in ("pool64", "pool")})
     assert frechet_distance(*(side["pool64"] for side in sides)) == pytest.approx(12.6388, abs=5e-5)
-    kid = kernel_distance(*(side["pool"] for side in sides), subset_size=50, generator=luck)
+    kid = kernel_distance(*(side["pool"] for side in sides), subset_size=50, generator=generator)
     assert (kid.mean, kid.std) == (pytest.approx(0.0312, abs=5e-5), pytest.approx(0.0025, abs=5e-5))
 
 
 @pytest.mark.slow
-def test_the_distance_of_two_hundred_is_scipys(inception: InceptionFeatures, cifar: np.ndarray, tmp_path: Path) -> None:
+def test_frechet_distance_equals_scipy(inception: InceptionFeatures, cifar: np.ndarray, tmp_path: Path) -> None:
     for name, start in (("ours", 0), ("theirs", 5000)):
         np.savez(tmp_path / f"{name}.npz", arr_0=cifar[start : start + 200])
     ours, theirs = str(tmp_path / "ours.npz"), str(tmp_path / "theirs.npz")

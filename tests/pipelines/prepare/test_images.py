@@ -1,4 +1,4 @@
-"""Decoding: real files of every usual kind come out as the 8-bit pixels that a person sees, whoever encoded them."""
+"""Decoding: files of all common formats, from several encoders, become the 8-bit pixels that a viewer shows."""
 
 import io
 from collections.abc import Callable
@@ -12,15 +12,15 @@ from PIL import Image
 
 from patchloom.pipelines.prepare.images import decode, size_of
 
-LUCK = np.random.default_rng(0)
-PIXELS = LUCK.integers(0, 256, (11, 7, 3), dtype=np.uint8)
-ALPHA = LUCK.integers(0, 256, (11, 7, 1), dtype=np.uint8)
+RANDOM = np.random.default_rng(0)
+PIXELS = RANDOM.integers(0, 256, (11, 7, 3), dtype=np.uint8)
+ALPHA = RANDOM.integers(0, 256, (11, 7, 1), dtype=np.uint8)
 RAMP = np.arange(256, dtype=np.uint8).reshape(16, 16)
 COLOURS = np.array([[255, 0, 0], [0, 255, 0], [0, 0, 255], [255, 255, 0], [20, 90, 200], [255, 255, 255], [0, 0, 0]])
 PATCHES = np.kron(COLOURS.reshape(1, 7, 3), np.ones((16, 16, 1))).astype(np.uint8)  # blocks that JPEG keeps
 
 
-def seen(content: bytes | np.ndarray, channels: int = 3) -> np.ndarray:
+def decoded_pixels(content: bytes | np.ndarray, channels: int = 3) -> np.ndarray:
     """(H, W, C) of the decoded image."""
     pixels = np.asarray(decode(content, channels))
     return pixels if pixels.ndim == 3 else pixels[..., None]
@@ -52,33 +52,33 @@ def over_white(colours: np.ndarray, alpha: np.ndarray) -> np.ndarray:
     ids=["PNG by hand", "PNG", "BMP", "TIFF", "TIFF zlib", "TIFF LZW", "WebP", "WebP with EXIF", "array"],
 )  # fmt: skip
 def test_lossless_files_keep_every_bit(content: bytes | np.ndarray) -> None:
-    assert np.array_equal(seen(content), PIXELS)
+    assert np.array_equal(decoded_pixels(content), PIXELS)
     assert size_of(content) == (7, 11)
 
 
 @pytest.mark.parametrize(
     "options", [{"quality": 95}, {"quality": 95, "progressive": True}, {"quality": 90, "subsampling": 0}]
 )
-def test_jpeg_keeps_colours_nearly(options: dict[str, object]) -> None:
+def test_jpeg_colours_are_close(options: dict[str, object]) -> None:
     content = encoded(PATCHES, "JPEG", **options)
-    assert np.abs(seen(content)[4:12].astype(int) - PATCHES[4:12])[:, 4:12].max() <= 4
+    assert np.abs(decoded_pixels(content)[4:12].astype(int) - PATCHES[4:12])[:, 4:12].max() <= 4
     real = photograph("coffee.png")[:128, :128]
-    assert np.abs(seen(encoded(real, "JPEG", **options)).astype(int) - real).mean() < 4
+    assert np.abs(decoded_pixels(encoded(real, "JPEG", **options)).astype(int) - real).mean() < 4
 
 
-def test_webp_keeps_colours_nearly() -> None:
+def test_webp_colours_are_close() -> None:
     real = photograph("coffee.png")[:128, :128]
-    assert np.abs(seen(encoded(real, "WEBP", quality=90)).astype(int) - real).mean() < 5
+    assert np.abs(decoded_pixels(encoded(real, "WEBP", quality=90)).astype(int) - real).mean() < 5
 
 
 @pytest.mark.parametrize("bits", [1, 2, 4, 8, 16])
-def test_grey_of_any_depth_spans_black_to_white(bits: int) -> None:
+def test_grey_of_any_depth_ranges_from_black_to_white(bits: int) -> None:
     most = 2**bits - 1
     values = np.linspace(0, most, 256).round().astype(int).reshape(16, 16)
-    shown = seen(png(values, GREY, bits))
+    shown = decoded_pixels(png(values, GREY, bits))
     assert shown.shape == (16, 16, 3) and (shown == shown[..., :1]).all()
     assert np.abs(shown[..., 0] - values / most * 255).max() <= 0.5 + 1e-9
-    assert np.array_equal(seen(png(values, GREY, bits), channels=1)[..., 0], shown[..., 0])
+    assert np.array_equal(decoded_pixels(png(values, GREY, bits), channels=1)[..., 0], shown[..., 0])
 
 
 @pytest.mark.parametrize(
@@ -89,62 +89,62 @@ def test_grey_of_any_depth_spans_black_to_white(bits: int) -> None:
     ids=["PNG 16", "TIFF 16", "TIFF 16 big-endian", "TIFF 8", "TIFF white is zero", "TIFF float 0..255",
          "TIFF float 0..1", "BMP", "PNG"],
 )  # fmt: skip
-def test_every_grey_level_comes_out_as_itself(content: bytes) -> None:
-    assert np.array_equal(seen(content), RAMP[..., None].repeat(3, 2))
-    assert np.array_equal(seen(content, channels=1), RAMP[..., None])
+def test_every_grey_level_is_kept(content: bytes) -> None:
+    assert np.array_equal(decoded_pixels(content), RAMP[..., None].repeat(3, 2))
+    assert np.array_equal(decoded_pixels(content, channels=1), RAMP[..., None])
 
 
 @pytest.mark.parametrize("colour", [RGB, RGBA, GREY_ALPHA])
-def test_sixteen_bits_of_colour_are_eight(colour: int) -> None:
+def test_sixteen_bit_colour_becomes_eight_bit(colour: int) -> None:
     channels = {RGB: 3, RGBA: 4, GREY_ALPHA: 2}[colour]
-    values = LUCK.integers(0, 65536, (11, 7, channels))
+    values = RANDOM.integers(0, 65536, (11, 7, channels))
     if colour != RGB:
         values[..., -1] = 65535
     wanted = values[..., :1].repeat(3, 2) if colour == GREY_ALPHA else values[..., :3]
     # Pillow drops the low byte, where the nearest level would be another for a part of the values
-    assert np.abs(seen(png(values, colour, 16)) - wanted / 257).max() < 1
+    assert np.abs(decoded_pixels(png(values, colour, 16)) - wanted / 257).max() < 1
 
 
-def test_floats_of_an_unknown_range_are_refused() -> None:
+def test_floats_of_an_unknown_range_are_an_error() -> None:
     for values in (RAMP - 3.0, RAMP * 1e3):
-        with pytest.raises(ValueError, match="whose range is unknown"):
+        with pytest.raises(ValueError, match=r"floating-point"):
             decode(tiff(values.astype(np.float32)))
 
 
-def test_transparency_lies_over_white() -> None:
+def test_transparent_pixels_are_put_on_white() -> None:
     wanted = over_white(PIXELS, ALPHA)
     whole = np.concatenate([PIXELS, ALPHA], 2)
     for content in (png(whole, RGBA), encoded(whole, "WEBP", lossless=True, exact=True), encoded(whole, "TIFF"), whole):
-        assert np.abs(seen(content) - wanted).max() <= 1
+        assert np.abs(decoded_pixels(content) - wanted).max() <= 1
     grey = np.concatenate([PIXELS[..., :1], ALPHA], 2)
     for content in (png(grey, GREY_ALPHA), grey):
-        assert np.abs(seen(content) - over_white(PIXELS[..., :1], ALPHA)).max() <= 1
-        assert np.abs(seen(content, channels=1) - over_white(PIXELS[..., :1], ALPHA)).max() <= 1
+        assert np.abs(decoded_pixels(content) - over_white(PIXELS[..., :1], ALPHA)).max() <= 1
+        assert np.abs(decoded_pixels(content, channels=1) - over_white(PIXELS[..., :1], ALPHA)).max() <= 1
 
 
-def test_a_palette_gives_its_colours_and_its_transparency() -> None:
-    numbers = LUCK.integers(0, 5, (11, 7))
+def test_palette_colours_and_transparency() -> None:
+    numbers = RANDOM.integers(0, 5, (11, 7))
     colours = np.array([[10, 20, 30], [255, 0, 0], [0, 255, 0], [0, 0, 255], [200, 200, 0]], np.uint8)
     palette = png_chunk(b"PLTE", colours.tobytes())
     for bits in (4, 8):
-        assert np.array_equal(seen(png(numbers, PALETTE, bits, palette)), colours[numbers])
+        assert np.array_equal(decoded_pixels(png(numbers, PALETTE, bits, palette)), colours[numbers])
     alpha = np.array([255, 0, 128, 64, 255], np.uint8)
-    shown = seen(png(numbers, PALETTE, 8, palette + png_chunk(b"tRNS", alpha.tobytes())))
+    shown = decoded_pixels(png(numbers, PALETTE, 8, palette + png_chunk(b"tRNS", alpha.tobytes())))
     assert np.abs(shown - over_white(colours[numbers], alpha[numbers][..., None])).max() <= 1
     gif = Image.fromarray(numbers.astype(np.uint8), "L")
     gif.putpalette(colours.tobytes())
-    assert np.array_equal(seen(encoded(gif, "GIF")), colours[numbers])
+    assert np.array_equal(decoded_pixels(encoded(gif, "GIF")), colours[numbers])
 
 
-def test_one_colour_may_be_the_transparent_one() -> None:
+def test_one_transparent_colour() -> None:
     key = png_chunk(b"tRNS", np.array([10, 20, 30], ">u2").tobytes())
     pixels = PIXELS.copy()
     pixels[3, 4] = (10, 20, 30)
     wanted = pixels.copy()
     wanted[3, 4] = 255
-    assert np.array_equal(seen(png(pixels, RGB, 8, key)), wanted)
+    assert np.array_equal(decoded_pixels(png(pixels, RGB, 8, key)), wanted)
     grey = png(RAMP, GREY, 8, png_chunk(b"tRNS", b"\0\x07"))
-    assert seen(grey)[0, 7].tolist() == [255] * 3 and seen(grey)[0, 8].tolist() == [8] * 3
+    assert decoded_pixels(grey)[0, 7].tolist() == [255] * 3 and decoded_pixels(grey)[0, 8].tolist() == [8] * 3
 
 
 INKS = np.array([[0, 255, 255, 0], [255, 0, 255, 0], [255, 255, 0, 0], [0, 0, 0, 0], [0, 0, 0, 255]], np.uint8)
@@ -152,10 +152,10 @@ PRINTED = np.array([[255, 0, 0], [0, 255, 0], [0, 0, 255], [255, 255, 255], [0, 
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "TIFF"])
-def test_inks_are_shown_as_light(kind: str) -> None:
+def test_cmyk_becomes_rgb(kind: str) -> None:
     blocks = np.kron(INKS.reshape(1, 5, 4), np.ones((16, 16, 1))).astype(np.uint8)
     content = encoded(Image.fromarray(blocks, "CMYK"), kind)
-    assert np.abs(seen(content)[8, 8::16].astype(int) - PRINTED).max() <= 3
+    assert np.abs(decoded_pixels(content)[8, 8::16].astype(int) - PRINTED).max() <= 3
 
 
 # What is done to an upright image so that it is stored as EXIF's orientation says (EXIF 2.3, table 6: where row 0
@@ -173,7 +173,7 @@ STORED: dict[int, Callable[[np.ndarray], np.ndarray]] = {
 
 
 @pytest.mark.parametrize("orientation", STORED)
-def test_a_photograph_is_upright_however_the_camera_was_held(orientation: int) -> None:
+def test_exif_orientation_is_applied(orientation: int) -> None:
     stored = np.ascontiguousarray(STORED[orientation](PIXELS))
     tag = exif(orientation)
     for content in (
@@ -181,75 +181,78 @@ def test_a_photograph_is_upright_however_the_camera_was_held(orientation: int) -
         encoded(stored, "WEBP", lossless=True, exif=tag),
         tiff(stored, photometric="rgb", extratags=[(274, 3, 1, orientation, True)]),
     ):
-        assert np.array_equal(seen(content), PIXELS)
+        assert np.array_equal(decoded_pixels(content), PIXELS)
         assert size_of(content) == (7, 11)
     blocks = np.ascontiguousarray(STORED[orientation](PATCHES))
     photo = encoded(blocks, "JPEG", quality=95, exif=tag)
-    assert seen(photo).shape == PATCHES.shape and size_of(photo) == (112, 16)
-    assert np.abs(seen(photo)[8, 8::16].astype(int) - COLOURS).max() <= 4
+    assert decoded_pixels(photo).shape == PATCHES.shape and size_of(photo) == (112, 16)
+    assert np.abs(decoded_pixels(photo)[8, 8::16].astype(int) - COLOURS).max() <= 4
 
 
-def test_exif_that_cannot_be_read_turns_nothing() -> None:
+def test_damaged_exif_is_ignored() -> None:
     for broken in (b"Exif\0\0garbage", b"Exif\0\0II*\0\xff\xff\xff\xff", exif(6)[:20], exif(9), exif(0)):
-        assert np.array_equal(seen(png(PIXELS, RGB, 8, png_chunk(b"eXIf", broken[6:]))), PIXELS)
+        assert np.array_equal(decoded_pixels(png(PIXELS, RGB, 8, png_chunk(b"eXIf", broken[6:]))), PIXELS)
         assert (
-            np.abs(seen(encoded(PATCHES, "JPEG", quality=95, exif=broken))[8, 8::16].astype(int) - COLOURS).max() <= 4
+            np.abs(
+                decoded_pixels(encoded(PATCHES, "JPEG", quality=95, exif=broken))[8, 8::16].astype(int) - COLOURS
+            ).max()
+            <= 4
         )
 
 
-def test_colours_of_a_profile_become_those_of_srgb() -> None:
+def test_profile_is_converted_to_srgb() -> None:
     linear = in_srgb(PIXELS / 255)
-    assert np.abs(seen(png(PIXELS, RGB, 8, iccp(profile()))) - linear).max() <= 2
-    jpeg = seen(encoded(PATCHES, "JPEG", quality=95, icc_profile=profile()))[8, 8::16]
+    assert np.abs(decoded_pixels(png(PIXELS, RGB, 8, iccp(profile()))) - linear).max() <= 2
+    jpeg = decoded_pixels(encoded(PATCHES, "JPEG", quality=95, icc_profile=profile()))[8, 8::16]
     assert np.abs(jpeg - in_srgb(COLOURS / 255)).max() <= 14  # JPEG's error of one level in the dark is 13 of sRGB's
-    swapped = seen(png(PIXELS, RGB, 8, iccp(profile(primaries="grb"))))
+    swapped = decoded_pixels(png(PIXELS, RGB, 8, iccp(profile(primaries="grb"))))
     assert np.abs(swapped - linear[..., [1, 0, 2]]).max() <= 2
 
 
-def test_profiles_hold_for_grey_palettes_and_transparent_images_too() -> None:
+def test_profiles_of_grey_palette_and_transparent_images() -> None:
     grey = iccp(profile(b"GRAY"))
-    assert np.abs(seen(png(RAMP, GREY, 8, grey))[..., 0] - in_srgb(RAMP / 255)).max() <= 1
-    assert np.abs(seen(png(RAMP, GREY, 8, grey), channels=1)[..., 0] - in_srgb(RAMP / 255)).max() <= 1
+    assert np.abs(decoded_pixels(png(RAMP, GREY, 8, grey))[..., 0] - in_srgb(RAMP / 255)).max() <= 1
+    assert np.abs(decoded_pixels(png(RAMP, GREY, 8, grey), channels=1)[..., 0] - in_srgb(RAMP / 255)).max() <= 1
     whole = np.concatenate([PIXELS, ALPHA], 2)
     wanted = over_white(in_srgb(PIXELS / 255), ALPHA)
-    assert np.abs(seen(png(whole, RGBA, 8, iccp(profile()))) - wanted).max() <= 3
-    numbers = LUCK.integers(0, 7, (11, 7))
+    assert np.abs(decoded_pixels(png(whole, RGBA, 8, iccp(profile()))) - wanted).max() <= 3
+    numbers = RANDOM.integers(0, 7, (11, 7))
     palette = png_chunk(b"PLTE", COLOURS.astype(np.uint8).tobytes())
-    shown = seen(png(numbers, PALETTE, 8, iccp(profile()) + palette))
+    shown = decoded_pixels(png(numbers, PALETTE, 8, iccp(profile()) + palette))
     assert np.abs(shown - in_srgb(COLOURS / 255)[numbers]).max() <= 2
 
 
-def test_a_profile_of_srgb_itself_changes_no_bit() -> None:
+def test_srgb_profile_changes_no_pixel() -> None:
     from PIL import ImageCms
 
     srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
-    assert np.array_equal(seen(encoded(PIXELS, "PNG", icc_profile=srgb)), PIXELS)
+    assert np.array_equal(decoded_pixels(encoded(PIXELS, "PNG", icc_profile=srgb)), PIXELS)
 
 
 @pytest.mark.parametrize("broken", [b"garbage", profile()[:200], profile(b"GRAY"), b""])
-def test_a_profile_that_does_not_fit_is_left_aside(broken: bytes) -> None:
-    assert np.array_equal(seen(png(PIXELS, RGB, 8, iccp(broken))), PIXELS)
+def test_wrong_profile_is_ignored(broken: bytes) -> None:
+    assert np.array_equal(decoded_pixels(png(PIXELS, RGB, 8, iccp(broken))), PIXELS)
 
 
-def test_grey_is_the_luma_of_colours() -> None:
+def test_grey_is_the_luma() -> None:
     wanted = PIXELS @ np.array([0.299, 0.587, 0.114])  # Rec. 601
-    assert np.abs(seen(png(PIXELS, RGB), channels=1)[..., 0] - wanted).max() <= 1
+    assert np.abs(decoded_pixels(png(PIXELS, RGB), channels=1)[..., 0] - wanted).max() <= 1
 
 
 @pytest.mark.parametrize("kind", ["GIF", "WEBP", "PNG", "TIFF"])
-def test_an_animation_is_its_first_picture(kind: str) -> None:
+def test_animation_becomes_its_first_frame(kind: str) -> None:
     frames = [Image.new("RGB", (7, 11), colour) for colour in ((255, 0, 0), (0, 0, 255))]
     options = {"lossless": True} if kind == "WEBP" else {}
-    shown = seen(encoded(frames[0], kind, save_all=True, append_images=frames[1:], **options))
+    shown = decoded_pixels(encoded(frames[0], kind, save_all=True, append_images=frames[1:], **options))
     assert shown.shape == (11, 7, 3) and (shown == (255, 0, 0)).all()
 
 
-def test_more_pixels_than_pillow_takes_without_a_warning_are_refused_unread() -> None:
+def test_too_many_pixels_are_an_error_before_decoding() -> None:
     most = Image.MAX_IMAGE_PIXELS
     for side in (int(most**0.5) + 1, int((1.9 * most) ** 0.5)):
-        with pytest.raises(ValueError, match="could be a decompression bomb"):
+        with pytest.raises(ValueError, match="decompression bomb"):
             decode(png(np.zeros((1, 1)), GREY, size=(side, side)))
-        with pytest.raises(ValueError, match="could be a decompression bomb"):
+        with pytest.raises(ValueError, match="decompression bomb"):
             size_of(png(np.zeros((1, 1)), GREY, size=(side, side)))
     with pytest.raises(Image.DecompressionBombError):
         decode(png(np.zeros((1, 1)), GREY, size=(2**30, 2**30)))

@@ -1,4 +1,4 @@
-"""Real data: CIFAR-10 in an array and photographs in a zip are prepared without a hand-written line, bit for bit."""
+"""Real data: CIFAR-10 in an array and photographs in a zip are prepared bit for bit."""
 
 import io
 import json
@@ -20,7 +20,7 @@ SHARED = Path(os.environ.get("PATCHLOOM_SHARED_DATA", Path(__file__).parents[2].
 
 def real(name: str) -> Path:
     if not (SHARED / name).exists():
-        pytest.skip(f"no {name} in {SHARED}: real images were not tried")
+        pytest.skip(f"no {name} in {SHARED}: real images are not tested")
     return SHARED / name
 
 
@@ -37,7 +37,7 @@ def assert_holds(dataset: Dataset, images: np.ndarray, labels: np.ndarray, class
     np.testing.assert_allclose(dataset.card["std"], images.std((0, 1, 2), dtype=np.float64), rtol=1e-6)
 
 
-def test_cifar_is_prepared_as_it_is(ray_cluster: None, tmp_path: Path) -> None:
+def test_cifar_pixels_are_unchanged(ray_cluster: None, tmp_path: Path) -> None:
     path = real("cifar10_lossless_19k.npz")
     dataset = prepare(str(path), str(tmp_path / "out"), resolution=32)
     with np.load(path) as arrays:
@@ -45,7 +45,7 @@ def test_cifar_is_prepared_as_it_is(ray_cluster: None, tmp_path: Path) -> None:
     assert [entry["rows"] for entry in dataset.card["classes"]] == [1900] * 10
 
 
-def test_photographs_in_a_zip_are_prepared_as_they_are(ray_cluster: None, tmp_path: Path) -> None:
+def test_photographs_in_a_zip_are_unchanged(ray_cluster: None, tmp_path: Path) -> None:
     path = real("caltech101_64.zip")
     dataset = prepare(str(path), str(tmp_path / "out"), resolution=64)
     with zipfile.ZipFile(path) as archive:

@@ -1,4 +1,4 @@
-"""Spoilt files: ten ways to be broken among good images; each is a row or listed with its reason, and all count."""
+"""Damaged files of ten kinds among intact images: each is a row, or is listed with the reason."""
 
 import io
 import json
@@ -42,7 +42,7 @@ def animated(first: np.ndarray) -> bytes:
 
 
 def broken(pixels: list[np.ndarray]) -> dict[str, bytes]:
-    """What the spoilt files hold; those that are rows all the same show pixels[0], pixels[1], ... in this order."""
+    """The contents of damaged files. Those that can still be decoded show pixels[0], pixels[1], ... in this order."""
     listed = {
         "truncated": png(pixels[0], RGB)[:-600],
         "zero_bytes": b"",
@@ -71,17 +71,17 @@ REASONS = {
 ENDINGS = {"wrong_extension": "jpg", "animated": "webp"}
 
 
-def test_five_percent_spoilt_in_ten_ways(tmp_path: Path) -> None:
+def test_five_percent_of_damaged_files_of_ten_kinds(tmp_path: Path) -> None:
     good = good_images()
     shown = list(good.values())[:4]
     source = tmp_path / "photos"
     for key, image in good.items():
         (source / key).parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(image).save(source / key)
-    spoilt = broken(shown)
-    assert len(spoilt) == 10 == IMAGES * 0.05
+    damaged = broken(shown)
+    assert len(damaged) == 10 == IMAGES * 0.05
     keys = {}
-    for (name, content), key in zip(spoilt.items(), list(good)[7::20], strict=True):  # in the place of good ones
+    for (name, content), key in zip(damaged.items(), list(good)[7::20], strict=True):  # they replace intact images
         (source / key).unlink()
         del good[key]
         keys[name] = f"{key[:-4]}_{name}.{ENDINGS.get(name, 'png')}"
@@ -102,7 +102,7 @@ def test_five_percent_spoilt_in_ten_ways(tmp_path: Path) -> None:
         assert reason in reasons[keys[name]], name
         assert str(tmp_path) not in reasons[keys[name]]
 
-    wanted = good | dict(zip([keys[name] for name in spoilt if name not in REASONS], shown, strict=True))
+    wanted = good | dict(zip([keys[name] for name in damaged if name not in REASONS], shown, strict=True))
     rows = open_dataset(tmp_path / "data").rows(range(194))
     assert list(rows["key"]) == sorted(wanted)
     for key, image in zip(rows["key"], rows["image"], strict=True):
