@@ -76,9 +76,9 @@ def plan_dataset(address: str, autoencoder: str | None, precision: str) -> Prepa
     return _with_encoder(Preparation(plan, inputs, dataset.card.resolution), autoencoder, precision, channels=3)
 
 
-def plan_images(address: str, labels: str | None, transform: Transform, autoencoder: str | None, precision: str) -> (
-    Preparation
-):  # fmt: skip
+def plan_images(
+    address: str, labels: str | None, transform: Transform, autoencoder: str | None, precision: str
+) -> Preparation:
     """Plan to prepare the images of a source, and to encode them if there is an autoencoder."""
     source = open_source(address, labels)
     if source.unmatched_labels:

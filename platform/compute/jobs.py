@@ -13,6 +13,7 @@ from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
 from patchloom.errors import UserError
 from patchloom.platform.compute.actors import map_on_actors
+from patchloom.platform.compute.session import begin_work
 from patchloom.platform.files.folder import Folder
 from patchloom.platform.files.storage import locked, make_folder, sweep_partial
 from patchloom.platform.progress import Meter, progress
@@ -105,8 +106,9 @@ def run_job(job: Job[Any, Any], workers: int | None) -> JobResult:
         with progress(job.title, job.total, "images") as meter:
             meter.begin(job.total - images)
             _do(job, units, workers, meter)
-            job.finish()
-    return JobResult(images, meter.rate)
+        result = JobResult(images, meter.rate)
+        job.finish()
+    return result
 
 
 @contextlib.contextmanager
@@ -136,6 +138,7 @@ def _do(job: Job[UnitT, ResultT], units: list[UnitT], workers: int | None, meter
 
     if todo and (workers == 0 or (workers is None and job.head_start_s)):
         end = time.monotonic() + (job.head_start_s if workers is None else inf)
+        begin_work()
         with job.in_process():
             worker = job.worker(job.argument)
             while todo and time.monotonic() < end:
