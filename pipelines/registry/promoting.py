@@ -1,4 +1,4 @@
-"""Promoting: point aliases at versions, if asked only at better ones; and delete versions."""
+"""Promoting: point an alias at a version, optionally only if it is better; and delete versions."""
 
 import sys
 
