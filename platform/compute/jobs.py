@@ -174,7 +174,10 @@ def check_same(folder: Folder, noun: str, found: Record, wanted: Record, ignored
         if old.get(name) != new.get(name) and not any(f"{name}.".startswith(f"{other}.") for other in ignored)
     ]
     if changes:
-        raise UserError(f"{folder} contains {noun} with other options ({'; '.join(changes)}): choose another folder")
+        raise UserError(
+            f"{folder} contains {noun} with other options ({'; '.join(changes)}): "
+            "repeat the earlier call, or choose another folder"
+        )
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
