@@ -49,9 +49,9 @@ def test_photographs_in_a_zip_are_unchanged(ray_cluster: None, tmp_path: Path) -
     path = real("caltech101_64.zip")
     dataset = prepare(str(path), str(tmp_path / "out"), resolution=64)
     with zipfile.ZipFile(path) as archive:
-        told = json.loads(archive.read("dataset.json"))
+        card = json.loads(archive.read("dataset.json"))
         names = [name for name in archive.namelist() if name.endswith(".png")]
         images = np.stack([np.asarray(Image.open(io.BytesIO(archive.read(name))).convert("RGB")) for name in names])
-    labels = dict(told["labels"])
-    assert len(names) == 7426 and len(told["classes"]) == 99
-    assert_holds(dataset, images, np.array([labels[name] for name in names]), told["classes"])
+    labels = dict(card["labels"])
+    assert len(names) == 7426 and len(card["classes"]) == 99
+    assert_holds(dataset, images, np.array([labels[name] for name in names]), card["classes"])
