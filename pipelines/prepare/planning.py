@@ -11,8 +11,8 @@ from patchloom.errors import UserError
 from patchloom.pipelines.prepare.encoders import fetch_autoencoder
 from patchloom.pipelines.prepare.images import CROPS, FILTERS, MODES, Transform, decode, size_of
 from patchloom.platform.dataset.prepared import open_dataset
-from patchloom.platform.dataset.readers import Reader
-from patchloom.platform.dataset.sources import Source, open_source, repeated
+from patchloom.platform.dataset.readers import SourceReader
+from patchloom.platform.dataset.sources import Source, duplicate_positions, open_source
 from patchloom.platform.progress import say
 from patchloom.platform.records.dataset import DatasetAutoencoder, ImageTransform
 from patchloom.platform.records.prepare import PreparationPlan, PreparedInput
@@ -83,10 +83,10 @@ def plan_images(
     source = open_source(address, labels)
     if source.unmatched_labels:
         say(f"  {source.unmatched_labels:,} labels have no input in {source.address}")
-    reader = Reader(source.kind, source.address)
+    reader = SourceReader(source.kind, source.address)
     if not transform.resolution:
         transform = replace(transform, resolution=_first_side(reader, source))
-    duplicates = set(repeated([one.key for one in source.inputs]))
+    duplicates = set(duplicate_positions([one.key for one in source.inputs]))
     inputs, digest = list[PreparedInput](), hashlib.sha256()
     for number, one in enumerate(source.inputs):
         error = "duplicate key" if number in duplicates else None
@@ -107,14 +107,14 @@ def plan_images(
     return _with_encoder(Preparation(plan, inputs, side), autoencoder, precision, channels)
 
 
-def _first_side(reader: Reader, source: Source) -> int:
+def _first_side(reader: SourceReader, source: Source) -> int:
     for one in source.inputs:
         with contextlib.suppress(Exception):  # its shard lists it with the reason
             return min(decode(reader.read(one.place)).size)
     raise UserError(f"none of the {len(source.inputs)} inputs in {source.address} can be read: give readable images")
 
 
-def _windows(reader: Reader, whole: PreparedInput, transform: Transform) -> Iterator[PreparedInput]:
+def _windows(reader: SourceReader, whole: PreparedInput, transform: Transform) -> Iterator[PreparedInput]:
     """The windows of one photograph, or the photograph itself if it cannot be read."""
     try:
         windows = transform.windows(size_of(reader.read(whole.place)))

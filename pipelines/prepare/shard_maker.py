@@ -17,7 +17,7 @@ from patchloom.models.backbones import allow_backbones
 from patchloom.pipelines.prepare.images import Transform, decode
 from patchloom.platform.compute.jobs import NOTES_FOLDER, WORK_FOLDER
 from patchloom.platform.dataset.prepared import MIRRORED, open_dataset, shard_bytes
-from patchloom.platform.dataset.readers import Reader
+from patchloom.platform.dataset.readers import SourceReader
 from patchloom.platform.files.copies import local_copy
 from patchloom.platform.files.folder import Folder
 from patchloom.platform.records.dataset import DatasetAutoencoder
@@ -85,7 +85,7 @@ class ShardMaker:
         self.transform = Transform(**self.plan.transform.to_dict()) if self.plan.transform else None
         is_dataset = self.plan.source_kind == "dataset"
         self.pixels = open_dataset(self.plan.source) if is_dataset else None
-        self.reader = None if is_dataset else Reader(self.plan.source_kind, self.plan.source)
+        self.reader = None if is_dataset else SourceReader(self.plan.source_kind, self.plan.source)
         self.autoencoder, self.device, threads = None, "cpu", 1
         if self.plan.autoencoder:
             self.autoencoder, self.device = self._load_autoencoder(self.plan.autoencoder)

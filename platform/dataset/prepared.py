@@ -1,9 +1,9 @@
-"""Datasets: prepared images or latents on disk, as Arrow files that are memory-mapped and a card.
+"""Prepared datasets: images or latents in memory-mapped Arrow files, and a card.
 
-DATASET/dataset.json                 the card, written last: its presence means the dataset is complete
-DATASET/shards/part-00000.arrow ...  rows in the source's order: key, image | mean (and std), label
-DATASET/skipped.jsonl                one line an input that could not be used
-DATASET/autoencoder/                 for latents: what encoded them, so that a decoding never changes
+DATASET/dataset.json                 the card, written last; a dataset with a card is complete
+DATASET/shards/part-00000.arrow ...  rows in the order of the source: key, image | mean (and std), label
+DATASET/skipped.jsonl                one line per input that could not be used
+DATASET/autoencoder/                 for latents: the autoencoder that encoded them
 """
 
 import hashlib
@@ -21,19 +21,19 @@ from patchloom.platform.progress import progress
 from patchloom.platform.records.dataset import DatasetCard, ShardFile
 
 CARD = "dataset.json"
-MIRRORED = "#mirror"  # ends the key of a row that was encoded from a mirror image
+MIRRORED = "#mirror"  # the end of the key of a row that was encoded from a mirror image
 
 
 def tensor_column(values: np.ndarray) -> pa.ExtensionArray:
     """(n, ...) numpy values as a native `arrow.fixed_shape_tensor` column."""
     row = int(np.prod(values.shape[1:]))
     flat = pa.array(np.ascontiguousarray(values).reshape(-1))
-    kind = pa.fixed_shape_tensor(flat.type, values.shape[1:])
-    return pa.ExtensionArray.from_storage(kind, pa.FixedSizeListArray.from_arrays(flat, row))
+    tensor = pa.fixed_shape_tensor(flat.type, values.shape[1:])
+    return pa.ExtensionArray.from_storage(tensor, pa.FixedSizeListArray.from_arrays(flat, row))
 
 
 def shard_bytes(keys: Sequence[str], labels: Sequence[int], tensors: dict[str, np.ndarray]) -> pa.Buffer:
-    """One Arrow IPC file: `key`, the tensor columns, `label`. The bytes depend on the rows alone."""
+    """One Arrow IPC file with `key`, the tensor columns and `label`. The bytes depend only on the rows."""
     columns = {"key": pa.array(keys, pa.string())}
     columns |= {name: tensor_column(values) for name, values in tensors.items()}
     columns["label"] = pa.array(labels, pa.int32())
@@ -52,41 +52,39 @@ def write_shard(path: Path, keys: Sequence[str], labels: Sequence[int], tensors:
 
 
 class Shard:
-    """One memory-mapped Arrow file; its checksum is verified when its rows are first read."""
+    """One memory-mapped Arrow file. Its checksum is verified before its rows are first read."""
 
     def __init__(self, path: Path, rows: int, size_bytes: int, sha256: str) -> None:
         self.path, self.rows, self.size_bytes, self.sha256 = path, rows, size_bytes, sha256
         self._columns: dict[str, np.ndarray] | None = None
         if not path.is_file():
-            raise UserError(f"{path} is missing: prepare again into an empty folder")
+            raise UserError(f"{path} is missing: prepare the dataset again in an empty folder")
         if path.stat().st_size != size_bytes:
             raise UserError(
-                f"{path} has {path.stat().st_size} bytes and its card says {size_bytes}: "
-                "prepare again into an empty folder"
+                f"{path} has {path.stat().st_size} bytes instead of {size_bytes}: "
+                "prepare the dataset again in an empty folder"
             )
 
     def verify(self) -> None:
-        """Raise UserError where the bytes are not those that were written."""
+        """Raise UserError if the checksum differs from the card."""
         found = file_sha256(self.path)
         if found != self.sha256:
             raise UserError(
-                f"{self.path} has sha256 {found[:12]} and its card says {self.sha256[:12]}: "
-                "prepare again into an empty folder"
+                f"{self.path} has sha256 {found[:12]} instead of {self.sha256[:12]}: "
+                "prepare the dataset again in an empty folder"
             )
 
     def columns(self) -> dict[str, np.ndarray]:
-        """Every column by name: tensors as read-only views of the memory map."""
+        """All columns by name; tensors are read-only views of the memory map."""
         if self._columns is None:
             self.verify()
             table = pa.ipc.open_file(pa.memory_map(str(self.path))).read_all()
             self._columns = {}
             for name in table.column_names:
-                column = table.column(name).chunk(0)  # a shard is one batch; combining chunks would copy the map
+                column = table.column(name).chunk(0)  # a shard is one batch; combining chunks would copy it
                 if isinstance(column, pa.FixedShapeTensorArray):
                     self._columns[name] = column.to_numpy_ndarray()
-                elif pa.types.is_string(
-                    column.type
-                ):  # not by Arrow's own way to numpy, which loads pandas for a second
+                elif pa.types.is_string(column.type):  # to_numpy would import pandas, which takes a second
                     self._columns[name] = np.array(column.to_pylist(), dtype=object)
                 else:
                     self._columns[name] = np.from_dlpack(column)
@@ -94,11 +92,17 @@ class Shard:
 
 
 class Dataset:
-    """A prepared dataset: `len()`, `.card`, `.rows(indices)`, `.indices(split)`."""
+    """A prepared dataset: `len()`, `.card`, `.rows(indices)`, `.indices(split)`.
+
+    Args:
+        path: its local folder.
+        card: what `dataset.json` contains.
+        address: where other nodes open it; by default the local folder.
+    """
 
     def __init__(self, path: Path, card: DatasetCard, address: str | None = None) -> None:
         self.path, self.card = path, card
-        self.address = address or str(path)  # what another node opens it by
+        self.address = address or str(path)
         self.shards = [Shard(path / shard.file, shard.rows, shard.bytes, shard.sha256) for shard in card.shards]
         self._starts = np.cumsum([0] + [shard.rows for shard in self.shards])
 
@@ -112,19 +116,34 @@ class Dataset:
 
     @property
     def class_names(self) -> list[str]:
-        """The classes' names in the order of their numbers."""
+        """The names of the classes, in the order of their numbers."""
         return [entry.name for entry in self.card.classes]
 
     @property
     def fingerprint(self) -> str:
-        """The sha256 of the card, which holds the checksum of every shard."""
+        """The sha256 of the card, which contains the checksum of each shard."""
         return file_sha256(self.path / CARD)
 
     def rows(self, indices: Sequence[int] | np.ndarray) -> dict[str, np.ndarray]:
-        """The rows at these positions, in their order: numpy arrays by column name."""
+        """Read rows.
+
+        Args:
+            indices: positions of the rows, in any order; a position may occur more than once.
+
+        Returns:
+            The columns by name, as numpy arrays of len(indices) rows in the given order.
+
+        Raises:
+            IndexError: a position is negative or not below `len()`.
+            UserError: a shard is damaged.
+
+        Example:
+            dataset = open_dataset("pixels")
+            dataset.rows([0, 1])["image"].shape  # (2, 3, 64, 64)
+        """
         wanted = np.asarray(indices, dtype=np.int64)
         if wanted.size and (wanted.min() < 0 or wanted.max() >= len(self)):
-            raise IndexError(f"rows {wanted.min()} to {wanted.max()} were asked of {len(self)}")
+            raise IndexError(f"rows {wanted.min()} to {wanted.max()} are not within 0 to {len(self) - 1}")
         which = np.searchsorted(self._starts, wanted, side="right") - 1
         out: dict[str, np.ndarray] = {}
         for number in np.unique(which) if wanted.size else [0]:
@@ -136,9 +155,17 @@ class Dataset:
         return out
 
     def indices(self, split: str, held_out_fraction: float = 0.05) -> np.ndarray:
-        """Positions of the rows of `train`, `held_out` or `all`, ascending: a pure function of the keys."""
+        """The positions of the rows of a split, in ascending order. They depend only on the keys.
+
+        Args:
+            split: "train", "held_out" or "all".
+            held_out_fraction: the expected fraction of held-out rows; a recipe has it as `data.held_out_fraction`.
+
+        Raises:
+            UserError: the split is unknown.
+        """
         if split not in ("train", "held_out", "all"):
-            raise UserError(f"split {split!r} is unknown: choose train, held_out or all")
+            raise UserError(f"split {split!r} is unknown; choose train, held_out or all")
         if split == "all":
             return np.arange(len(self))
         keys = [key for shard in self.shards for key in shard.columns()["key"]]
@@ -146,19 +173,19 @@ class Dataset:
         return np.flatnonzero(held_out if split == "held_out" else ~held_out)
 
     def _is_held_out(self, key: str, fraction: float) -> bool:
-        unit = key.removesuffix(MIRRORED)  # a mirror image goes with its image
-        if self.card.split_by == "region":  # crops of one photograph overlap: their region goes as a whole
+        unit = key.removesuffix(MIRRORED)  # a mirror image is in the same split as its image
+        if self.card.split_by == "region":  # crops of a region overlap, so they are all in the same split
             unit = unit.rsplit("#", 1)[0]
         return int.from_bytes(hashlib.sha256(unit.encode()).digest()[:8], "big") < fraction * 2**64
 
     def verify(self) -> None:
-        """Read everything and raise UserError at the first shard that is not what was written."""
+        """Read all shards; raises UserError at the first damaged one."""
         for shard in self.shards:
             shard.verify()
 
 
 def is_dataset(folder: Folder) -> bool:
-    """Whether a folder holds a complete prepared dataset (a `dataset.json` of ours, not one of EDM's)."""
+    """Whether a folder contains a complete prepared dataset. EDM's `dataset.json` has no format_version."""
     return folder.has(CARD) and "format_version" in folder.read_json(CARD)
 
 
@@ -181,7 +208,7 @@ def open_dataset(path: str | Path) -> Dataset:
     """
     folder = Folder.at(path)
     card = _read_card(folder)
-    return Dataset(_copy(folder, card) if folder.is_remote else folder.path, card, folder.address)
+    return Dataset(_local_copy(folder, card) if folder.is_remote else folder.path, card, folder.address)
 
 
 def _read_card(folder: Folder) -> DatasetCard:
@@ -195,23 +222,23 @@ def _read_card(folder: Folder) -> DatasetCard:
     return DatasetCard.parse(content, f"{folder}/{CARD}")
 
 
-_held: dict[str, Path] = {}  # copies that this process uses until it ends
+_copies_in_use: dict[str, Path] = {}  # this process keeps them until it ends
 
 
-def _copy(there: Folder, card: DatasetCard) -> Path:
-    """This node's copy of a remote dataset, verified against its card."""
-    name = hashlib.sha256(there.read(CARD)).hexdigest()[:32]
-    if name in _held:
-        return _held[name]
-    names = {name: size for name, size in there.files().items() if not name.startswith(".")}
+def _local_copy(remote: Folder, card: DatasetCard) -> Path:
+    """The copy of a remote dataset on this node, verified against its card."""
+    name = hashlib.sha256(remote.read(CARD)).hexdigest()[:32]
+    if name in _copies_in_use:
+        return _copies_in_use[name]
+    names = {name: size for name, size in remote.files().items() if not name.startswith(".")}
     size_bytes = sum(names.values())
 
-    def fill(here: Path) -> None:
-        with progress(f"fetching {there.name}", size_bytes / 2**20, "MiB") as meter:
+    def fill(folder: Path) -> None:
+        with progress(f"fetching {remote.name}", size_bytes / 2**20, "MiB") as meter:
             for name, size in sorted(names.items(), key=lambda item: item[0] == CARD):
-                there.fetch(name, here / name)
+                remote.fetch(name, folder / name)
                 meter.update(meter.done + size / 2**20)
-        Dataset(here, card).verify()
+        Dataset(folder, card).verify()
 
-    _, _held[name] = cached_copy("datasets", name, size_bytes, fill)
-    return _held[name]
+    _, _copies_in_use[name] = cached_copy("datasets", name, size_bytes, fill)
+    return _copies_in_use[name]

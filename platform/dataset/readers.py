@@ -1,4 +1,4 @@
-"""Readers: the inputs of a source read by their places, in any process: files, archives, arrays and tables."""
+"""Readers: read an input of a source by its place: files, members of archives, rows of arrays and tables."""
 
 import gzip
 import hashlib
@@ -9,7 +9,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -20,42 +20,49 @@ from patchloom.platform.dataset.labels import first_of
 from patchloom.platform.files.copies import cached_copy
 from patchloom.platform.files.folder import COPY_BYTES, Folder
 
+# Where an input is in its source: the name of a file, then numbers such as an offset, or a column and a row.
+Place = list[str | int]
+
 TABLE_BATCH_ROWS = 32
-GZIP_LEAST_BYTES = 18
+GZIP_MIN_BYTES = 18
 NO_CELLS = (0, pa.array([]))
-ZIP_HEADER_BYTES, USUAL_HEADER_BYTES = 30, 160  # of a member, without and with its name and extra fields
+Opened = TypeVar("Opened")
+
+ZIP_HEADER_BYTES, TYPICAL_HEADER_BYTES = 30, 160  # of a member, without and with its name and extra fields
 
 
-class Reader:
-    """Reads the inputs of a source by their places, in any process; what is wrong with one comes as an exception."""
+class SourceReader:
+    """Reads inputs of a source by their places, in any process. A damaged input raises an exception."""
 
     def __init__(self, kind: str, address: str) -> None:
         self.folder = Folder(address)
-        how: dict[str, Callable[..., bytes | np.ndarray]] = {
+        methods: dict[str, Callable[..., bytes | np.ndarray]] = {
             "files": self.folder.read,
             "zip": self._member,
             "tar": self._piece,
             "table": self._cell,
             "npz": self._row,
         }
-        self._read = how[kind]
+        self._read = methods[kind]
         self._open: dict[tuple[str, str], Any] = {}
 
-    def read(self, place: list[Any]) -> bytes | np.ndarray:
-        """The encoded image at a place, or the (H, W, C) array."""
+    def read(self, place: Place) -> bytes | np.ndarray:
+        """The encoded image at a place, or its pixels as an (H, W, C) uint8 array."""
         return self._read(*place)
 
-    def _opened(self, name: str, how: Callable[[Folder, str], Any]) -> Any:
-        """The file of this name, kept open until another is asked for: inputs come in order."""
-        if (name, how.__name__) not in self._open:
-            self._open = {(name, how.__name__): how(self.folder, name)}
-        return self._open[name, how.__name__]
+    def _opened(self, name: str, open_file: Callable[[Folder, str], Opened]) -> Opened:
+        """A file of the source, kept open until another one is needed, because inputs are read in order."""
+        key = (name, open_file.__name__)
+        if key not in self._open:
+            self._open = {key: open_file(self.folder, name)}
+        opened: Opened = self._open[key]
+        return opened
 
     def _member(self, name: str, offset: int, size: int, crc: int) -> bytes:
-        """A member of a zip archive, without the archive's directory: that of a million images fills a gigabyte."""
-        file: BinaryIO = self._opened(name, Folder.open)
+        """A member of a zip archive. The directory is not read: with a million images it takes a gigabyte of memory."""
+        file = self._opened(name, Folder.open)
         file.seek(offset)
-        piece = file.read(size + USUAL_HEADER_BYTES)  # far away, each read is a request
+        piece = file.read(size + TYPICAL_HEADER_BYTES)  # with remote files, each read is a request
         start = _zip_data_start(piece)
         if len(piece) < start + size:
             piece += file.read(start + size - len(piece))
@@ -65,7 +72,7 @@ class Reader:
         return content
 
     def _piece(self, name: str, offset: int, size: int) -> bytes:
-        file: BinaryIO = self._opened(name, tar_file)
+        file = self._opened(name, tar_file)
         file.seek(offset)
         return file.read(size)
 
@@ -81,15 +88,15 @@ class Reader:
         return value if isinstance(value, bytes) else self.folder.read(str(value))
 
 
-def zip_place(name: str, member: zipfile.ZipInfo) -> list[Any]:
-    """Where a member of the zip archive of this name is found."""
+def zip_place(name: str, member: zipfile.ZipInfo) -> Place:
+    """The place of a member of the zip archive `name`."""
     return [name, member.header_offset, member.compress_size, member.CRC]
 
 
 def _zip_data_start(piece: bytes) -> int:
-    """Where a member's data begins behind its own header (APPNOTE 4.3.7)."""
+    """The offset of the data of a member from its header (APPNOTE 4.3.7)."""
     if len(piece) < ZIP_HEADER_BYTES or piece[:4] != b"PK\3\4":
-        raise zipfile.BadZipFile("no header where the archive's directory tells of one")
+        raise zipfile.BadZipFile("the archive has no member header at the offset in its directory")
     if piece[6] & 1:
         raise ValueError("is encrypted: unpack the archive first")
     return ZIP_HEADER_BYTES + int.from_bytes(piece[26:28], "little") + int.from_bytes(piece[28:30], "little")
@@ -100,52 +107,52 @@ def _unpacked(packed: bytes, method: int) -> bytes:
         return packed
     if method == zipfile.ZIP_DEFLATED:
         return zlib.decompress(packed, -zlib.MAX_WBITS)
-    raise ValueError(f"is compressed by method {method}, and stored or deflated was wanted: zip it again")
+    raise ValueError(f"uses zip compression method {method}; only stored and deflated are supported")
 
 
 def zip_file(folder: Folder, name: str) -> zipfile.ZipFile:
-    """An open zip archive with its directory."""
+    """An open zip archive; raises UserError if it is damaged."""
     try:
         return zipfile.ZipFile(folder.open(name))
     except (zipfile.BadZipFile, OSError) as error:
-        raise UserError(f"{folder}/{name} is no whole zip file ({error}): fetch it again") from None
+        raise UserError(f"{folder}/{name} is not a complete zip file ({error}): download it again") from None
 
 
 def npz_array(folder: Folder, name: str, wanted: tuple[str, ...]) -> np.ndarray | None:
-    """The first of these arrays that an `.npz` holds."""
+    """The first of these arrays that an `.npz` contains, or None."""
     with zip_file(folder, name) as archive:
-        there = {member.removesuffix(".npy"): member for member in archive.namelist()}
-        found = first_of(wanted, there)
+        members = {member.removesuffix(".npy"): member for member in archive.namelist()}
+        found = first_of(wanted, members)
         if found is None:
             return None
         try:
-            return np.lib.format.read_array(io.BytesIO(archive.read(there[found])), allow_pickle=False)
+            return np.lib.format.read_array(io.BytesIO(archive.read(members[found])), allow_pickle=False)
         except (ValueError, zipfile.BadZipFile) as error:
             raise UserError(f"{folder}/{name}: {found} cannot be read ({error}): write it again") from None
 
 
 def npz_images(folder: Folder, name: str) -> np.ndarray:
-    """(N, H, W, C) or (N, H, W) uint8, unpacked once to the node's cache and memory-mapped."""
+    """(N, H, W, C) or (N, H, W) uint8 images, unpacked once into the cache of this node and memory-mapped."""
     with zip_file(folder, name) as archive:
-        there = {member.removesuffix(".npy"): member for member in archive.namelist()}
-        found = first_of(("images", "image", "arr_0", "x", "data"), there)
+        members = {member.removesuffix(".npy"): member for member in archive.namelist()}
+        found = first_of(("images", "image", "arr_0", "x", "data"), members)
         if found is None:
-            raise UserError(f"{folder}/{name} holds {', '.join(there)}, and no array `images`: rename it")
-        member = archive.getinfo(there[found])
+            raise UserError(f"{folder}/{name} contains {', '.join(members)} and no array `images`: rename one")
+        member = archive.getinfo(members[found])
 
-        def unpack(here: Path) -> None:
+        def unpack(target: Path) -> None:
             try:
-                with archive.open(member) as source, (here / "images.npy").open("wb") as target:
-                    shutil.copyfileobj(source, target, COPY_BYTES)
+                with archive.open(member) as source, (target / "images.npy").open("wb") as unpacked:
+                    shutil.copyfileobj(source, unpacked, COPY_BYTES)
             except (zipfile.BadZipFile, zlib.error, EOFError) as error:
-                raise UserError(f"{folder}/{name} is no whole .npz ({error}): fetch it again") from None
+                raise UserError(f"{folder}/{name} is not a complete .npz ({error}): download it again") from None
 
         _, here = cached_copy("arrays", f"{member.CRC:08x}-{member.file_size}", member.file_size, unpack)
     images: np.ndarray = np.load(here / "images.npy", mmap_mode="r", allow_pickle=False)
     if images.ndim not in (3, 4) or images.dtype != np.uint8:
         raise UserError(
-            f"{folder}/{name}: {found} is {images.dtype} of {images.shape}, and uint8 of (N, H, W, C) or (N, H, W) "
-            "was wanted: convert it"
+            f"{folder}/{name}: {found} has type {images.dtype} and shape {images.shape}; convert it to uint8 of "
+            "(N, H, W, C) or (N, H, W)"
         )
     if images.ndim == 4 and images.shape[-1] > 4 and images.shape[1] in (1, 2, 3, 4):
         images = images.transpose(0, 2, 3, 1)  # stored as (N, C, H, W)
@@ -153,21 +160,25 @@ def npz_images(folder: Folder, name: str) -> np.ndarray:
 
 
 def tar_file(folder: Folder, name: str) -> BinaryIO:
-    """A tar file to read at random; a compressed one is unpacked once to the node's cache."""
+    """A tar file for random access. A compressed one is unpacked once into the cache of this node."""
     if name.lower().endswith(".tar"):
         return folder.open(name)
-    if folder.size(name) < GZIP_LEAST_BYTES:
-        raise UserError(f"{folder}/{name} is no whole gzip file (it is too short): fetch it again")
+    if folder.size(name) < GZIP_MIN_BYTES:
+        raise UserError(f"{folder}/{name} is not a complete gzip file (too short): download it again")
     with folder.open(name) as file:
         file.seek(-8, io.SEEK_END)
-        digest = file.read(8).hex()  # gzip's own checksum and length
+        digest = file.read(8).hex()  # checksum and length of gzip
 
-    def unpack(here: Path) -> None:
+    def unpack(target: Path) -> None:
         try:
-            with folder.open(name) as file, gzip.open(file) as source, (here / "plain.tar").open("wb") as target:
-                shutil.copyfileobj(source, target, COPY_BYTES)
+            with (
+                folder.open(name) as file,
+                gzip.open(file) as source,
+                (target / "plain.tar").open("wb") as unpacked,
+            ):
+                shutil.copyfileobj(source, unpacked, COPY_BYTES)
         except (OSError, EOFError) as error:
-            raise UserError(f"{folder}/{name} is no whole gzip file ({error}): fetch it again") from None
+            raise UserError(f"{folder}/{name} is not a complete gzip file ({error}): download it again") from None
 
     size = folder.size(name)
     place = hashlib.sha256(f"{name} {digest} {size}".encode()).hexdigest()[:32]
@@ -175,67 +186,69 @@ def tar_file(folder: Folder, name: str) -> BinaryIO:
     return (here / "plain.tar").open("rb")
 
 
-class Table:
-    """A Parquet or Arrow file: columns whole, cells of large columns one batch at a time."""
+class SourceTable:
+    """A Parquet or Arrow file. `column` reads a whole column; `cell` reads a large column in batches."""
 
     def __init__(self, schema: pa.Schema, rows: int, column: Callable[[str], list[Any]],
                  batches: Callable[[str, int], Iterator[tuple[int, pa.Array]]]) -> None:  # fmt: skip
         self.schema, self.rows, self.column = schema, rows, column
         self._batches = batches
-        self._begun: tuple[str, Iterator[tuple[int, pa.Array]]] | None = None
+        self._iterator: tuple[str, Iterator[tuple[int, pa.Array]]] | None = None
         self._batch: tuple[int, pa.Array] = NO_CELLS
 
     def cell(self, column: str, row: int) -> Any:
-        """One cell; rows that come in order are read once."""
-        if self._begun is None or self._begun[0] != column or row < self._batch[0]:
-            return self._begin(column, row)
+        """One cell. Rows in ascending order are read once."""
+        if self._iterator is None or self._iterator[0] != column or row < self._batch[0]:
+            return self._start(column, row)
         try:
-            return self._go_on(self._begun[1], row)
-        except Exception:  # of a damaged piece, which may lie between the row before and this one
-            return self._begin(column, row)
+            return self._advance(self._iterator[1], row)
+        except Exception:  # a damaged page may be between the previous row and this one
+            return self._start(column, row)
 
-    def _begin(self, column: str, row: int) -> Any:
-        batches, self._begun, self._batch = self._batches(column, row), None, NO_CELLS
-        cell = self._go_on(batches, row)
-        self._begun = (column, batches)
+    def _start(self, column: str, row: int) -> Any:
+        batches, self._iterator, self._batch = self._batches(column, row), None, NO_CELLS
+        cell = self._advance(batches, row)
+        self._iterator = (column, batches)
         return cell
 
-    def _go_on(self, batches: Iterator[tuple[int, pa.Array]], row: int) -> Any:
+    def _advance(self, batches: Iterator[tuple[int, pa.Array]], row: int) -> Any:
         while row >= self._batch[0] + len(self._batch[1]):
             self._batch = next(batches)
         first, cells = self._batch
         return cells[row - first].as_py()
 
 
-def open_table(folder: Folder, name: str) -> Table:
+def open_table(folder: Folder, name: str) -> SourceTable:
     """A Parquet file, or an Arrow IPC file or stream."""
-    with _whole(folder, name):
+    with _complete(folder, name):
         return _parquet(folder, name) if name.lower().endswith(".parquet") else _arrow(folder, name)
 
 
 @contextmanager
-def _whole(folder: Folder, name: str) -> Iterator[None]:
+def _complete(folder: Folder, name: str) -> Iterator[None]:
     try:
         yield
     except (pa.ArrowException, OSError) as error:
-        raise UserError(f"{folder}/{name} is no whole table ({' '.join(str(error).split())}): fetch it again") from None
+        raise UserError(
+            f"{folder}/{name} is not a complete table ({' '.join(str(error).split())}): download it again"
+        ) from None
 
 
-def _parquet(folder: Folder, name: str) -> Table:
+def _parquet(folder: Folder, name: str) -> SourceTable:
     file = pyarrow.parquet.ParquetFile(folder.open(name))
     starts = np.cumsum([0] + [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)])
 
-    lost: dict[int, tuple[int, str]] = {}  # by row group: from which row on it cannot be read, and why
+    damaged: dict[int, tuple[int, str]] = {}  # by row group: the first row that cannot be read, and why
 
     def batches(column: str, row: int) -> Iterator[tuple[int, pa.Array]]:
         for group in range(int(np.searchsorted(starts, row, side="right")) - 1, file.num_row_groups):
-            first, problem = lost.get(group, (row + 1, ""))
+            first, problem = damaged.get(group, (row + 1, ""))
             if row >= first:
                 raise ValueError(problem)
             yield from cells(group, column)
 
     def cells(group: int, column: str) -> Iterator[tuple[int, pa.Array]]:
-        """A few at a time, because a group may hold gigabytes of images; those before a damaged page one by one."""
+        """Cells in small batches, because a group may have gigabytes. Before a damaged page, cells one by one."""
         done = int(starts[group])
         for rows in (TABLE_BATCH_ROWS, 1):
             first = int(starts[group])
@@ -247,22 +260,22 @@ def _parquet(folder: Folder, name: str) -> Table:
                     first += len(batch)
                 return
             except (pa.ArrowException, OSError) as error:
-                problem = f"stands in or behind a damaged page of its row group ({error})"
-        lost[group] = done, problem
+                problem = f"is in or after a damaged page of its row group ({error})"
+        damaged[group] = done, problem
         raise ValueError(problem)
 
     def column(wanted: str) -> list[Any]:
-        with _whole(folder, name):
+        with _complete(folder, name):
             return list(file.read([wanted]).column(0).to_pylist())
 
-    return Table(file.schema_arrow, file.metadata.num_rows, column, batches)
+    return SourceTable(file.schema_arrow, file.metadata.num_rows, column, batches)
 
 
-def _arrow(folder: Folder, name: str) -> Table:
-    """An Arrow IPC file or stream, memory-mapped; a remote one from the node's cache."""
+def _arrow(folder: Folder, name: str) -> SourceTable:
+    """An Arrow IPC file or stream, memory-mapped; a remote one is copied to the cache of this node."""
     if folder.is_remote:
         digest = hashlib.sha256(f"{folder.address}/{name} {folder.stamp(name)}".encode()).hexdigest()[:32]
-        _, here = cached_copy("tables", digest, folder.size(name), lambda to: folder.fetch(name, to / "table.arrow"))
+        _, here = cached_copy("tables", digest, folder.size(name), lambda new: folder.fetch(name, new / "table.arrow"))
         path = here / "table.arrow"
     else:
         path = folder.path / name
@@ -279,4 +292,4 @@ def _arrow(folder: Folder, name: str) -> Table:
                 yield first, chunk
             first += len(chunk)
 
-    return Table(table.schema, table.num_rows, lambda name: list(table.column(name).to_pylist()), batches)
+    return SourceTable(table.schema, table.num_rows, lambda name: list(table.column(name).to_pylist()), batches)

@@ -33,7 +33,7 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_rows_come_in_the_order_that_was_asked_for(folder: Path) -> None:
+def test_rows_are_in_the_requested_order(folder: Path) -> None:
     dataset = open_dataset(folder)
     assert len(dataset) == 10
     wanted = [9, 0, 4, 3, 9]
@@ -57,48 +57,48 @@ def test_any_arrow_reader_finds_native_tensors(folder: Path) -> None:
 
 def test_the_split_is_the_hash_of_the_key(folder: Path) -> None:
     dataset = open_dataset(folder)
-    held = [i for i, key in enumerate(KEYS) if int(hashlib.sha256(key.encode()).hexdigest()[:16], 16) < 0.4 * 2**64]
-    assert 0 < len(held) < 10
-    assert dataset.indices("held_out", 0.4).tolist() == held
-    assert sorted([*held, *dataset.indices("train", 0.4).tolist()]) == list(range(10))
+    expected = [i for i, key in enumerate(KEYS) if int(hashlib.sha256(key.encode()).hexdigest()[:16], 16) < 0.4 * 2**64]
+    assert 0 < len(expected) < 10
+    assert dataset.indices("held_out", 0.4).tolist() == expected
+    assert sorted([*expected, *dataset.indices("train", 0.4).tolist()]) == list(range(10))
     assert dataset.indices("all").tolist() == list(range(10))
     assert len(dataset.indices("held_out", 0)) == 0 == len(dataset.indices("train", 1))
     with pytest.raises(UserError, match="split"):
         dataset.indices("test")
 
 
-def test_a_region_is_held_out_as_a_whole(folder: Path) -> None:
+def test_all_crops_of_a_region_are_in_the_same_split(folder: Path) -> None:
     dataset = Dataset(folder, open_dataset(folder).card.model_copy(update={"split_by": "region"}))
     for split in ("train", "held_out"):
         indices = set(dataset.indices(split, 0.5).tolist())
         assert all((index ^ 1) in indices for index in indices)
 
 
-def test_damage_stops_the_read(folder: Path) -> None:
+def test_a_damaged_shard_is_not_read(folder: Path) -> None:
     path = folder / "shards" / "part-00001.arrow"
     content = bytearray(path.read_bytes())
     content[-200] ^= 1
     path.write_bytes(content)
     dataset = open_dataset(folder)
     assert np.array_equal(dataset.rows([0])["image"][0], IMAGES[0])
-    with pytest.raises(UserError, match=r"part-00001\.arrow has sha256"):
+    with pytest.raises(UserError, match=r"part-00001\.arrow .*sha256"):
         dataset.rows([5])
     path.write_bytes(content[:-1])
-    with pytest.raises(UserError, match="bytes and its card says"):
+    with pytest.raises(UserError, match=rf"part-00001\.arrow .*{len(content) - 1} bytes.*{len(content)}"):
         open_dataset(folder)
     path.unlink()
-    with pytest.raises(UserError, match="is missing"):
+    with pytest.raises(UserError, match=r"part-00001\.arrow"):
         open_dataset(folder)
 
 
-def test_what_is_no_dataset_is_refused_in_words(folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="does not exist"):
+def test_the_error_of_a_folder_that_is_not_a_dataset_names_it(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="nowhere"):
         open_dataset(tmp_path / "nowhere")
-    with pytest.raises(UserError, match="incomplete"):
+    with pytest.raises(UserError, match=r"shards .*dataset\.json"):
         open_dataset(folder / "shards")
     write_json(folder / "dataset.json", {"format_version": 99, "shards": []})
     with pytest.raises(UserError, match="format 99"):
         open_dataset(folder)
     write_json(folder / "dataset.json", {"labels": []})
-    with pytest.raises(UserError, match="not a prepared dataset"):
+    with pytest.raises(UserError, match=r"dataset\.json .*format_version"):
         open_dataset(folder)

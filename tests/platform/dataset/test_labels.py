@@ -39,7 +39,7 @@ TOLD: dict[str, tuple[str, bytes, list[int], list[str]]] = {
         [2, 1, 2, 1], ["x", "y", "z"],
     ),
     "a dictionary": ("dataset.json", json.dumps({"labels": dict.fromkeys(KEYS, 3)}).encode(), [3] * 4, list("0123")),
-    "EDM without labels": ("dataset.json", b'{"labels": null}', [0, 0, 1, 1], ["a", "b"]),  # then the folders tell
+    "EDM without labels": ("dataset.json", b'{"labels": null}', [0, 0, 1, 1], ["a", "b"]),  # then the folders are the classes
     "CSV of names": ("labels.csv", b"key,label\na/1.png,dog\na/2.png,cat\nb/3.png,cat\nb/4.png,dog\n", [1, 0, 0, 1],
                      ["cat", "dog"]),
     "CSV of numbers with a BOM": ("metadata.csv", b"\xef\xbb\xbffilename,class\na/1.png,2\nb/4.png,0\n", [2, -1, -1, 0],
@@ -50,7 +50,7 @@ TOLD: dict[str, tuple[str, bytes, list[int], list[str]]] = {
 
 
 @pytest.mark.parametrize("case", TOLD)
-def test_a_file_beside_the_images_tells_their_classes(case: str, tmp_path: Path) -> None:
+def test_a_labels_file_in_the_source_contains_the_classes(case: str, tmp_path: Path) -> None:
     name, content, labels, class_names = TOLD[case]
     with zipfile.ZipFile(tmp_path / "some.zip", "w") as archive:
         for key, image in [(name, content), *((key, b"") for key in KEYS)]:
@@ -72,7 +72,7 @@ def photos(tmp_path: Path) -> Path:
     return tmp_path / "photos"
 
 
-def test_a_file_that_lies_apart_goes_before_what_lies_beside(photos: Path, tmp_path: Path) -> None:
+def test_a_separate_labels_file_takes_precedence_over_one_in_the_source(photos: Path, tmp_path: Path) -> None:
     (photos / "labels.csv").write_bytes(b"key,label\na/1.png,dog\n")
     (tmp_path / "mine.jsonl").write_bytes(rows(["b/3.png", "a/1.png", "nobody.png"], ["q", "p", "p"], "key"))
     source = open_source(str(photos), str(tmp_path / "mine.jsonl"))
@@ -81,27 +81,27 @@ def test_a_file_that_lies_apart_goes_before_what_lies_beside(photos: Path, tmp_p
 
 
 WRONG: dict[str, tuple[str, bytes, str]] = {
-    "no such column": ("x.csv", b"picture,kind\na/1.png,1\n", "columns picture, kind"),
-    "cut JSON": ("x.json", b'{"labels": [["a/1.png", 0], ', "cannot be read as labels"),
-    "no labels": ("x.json", b"{}", "holds no labels"),
-    "names and numbers": ("x.jsonl", rows(KEYS[:2], ["dog", 1]), "mixture of numbers and names"),
-    "a negative class": ("x.jsonl", rows(KEYS[:2], [0, -2]), "-2 is negative"),
-    "beyond the classes": ("x.json", b'{"labels": [["a/1.png", 2]], "classes": ["x", "y"]}', "none of the 2 classes"),
-    "no table": ("x.txt", b"a/1.png 0", "no file of labels known here"),
-    "text as Parquet": ("x.parquet", b"text" * 9, "cannot be read as labels"),
-    "bytes as CSV": ("x.csv", b"key,label\n\xff\xfe\x00", "cannot be read as labels"),
+    "no such column": ("x.csv", b"picture,kind\na/1.png,1\n", "picture, kind"),
+    "cut JSON": ("x.json", b'{"labels": [["a/1.png", 0], ', "x.json"),
+    "no labels": ("x.json", b"{}", "x.json"),
+    "names and numbers": ("x.jsonl", rows(KEYS[:2], ["dog", 1]), "numbers and names"),
+    "a negative class": ("x.jsonl", rows(KEYS[:2], [0, -2]), "-2"),
+    "beyond the classes": ("x.json", b'{"labels": [["a/1.png", 2]], "classes": ["x", "y"]}', "2 classes"),
+    "no table": ("x.txt", b"a/1.png 0", "x.txt"),
+    "text as Parquet": ("x.parquet", b"text" * 9, "x.parquet"),
+    "bytes as CSV": ("x.csv", b"key,label\n\xff\xfe\x00", "x.csv"),
 }
 
 
 @pytest.mark.parametrize("case", WRONG)
-def test_labels_that_cannot_be_meant_are_refused_in_a_line(case: str, photos: Path, tmp_path: Path) -> None:
-    name, content, words = WRONG[case]
+def test_the_error_of_wrong_labels_is_one_line(case: str, photos: Path, tmp_path: Path) -> None:
+    name, content, named = WRONG[case]
     (tmp_path / name).write_bytes(content)
-    with pytest.raises(UserError, match=words) as refused:
+    with pytest.raises(UserError, match=named) as refused:
         open_source(str(photos), str(tmp_path / name))
     assert "\n" not in str(refused.value)
 
 
-def test_a_file_of_labels_that_is_not_there_is_said(photos: Path) -> None:
-    with pytest.raises(UserError, match=r"--labels nowhere\.csv does not exist"):
+def test_a_missing_labels_file_is_named(photos: Path) -> None:
+    with pytest.raises(UserError, match=r"--labels nowhere\.csv"):
         open_source(str(photos), "nowhere.csv")

@@ -12,12 +12,12 @@ import pyarrow.parquet
 import pytest
 
 from patchloom.errors import UserError
-from patchloom.platform.dataset.readers import Reader, open_table, zip_place
+from patchloom.platform.dataset.readers import SourceReader, open_table, zip_place
 from patchloom.platform.dataset.sources import open_source
 from patchloom.platform.files.folder import Folder
 
-LUCK = np.random.default_rng(0)
-CONTENTS = [LUCK.bytes(500 + 7 * row) for row in range(60)]
+GENERATOR = np.random.default_rng(0)
+CONTENTS = [GENERATOR.bytes(500 + 7 * row) for row in range(60)]
 
 
 def write_zip(
@@ -40,7 +40,7 @@ def write_zip(
 def test_members_of_a_zip_are_read_in_any_order(tmp_path: Path, method: int, before: bytes) -> None:
     extra = struct.pack("<HH", 0x6666, 900) + bytes(900)  # longer than what is read at once
     places = write_zip(tmp_path / "some.zip", method, before, extra)
-    reader = Reader("zip", str(tmp_path))
+    reader = SourceReader("zip", str(tmp_path))
     for row in [59, 3, 3, 0, 41, *range(60)]:
         assert reader.read(places[row]) == CONTENTS[row]
 
@@ -53,7 +53,7 @@ def test_a_damaged_member_is_the_only_one_lost(tmp_path: Path) -> None:
         content[int(str(places[7][1])) + 100] ^= 255  # in its pixels
         content[int(str(places[9][1]))] ^= 255  # in its header
         path.write_bytes(content)
-        reader = Reader("zip", str(tmp_path))
+        reader = SourceReader("zip", str(tmp_path))
         for row, place in enumerate(places):
             if row in (7, 9):
                 with pytest.raises((zipfile.BadZipFile, zlib.error)):
@@ -62,17 +62,17 @@ def test_a_damaged_member_is_the_only_one_lost(tmp_path: Path) -> None:
                 assert reader.read(place) == CONTENTS[row]
 
 
-def test_members_that_are_locked_or_packed_in_a_rare_way_say_so(tmp_path: Path) -> None:
+def test_encrypted_members_and_rare_compression_methods_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "some.zip"
     places = write_zip(path, zipfile.ZIP_LZMA)
-    with pytest.raises(ValueError, match="compressed by method 14"):
-        Reader("zip", str(tmp_path)).read(places[0])
+    with pytest.raises(ValueError, match="method 14"):
+        SourceReader("zip", str(tmp_path)).read(places[0])
     places = write_zip(path)
     content = bytearray(path.read_bytes())
     content[int(str(places[5][1])) + 6] |= 1
     path.write_bytes(content)
-    with pytest.raises(ValueError, match="is encrypted"):
-        Reader("zip", str(tmp_path)).read(places[5])
+    with pytest.raises(ValueError, match="encrypted"):
+        SourceReader("zip", str(tmp_path)).read(places[5])
 
 
 def write_damaged_table(path: Path) -> None:
@@ -87,20 +87,20 @@ def write_damaged_table(path: Path) -> None:
     path.write_bytes(content)
 
 
-def test_a_damaged_page_costs_no_row_before_it_and_none_of_another_group(tmp_path: Path) -> None:
+def test_a_damaged_page_loses_no_earlier_row_and_no_other_group(tmp_path: Path) -> None:
     write_damaged_table(tmp_path / "rows.parquet")
-    reader = Reader("table", str(tmp_path))
-    for order in (range(60), range(59, -1, -1), LUCK.permutation(60).tolist()):
+    reader = SourceReader("table", str(tmp_path))
+    for order in (range(60), range(59, -1, -1), GENERATOR.permutation(60).tolist()):
         for row in order:
             if 31 <= row < 40:
-                with pytest.raises(ValueError, match="damaged page of its row group"):
+                with pytest.raises(ValueError, match="row group"):
                     reader.read(["rows.parquet", "image", row])
             else:
                 assert reader.read(["rows.parquet", "image", row]) == CONTENTS[row]
     assert [one.label for one in open_source(str(tmp_path / "rows.parquet")).inputs] == [row % 3 for row in range(60)]
 
 
-def test_a_damaged_column_of_labels_is_refused_in_a_line(tmp_path: Path) -> None:
+def test_the_error_of_a_damaged_label_column_is_one_line(tmp_path: Path) -> None:
     path = tmp_path / "rows.parquet"
     table = pa.table({"image": CONTENTS, "label": list(range(60))})
     pyarrow.parquet.write_table(table, path, compression="zstd", use_dictionary=False)
@@ -110,12 +110,12 @@ def test_a_damaged_column_of_labels_is_refused_in_a_line(tmp_path: Path) -> None
         column.total_compressed_size - 20
     )
     path.write_bytes(content)
-    with pytest.raises(UserError, match=r"rows\.parquet is no whole table") as refused:
+    with pytest.raises(UserError, match=r"rows\.parquet") as refused:
         open_source(str(path))
     assert "\n" not in str(refused.value)
 
 
-def test_a_remote_table_that_was_rewritten_is_read_anew(s3: str, tmp_path: Path) -> None:
+def test_a_remote_table_that_was_rewritten_is_read_again(s3: str, tmp_path: Path) -> None:
     there = Folder.at(f"{s3}/{tmp_path.name}")
     for contents in (CONTENTS, CONTENTS[::-1], [content[::-1] for content in CONTENTS]):  # of one size, within a second
         sink = pa.BufferOutputStream()

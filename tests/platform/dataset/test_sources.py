@@ -22,8 +22,8 @@ from PIL import Image
 
 from patchloom.errors import UserError
 from patchloom.pipelines.prepare.images import decode
-from patchloom.platform.dataset.readers import Reader
-from patchloom.platform.dataset.sources import Source, open_source, repeated
+from patchloom.platform.dataset.readers import SourceReader
+from patchloom.platform.dataset.sources import Source, duplicate_positions, open_source
 from patchloom.platform.files.folder import Folder
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (6, 4, 5, 3), dtype=np.uint8)
@@ -79,7 +79,7 @@ def inputs_of(address: str | Path) -> tuple[list[str], list[int], list[str]]:
 
 
 def contents_of(source: Source) -> list[np.ndarray]:
-    reader = Reader(source.kind, source.address)
+    reader = SourceReader(source.kind, source.address)
     return [np.asarray(decode(reader.read(one.place))) for one in source.inputs]
 
 
@@ -137,7 +137,7 @@ def parquet_of_paths(here: Path) -> Written:
 
 
 def parquet_of_hugging_face(here: Path) -> Written:
-    """With features in the schema's metadata, bytes in some structs and a path in others."""
+    """A table with features in its metadata, and structs with bytes or with a path."""
     structs = [{"bytes": None, "path": "cat/0.png"}, *STRUCTS[1:]]
     write_files(here, {"cat/0.png": ENCODED[0]})
     table = pa.table({"image": ["a caption"] * 6, "photo": structs, "label": LABELS})
@@ -154,7 +154,7 @@ def an_arrow_file(here: Path) -> Written:
 
 
 def a_saved_hugging_face_dataset(here: Path) -> Written:
-    """As `datasets` 4 saves it, in two files whose order is the state's."""
+    """A dataset as `datasets` 4 saves it, in two files, in the order of state.json."""
     files = ["data-00001-of-00002.arrow", "data-00000-of-00002.arrow"]
     for half, name in enumerate(files):
         rows = slice(3 * half, 3 * half + 3)
@@ -170,7 +170,7 @@ def an_npz(here: Path) -> Written:
 
 
 def upload(here: Path, address: str) -> None:
-    """Every file of a folder to memory:// or s3://, by other people's clients."""
+    """Upload every file of a folder to memory:// or s3://, with other clients than ours."""
     store, bucket, prefix = boto3.client("s3"), *address.split("://")[1].split("/", 1)
     for path in here.rglob("*"):
         name = f"{prefix}/{path.relative_to(here).as_posix()}"
@@ -185,7 +185,7 @@ def upload(here: Path, address: str) -> None:
     [a_folder, a_zip, a_tar, a_compressed_tar, webdataset_shards, parquet_of_bytes, parquet_of_paths,
      parquet_of_hugging_face, an_arrow_file, a_saved_hugging_face_dataset, an_npz],
 )  # fmt: skip
-def test_a_source_gives_the_same_inputs_wherever_it_lies(
+def test_a_source_gives_the_same_inputs_on_every_file_system(
     write: Callable[[Path], Written], tmp_path: Path, s3: str
 ) -> None:
     name, keys, rows = write(tmp_path)
@@ -201,7 +201,7 @@ def test_a_source_gives_the_same_inputs_wherever_it_lies(
             assert np.array_equal(pixels, PIXELS[row]), store
 
 
-def test_a_compressed_file_is_brought_far_away_as_it_is(tmp_path: Path) -> None:
+def test_a_compressed_file_is_uploaded_unchanged(tmp_path: Path) -> None:
     content = gzip.compress(b"text" * 100)
     (tmp_path / "a.tar.gz").write_bytes(content)
     far = Folder("memory://brought/here")
@@ -210,30 +210,30 @@ def test_a_compressed_file_is_brought_far_away_as_it_is(tmp_path: Path) -> None:
     assert far.read("put.tar.gz") == far.read("written.tar.gz") == content
 
 
-def test_every_file_with_an_image_extension_is_an_input_whatever_it_holds(tmp_path: Path) -> None:
+def test_every_file_with_an_image_extension_is_an_input_whatever_its_content(tmp_path: Path) -> None:
     names = ["a.png", "a.jpg", "a.jpeg", "a.webp", "a.bmp", "a.tif", "a.tiff", "a.gif", "a.PNG", "a.Jpeg"]
     others = ["a.txt", "a.png.txt", "png", "dataset.jsonl", ".DS_Store", "a.svg", "b/Thumbs.db"]
     write_files(tmp_path, dict.fromkeys(names + others, b""))
     assert inputs_of(tmp_path) == (sorted(names), [-1] * 10, [])
 
 
-def test_the_class_is_the_first_sub_folder_and_none_for_files_beside_it(tmp_path: Path) -> None:
+def test_the_class_is_the_first_sub_folder_and_files_outside_have_none(tmp_path: Path) -> None:
     write_files(tmp_path, {"b/x/y/1.png": b"", "a/c/2.png": b"", "3.png": b"", "b/4.png": b""})
     assert inputs_of(tmp_path) == (["3.png", "a/c/2.png", "b/4.png", "b/x/y/1.png"], [-1, 0, 1, 1], ["a", "b"])
 
 
 @pytest.mark.filterwarnings("ignore:Duplicate name")
-def test_a_key_that_comes_twice_is_found_and_both_are_read(tmp_path: Path) -> None:
+def test_duplicate_keys_are_found_and_both_inputs_can_be_read(tmp_path: Path) -> None:
     write_zip(tmp_path / "two.zip", [("a.png", ENCODED[0]), ("b.png", ENCODED[1]), ("a.png", ENCODED[2])])
     write_tar(tmp_path / "two.tar", [("a.png", ENCODED[0]), ("b.png", ENCODED[1]), ("./a.png", ENCODED[2])])
     for name in ("two.zip", "two.tar"):
         source = open_source(str(tmp_path / name))
         assert [one.key for one in source.inputs] == ["a.png", "b.png", "a.png"]
-        assert repeated([one.key for one in source.inputs]) == {2}
+        assert duplicate_positions([one.key for one in source.inputs]) == {2}
         assert np.array_equal(contents_of(source), PIXELS[:3])
 
 
-def test_a_tars_hard_link_is_the_image_that_it_names(tmp_path: Path) -> None:
+def test_a_hard_link_in_a_tar_is_its_target_image(tmp_path: Path) -> None:
     path = write_tar(tmp_path / "images.tar", [("a.png", ENCODED[0])])
     with tarfile.open(path, "a") as archive:
         link = tarfile.TarInfo("b.png")  # as GNU tar stores the second name of one file
@@ -255,7 +255,7 @@ def test_a_tars_hard_link_is_the_image_that_it_names(tmp_path: Path) -> None:
         ("json", b"[not json", -1, []),
     ],
 )
-def test_a_webdataset_sidecar_tells_the_class(
+def test_a_webdataset_sidecar_contains_the_class(
     ending: str, content: bytes, label: int, classes: list[str], tmp_path: Path
 ) -> None:
     path = write_tar(tmp_path / "0.tar", [("a.jpg", ENCODED[0]), (f"a.{ending}", content), ("b.jpg", ENCODED[1])])
@@ -268,7 +268,7 @@ def test_shards_without_labels_have_no_classes(tmp_path: Path) -> None:
     assert inputs_of(tmp_path) == (["0.tar/a.jpg", "1.tar/c.jpg"], [-1, -1], [])
 
 
-def test_img2datasets_tables_beside_its_shards_are_not_the_images(tmp_path: Path) -> None:
+def test_tables_of_img2dataset_next_to_its_shards_are_not_inputs(tmp_path: Path) -> None:
     write_tar(tmp_path / "00000.tar", [("000.jpg", ENCODED[0]), ("000.json", b'{"key": "000"}'), ("000.txt", b"cat")])
     table = pa.table({"url": ["https://example.org"], "key": ["000"], "status": ["success"]})
     pyarrow.parquet.write_table(table, tmp_path / "00000.parquet")
@@ -286,7 +286,7 @@ GREY = PIXELS[..., :1]
      (GREY, GREY.repeat(3, 3)), (GREY[..., 0], GREY.repeat(3, 3)), (GREY.transpose(0, 3, 1, 2), GREY.repeat(3, 3))],
     ids=["NHWC", "NCHW", "RGBA NCHW", "grey NHWC", "grey NHW", "grey NCHW"],
 )  # fmt: skip
-def test_an_npz_may_hold_its_images_in_any_usual_order_of_axes(
+def test_an_npz_may_store_images_in_any_usual_order_of_axes(
     stored: np.ndarray, shown: np.ndarray, tmp_path: Path
 ) -> None:
     np.savez(tmp_path / "images.npz", images=np.asfortranarray(stored))
@@ -296,12 +296,12 @@ def test_an_npz_may_hold_its_images_in_any_usual_order_of_axes(
 
 
 @pytest.mark.parametrize("labels", [np.array(LABELS)[:, None], np.eye(2)[LABELS], np.eye(2, dtype=bool)[LABELS]])
-def test_an_npz_may_hold_labels_as_a_column_or_one_hot(labels: np.ndarray, tmp_path: Path) -> None:
+def test_an_npz_may_store_labels_as_a_column_or_one_hot(labels: np.ndarray, tmp_path: Path) -> None:
     np.savez(tmp_path / "images.npz", images=PIXELS, labels=labels)
     assert inputs_of(tmp_path / "images.npz") == (NUMBERS, LABELS, ["0", "1"])
 
 
-def test_keys_of_numbered_rows_are_padded_so_that_they_sort(tmp_path: Path) -> None:
+def test_keys_of_numbered_rows_are_zero_padded(tmp_path: Path) -> None:
     np.savez(tmp_path / "images.npz", images=np.zeros((101, 2, 2), np.uint8))
     keys = inputs_of(tmp_path / "images.npz")[0]
     assert keys == sorted(keys) and keys[:2] == ["000", "001"] and keys[-1] == "100"
@@ -315,7 +315,7 @@ def test_cells_of_a_table_are_read_in_any_order(tmp_path: Path) -> None:
     )
     order = [7, 99, 0, 40, 39, 41, 3, 3, 98, *range(100)]
     for name in ("rows.parquet", "rows.arrow"):
-        reader = Reader("table", str(tmp_path))
+        reader = SourceReader("table", str(tmp_path))
         assert [reader.read([name, "image", row]) for row in order] == [values[row] for row in order]
 
 
@@ -323,22 +323,22 @@ def test_a_row_without_an_image_is_an_input_that_cannot_be_read(tmp_path: Path) 
     empty = [{"bytes": None, "path": None}, None, {"bytes": b"", "path": None}]
     pyarrow.parquet.write_table(pa.table({"image": [*STRUCTS[:2], *empty]}), tmp_path / "rows.parquet")
     source = open_source(str(tmp_path / "rows.parquet"))
-    reader = Reader(source.kind, source.address)
+    reader = SourceReader(source.kind, source.address)
     assert [one.key for one in source.inputs] == list("01234")
     for one in source.inputs[2:]:
-        with pytest.raises(ValueError, match="the row has no image"):
+        with pytest.raises(ValueError, match="image"):
             reader.read(one.place)
     assert reader.read(source.inputs[1].place) == ENCODED[1]
 
 
-def test_a_remote_source_may_be_the_top_of_its_store() -> None:
+def test_a_remote_source_may_be_a_whole_bucket() -> None:
     with fsspec.open("memory://top/cat/a.png", "wb") as file:
         file.write(ENCODED[0])
     assert inputs_of("memory://top") == (["cat/a.png"], [0], ["cat"])
     assert inputs_of("memory://top/") == (["cat/a.png"], [0], ["cat"])
 
 
-def test_a_folder_of_images_may_hold_a_state_of_somebody_elses(tmp_path: Path) -> None:
+def test_a_folder_of_images_may_contain_an_unrelated_state_json(tmp_path: Path) -> None:
     write_files(tmp_path, {"a.png": ENCODED[0], "state.json": b'{"epoch": 3}'})
     assert inputs_of(tmp_path)[0] == ["a.png"]
 
@@ -365,29 +365,29 @@ def parquet(here: Path, **columns: Any) -> bytes:
 
 OTHERS = np.arange(6 * 60, dtype=np.uint8).reshape(6, 4, 5, 3)
 BROKEN: dict[str, tuple[str, Callable[[Path], bytes], str]] = {
-    "a film": ("film.mp4", lambda here: b"film", "no archive, table or array"),
-    "a text as zip": ("x.zip", lambda here: b"text", "no whole zip"),
-    "half a zip": ("x.zip", lambda here: write_zip(here / "a.zip", MEMBERS).read_bytes()[:300], "no whole zip"),
-    "a zip without images": ("x.zip", lambda here: write_zip(here / "a.zip", MEMBERS[-1:]).read_bytes(), "no image"),
-    "a text as tar": ("x.tar", lambda here: b"text" * 1000, "no whole tar"),
-    "an empty tar": ("x.tar", lambda here: b"", "no whole tar"),
-    "a tar cut in an image": ("x.tar", lambda here: whole_tar(here)[0][: whole_tar(here)[1][1] + 600], "no whole tar"),
-    "a tar cut in a header": ("x.tar", lambda here: whole_tar(here)[0][: whole_tar(here)[1][1] + 99], "no whole tar"),
-    "a damaged header": ("x.tar", lambda here: changed(whole_tar(here)[0], whole_tar(here)[1][1]), "no whole tar"),
+    "a film": ("film.mp4", lambda here: b"film", "film.mp4"),
+    "a text as zip": ("x.zip", lambda here: b"text", "x.zip"),
+    "half a zip": ("x.zip", lambda here: write_zip(here / "a.zip", MEMBERS).read_bytes()[:300], "x.zip"),
+    "a zip without images": ("x.zip", lambda here: write_zip(here / "a.zip", MEMBERS[-1:]).read_bytes(), ".png"),
+    "a text as tar": ("x.tar", lambda here: b"text" * 1000, "x.tar"),
+    "an empty tar": ("x.tar", lambda here: b"", "x.tar"),
+    "a tar cut in an image": ("x.tar", lambda here: whole_tar(here)[0][: whole_tar(here)[1][1] + 600], "x.tar"),
+    "a tar cut in a header": ("x.tar", lambda here: whole_tar(here)[0][: whole_tar(here)[1][1] + 99], "x.tar"),
+    "a damaged header": ("x.tar", lambda here: changed(whole_tar(here)[0], whole_tar(here)[1][1]), "x.tar"),
     "half a tar.gz": (
         "x.tar.gz",
         lambda here: write_tar(here / "a.tgz", MEMBERS[1:], "w:gz").read_bytes()[:200],
-        "no whole gzip",
+        "x.tar.gz",
     ),
-    "an empty tar.gz": ("x.tar.gz", lambda here: b"", "no whole"),
-    "a text as parquet": ("x.parquet", lambda here: b"text" * 9, "no whole table"),
-    "half a parquet": ("x.parquet", lambda here: parquet(here, image=ENCODED)[:-9], "no whole table"),
-    "a text as arrow": ("x.arrow", lambda here: b"text" * 9, "no whole table"),
-    "no column of images": ("x.parquet", lambda here: parquet(here, text=["a"], label=[0]), "none of images"),
-    "half an npz": ("x.npz", lambda here: npz(here, images=PIXELS)[:-30], "no whole"),
-    "a damaged npz": ("x.npz", lambda here: changed(npz(here, images=OTHERS), 400), "no whole"),
-    "an npz without images": ("x.npz", lambda here: npz(here, weights=PIXELS), "no array `images`"),
-    "images of floats": ("x.npz", lambda here: npz(here, images=PIXELS / 255), "uint8"),
+    "an empty tar.gz": ("x.tar.gz", lambda here: b"", "x.tar.gz"),
+    "a text as parquet": ("x.parquet", lambda here: b"text" * 9, "x.parquet"),
+    "half a parquet": ("x.parquet", lambda here: parquet(here, image=ENCODED)[:-9], "x.parquet"),
+    "a text as arrow": ("x.arrow", lambda here: b"text" * 9, "x.arrow"),
+    "no column of images": ("x.parquet", lambda here: parquet(here, text=["a"], label=[0]), "text, label"),
+    "half an npz": ("x.npz", lambda here: npz(here, images=PIXELS)[:-30], "x.npz"),
+    "a damaged npz": ("x.npz", lambda here: changed(npz(here, images=OTHERS), 400), "x.npz"),
+    "an npz without images": ("x.npz", lambda here: npz(here, weights=PIXELS), "weights"),
+    "images of floats": ("x.npz", lambda here: npz(here, images=PIXELS / 255), "float64"),
     "too few labels": ("x.npz", lambda here: npz(here, images=PIXELS, labels=[1]), "6 images and 1 labels"),
     "labels of Python objects": (
         "x.npz",
@@ -398,19 +398,20 @@ BROKEN: dict[str, tuple[str, Callable[[Path], bytes], str]] = {
 
 
 @pytest.mark.parametrize("case", BROKEN)
-def test_a_broken_file_is_refused_in_a_line(case: str, tmp_path: Path) -> None:
-    name, content, words = BROKEN[case]
+def test_the_error_of_a_damaged_file_names_it_in_one_line(case: str, tmp_path: Path) -> None:
+    name, content, named = BROKEN[case]
     (tmp_path / name).write_bytes(content(tmp_path))
-    with pytest.raises(UserError, match=words) as caught:
+    with pytest.raises(UserError) as error:
         open_source(str(tmp_path / name))
-    assert "\n" not in str(caught.value) and str(tmp_path) in str(caught.value)
+    message = str(error.value)
+    assert named in message and str(tmp_path) in message and "\n" not in message
 
 
 @pytest.mark.parametrize(
-    ("files", "words"),
+    ("files", "named"),
     [
-        ({"README.txt": b""}, "holds no image"),
-        ({"dataset_dict.json": b"{}", "train/state.json": b"{}", "test/x.arrow": b""}, "splits test, train"),
+        ({"README.txt": b""}, ".png"),
+        ({"dataset_dict.json": b"{}", "train/state.json": b"{}", "test/x.arrow": b""}, "test, train"),
         (
             {"state.json": b'{"_data_files": [{"filename": "data-0.arrow"}]}', "dataset_info.json": b"{}"},
             "data-0.arrow",
@@ -418,19 +419,22 @@ def test_a_broken_file_is_refused_in_a_line(case: str, tmp_path: Path) -> None:
     ],
     ids=["no image", "several splits", "a saved dataset without its file"],
 )
-def test_a_folder_that_is_no_source_is_refused_in_a_line(files: dict[str, bytes], words: str, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=words) as caught:
+def test_the_error_of_a_folder_that_is_not_a_source_names_it_in_one_line(
+    files: dict[str, bytes], named: str, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError) as error:
         open_source(str(write_files(tmp_path, files)))
-    assert "\n" not in str(caught.value) and str(tmp_path) in str(caught.value)
+    message = str(error.value)
+    assert named in message and str(tmp_path) in message and "\n" not in message
 
 
-def test_a_source_that_is_not_there_is_refused_in_a_line(tmp_path: Path) -> None:
+def test_the_error_of_a_missing_source_names_it(tmp_path: Path) -> None:
     for address in (f"{tmp_path}/nothing", f"{tmp_path}/nothing.zip", "memory://nothing/here"):
         with pytest.raises(UserError, match=address):
             open_source(address)
 
 
-def test_a_broken_archive_is_refused_again_when_it_is_asked_for_again(tmp_path: Path) -> None:
+def test_a_damaged_archive_is_refused_at_every_attempt(tmp_path: Path) -> None:
     whole = write_tar(tmp_path / "whole.tgz", MEMBERS[1:], "w:gz").read_bytes()
     (tmp_path / "half.tgz").write_bytes(whole[: len(whole) // 2])
     code = f"""
@@ -449,4 +453,4 @@ for _ in range(2):
     except subprocess.TimeoutExpired:
         process.kill()
         output, _ = process.communicate()
-    assert output.split() == ["refused", "refused"]  # a lock that was left behind would wait for ever
+    assert output.split() == ["refused", "refused"]  # with a lock left behind, the second attempt would wait for ever
