@@ -13,7 +13,7 @@ from patchloom.pipelines.train.monitor import STOP_FILE, Monitor
 from patchloom.pipelines.train.profiler import Profiler
 from patchloom.pipelines.train.run import Run, open_run, save_run_model
 from patchloom.platform.compute.workers import Worker
-from patchloom.platform.files.copies import Mirror, pull, working_copy
+from patchloom.platform.files.copies import RemoteMirror, pull_folder, working_copy
 from patchloom.platform.files.folder import Folder
 from patchloom.platform.files.storage import locked, sweep_partial
 
@@ -43,8 +43,8 @@ def _run_here(worker: Worker, run: Folder) -> Iterator[Path]:
         return
     here = working_copy(run, "worker")
     (here / STOP_FILE).unlink(missing_ok=True)
-    pull(run, here, without_old_tensors(run))
-    with Mirror(here, run, STOP_FILE) if worker.rank == 0 else nullcontext():
+    pull_folder(run, here, without_old_tensors(run))
+    with RemoteMirror(here, run, STOP_FILE) if worker.rank == 0 else nullcontext():
         yield here
 
 

@@ -21,7 +21,7 @@ from patchloom.pipelines.train.mlflow_run import end_tracking, tracked
 from patchloom.pipelines.train.monitor import STOP_FILE, ask_to_stop
 from patchloom.platform.compute.workers import run_workers
 from patchloom.platform.dataset.prepared import Dataset, open_dataset
-from patchloom.platform.files.copies import Fetcher, pull, working_copy
+from patchloom.platform.files.copies import ProgressFetcher, pull_folder, working_copy
 from patchloom.platform.files.folder import Folder
 from patchloom.platform.files.storage import (
     locked,
@@ -262,9 +262,9 @@ def _run_folder(there: Folder) -> Iterator[Path]:
         yield make_folder(there.path)
         return
     here = working_copy(there, "driver")
-    pull(there, here, without_tensors)
+    pull_folder(there, here, without_tensors)
     yield here
-    pull(there, here, without_tensors)
+    pull_folder(there, here, without_tensors)
 
 
 def _launch(
@@ -282,7 +282,7 @@ def _launch(
     def work(shown: Callable[[ProgressLine], None]) -> None:
         with (
             MlflowForwarder(folder, find_run, shown, answers),
-            Fetcher(there, folder) if there.is_remote else nullcontext(),
+            ProgressFetcher(there, folder) if there.is_remote else nullcontext(),
         ):
             ended = run_workers(
                 train_worker,

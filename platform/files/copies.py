@@ -1,4 +1,4 @@
-"""Copies: what lies far away as files on this node, and a folder of this node kept far away while it grows."""
+"""Copies of remote folders on this node, and remote mirrors of local folders."""
 
 import contextlib
 import fcntl
@@ -16,36 +16,36 @@ from patchloom.platform.files.folder import Folder, is_remote
 from patchloom.platform.files.storage import local_path, make_folder, write_atomic
 
 CACHE, CACHE_GIB, DEFAULT_CACHE_GIB = "PATCHLOOM_CACHE", "PATCHLOOM_CACHE_GIB", 256
-WHOLE = ".whole"  # in a copy that is complete
-LOOK_EVERY_S = 2.0
-TRIES, RETRY_S = 5, 3.0
-NEVER = (-1, -1)
-GROWING = ".jsonl"  # files of lines: they only grow, and their last line may be half there
+COMPLETE = ".whole"  # a file in each complete copy
+SYNC_EVERY_S = 2.0
+SEND_ATTEMPTS, SEND_RETRY_S = 5, 3.0
+NOT_SENT = (-1, -1)
+GROWING = ".jsonl"  # these files only grow, and their last line may be incomplete
 
 
 def cache_folder(kind: str) -> Path:
-    """Where copies lie on this node: PATCHLOOM_CACHE, else ~/.cache/patchloom."""
+    """The cache folder of this node for one kind of files, in PATCHLOOM_CACHE or ~/.cache/patchloom."""
     return make_folder(Path(os.environ.get(CACHE) or "~/.cache/patchloom").expanduser().absolute() / kind)
 
 
 def working_copy(there: Folder, role: str) -> Path:
-    """The folder of this node that stands for a remote one, each role (driver, worker) with its own."""
+    """The local folder that corresponds to a remote one; each role (driver, worker) has its own."""
     digest = hashlib.sha256(there.address.encode()).hexdigest()[:12]
     return make_folder(cache_folder("runs") / f"{there.name}-{digest}-{role}")
 
 
 def local_copy(address: str, wanted: Callable[[str], bool] = lambda name: True) -> Path:
-    """The folder at an address as a path: itself where it is local, else a copy of the wanted files, fetched now."""
+    """The local path of a folder. A remote one is copied first, with the files whose names are `wanted`."""
     if not is_remote(address):
         return local_path(address)
     there = Folder.at(address)
     here = working_copy(there, "copy")
-    pull(there, here, wanted)
+    pull_folder(there, here, wanted)
     return here
 
 
-def pull(there: Folder, here: Path, wanted: Callable[[str], bool] = lambda name: True) -> None:
-    """Make a local folder equal to what is wanted of a remote one; hidden files are of each machine alone."""
+def pull_folder(there: Folder, here: Path, wanted: Callable[[str], bool] = lambda name: True) -> None:
+    """Make a local folder equal to a remote one, for the wanted files. Hidden files are ignored."""
     with _locked(here):
         names = {name: size for name, size in there.files().items() if not _is_hidden(name)}
         for name in Folder(str(here)).files():
@@ -56,10 +56,10 @@ def pull(there: Folder, here: Path, wanted: Callable[[str], bool] = lambda name:
         for name, size in names.items():
             if not wanted(name) or name in cards:
                 continue
-            # a tensor's file never changes under its card; small files are looked at again
+            # tensors change only together with their card; small files are always read again
             is_here = (here / name).is_file() and (here / name).stat().st_size == size
             if not (is_here and name.endswith(".safetensors") and name.rpartition("/")[0] not in changed):
-                with contextlib.suppress(FileNotFoundError):  # let go a moment ago, its card first
+                with contextlib.suppress(FileNotFoundError):  # removed just now, after its card
                     there.fetch(name, here / name)
         for name, card in cards.items():
             if card is not None:
@@ -67,18 +67,24 @@ def pull(there: Folder, here: Path, wanted: Callable[[str], bool] = lambda name:
 
 
 def _read(folder: Folder, name: str) -> bytes | None:
-    """What a file holds, or None where it is not, or no longer, there."""
+    """The content of a file, or None if there is no such file."""
     try:
         return folder.read(name)
     except FileNotFoundError:
         return None
 
 
-class Mirror:
-    """Keeps a remote folder equal to a local one while the block runs, and after it.
+class RemoteMirror:
+    """Keeps a remote folder equal to a local one during the block, and at its end.
 
-    What vouches for others (a `.json`) goes up after them and comes away before them, so that a reader never
-    meets half a checkpoint. A store that is away is tried again; at the end UserError says what is missing.
+    Cards (`.json`) are sent after the files that they describe and removed before them, so that a reader never finds
+    an incomplete checkpoint. If the store does not answer, sending is repeated. At the end of the block, UserError is
+    raised if not all files could be sent.
+
+    Args:
+        here: the local folder.
+        there: the remote folder.
+        signal: name of a file; if it appears in the remote folder, it is created in the local folder, too.
     """
 
     def __init__(self, here: Path, there: Folder, signal: str | None = None) -> None:
@@ -87,35 +93,37 @@ class Mirror:
         self._thread = threading.Thread(target=self._run, name="mirror", daemon=True)
         self._sent: dict[str, tuple[int, int]] = {}
 
-    def __enter__(self) -> "Mirror":
+    def __enter__(self) -> "RemoteMirror":
         here = self._stamps()
         for name, size in self.there.files().items():
-            if not _is_hidden(name):  # what was fetched a moment ago need not go back
-                known = name.endswith(".safetensors") and here.get(name, NEVER)[0] == size
-                self._sent[name] = here[name] if known else NEVER
+            if not _is_hidden(name):  # a file that was just fetched is not sent back
+                known = name.endswith(".safetensors") and here.get(name, NOT_SENT)[0] == size
+                self._sent[name] = here[name] if known else NOT_SENT
         self._thread.start()
         return self
 
     def __exit__(self, *_: object) -> None:
         self._stop.set()
         self._thread.join()
-        for attempt in range(TRIES):
+        for attempt in range(SEND_ATTEMPTS):
             try:
                 self._send()
                 return
             except (UserError, OSError) as error:
                 problem = str(error)
-                time.sleep(RETRY_S * (attempt + 1))
-        raise UserError(f"{self.there} has not all of {self.here} ({problem}): call again with --resume to send it")
+                time.sleep(SEND_RETRY_S * (attempt + 1))
+        raise UserError(
+            f"{self.there} does not have all files of {self.here} ({problem}): repeat the command with --resume"
+        )
 
     def _run(self) -> None:
-        while not self._stop.wait(LOOK_EVERY_S):
+        while not self._stop.wait(SYNC_EVERY_S):
             try:
                 self._send()
                 if self.signal and self.there.has(self.signal):
                     (self.here / self.signal).touch()
             except (UserError, OSError):
-                continue  # the next look tries again, and the last one says so
+                continue  # the next round tries again, and the end of the block raises
 
     def _stamps(self) -> dict[str, tuple[int, int]]:
         stamps = {}
@@ -123,24 +131,24 @@ class Mirror:
             if not _is_hidden(name):
                 try:
                     status = (self.here / name).stat()
-                except FileNotFoundError:  # a checkpoint that was let go just now
+                except FileNotFoundError:  # a checkpoint that was removed just now
                     continue
                 stamps[name] = (status.st_size, status.st_mtime_ns)
         return stamps
 
     @staticmethod
-    def _is_vouched(name: str, stamps: dict[str, tuple[int, int]]) -> bool:
-        """Whether a card here speaks for a tensor that was never fetched to this node."""
+    def _has_card(name: str, stamps: dict[str, tuple[int, int]]) -> bool:
+        """Whether the card of a tensor is here. The tensor itself may never have been fetched to this node."""
         folder = name.rpartition("/")[0]
         return any(f"{folder}/{card}" in stamps for card in ("checkpoint.json", "model.json"))
 
     def _send(self) -> None:
         stamps = self._stamps()
-        gone = [name for name in self._sent if name not in stamps and not self._is_vouched(name, stamps)]
-        for name in sorted(gone, key=_vouches, reverse=True):
+        gone = [name for name in self._sent if name not in stamps and not self._has_card(name, stamps)]
+        for name in sorted(gone, key=_send_order, reverse=True):
             self.there.remove(name)
             del self._sent[name]
-        for name in sorted(stamps, key=_vouches):
+        for name in sorted(stamps, key=_send_order):
             if self._sent.get(name) == stamps[name]:
                 continue
             try:
@@ -151,37 +159,37 @@ class Mirror:
                     self.there.put(self.here / name, name)
             except FileNotFoundError:
                 if (self.here / name).exists():
-                    raise  # it is the store that is gone
+                    raise  # the store is missing, not the local file
                 continue
             self._sent[name] = stamps[name]
 
 
-class Fetcher:
-    """Brings the lines and pictures of a remote run to a local folder while the block runs, for who watches it."""
+class ProgressFetcher:
+    """Fetches the progress lines and pictures of a remote run into a local folder during the block."""
 
     def __init__(self, there: Folder, here: Path) -> None:
         self.there, self.here = there, here
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="fetcher", daemon=True)
 
-    def __enter__(self) -> "Fetcher":
+    def __enter__(self) -> "ProgressFetcher":
         self._thread.start()
         return self
 
     def __exit__(self, *_: object) -> None:
         self._stop.set()
         self._thread.join()
-        self.look()
+        self.fetch()
 
     def _run(self) -> None:
-        while not self._stop.wait(LOOK_EVERY_S):
+        while not self._stop.wait(SYNC_EVERY_S):
             try:
-                self.look()
+                self.fetch()
             except (UserError, OSError):
                 continue
 
-    def look(self) -> None:
-        """Fetch what is new: pictures first, then the lines that name them."""
+    def fetch(self) -> None:
+        """Fetch what is new: first pictures, then the lines that name them."""
         names = [name for name in self.there.files() if not _is_hidden(name)]
         for name in names:
             if name.endswith(".png") and not (self.here / name).is_file():
@@ -192,7 +200,7 @@ class Fetcher:
 
 
 def _grow(path: Path, content: bytes) -> None:
-    """Append what is new to a file of lines, so that its readers go on; one that was begun anew is replaced."""
+    """Append new lines to a file, so that its readers continue. If the file was restarted, replace it."""
     known = path.read_bytes() if path.is_file() else b""
     if content.startswith(known):
         with path.open("ab") as file:
@@ -205,54 +213,65 @@ def _is_hidden(name: str) -> bool:
     return any(part.startswith(".") for part in name.split("/"))
 
 
-def _vouches(name: str) -> tuple[bool, str]:
-    """The order in which files go: those that say that others are whole come last."""
+def _send_order(name: str) -> tuple[bool, str]:
+    """The order in which files are sent: cards after the files that they describe."""
     return name.endswith(".json"), name
 
 
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    """Wait for the other processes of this node that copy into a folder."""
+    """Exclude the other processes of this node that copy into a folder."""
     with (folder / ".copy.lock").open("a") as handle:
         fcntl.flock(handle, fcntl.LOCK_EX)
         yield
 
 
 def cached_copy(kind: str, name: str, size_bytes: int, fill: Callable[[Path], None]) -> tuple[int, Path]:
-    """A folder of the cache that `fill` makes once a node, whoever of its processes asks first.
+    """A folder in the cache of this node, filled once for all processes.
 
-    It stays until the returned file descriptor is closed, or the process ends; after that it may have to make
-    room for another of its kind. Raises UserError where the cache has no room for it.
+    Args:
+        kind: folder of the cache for files of this kind.
+        name: name of the copy, which identifies its content.
+        size_bytes: expected size. The copies with the oldest use are removed to make room.
+        fill: writes the files into the folder. It is called by one process; the others wait.
+
+    Returns:
+        A file descriptor and the folder. The copy is kept until the descriptor is closed or the process ends.
+
+    Raises:
+        UserError: the cache has no room for the copy.
     """
     cache = cache_folder(kind)
     folder, lock = cache / name, cache / f"{name}.lock"
     handle = os.open(lock, os.O_RDWR | os.O_CREAT, 0o644)
     try:
-        fcntl.flock(handle, fcntl.LOCK_SH)  # from here on nobody removes it
+        fcntl.flock(handle, fcntl.LOCK_SH)  # from now on, the copy is not removed
         with (cache / f"{name}.filling").open("a") as filling:
-            fcntl.flock(filling, fcntl.LOCK_EX)  # the others wait here for the one that fills, and for nothing else
-            if not (folder / WHOLE).is_file():
+            fcntl.flock(filling, fcntl.LOCK_EX)  # other processes wait here, only while the copy is filled
+            if not (folder / COMPLETE).is_file():
                 _make_room(cache, size_bytes, lock)
                 fill(make_folder(folder))
-                write_atomic(folder / WHOLE, "")
+                write_atomic(folder / COMPLETE, "")
     except BaseException:
         os.close(handle)
         raise
-    os.utime(lock)  # used just now
+    os.utime(lock)  # the time of its last use
     return handle, folder
 
 
-def _make_room(cache: Path, size_bytes: int, mine: Path) -> None:
-    """Remove the copies that nobody holds, the longest unused first, until so many bytes have room."""
+def _make_room(cache: Path, size_bytes: int, own: Path) -> None:
+    """Remove copies that no process uses, those with the oldest use first, until there is enough room."""
     try:
-        most = float(os.environ.get(CACHE_GIB) or DEFAULT_CACHE_GIB) * 2**30
+        limit = float(os.environ.get(CACHE_GIB) or DEFAULT_CACHE_GIB) * 2**30
     except ValueError:
-        raise UserError(f"{CACHE_GIB}={os.environ[CACHE_GIB]} is not a number: give the cache's size in GiB") from None
-    locks = sorted((lock for lock in cache.glob("*.lock") if lock != mine), key=lambda lock: lock.stat().st_mtime)
+        raise UserError(
+            f"{CACHE_GIB}={os.environ[CACHE_GIB]} is not a number: give the size of the cache in GiB"
+        ) from None
+    locks = sorted((lock for lock in cache.glob("*.lock") if lock != own), key=lambda lock: lock.stat().st_mtime)
     sizes = {lock: sum(Folder(str(lock.with_suffix(""))).files().values()) for lock in locks}
 
     def room() -> float:
-        return min(most - sum(sizes.values()), shutil.disk_usage(cache).free)
+        return min(limit - sum(sizes.values()), shutil.disk_usage(cache).free)
 
     for lock in locks:
         if room() >= size_bytes:
@@ -266,6 +285,6 @@ def _make_room(cache: Path, size_bytes: int, mine: Path) -> None:
             sizes[lock] = 0
     if room() < size_bytes:
         raise UserError(
-            f"{cache} has room for {room() / 2**30:.1f} GiB and the copy needs {size_bytes / 2**30:.1f}: free some "
-            f"space, raise {CACHE_GIB} (it is {most / 2**30:g}) or point {CACHE} to a larger disk"
+            f"{cache} has room for {room() / 2**30:.1f} GiB and the copy needs {size_bytes / 2**30:.1f}: free "
+            f"space, raise {CACHE_GIB} (now {limit / 2**30:g}) or point {CACHE} to a larger disk"
         )

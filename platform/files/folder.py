@@ -1,4 +1,4 @@
-"""Folders, here or far away: the same few verbs at a path, at s3://, gs:// and hdfs://, and where else fsspec goes."""
+"""Local and remote folders with the same methods: a path, s3://, gs://, hdfs://, and all that fsspec supports."""
 
 import contextlib
 import functools
@@ -23,54 +23,54 @@ COPY_BYTES = 8 << 20
 
 
 def is_remote(text: str | os.PathLike[str]) -> bool:
-    """Whether an address is not on this machine's own file system."""
+    """Whether an address is not on the file system of this machine."""
     name = os.fspath(text)
     return "://" in name and not name.startswith("file://")
 
 
 @dataclass(frozen=True)
 class Folder:
-    """A folder at an address; names in it are relative, with slashes. What is written is there whole or not at all.
+    """A folder at an address. File names in it are relative, with slashes. Writes are atomic.
 
-    Every method raises UserError where the address cannot be reached, in one line.
+    Methods raise UserError with one line if a remote address cannot be reached.
     """
 
     address: str
 
     @staticmethod
     def at(text: str | os.PathLike[str]) -> "Folder":
-        """The folder that a user's words name: an absolute path, or a remote address without its last slash."""
+        """The folder at an address that a user gave; raises UserError if it names only a file system."""
         if not is_remote(text):
             return Folder(str(local_path(text)))
         base, mark, options = os.fspath(text).partition("?")
         if not base.partition("://")[2].strip("/"):
-            raise UserError(f"{base} names no place: give an address such as s3://bucket/folder")
+            raise UserError(f"{base} has no bucket or folder: give an address such as s3://bucket/folder")
         return Folder(base.rstrip("/") + mark + options)
 
     @staticmethod
     def of_file(text: str | os.PathLike[str]) -> "tuple[Folder, str]":
-        """The folder that a file lies in, and the file's name."""
-        whole = Folder.at(text)
-        base, mark, options = whole.address.partition("?") if whole.is_remote else (whole.address, "", "")
+        """The folder of a file, and the name of the file."""
+        file = Folder.at(text)
+        base, mark, options = file.address.partition("?") if file.is_remote else (file.address, "", "")
         parent, _, name = base.rpartition("/")
-        if parent.endswith(":/"):  # the top of a store lies in nothing
-            return whole, ""
+        if parent.endswith(":/"):  # a whole bucket is in no folder
+            return file, ""
         return Folder((parent or "/") + mark + options), name
 
     def __str__(self) -> str:
-        # neither the options that pyarrow takes after the question mark nor the keys before the @ are shown
+        # hides secrets: options after the question mark, and keys before the @
         return re.sub("://[^/]*@", "://", self.address.partition("?")[0]) if self.is_remote else self.address
 
     @property
     def is_remote(self) -> bool:
-        """Whether it lies on another machine."""
+        """Whether the folder is not on this machine."""
         return is_remote(self.address)
 
     @property
     def path(self) -> Path:
         """Where it lies on this machine; ValueError for a remote one."""
         if self.is_remote:
-            raise ValueError(f"{self.address} has no path on this machine")
+            raise ValueError(f"{self.address} is remote and has no local path")
         return Path(self.address)
 
     @property
@@ -79,63 +79,63 @@ class Folder:
         return str(self).rsplit("/", 1)[-1]
 
     def folder(self, name: str) -> "Folder":
-        """The folder of this name in it."""
+        """A sub-folder."""
         base, mark, options = self.address.partition("?") if self.is_remote else (self.address, "", "")
         return Folder(f"{base}/{name}{mark}{options}")
 
     def files(self) -> dict[str, int]:
-        """Every file below it with its size in bytes, in the order of names; nothing where there is no folder."""
+        """All files, also in sub-folders, with their sizes in bytes; empty if there is no folder."""
         if not self.is_remote:
             return dict(sorted(_local_files(self.path)))
-        with self._reached() as (system, base):
+        with self._connected() as (system, base):
             selector = pyarrow.fs.FileSelector(base, recursive=True, allow_not_found=True)
             found = system.get_file_info(selector)
         wanted = (info for info in found if info.type == pyarrow.fs.FileType.File)
         return dict(sorted((info.path.removeprefix(base).lstrip("/"), info.size) for info in wanted))
 
     def has(self, name: str) -> bool:
-        """Whether there is a file of this name."""
-        with self._reached() as (system, base):
+        """Whether there is a file with this name."""
+        with self._connected() as (system, base):
             return bool(system.get_file_info(f"{base}/{name}").type == pyarrow.fs.FileType.File)
 
     def size(self, name: str) -> int:
-        """The bytes of a file; -1 where it cannot be told."""
-        with self._reached() as (system, base):
+        """The size of a file in bytes; -1 if unknown."""
+        with self._connected() as (system, base):
             size = system.get_file_info(f"{base}/{name}").size
         return -1 if size is None else int(size)
 
     def stamp(self, name: str) -> str:
-        """What tells a file from a later one of its name, as far as its store knows: bytes, time of change, tag."""
-        with self._reached() as (system, base):
+        """A text that changes when the file is replaced: its size, time of modification and metadata."""
+        with self._connected() as (system, base):
             info = system.get_file_info(f"{base}/{name}")
             with system.open_input_file(f"{base}/{name}") as file:
-                told = file.metadata()
-        return f"{info.size} {info.mtime_ns} {sorted(told.items())}"
+                metadata = file.metadata()
+        return f"{info.size} {info.mtime_ns} {sorted(metadata.items())}"
 
     def open(self, name: str) -> BinaryIO:
-        """A file to read from, at random, and to close; an OSError says what is wrong with it."""
+        """A file for random reading; raises OSError if it cannot be opened."""
         if not self.is_remote:
             return (self.path / name).open("rb")
-        with self._reached() as (system, base):
+        with self._connected() as (system, base):
             opened: BinaryIO = system.open_input_file(f"{base}/{name}")
         return opened
 
     def read(self, name: str) -> bytes:
-        """What a file holds; an OSError says what is wrong with it."""
+        """The content of a file; raises OSError if it cannot be read."""
         with self.open(name) as file:
             return file.read()
 
     def read_json(self, name: str) -> Any:
-        """A JSON file's value."""
+        """The value of a JSON file; raises UserError if it is not valid JSON."""
         try:
             return json.loads(self.read(name))
         except ValueError as error:
-            raise UserError(f"{self}/{name} is not JSON ({error}): remove it or restore it") from None
+            raise UserError(f"{self}/{name} is not valid JSON ({error}): remove it or restore it") from None
 
     def write(self, name: str, content: Any, sync: bool = True) -> None:
-        """Write a file: text, or bytes of any kind. sync: as `write_atomic` has it, on this machine."""
+        """Write text or bytes to a file. `sync` is for local files, as in `write_atomic`."""
         if self.is_remote:
-            with self._reached() as (system, base), _output(system, f"{base}/{name}") as file:
+            with self._connected() as (system, base), _output(system, f"{base}/{name}") as file:
                 file.write(content.encode() if isinstance(content, str) else content)
             return
         path = self.path / name
@@ -143,22 +143,22 @@ class Folder:
         write_atomic(path, content, sync)
 
     def write_json(self, name: str, value: Any) -> None:
-        """Write a JSON file, with its keys in the order given."""
+        """Write a JSON file, with the keys in the given order."""
         self.write(name, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
     def put(self, file: Path, name: str) -> None:
-        """Bring a local file here under a name."""
+        """Copy a local file into the folder under a name."""
         if self.is_remote:
             try:
                 with (
                     file.open("rb") as source,
-                    self._reached() as (system, base),
+                    self._connected() as (system, base),
                     _output(system, f"{base}/{name}") as target,
                 ):
-                    shutil.copyfileobj(source, target, COPY_BYTES)  # an object appears when its upload is complete
+                    shutil.copyfileobj(source, target, COPY_BYTES)  # the object appears when the upload is complete
             except BaseException:
                 with contextlib.suppress(OSError, UserError):
-                    self.remove(name)  # closing ends an upload, wherever it stands
+                    self.remove(name)  # closing completes the upload of a part of the file
                 raise
             return
         self._put_locally(file, self.path / name)
@@ -188,15 +188,15 @@ class Folder:
             partial.unlink(missing_ok=True)
 
     def remove(self, name: str) -> None:
-        """Remove a file; one that is gone is well gone."""
+        """Remove a file, if there is one."""
         if not self.is_remote:
             (self.path / name).unlink(missing_ok=True)
         elif self.has(name):
-            with self._reached() as (system, base):
+            with self._connected() as (system, base):
                 system.delete_file(f"{base}/{name}")
 
     def remove_folder(self, name: str) -> None:
-        """Remove a folder in it with all that it holds."""
+        """Remove a sub-folder with all its files."""
         if not self.is_remote:
             shutil.rmtree(self.path / name, ignore_errors=True)
             return
@@ -204,8 +204,8 @@ class Folder:
             self.folder(name).remove(file)
 
     @contextmanager
-    def _reached(self) -> Iterator[tuple[Any, str]]:
-        """The file system and this folder's path on it; what goes wrong with a remote one is said in a line."""
+    def _connected(self) -> Iterator[tuple[Any, str]]:
+        """The file system and the path of the folder on it. Errors of a remote one become a UserError."""
         if not self.is_remote:
             yield pyarrow.fs.LocalFileSystem(), self.address
             return
@@ -222,27 +222,29 @@ class Folder:
 def _local_files(folder: Path) -> Iterator[tuple[str, int]]:
     def refuse(error: OSError) -> None:
         if not isinstance(error, FileNotFoundError):
-            raise UserError(f"{error.filename} cannot be listed ({error.strerror}): let it be read, or move it away")
+            raise UserError(
+                f"{error.filename} cannot be listed ({error.strerror}): change its permissions, or move it away"
+            )
 
     for parent, _, names in os.walk(folder, onerror=refuse):
         for name in names:
             path = Path(parent, name)
             try:
                 size = path.stat().st_size
-            except OSError:  # a dangling link, or no permission: it is there, and cannot be read
+            except OSError:  # a dangling link, or no permission
                 size = -1
             yield path.relative_to(folder).as_posix(), size
 
 
 def _output(system: Any, path: str) -> Any:
-    """A file to write to as it is; pyarrow would compress one whose name ends in .gz."""
-    if system.type_name not in ("s3", "gcs"):  # object stores have no folders to make
+    """A file to write, without the compression that pyarrow would use for names that end in .gz."""
+    if system.type_name not in ("s3", "gcs"):  # object stores have no folders
         system.create_dir(path.rpartition("/")[0], recursive=True)
     return system.open_output_stream(path, compression=None)
 
 
 def _system(address: str) -> tuple[Any, str]:
-    """The file system of a remote address and the path on it, in which any character may stand."""
+    """The file system of a remote address and the path on it, which may contain any character."""
     base, mark, options = address.partition("?")
     scheme, _, place = base.partition("://")
     host, _, rest = place.partition("/")
@@ -252,18 +254,18 @@ def _system(address: str) -> tuple[Any, str]:
 
 @functools.lru_cache(64)
 def _store(address: str) -> tuple[Any, str]:
-    """The file system at the top of a store, pyarrow's own or fsspec's, and the path of that top."""
+    """The file system of a bucket or server, of pyarrow or fsspec, and the path of its root."""
     try:
         system, path = pyarrow.fs.FileSystem.from_uri(address)
     except pa.ArrowInvalid as invalid:
         import fsspec
 
         scheme = address.split("://")[0]
-        if scheme in ("s3", "gs", "gcs", "hdfs", "viewfs"):  # pyarrow knows these: what it says is what is wrong
-            raise UserError(f"{Folder(address)} cannot be an address ({invalid}): check it") from None
+        if scheme in ("s3", "gs", "gcs", "hdfs", "viewfs"):  # known to pyarrow, so its error is the right one
+            raise UserError(f"{Folder(address)} is not a valid address ({invalid}): check it") from None
         try:
             inner, path = fsspec.core.url_to_fs(address)
         except (ValueError, ImportError) as error:
-            raise UserError(f"{Folder(address)}: no file system is known for {scheme}:// ({error})") from None
+            raise UserError(f"{Folder(address)}: {scheme}:// is not supported ({error})") from None
         system = pyarrow.fs.PyFileSystem(pyarrow.fs.FSSpecHandler(inner))
     return system, path.rstrip("/")

@@ -1,4 +1,4 @@
-"""Storage: folders and files that are written whole or not at all, and locks that keep others out."""
+"""Local files and folders: atomic writes, JSON, and locks between processes."""
 
 import fcntl
 import hashlib
@@ -14,39 +14,44 @@ from typing import IO, Any
 
 from patchloom.errors import UserError
 
-PIECE_BYTES = 1 << 18  # of more at once Linux fills large pages, which a virtual machine may have to get from its host
+WRITE_PIECE_BYTES = 1 << 18  # for larger writes Linux uses large pages, which are slow to get on a virtual machine
 
 
 def local_path(text: str | os.PathLike[str]) -> Path:
-    """An absolute local path; refuses a remote URI in words."""
+    """An absolute local path; raises UserError for a remote address."""
     name = os.fspath(text)
     if "://" in name and not name.startswith("file://"):
-        raise UserError(f"{name} is a remote address, and folders are local in this version: mount it or copy it here")
+        raise UserError(
+            f"{name} is a remote address, and this must be a local path: mount it, or copy it to this machine"
+        )
     return Path(name.removeprefix("file://")).expanduser().absolute()
 
 
 def make_folder(path: Path) -> Path:
-    """Make a folder and its parents, or say why that is impossible."""
+    """Create a folder and its parents; raises UserError if that fails or the folder cannot be written."""
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"{path} cannot be made ({error.strerror}): choose a folder that can be written") from None
+        raise UserError(f"{path} cannot be created ({error.strerror}): choose another folder") from None
     if not os.access(path, os.W_OK):
         raise UserError(f"{path} cannot be written (permission denied): choose another folder")
     return path
 
 
 def write_atomic(path: Path, content: Any, sync: bool = True) -> None:
-    """Write a file so that readers see the old one or the new one, never a part.
+    """Write a file so that readers see the old content or the new content, never a part of it.
 
-    sync: wait until it would outlive a power cut too; not needed for one of many files whose checksums are kept.
+    Args:
+        path: the file.
+        content: text or bytes.
+        sync: also wait until the file survives a power failure. Not needed for files with a stored checksum.
     """
     partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.partial")
     try:
         with partial.open("wb") as file:
-            whole = memoryview(content.encode() if isinstance(content, str) else content)
-            for first in range(0, len(whole), PIECE_BYTES):
-                file.write(whole[first : first + PIECE_BYTES])
+            data = memoryview(content.encode() if isinstance(content, str) else content)
+            for first in range(0, len(data), WRITE_PIECE_BYTES):
+                file.write(data[first : first + WRITE_PIECE_BYTES])
             if sync:
                 file.flush()
                 os.fsync(file.fileno())
@@ -56,28 +61,28 @@ def write_atomic(path: Path, content: Any, sync: bool = True) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write a JSON file whole, with a stable order of keys as given."""
+    """Write a JSON file atomically, with the keys in the given order."""
     write_atomic(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
 def read_json(path: Path) -> Any:
-    """Read a JSON file, or say which one is damaged."""
+    """The value of a JSON file; raises UserError if it is damaged."""
     try:
         return json.loads(path.read_text())
     except ValueError as error:
-        raise UserError(f"{path} is not JSON ({error}): remove it or restore it") from None
+        raise UserError(f"{path} is not valid JSON ({error}): remove it or restore it") from None
 
 
 def read_json_lines(path: Path) -> list[dict[str, Any]]:
-    """The objects of a JSON-lines file; a last line cut off by a crash is left out."""
+    """The objects of a JSON-lines file, without an incomplete last line; empty if there is no file."""
     if not path.is_file():
         return []
     content = path.read_bytes()
-    whole = content[: content.rfind(b"\n") + 1]  # what follows the last newline was never finished
+    complete = content[: content.rfind(b"\n") + 1]
     try:
-        return [json.loads(line) for line in whole.splitlines() if line]
+        return [json.loads(line) for line in complete.splitlines() if line]
     except ValueError as error:
-        raise UserError(f"{path} has a damaged line ({error}): remove that line or restore the file") from None
+        raise UserError(f"{path} has a damaged line ({error}): remove the line or restore the file") from None
 
 
 def write_json_lines(path: Path, rows: list[dict[str, Any]]) -> None:
@@ -87,7 +92,7 @@ def write_json_lines(path: Path, rows: list[dict[str, Any]]) -> None:
 
 @contextmanager
 def whole_folder(path: Path) -> Iterator[Path]:
-    """A new folder beside `path` that takes its place when the block ends well, and is removed when not."""
+    """A temporary folder that replaces `path` at the end of the block, or is removed if the block raises."""
     partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.partial")
     partial.mkdir(parents=True)
     try:
@@ -104,7 +109,7 @@ def whole_folder(path: Path) -> Iterator[Path]:
 
 
 def sweep_partial(folder: Path) -> None:
-    """Remove what a killed process left half-written in a folder that this process has locked."""
+    """Remove the temporary files of killed processes from a folder that this process has locked."""
     for leftover in folder.glob(".*.partial"):
         if leftover.is_dir():
             shutil.rmtree(leftover, ignore_errors=True)
@@ -114,7 +119,16 @@ def sweep_partial(folder: Path) -> None:
 
 @contextmanager
 def locked(folder: Path, name: str = ".lock", wait_s: float = 0.0) -> Iterator[None]:
-    """Hold a folder for this process; the lock falls with the process, however it ends."""
+    """Lock a folder during the block. The lock ends with the process.
+
+    Args:
+        folder: the folder.
+        name: name of the lock file in it.
+        wait_s: how long to wait for another process.
+
+    Raises:
+        UserError: another process has the lock.
+    """
     handle: IO[str] = (folder / name).open("a")
     deadline = time.monotonic() + wait_s
     try:
@@ -125,7 +139,7 @@ def locked(folder: Path, name: str = ".lock", wait_s: float = 0.0) -> Iterator[N
             except BlockingIOError:
                 if time.monotonic() >= deadline:
                     raise UserError(
-                        f"{folder} is in use by another process: wait for it, or choose another folder"
+                        f"{folder} is used by another process: wait until it ends, or choose another folder"
                     ) from None
                 time.sleep(0.2)
         yield
@@ -134,6 +148,6 @@ def locked(folder: Path, name: str = ".lock", wait_s: float = 0.0) -> Iterator[N
 
 
 def file_sha256(path: Path) -> str:
-    """The sha256 of a file's bytes, read in pieces."""
+    """The sha256 of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

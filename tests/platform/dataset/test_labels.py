@@ -39,7 +39,7 @@ TOLD: dict[str, tuple[str, bytes, list[int], list[str]]] = {
         [2, 1, 2, 1], ["x", "y", "z"],
     ),
     "a dictionary": ("dataset.json", json.dumps({"labels": dict.fromkeys(KEYS, 3)}).encode(), [3] * 4, list("0123")),
-    "EDM without labels": ("dataset.json", b'{"labels": null}', [0, 0, 1, 1], ["a", "b"]),  # then the folders are the classes
+    "EDM without labels": ("dataset.json", b'{"labels": null}', [0, 0, 1, 1], ["a", "b"]),  # classes from folders
     "CSV of names": ("labels.csv", b"key,label\na/1.png,dog\na/2.png,cat\nb/3.png,cat\nb/4.png,dog\n", [1, 0, 0, 1],
                      ["cat", "dog"]),
     "CSV of numbers with a BOM": ("metadata.csv", b"\xef\xbb\xbffilename,class\na/1.png,2\nb/4.png,0\n", [2, -1, -1, 0],

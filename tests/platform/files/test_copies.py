@@ -1,4 +1,4 @@
-"""Copies: far folders here, growing folders there, and a node's cache that several processes share."""
+"""Copies of remote folders, mirrors of local ones, and the cache that the processes of a node share."""
 
 import os
 import subprocess
@@ -18,7 +18,15 @@ from helpers import dataset_card
 from patchloom.errors import UserError
 from patchloom.platform.dataset.prepared import open_dataset, write_shard
 from patchloom.platform.files import copies
-from patchloom.platform.files.copies import WHOLE, Fetcher, Mirror, cached_copy, local_copy, pull, working_copy
+from patchloom.platform.files.copies import (
+    COMPLETE,
+    ProgressFetcher,
+    RemoteMirror,
+    cached_copy,
+    local_copy,
+    pull_folder,
+    working_copy,
+)
 from patchloom.platform.files.folder import Folder
 from patchloom.platform.files.storage import file_sha256, whole_folder, write_json
 
@@ -40,7 +48,7 @@ def here(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A cache of this test's own."""
+    """A separate cache for each test."""
     monkeypatch.setenv("PATCHLOOM_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache"
 
@@ -69,27 +77,27 @@ def within(seconds: float, work: Callable[[], Any]) -> Any:
     return out[0]
 
 
-def test_a_pulled_folder_is_the_remote_one(there: Folder, here: Path) -> None:
+def test_a_pulled_folder_equals_the_remote_one(there: Folder, here: Path) -> None:
     for name in ("run.json", "deep/er/a.txt", ".stop", ".work/b"):
         there.write(name, f"there {name}")
     for name in ("run.json", "gone.txt", "deep/gone.json", ".lock", ".ray/c"):
         Folder(str(here)).write(name, "here")
-    pull(there, here)
+    pull_folder(there, here)
     assert names_in(here) == ["deep/er/a.txt", "run.json"]
     assert (here / "run.json").read_text() == "there run.json"
     assert (here / ".lock").read_text() == (here / ".ray" / "c").read_text() == "here"
     assert not (here / ".stop").exists() and not (here / ".work").exists()
     there.remove_folder("deep")
-    pull(there, here)
+    pull_folder(there, here)
     assert names_in(here) == ["run.json"]
 
 
-def test_only_what_is_wanted_is_pulled_and_what_is_here_stays(there: Folder, here: Path) -> None:
+def test_only_wanted_files_are_pulled_and_hidden_files_are_kept(there: Folder, here: Path) -> None:
     for name in ("a/x.safetensors", "b/x.safetensors", "c/x.safetensors"):
         there.write(name, "there")
     Folder(str(here)).write("b/x.safetensors", "here")
     Folder(str(here)).write("d/x.safetensors", "here")
-    pull(there, here, lambda name: name.startswith("a/"))
+    pull_folder(there, here, lambda name: name.startswith("a/"))
     assert names_in(here) == ["a/x.safetensors", "b/x.safetensors"]
     assert (here / "b" / "x.safetensors").read_text() == "here"
 
@@ -99,11 +107,11 @@ def test_tensors_are_pulled_once_and_small_files_each_time(there: Folder, here: 
     there.write("a/y.safetensors", "12345")
     there.write("a/model.json", "{}")
     there.write("run.json", "old")
-    pull(there, here)
+    pull_folder(there, here)
     kept = (here / "a" / "x.safetensors").stat().st_ino
     (here / "a" / "y.safetensors").write_text("half")
     there.write("run.json", "new")
-    pull(there, here)
+    pull_folder(there, here)
     assert (here / "a" / "x.safetensors").stat().st_ino == kept
     assert (here / "a" / "y.safetensors").read_text() == "12345"
     assert (here / "run.json").read_text() == "new"
@@ -113,12 +121,12 @@ def test_tensors_whose_card_changed_are_pulled_again(there: Folder, here: Path) 
     for weights in ("first", "other"):  # trained anew into the same address, by another recipe
         there.write("model/model.safetensors", weights)
         there.write("model/model.json", f'{{"weights_sha256": "of {weights}"}}')
-        pull(there, here)
+        pull_folder(there, here)
         assert (here / "model" / "model.json").read_text() == f'{{"weights_sha256": "of {weights}"}}'
         assert (here / "model" / "model.safetensors").read_text() == weights
 
 
-def test_a_file_that_goes_while_it_is_pulled_is_left_out(there: Folder, here: Path) -> None:
+def test_a_file_that_is_removed_during_a_pull_is_skipped(there: Folder, here: Path) -> None:
     there.write("checkpoints/step-1/checkpoint.json", "{}")
     there.write("run.json", "{}")
 
@@ -126,11 +134,11 @@ def test_a_file_that_goes_while_it_is_pulled_is_left_out(there: Folder, here: Pa
         there.remove_folder("checkpoints")  # the run goes on, and lets a checkpoint go
         return True
 
-    pull(there, here, wanted)
+    pull_folder(there, here, wanted)
     assert names_in(here) == ["run.json"]
 
 
-def test_a_copy_is_of_one_address_and_role(there: Folder, cache: Path, here: Path) -> None:
+def test_each_address_and_role_has_its_own_copy(there: Folder, cache: Path, here: Path) -> None:
     there.write("a.txt", "1")
     there.folder("b").write("c.txt", "2")
     assert local_copy(str(here)) == here
@@ -142,8 +150,10 @@ def test_a_copy_is_of_one_address_and_role(there: Folder, cache: Path, here: Pat
     assert local_copy(str(there)) == copy
 
 
-def test_a_reader_never_meets_half_a_checkpoint(there: Folder, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(copies, "LOOK_EVERY_S", 0.05)
+def test_a_reader_never_finds_an_incomplete_checkpoint(
+    there: Folder, here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(copies, "SYNC_EVERY_S", 0.05)
     halves: list[str] = []
     seen: set[str] = set()
     done = threading.Event()
@@ -160,7 +170,7 @@ def test_a_reader_never_meets_half_a_checkpoint(there: Folder, here: Path, monke
     reader = threading.Thread(target=read)
     reader.start()
     try:
-        with Mirror(here, there):
+        with RemoteMirror(here, there):
             for step in range(1, 9):
                 checkpoint(here, step)
                 if step > 2:
@@ -176,7 +186,7 @@ def test_a_reader_never_meets_half_a_checkpoint(there: Folder, here: Path, monke
     assert there.read("checkpoints/step-8/z.safetensors") == b"\x08" * 1024
 
 
-def test_what_was_half_sent_is_cleared_and_what_was_never_fetched_is_kept(there: Folder, here: Path) -> None:
+def test_incomplete_uploads_are_removed_and_files_that_were_never_fetched_are_kept(there: Folder, here: Path) -> None:
     for step in (1, 2):
         there.write(f"checkpoints/step-{step}/checkpoint.json", "{}")
     for step in (1, 2, 3):  # the third was cut off before its card
@@ -184,7 +194,7 @@ def test_what_was_half_sent_is_cleared_and_what_was_never_fetched_is_kept(there:
     there.write(".stop", "")
     (here / "run.json").write_text("{}")
     old, new = (f"checkpoints/step-{step}" for step in (1, 2))
-    pull(there, here, lambda name: not name.startswith("checkpoints/") or name.startswith(new) or "json" in name)
+    pull_folder(there, here, lambda name: not name.startswith("checkpoints/") or name.startswith(new) or "json" in name)
     (here / "run.json").write_text("{}")
     assert names_in(here) == [
         f"{old}/checkpoint.json",
@@ -193,19 +203,19 @@ def test_what_was_half_sent_is_cleared_and_what_was_never_fetched_is_kept(there:
         "run.json",
     ]
     (here / "checkpoints" / "step-3").mkdir()
-    with Mirror(here, there):
+    with RemoteMirror(here, there):
         pass
     kept = [f"{step}/{name}" for step in (old, new) for name in ("checkpoint.json", "state.safetensors")]
     assert list(there.files()) == [".stop", *kept, "run.json"]
-    with Mirror(here, there):
+    with RemoteMirror(here, there):
         (here / old / "checkpoint.json").unlink()
     assert list(there.files()) == [".stop", *kept[2:], "run.json"]
 
 
-def test_lines_there_are_whole(there: Folder, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(copies, "LOOK_EVERY_S", 0.01)
+def test_the_remote_file_has_only_complete_lines(there: Folder, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(copies, "SYNC_EVERY_S", 0.01)
     found: list[bytes] = []
-    with Mirror(here, there), (here / "progress.jsonl").open("ab", buffering=0) as file:
+    with RemoteMirror(here, there), (here / "progress.jsonl").open("ab", buffering=0) as file:
         for number in range(40):
             file.write(b'{"step": ')
             time.sleep(0.005)
@@ -215,7 +225,7 @@ def test_lines_there_are_whole(there: Folder, here: Path, monkeypatch: pytest.Mo
         file.write(b'{"step": 4')
     assert found and all(content == b"" or content.endswith(b"}\n") for content in found)
     assert there.read("progress.jsonl") == b"".join(b'{"step": %d}\n' % number for number in range(40))
-    with Mirror(here, there), (here / "progress.jsonl").open("ab") as file:
+    with RemoteMirror(here, there), (here / "progress.jsonl").open("ab") as file:
         file.write(b"0}\n")
     assert there.read("progress.jsonl").endswith(b'9}\n{"step": 40}\n')
 
@@ -226,28 +236,28 @@ def bucket(method: str, name: str) -> None:
     urllib.request.urlopen(request, timeout=5).close()
 
 
-def test_a_store_that_is_away_at_the_end_is_said(s3: str, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(copies, "RETRY_S", 0.01)
+def test_a_store_that_does_not_answer_at_the_end_raises(s3: str, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(copies, "SEND_RETRY_S", 0.01)
     bucket("PUT", "away")
     away = Folder.at("s3://away/run")
     checkpoint(here, 1)
-    with pytest.raises(UserError, match=r"s3://away/run has not all of .* call again with --resume") as refused:  # noqa: SIM117
-        with Mirror(here, away):
+    with pytest.raises(UserError, match=r"s3://away/run .*--resume") as refused:  # noqa: SIM117
+        with RemoteMirror(here, away):
             bucket("DELETE", "away")
     assert "\n" not in str(refused.value)
     bucket("PUT", "away")
-    with Mirror(here, away):
+    with RemoteMirror(here, away):
         pass
     assert list(away.files()) == names_in(here) and len(away.files()) == 4
 
 
-def test_a_store_that_comes_back_gets_everything(s3: str, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(copies, "RETRY_S", 0.2)
-    monkeypatch.setattr(copies, "LOOK_EVERY_S", 0.05)
+def test_a_store_that_answers_again_gets_all_files(s3: str, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(copies, "SEND_RETRY_S", 0.2)
+    monkeypatch.setattr(copies, "SYNC_EVERY_S", 0.05)
     bucket("PUT", "back")
     back = Folder.at("s3://back/run")
     timer = threading.Timer(0.8, bucket, ["PUT", "back"])
-    with Mirror(here, back):
+    with RemoteMirror(here, back):
         bucket("DELETE", "back")
         checkpoint(here, 1)
         time.sleep(0.3)  # looks that fail cost nothing
@@ -256,11 +266,9 @@ def test_a_store_that_comes_back_gets_everything(s3: str, here: Path, monkeypatc
     assert list(back.files()) == names_in(here) and len(back.files()) == 4
 
 
-def test_a_sign_that_somebody_gives_there_is_seen_here(
-    there: Folder, here: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(copies, "LOOK_EVERY_S", 0.05)
-    with Mirror(here, there, ".stop"):
+def test_a_remote_signal_file_appears_here(there: Folder, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(copies, "SYNC_EVERY_S", 0.05)
+    with RemoteMirror(here, there, ".stop"):
         time.sleep(0.2)
         assert not (here / ".stop").exists()
         there.write(".stop", "")
@@ -270,12 +278,12 @@ def test_a_sign_that_somebody_gives_there_is_seen_here(
         assert (here / ".stop").exists()
 
 
-def test_a_mirror_that_cannot_send_does_not_say_that_it_did(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(copies, "RETRY_S", 0.01)
+def test_a_mirror_that_cannot_send_raises(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(copies, "SEND_RETRY_S", 0.01)
     there = Folder.at(f"local://{here.parent}/there")  # writes only into folders that exist, as sftp:// does
     checkpoint(here, 1)
     try:
-        with Mirror(here, there):
+        with RemoteMirror(here, there):
             pass
     except UserError as error:
         assert "--resume" in str(error)
@@ -283,14 +291,14 @@ def test_a_mirror_that_cannot_send_does_not_say_that_it_did(here: Path, monkeypa
         assert list(there.files()) == names_in(here)
 
 
-def test_a_watcher_gets_new_lines_in_the_same_file_and_pictures_before_them(
+def test_new_lines_are_appended_after_their_pictures_are_fetched(
     there: Folder, here: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(copies, "LOOK_EVERY_S", 0.05)
+    monkeypatch.setattr(copies, "SYNC_EVERY_S", 0.05)
     lines = here / "progress.jsonl"
     there.write("progress.jsonl", "1\n")
     there.write("checkpoints/step-1/state.safetensors", "tensors")
-    with Fetcher(there, here):
+    with ProgressFetcher(there, here):
         deadline = time.monotonic() + 5
         while not lines.is_file() and time.monotonic() < deadline:
             time.sleep(0.01)
@@ -303,7 +311,7 @@ def test_a_watcher_gets_new_lines_in_the_same_file_and_pictures_before_them(
     assert names_in(here) == ["previews/one.png", "progress.jsonl"]
     with lines.open() as reader:
         there.write("progress.jsonl", "1\n3\n")  # a worker was restarted, and wrote a line anew
-        Fetcher(there, here).look()
+        ProgressFetcher(there, here).fetch()
         assert lines.read_text() == "1\n3\n" and lines.stat().st_ino != file
         assert reader.read() == "1\n2 with previews/one.png\n"
 
@@ -371,10 +379,10 @@ def filled_with(size: int) -> Callable[[Path], None]:
 
 def copies_in(cache: Path) -> list[str]:
     """The names of the whole copies."""
-    return sorted(path.parent.name for path in (cache / "kind").glob(f"*/{WHOLE}"))
+    return sorted(path.parent.name for path in (cache / "kind").glob(f"*/{COMPLETE}"))
 
 
-def test_processes_that_ask_at_once_fill_once(cache: Path, filler: Callable[..., Filler]) -> None:
+def test_concurrent_processes_fill_a_copy_once(cache: Path, filler: Callable[..., Filler]) -> None:
     one, other = filler("a", 1000, 0.3), filler("a", 1000, 0.3)
     said = {asker: asker.says() for asker in (one, other)}  # the one that waited says nothing before it holds
     assert sorted(said.values()) == ["filling", "held 1000"]
@@ -384,7 +392,7 @@ def test_processes_that_ask_at_once_fill_once(cache: Path, filler: Callable[...,
     assert (cache / "filled").read_text() == "a\n" and (folder / "rest").stat().st_size == 500
 
 
-def test_who_asks_at_the_same_moment_need_not_wait_for_the_others_to_end(cache: Path) -> None:
+def test_concurrent_processes_do_not_wait_for_each_other_to_end(cache: Path) -> None:
     for number in range(6):  # each asker has a lock of its own, as processes have
         together = threading.Barrier(4)
 
@@ -404,7 +412,7 @@ def test_who_asks_at_the_same_moment_need_not_wait_for_the_others_to_end(cache: 
             os.close(handle)
 
 
-def test_the_copy_that_was_longest_unused_makes_room(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_copy_with_the_oldest_use_is_removed_first(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATCHLOOM_CACHE_GIB", str(3500 / 2**30))
     for name in ("b", "a", "c", "b"):  # b is used again
         handle, _ = cached_copy("kind", name, 1000, filled_with(1000))
@@ -420,13 +428,13 @@ def test_the_copy_that_was_longest_unused_makes_room(cache: Path, monkeypatch: p
     assert copies_in(cache) == ["large"]
 
 
-def test_a_copy_that_a_process_holds_is_never_removed(
+def test_a_copy_in_use_is_never_removed(
     cache: Path, filler: Callable[..., Filler], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PATCHLOOM_CACHE_GIB", str(1500 / 2**30))
     holder = filler("a", 1000)
     assert [holder.says(), holder.says()] == ["filling", "held 1000"]
-    with pytest.raises(UserError, match="free some space, raise PATCHLOOM_CACHE_GIB"):
+    with pytest.raises(UserError, match="PATCHLOOM_CACHE_GIB"):
         cached_copy("kind", "b", 1000, filled_with(1000))
     assert copies_in(cache) == ["a"] and (cache / "kind" / "a" / "rest").is_file()
     handle, _ = cached_copy("kind", "small", 400, filled_with(400))
@@ -438,9 +446,9 @@ def test_a_copy_that_a_process_holds_is_never_removed(
     assert "c" in copies_in(cache) and "a" not in copies_in(cache)
 
 
-def test_a_cache_that_is_too_small_is_said_and_made_larger(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cache_that_is_too_small_raises_until_it_is_enlarged(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATCHLOOM_CACHE_GIB", "0.5")
-    with pytest.raises(UserError, match=r"has room for 0\.5 GiB and the copy needs 1\.0") as refused:
+    with pytest.raises(UserError, match=r"0\.5 GiB.* 1\.0") as refused:
         cached_copy("kind", "a", 2**30, filled_with(10))
     assert "\n" not in str(refused.value) and copies_in(cache) == []
     monkeypatch.setenv("PATCHLOOM_CACHE_GIB", "2")
@@ -448,13 +456,13 @@ def test_a_cache_that_is_too_small_is_said_and_made_larger(cache: Path, monkeypa
     assert copies_in(cache) == ["a"]
 
 
-def test_a_size_that_is_no_number_is_said(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cache_size_that_is_not_a_number_raises(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATCHLOOM_CACHE_GIB", "much")
     with pytest.raises(UserError, match="PATCHLOOM_CACHE_GIB"):
         cached_copy("kind", "a", 10, filled_with(10))
 
 
-def test_a_fill_that_fails_leaves_nothing_whole_and_is_tried_again(cache: Path) -> None:
+def test_a_fill_that_fails_leaves_no_complete_copy_and_is_repeated(cache: Path) -> None:
     def fail(folder: Path) -> None:
         (folder / "file").write_text("half")
         raise RuntimeError("the line broke")
@@ -467,7 +475,7 @@ def test_a_fill_that_fails_leaves_nothing_whole_and_is_tried_again(cache: Path) 
     assert copies_in(cache) == ["a"] and (folder / "file").stat().st_size == 10
 
 
-def test_a_fill_that_was_killed_is_made_by_the_next(cache: Path, filler: Callable[..., Filler]) -> None:
+def test_a_killed_fill_is_repeated_by_the_next_process(cache: Path, filler: Callable[..., Filler]) -> None:
     killed = filler("a", 1000, 60)
     assert killed.says() == "filling"
     waiting = filler("a", 1000)
@@ -495,7 +503,7 @@ def dataset(there: Folder, tmp_path: Path) -> Path:
     return folder
 
 
-def test_a_remote_dataset_is_the_local_one_and_fetched_once(dataset: Path, there: Folder, cache: Path) -> None:
+def test_a_remote_dataset_equals_the_local_one_and_is_fetched_once(dataset: Path, there: Folder, cache: Path) -> None:
     here, far = open_dataset(dataset), open_dataset(str(there))
     assert len(far) == 10 and far.fingerprint == here.fingerprint and far.address == str(there)
     assert far.path.is_relative_to(cache)
@@ -510,22 +518,22 @@ def test_a_remote_dataset_is_the_local_one_and_fetched_once(dataset: Path, there
     assert done.stdout == "[9]\n", done.stderr
 
 
-def test_wrong_bytes_on_the_server_are_refused_and_not_kept(dataset: Path, there: Folder, cache: Path) -> None:
+def test_damaged_bytes_on_the_server_are_refused_and_not_kept(dataset: Path, there: Folder, cache: Path) -> None:
     name = "shards/part-00001.arrow"
     right = there.read(name)
     there.write(name, right[:-200] + bytes([right[-200] ^ 1]) + right[-199:])
-    with pytest.raises(UserError, match=r"part-00001\.arrow has sha256"):
+    with pytest.raises(UserError, match=r"part-00001\.arrow .*sha256"):
         open_dataset(str(there))
-    assert not list(cache.rglob(WHOLE))
+    assert not list(cache.rglob(COMPLETE))
     there.write(name, right)
     assert np.array_equal(within(4, lambda: open_dataset(str(there))).rows([9])["image"], IMAGES[9:])
 
 
-def test_a_remote_dataset_that_is_cut_short_or_not_there_is_refused(dataset: Path, there: Folder, cache: Path) -> None:
+def test_a_truncated_or_missing_remote_dataset_is_refused(dataset: Path, there: Folder, cache: Path) -> None:
     there.write("shards/part-00000.arrow", there.read("shards/part-00000.arrow")[:-1])
-    with pytest.raises(UserError, match=r"part-00000\.arrow has \d+ bytes and its card says"):
+    with pytest.raises(UserError, match=r"part-00000\.arrow .*\d+ bytes"):
         open_dataset(str(there))
-    assert not list(cache.rglob(WHOLE))
+    assert not list(cache.rglob(COMPLETE))
     there.remove("dataset.json")
-    with pytest.raises(UserError, match=rf"{there} has no dataset\.json"):
+    with pytest.raises(UserError, match=rf"{there} .*dataset\.json"):
         open_dataset(str(there))

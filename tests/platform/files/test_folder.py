@@ -26,7 +26,7 @@ def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Folder:
     return Folder.at(f"{base}/{tmp_path.name}/folder/")
 
 
-def test_what_is_written_is_read_and_listed(folder: Folder) -> None:
+def test_written_files_can_be_read_and_listed(folder: Folder) -> None:
     folder.write("b.txt", "zwölf")
     folder.write("a/b/c.bin", b"\x00\xff")
     folder.write("empty", "")
@@ -44,7 +44,7 @@ def test_what_is_written_is_read_and_listed(folder: Folder) -> None:
     assert folder.name == "folder" and folder.folder("a/b").name == "b"
 
 
-def test_any_name_is_a_name(folder: Folder, tmp_path: Path) -> None:
+def test_a_file_name_may_contain_any_character(folder: Folder, tmp_path: Path) -> None:
     for name in NAMES:
         folder.write(name, name)
         assert folder.has(name) and folder.read(name) == name.encode()
@@ -56,7 +56,7 @@ def test_any_name_is_a_name(folder: Folder, tmp_path: Path) -> None:
     assert folder.files() == {}
 
 
-def test_a_folder_of_any_name_is_that_folder(folder: Folder) -> None:
+def test_a_folder_name_may_contain_any_character(folder: Folder) -> None:
     for name in ("with space", "Läufe", "run#2"):
         folder.folder(name).write("x", "1")
         assert list(folder.files()) == [f"{name}/x"]
@@ -65,7 +65,7 @@ def test_a_folder_of_any_name_is_that_folder(folder: Folder) -> None:
         assert folder.files() == {}
 
 
-def test_removing_a_folder_removes_no_other(folder: Folder) -> None:
+def test_removing_a_folder_keeps_the_others(folder: Folder) -> None:
     for name in ("step/x", "step/deep/y", "step-2/x", "step#1/x", "steps"):
         folder.write(name, "1")
     folder.remove_folder("step#1")
@@ -74,7 +74,7 @@ def test_removing_a_folder_removes_no_other(folder: Folder) -> None:
     assert sorted(folder.files()) == ["step-2/x", "steps"]
 
 
-def test_what_is_not_there_is_missing_in_one_way(folder: Folder, tmp_path: Path) -> None:
+def test_a_missing_file_raises_the_same_error_on_every_file_system(folder: Folder, tmp_path: Path) -> None:
     for exists in (False, True):
         if exists:
             folder.write("other", "1")
@@ -89,16 +89,16 @@ def test_what_is_not_there_is_missing_in_one_way(folder: Folder, tmp_path: Path)
     assert folder.files() == {"other": 1}
 
 
-def test_json_keeps_its_order_and_says_when_it_is_none(folder: Folder) -> None:
+def test_json_keeps_its_order_and_damaged_json_raises(folder: Folder) -> None:
     folder.write_json("card.json", {"b": "ü", "a": [1, None]})
     assert list(folder.read_json("card.json").items()) == [("b", "ü"), ("a", [1, None])]
     assert folder.read("card.json").endswith(b"}\n") and "ü".encode() in folder.read("card.json")
     folder.write("card.json", "{")
-    with pytest.raises(UserError, match=r"folder/card\.json is not JSON"):
+    with pytest.raises(UserError, match=r"folder/card\.json"):
         folder.read_json("card.json")
 
 
-def test_a_large_file_comes_back_as_it_went(folder: Folder, tmp_path: Path) -> None:
+def test_a_large_file_is_unchanged_after_put_and_fetch(folder: Folder, tmp_path: Path) -> None:
     content = np.random.default_rng(0).bytes((17 << 20) + 3)
     (tmp_path / "large").write_bytes(content)
     folder.put(tmp_path / "large", "deep/large")
@@ -109,7 +109,7 @@ def test_a_large_file_comes_back_as_it_went(folder: Folder, tmp_path: Path) -> N
     assert not list(tmp_path.rglob("*.partial"))
 
 
-def test_a_file_that_cannot_be_read_leaves_no_half(folder: Folder) -> None:
+def test_an_upload_that_fails_leaves_no_partial_file(folder: Folder) -> None:
     folder.write("file", "old")
     for name in ("file", "new"):
         with pytest.raises((OSError, UserError)):
@@ -136,12 +136,12 @@ def test_options_of_an_address_reach_the_store(s3: str, tmp_path: Path) -> None:
     assert folder.files() == {"a/x": 1} == Folder.at(str(folder)).files()
 
 
-def test_an_address_here_is_a_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_local_address_is_a_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert Folder.at("file:///data/a?b").path == Path("/data/a?b") and not is_remote("file:///data")
     assert Folder.at("runs/#1").path == tmp_path / "runs" / "#1"
     assert str(Folder.at(tmp_path)) == str(tmp_path) and not Folder.at(tmp_path).is_remote
-    with pytest.raises(ValueError, match="no path on this machine"):
+    with pytest.raises(ValueError, match="remote"):
         _ = Folder.at("s3://bucket/a").path
 
 
@@ -151,45 +151,45 @@ def one_line(error: UserError) -> str:
     return str(error)
 
 
-def test_a_bucket_that_does_not_exist_is_said_in_a_line(s3: str, tmp_path: Path) -> None:
+def test_the_error_of_a_missing_bucket_is_one_line(s3: str, tmp_path: Path) -> None:
     folder = Folder.at("s3://no-such-bucket/run")
     (tmp_path / "file").write_text("x")
     for verb in (lambda: folder.write("x", "1"), lambda: folder.put(tmp_path / "file", "x")):
-        with pytest.raises(UserError, match="s3://no-such-bucket/run cannot be reached") as refused:
+        with pytest.raises(UserError, match="s3://no-such-bucket/run") as refused:
             verb()
         assert "bucket does not exist" in one_line(refused.value)
 
 
-def test_a_server_that_does_not_answer_is_said_in_a_line(s3: str) -> None:
+def test_the_error_of_a_server_that_does_not_answer_is_one_line(s3: str) -> None:
     began = time.monotonic()
-    with pytest.raises(UserError, match=r"^s3://bucket/x cannot be reached") as refused:
+    with pytest.raises(UserError, match=r"^s3://bucket/x ") as refused:
         Folder.at("s3://bucket/x?endpoint_override=127.0.0.1:1&scheme=http").files()
     assert time.monotonic() - began < 30  # six seconds, in which pyarrow tries again
     assert "connect" in one_line(refused.value) and "scheme=http" not in str(refused.value)
 
 
-def test_an_address_that_cannot_be_is_said_in_a_line(s3: str) -> None:
-    with pytest.raises(UserError, match="no file system is known for nosuch://") as refused:
+def test_the_error_of_an_invalid_address_is_one_line(s3: str) -> None:
+    with pytest.raises(UserError, match="nosuch://") as refused:
         Folder.at("nosuch://bucket/x").write("a", "1")
     one_line(refused.value)
     with pytest.raises(UserError, match="s3://"):
         Folder.at("s3://").files()
 
 
-def test_an_option_that_is_misspelled_is_said(s3: str) -> None:
+def test_a_misspelled_option_is_named(s3: str) -> None:
     with pytest.raises(UserError, match="endpoint_overide") as refused:
         Folder.at(f"{s3}/x?endpoint_overide=127.0.0.1:1").files()
     assert "s3fs" not in one_line(refused.value)
 
 
-def test_a_store_with_real_folders_gets_them_made(tmp_path: Path) -> None:
+def test_folders_are_created_on_a_file_system_that_has_them(tmp_path: Path) -> None:
     folder = Folder.at(f"local://{tmp_path}/there")  # writes only into folders that exist, as sftp:// does
     folder.write("a/b", "1")
     folder.put(tmp_path / "there" / "a" / "b", "c/d")
     assert folder.files() == {"a/b": 1, "c/d": 1}
 
 
-def test_the_server_of_these_tests_is_a_real_one(s3: str, tmp_path: Path) -> None:
+def test_the_s3_server_of_the_tests_answers_as_s3_does(s3: str, tmp_path: Path) -> None:
     Folder.at(f"{s3}/{tmp_path.name}").write("a", "12")
     url = f"{os.environ['AWS_ENDPOINT_URL']}/patchloom/{tmp_path.name}"
     with urllib.request.urlopen(f"{url}/a", timeout=5) as answer:

@@ -30,7 +30,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_a_folder_appears_whole_or_not_at_all(tmp_path: Path) -> None:
+def test_a_folder_appears_complete_or_not_at_all(tmp_path: Path) -> None:
     target = tmp_path / "step"
     with pytest.raises(RuntimeError), whole_folder(target) as folder:
         (folder / "half").write_text("x")
@@ -44,7 +44,7 @@ def test_a_folder_appears_whole_or_not_at_all(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [target]
 
 
-def test_a_lock_keeps_others_out_and_falls_with_its_holder(tmp_path: Path) -> None:
+def test_a_lock_excludes_others_and_ends_with_its_process(tmp_path: Path) -> None:
     code = (
         "from pathlib import Path\nimport time\n"
         "from patchloom.platform.files.storage import locked\n"
@@ -52,7 +52,7 @@ def test_a_lock_keeps_others_out_and_falls_with_its_holder(tmp_path: Path) -> No
     )
     holder = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
     assert holder.stdout is not None and holder.stdout.readline() == "held\n"
-    with pytest.raises(UserError, match="in use by another process"), locked(tmp_path):
+    with pytest.raises(UserError, match=tmp_path.name), locked(tmp_path):
         pass
     holder.send_signal(signal.SIGKILL)
     holder.wait()
@@ -61,7 +61,7 @@ def test_a_lock_keeps_others_out_and_falls_with_its_holder(tmp_path: Path) -> No
         pass
 
 
-def test_a_line_that_was_cut_off_is_left_out(tmp_path: Path) -> None:
+def test_an_incomplete_last_line_is_skipped(tmp_path: Path) -> None:
     path = tmp_path / "lines.jsonl"
     write_json_lines(path, [{"step": 1}, {"step": 2}])
     with path.open("a") as file:
@@ -70,18 +70,18 @@ def test_a_line_that_was_cut_off_is_left_out(tmp_path: Path) -> None:
     assert read_json_lines(tmp_path / "none.jsonl") == []
 
 
-def test_places_that_cannot_be_are_refused_in_words(tmp_path: Path) -> None:
+def test_invalid_paths_are_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
-    with pytest.raises(UserError, match="cannot be made"):
+    with pytest.raises(UserError, match="file"):
         make_folder(tmp_path / "file" / "below")
-    with pytest.raises(UserError, match="remote"):
+    with pytest.raises(UserError, match="s3://"):
         local_path("s3://bucket/data")
     (tmp_path / "bad.json").write_text("{")
-    with pytest.raises(UserError, match=r"bad\.json is not JSON"):
+    with pytest.raises(UserError, match=r"bad\.json"):
         read_json(tmp_path / "bad.json")
 
 
-def test_a_tail_reads_whole_lines_once_and_a_replaced_file_anew(tmp_path: Path) -> None:
+def test_a_tail_reads_complete_lines_once_and_a_replaced_file_from_the_start(tmp_path: Path) -> None:
     from patchloom.platform.tracking.forwarder import JsonLinesTail
 
     path = tmp_path / "progress.jsonl"

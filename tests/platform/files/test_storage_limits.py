@@ -24,7 +24,7 @@ from patchloom.platform.files.storage import (
 BECOME_NOBODY = "import os\nif os.geteuid() == 0:\n    os.setgid(65534)\n    os.setuid(65534)\n"
 
 
-def test_a_disk_that_fills_up_leaves_the_old_file(tmp_path: Path) -> None:
+def test_a_full_disk_leaves_the_old_file(tmp_path: Path) -> None:
     path = tmp_path / "file.bin"
     path.write_text("old")
     done = run_python(
@@ -38,7 +38,7 @@ def test_a_disk_that_fills_up_leaves_the_old_file(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_a_folder_that_fails_leaves_the_one_before(tmp_path: Path) -> None:
+def test_a_block_that_fails_leaves_the_old_folder(tmp_path: Path) -> None:
     target = tmp_path / "model"
     target.mkdir()
     (target / "old").write_text("old")
@@ -48,7 +48,7 @@ def test_a_folder_that_fails_leaves_the_one_before(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.rglob("*")] == ["model", "old"]
 
 
-def test_sweeping_removes_what_was_half_written_and_nothing_else(tmp_path: Path) -> None:
+def test_sweeping_removes_only_temporary_files(tmp_path: Path) -> None:
     (tmp_path / ".step.12345678.partial").mkdir()
     (tmp_path / ".step.12345678.partial" / "half").write_text("x")
     (tmp_path / ".card.json.12345678.partial").write_text("x")
@@ -58,7 +58,7 @@ def test_sweeping_removes_what_was_half_written_and_nothing_else(tmp_path: Path)
     assert sorted(path.name for path in tmp_path.iterdir()) == [".hidden", "notes.partial"]
 
 
-def test_a_line_cut_in_the_middle_of_a_letter_is_left_out(tmp_path: Path) -> None:
+def test_a_line_cut_in_the_middle_of_a_character_is_skipped(tmp_path: Path) -> None:
     path = tmp_path / "lines.jsonl"
     write_json_lines(path, [{"key": "Ærø"}, {"key": "Åland"}])
     whole = path.read_bytes()
@@ -68,7 +68,7 @@ def test_a_line_cut_in_the_middle_of_a_letter_is_left_out(tmp_path: Path) -> Non
         assert read_json_lines(path) == [{"key": "Ærø"}]
 
 
-def test_a_user_without_rights_is_told_so(tmp_path: Path) -> None:
+def test_missing_permissions_raise(tmp_path: Path) -> None:
     tmp_path.chmod(0o755)  # may be read by all, and is written by its owner alone
     code = (
         "import os, sys\nfrom pathlib import Path\n"
@@ -89,14 +89,14 @@ def test_a_user_without_rights_is_told_so(tmp_path: Path) -> None:
 @pytest.mark.parametrize("path", ["file", "file/below", "file/far/below"])
 def test_a_folder_at_or_below_a_file_is_refused(tmp_path: Path, path: str) -> None:
     (tmp_path / "file").write_text("x")
-    with pytest.raises(UserError, match="cannot be made"):
+    with pytest.raises(UserError, match="file"):
         make_folder(tmp_path / path)
     assert (tmp_path / "file").read_text() == "x"
 
 
 @pytest.mark.parametrize("uri", ["s3://bucket/a", "gs://bucket/a", "hdfs://host/a"])
 def test_a_remote_address_is_refused(uri: str) -> None:
-    with pytest.raises(UserError, match=f"{uri} is a remote address"):
+    with pytest.raises(UserError, match=uri):
         local_path(uri)
 
 
@@ -106,7 +106,7 @@ def test_a_file_address_and_the_home_folder_are_local(tmp_path: Path) -> None:
     assert local_path("a") == Path.cwd() / "a"
 
 
-def test_a_lock_waits_as_long_as_it_is_asked_to(tmp_path: Path) -> None:
+def test_a_lock_waits_for_the_given_time(tmp_path: Path) -> None:
     code = (
         "from pathlib import Path\nimport time\nfrom patchloom.platform.files.storage import locked\n"
         f"with locked(Path({str(tmp_path)!r})):\n    print('held', flush=True)\n    input()\n"
@@ -118,7 +118,7 @@ def test_a_lock_waits_as_long_as_it_is_asked_to(tmp_path: Path) -> None:
         assert holder.stdin is not None
         assert holder.stdout.readline() == "held\n"
         began = time.monotonic()
-        with pytest.raises(UserError, match="in use"), locked(tmp_path, wait_s=0.3):
+        with pytest.raises(UserError, match=str(tmp_path)), locked(tmp_path, wait_s=0.3):
             pass
         assert time.monotonic() - began >= 0.3
         threading.Timer(0.3, holder.communicate, args=("\n",)).start()
@@ -126,10 +126,10 @@ def test_a_lock_waits_as_long_as_it_is_asked_to(tmp_path: Path) -> None:
             assert (tmp_path / ".lock").exists()
 
 
-def test_two_locks_of_other_names_do_not_meet(tmp_path: Path) -> None:
+def test_locks_with_different_names_are_independent(tmp_path: Path) -> None:
     with locked(tmp_path, "one"), locked(tmp_path, "two"):
         pass
-    with locked(tmp_path, "one"), pytest.raises(UserError, match="in use"), locked(tmp_path, "one"):
+    with locked(tmp_path, "one"), pytest.raises(UserError, match=str(tmp_path)), locked(tmp_path, "one"):
         pass
 
 
@@ -138,7 +138,7 @@ def test_text_is_written_as_utf8(tmp_path: Path) -> None:
     assert (tmp_path / "a").read_bytes() == b"\xc3\x86r\xc3\xb8"
 
 
-def test_who_reads_while_a_file_is_replaced_keeps_the_old_one(tmp_path: Path) -> None:
+def test_a_reader_of_a_replaced_file_keeps_the_old_content(tmp_path: Path) -> None:
     path = tmp_path / "card.json"
     write_atomic(path, "old and long")
     with path.open() as reader:
