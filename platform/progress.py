@@ -1,4 +1,4 @@
-"""Progress: how far a long job is, how fast it goes and when it will end."""
+"""Progress of long jobs: what is done, the rate and the remaining time."""
 
 import sys
 import time
@@ -10,11 +10,11 @@ from rich.progress import BarColumn, Progress, ProgressColumn, SpinnerColumn, Ta
 from rich.text import Text
 
 console = Console(highlight=False, soft_wrap=True)
-PLAIN_EVERY_S = 10.0
+LOG_LINE_EVERY_S = 10.0
 
 
 def say(text: str) -> None:
-    """One line to the person watching."""
+    """Print a line."""
     console.print(text, markup=False)
 
 
@@ -27,32 +27,32 @@ def clock(seconds: float) -> str:
 
 
 class Meter:
-    """A job's position; what it prints is the same words on a terminal and in a log file."""
+    """How much of a job is done. Its text is the same on a terminal and in a log file."""
 
     def __init__(self, total: float, unit: str) -> None:
         self.total, self.unit, self.done, self.note = total, unit, 0.0, ""
-        self._started: tuple[float, float] | None = None  # when and where the work itself began
+        self._started: tuple[float, float] | None = None  # the time of the first update, and what was done then
 
     def begin(self, done: float) -> None:
-        """Say how much an earlier call had done, before the work goes on."""
+        """Set how much an earlier call has done, before the work continues."""
         self.done = done
 
     def update(self, done: float, note: str = "") -> None:
-        """Say how much is done now, and perhaps what else is worth knowing."""
+        """Set how much is done now, and a note that is shown with it."""
         if self._started is None:
             self._started = (time.monotonic(), done)
         self.done, self.note = done, note
 
     @property
     def rate(self) -> float:
-        """Units a second since the first update; 0 before there is one."""
+        """Units per second since the first update; 0 before it."""
         if self._started is None:
             return 0.0
-        began, at = self._started
-        return (self.done - at) / max(time.monotonic() - began, 1e-9)
+        start, start_done = self._started
+        return (self.done - start_done) / max(time.monotonic() - start, 1e-9)
 
-    def words(self) -> str:
-        """`120/400 images  31.2/s  ETA 9s  loss 0.31`."""
+    def describe(self) -> str:
+        """The progress as text, such as `120/400 images  31.2/s  ETA 9s  loss 0.31`."""
         parts = [f"{self.done:,.0f}/{self.total:,.0f} {self.unit}"]
         if self.rate > 0:
             parts.append(f"{self.rate:,.1f}/s")
@@ -61,32 +61,44 @@ class Meter:
         return "  ".join([*parts, self.note] if self.note else parts)
 
 
-class _Words(ProgressColumn):
+class _MeterColumn(ProgressColumn):
     def render(self, task: Task) -> Text:
         meter: Meter = task.fields["meter"]
-        return Text(meter.words() if meter.done or meter.note else "starting")
+        return Text(meter.describe() if meter.done or meter.note else "starting")
 
 
-class _PlainMeter(Meter):
-    """For logs and pipes: a line now and then."""
+class _LogMeter(Meter):
+    """A meter for logs and pipes, which prints a line every few seconds."""
 
     def __init__(self, title: str, total: float, unit: str) -> None:
         super().__init__(total, unit)
-        self.title, self._said = title, time.monotonic()
+        self.title, self._printed_at = title, time.monotonic()
 
     def update(self, done: float, note: str = "") -> None:
         super().update(done, note)
-        if time.monotonic() - self._said >= PLAIN_EVERY_S:
-            self._said = time.monotonic()
-            say(f"  {self.title}: {self.words()}")
+        if time.monotonic() - self._printed_at >= LOG_LINE_EVERY_S:
+            self._printed_at = time.monotonic()
+            say(f"  {self.title}: {self.describe()}")
 
 
 @contextmanager
 def progress(title: str, total: float, unit: str) -> Iterator[Meter]:
-    """Show a job's progress while the block runs, and one line of what it took at the end."""
-    began = time.monotonic()
+    """Show the progress of a job during the block, and one line with its duration at the end.
+
+    Args:
+        title: what the job does, such as "preparing".
+        total: the amount of work, in units.
+        unit: name of the unit, such as "images".
+    """
+    start = time.monotonic()
     if console.is_terminal and sys.stdout.isatty():
-        columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(20), _Words(), TimeElapsedColumn())
+        columns = (
+            SpinnerColumn(),
+            TextColumn("{task.description}"),
+            BarColumn(20),
+            _MeterColumn(),
+            TimeElapsedColumn(),
+        )
         with Progress(*columns, console=console, transient=True) as bar:
             meter = Meter(total, unit)
             bar.add_task(title, total=None, meter=meter)
@@ -101,6 +113,6 @@ def progress(title: str, total: float, unit: str) -> Iterator[Meter]:
             meter.update = update  # type: ignore[method-assign]
             yield meter
     else:
-        meter = _PlainMeter(title, total, unit)
+        meter = _LogMeter(title, total, unit)
         yield meter
-    say(f"  {title}: {meter.done:,.0f} {unit} in {clock(time.monotonic() - began)}")
+    say(f"  {title}: {meter.done:,.0f} {unit} in {clock(time.monotonic() - start)}")

@@ -136,13 +136,13 @@ def tune(
 
     The result is a ranking of the values of p, the schedule or other keys, with a page that shows it.
     """
-    from patchloom.platform.compute.tuner import Resources
+    from patchloom.platform.compute.tuner import TrialResources
 
     allow_backbones(*allow_backbone or [])
     if dry_run:
         from patchloom.pipelines.tune.dry_run import search_plan
 
-        print(search_plan(search, data, Resources(concurrent, workers, gpus).at_once(os.cpu_count() or 1, 0)))
+        print(search_plan(search, data, TrialResources(concurrent, workers, gpus).at_once(os.cpu_count() or 1, 0)))
         return
     from patchloom.pipelines.tune.tuning import tune
 

@@ -198,7 +198,7 @@ class Adviser:
                 "repeat": 0, "recipe": None, "problem": ""}  # fmt: skip
 
 
-def advice(search: Search, common: dict[str, Any]) -> OptunaSettings:
+def advice(search: Search, common: dict[str, Any]) -> OptunaSettings[dict[str, Any]]:
     """How an advised search finds its settings."""
     objectives = (search.metric, "flops") if search.searcher == "frontier" else (search.metric,)
     return OptunaSettings(Adviser(search, common), search.trials, objectives, search.seed)

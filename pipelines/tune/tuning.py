@@ -35,7 +35,7 @@ from patchloom.pipelines.tune.trials import (
     trial_config,
     trial_row,
 )
-from patchloom.platform.compute.tuner import Resources, run_on_tune
+from patchloom.platform.compute.tuner import TrialResources, run_on_tune
 from patchloom.platform.dataset.prepared import Dataset, open_dataset
 from patchloom.platform.files.storage import (
     local_path,
@@ -124,7 +124,7 @@ def tune(
             began = time.monotonic()
             common = trial_config(definition, base, rows, folder, run_id, workers)
             flops = search_flops(definition, base, rows, planned)
-            trials = _run_trials(folder, definition, planned, common, Resources(concurrent, workers, gpus), flops)
+            trials = _run_trials(folder, definition, planned, common, TrialResources(concurrent, workers, gpus), flops)
             if definition.final is not None:
                 trials = measure_finals(folder, trials, definition.final, rows)
             order = ranked(trials, definition.metric)
@@ -185,7 +185,7 @@ def _closing(folder: Path, run_id: str) -> Iterator[None]:
 
 
 def _run_trials(
-    folder: Path, search: Search, planned: list[Trial], common: dict[str, Any], resources: Resources, flops: float
+    folder: Path, search: Search, planned: list[Trial], common: dict[str, Any], resources: TrialResources, flops: float
 ) -> list[dict[str, Any]]:
     """Every trial's row, in their order; finished ones of an earlier call as they are. flops: of all together."""
     adapts = search.is_adaptive or search.stops_early

@@ -1,1 +1,1 @@
-"""Ray: sessions, workers, pools of actors, searches; and the machine at hand."""
+"""Ray sessions, workers, actors, jobs and searches, and the load of the machine."""

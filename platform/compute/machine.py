@@ -1,4 +1,4 @@
-"""Machine: what this node is busy with, under the names that MLflow's pages know as system metrics; and its memory."""
+"""The machine: its load, under the names of MLflow's system metrics, and the memory allocator."""
 
 import contextlib
 import ctypes
@@ -9,33 +9,33 @@ from typing import Any
 import psutil
 
 MEGABYTE = 1e6
-# mallopt's parameters (malloc.h): above the first, memory is asked of the kernel piece by piece and given back at once;
-# what is free at the heap's end is given back where it is more than the second.
+# Parameters of mallopt (malloc.h): a request above the first is mapped from the kernel and returned when it is freed;
+# free memory at the end of the heap is returned if it is more than the second.
 M_MMAP_THRESHOLD, M_TRIM_THRESHOLD = -3, -1
-KEPT_BYTES, KEPT_BYTES_BEFORE_2_35 = (1 << 31) - 1, 1 << 25  # the largest that mallopt takes
+KEPT_BYTES, KEPT_BYTES_BEFORE_2_35 = (1 << 31) - 1, 1 << 25  # the largest values that mallopt accepts
 
 
 def keep_freed_memory() -> None:
-    """Let this process keep the memory that tensors free for the next ones, where glibc is its allocator.
+    """Keep the memory of freed tensors in this process for new tensors, if it uses glibc.
 
-    Every step makes and frees the same tensors. Left alone, glibc hands most of it back to the kernel, which clears
-    each page anew: a tenth of a training step on two cores, more of sampling and encoding. The process then holds
-    its peak to its end, and that peak is up to a fifth higher.
+    Each step allocates and frees the same tensors. By default, glibc returns most of this memory to the kernel, which
+    then clears each page again: that takes a tenth of a training step on two cores, and more of sampling and encoding.
+    The process keeps its peak memory until it ends, and the peak is up to a fifth higher.
     """
     is_chosen = {"MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_"} & os.environ.keys()
     if is_chosen or "glibc.malloc" in os.environ.get("GLIBC_TUNABLES", ""):
-        return  # by the user
-    with contextlib.suppress(AttributeError, OSError):  # another libc
+        return  # the user chose
+    with contextlib.suppress(AttributeError, OSError):  # not glibc
         libc = ctypes.CDLL("libc.so.6")
-        # the second alone would have every larger tensor cleared anew
+        # with the second alone, pages of larger tensors would still be cleared
         if libc.mallopt(M_MMAP_THRESHOLD, KEPT_BYTES) or libc.mallopt(M_MMAP_THRESHOLD, KEPT_BYTES_BEFORE_2_35):
             libc.mallopt(M_TRIM_THRESHOLD, KEPT_BYTES)
 
 
 def system_load() -> dict[str, float]:
-    """CPU since the last call, memory, disk, network since the start of the machine, and GPUs where NVML answers.
+    """CPU load since the last call, memory, disk, network traffic since boot, and GPUs if NVML is available.
 
-    What the machine does not tell, as in a container without `/proc/net`, is left out.
+    Values that the machine does not provide, as in a container without `/proc/net`, are missing.
     """
     load: dict[str, float] = {}
     for part in (_processors, _memory, _disk, _network, _gpus):
@@ -84,7 +84,7 @@ def _gpus() -> dict[str, float]:
 
 @cache
 def _handles() -> list[Any]:
-    """NVML's handles of the GPUs; none where there is no driver or `pynvml` is not installed."""
+    """NVML's handles of the GPUs; empty without a driver or the package `pynvml`."""
     try:
         import pynvml
 

@@ -1,9 +1,9 @@
-"""Registry: models as versions of a registered name in MLflow, fetched as folders and never unpickled."""
+"""The registry: models as versions of a registered name in MLflow, fetched as folders without unpickling."""
 
 import io
 import re
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,15 +15,15 @@ from patchloom.platform.files.folder import is_remote
 from patchloom.platform.files.storage import write_atomic
 from patchloom.platform.tracking.client import connect, tracking_uri
 
-MODEL_FOLDER = "model"  # where a version keeps its model folder, below its artifacts
+MODEL_FOLDER = "model"  # the model folder among the artifacts of a version
 
 
 @dataclass(frozen=True)
 class FetchedModel:
-    """A model folder on this machine and where it came from."""
+    """A model folder on this machine and where it came from. `run_id`, `name` and `version` are of MLflow."""
 
     folder: Path
-    reference: str  # what a worker elsewhere can fetch again: models:/NAME/VERSION or the folder
+    reference: str  # fetches the same model on another node: models:/NAME/VERSION, or the folder
     run_id: str | None = None
     name: str | None = None
     version: str | None = None
@@ -43,18 +43,25 @@ class RegisteredVersion:
 
 
 def fetch_model(reference: str) -> FetchedModel:
-    """Fetch `models:/NAME@ALIAS`, `models:/NAME/VERSION`, `runs:/ID/path` or a folder to this machine."""
+    """Fetch a model to this machine.
+
+    Args:
+        reference: `models:/NAME@ALIAS`, `models:/NAME/VERSION`, `runs:/ID/path`, a model folder or a run folder.
+
+    Raises:
+        UserError: there is no such model, or it cannot be fetched.
+    """
     if reference.startswith("models:/"):
         return _fetch_version(reference)
     if reference.startswith("runs:/"):
         folder = _download(reference)
         return FetchedModel(_model_folder(folder), reference, run_id=reference.split("/")[1])
     folder = local_copy(reference, lambda name: not name.startswith(("checkpoints/", "ema/")))
-    if (folder / "model" / "model.json").is_file():  # a run folder holds its model folder
+    if (folder / "model" / "model.json").is_file():  # the model folder of a run folder
         folder = folder / "model"
     if not (folder / "model.json").is_file():
         raise UserError(
-            f"{reference} is no model: give models:/NAME@ALIAS, models:/NAME/VERSION, runs:/ID/model or a model folder"
+            f"{reference} is not a model: give models:/NAME@ALIAS, models:/NAME/VERSION, runs:/ID/model or a folder"
         )
     return FetchedModel(folder, reference if is_remote(reference) else str(folder))
 
@@ -62,7 +69,7 @@ def fetch_model(reference: str) -> FetchedModel:
 def _fetch_version(reference: str) -> FetchedModel:
     match = re.fullmatch(r"models:/([^/@]+)(?:@([^/@]+)|/(\d+))", reference)
     if not match:
-        raise UserError(f"{reference} is not of the form models:/NAME@ALIAS or models:/NAME/VERSION")
+        raise UserError(f"{reference} does not have the form models:/NAME@ALIAS or models:/NAME/VERSION")
     name, alias, number = match.groups()
     version = find_version(name, alias=alias, version=number)
     folder = _download(f"models:/{name}/{version.version}")
@@ -72,7 +79,7 @@ def _fetch_version(reference: str) -> FetchedModel:
 
 
 def find_version(name: str, alias: str | None = None, version: str | None = None) -> Any:
-    """The registered version behind an alias or number; raises UserError where there is none."""
+    """The registered version with an alias or a number; raises UserError if there is none."""
     from mlflow.exceptions import MlflowException
 
     client = connect()
@@ -83,7 +90,7 @@ def find_version(name: str, alias: str | None = None, version: str | None = None
     except MlflowException:
         wanted = f"{name}@{alias}" if alias else f"{name}/{version}"
         raise UserError(
-            f"models:/{wanted} is not in the registry at {tracking_uri()}: `patchloom models list` shows what is"
+            f"models:/{wanted} is not in the registry at {tracking_uri()}: list its models with `patchloom models list`"
         ) from None
 
 
@@ -100,31 +107,40 @@ def _download(uri: str) -> Path:
 
 
 def _model_folder(folder: Path) -> Path:
-    # MLflow keeps an artifact by the name that its folder had
+    # MLflow names an artifact after its folder
     for candidate in (folder, folder / MODEL_FOLDER, *sorted((folder / "artifacts").glob("*/"))):
         if (candidate / "model.json").is_file():
             return candidate
-    raise UserError(f"{folder} holds no model.json: it was not registered by patchloom")
+    raise UserError(f"{folder} has no model.json: the version was not registered by patchloom")
 
 
 def register_pyfunc(
     folder: Path, name: str, run_id: str, entry: Path, wheel: Path, signature: Any, input_example: Any
 ) -> str:
-    """Register a model folder as a version that MLflow's own users can load; returns the version's number.
+    """Register a model folder as a version that MLflow itself can load.
 
-    entry: the one Python file of the version (models from code: nothing is pickled). wheel: the code that it
-    imports, which lies in the version and is its one requirement beside MLflow.
+    Args:
+        folder: the model folder.
+        name: the registered name.
+        run_id: the run that the version belongs to.
+        entry: the Python file of the version (MLflow's models from code, without pickle).
+        wheel: Patchloom's wheel, which is stored in the version and is its only requirement next to MLflow.
+        signature: MLflow's signature of the model.
+        input_example: MLflow's example input.
+
+    Returns:
+        The number of the version.
     """
     import mlflow
 
     connect()
-    chatter = io.StringIO()  # MLflow prints what it registered; so do we
-    with redirect_stdout(chatter), redirect_stderr(chatter), mlflow.start_run(run_id=run_id):
+    output = io.StringIO()  # MLflow prints what it registered, and so does Patchloom
+    with redirect_stdout(output), redirect_stderr(output), mlflow.start_run(run_id=run_id):
         info = mlflow.pyfunc.log_model(
             name="model",
             python_model=str(entry),
             artifacts={MODEL_FOLDER: str(folder), "wheel": str(wheel)},
-            # MLflow installs a version's requirements with the version's folder as the working directory
+            # MLflow installs the requirements with the folder of the version as the working directory
             pip_requirements=[f"mlflow=={mlflow.__version__}", f"artifacts/{wheel.name}"],
             signature=signature,
             input_example=input_example,
@@ -149,19 +165,19 @@ def register_folder(folder: Path, name: str, run_id: str) -> str:
 
 
 def logged_model(name: str, version: str) -> str | None:
-    """The id of the logged model behind a version, which MLflow shows its metrics by; a plain folder has none."""
+    """The id of the logged model of a version, with which MLflow shows its metrics; None for a plain folder."""
     found = find_version(name, version=version)
-    source = str(found.source)  # `model_id` is not filled in by every store
+    source = str(found.source)  # not every store fills in `model_id`
     return found.model_id or (source.removeprefix("models:/") if source.startswith("models:/m-") else None)
 
 
-def describe_version(name: str, version: str, description: str, tags: dict[str, Any]) -> None:
-    """Write a version's card: its description and tags."""
+def describe_version(name: str, version: str, description: str, tags: Mapping[str, object]) -> None:
+    """Set the description and tags of a version."""
     connect().update_model_version(name, version, description)
     tag_version(name, version, tags)
 
 
-def tag_version(name: str, version: str, tags: dict[str, Any]) -> None:
+def tag_version(name: str, version: str, tags: Mapping[str, object]) -> None:
     """Add tags to a version."""
     client = connect()
     for key, value in tags.items():
@@ -175,7 +191,7 @@ def promote(name: str, version: str, alias: str) -> None:
 
 
 def delete_version(name: str, version: str) -> None:
-    """Take a version out of the registry, and the name with its last one; its run stays."""
+    """Delete a version, and the registered name with its last version. The run is kept."""
     client = connect()
     client.delete_model_version(name, version)
     if not client.search_model_versions(f"name = '{name}'"):
@@ -183,7 +199,7 @@ def delete_version(name: str, version: str) -> None:
 
 
 def fetch_preview(fetched: FetchedModel, place: Path) -> Path | None:
-    """Bring the preview grid that a version's run kept to a file; None where it kept none."""
+    """Write the preview grid of a version's run to a file. Returns None if the run has none."""
     import mlflow.artifacts
     from mlflow.exceptions import MlflowException
 
@@ -238,7 +254,7 @@ def list_versions(name: str | None = None) -> list[RegisteredVersion]:
 
 
 def _all_of(search: Callable[..., Any], *query: str) -> Iterator[Any]:
-    """Every answer of one of MLflow's searches, page by page."""
+    """All results of a search of MLflow, page by page."""
     token = None
     while True:
         page = search(*query, page_token=token)

@@ -1,27 +1,67 @@
-"""Progress: what a person reads of it."""
+"""Progress: durations, rates, and the lines that are printed."""
+
+import re
+import time
 
 import pytest
 
 from patchloom.platform import progress
-from patchloom.platform.progress import Meter, clock
+from patchloom.platform.progress import Meter, clock, say
+from patchloom.platform.progress import progress as show_progress
 
 
-@pytest.mark.parametrize(("seconds", "words"), [(0, "0s"), (59.4, "59s"), (125, "2m05s"), (3720, "1h02m")])
-def test_times_are_short(seconds: float, words: str) -> None:
-    assert clock(seconds) == words
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (0, "0s"),
+        (59.4, "59s"),
+        (59.6, "1m00s"),
+        (60, "1m00s"),
+        (125, "2m05s"),
+        (3599.6, "1h00m"),
+        (3720, "1h02m"),
+        (36_000, "10h00m"),
+    ],
+)
+def test_durations_are_short_and_rounded_minutes_are_minutes(seconds: float, text: str) -> None:
+    assert clock(seconds) == text
 
 
-def test_a_rate_counts_the_work_of_this_call_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_rate_counts_only_the_work_of_this_call(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [100.0]
     monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
     meter = Meter(1000, "images")
-    meter.begin(400)  # an earlier call did these
-    now[0] = 130.0  # starting up took this long
+    meter.begin(400)  # done by an earlier call
+    now[0] = 130.0  # the start took 30 s
     meter.update(500)
-    assert meter.words() == "500/1,000 images"
+    assert meter.describe() == "500/1,000 images"
     now[0] = 140.0
     meter.update(700, "loss 0.5")
-    assert meter.words() == "700/1,000 images  20.0/s  ETA 15s  loss 0.5"
+    assert meter.describe() == "700/1,000 images  20.0/s  ETA 15s  loss 0.5"
     now[0] = 155.0
     meter.update(1000)
-    assert meter.words() == "1,000/1,000 images  20.0/s"
+    assert meter.describe() == "1,000/1,000 images  20.0/s"
+
+
+def test_the_rate_is_work_per_time() -> None:
+    meter = Meter(1000, "images")
+    assert meter.rate == 0
+    before = time.monotonic()
+    meter.update(100)
+    after = time.monotonic()
+    time.sleep(0.05)
+    meter.update(150)
+    shortest, rate, longest = time.monotonic() - after, meter.rate, time.monotonic() - before
+    assert 50 / longest * 0.9 < rate <= 50 / shortest * 1.1
+
+
+def test_a_job_ends_with_one_line_with_its_duration(capsys: pytest.CaptureFixture[str]) -> None:
+    with show_progress("training", 5000, "images") as meter:
+        meter.update(2500)
+        meter.update(5000, "loss 0.3")
+    assert re.fullmatch(r"  training: 5,000 images in \ds\n", capsys.readouterr().out)
+
+
+def test_brackets_are_printed_unchanged(capsys: pytest.CaptureFixture[str]) -> None:
+    say("[red]data[/red] \\[x] 3/4")
+    assert capsys.readouterr().out == "[red]data[/red] \\[x] 3/4\n"

@@ -163,7 +163,7 @@ def test_a_run_begins_with_the_weights_of_a_registered_model(
         train(wider, str(pixels), str(tmp_path / "wider"), workers=0)
     assert not (tmp_path / "wider" / "run.json").exists()  # so that the mended recipe is taken
     nowhere = tiny_recipe(train__init_from=str(tmp_path / "nowhere"))
-    with pytest.raises(UserError, match="is no model"):
+    with pytest.raises(UserError, match="models:/NAME"):
         train(nowhere, str(pixels), str(tmp_path / "nothing"), workers=0)
 
 
