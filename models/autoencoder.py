@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from diffusers import AutoencoderKL
 
 AUTOENCODER_FORMAT = 1
-CARD, CONFIG = "model.json", "config.json"
+CARD_FILE, CONFIG = "model.json", "config.json"
 WEIGHTS = "diffusion_pytorch_model.safetensors"  # diffusers' own name
 DIFFUSERS_KINDS = ("AutoencoderKL", "AutoencoderTiny", "AutoencoderDC")
 
@@ -148,7 +148,7 @@ def save_autoencoder(network: AutoencoderKL, folder: Path) -> str:
     sha256 = weights_sha256(folder)
     described = replace(DiffusersAutoencoder(network).describe(), weights_sha256=sha256)
     card = {"format_version": AUTOENCODER_FORMAT, "kind": "autoencoder", **described.to_json()}
-    (folder / CARD).write_text(json.dumps(card, indent=2) + "\n")
+    (folder / CARD_FILE).write_text(json.dumps(card, indent=2) + "\n")
     return sha256
 
 
@@ -170,11 +170,11 @@ def load_autoencoder(
     Raises CheckpointError where it is not whole, or of a class that is unknown or was not allowed.
     """
     folder = Path(folder)
-    card = json.loads((folder / CARD).read_text()) if (folder / CARD).is_file() else {}
+    card = json.loads((folder / CARD_FILE).read_text()) if (folder / CARD_FILE).is_file() else {}
     if card.get("format_version", 0) > AUTOENCODER_FORMAT:
         raise CheckpointError(
-            f"{folder / CARD} has format {card['format_version']} and this version reads up to {AUTOENCODER_FORMAT}: "
-            "update patchloom"
+            f"{folder / CARD_FILE} has format {card['format_version']}, and this version reads up to "
+            f"{AUTOENCODER_FORMAT}: update patchloom"
         )
     config = json.loads((folder / CONFIG).read_text()) if (folder / CONFIG).is_file() else {}
     name = str(card.get("class") or config.get("_class_name"))

@@ -21,7 +21,7 @@ from patchloom.models.sampling_options import SAMPLER_NAMES, SamplingOptions
 from patchloom.models.step import one_hot
 
 SAMPLERS: dict[str, Callable[..., Tensor]] = {name: getattr(samplers, name.replace("-", "_")) for name in SAMPLER_NAMES}
-NAMED = 20  # how many classes an error names
+CLASSES_IN_ERRORS = 20  # how many classes an error names
 
 
 @dataclass(frozen=True)
@@ -125,8 +125,8 @@ def class_number(label: int | str | None, class_names: Sequence[str]) -> int:
         return class_names.index(str(label))
     if str(label).isdigit() and int(str(label)) < len(class_names):
         return int(str(label))
-    known = ", ".join(class_names[:NAMED]) or "none, it has no classes"
-    known += ", ..." if len(class_names) > NAMED else ""
+    known = ", ".join(class_names[:CLASSES_IN_ERRORS]) or "none, it has no classes"
+    known += ", ..." if len(class_names) > CLASSES_IN_ERRORS else ""
     raise ValueError(f"is not a class of this model: it knows {known}")
 
 

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-SIDE, POOL, SPATIAL, CLASSES = 299, 2048, 7 * 17 * 17, 1008
+SIDE, POOL_WIDTH, SPATIAL_WIDTH, LOGITS = 299, 2048, 7 * 17 * 17, 1008
 RESIZE = "bilinear of TensorFlow 1 (no half-pixel centres, no antialiasing)"
 SPATIAL_CHANNELS = 7  # of Mixed_6d's 1 x 1 branch, after its ReLU (Nash et al. 2021)
 
@@ -226,7 +226,7 @@ def inception_state(tensors: Mapping[str, Tensor]) -> tuple[OrderedDict[str, Ten
     if missing:
         raise ValueError(f"these are not the weights of the Inception of 2015-12-05: {missing[0]} is not among them")
     heads = [tensors[name] for name in ("fc.weight", "output.weight") if name in tensors]
-    classifier = heads[0].float() if heads and heads[0].shape == (CLASSES, POOL) else None
+    classifier = heads[0].float() if heads and heads[0].shape == (LOGITS, POOL_WIDTH) else None
     return OrderedDict((name, found[name].float().contiguous()) for name in wanted), classifier
 
 

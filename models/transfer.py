@@ -8,7 +8,7 @@ from torch import Tensor
 from patchloom.models.denoiser import Denoiser
 
 LEVEL = re.compile(r"\.(\d+)x\1_")  # EDM's names hold the resolution of a level
-CLASSES = "map_label."
+CLASS_WEIGHTS = "map_label."
 
 
 @torch.no_grad()
@@ -30,11 +30,13 @@ def transfer(target: Denoiser, source: Denoiser) -> list[str]:
         elif given is not None and _only_coordinates_more(tensor, given, target, source):
             tensor.zero_()[:, : given.shape[1]] = given
             left.append(f"{name} (coordinates)")
-        elif CLASSES in name:
+        elif CLASS_WEIGHTS in name:
             left.append(name)
         else:
             problems.append(f"{name} is {_shape(tensor)} and was {_shape(given)}")
-    problems += [f"{name} is none and was {_shape(given)}" for name, given in theirs.items() if CLASSES not in name]
+    problems += [
+        f"{name} is none and was {_shape(given)}" for name, given in theirs.items() if CLASS_WEIGHTS not in name
+    ]
     if problems:
         more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
         raise ValueError(f"the networks differ: {'; '.join(problems[:3])}{more}: give the recipe the source's network")

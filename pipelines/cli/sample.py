@@ -20,7 +20,7 @@ from patchloom.pipelines.cli.options import (
 from patchloom.pipelines.sample.options import SampleOptions, parse_levels, parse_size
 
 # how a pair of numbers is written on the command line
-PAIRS: dict[Any, tuple[str, Callable[[str, str], Any]]] = {
+PAIR_PARSERS: dict[Any, tuple[str, Callable[[str, str], Any]]] = {
     tuple[int, int] | None: ("HxW", parse_size),
     tuple[float, float] | None: ("LOW-HIGH", parse_levels),
 }
@@ -47,9 +47,9 @@ def sample(
 
 
 def _parse(declared: "Field[Any]", value: Any) -> Any:
-    if declared.type not in PAIRS or not value:
+    if declared.type not in PAIR_PARSERS or not value:
         return value
-    return PAIRS[declared.type][1](value, f"--{declared.name.replace('_', '-')}")
+    return PAIR_PARSERS[declared.type][1](value, f"--{declared.name.replace('_', '-')}")
 
 
 def _parameter(declared: "Field[Any]") -> inspect.Parameter:
@@ -57,8 +57,8 @@ def _parameter(declared: "Field[Any]") -> inspect.Parameter:
     limits, text = declared.metadata, declared.metadata["help"]
     if limits["choices"]:
         text += f"; one of {', '.join(limits['choices'])}"
-    kind: Any = str | None if declared.type in PAIRS else declared.type
-    metavar = PAIRS[declared.type][0] if declared.type in PAIRS else None
+    kind: Any = str | None if declared.type in PAIR_PARSERS else declared.type
+    metavar = PAIR_PARSERS[declared.type][0] if declared.type in PAIR_PARSERS else None
     annotation = Annotated[kind, typer.Option(help=text, min=limits["minimum"], metavar=metavar)]
     return inspect.Parameter(
         declared.name, inspect.Parameter.KEYWORD_ONLY, default=declared.default, annotation=annotation

@@ -10,7 +10,7 @@ from torch.profiler import ProfilerActivity, profile, schedule
 from patchloom.platform.progress import say
 
 SKIPPED_STEPS, PROFILED_STEPS = 4, 8
-NAMED = 3
+COSTS_NAMED = 3
 
 
 class Profiler:
@@ -52,6 +52,6 @@ class Profiler:
 
         total = sum(map(own_time, events)) or 1.0
         events.sort(key=own_time, reverse=True)
-        costs = ", ".join(f"{event.key} {own_time(event) / total:.0%}" for event in events[:NAMED])
+        costs = ", ".join(f"{event.key} {own_time(event) / total:.0%}" for event in events[:COSTS_NAMED])
         say(f"  profile of {PROFILED_STEPS} steps: {costs}; the trace is {self.folder / 'profile.json'}")
         found.export_chrome_trace(str(self.folder / "profile.json"))

@@ -96,7 +96,7 @@ class Clock:
         return [self.seconds_between(*wait) for wait in waits]
 
 
-class Reader:
+class CropReader:
     """Fetches the rows of a run's crops from the memory-mapped training rows."""
 
     def __init__(self, dataset: Dataset, recipe: Recipe, device: torch.device) -> None:
@@ -130,7 +130,7 @@ class Run:
     card: ModelCard
     method: StepSettings
     space: Normalisation
-    reader: Reader
+    reader: CropReader
     state: TrainingState
     worker: Worker
     device: torch.device
@@ -164,7 +164,7 @@ def open_run(worker: Worker, config: dict[str, Any]) -> Run:
         load_checkpoint(newest, state)
     if config["compile"]:  # the averages were copied before, and sample as they are
         compile_network(denoiser, method.schedule)
-    reader = Reader(open_dataset(config["dataset"]), recipe, device)
+    reader = CropReader(open_dataset(config["dataset"]), recipe, device)
     profiled = config["profile"] and worker.rank == 0
     return Run(
         folder, recipe, card, method, card.normalisation, reader, state, worker, device, config["microbatch"], profiled

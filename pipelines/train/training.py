@@ -38,7 +38,7 @@ from patchloom.platform.tracking.forwarder import MlflowForwarder
 
 HEAD_WIDTH = 64
 STEM_LAYERS = 3  # 1x1 convolutions of implicit coordinates, as in the released code
-NETWORKS: dict[str, tuple[str, dict[str, Any]]] = {
+RECIPE_NETWORKS: dict[str, tuple[str, dict[str, Any]]] = {
     "ddpmpp": ("song", {"embedding": "positional"}),
     "ncsnpp": (
         "song",
@@ -120,7 +120,7 @@ def _network(recipe: Recipe) -> tuple[str, dict[str, Any]]:
     model = recipe.model
     if model.backbone is not None:
         return model.backbone, model.backbone_options
-    network, options = NETWORKS[model.network]
+    network, options = RECIPE_NETWORKS[model.network]
     if network == "dhariwal":  # EDM's heads of 64 channels, or one head where there are fewer
         options = options | {"head_width": min(HEAD_WIDTH, model.width * min(model.width_multipliers))}
     return network, {

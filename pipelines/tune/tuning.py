@@ -63,7 +63,7 @@ from patchloom.platform.tracking.runs import (
 )
 
 ORDER = ("finished", "stopped", "failed")
-LOOK_EVERY_S = 1.0
+WATCH_EVERY_S = 1.0
 
 
 @dataclass(frozen=True)
@@ -237,7 +237,7 @@ def _watched(trials: Path, meter: Meter) -> Iterator[None]:
             meter.update(sum(seen.values()), f"{len(seen)} trials begun")
 
     def watch() -> None:
-        while not stop.wait(LOOK_EVERY_S):
+        while not stop.wait(WATCH_EVERY_S):
             look()
 
     thread = threading.Thread(target=watch, name="watch", daemon=True)
