@@ -6,7 +6,7 @@ import os
 import sys
 import warnings
 from collections.abc import Iterator
-from typing import Any
+from functools import partial
 
 from patchloom.errors import UserError
 from patchloom.platform.compute.machine import keep_freed_memory
@@ -74,7 +74,7 @@ def ray_session(cpus: int = 1) -> Iterator[None]:
     if is_local:
         say("  starting Ray on this machine ...")
     with environment_defaults(LOCAL_ENVIRONMENT if is_local else {}):
-        _start_ray(_local_options(cpus) if is_local else {})
+        _start_ray(max(os.cpu_count() or 1, cpus) if is_local else None)
         try:
             yield
         finally:
@@ -107,22 +107,23 @@ def environment_defaults(defaults: dict[str, str]) -> Iterator[None]:
             os.environ.pop(name, None)
 
 
-def _local_options(cpus: int) -> dict[str, Any]:  # keyword arguments of ray.init
-    return {
-        "address": "local",  # not a cluster that runs, or ran, on this machine
-        "num_cpus": max(os.cpu_count() or 1, cpus),
-        "object_store_memory": OBJECT_STORE_BYTES,
-        "include_dashboard": True,  # Ray Tune uses its State API when it cleans up
-    }
-
-
-def _start_ray(options: dict[str, Any]) -> None:
+def _start_ray(local_cpus: int | None) -> None:
+    """Start Ray on this machine, or connect to the cluster at RAY_ADDRESS if `local_cpus` is None."""
     import ray
 
+    start = partial(ray.init, logging_level=logging.ERROR, log_to_driver=False)
+    if local_cpus is not None:
+        start = partial(
+            start,
+            address="local",  # not a cluster that runs, or ran, on this machine
+            num_cpus=local_cpus,
+            object_store_memory=OBJECT_STORE_BYTES,
+            include_dashboard=True,  # Ray Tune uses its State API when it cleans up
+        )
     with warnings.catch_warnings(), _silent_stderr():
         warnings.simplefilter("ignore")
         try:
-            ray.init(logging_level=logging.ERROR, log_to_driver=False, **options)
+            start()
         except ConnectionError as error:
             raise UserError(
                 f"no Ray cluster answers at RAY_ADDRESS={os.environ.get('RAY_ADDRESS')} ({error}): "

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 Config = TypeVar("Config")
 
 TUNE_RUN = "tune"  # name of the run in Ray Tune
-TRIAL_CONFIG = "planned"  # the key of our configuration in the one of Ray Tune
+TRIAL_CONFIG = "planned"  # the key of our configuration in that of Ray Tune
 TRIAL_RETRIES = 1  # for a trial whose process died
 MAX_STARTUP_TRIALS = 10  # random trials before Optuna suggests settings
 

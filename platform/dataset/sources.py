@@ -10,7 +10,7 @@ import tarfile
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import pyarrow as pa
 import pyarrow.parquet
@@ -237,7 +237,7 @@ def _list_tables(folder: Folder, names: dict[str, int]) -> tuple[list[_Listed], 
 
 def _image_column(folder: Folder, name: str, schema: pa.Schema) -> str:
     features = _features(folder, schema)
-    declared = [column for column, feature in features.items() if feature.get("_type") == "Image"]
+    declared = [column for column, feature in features.items() if feature.kind == "Image"]
     column = first_of(tuple(declared), schema.names) or first_of(IMAGE_COLUMNS, schema.names)
     if column is None:
         raise UserError(
@@ -247,7 +247,15 @@ def _image_column(folder: Folder, name: str, schema: pa.Schema) -> str:
     return column
 
 
-def _features(folder: Folder, schema: pa.Schema) -> dict[str, dict[str, Any]]:
+@dataclass(frozen=True)
+class _Feature:
+    """The type of a column as `datasets` of Hugging Face stores it, and its class names."""
+
+    kind: str
+    class_names: list[str]
+
+
+def _features(folder: Folder, schema: pa.Schema) -> dict[str, _Feature]:
     """The column types that `datasets` of Hugging Face stored in the schema or in `dataset_info.json`."""
     metadata = (schema.metadata or {}).get(b"huggingface")
     if metadata:
@@ -256,12 +264,16 @@ def _features(folder: Folder, schema: pa.Schema) -> dict[str, dict[str, Any]]:
         features = folder.read_json("dataset_info.json").get("features")
     else:
         features = None
-    return {name: feature for name, feature in (features or {}).items() if isinstance(feature, dict)}
+    return {
+        name: _Feature(str(feature.get("_type")), [str(label) for label in feature.get("names") or []])
+        for name, feature in (features or {}).items()
+        if isinstance(feature, dict)
+    }
 
 
 def _class_names(folder: Folder, schema: pa.Schema, label: str | None) -> list[str] | None:
-    names = _features(folder, schema).get(label or "", {}).get("names")
-    return [str(name) for name in names] if names else None
+    feature = _features(folder, schema).get(label or "")
+    return feature.class_names or None if feature else None
 
 
 def _list_npz(folder: Folder, names: dict[str, int]) -> tuple[list[_Listed], Labels | None]:

@@ -79,7 +79,7 @@ def _fetch_version(reference: str) -> FetchedModel:
 
 
 def find_version(name: str, alias: str | None = None, version: str | None = None) -> Any:
-    """The registered version with an alias or a number; raises UserError if there is none."""
+    """The registered version with an alias or a number; raises UserError if it does not exist."""
     from mlflow.exceptions import MlflowException
 
     client = connect()
