@@ -5,6 +5,7 @@ import copy
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
 from graphlib import TopologicalSorter
 from pathlib import Path
 
@@ -89,6 +90,35 @@ def test_modules_do_not_import_from_their_own_package() -> None:
         if path.name != "__init__.py":
             package = module.rpartition(".")[0]
             assert package not in own_imports(module), f"{module} imports from its own package: name the module"
+
+
+def top_level_names(path: Path) -> Iterator[str]:
+    """Public functions, classes and constants that a module defines; not its type variables."""
+    for node in ast.parse(path.read_text()).body:
+        targets: list[ast.expr] = []
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            yield node.name
+        elif isinstance(node, ast.Assign) and not ast.unparse(node.value).startswith("TypeVar("):
+            targets = [part for target in node.targets for part in getattr(target, "elts", [target])]
+        elif isinstance(node, ast.AnnAssign):
+            targets = [node.target]
+        yield from (target.id for target in targets if isinstance(target, ast.Name))
+
+
+def is_command(module: str, name: str) -> bool:
+    """Whether a name is a function of the command line, which has the name of the function that it calls."""
+    return part_of(module) == "pipelines.cli" and name.islower()
+
+
+def test_no_two_modules_define_the_same_public_name() -> None:
+    modules: dict[str, list[str]] = {}
+    for module, path in SOURCES.items():
+        if path.name == "__init__.py" or part_of(module) == "benchmarks":
+            continue  # a package only re-exports
+        for name in top_level_names(path):
+            if not name.startswith("_") and name != "main" and not is_command(module, name):
+                modules.setdefault(name, []).append(module)
+    assert {name: found for name, found in modules.items() if len(found) > 1} == {}
 
 
 @pytest.mark.parametrize("folder", ["models", "platform", "pipelines", "benchmarks"])

@@ -16,7 +16,7 @@ LABEL_COLUMNS = ("label", "labels", "class", "category", "cls", "fine_label")
 NAME_COLUMNS = ("key", "file_name", "filename", "file", "path", "image", "name")
 TABLE_NAMES = tuple(f"{stem}.{ending}" for stem in ("labels", "metadata") for ending in ("csv", "jsonl", "parquet"))
 
-Row = Mapping[str, Any]  # cells by column, as a CSV, JSON-lines or Parquet file has them
+LabelRow = Mapping[str, Any]  # cells by column, as a CSV, JSON-lines or Parquet file has them
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ def _edm_labels(value: Any) -> Labels | None:
     return Labels({str(key): label for key, label in pairs}, [str(name) for name in names] if names else None)
 
 
-def _rows(name: str, content: bytes) -> list[Row]:
+def _rows(name: str, content: bytes) -> list[LabelRow]:
     if name.endswith(".csv"):
         return list(csv.DictReader(io.StringIO(content.decode("utf-8-sig"))))
     if name.endswith(".jsonl"):
@@ -91,7 +91,7 @@ def _rows(name: str, content: bytes) -> list[Row]:
     raise UserError(f"{name} is a labels file of an unknown format: give .csv, .jsonl, .parquet or EDM's dataset.json")
 
 
-def _table_labels(name: str, rows: list[Row], keys: tuple[str, ...]) -> Labels | None:
+def _table_labels(name: str, rows: list[LabelRow], keys: tuple[str, ...]) -> Labels | None:
     if not rows:
         return None
     key, label = first_of(keys, rows[0]), first_of(LABEL_COLUMNS, rows[0])
