@@ -12,7 +12,7 @@ import yaml
 from patchloom.benchmarks.findings import Finding, Say, Scale, exact
 from patchloom.benchmarks.interleaved import Spread, Work, interleave, now
 from patchloom.benchmarks.startup import Workspace, patchloom, small_recipe, wait_for
-from patchloom.pipelines.tune.trials import plan_trials
+from patchloom.pipelines.tune.planning import plan_trials
 from patchloom.platform.dataset import open_dataset
 from patchloom.platform.recipe.search import load_search
 

@@ -1,19 +1,28 @@
-"""Report: one self-contained HTML page of a run, a search or a whole chain: pictures first, then numbers."""
+"""Report: one self-contained HTML page about a run, a search, samples or a demo."""
 
-import html
 from pathlib import Path
-from typing import Any
+
+from markupsafe import Markup
 
 from patchloom.errors import UserError
-from patchloom.pipelines.evaluate.page import first_number, metric_sections, samples_sections, sampling_words
-from patchloom.pipelines.pages.html import document, numbers, picture
+from patchloom.pipelines.evaluate.page import (
+    METRICS_FILE,
+    first_metric,
+    metrics_section,
+    samples_section,
+    sampling_text,
+)
+from patchloom.pipelines.pages.html import Number, Picture, document, render
 from patchloom.pipelines.train.checkpointer import without_tensors
-from patchloom.pipelines.train.page import run_sections
-from patchloom.pipelines.tune.page import search_sections
+from patchloom.pipelines.train.page import run_section
+from patchloom.pipelines.tune.page import search_section, search_title
 from patchloom.platform.files.copies import local_copy
 from patchloom.platform.files.storage import local_path, make_folder, read_json, write_atomic
 from patchloom.platform.recipe.run_recipe import load_recipe
 from patchloom.platform.records.autoencoder_run import AutoencoderRunCard
+from patchloom.platform.records.dataset import DatasetCard
+from patchloom.platform.records.demo import DEMO_FILE, DemoCard
+from patchloom.platform.records.evaluation import EvaluationResult
 from patchloom.platform.records.run import read_progress
 from patchloom.platform.tracking.client import tracking_uri
 
@@ -34,97 +43,77 @@ def report(folder: str, out: str) -> Path:
     Example:
         page = patchloom.report("run", "report.html")
     """
-    place = local_copy(folder, without_tensors)
-    if (place / "demo.json").is_file():
-        title, sections = _chain_page(place)
-    elif (place / "search.json").is_file():
-        title, sections = f"Search {read_json(place / 'search.json')['search']['name']}", search_sections(place)
-    elif (place / "run.json").is_file():
-        title, sections = f"Run {place.name}", run_sections(place)
-    elif (place / "sampling.json").is_file():
-        title, sections = f"Samples {place.name}", samples_sections(place)
-    else:
-        raise UserError(f"{place} is no run, search, samples or demo: give the --out folder of one of these commands")
+    title, body = _title_and_body(local_copy(folder, without_tensors))
     page = local_path(out)
     make_folder(page.parent)
     if page.is_dir():
-        raise UserError(f"{page} is a folder, and the page is a file: give a name such as {page}/report.html")
-    write_atomic(page, document(title, sections))
+        raise UserError(f"{page} is a folder: give the name of a file, such as {page}/report.html")
+    write_atomic(page, document(title, body))
     return page
 
 
-def _chain_page(folder: Path) -> tuple[str, list[str]]:
-    card, measured = read_json(folder / "demo.json"), folder / "samples" / "metrics.json"
-    samples = read_json(measured)["identity"]
-    dataset = read_json(folder / "pixels" / "dataset.json")
-    run = read_progress(folder / "run")[-1]
-    recipe = load_recipe(folder / "run" / "recipe.yaml")
-    sections = [
-        f'<p class="lead">Photographs in, a registered model out: <code>{html.escape(card["model"])}</code>, '
-        "trained on patches and sampled at full size.</p>",
-        numbers(
-            ("samples", f"{samples['n_samples']}"),
-            ("training windows", f"{dataset['rows']:,}"),
-            ("counted images", f"{run.images_seen:,}"),
-            ("updates", f"{run.updates:,}"),
-            ("p, schedule", f"{recipe.patches.p:g}, {recipe.patches.schedule}"),
-            first_number(measured),
+def _title_and_body(folder: Path) -> tuple[str, Markup]:
+    if (folder / DEMO_FILE).is_file():
+        return "From photographs to samples", _demo_section(folder)
+    if (folder / "search.json").is_file():
+        return search_title(folder), search_section(folder)
+    if (folder / "run.json").is_file():
+        return f"Run {folder.name}", run_section(folder)
+    if (folder / "sampling.json").is_file():
+        return f"Samples {folder.name}", samples_section(folder)
+    raise UserError(f"{folder} is not a run, search, samples or demo: give the --out folder of one of these commands")
+
+
+def _demo_section(folder: Path) -> Markup:
+    """The pages of all steps of a demo, one below the other."""
+    card = DemoCard.parse((folder / DEMO_FILE).read_bytes(), folder / DEMO_FILE)
+    measured = folder / "samples" / METRICS_FILE
+    samples = EvaluationResult.read(measured).identity
+    sheet = f"Seeds {samples.seeds}, classes in turn; {sampling_text(samples)}."
+    has_autoencoder = (folder / "autoencoder" / "run.json").is_file()
+    return render(
+        "demo.html",
+        model=card.model,
+        headline=_headline(folder, measured),
+        sheet=Picture(folder / "samples" / "contact_sheet.png", sheet),
+        dataset=_dataset_card(folder / "pixels"),
+        windows=Picture(folder / "dataset.png", "Windows spread evenly over the dataset, in its order."),
+        autoencoder=AutoencoderRunCard.read(folder / "autoencoder") if has_autoencoder else None,
+        latents=_dataset_card(folder / "latents") if has_autoencoder else None,
+        reconstructions=Picture(
+            folder / "autoencoder" / "reconstructions.png", "Top: held-out windows. Bottom: their reconstructions."
         ),
-        picture(folder / "samples" / "contact_sheet.png", _sampling_words(samples)),
-        "<h2>The data</h2>",
-        f"<p>{_data_words(dataset)}</p>",
-        picture(folder / "dataset.png", "Windows spread over the dataset, in its order."),
-    ]
-    if (folder / "autoencoder" / "run.json").is_file():
-        sections += _autoencoder_sections(folder)
-    sections += ["<h2>The search</h2>", *search_sections(folder / "search")]
-    sections += ["<h2>The training</h2>", *run_sections(folder / "run")]
-    sections += ["<h2>The numbers</h2>", *metric_sections(measured)]
-    sections += ["<h2>Go on from here</h2>", *_commands(card)]
-    return "From photographs to samples", sections
-
-
-def _sampling_words(identity: dict[str, Any]) -> str:
-    return f"Seeds {identity['seeds']}, classes in turn; {sampling_words(identity)}"
-
-
-def _data_words(card: dict[str, Any]) -> str:
-    reasons = "; ".join(f"{count:,} x {html.escape(reason)}" for reason, count in card["skipped"]["reasons"].items())
-    classes = ", ".join(f"{html.escape(entry['name'])} {entry['rows']:,}" for entry in card["classes"])
-    skipped = f"{card['skipped']['count']:,} skipped" + (f" ({reasons})" if reasons else "")
-    words = f"{card['rows']:,} rows of {card['resolution']} x {card['resolution']} pixels + {skipped} = "
-    words += f"{card['inputs']:,} inputs. Classes: {classes}."
-    if card["split_by"] == "region":
-        words += " Held-out windows come from other regions of the photographs than training windows."
-    return words
-
-
-def _autoencoder_sections(folder: Path) -> list[str]:
-    run, card = AutoencoderRunCard.read(folder / "autoencoder"), read_json(folder / "latents" / "dataset.json")
-    words = (
-        f"{card['autoencoder']['downscale']} x smaller a side: latents of {card['channels']} x {card['resolution']} x "
-        f"{card['resolution']}. PSNR {run.psnr_db:.1f} dB and SSIM {run.ssim:.3f} on {run.measured_images} "
-        "held-out windows: it bounds how sharp a sample can be."
+        search=search_section(folder / "search"),
+        run=run_section(folder / "run"),
+        metrics=metrics_section(measured),
+        commands=card.commands,
+        next_commands=_next_commands(card.chain),
     )
+
+
+def _dataset_card(folder: Path) -> DatasetCard:
+    return DatasetCard.model_validate(read_json(folder / "dataset.json"))
+
+
+def _headline(folder: Path, measured: Path) -> list[Number]:
+    """The numbers at the top of a demo's page."""
+    run = read_progress(folder / "run")[-1]
+    patches = load_recipe(folder / "run" / "recipe.yaml").patches
     return [
-        "<h2>The autoencoder</h2>",
-        f"<p>{words}</p>",
-        picture(folder / "autoencoder" / "reconstructions.png", "Held-out windows above, their reconstructions below."),
+        Number("samples", f"{EvaluationResult.read(measured).identity.n_samples:,}"),
+        Number("training windows", f"{_dataset_card(folder / 'pixels').rows:,}"),
+        Number("counted images", f"{run.images_seen:,}"),
+        Number("updates", f"{run.updates:,}"),
+        Number("p, schedule", f"{patches.p:g}, {patches.schedule}"),
+        first_metric(measured),
     ]
 
 
-def _commands(card: dict[str, Any]) -> list[str]:
-    name = card["chain"]
-    onward = [
+def _next_commands(name: str) -> list[str]:
+    return [
         "patchloom models list",
         f"patchloom models show models:/{name}@champion",
         f"patchloom sample models:/{name}@champion more-samples --seeds 0-255 --guidance 1.3",
         "patchloom train demo_latents --data YOUR_LATENTS --out run --set patches.p=0.25 --dry-run",
         f"mlflow ui --backend-store-uri {tracking_uri()}",
-    ]
-    return [
-        "<p>What this page was made with; each line can be run by itself, from the folder that the chain ran in.</p>",
-        f"<pre>{html.escape(chr(10).join(card['commands']))}</pre>",
-        "<p>What to try next.</p>",
-        f"<pre>{html.escape(chr(10).join(onward))}</pre>",
     ]

@@ -18,7 +18,7 @@ FOLDERS = ("models", "platform", "pipelines", "tune_configs", "benchmarks")
 ORDER = (
     "errors",
     "models",
-    *(f"platform.{part}" for part in ("progress", "files", "records", "compute", "recipe", "dataset", "tracking")),
+    *(f"platform.{part}" for part in ("progress", "files", "recipe", "records", "compute", "dataset", "tracking")),
     *(f"pipelines.{part}" for part in ("pages", "prepare", "train", "sample", "registry", "evaluate", "tune")),
     *(f"pipelines.{part}" for part in ("pyfunc", "inspect", "doctor", "report", "demo", "cli")),
     "benchmarks",

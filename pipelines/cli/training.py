@@ -136,13 +136,14 @@ def tune(
 
     The result is a ranking of the values of p, the schedule or other keys, with a page that shows it.
     """
-    from patchloom.platform.compute.tuner import TrialResources
+    from patchloom.platform.compute.tuner import TuneResources
 
     allow_backbones(*allow_backbone or [])
     if dry_run:
         from patchloom.pipelines.tune.dry_run import search_plan
 
-        print(search_plan(search, data, TrialResources(concurrent, workers, gpus).at_once(os.cpu_count() or 1, 0)))
+        parallel = TuneResources(concurrent, workers, gpus).parallel_trials(os.cpu_count() or 1, 0)
+        print(search_plan(search, data, parallel))
         return
     from patchloom.pipelines.tune.tuning import tune
 

@@ -1,9 +1,8 @@
-"""Measures: what every metric is made of, from the features of both sides."""
+"""Metrics: how each one is computed from the features of the samples and of the reference."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import numpy as np
 import torch
@@ -23,22 +22,23 @@ from patchloom.models.metrics import (
 from patchloom.models.neighbours import Neighbourhood, neighbourhood
 from patchloom.pipelines.evaluate.features import Extracted
 from patchloom.pipelines.evaluate.image_sets import DatasetImages
+from patchloom.platform.records.evaluation import MetricValue
 
 NEIGHBOURS = 3  # Kynkäänniemi et al. 2019
-FEW_SAMPLES = 10_000  # below, the bias of a Fréchet distance is of the size of what people compare
+FEW_SAMPLES = 10_000  # below, the bias of a Fréchet distance is as large as the differences that people compare
 BOOTSTRAPS = 50
 
 
 @dataclass
 class ComparedSets:
-    """Both sides of a comparison, and what several metrics need of them, computed once."""
+    """Samples and their reference, with everything that several metrics need, computed once."""
 
     samples: Extracted
-    reference: Extracted | None  # None: only its statistics are known
-    statistics: dict[str, tuple[Tensor, Tensor]]  # given mean and covariance of the reference by output
+    reference: Extracted | None  # None where only its statistics are known
+    statistics: dict[str, tuple[Tensor, Tensor]]  # mean and covariance of the reference that were given, by output
 
     def gaussian(self, output: str) -> tuple[Tensor, Tensor]:
-        """Mean and covariance of the reference: given ones come before computed ones."""
+        """Mean (d,) and covariance (d, d) of the reference; given ones take precedence over computed ones."""
         if output in self.statistics:
             return self.statistics[output]
         assert self.reference is not None
@@ -52,86 +52,88 @@ class ComparedSets:
 
     @cached_property
     def reference_rows(self) -> Tensor:
-        """(n, d) pool features of the reference's images."""
+        """(n, d) pool features of the reference."""
         assert self.reference is not None
         return self.reference.rows()
 
     @cached_property
     def neighbours(self) -> Neighbourhood:
-        """Who is near whom among the pool features."""
+        """Nearest neighbours among the pool features."""
         device = "cuda" if torch.cuda.is_available() else "cpu"
         return neighbourhood(self.reference_rows.to(device), self.sample_rows.to(device), NEIGHBOURS)
 
 
-def _frechet(name: str, output: str) -> Callable[[ComparedSets], dict[str, Any]]:
-    def measure(sides: ComparedSets) -> dict[str, Any]:
-        moments = sides.samples.moments(output)
-        mean, covariance = sides.gaussian(output)
+def _frechet(name: str, output: str) -> Callable[[ComparedSets], dict[str, MetricValue]]:
+    def measure(sets: ComparedSets) -> dict[str, MetricValue]:
+        moments = sets.samples.moments(output)
+        mean, covariance = sets.gaussian(output)
         if len(mean) != len(moments.mean):
             raise UserError(
-                f"the reference's statistics are {len(mean)} wide and the features of the samples {len(moments.mean)}: "
-                "give a reference of the same features"
+                f"the statistics of the reference have {len(mean)} values and the features of the samples have "
+                f"{len(moments.mean)}: give statistics of the same features"
             )
-        found: dict[str, Any] = {name: gaussian_distance(moments.mean, moments.covariance, mean, covariance)}
+        measured: dict[str, MetricValue] = {name: gaussian_distance(moments.mean, moments.covariance, mean, covariance)}
         if output == POOL and moments.count < FEW_SAMPLES:
-            found |= _uncertainty(name, sides, mean, covariance)
-        return found
+            measured |= _uncertainty(name, sets, mean, covariance)
+        return measured
 
     return measure
 
 
-def _uncertainty(name: str, sides: ComparedSets, mean: Tensor, covariance: Tensor) -> dict[str, Any]:
-    """How large the distance would be with ever more samples, with other ones, and with as many real images."""
-    distance = DistanceOfRows(sides.sample_rows, mean, covariance)
-    found: dict[str, Any] = {
+def _uncertainty(name: str, sets: ComparedSets, mean: Tensor, covariance: Tensor) -> dict[str, MetricValue]:
+    """The distance with unlimited samples, its interval over draws of samples, and that of as many real images."""
+    distance = DistanceOfRows(sets.sample_rows, mean, covariance)
+    found: dict[str, MetricValue] = {
         f"{name}_infinity": extrapolated_distance(distance),
         f"{name}_interval_95": list(bootstrap_interval(distance, BOOTSTRAPS)),
     }
-    n = len(sides.sample_rows)
-    if sides.reference is not None and len(sides.reference.images) >= 2 * n:
-        real = sides.reference_rows
+    n = len(sets.sample_rows)
+    if sets.reference is not None and len(sets.reference.images) >= 2 * n:
+        real = sets.reference_rows
         order = np.random.default_rng(0).permutation(len(real))
         rest = Moments.of(real[order[n:]])
         found[f"{name}_of_real_images"] = DistanceOfRows(real, rest.mean, rest.covariance)(order[:n])
     return found
 
 
-def _kid(sides: ComparedSets) -> dict[str, Any]:
-    found = kernel_distance(sides.sample_rows, sides.reference_rows)
+def _kid(sets: ComparedSets) -> dict[str, MetricValue]:
+    found = kernel_distance(sets.sample_rows, sets.reference_rows)
     return {"kid": found.mean, "kid_standard_error": found.standard_error, "kid_std": found.std}
 
 
-def _inception_score(sides: ComparedSets) -> dict[str, Any]:
-    classifier = sides.samples.features.classifier
+def _inception_score(sets: ComparedSets) -> dict[str, MetricValue]:
+    classifier = sets.samples.features.classifier
     if classifier is None:
         raise UserError(
-            f"the Inception Score needs class probabilities, and {sides.samples.features.name} has no classifier in "
-            "these weights: give --features weights-inception-2015-12-05-6726825d.pth, or leave `is` out of --metrics"
+            f"the Inception Score needs class probabilities, and these weights of {sets.samples.features.name} have no "
+            "classifier: give --features weights-inception-2015-12-05-6726825d.pth, or remove `is` from --metrics"
         )
-    mean, std = inception_score(sides.sample_rows @ classifier.T)
+    mean, std = inception_score(sets.sample_rows @ classifier.T)
     return {"inception_score": mean, "inception_score_std": std}
 
 
-def _precision_recall(sides: ComparedSets) -> dict[str, Any]:
-    found = sides.neighbours
+def _precision_recall(sets: ComparedSets) -> dict[str, MetricValue]:
+    found = sets.neighbours
     return {"precision": found.precision, "recall": found.recall, "authenticity": found.authenticity,
             "nearest_distance_median": float(found.nearest_distance.median())}  # fmt: skip
 
 
-def _reconstruction(sides: ComparedSets) -> dict[str, Any]:
+def _reconstruction(sets: ComparedSets) -> dict[str, MetricValue]:
     from patchloom.pipelines.train.autoencoder import reconstruction_quality
 
-    assert sides.reference is not None
-    ours, theirs = sides.samples.images, sides.reference.images
-    if not (isinstance(ours, DatasetImages) and isinstance(theirs, DatasetImages)):
-        raise UserError("psnr and ssim compare an image with its own: give latents, and the pixels they were made of")
-    if len(ours) != len(theirs):
-        raise UserError(f"{ours.address} has {len(ours)} rows and {theirs.address} {len(theirs)}: give the same images")
+    assert sets.reference is not None
+    samples, reference = sets.samples.images, sets.reference.images
+    if not (isinstance(samples, DatasetImages) and isinstance(reference, DatasetImages)):
+        raise UserError("psnr and ssim compare a dataset of latents with the dataset of pixels it encodes: give both")
+    if len(samples) != len(reference):
+        counts = f"{samples.address} has {len(samples)} rows and {reference.address} has {len(reference)}"
+        raise UserError(f"{counts}: give the same images")
     totals, rows = {"psnr_db": 0.0, "ssim": 0.0}, 0
-    for piece in ours.ranges:
-        if ours.keys(piece.start, piece.stop) != theirs.keys(piece.start, piece.stop):
-            raise UserError(f"{ours.address} and {theirs.address} have other keys: give the same images, in one order")
-        pairs = theirs.read(piece.start, piece.stop), ours.read(piece.start, piece.stop)
+    for piece in samples.ranges:
+        if samples.keys(piece.start, piece.stop) != reference.keys(piece.start, piece.stop):
+            both = f"{samples.address} and {reference.address}"
+            raise UserError(f"{both} have different keys: give the same images in the same order")
+        pairs = reference.read(piece.start, piece.stop), samples.read(piece.start, piece.stop)
         count = piece.stop - piece.start
         for key, value in reconstruction_quality(*pairs).items():
             totals[key] += value * count
@@ -141,13 +143,13 @@ def _reconstruction(sides: ComparedSets) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Metric:
-    """How one is measured, and what it takes."""
+    """How a metric is measured, and what it needs. A new metric is one entry of `METRICS`."""
 
-    measure: Callable[[ComparedSets], dict[str, Any]]
-    output: str | None = POOL  # of the features; None: it looks at the images themselves
-    needs_images: bool = False  # of the reference; statistics alone do not do
-    least_images: int = 2  # on both sides
-    of_inception: bool | None = None  # True: of its features alone; False: what it is called on others
+    measure: Callable[[ComparedSets], dict[str, MetricValue]]
+    output: str | None = POOL  # of the feature network; None: it compares the images themselves
+    needs_images: bool = False  # of the reference; statistics are not enough
+    least_images: int = 2  # in each set
+    of_inception: bool | None = None  # True: only on Inception; False: only on other features
 
 
 METRICS = {

@@ -1,75 +1,69 @@
-"""Evaluation page: samples, how near they come to a reference, and all that these numbers depend on."""
+"""The page of samples: the images, their metrics, and everything that the metrics depend on."""
 
-import html
 from pathlib import Path
-from typing import Any
 
-from patchloom.errors import UserError
-from patchloom.pipelines.pages.html import numbers, picture, table
+from markupsafe import Markup
+from pydantic import JsonValue
+
+from patchloom.pipelines.pages.html import Number, Picture, Table, render
 from patchloom.pipelines.registry.quality import TITLES
 from patchloom.platform.files.storage import read_json
+from patchloom.platform.records.evaluation import EvaluationIdentity, EvaluationResult
+from patchloom.platform.records.record import Record
+from patchloom.platform.records.samples import SamplingCard
+
+METRICS_FILE = "metrics.json"
+CELL_CHARACTERS = 90
 
 
-def samples_sections(folder: Path) -> list[str]:
-    """The page of a sample folder, with its metrics where they were measured."""
-    sampling = read_json(folder / "sampling.json")
-    model = sampling["model"]["reference"]
-    sections = [
-        f'<p class="lead">Samples of <code>{html.escape(model)}</code>.</p>',
-        picture(folder / "contact_sheet.png", sampling_words(sampling)),
-    ]
-    if (folder / "metrics.json").is_file():
-        return [*sections, "<h2>The numbers</h2>", *metric_sections(folder / "metrics.json")]
-    return [*sections, "<p>Not measured yet: <code>patchloom evaluate</code> does it.</p>"]
-
-
-def sampling_words(sampling: dict[str, Any]) -> str:
-    """How samples were made, in a sentence."""
-    return (
-        f"{sampling['sampler']}, {sampling['steps']} steps ({sampling['network_evaluations']} network evaluations), "
-        f"guidance {sampling['guidance']:g}."
+def samples_section(folder: Path) -> Markup:
+    """The body of the page of a sample folder, with its metrics if it was measured."""
+    card = SamplingCard.model_validate(read_json(folder / "sampling.json"))
+    measured = folder / METRICS_FILE
+    return render(
+        "samples.html",
+        model=card["model"]["reference"],
+        sheet=Picture(folder / "contact_sheet.png", f"{sampling_text(card)}."),
+        metrics=metrics_section(measured) if measured.is_file() else None,
     )
 
 
-def metric_sections(path: Path) -> list[str]:
-    """The numbers of a `metrics.json`, what must be known of them, their pictures, and what they depend on."""
-    result = read_json(path)
-    if "identity" not in result:
-        raise UserError(f"{path} was written by another version: run `patchloom evaluate` again")
-    metrics, identity = result["metrics"], result["identity"]
-    shown = [(TITLES[name][0], f"{metrics[name]:.4g}") for name in TITLES if name in metrics]
-    notes = "".join(f"<li>{html.escape(note)}</li>" for note in result["notes"])
-    return [
-        numbers(*shown),
-        f"<ul>{notes}</ul>" if notes else "",
-        picture(
-            path.with_name(f"{path.stem}.nearest.png"),
-            "Above, the samples that come nearest to a reference image; below, that image. Equal pairs are copies.",
-            pixels=True,
-        ),
-        picture(
-            path.with_name(f"{path.stem}.density.png"),
-            "Above, samples where reference images lie densest; below, where they lie thinnest.",
-            pixels=True,
-        ),
-        "<p>Numbers may be compared where all of this is equal:</p>",
-        table(["what", "value"], _rows(identity), best=False),
+def sampling_text(options: Record) -> str:
+    """How samples were made: `heun, 18 steps (35 network evaluations), guidance 1.3`."""
+    steps = f"{options['steps']} steps ({options['network_evaluations']} network evaluations)"
+    return f"{options['sampler']}, {steps}, guidance {options['guidance']:g}"
+
+
+def metrics_section(path: Path) -> Markup:
+    """The metrics in a `metrics.json`, with their notes and pictures and what they depend on."""
+    result = EvaluationResult.read(path)
+    shown = [Number(TITLES[name][0], f"{result.metrics[name]:.4g}") for name in TITLES if name in result.metrics]
+    nearest = "Top: the samples nearest to a reference image. Bottom: that reference image. Equal pairs are copies."
+    density = "Top: samples where reference images are densest. Bottom: samples where they are sparsest."
+    pictures = [
+        Picture(path.with_name(f"{path.stem}.nearest.png"), nearest, pixelated=True),
+        Picture(path.with_name(f"{path.stem}.density.png"), density, pixelated=True),
     ]
+    return render(
+        "metrics.html", metrics=shown, notes=result.notes, pictures=pictures, identity=_identity_table(result.identity)
+    )
 
 
-def first_number(path: Path) -> tuple[str, str]:
-    """The name and the value of the first metric, for the head of a page."""
-    metrics = read_json(path)["metrics"]
+def first_metric(path: Path) -> Number:
+    """The first metric in a `metrics.json`, for the top of a page."""
+    metrics = EvaluationResult.read(path).metrics
     name = next(name for name in TITLES if name in metrics)
-    return f"{TITLES[name][0]}*", f"{metrics[name]:.3f}"
+    return Number(TITLES[name][0], f"{metrics[name]:.3f}")
 
 
-def _rows(identity: dict[str, Any]) -> list[list[str]]:
-    """What results depend on, options that were not used left out."""
-    return [[key.replace("_", " "), _short(value)] for key, value in identity.items() if value is not None]
+def _identity_table(identity: EvaluationIdentity) -> Table:
+    """What the metrics depend on, without options that were not used."""
+    rows = [[key.replace("_", " "), _cell(value)] for key, value in identity.to_dict().items() if value is not None]
+    return Table(["", "value"], rows)
 
 
-def _short(value: Any) -> str:
+def _cell(value: JsonValue) -> str:
     if isinstance(value, dict):
         return ", ".join(f"{key} {inner}" for key, inner in value.items() if inner is not None)
-    return str(value) if len(str(value)) <= 90 else f"{str(value)[:60]}..."
+    text = str(value)
+    return text if len(text) <= CELL_CHARACTERS else f"{text[: CELL_CHARACTERS - 3]}..."

@@ -114,7 +114,7 @@ def _different_keys(*recipes: Recipe | None) -> dict[str, tuple[Any, ...]]:
 
 def _compared_metrics(first: Evaluation, second: Evaluation) -> ComparedMetrics:
     names = [name for name in TITLES if name in first.metrics and name in second.metrics]
-    values = {name: (first.metrics[name], second.metrics[name]) for name in names}
+    values = {name: (first.value(name), second.value(name)) for name in names}
     return ComparedMetrics(first.digest, first.circumstances(), values)
 
 

@@ -49,7 +49,7 @@ class ModelDescription:
 
     def to_json(self) -> str:
         """What `models show --json` prints; each evaluation has its digest."""
-        evaluations = [dataclasses.asdict(found) | {"digest": found.digest} for found in self.evaluations]
+        evaluations = [found.to_dict() | {"digest": found.digest} for found in self.evaluations]
         recipe = self.recipe.model_dump(mode="json") if self.recipe else {}
         return json.dumps(dataclasses.asdict(self) | {"evaluations": evaluations, "recipe": recipe})
 

@@ -58,7 +58,7 @@ def _improvement(new: RegisteredVersion, old: RegisteredVersion, metric: str) ->
             f"versions {new.version} and {old.version} of {new.name} cannot be compared by {metric}: "
             f"{'; '.join(why_not_comparable(*with_metric))}"
         )
-    new_value, old_value = (found.metrics[metric] for found in pairs[0])
+    new_value, old_value = (found.value(metric) for found in pairs[0])
     values = f"{TITLES[metric][0]} {new_value:.6g} compared with {old_value:.6g}"
     if not is_better(metric, new_value, old_value):
         raise UserError(f"version {new.version} is not better than version {old.version}: {values}; not promoted")

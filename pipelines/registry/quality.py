@@ -1,11 +1,12 @@
 """Quality: evaluations of a model with everything they depend on, and which of them can be compared."""
 
-import hashlib
 import json
 from dataclasses import dataclass
-from typing import Any
+
+from pydantic import JsonValue
 
 from patchloom.errors import UserError
+from patchloom.platform.records.evaluation import EvaluationIdentity, MetricValue
 
 TAG = "evaluation."  # prefix of a version's tag, followed by the digest: the newest evaluation of each identity
 # the title of each metric, and whether more is better
@@ -27,21 +28,31 @@ TITLES = {
 class Evaluation:
     """One result: the metrics, and everything but the model that they depend on."""
 
-    metrics: dict[str, Any]
-    identity: dict[str, Any]
+    metrics: dict[str, MetricValue]
+    identity: EvaluationIdentity
 
     @property
     def digest(self) -> str:
         """Eight hexadecimal digits of the identity; two results can be compared if their digests are equal."""
-        return hashlib.sha256(json.dumps(self.identity, sort_keys=True).encode()).hexdigest()[:8]
+        return self.identity.digest
+
+    def to_dict(self) -> dict[str, JsonValue]:
+        """Metrics and identity as plain JSON values, as a tag of a version stores them."""
+        return {"metrics": {**self.metrics}, "identity": self.identity.to_dict()}
+
+    def value(self, metric: str) -> float:
+        """The value of one metric of `TITLES`."""
+        value = self.metrics[metric]
+        assert isinstance(value, float)
+        return value
 
     def headline(self) -> str:
         """`FID 12.31 (n=50,000)`: the first metric, with the number of samples."""
         name = next((name for name in TITLES if name in self.metrics), None)
         if name is None:
             return ""
-        features = "" if name in ("fid", "sfid") else f"{self.identity['features']}, "
-        return f"{TITLES[name][0]} {self.metrics[name]:.4g} ({features}n={self.identity['n_samples']:,})"
+        features = "" if name in ("fid", "sfid") else f"{self.identity.features}, "
+        return f"{TITLES[name][0]} {self.metrics[name]:.4g} ({features}n={self.identity.n_samples:,})"
 
     def numbers(self) -> str:
         """`FID 12.31, KID 0.002`: every metric, rounded."""
@@ -50,11 +61,11 @@ class Evaluation:
     def circumstances(self) -> str:
         """What the metrics depend on, in one line."""
         identity = self.identity
-        against = f"{identity['n_reference']:,} images" if identity["n_reference"] else "statistics"
-        seeds = f" (seeds {identity['seeds']})" if identity.get("seeds") else ""
+        against = f"{identity.n_reference:,} images" if identity.n_reference else "statistics"
+        seeds = f" (seeds {identity.seeds})" if identity.seeds else ""
         parts = [
-            f"{identity['features']}, {identity['n_samples']:,} samples{seeds} against {against} "
-            f"({str(identity['reference'])[:12]})"
+            f"{identity.features}, {identity.n_samples:,} samples{seeds} against {against} "
+            f"({str(identity.reference)[:12]})"
         ]
         if "sampler" in identity:
             parts += [
@@ -67,11 +78,11 @@ class Evaluation:
 
 def differences(one: Evaluation, other: Evaluation) -> list[str]:
     """Where the identities of two results differ, as `n_samples is 64 and 50000`; empty if they can be compared."""
-    keys = dict.fromkeys([*one.identity, *other.identity])
+    first, second = one.identity.to_dict(), other.identity.to_dict()
     return [
-        f"{key} is {_short(one.identity.get(key))} and {_short(other.identity.get(key))}"
-        for key in keys
-        if one.identity.get(key) != other.identity.get(key)
+        f"{key} is {_short(first.get(key))} and {_short(second.get(key))}"
+        for key in dict.fromkeys([*first, *second])
+        if first.get(key) != second.get(key)
     ]
 
 
@@ -93,10 +104,15 @@ def is_better(metric: str, new: float, old: float) -> bool:
 
 def evaluations_of(tags: dict[str, str]) -> list[Evaluation]:
     """The results in the tags of a version, most samples first."""
-    found = [Evaluation(**json.loads(value)) for key, value in tags.items() if key.startswith(TAG)]
-    return sorted(found, key=lambda result: (-result.identity["n_samples"], result.digest))
+    found = [_parsed(value) for key, value in tags.items() if key.startswith(TAG)]
+    return sorted(found, key=lambda result: (-result.identity.n_samples, result.digest))
 
 
-def _short(value: Any) -> str:
+def _parsed(tag: str) -> Evaluation:
+    values = json.loads(tag)
+    return Evaluation(values["metrics"], EvaluationIdentity.model_validate(values["identity"]))
+
+
+def _short(value: JsonValue) -> str:
     text = "none" if value is None else str(value)
     return text if len(text) <= 40 else f"{text[:37]}..."

@@ -44,10 +44,10 @@ def record_evaluation(result: Evaluation, lineage: ModelLineage, files: list[Pat
     model_id = None
     if lineage.name and lineage.version:
         model_id = logged_model(lineage.name, lineage.version)
-        value = json.dumps({"metrics": result.metrics, "identity": result.identity})
+        value = json.dumps(result.to_dict())
         write_card(lineage.name, lineage.version, {f"{TAG}{result.digest}": value, "quality": result.headline()})
     numbers = {
-        f"{name}/n-{result.identity['n_samples']}/{result.digest}": value
+        f"{name}/n-{result.identity.n_samples}/{result.digest}": value
         for name, value in result.metrics.items()
         if isinstance(value, float)
     }

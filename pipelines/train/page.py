@@ -1,100 +1,115 @@
-"""The page of a run: curves, previews, speeds, costs."""
+"""The page of a run: its counts, speeds, curves and previews."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
 
+from markupsafe import Markup
+
 from patchloom.models.loss import SIGMA_BINS
-from patchloom.pipelines.pages.html import COLOURS, numbers, picture, svg, tidy
+from patchloom.pipelines.pages.html import LINE_COLOURS, Number, Picture, render, svg, tidy
 from patchloom.platform.progress import clock
 from patchloom.platform.records.run import ProgressLine, read_progress
 
+SHOWN_PREVIEWS = 3
 
-def run_sections(folder: Path) -> list[str]:
-    """The page of a run folder, also of one that is still training."""
+
+def run_section(folder: Path) -> Markup:
+    """The body of the page of a run folder. The run may still be training."""
     lines = read_progress(folder)
     if not lines:
-        return ['<p class="note">This run has not written a line yet.</p>']
-    sections = [
-        numbers(*_counts(lines[-1])),
-        numbers(*_speeds(lines)),
-        f"<figure>{_curves(lines)}<figcaption>Loss of the trained weights by patch size, and that of the averaged "
-        "weights on held-out full-size images; beside it, by noise level.</figcaption></figure>",
+        return render("run.html", counts=[])
+    previews = [
+        Picture(folder / str(line.preview), f"Preview after {line.images_seen:,} counted images.", pixelated=True)
+        for line in _spread([line for line in lines if line.preview], SHOWN_PREVIEWS)
     ]
-    previews = [line for line in lines if line.preview]
-    sections += [
-        picture(folder / str(line.preview), f"Preview after {line.images_seen:,} counted images.", pixels=True)
-        for line in _spread(previews, 3)
-    ]
-    return sections
+    return render(
+        "run.html",
+        counts=_counts(lines[-1]),
+        speeds=_speeds(lines),
+        curves=_curves(lines),
+        has_sigmas=_has_sigmas(lines),
+        previews=previews,
+    )
 
 
-def _counts(last: ProgressLine) -> list[tuple[str, str]]:
-    """What a run has done by its last line, counted in every way there is."""
-    counts = [("updates", f"{last.step:,}"), ("counted images", f"{last.images_seen:,}")]
-    if last.flops:  # else the run is an autoencoder's
+def _counts(last: ProgressLine) -> list[Number]:
+    """How far the run is, in every unit of cost."""
+    counts = [Number("updates", f"{last.step:,}"), Number("counted images", f"{last.images_seen:,}")]
+    if last.flops:  # an autoencoder's run does not count these
         counts += [
-            ("full-size images", f"{last.full_size_images:,}"),
-            ("images-equivalent, by pixels", f"{last.pixel_equivalent_images:,.0f}"),
-            ("TFLOP", f"{last.flops / 1e12:,.1f}"),
-            ("left to go", clock(last.eta_seconds)),
+            Number("full-size images", f"{last.full_size_images:,}"),
+            Number("images-equivalent, by pixels", f"{last.pixel_equivalent_images:,.0f}"),
+            Number("TFLOP", f"{last.flops / 1e12:,.1f}"),
+            Number("left to go", clock(last.eta_seconds)),
         ]
     return counts
 
 
-def _speeds(lines: list[ProgressLine]) -> list[tuple[str, str]]:
-    """How fast a run went: medians of its lines, and the most memory of worker 0."""
-    told = [line for line in lines if line.straggler_loss is not None]
-    speeds = [("images/s (median)", f"{median(line.images_per_second for line in lines):,.0f}")]
-    if not told:
+def _speeds(lines: list[ProgressLine]) -> list[Number]:
+    """Medians over the progress lines, and the peak memory of worker 0."""
+    measured = [line for line in lines if line.straggler_loss is not None]
+    speeds = [Number("images/s (median)", f"{median(line.images_per_second for line in lines):,.0f}")]
+    if not measured:
         return speeds
-    by_size = [line.images_per_second_by_patch_size for line in told]
+    by_size = [line.images_per_second_by_patch_size for line in measured]
     for size in sorted(set().union(*by_size), key=int, reverse=True):
-        speeds.append((f"images/s of {size} x {size}", f"{median(r[size] for r in by_size if size in r):,.0f}"))
-    peak, source = told[-1].peak_flops_per_second, told[-1].peak_flops_source
-    of_peak = f"model FLOPs utilisation, of {peak / 1e12:,.3g} TFLOP/s ({source})"
-    for key, name in (
-        ("model_flops_utilisation", of_peak),
-        ("straggler_loss", "straggler loss"),
-        ("data_wait_share", "waiting for data"),
-    ):
-        speeds.append((name, f"{median(line[key] for line in told):.1%}"))
-    return [*speeds, ("peak memory", f"{max(line.peak_memory_bytes for line in told) / 2**30:,.2f} GiB")]
+        rate = median(rates[size] for rates in by_size if size in rates)
+        speeds.append(Number(f"images/s of {size} x {size}", f"{rate:,.0f}"))
+    last = measured[-1]
+    peak = f"{last.peak_flops_per_second / 1e12:,.3g} TFLOP/s ({last.peak_flops_source})"
+    shares = {
+        "model_flops_utilisation": f"model FLOPs utilisation, of {peak}",
+        "straggler_loss": "straggler loss",
+        "data_wait_share": "waiting for data",
+    }
+    speeds += [Number(name, f"{median(line[key] for line in measured):.1%}") for key, name in shares.items()]
+    return [*speeds, Number("peak memory", f"{max(line.peak_memory_bytes for line in measured) / 2**30:,.2f} GiB")]
 
 
-def _spread(items: list[Any], most: int) -> list[Any]:
+def _spread(items: Sequence[Any], most: int) -> Sequence[Any]:
+    """At most so many items, evenly spaced, with the first and the last."""
     if len(items) <= most:
         return items
     return [items[round(index * (len(items) - 1) / (most - 1))] for index in range(most)]
 
 
-def _curves(lines: list[ProgressLine]) -> str:
-    """Loss over counted images as inline SVG: by patch size with the held-out loss, and by noise level."""
+def _has_sigmas(lines: list[ProgressLine]) -> bool:
+    return any(line.loss_by_sigma for line in lines)
+
+
+def _curves(lines: list[ProgressLine]) -> Markup:
+    """Loss over counted images: by patch size with the held-out loss, and by noise level."""
     from matplotlib.figure import Figure
 
-    by_sigma = any(line.loss_by_sigma for line in lines)
-    figure = Figure(figsize=(11 if by_sigma else 9, 3.4), layout="constrained")
-    panels = figure.subplots(1, 2 if by_sigma else 1, sharey=False, squeeze=False)[0]
-    sizes = sorted({size for line in lines for size in line.loss_by_patch_size}, key=int, reverse=True)
-    _plot(panels[0], lines, "loss_by_patch_size", {size: f"{size} x {size}" for size in sizes})
-    if not sizes:
-        panels[0].plot([line.images_seen for line in lines], [line.loss for line in lines], color=COLOURS[0])
-    held_out = [(line.images_seen, line.held_out_loss) for line in lines if line.held_out_loss is not None]
-    if held_out:
-        panels[0].plot(*zip(*held_out, strict=True), "o--", label="held out, full size", color="#1c2430", markersize=4)
-    panels[0].set_ylabel("loss")
-    if by_sigma:
+    panels = 2 if _has_sigmas(lines) else 1
+    figure = Figure(figsize=(11 if panels == 2 else 9, 3.4), layout="constrained")
+    axes = figure.subplots(1, panels, squeeze=False)[0]
+    _plot_sizes(axes[0], lines)
+    if panels == 2:
         names = [name for name in SIGMA_BINS if any(name in line.loss_by_sigma for line in lines)]
         labels = {name: f"sigma {name.replace('-inf', ' and more')}" for name in names}
-        _plot(panels[1], lines, "loss_by_sigma", labels)
-    for axes in panels:
-        axes.set_xlabel("counted images")
-        tidy(axes)
+        _plot(axes[1], lines, "loss_by_sigma", labels)
+    for panel in axes:
+        panel.set_xlabel("counted images")
+        tidy(panel)
     return svg(figure)
 
 
+def _plot_sizes(axes: Any, lines: list[ProgressLine]) -> None:
+    sizes = sorted({size for line in lines for size in line.loss_by_patch_size}, key=int, reverse=True)
+    _plot(axes, lines, "loss_by_patch_size", {size: f"{size} x {size}" for size in sizes})
+    if not sizes:
+        axes.plot([line.images_seen for line in lines], [line.loss for line in lines], color=LINE_COLOURS[0])
+    held_out = [(line.images_seen, line.held_out_loss) for line in lines if line.held_out_loss is not None]
+    if held_out:
+        axes.plot(*zip(*held_out, strict=True), "o--", label="held out, full size", color="#1c2430", markersize=4)
+    axes.set_ylabel("loss")
+
+
 def _plot(axes: Any, lines: list[ProgressLine], key: str, labels: dict[str, str]) -> None:
-    """One curve a name of the dictionary under `key`."""
-    for (name, label), colour in zip(labels.items(), COLOURS, strict=False):
+    """One curve for each name in the field `key` of the progress lines."""
+    for (name, label), colour in zip(labels.items(), LINE_COLOURS, strict=False):
         points = [(line.images_seen, line[key][name]) for line in lines if name in line[key]]
         axes.plot(*zip(*points, strict=True), label=label, color=colour, linewidth=1.4)

@@ -3,97 +3,119 @@
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import get_context
 from statistics import mean
-from typing import Any
 
 from patchloom.models.backbones import allow_backbones, allowed_backbones
 from patchloom.pipelines.train.dry_run import describe_plan
-from patchloom.pipelines.tune.ranking import setting_words
-from patchloom.pipelines.tune.trials import (
+from patchloom.pipelines.tune.planning import (
     Trial,
     check_space,
     plan_trials,
+    recipe_of_setting,
     seconds_of_trial,
-    set_recipe,
     trial_recipe,
 )
-from patchloom.platform.dataset.prepared import open_dataset
+from patchloom.pipelines.tune.ranking import setting_title
+from patchloom.platform.dataset.prepared import Dataset, open_dataset
 from patchloom.platform.progress import clock
-from patchloom.platform.recipe.run_recipe import Recipe, check_recipe
-from patchloom.platform.recipe.search import load_search
+from patchloom.platform.recipe.run_recipe import Recipe
+from patchloom.platform.recipe.search import Search, load_search
 
 
 def search_plan(search: str, dataset: str, concurrent: int = 1) -> str:
-    """Each setting of a search with its counts and cost, and how long all trials would take, so many at once.
+    """The settings of a search with their counts and costs, and the time that all trials would take, as text.
 
-    Of a search that is advised, the base recipe stands for the settings that are not known yet.
+    For an adaptive search, whose settings are not known yet, every trial counts like the base recipe.
+
+    Args:
+        search: the path of a YAML file, or the name of a shipped search.
+        dataset: a prepared dataset.
+        concurrent: trials that run in parallel.
+
+    Raises:
+        UserError: the search does not fit the dataset.
     """
     definition, base = load_search(search)
-    rows = open_dataset(dataset)
-    if definition.is_adaptive:
-        check_space(definition, base, rows)
-        typical = trial_recipe(definition, set_recipe(definition, base, {}), rows, {})
-        planned = [Trial({}, repeat, typical) for repeat in range(definition.trials)]
-        lines = [f"{definition.name}: {len(planned)} trials, whose settings {definition.searcher} will choose"]
-    else:
-        planned = plan_trials(definition, base, rows)
-        settings = sum(trial.repeat == 0 for trial in planned)
-        lines = [f"{definition.name}: {settings} settings, {len(planned)} trials"]
-    start, flops, queue = seconds_to_start(), 0.0, [0.0] * concurrent
-    seconds = iter(_measured_together([trial.recipe for trial in planned if trial.repeat == 0], dataset, concurrent))
+    planned, title = _planned_trials(definition, base, open_dataset(dataset))
+    first_repeats = [trial.recipe for trial in planned if trial.repeat == 0]
+    start_seconds, trial_seconds = seconds_to_start(), iter(_measure_in_parallel(first_repeats, dataset, concurrent))
+    lines, flops, busy_seconds = [title], 0.0, [0.0] * concurrent
     for number, trial in enumerate(planned):
         if trial.repeat == 0:
-            name = setting_words(trial.settings) or f"{base.name} as it is"
-            cost = _trial_cost(trial, dataset, next(seconds))
-            lines.append(f"  {number:>3}  {name}: {cost.words}")
+            cost = _trial_cost(trial, dataset, next(trial_seconds))
+            lines.append(f"  {number:>3}  {setting_title(trial.settings) or base.name}: {cost.text}")
         flops += cost.flops
-        queue[queue.index(min(queue))] += start + cost.seconds  # whoever is free takes the next
-    ends = "; those that asha stops end sooner" if definition.stops_early else ""
-    if definition.final is not None:
-        ends += f"; {definition.final.samples} samples a trial come on top"
+        # the next trial starts where a process is free first
+        busy_seconds[busy_seconds.index(min(busy_seconds))] += start_seconds + cost.seconds
     return "\n".join([
         *lines,
-        f"  {flops / 1e12:,.3f} TFLOP in all; about {clock(start + max(queue))} with {concurrent} at once, by steps "
-        f"and a start ({clock(start)}) measured here{ends}",
+        f"  {flops / 1e12:,.3f} TFLOP in total, about {clock(start_seconds + max(busy_seconds))} with {concurrent} in "
+        f"parallel. Steps and the start of a process ({clock(start_seconds)}) were measured here"
+        f"{_what_is_not_counted(definition)}.",
     ])  # fmt: skip
 
 
+def _planned_trials(search: Search, base: Recipe, dataset: Dataset) -> tuple[list[Trial], str]:
+    """The trials, and a title that says how many there are."""
+    if search.is_adaptive:
+        check_space(search, base, dataset)
+        typical = trial_recipe(search, recipe_of_setting(search, base, {}), dataset, {})
+        trials = [Trial({}, repeat, typical) for repeat in range(search.trials)]
+        return trials, f"{search.name}: {len(trials)} trials with settings from Optuna ({search.searcher})"
+    trials = plan_trials(search, base, dataset)
+    settings = sum(trial.repeat == 0 for trial in trials)
+    return trials, f"{search.name}: {settings} settings, {len(trials)} trials"
+
+
+def _what_is_not_counted(search: Search) -> str:
+    text = "; trials that asha stops end earlier" if search.stops_early else ""
+    if search.final is not None:
+        text += f"; {search.final.samples} samples per trial are not included"
+    return text
+
+
 @dataclass(frozen=True)
-class _Cost:
+class _TrialCost:
     flops: float
     seconds: float
-    words: str
+    text: str
 
 
-def _trial_cost(trial: Trial, dataset: str, seconds: float) -> _Cost:
+def _trial_cost(trial: Trial, dataset: str, seconds: float) -> _TrialCost:
     if trial.recipe is None:
-        return _Cost(0.0, 0.0, f"cannot be ({trial.problem.partition(': ')[2]})")
+        return _TrialCost(0.0, 0.0, f"does not fit ({trial.problem.partition(': ')[2]})")
     plan = describe_plan(trial.recipe, dataset)
-    words = f"{plan['updates']:,} updates, {plan['crops']:,} counted images, {plan['flops'] / 1e12:,.3f} TFLOP"
-    return _Cost(plan["flops"], seconds, f"{words}, {clock(seconds)}")
+    text = f"{plan['updates']:,} updates, {plan['crops']:,} counted images, {plan['flops'] / 1e12:,.3f} TFLOP"
+    return _TrialCost(plan["flops"], seconds, f"{text}, {clock(seconds)}")
 
 
-def _measured_together(recipes: list[Recipe | None], dataset: str, concurrent: int) -> list[float]:
-    """Seconds of each trial, measured by as many processes at once as trials will run: these slow one another."""
-    values = [recipe and recipe.model_dump(mode="json") for recipe in recipes]
-    argument = values, dataset, allowed_backbones()
+def _measure_in_parallel(recipes: Sequence[Recipe | None], dataset: str, concurrent: int) -> list[float]:
+    """Seconds per trial, measured in as many processes as trials run in parallel, because these slow each other."""
+    job = _MeasurementJob(recipes, dataset, allowed_backbones())
     with ProcessPoolExecutor(concurrent, get_context("spawn")) as pool:
-        found = list(pool.map(_measured_here, [argument] * concurrent))
-    return [mean(seconds) for seconds in zip(*found, strict=True)]
+        measured = list(pool.map(_measure, [job] * concurrent))
+    return [mean(seconds) for seconds in zip(*measured, strict=True)]
 
 
-def _measured_here(argument: tuple[list[dict[str, Any] | None], str, list[str]]) -> list[float]:
-    values, dataset, backbones = argument
-    allow_backbones(*backbones)
-    rows = open_dataset(dataset)
-    return [seconds_of_trial(check_recipe(recipe), rows) if recipe else 0.0 for recipe in values]
+@dataclass(frozen=True)
+class _MeasurementJob:
+    recipes: Sequence[Recipe | None]
+    dataset: str
+    backbones: tuple[str, ...]
+
+
+def _measure(job: _MeasurementJob) -> list[float]:
+    allow_backbones(*job.backbones)
+    rows = open_dataset(job.dataset)
+    return [seconds_of_trial(recipe, rows) if recipe else 0.0 for recipe in job.recipes]
 
 
 def seconds_to_start() -> float:
     """How long a process takes to import what a trial needs, measured now."""
-    began = time.perf_counter()
+    started = time.perf_counter()
     subprocess.run([sys.executable, "-c", "import patchloom.pipelines.tune.trials, mlflow, ray.tune"], check=True)
-    return time.perf_counter() - began
+    return time.perf_counter() - started

@@ -1,229 +1,234 @@
-"""Search page: which setting to take and on what evidence, every trial a point, and what was not tried."""
+"""The page of a search: which setting to take and on what evidence, every trial, and what was not tried."""
 
-import html
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, stdev
-from typing import Any
+
+from markupsafe import Markup
 
 from patchloom.errors import UserError
-from patchloom.pipelines.pages.html import document, numbers, table
+from patchloom.pipelines.pages.html import Number, Table, document, render
+from patchloom.pipelines.tune import frontier, plots
 from patchloom.pipelines.tune.frontier import (
-    COSTS,
-    HELD_OUT,
+    COST_TITLES,
+    FINAL_DISTANCE,
+    METRIC_TITLES,
+    PREVIEW_DISTANCE,
     Curve,
-    Equal,
-    Row,
-    at_equal,
-    beside_the_paper,
-    curve_of,
-    importance,
-    mean_over,
-    metric_words,
-    proxy_correlations,
-    recommendation,
+    EqualCostComparison,
+    compare_at_equal_cost,
+    held_out_curve,
 )
-from patchloom.pipelines.tune.plots import curve_sections, frontier_plot, p_curves, parallel_coordinates
-from patchloom.pipelines.tune.ranking import (
-    SEARCH_FILE,
-    SEARCH_FORMAT,
-    TRIALS_FILE,
-    Ranked,
-    ranked,
-    setting_words,
-    value_words,
-)
-from patchloom.platform.files.storage import read_json, read_json_lines, write_atomic
+from patchloom.pipelines.tune.ranking import HELD_OUT_LOSS, RankedSetting, ranked, setting_title, short_value
+from patchloom.platform.files.storage import write_atomic
 from patchloom.platform.progress import clock
+from patchloom.platform.recipe.search import Search
+from patchloom.platform.records.search import SearchCard, TrialRow, read_trials
 
-KNOBS = {  # of a recipe, by what people ask of them first
+EXPENSIVE_METRICS = (FINAL_DISTANCE, PREVIEW_DISTANCE)
+COMMON_KEYS = {  # what people ask about first
     "patches.p": "p",
     "patches.schedule": "the schedule",
     "patches.sizes": "patch sizes and batch multipliers",
     "patches.draw": "how sizes are drawn across workers",
-    "loss.reduction": "the loss's reduction",
-    "model.coordinates": "the coordinates' encoding",
-    "model.width": "the network's width",
+    "loss.reduction": "the reduction of the loss",
+    "model.coordinates": "the encoding of coordinates",
+    "model.width": "the width of the network",
     "optimizer.lr": "the learning rate",
     "train.batch_size": "the batch size",
     "noise.mean": "the training noise",
 }
 
 
+@dataclass(frozen=True)
+class Column:
+    """A column of the table of settings: its title, and its text for the trials of a setting."""
+
+    title: str
+    text: Callable[[Sequence[TrialRow]], str]
+
+
+def _mean_column(title: str, field: str, pattern: str, unit: float = 1.0) -> Column:
+    """The mean of a field of `TrialRow`, empty where a trial does not have it."""
+
+    def text(trials: Sequence[TrialRow]) -> str:
+        values = [trial.value_of(field) for trial in trials]
+        known = [value for value in values if value is not None]
+        return pattern.format(mean(known) / unit) if known and len(known) == len(values) else ""
+
+    return Column(title, text)
+
+
+# add a column here; the metric of the search and the setting itself stand before these
+COLUMNS = (
+    _mean_column("updates", "updates", "{:,.0f}"),
+    _mean_column("counted images", "images_seen", "{:,.0f}"),
+    _mean_column("TFLOP", "flops", "{:.3f}", unit=1e12),
+    _mean_column("seconds", "seconds", "{:.0f}"),
+)
+
+
 def write_search_page(folder: Path, page: Path) -> Path:
     """Write the page of a finished search as one HTML file; returns its path."""
-    write_atomic(page, document(f"Search {read_json(folder / SEARCH_FILE)['search']['name']}", search_sections(folder)))
+    write_atomic(page, document(search_title(folder), search_section(folder)))
     return page
 
 
-def search_sections(folder: Path) -> list[str]:
-    """The page of a search's folder; raises UserError for one that is not finished."""
-    card = read_json(folder / SEARCH_FILE)
-    if card["format_version"] != SEARCH_FORMAT:
-        raise UserError(f"{folder} was written by another version of patchloom: search again with this one")
-    trials, search = read_json_lines(folder / TRIALS_FILE), card["search"]
-    order = ranked(trials, search["metric"])
+def search_title(folder: Path) -> str:
+    """The title of the page of a search folder."""
+    return f"Search {SearchCard.read(folder).search.name}"
+
+
+def search_section(folder: Path) -> Markup:
+    """The body of the page of a search folder; raises UserError where no trial has finished."""
+    search, trials = SearchCard.read(folder).search, read_trials(folder)
+    order = ranked(trials, search.metric)
     if not order:
-        raise UserError(f"{folder} has no finished trial yet: let `patchloom tune` end, or go on with --restore")
-    curves = {trial["name"]: curve_of(folder, trial) for trial in trials}
-    keys = list(dict.fromkeys([*search["space"], *(key for setting in search["also"] for key in setting)]))
-    return [
-        f'<p class="lead">{html.escape(recommendation(order, _budget(search)))}</p>',
-        numbers(*_counts(trials, order)),
-        f"<p>{html.escape(_how(search))}</p>",
-        "<h3>Quality against cost</h3>",
-        frontier_plot(folder, trials, search["metric"]),
-        *_equal_sections(trials, curves),
-        *curve_sections(trials, curves),
-        *_importance_sections(trials, keys, search["metric"]),
-        *_proxy_sections(trials, curves),
-        "<h3>Every setting</h3>",
-        _settings_table(trials, order, keys),
-        "<h3>Not tried</h3>",
-        f"<p>{html.escape(_not_tried(trials, search, keys))}</p>",
-    ]
+        raise UserError(f"{folder} has no finished trial: wait for `patchloom tune`, or continue it with --restore")
+    curves = {trial.name: held_out_curve(folder, trial) for trial in trials}
+    keys = list(dict.fromkeys([*search.space, *(key for setting in search.also for key in setting)]))
+    comparisons = {by: compare_at_equal_cost(trials, curves, by) for by in COST_TITLES}
+    by_images = comparisons["images_seen"]
+    shares = frontier.importance(trials, keys, search.metric)
+    return render(
+        "search.html",
+        recommendation=frontier.recommendation(order, _budget(search)),
+        counts=_counts(trials, order),
+        method=_method(search),
+        frontier=plots.frontier_plot(folder, trials, search.metric),
+        comparisons=[_shown_comparison(by, comparison) for by, comparison in comparisons.items()],
+        p_curves=plots.p_curves([comparison for comparison in comparisons.values() if comparison]),
+        compared_with_paper=frontier.compared_with_paper(by_images) if by_images else "",
+        training_curves=plots.training_curves(trials, curves),
+        importance=_importance_table(shares) if len(shares) > 1 else None,
+        parallel=plots.parallel_coordinates(trials, keys, search.metric) if len(shares) > 1 else None,
+        proxies=_proxy_tables(trials, curves),
+        settings=_settings_table(trials, order, keys),
+        not_tried=_not_tried(trials, search, keys),
+    )
 
 
-def _budget(search: dict[str, Any]) -> str:
+def _budget(search: Search) -> str:
     """`4 TFLOP`, `20,000 images`."""
-    name, value = next((name, value) for name, value in search["budget"].items() if value)
-    return f"{value / 1e12:,.4g} TFLOP" if name == "flops" else f"{value:,.10g} {name}"
+    if search.budget.flops is not None:
+        return f"{search.budget.flops / 1e12:,.4g} TFLOP"
+    name, value = next((name, value) for name, value in search.budget if value is not None)
+    return f"{value:,.10g} {name}"
 
 
-def _counts(trials: list[Row], order: list[Ranked]) -> list[tuple[str, str]]:
-    states = [trial["status"] for trial in trials]
-    spent = [trial for trial in trials if "flops" in trial]
-    counts = [("settings with a result", f"{len(order)}"), ("trials finished", f"{states.count('finished')}")]
-    counts += [(f"trials {name}", f"{states.count(name)}") for name in ("stopped", "failed") if name in states]
-    seconds = sum(trial.get("seconds", 0.0) for trial in trials)
+def _counts(trials: Sequence[TrialRow], order: Sequence[RankedSetting]) -> list[Number]:
+    states = [trial.status for trial in trials]
+    counts = [
+        Number("settings with a result", f"{len(order)}"),
+        Number("trials finished", f"{states.count('finished')}"),
+        *(Number(f"trials {name}", f"{states.count(name)}") for name in ("stopped", "failed") if name in states),
+    ]
     return [
         *counts,
-        ("TFLOP spent", f"{sum(trial['flops'] for trial in spent) / 1e12:,.2f}"),
-        ("time of trials", clock(seconds)),
+        Number("TFLOP spent", f"{sum(trial.flops or 0.0 for trial in trials) / 1e12:,.2f}"),
+        Number("time of trials", clock(sum(trial.seconds or 0.0 for trial in trials))),
     ]
 
 
-def _how(search: dict[str, Any]) -> str:
-    """How trials were chosen and made comparable."""
-    words = "All trials see the same rows, noise and crop positions, so that differences are less luck. "
-    if search["metric"] == HELD_OUT:
-        words += "The held-out loss is that of the averaged weights on full-size images. "
-    if search["repeats"] > 1:
-        words += f"Means of {search['repeats']} seeds with their standard deviation. "
-    if search["searcher"] != "grid":
-        words += f"Optuna chose the settings ({search['searcher']}). "
-    if search["scheduler"]["kind"] != "none":
-        words += "Trials that were behind were stopped early (asha). "
-    return words + "Trials this short tell which setting starts best, not which ends best."
+def _method(search: Search) -> list[str]:
+    """How trials were chosen and compared, in sentences."""
+    sentences = ["All trials share rows, noise and crop positions, so chance differs less between them."]
+    if search.metric == HELD_OUT_LOSS:
+        sentences.append("The held-out loss is that of the averaged weights on full-size images.")
+    if search.repeats > 1:
+        sentences.append(f"Values are means over {search.repeats} seeds, with their standard deviation.")
+    if search.is_adaptive:
+        sentences.append(f"Optuna chose the settings ({search.searcher}).")
+    if search.stops_early:
+        sentences.append("ASHA stopped trials with a worse metric early.")
+    return [*sentences, "Short trials show which setting starts best, not which one ends best."]
 
 
-def _equal_sections(trials: list[Row], curves: dict[str, Curve]) -> list[str]:
-    """Which setting is ahead at equal FLOPs, updates and counted images, in all and at each noise level."""
-    equals, sections = [], ["<h3>At equal cost, counted in three ways</h3>"]
-    for by, name in COSTS.items():
-        equal = at_equal(trials, curves, by)
-        if equal is None:
-            sections.append(
-                f'<p class="note">At equal {name} nothing can be said: some trial was first measured when another had '
-                "ended. A smaller train.held_out_every_images tells.</p>"
-            )
-            continue
-        best = equal.order[0]
-        sections.append(
-            f"<p>At equal {name} ({equal.cost:,.4g}): <b>{html.escape(best.words())}</b> is ahead, "
-            f"{best.value_of_n()}.</p>"
-        )
-        sections.append(_equal_table(equal))
-        equals.append(equal)
-    sections.append(
-        '<p class="note">Numbers between two measurements of a trial lie on a straight line of their logarithms. Ramps '
-        "and averages are those of a trial's own length, so one that could have gone on is judged a little early.</p>"
+@dataclass(frozen=True)
+class _ShownComparison:
+    """An `EqualCostComparison` as text; `table` is None where trials cannot be compared."""
+
+    unit: str
+    cost: str = ""
+    best: str = ""
+    value: str = ""
+    table: Table | None = None
+
+
+def _shown_comparison(by: str, comparison: EqualCostComparison | None) -> _ShownComparison:
+    if comparison is None:
+        return _ShownComparison(COST_TITLES[by])
+    best = comparison.order[0]
+    return _ShownComparison(
+        COST_TITLES[by], f"{comparison.cost:,.4g}", best.title, best.value_of_n(), _equal_cost_table(comparison)
     )
-    by_images = next((equal for equal in equals if equal.by == "images_seen"), None)
-    words = beside_the_paper(by_images) if by_images else ""
-    return [*sections, *p_curves(equals), *([f"<p>{html.escape(words)}</p>"] if words else [])]
 
 
-def _equal_table(equal: Equal) -> str:
-    sigmas = list(equal.by_sigma(equal.order[0]))
-    leads = {sigma: min(equal.order, key=lambda setting: mean(equal.by_sigma(setting)[sigma])) for sigma in sigmas}
+def _equal_cost_table(comparison: EqualCostComparison) -> Table:
+    losses = [comparison.by_sigma(setting) for setting in comparison.order]
+    sigmas = list(losses[0])
+    lowest = {sigma: min(range(len(losses)), key=lambda row: mean(losses[row][sigma])) for sigma in sigmas}
     rows = []
-    for setting in equal.order:
-        cells = [setting.words(), setting.value()]
-        for sigma, losses in equal.by_sigma(setting).items():
-            spread = f" ± {stdev(losses):.3f}" if len(losses) > 1 else ""
-            cells.append(f"{mean(losses):.3f}{spread}{' *' if leads[sigma] is setting else ''}")
-        rows.append(cells)
-    return table(["setting", "held-out loss", *(f"sigma {sigma}" for sigma in sigmas)], rows) + (
-        '<p class="note">* least at this noise level.</p>'
-    )
+    for number, setting in enumerate(comparison.order):
+        cells = [
+            _mean_with_spread(losses[number][sigma]) + (" *" if lowest[sigma] == number else "") for sigma in sigmas
+        ]
+        rows.append([setting.title, setting.value(), *cells])
+    return Table(["setting", "held-out loss", *(f"sigma {sigma}" for sigma in sigmas)], rows, marks_first=True)
 
 
-def _importance_sections(trials: list[Row], keys: list[str], metric: str) -> list[str]:
-    shares = importance(trials, keys, metric)
-    if len(shares) < 2:
-        return []
-    rows = [[key, f"{share:.0%}"] for key, share in shares.items()]
-    words = (
-        "Share of the variance over finished trials that each key accounts for by itself; the rest is seeds, and keys "
-    )
-    words += "together."
-    return [
-        "<h3>Which key mattered</h3>",
-        f"<p>{words}</p>",
-        table(["key", "share"], rows),
-        parallel_coordinates(trials, keys, metric),
-    ]
+def _mean_with_spread(values: Sequence[float]) -> str:
+    return f"{mean(values):.3f}" + (f" ± {stdev(values):.3f}" if len(values) > 1 else "")
 
 
-def _proxy_sections(trials: list[Row], curves: dict[str, Curve]) -> list[str]:
-    """Whether the held-out loss, which stops and ranks trials, foretells what is dear to measure."""
-    sections = []
-    for expensive in ("final_distance", "preview_frechet_distance"):
-        found = proxy_correlations(trials, curves, expensive)
-        if found:
-            rows = [[where, f"{correlation:.2f}", f"{count}"] for where, correlation, count in found]
-            title = metric_words(expensive)
-            sections.append(f"<p>Rank correlation (Spearman) of the held-out loss with the {title}:</p>")
-            sections.append(table(["held-out loss at", "correlation", "trials"], rows, best=False))
-    return ["<h3>Can the held-out loss be trusted?</h3>", *sections] if sections else []
+def _importance_table(shares: Mapping[str, float]) -> Table:
+    return Table(["key", "share"], [[key, f"{share:.0%}"] for key, share in shares.items()], marks_first=True)
 
 
-def _settings_table(trials: list[Row], order: list[Ranked], keys: list[str]) -> str:
+def _proxy_tables(trials: Sequence[TrialRow], curves: Mapping[str, Curve]) -> list[tuple[str, Table]]:
+    """How well the held-out loss predicts each expensive metric that was measured."""
+    tables = []
+    for metric in EXPENSIVE_METRICS:
+        found = frontier.proxy_correlations(trials, curves, metric)
+        rows = [[f"{one.budget_share:.0%} of the budget", f"{one.correlation:.2f}", f"{one.trials}"] for one in found]
+        if rows:
+            tables.append((METRIC_TITLES[metric], Table(["held-out loss at", "correlation", "trials"], rows)))
+    return tables
+
+
+def _settings_table(trials: Sequence[TrialRow], order: Sequence[RankedSetting], keys: Sequence[str]) -> Table:
+    """Ranked settings first, then trials that were stopped or failed."""
     metric = order[0].metric
-    more = [name for name in ("final_distance", "preview_frechet_distance") if name != metric and name in order[0].best]
-    header = [*(key.split(".")[-1] for key in keys), metric_words(metric), *map(metric_words, more), "updates",
-              "counted images", "TFLOP", "seconds"]  # fmt: skip
-    rows = []
-    for found in order:
-        cells = [found.value(), *(f"{mean_over(found, name):.4g}" for name in more)]
-        cells += [f"{mean_over(found, 'updates'):,.0f}", f"{mean_over(found, 'images_seen'):,.0f}"]
-        cells += [f"{mean_over(found, 'flops') / 1e12:.3f}", f"{mean_over(found, 'seconds'):.0f}"]
-        rows.append([*_setting_cells(found.settings, keys), *cells])
+    more = [name for name in EXPENSIVE_METRICS if name != metric and order[0].best.value_of(name) is not None]
+    columns = [*(_mean_column(METRIC_TITLES[name], name, "{:.4g}") for name in more), *COLUMNS]
+    header = [*(key.split(".")[-1] for key in keys), METRIC_TITLES[metric], *(column.title for column in columns)]
+
+    def row(setting: TrialRow | RankedSetting, value: str, of: Sequence[TrialRow]) -> list[str]:
+        # a key that depends on others may be missing
+        cells = [short_value(setting.settings.get(key, "")) for key in keys]
+        return [*cells, value, *(column.text(of) for column in columns)]
+
+    rows = [row(setting, setting.value(), setting.trials) for setting in order]
     for trial in trials:
-        if trial["status"] == "stopped":
-            told = f"stopped at {trial[metric]:.4f}" if metric in trial else "stopped"
-            cells = [told, *("" for _ in more), f"{trial.get('updates', 0):,}", f"{trial.get('images_seen', 0):,}"]
-            rows.append([*_setting_cells(trial["settings"], keys), *cells, f"{trial.get('flops', 0) / 1e12:.3f}", ""])
-        if trial["status"] == "failed":
-            rows.append([*_setting_cells(trial["settings"], keys), f"failed: {trial['error']}"])
-    return table(header, rows)
+        value = trial.value_of(metric)
+        if trial.status == "stopped":
+            rows.append(row(trial, "stopped" if value is None else f"stopped at {value:.4f}", [trial]))
+        if trial.status == "failed":
+            rows.append(row(trial, f"failed: {trial.error}", [])[: len(keys) + 1])
+    return Table(header, rows, marks_first=True)
 
 
-def _setting_cells(settings: dict[str, Any], keys: list[str]) -> list[str]:
-    return [value_words(settings.get(key, "")) for key in keys]  # a key that hangs on others may not be there
-
-
-def _not_tried(trials: list[Row], search: dict[str, Any], keys: list[str]) -> str:
-    """What this search says nothing about."""
-    fixed = [words for key, words in KNOBS.items() if not any(name.startswith(key) for name in keys)]
-    sentences = [f"This search kept fixed: {', '.join(fixed)}."]
-    failed = [trial for trial in trials if trial["status"] == "failed"]
+def _not_tried(trials: Sequence[TrialRow], search: Search, keys: Sequence[str]) -> list[str]:
+    """What this search cannot answer, in sentences."""
+    fixed = [text for key, text in COMMON_KEYS.items() if not any(name.startswith(key) for name in keys)]
+    sentences = [f"This search did not vary {', '.join(fixed)}."]
+    failed = [trial for trial in trials if trial.status == "failed"]
     if failed:
-        words = "; ".join(dict.fromkeys(setting_words(trial["settings"]) for trial in failed))
-        sentences.append(f"Settings without a result, because they failed: {words}.")
-    if any(trial["status"] == "stopped" for trial in trials):
+        titles = "; ".join(dict.fromkeys(setting_title(trial.settings) for trial in failed))
+        sentences.append(f"These settings failed and have no result: {titles}.")
+    if any(trial.status == "stopped" for trial in trials):
         sentences.append("Settings that were stopped early might have caught up.")
-    if search["repeats"] == 1:
+    if search.repeats == 1:
         sentences.append("No setting was repeated with another seed.")
-    sentences.append("Longer budgets, other data and other networks may order settings otherwise.")
-    return " ".join(sentences)
+    return [*sentences, "Longer budgets, other data and other networks may rank settings differently."]

@@ -1,4 +1,4 @@
-"""Tune: many short runs of one recipe on Ray Tune, at an equal budget, ranked by one number."""
+"""Tune: many short runs of one recipe on Ray Tune, with equal budgets, ranked by one number."""
 
 import contextlib
 import shutil
@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import yaml
 
@@ -19,38 +18,34 @@ from patchloom.pipelines.registry.registering import register
 from patchloom.pipelines.sample.sampling import sample
 from patchloom.pipelines.train.mlflow_run import end_tracking
 from patchloom.pipelines.tune.page import write_search_page
-from patchloom.pipelines.tune.ranking import SEARCH_FILE, SEARCH_FORMAT, TRIALS_FILE, Ranked, ranked, setting_words
+from patchloom.pipelines.tune.planning import Trial, check_space, full_length_recipe, plan_trials, search_flops
+from patchloom.pipelines.tune.ranking import RankedSetting, ranked, setting_title
 from patchloom.pipelines.tune.trials import (
-    TRIAL,
-    Trial,
-    advice,
-    check_space,
-    full_length,
-    halving,
+    TRIAL_FILE,
+    SearchJob,
+    asha_settings,
     is_finished,
-    plan_trials,
-    planned_config,
+    optuna_settings,
+    row_of_ended_trial,
     run_trial,
-    search_flops,
-    trial_config,
-    trial_row,
+    search_job,
+    trial_job,
 )
-from patchloom.platform.compute.tuner import TrialResources, run_on_tune
+from patchloom.platform.compute.tuner import EndedJob, TuneResources, run_on_tune
 from patchloom.platform.dataset.prepared import Dataset, open_dataset
-from patchloom.platform.files.storage import (
-    local_path,
-    locked,
-    make_folder,
-    read_json,
-    read_json_lines,
-    write_atomic,
-    write_json,
-    write_json_lines,
-)
+from patchloom.platform.files.storage import local_path, locked, make_folder, write_atomic, write_json
 from patchloom.platform.progress import Meter, progress, say
 from patchloom.platform.recipe.run_recipe import Recipe, recipe_yaml
 from patchloom.platform.recipe.search import FinalEvaluation, Search, load_search
 from patchloom.platform.records.run import PROGRESS_FILE
+from patchloom.platform.records.search import (
+    SEARCH_FILE,
+    TRIALS_FILE,
+    SearchCard,
+    TrialRow,
+    read_trials,
+    write_trials,
+)
 from patchloom.platform.tracking.client import require_reachable
 from patchloom.platform.tracking.forwarder import JsonLinesTail
 from patchloom.platform.tracking.runs import (
@@ -62,17 +57,17 @@ from patchloom.platform.tracking.runs import (
     log_metrics,
 )
 
-ORDER = ("finished", "stopped", "failed")
-WATCH_EVERY_S = 1.0
+STATUS_ORDER = ("finished", "stopped", "failed")
+PROGRESS_INTERVAL_S = 1.0
 
 
 @dataclass(frozen=True)
 class TuneResult:
-    """A finished search: its trials, best first, and the recipe of the best at full length."""
+    """A finished search: its trials, best first, and the recipe of the best one at full length."""
 
     folder: Path
     run_id: str
-    trials: list[dict[str, Any]]
+    trials: list[TrialRow]
     best: Recipe
 
 
@@ -114,70 +109,69 @@ def tune(
     definition, base = load_search(search)
     rows = open_dataset(dataset)
     if not len(rows.indices("held_out", base.data.held_out_fraction)):
-        raise UserError("data.held_out_fraction holds no row out, so trials cannot be compared: raise it")
-    planned = _planned(definition, base, rows, local_path(out))
+        raise UserError("data.held_out_fraction leaves no held-out row, so trials cannot be compared: raise it")
+    planned = _planned_trials(definition, base, rows, local_path(out))
     folder = make_folder(local_path(out))
     with locked(folder):
-        lengths = [trial.recipe.train.images if trial.recipe else None for trial in planned if trial.repeat == 0]
-        run_id = _open_folder(folder, definition, rows, restore, lengths)
-        with _closing(folder, run_id):
-            began = time.monotonic()
-            common = trial_config(definition, base, rows, folder, run_id, workers)
+        run_id = _open_folder(folder, definition, rows, restore, planned)
+        with _mlflow_run(folder, run_id):
+            started = time.monotonic()
+            shared = search_job(definition, base, rows, folder, run_id, workers)
             flops = search_flops(definition, base, rows, planned)
-            trials = _run_trials(folder, definition, planned, common, TrialResources(concurrent, workers, gpus), flops)
+            trials = _run_trials(folder, shared, planned, TuneResources(concurrent, workers, gpus), flops)
             if definition.final is not None:
-                trials = measure_finals(folder, trials, definition.final, rows)
+                trials = measure_final_distances(folder, trials, definition.final, rows)
             order = ranked(trials, definition.metric)
-            table, best = _conclude(folder, base, trials, order)
-            spent = {"trials": len(trials), "seconds": time.monotonic() - began}
+            table, best = _write_results(folder, base, trials, order)
+            spent = {"trials": len(trials), "seconds": time.monotonic() - started}
             log_metrics(run_id, {definition.metric: order[0].mean, **spent})
             page = write_search_page(folder, folder / "report.html")
             log_artifacts(run_id, folder / TRIALS_FILE, folder / "best.yaml", page)
-    say(f"  best of {len(order)} settings: {order[0].words()}, {definition.metric} {order[0].value_of_n()}")
+    say(f"  best of {len(order)} settings: {order[0].title}, {definition.metric} {order[0].value_of_n()}")
     say(f"  open {page}")
     if register_best:
-        register(str(folder / "trials" / order[0].best["name"]), register_best)
+        register(str(folder / "trials" / order[0].best.name), register_best)
     return TuneResult(folder, run_id, table, best)
 
 
-def _planned(search: Search, base: Recipe, dataset: Dataset, folder: Path) -> list[Trial]:
-    """The trials of a grid search; one that is advised is tried on a few settings, and its trials follow later."""
-    if not search.is_adaptive:
-        known = folder / SEARCH_FILE
-        return plan_trials(search, base, dataset, read_json(known).get("images") if known.is_file() else None)
-    check_space(search, base, dataset)
-    return []
+def _planned_trials(search: Search, base: Recipe, dataset: Dataset, folder: Path) -> list[Trial]:
+    """The trials of a grid search. An adaptive search has none yet; a few of its settings are tried instead."""
+    if search.is_adaptive:
+        check_space(search, base, dataset)
+        return []
+    known = SearchCard.read(folder).images if (folder / SEARCH_FILE).is_file() else None
+    return plan_trials(search, base, dataset, known)
 
 
-def _open_folder(folder: Path, search: Search, dataset: Dataset, restore: bool, images: list[int | None]) -> str:
-    wanted = {"search": search.model_dump(mode="json"), "dataset_fingerprint": dataset.fingerprint}
-    path = folder / SEARCH_FILE
-    if path.is_file():
+def _open_folder(folder: Path, search: Search, dataset: Dataset, restore: bool, planned: list[Trial]) -> str:
+    """Start the folder of a search, or check that it has the same search; returns the MLflow run."""
+    if (folder / SEARCH_FILE).is_file():
         if not restore:
-            raise UserError(f"{folder} holds a search: give --restore to go on with it, or choose another folder")
-        found = read_json(path)
-        if {key: found.get(key) for key in wanted} != wanted:
-            raise UserError(f"{folder} holds another search or dataset: give the same, or choose another folder")
-        return str(found["run_id"])
+            raise UserError(f"{folder} has a search in it: pass --restore to continue it, or choose another folder")
+        card = SearchCard.read(folder)
+        if (card.search, card.dataset_fingerprint) != (search, dataset.fingerprint):
+            raise UserError(f"{folder} has another search or dataset: pass the same ones, or choose another folder")
+        return card.run_id
     require_reachable()
+    values = search.model_dump(mode="json")
     tags = {"patchloom.dataset": dataset.fingerprint, "patchloom.version": __version__, "patchloom.folder": str(folder)}
-    run_id = begin_run(search.name, "search", flat_parameters(search.model_dump(mode="json")), tags)
+    run_id = begin_run(search.name, "search", flat_parameters(values), tags)
     log_dataset(run_id, dataset.address, dataset.fingerprint)
-    write_atomic(folder / "search.yaml", yaml.safe_dump(wanted["search"], sort_keys=False))
-    card = {"format_version": SEARCH_FORMAT, "kind": "search", "run_id": run_id, "images": images, **wanted}
-    write_json(path, card)
+    write_atomic(folder / "search.yaml", yaml.safe_dump(values, sort_keys=False))
+    lengths = [trial.recipe.train.images if trial.recipe else None for trial in planned if trial.repeat == 0]
+    SearchCard(run_id=run_id, images=lengths, search=search, dataset_fingerprint=dataset.fingerprint).write(folder)
     return run_id
 
 
 @contextmanager
-def _closing(folder: Path, run_id: str) -> Iterator[None]:
-    """Ends the search's MLflow run with the block, and those of trials that the block left unfinished."""
+def _mlflow_run(folder: Path, run_id: str) -> Iterator[None]:
+    """End the MLflow run of the search after the block, and those of trials that the block left unfinished."""
     try:
         yield
     except BaseException as error:
-        with contextlib.suppress(Exception):  # what went wrong in the block is what is told
+        with contextlib.suppress(Exception):  # the error of the block is the one to report
             for run in sorted((folder / "trials").glob("*/run.json")):
-                if not (run.parent / TRIAL).is_file():
+                if not (run.parent / TRIAL_FILE).is_file():
                     end_tracking(run.parent, "KILLED")
             end_run(run_id, "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
         raise
@@ -185,60 +179,62 @@ def _closing(folder: Path, run_id: str) -> Iterator[None]:
 
 
 def _run_trials(
-    folder: Path, search: Search, planned: list[Trial], common: dict[str, Any], resources: TrialResources, flops: float
-) -> list[dict[str, Any]]:
-    """Every trial's row, in their order; finished ones of an earlier call as they are. flops: of all together."""
-    adapts = search.is_adaptive or search.stops_early
-    if adapts and (folder / TRIALS_FILE).is_file():
-        return sorted(read_json_lines(folder / TRIALS_FILE), key=lambda row: str(row["name"]))
-    configs = [planned_config(common, number, trial) for number, trial in enumerate(planned)]
-    done = {config["name"] for config in configs if is_finished(folder / "trials" / config["name"], config["settings"])}
-    # those of a bracket belong together, and one that is finished returns at once
-    todo = [config for config in configs if adapts or config["name"] not in done]
-    ended: list[tuple[dict[str, Any], str | None]] = [(config, None) for config in configs if config not in todo]
+    folder: Path, shared: SearchJob, planned: list[Trial], resources: TuneResources, flops: float
+) -> list[TrialRow]:
+    """Run the trials that are not finished; returns the rows of all in order. flops: expected for all together."""
+    search = shared.search
+    is_dynamic = search.is_adaptive or search.stops_early
+    if is_dynamic and (folder / TRIALS_FILE).is_file():
+        return sorted(read_trials(folder), key=lambda row: row.name)
+    jobs = [trial_job(shared, number, trial) for number, trial in enumerate(planned)]
+    # asha compares all trials, so all run again; a finished one returns at once
+    done = [] if is_dynamic else [job for job in jobs if is_finished(job.folder, job.settings)]
+    todo = [job for job in jobs if job not in done]
+    ended = [EndedJob(job) for job in done]
     with progress(f"searching {search.name}", flops / 1e9, "GFLOP") as meter, _watched(folder / "trials", meter):
         if todo or search.is_adaptive:
-            ended += run_on_tune(run_trial, todo or advice(search, common), folder / ".ray", resources, halving(search))
+            source = todo or optuna_settings(shared)
+            ended += run_on_tune(run_trial, source, folder / ".ray", resources, asha_settings(search))
     shutil.rmtree(folder / ".ray", ignore_errors=True)
-    rows = [trial_row(folder / "trials" / config["name"], config, problem) for config, problem in ended]
-    return sorted(rows, key=lambda row: str(row["name"]))
+    rows = [row_of_ended_trial(found.job, found.problem) for found in ended]
+    return sorted(rows, key=lambda row: row.name)
 
 
-def _conclude(
-    folder: Path, base: Recipe, trials: list[dict[str, Any]], order: list[Ranked]
-) -> tuple[list[dict[str, Any]], Recipe]:
+def _write_results(
+    folder: Path, base: Recipe, trials: list[TrialRow], order: list[RankedSetting]
+) -> tuple[list[TrialRow], Recipe]:
     """Write the table and the best recipe; returns the trials, best first, and that recipe."""
     for trial in trials:
-        if trial["status"] == "failed":
-            say(f"  trial {trial['name']} ({setting_words(trial['settings'])}) failed: {trial['error']}")
+        if trial.status == "failed":
+            say(f"  trial {trial.name} ({setting_title(trial.settings)}) failed: {trial.error}")
     best_first = [trial for setting in order for trial in setting.trials]
     rest = [trial for trial in trials if trial not in best_first]
-    table = best_first + sorted(rest, key=lambda trial: ORDER.index(trial["status"]))
-    write_json_lines(folder / TRIALS_FILE, table)
+    table = best_first + sorted(rest, key=lambda trial: STATUS_ORDER.index(trial.status))
+    write_trials(folder, table)
     if not order:
-        raise UserError(f"all {len(trials)} trials failed; the first: {trials[0]['error']}")
-    best = full_length(base, order[0].settings)
+        raise UserError(f"all {len(trials)} trials failed; the first one: {trials[0].error}")
+    best = full_length_recipe(base, order[0].settings)
     write_atomic(folder / "best.yaml", recipe_yaml(best))
     return table, best
 
 
 @contextmanager
 def _watched(trials: Path, meter: Meter) -> Iterator[None]:
-    """Feed a meter from the progress files of many runs while the block runs."""
+    """Show the progress of many runs while the block runs, from their progress files."""
     stop = threading.Event()
     tails: dict[Path, JsonLinesTail] = {}
-    seen: dict[Path, float] = {}
+    gflops: dict[Path, float] = {}
 
-    def look() -> None:
+    def update() -> None:
         for path in trials.glob(f"*/{PROGRESS_FILE}"):
             for line in tails.setdefault(path, JsonLinesTail(path)).new_lines():
-                seen[path] = line.flops / 1e9
-        if seen:
-            meter.update(sum(seen.values()), f"{len(seen)} trials begun")
+                gflops[path] = line.flops / 1e9
+        if gflops:
+            meter.update(sum(gflops.values()), f"{len(gflops)} trials started")
 
     def watch() -> None:
-        while not stop.wait(WATCH_EVERY_S):
-            look()
+        while not stop.wait(PROGRESS_INTERVAL_S):
+            update()
 
     thread = threading.Thread(target=watch, name="watch", daemon=True)
     thread.start()
@@ -247,27 +243,33 @@ def _watched(trials: Path, meter: Meter) -> Iterator[None]:
     finally:
         stop.set()
         thread.join()
-        look()
+        update()
 
 
-def measure_finals(
-    folder: Path, trials: list[dict[str, Any]], final: FinalEvaluation, dataset: Dataset
-) -> list[dict[str, Any]]:
-    """Sample every finished trial's model and measure the distance of its samples to the dataset.
+def measure_final_distances(
+    folder: Path, trials: list[TrialRow], final: FinalEvaluation, dataset: Dataset
+) -> list[TrialRow]:
+    """Sample the model of every finished trial and measure the distance of its samples to the dataset.
 
-    What an earlier call measured stays. Returns the rows with `final_distance` in them.
+    Distances from an earlier call are kept. Returns the rows with their `final_distance`.
     """
-    rows = []
-    for trial in trials:
-        run = folder / "trials" / trial["name"]
-        if trial["status"] == "finished" and "final_distance" not in trial:
-            seeds = f"0-{final.samples - 1}"
-            say(f"  trial {trial['name']}: {final.samples} samples for the final distance")
-            sample(str(run), str(run / "samples"), seeds, steps=final.steps)
-            metric, name = ("fid", "fid") if final.features == "inception" else ("fd", "frechet_distance")
-            measured = evaluate(str(run / "samples"), dataset.address, metrics=(metric,), features=final.features)
-            trial = trial | {"final_distance": measured["metrics"][name]}
-            write_json(run / TRIAL, trial)
-            log_metrics(trial["run_id"], {"final_distance": trial["final_distance"]})
-        rows.append(trial)
-    return rows
+    return [
+        _with_final_distance(folder / "trials" / trial.name, trial, final, dataset)
+        if trial.status == "finished" and trial.final_distance is None
+        else trial
+        for trial in trials
+    ]
+
+
+def _with_final_distance(run: Path, trial: TrialRow, final: FinalEvaluation, dataset: Dataset) -> TrialRow:
+    say(f"  trial {trial.name}: {final.samples} samples for the final distance")
+    sample(str(run), str(run / "samples"), f"0-{final.samples - 1}", steps=final.steps)
+    metric, name = ("fid", "fid") if final.features == "inception" else ("fd", "frechet_distance")
+    measured = evaluate(str(run / "samples"), dataset.address, metrics=(metric,), features=final.features)
+    distance = measured.metrics[name]
+    assert isinstance(distance, float)
+    row = trial.model_copy(update={"final_distance": distance})
+    write_json(run / TRIAL_FILE, row.to_dict())
+    if row.run_id is not None:
+        log_metrics(row.run_id, {"final_distance": distance})
+    return row

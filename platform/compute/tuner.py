@@ -1,4 +1,4 @@
-"""The tuner: runs a function with many configurations on Ray Tune, optionally with Optuna and ASHA."""
+"""Tuner: run a function with many configurations on Ray Tune, chosen by a grid or Optuna, stopped early by ASHA."""
 
 import warnings
 from collections.abc import Callable
@@ -12,36 +12,36 @@ from patchloom.platform.compute.workers import TRIAL_CPUS
 if TYPE_CHECKING:
     from optuna import Trial
 
-Config = TypeVar("Config")
-
-TUNE_RUN = "tune"  # name of the run in Ray Tune
-TRIAL_CONFIG = "planned"  # the key of our configuration in that of Ray Tune
-TRIAL_RETRIES = 1  # for a trial whose process died
-MAX_STARTUP_TRIALS = 10  # random trials before Optuna suggests settings
+Job = TypeVar("Job")
+EXPERIMENT_NAME = "tune"
+JOB_KEY = "planned"  # the key of a job in the configuration that Ray Tune keeps
+RETRIES = 1  # of a trial whose process died
+ALL_PERCENT = 100
+MAX_RANDOM_TRIALS = 10  # before Optuna uses earlier results
 
 
 @dataclass(frozen=True)
-class TrialResources:
-    """What the trials of a search run on.
+class TuneResources:
+    """What trials run on.
 
     Args:
-        concurrent: the largest number of trials at once. None: as many as the session has room for.
-        workers: workers of each trial; 0: the process of the trial itself.
-        gpus: GPUs of a trial without workers; 0.5 lets two trials share one. None: one, if there are any.
+        concurrent: trials that run in parallel; as many as fit by default.
+        workers: Ray Train workers per trial; 0 trains in the trial's own process.
+        gpus: GPUs per trial; a fraction lets several trials share one.
     """
 
     concurrent: int | None = None
     workers: int = 0
     gpus: float | None = None
 
-    def of_trial(self, available_gpus: float) -> dict[str, float]:
-        """What Ray reserves for the process of a trial. Workers reserve their own resources."""
+    def per_trial(self, available_gpus: float) -> dict[str, float]:
+        """What Ray reserves for the process of a trial; its workers reserve their own."""
         if self.workers:
             return {"cpu": TRIAL_CPUS}
         return {"cpu": 1, "gpu": (1 if self.gpus is None else self.gpus) if available_gpus else 0}
 
-    def at_once(self, cpus: int, available_gpus: float) -> int:
-        """The number of trials that run at once. Each has its workers, so that no trial waits for another one."""
+    def parallel_trials(self, cpus: int, available_gpus: float) -> int:
+        """How many trials run in parallel; no more than fit, so that no trial waits for the workers of another."""
         room = cpus // max(1, self.workers)
         if available_gpus and self.workers:
             room = min(room, int(available_gpus) // self.workers)
@@ -49,17 +49,17 @@ class TrialResources:
 
 
 @dataclass(frozen=True)
-class OptunaSettings(Generic[Config]):
-    """Configurations from Optuna's TPE, which depend on the results of earlier trials.
+class OptunaSettings(Generic[Job]):
+    """A search whose settings follow from the results of earlier trials, by Optuna's TPE.
 
     Args:
-        space: makes a configuration from an Optuna trial. It can be pickled, and it depends only on the suggestions.
-        trials: number of trials.
-        objectives: names of reported metrics to minimise. With several, the search looks for their frontier.
+        suggest: makes a job from an Optuna trial. It can be pickled, and depends only on the suggestions.
+        trials: how many jobs to run.
+        objectives: names of reported numbers to minimise; with several, Optuna looks for their Pareto front.
         seed: seed of the sampler.
     """
 
-    space: Callable[["Trial"], Config]
+    suggest: "Callable[[Trial], Job]"
     trials: int
     objectives: tuple[str, ...]
     seed: int
@@ -67,13 +67,13 @@ class OptunaSettings(Generic[Config]):
 
 @dataclass(frozen=True)
 class AshaSettings:
-    """Early stopping with ASHA: at each rung, only the best 1/reduction of the trials continue.
+    """Early stopping by ASHA: at each rung, trials that are not among the best 1/reduction stop.
 
     Args:
-        metric: name of the reported metric, which is minimised.
-        spent: name of the reported percentage of the budget that is spent.
-        grace_percent: percentage of the budget that each trial may spend at least.
-        reduction: see above.
+        metric: name of the reported number to minimise.
+        spent: name of the reported percentage of its budget that a trial has spent.
+        grace_percent: percentage of the budget that every trial spends.
+        reduction: one in so many trials continues at each rung.
     """
 
     metric: str
@@ -82,27 +82,25 @@ class AshaSettings:
     reduction: int
 
 
+@dataclass(frozen=True)
+class EndedJob(Generic[Job]):
+    """A job that has ended, and the last line of its error if it failed."""
+
+    job: Job
+    problem: str | None = None
+
+
 def run_on_tune(
-    function: Callable[[Config], None],
-    source: list[Config] | OptunaSettings[Config],
+    function: Callable[[Job], None],
+    source: list[Job] | OptunaSettings[Job],
     scratch: Path,
-    resources: TrialResources,
+    resources: TuneResources,
     asha: AshaSettings | None = None,
-) -> list[tuple[Config, str | None]]:
-    """Run `function(config)` for each configuration. A trial whose process died is repeated once.
+) -> list[EndedJob[Job]]:
+    """Run a function for every job on Ray Tune.
 
-    If a search with Optuna or ASHA was killed, the next call with the same `scratch` continues it with the results
-    so far. The function may then be called again with a configuration that it has finished.
-
-    Args:
-        function: runs one trial.
-        source: the configurations, or the settings with which Optuna makes them.
-        scratch: folder for the files of Ray Tune.
-        resources: what the trials run on.
-        asha: settings for early stopping. None: all trials run to their end.
-
-    Returns:
-        Each configuration, with the last line of its error or None.
+    A job whose process died runs once more. A search with Optuna or ASHA that was killed continues from its state in
+    `scratch`; the function may then be called again with a job that it has finished.
     """
     from ray import tune
 
@@ -110,44 +108,43 @@ def run_on_tune(
         import ray
 
         cpus, gpus = session_cpus(), ray.cluster_resources().get("GPU", 0)
-        trainable = tune.with_resources(_trainable(function), resources.of_trial(gpus))
-        stored = str(scratch / TUNE_RUN)
-        if (isinstance(source, OptunaSettings) or asha) and tune.Tuner.can_restore(stored):
-            tuner = tune.Tuner.restore(stored, trainable, resume_unfinished=True, restart_errored=True)
+        trainable = tune.with_resources(_trainable(function), resources.per_trial(gpus))
+        place = str(scratch / EXPERIMENT_NAME)
+        if (isinstance(source, OptunaSettings) or asha) and tune.Tuner.can_restore(place):
+            tuner = tune.Tuner.restore(place, trainable, resume_unfinished=True, restart_errored=True)
         else:
-            tuner = _new_tuner(tune, trainable, source, scratch, resources.at_once(cpus, gpus), asha)
-        return [(result.config[TRIAL_CONFIG], _last_line(result.error)) for result in tuner.fit()]
+            tuner = _new_tuner(trainable, source, scratch, resources.parallel_trials(cpus, gpus), asha)
+        return [EndedJob(result.config[JOB_KEY], _last_line(result.error)) for result in tuner.fit()]
 
 
-def _trainable(function: Callable[[Config], None]) -> Callable[[dict[str, Any]], None]:
+def _trainable(function: Callable[[Job], None]) -> Callable[[dict[str, Job]], None]:
     """The function with the signature that Ray Tune calls."""
-    return lambda config: function(config[TRIAL_CONFIG])
+    return lambda config: function(config[JOB_KEY])
 
 
 def _new_tuner(
-    tune: Any, trainable: Any, source: list[Config] | OptunaSettings[Config], scratch: Path, at_once: int,
-    asha: AshaSettings | None,
-) -> Any:  # fmt: skip
+    trainable: Any, source: list[Job] | OptunaSettings[Job], scratch: Path, parallel: int, asha: AshaSettings | None
+) -> Any:
+    from ray import tune
+
     if isinstance(source, OptunaSettings):
         space, trials, searcher = {}, source.trials, _searcher(source)
     else:
-        space, trials, searcher = {TRIAL_CONFIG: tune.grid_search(source)}, len(source), None
+        space, trials, searcher = {JOB_KEY: tune.grid_search(source)}, len(source), None
     return tune.Tuner(
         trainable,
         param_space=space,
         tune_config=tune.TuneConfig(
-            max_concurrent_trials=min(at_once, trials),
+            max_concurrent_trials=min(parallel, trials),
             num_samples=1 if searcher is None else trials,
             search_alg=searcher,
             scheduler=_scheduler(asha) if asha else None,
         ),
         run_config=tune.RunConfig(
-            name=TUNE_RUN,
-            storage_path=str(scratch),
-            verbose=0,
-            failure_config=tune.FailureConfig(max_failures=TRIAL_RETRIES),
+            name=EXPERIMENT_NAME, storage_path=str(scratch), verbose=0,
+            failure_config=tune.FailureConfig(max_failures=RETRIES),
         ),
-    )
+    )  # fmt: skip
 
 
 def _scheduler(asha: AshaSettings) -> Any:
@@ -157,28 +154,28 @@ def _scheduler(asha: AshaSettings) -> Any:
         time_attr=asha.spent,
         metric=asha.metric,
         mode="min",
-        max_t=100,
+        max_t=ALL_PERCENT,
         grace_period=asha.grace_percent,
         reduction_factor=asha.reduction,
         stop_last_trials=False,
     )
 
 
-def _searcher(settings: OptunaSettings[Any]) -> Any:
+def _searcher(settings: OptunaSettings[Job]) -> Any:
     import optuna
     from ray.tune.search.optuna import OptunaSearch
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # about features that are experimental in some versions of Optuna
+        warnings.simplefilter("ignore")  # some versions of Optuna warn that an option is experimental
         sampler = optuna.samplers.TPESampler(
-            n_startup_trials=min(MAX_STARTUP_TRIALS, max(2, settings.trials // 3)),
+            n_startup_trials=min(MAX_RANDOM_TRIALS, max(2, settings.trials // 3)),
             seed=settings.seed,
             constant_liar=True,
         )
     is_single = len(settings.objectives) == 1
     return OptunaSearch(
-        space=_SuggestedConfig(settings.space),
+        space=_DefineByRun(settings.suggest),
         metric=settings.objectives[0] if is_single else list(settings.objectives),
         mode="min" if is_single else ["min"] * len(settings.objectives),
         sampler=sampler,
@@ -186,13 +183,13 @@ def _searcher(settings: OptunaSettings[Any]) -> Any:
 
 
 @dataclass(frozen=True)
-class _SuggestedConfig:
-    """A configuration for Ray Tune from the suggestions of an Optuna trial."""
+class _DefineByRun(Generic[Job]):
+    """The suggestions of an Optuna trial in the form that Ray Tune expects."""
 
-    space: Callable[["Trial"], object]
+    suggest: "Callable[[Trial], Job]"
 
-    def __call__(self, trial: "Trial") -> dict[str, object]:
-        return {TRIAL_CONFIG: self.space(trial)}
+    def __call__(self, optuna_trial: "Trial") -> dict[str, Job]:
+        return {JOB_KEY: self.suggest(optuna_trial)}
 
 
 def _last_line(error: BaseException | None) -> str | None:

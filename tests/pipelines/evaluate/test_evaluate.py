@@ -13,10 +13,12 @@ from PIL import Image
 from scipy.linalg import sqrtm
 
 from patchloom.errors import UserError
-from patchloom.pipelines.evaluate.evaluation import evaluate, seed_ranges
+from patchloom.pipelines.evaluate.evaluation import evaluate
+from patchloom.pipelines.evaluate.results import seed_ranges
 from patchloom.pipelines.registry.quality import Evaluation, comparable, differences, evaluations_of
 from patchloom.pipelines.sample import sample
 from patchloom.platform.dataset import open_dataset
+from patchloom.platform.records.evaluation import EvaluationIdentity
 
 LEFT_OUT = r"0\.jpg"
 
@@ -174,7 +176,7 @@ def test_an_autoencoder_is_measured_by_its_latents(pixels: Path, tmp_path: Path,
 
 def evaluation(**changes: Any) -> Evaluation:
     identity = {"features": "inception-2015-12-05", "n_samples": 64, "seeds": "0-63", "steps": 18, "reference": "a"}
-    return Evaluation({"fid": 12.0}, {**identity, **changes})
+    return Evaluation({"fid": 12.0}, EvaluationIdentity.model_validate({**identity, **changes}))
 
 
 def test_results_that_differ_say_in_what() -> None:

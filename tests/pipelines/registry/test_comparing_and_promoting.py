@@ -19,6 +19,7 @@ from patchloom.pipelines.registry.listing import models_table
 from patchloom.pipelines.registry.promoting import delete_model, promote_model
 from patchloom.pipelines.registry.quality import TAG, Evaluation
 from patchloom.pipelines.registry.registering import register
+from patchloom.platform.records.evaluation import EvaluationIdentity
 from patchloom.platform.tracking.registry import list_versions, tag_version
 
 IDENTITY = {"features": "inception-2015-12-05", "n_samples": 1000, "seeds": "0-999", "steps": 18, "reference": "a" * 64,
@@ -27,8 +28,8 @@ IDENTITY = {"features": "inception-2015-12-05", "n_samples": 1000, "seeds": "0-9
 
 def add_evaluation(name: str, version: str, fid: float, **identity: Any) -> None:
     """Add an evaluation to a version, as `patchloom evaluate` does."""
-    found = Evaluation({"fid": fid, "precision": 0.5}, {**IDENTITY, **identity})
-    value = json.dumps({"metrics": found.metrics, "identity": found.identity})
+    found = Evaluation({"fid": fid, "precision": 0.5}, EvaluationIdentity.model_validate({**IDENTITY, **identity}))
+    value = json.dumps(found.to_dict())
     tag_version(name, version, {TAG + found.digest: value})
 
 

@@ -1,6 +1,7 @@
 """Frontier: values that are known by hand or by scipy: fronts, equal costs, rank correlations, shares of variance."""
 
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,26 +11,29 @@ import scipy.stats
 
 from patchloom.errors import UserError
 from patchloom.pipelines.tune.frontier import (
-    at_equal,
-    beside_the_paper,
-    curve_of,
+    ProxyCorrelation,
+    compare_at_equal_cost,
+    compared_with_paper,
+    held_out_curve,
     importance,
-    pareto,
+    pareto_front,
     proxy_correlations,
     rank_correlation,
     recommendation,
 )
-from patchloom.pipelines.tune.page import search_sections
+from patchloom.pipelines.tune.page import search_section
 from patchloom.pipelines.tune.ranking import ranked
-from patchloom.platform.files.storage import write_json, write_json_lines
+from patchloom.platform.files.storage import write_json
 from patchloom.platform.records.run import ProgressLine, write_progress
+from patchloom.platform.records.search import TrialRow, write_trials
 
 RATES = {0.0: 1.0, 0.25: 2.0, 0.5: 3.0, 1.0: 5.0}  # FLOPs an image at each p: larger patches cost more
 
 
-def trial(name: str, settings: dict[str, Any], loss: float, repeat: int = 0, **more: Any) -> dict[str, Any]:
+def trial(name: str, settings: dict[str, Any], loss: float, repeat: int = 0, **more: Any) -> TrialRow:
     row = {"name": name, "settings": settings, "repeat": repeat, "status": "finished", "held_out_loss": loss}
-    return {**row, "updates": 10, "images_seen": 100, "flops": 1e12, "seconds": 5.0, **more}
+    cost = {"updates": 10, "images_seen": 100, "flops": 1e12, "seconds": 5.0}
+    return TrialRow.model_validate({**row, **cost, **more})
 
 
 def line(images: float, loss: float, rate: float = 1.0) -> ProgressLine:
@@ -45,8 +49,8 @@ def falling(p: float, most: float, exponent: float, luck: float = 1.0) -> list[P
 
 def test_the_front_is_what_nothing_beats_in_both() -> None:
     points = [(3.0, 1.0), (1.0, 5.0), (2.0, 2.0), (2.0, 3.0), (4.0, 1.0), (1.0, 6.0)]
-    assert [points[index] for index in pareto(points)] == [(1.0, 5.0), (2.0, 2.0), (3.0, 1.0)]
-    assert pareto([]) == []
+    assert [points[index] for index in pareto_front(points)] == [(1.0, 5.0), (2.0, 2.0), (3.0, 1.0)]
+    assert pareto_front([]) == []
 
 
 def test_rank_correlation_is_spearmans() -> None:
@@ -62,7 +66,10 @@ def test_equal_costs_give_different_winners_and_interpolate_exactly() -> None:
     """At p = 0 images are cheap and teach less: ahead at equal FLOPs, behind at equal images."""
     trials = [trial("000", {"patches.p": 0.0}, 0.0), trial("001", {"patches.p": 1.0}, 0.0)]
     curves = {"000": falling(0.0, 500, 0.004), "001": falling(1.0, 100, 0.006)}  # 500 FLOPs each
-    by_flops, by_images = at_equal(trials, curves, "flops"), at_equal(trials, curves, "images_seen")
+    by_flops, by_images = (
+        compare_at_equal_cost(trials, curves, "flops"),
+        compare_at_equal_cost(trials, curves, "images_seen"),
+    )
     assert by_flops is not None and by_images is not None
     assert by_flops.cost == 500 and [round(setting.mean, 9) for setting in by_flops.order] == [
         round(math.exp(-0.004 * 500), 9), round(math.exp(-0.006 * 100), 9),
@@ -74,8 +81,8 @@ def test_equal_costs_give_different_winners_and_interpolate_exactly() -> None:
 
 def test_trials_that_were_not_measured_soon_enough_are_not_compared() -> None:
     trials = [trial("000", {"patches.p": 0.0}, 0.0), trial("001", {"patches.p": 1.0}, 0.0)]
-    assert at_equal(trials, {"000": [line(900, 0.5)], "001": [line(100, 0.5)]}, "images_seen") is None
-    assert at_equal(trials, {"000": [], "001": []}, "images_seen") is None
+    assert compare_at_equal_cost(trials, {"000": [line(900, 0.5)], "001": [line(100, 0.5)]}, "images_seen") is None
+    assert compare_at_equal_cost(trials, {"000": [], "001": []}, "images_seen") is None
 
 
 def test_shares_of_variance_are_etas_squared() -> None:
@@ -98,8 +105,8 @@ def test_the_proxy_is_judged_at_parts_of_the_budget() -> None:
     early = (3.0, 2.0, 1.0)  # at a quarter the order is upside down
     curves = {f"{n:03d}": [line(25, early[n]), line(100, final)] for n, final in enumerate(finals)}
     found = proxy_correlations(trials, curves, "final_distance")
-    assert found[0] == ("25% of the budget", pytest.approx(-1.0), 3)
-    assert found[-1] == ("100% of the budget", pytest.approx(1.0), 3)
+    assert found[0] == ProxyCorrelation(0.25, pytest.approx(-1.0), 3)
+    assert found[-1] == ProxyCorrelation(1.0, pytest.approx(1.0), 3)
     assert proxy_correlations(trials[:2], curves, "final_distance") == []
 
 
@@ -107,12 +114,14 @@ def test_a_recommendation_says_what_it_stands_on() -> None:
     clear = [trial("000", {"patches.p": 0.5}, 0.10), trial("001", {"patches.p": 0.5}, 0.12, 1),
              trial("002", {"patches.p": 1.0}, 0.50), trial("003", {"patches.p": 1.0}, 0.52, 1)]  # fmt: skip
     words = recommendation(ranked(clear), "1 TFLOP")
-    assert words.startswith("Take p 0.5: held-out loss 0.1100 ± 0.0141 (n = 2) at 1 TFLOP a trial")
-    assert "0.4000 ahead of p 1, 28.3 standard errors over 2 seeds" in words  # .4 / sqrt(2 x .0141^2 / 2)
+    assert words.startswith("Take p 0.5: held-out loss 0.1100 ± 0.0141 (n = 2)") and "1 TFLOP" in words
+    assert "0.4000" in words and "p 1," in words and "28.3 standard errors" in words  # .4 / sqrt(2 x .0141^2 / 2)
     close = [*clear[:2], trial("002", {"patches.p": 1.0}, 0.10), trial("003", {"patches.p": 1.0}, 0.13, 1)]
-    assert "do not tell apart" in recommendation(ranked(close), "b")
-    assert "luck is not excluded" in recommendation(ranked(clear[::2]), "b")
-    assert "no other setting" in recommendation(ranked(clear[:1]), "b")
+    assert "standard error of the difference 0.0180" in recommendation(
+        ranked(close), "b"
+    )  # sqrt(.0141^2 / 2 + .0212^2 / 2)
+    assert "standard error" not in recommendation(ranked(clear[::2]), "b")  # one seed each
+    assert "ahead of" not in recommendation(ranked(clear[:1]), "b")
 
 
 @pytest.mark.parametrize(
@@ -120,36 +129,38 @@ def test_a_recommendation_says_what_it_stands_on() -> None:
 )
 def test_the_order_of_p_is_held_beside_the_papers(losses: tuple[float, ...], words: str) -> None:
     trials = [trial(f"{n:03d}", {"patches.p": p}, loss) for n, (p, loss) in enumerate(zip(RATES, losses, strict=True))]
-    curves = {row["name"]: [line(100, row["held_out_loss"])] for row in trials}
-    equal = at_equal(trials, curves, "images_seen")
+    curves = {row.name: [line(100, row.held_out_loss or 0.0)] for row in trials}
+    equal = compare_at_equal_cost(trials, curves, "images_seen")
     assert equal is not None
-    assert f"order of p {words}" in beside_the_paper(equal) and "14.51 at p = 0" in beside_the_paper(equal)
+    assert f"order of p {words}" in compared_with_paper(equal) and "14.51 at p = 0" in compared_with_paper(equal)
 
 
 def test_the_page_is_whole_for_every_outcome(tmp_path: Path) -> None:
     """Finished, stopped and failed trials, several keys, drawn values, and a final distance."""
     space = {"patches.p": {"grid": [0.5, 1.0]}, "optimizer.lr": {"loguniform": [1e-4, 1e-2]}}
-    search = {"space": space, "metric": "held_out_loss", "budget": {"flops": 1e12, "images": None}, "repeats": 1,
-              "also": [], "searcher": "tpe", "scheduler": {"kind": "asha"}}  # fmt: skip
-    write_json(tmp_path / "search.json", {"format_version": 2, "search": search})
+    search = {"space": space, "metric": "held_out_loss", "budget": {"flops": 1e12}, "name": "both",
+              "recipe": "base.yaml", "searcher": "tpe", "trials": 6, "scheduler": {"kind": "asha"}}  # fmt: skip
+    write_json(tmp_path / "search.json", {"format_version": 2, "kind": "search", "run_id": "0", "images": [],
+                                          "search": search, "dataset_fingerprint": "a"})  # fmt: skip
     rows = [
         trial(f"{n:03d}", {"patches.p": p, "optimizer.lr": lr}, loss, final_distance=loss * 2)
         for n, (p, lr, loss) in enumerate(((0.5, 1e-3, 0.2), (1.0, 2e-3, 0.3), (0.5, 5e-3, 0.4), (1.0, 9e-3, 0.5)))
     ]
     rows.append(trial("004", {"patches.p": 0.5, "optimizer.lr": 1e-4}, 0.9, status="stopped"))
-    rows.append({"name": "005", "settings": {"patches.p": 1.0}, "repeat": 0, "status": "failed", "error": "<bad> & so"})
-    write_json_lines(tmp_path / "trials.jsonl", rows)
+    rows.append(TrialRow(name="005", settings={"patches.p": 1.0}, status="failed", error="<bad> & so"))
+    write_trials(tmp_path, rows)
     for row in rows[:5]:
-        (tmp_path / "trials" / row["name"]).mkdir(parents=True)
-        points = [line(images, row["held_out_loss"] + 10 / images) for images in (25, 50, 100)]
-        write_progress(tmp_path / "trials" / row["name"], points)
-    assert len(curve_of(tmp_path, rows[0])) == 3
-    page = "\n".join(search_sections(tmp_path))
+        (tmp_path / "trials" / row.name).mkdir(parents=True)
+        points = [line(images, (row.held_out_loss or 0.0) + 10 / images) for images in (25, 50, 100)]
+        write_progress(tmp_path / "trials" / row.name, points)
+    assert len(held_out_curve(tmp_path, rows[0])) == 3
+    page = str(search_section(tmp_path))
     assert page.count('<g class="point">') == 5  # every trial that has a number
     assert "&lt;bad&gt; &amp; so" in page and "<bad>" not in page
-    for words in ("Which key mattered", "Can the held-out loss be trusted", "stopped at 0.9000", "Not tried",
-                  "At equal FLOPs", "At equal updates", "At equal counted images"):  # fmt: skip
-        assert words in page
-    write_json_lines(tmp_path / "trials.jsonl", rows[5:])
+    headings = re.findall("<h3>(.*?)</h3>", page)
+    assert len(headings) == 7  # frontier, equal cost, curves, importance, proxies, settings, not tried
+    for text in ("0.9000", "equal FLOPs", "equal updates", "equal counted images"):
+        assert text in page
+    write_trials(tmp_path, rows[5:])
     with pytest.raises(UserError, match="no finished trial"):
-        search_sections(tmp_path)
+        search_section(tmp_path)

@@ -18,8 +18,8 @@ from patchloom.errors import UserError
 from patchloom.pipelines.evaluate import evaluate
 from patchloom.pipelines.sample import sample
 from patchloom.pipelines.train.checkpointer import newest_checkpoint
-from patchloom.pipelines.tune import trials, tune
-from patchloom.pipelines.tune.trials import plan_trials
+from patchloom.pipelines.tune import planning, trials, tune
+from patchloom.pipelines.tune.planning import plan_trials
 from patchloom.platform.dataset import open_dataset
 from patchloom.platform.files.storage import read_json, read_json_lines
 from patchloom.platform.recipe import load_recipe, recipe_yaml
@@ -105,7 +105,7 @@ def test_seconds_buy_what_a_step_was_measured_to_take(
     dataset = open_dataset(pixels)
     assert all(trial.recipe and trial.recipe.train.images > 0 for trial in plan_trials(search, base, dataset))
     seconds_of_crop = {16: 0.01, 8: 0.004, 4: 0.001}
-    monkeypatch.setattr(trials, "measured_seconds_of_crop", lambda *_: seconds_of_crop)
+    monkeypatch.setattr(planning, "measured_seconds_of_crop", lambda *_: seconds_of_crop)
     half, full = (trial.recipe for trial in plan_trials(search, base, dataset))
     assert half and full
     # a step has 8 crops of 16 pixels, 16 of 8 or 32 of 4: 0.08, 0.064 or 0.032 s, in shares of .5, .3 and .2
@@ -202,17 +202,17 @@ def test_advice_and_early_stops_end_in_time(ray_cluster: None, pixels: Path, tmp
 def test_a_forgotten_trials_folder_does_not_answer_for_another_setting(pixels: Path, tmp_path: Path) -> None:
     space = {"patches.p": {"uniform": [0, 1]}}
     search, base = load_search(write_search(tmp_path, space=space, searcher="tpe", trials=2))
-    common = trials.trial_config(search, base, open_dataset(pixels), tmp_path, "no-run", 0)
-    one, other = ({"common": common, "settings": {"patches.p": p}} for p in (0.25, 0.75))
-    folder = tmp_path / "trials" / "000"
+    shared = trials.search_job(search, base, open_dataset(pixels), tmp_path, "no-run", 0)
+    one, other = (trials.TrialJob(shared, "000", {"patches.p": p}) for p in (0.25, 0.75))
+    folder = one.folder
     folder.mkdir(parents=True)
-    begun = trials._advised_recipe(one, search, folder)
-    assert begun.patches.p == 0.25
-    (folder / "recipe.yaml").write_text(recipe_yaml(begun))
-    (folder / "trial.json").write_text(json.dumps({"status": "finished", "settings": one["settings"]}))
-    assert trials.is_finished(folder, one["settings"]) and not trials.is_finished(folder, other["settings"])
-    assert trials._advised_recipe(one, search, folder) == begun and (folder / "trial.json").is_file()
-    assert trials._advised_recipe(other, search, folder).patches.p == 0.75
+    recipe = trials._adaptive_recipe(one, folder)
+    assert recipe.patches.p == 0.25
+    (folder / "recipe.yaml").write_text(recipe_yaml(recipe))
+    (folder / "trial.json").write_text(json.dumps(one.row("finished").to_dict()))
+    assert trials.is_finished(folder, one.settings) and not trials.is_finished(folder, other.settings)
+    assert trials._adaptive_recipe(one, folder) == recipe and (folder / "trial.json").is_file()
+    assert trials._adaptive_recipe(other, folder).patches.p == 0.75
     assert not list(folder.iterdir())
 
 

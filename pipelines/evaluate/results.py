@@ -1,0 +1,177 @@
+"""The result of an evaluation: its identity, its files, its notes, and what the command prints."""
+
+import tempfile
+from pathlib import Path
+
+import numpy as np
+from pydantic import JsonValue
+
+from patchloom import __version__
+from patchloom.models.features import Features
+from patchloom.models.metrics import COLOUR_LAYOUT, KID_SUBSET_SIZE, KID_SUBSETS
+from patchloom.pipelines.evaluate.image_sets import ImageSet, SampleImages, sha256_at
+from patchloom.pipelines.evaluate.metrics import NEIGHBOURS, ComparedSets
+from patchloom.pipelines.pages.pictures import save_png, side_by_side
+from patchloom.pipelines.registry.quality import TITLES, Evaluation
+from patchloom.pipelines.registry.version_card import record_evaluation
+from patchloom.platform.files.folder import Folder
+from patchloom.platform.files.storage import make_folder, write_json
+from patchloom.platform.progress import say
+from patchloom.platform.records.evaluation import EvaluationIdentity, EvaluationResult
+
+PICTURED_IMAGES = 16
+# options of the samples that are not part of the identity: the model is what is compared, the others change only the
+# last bits or the file format
+NOT_IN_IDENTITY = ("model", "batch", "threads", "format", "shard_size")
+
+
+def identity_of(sets: ComparedSets, network: Features, reference: str) -> EvaluationIdentity:
+    """Everything that the metrics depend on, except the measured images."""
+    images = sets.samples.images
+    options = {key: value for key, value in images.details.items() if key not in NOT_IN_IDENTITY}
+    seeds = seed_ranges([entry.seed for entry in images.entries]) if isinstance(images, SampleImages) else None
+    return EvaluationIdentity.model_validate({
+        **network.describe().to_json(),
+        "width": len(sets.samples.moments().mean),
+        "quantisation": "uint8",
+        "images": images.kind,
+        "n_samples": len(images),
+        "seeds": seeds,
+        **options,
+        **_reference_identity(sets, reference),
+        "kid_subsets": [KID_SUBSETS, min(KID_SUBSET_SIZE, len(images) // 2)],
+        "neighbours": NEIGHBOURS,
+    })  # fmt: skip
+
+
+def _reference_identity(sets: ComparedSets, reference: str) -> dict[str, JsonValue]:
+    if sets.reference is None:
+        return {"reference": sha256_at(reference), "reference_kind": "statistics", "n_reference": None}
+    images = sets.reference.images
+    return {
+        "reference": images.fingerprint,
+        "reference_kind": images.kind,
+        "n_reference": len(images),
+        "reference_transform": images.details.get("transform"),
+    }
+
+
+def seed_ranges(seeds: list[int]) -> str:
+    """Ascending seeds as ranges: `0-63,70`."""
+    ranges: list[list[int]] = []
+    for seed in seeds:
+        if ranges and seed == ranges[-1][1] + 1:
+            ranges[-1][1] = seed
+        else:
+            ranges.append([seed, seed])
+    return ",".join(str(first) if first == last else f"{first}-{last}" for first, last in ranges)
+
+
+def default_address(images: ImageSet) -> str:
+    """`metrics.json` in a folder that patchloom wrote, next to anything else."""
+    return f"{images.address}/metrics.json" if images.features_folder else f"{images.address}.metrics.json"
+
+
+def write_result(evaluation: Evaluation, sets: ComparedSets, address: str) -> EvaluationResult:
+    """Write the JSON file and its pictures, and add them to the registered version of the samples."""
+    folder, name = Folder.of_file(address)
+    if not folder.is_remote:
+        make_folder(folder.path)
+    images = sets.samples.images
+    with tempfile.TemporaryDirectory() as scratch:
+        place = Path(scratch) / name
+        pictures = _write_pictures(sets, place)
+        result = EvaluationResult(
+            metrics=evaluation.metrics,
+            identity=evaluation.identity,
+            digest=evaluation.digest,
+            model=images.details.get("model"),
+            notes=notes_on(evaluation),
+            pictures=[picture.name for picture in pictures],
+            code_version=__version__,
+        )
+        write_json(place, result.to_dict())
+        for file in (place, *pictures):
+            folder.put(file, file.name)
+        if isinstance(images, SampleImages):
+            record_evaluation(evaluation, images.sampling.lineage, [place, *pictures])
+    return result
+
+
+def _write_pictures(sets: ComparedSets, place: Path) -> list[Path]:
+    """Pictures of the samples next to the file `place`, where their neighbours were computed."""
+    if "neighbours" not in vars(sets):
+        return []
+    pictures = []
+    for name, rows in _pictures(sets).items():
+        pictures.append(place.with_name(f"{place.stem}.{name}.png"))
+        save_png(side_by_side(rows, scale=1 if rows[0].shape[-1] >= 64 else 2), pictures[-1])
+    return pictures
+
+
+def _pictures(sets: ComparedSets) -> dict[str, list[np.ndarray]]:
+    """Samples above the reference images nearest to them; and samples in dense and in sparse regions."""
+    assert sets.reference is not None
+    neighbours, samples, reference = sets.neighbours, sets.samples.images, sets.reference.images
+    nearest = neighbours.nearest.cpu().numpy()
+    pairs = _nearest_pairs(neighbours.nearest_distance.cpu().numpy(), nearest)
+    by_density = (-neighbours.density).argsort(stable=True).cpu().numpy()
+    return {
+        "nearest": [samples.at(pairs), reference.at(nearest[pairs])],
+        "density": [samples.at(by_density[:PICTURED_IMAGES]), samples.at(by_density[-PICTURED_IMAGES:])],
+    }
+
+
+def _nearest_pairs(distance: np.ndarray, nearest: np.ndarray) -> np.ndarray:
+    """The samples nearest to a reference image, at most one per reference image."""
+    order = distance.argsort(kind="stable")
+    _, first = np.unique(nearest[order], return_index=True)
+    return np.asarray(order[np.sort(first)[:PICTURED_IMAGES]])
+
+
+def notes_on(evaluation: Evaluation) -> list[str]:
+    """What a reader of the numbers must know."""
+    metrics = evaluation.metrics
+    notes = [note for name in ("fid", "frechet_distance") for note in _frechet_notes(name, evaluation)]
+    if "sfid" in metrics:
+        notes.append("sFID is unverified: no published value has been reproduced yet")
+    authenticity = metrics.get("authenticity")
+    if isinstance(authenticity, float):
+        notes.append(
+            f"{1 - authenticity:.0%} of the samples are nearer to a reference image than any other reference image "
+            "is. About half of real images are; a much larger share suggests copies"
+        )
+    if evaluation.identity.features == COLOUR_LAYOUT:
+        notes.append("mean colours of tiles show colours and where they are, no finer detail: this is not FID")
+    return notes
+
+
+def _frechet_notes(name: str, evaluation: Evaluation) -> list[str]:
+    metrics, n, notes = evaluation.metrics, evaluation.identity.n_samples, []
+    interval = metrics.get(f"{name}_interval_95")
+    if isinstance(interval, list):
+        # a straight line in 1 / n fits only where there are more samples than features
+        rough = ", a rough extrapolation from few samples" if n < 2 * evaluation.identity.width else ", extrapolated"
+        notes.append(
+            f"{TITLES[name][0]} of {n:,} samples is biased upwards. With unlimited samples it is about "
+            f"{metrics[f'{name}_infinity']:.4g}{rough}. In 95% of draws of {n:,} samples it is between "
+            f"{interval[0]:.4g} and {interval[1]:.4g}. Compare it only at the same n"
+        )
+    if f"{name}_of_real_images" in metrics:
+        notes.append(
+            f"{n:,} real images have a {TITLES[name][0]} of {metrics[f'{name}_of_real_images']:.4g} from the other ones"
+        )
+    return notes
+
+
+def print_result(result: EvaluationResult) -> None:
+    """Print the metrics and the notes."""
+    identity = result.identity
+    reference = f"{identity.n_reference:,} images" if identity.n_reference else "statistics"
+    say(f"  {identity.n_samples:,} {identity.images} against {reference}, features {identity.features}")
+    for name, (title, _) in TITLES.items():
+        if name in result.metrics:
+            error = result.metrics.get(f"{name}_standard_error")
+            say(f"    {title:<16} {result.metrics[name]:.4f}" + (f" ± {error:.4f}" if error is not None else ""))
+    for note in result.notes:
+        say(f"  {note}")

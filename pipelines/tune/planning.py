@@ -1,0 +1,187 @@
+"""Planning: which trials a search runs, how long each one is, and what it is expected to cost."""
+
+import random
+from dataclasses import dataclass
+
+import torch
+from pydantic import JsonValue
+
+from patchloom.errors import UserError
+from patchloom.models.cards import DenoiserConfig
+from patchloom.models.cost import measured_seconds_of_crop, step_cost
+from patchloom.models.denoiser import build_denoiser
+from patchloom.models.flops import training_flops
+from patchloom.models.generate import one_thread
+from patchloom.models.loss import HELD_OUT_SIGMAS
+from patchloom.models.normalisation import identity_normalisation
+from patchloom.models.step_plan import StepSettings
+from patchloom.pipelines.train.monitor import HELD_OUT_IMAGES
+from patchloom.pipelines.train.run import step_settings
+from patchloom.pipelines.train.training import new_model_card
+from patchloom.pipelines.tune.ranking import setting_title
+from patchloom.platform.dataset.prepared import Dataset
+from patchloom.platform.recipe.run_recipe import Recipe, with_values
+from patchloom.platform.recipe.search import BUDGET_SHARE, Search, TrialBudget
+
+TRIED_DRAWS = 8
+TRAINING_OVER_FORWARD = 3  # a backward pass costs as much as two forward passes
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One run of a search: its setting, which repeat of it, and its recipe, or the problem if it has none."""
+
+    settings: dict[str, JsonValue]
+    repeat: int
+    recipe: Recipe | None
+    problem: str = ""
+
+
+def plan_trials(search: Search, base: Recipe, dataset: Dataset, lengths: list[int | None] | None = None) -> list[Trial]:
+    """Every trial of a grid search in order. A setting that does not fit the dataset has a problem and no recipe.
+
+    Args:
+        search: the search.
+        base: the recipe that the settings change.
+        dataset: the dataset of all trials.
+        lengths: counted images per setting that an earlier call found; a budget in seconds is measured only once.
+
+    Raises:
+        UserError: a setting is not a valid recipe, or no setting fits the dataset.
+    """
+    planned = []
+    for number, setting in enumerate(search.settings()):
+        length = lengths[number] if lengths else None
+        planned += [
+            _planned_trial(search, base, dataset, number, setting, repeat, length) for repeat in range(search.repeats)
+        ]
+    if all(trial.recipe is None for trial in planned):
+        raise UserError(planned[0].problem)
+    return planned
+
+
+def _planned_trial(
+    search: Search, base: Recipe, dataset: Dataset, number: int, setting: dict[str, JsonValue], repeat: int,
+    length: int | None,
+) -> Trial:  # fmt: skip
+    where = f"setting {number} ({setting_title(setting)})"
+    try:
+        recipe = recipe_of_setting(search, base, setting)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
+    try:
+        return Trial(setting, repeat, trial_recipe(search, recipe, dataset, setting, repeat, length))
+    except UserError as error:
+        return Trial(setting, repeat, None, f"{where}: {error}")
+
+
+def recipe_of_setting(search: Search, base: Recipe, setting: dict[str, JsonValue]) -> Recipe:
+    """The recipe of a setting, before the budget sets its length; raises UserError if it is not a valid recipe."""
+    return with_values(base, {**search.set, **{key: value for key, value in setting.items() if key != BUDGET_SHARE}})
+
+
+def trial_recipe(
+    search: Search, recipe: Recipe, dataset: Dataset, setting: dict[str, JsonValue], repeat: int = 0,
+    length: int | None = None,
+) -> Recipe:  # fmt: skip
+    """The recipe of a trial, as long as its budget allows; raises UserError if it does not fit the dataset."""
+    new_model_card(recipe, dataset)
+    share = setting.get(BUDGET_SHARE, 1)
+    assert isinstance(share, (int, float))
+    images = length or max(1, round(images_for(search.budget, recipe, dataset) * share))
+    fractions = {key: max(1, round(fraction * images)) for key, fraction in search.of_budget.items()}
+    trial = with_values(recipe, {"train.images": images, **fractions, "seed": recipe.seed + repeat})
+    _check_metric(search, trial)
+    return trial
+
+
+def _check_metric(search: Search, trial: Recipe) -> None:
+    """Raise UserError for a trial that does not measure its metric, or not before it may be stopped."""
+    previews = trial.preview.every_images * trial.preview.frechet_samples
+    if search.metric == "preview_frechet_distance" and not previews:
+        raise UserError(f"metric: {search.metric} is not measured: set preview.frechet_samples and every_images")
+    if search.stops_early and not (trial.train.held_out_every_images or trial.preview.every_images):
+        raise UserError(
+            f"scheduler: asha needs {search.metric} during training: set of_budget.train.held_out_every_images"
+        )
+
+
+def full_length_recipe(base: Recipe, settings: dict[str, JsonValue]) -> Recipe:
+    """The recipe of a setting with the length, ramps and previews of the base recipe."""
+    return with_values(base, {key: value for key, value in settings.items() if key != BUDGET_SHARE})
+
+
+def check_space(search: Search, base: Recipe, dataset: Dataset) -> None:
+    """Try a few draws of an adaptive search; raises UserError if none of them fits the dataset."""
+    generator, problems = random.Random(search.seed), list[str]()
+    for _ in range(TRIED_DRAWS):
+        setting = search.draw(generator)
+        try:
+            trial_recipe(search, recipe_of_setting(search, base, setting), dataset, setting, length=1)
+            return
+        except UserError as error:
+            problems.append(f"{setting_title(setting)}: {error}")
+    raise UserError(f"no setting of the space fits the dataset; for example {problems[0]}")
+
+
+def images_for(budget: TrialBudget, recipe: Recipe, dataset: Dataset) -> int:
+    """The counted images that a recipe can train on within a budget, from the mean cost of its steps."""
+    denoiser, settings = _denoiser_and_settings(recipe, dataset)
+    per_update = settings.batch_size * settings.schedule.mean_multiplier
+    if budget.images is not None:
+        return budget.images
+    if budget.updates is not None:
+        return round(budget.updates * per_update)
+    if budget.flops is not None:
+        return max(1, round(budget.flops / _flops_of_update(denoiser, settings) * per_update))
+    assert budget.seconds is not None  # a budget has exactly one unit
+    return max(1, round(budget.seconds / seconds_of_update(recipe, dataset) * per_update))
+
+
+def _denoiser_and_settings(recipe: Recipe, dataset: Dataset) -> tuple[DenoiserConfig, StepSettings]:
+    denoiser = new_model_card(recipe, dataset).denoiser
+    return denoiser, step_settings(recipe, denoiser.resolution)
+
+
+def search_flops(search: Search, base: Recipe, dataset: Dataset, planned: list[Trial]) -> float:
+    """The expected FLOPs of all trials. For an adaptive search, every trial counts like the base recipe."""
+    if planned:
+        return sum(trial_flops(trial.recipe, dataset) for trial in planned if trial.recipe)
+    typical = trial_recipe(search, recipe_of_setting(search, base, {}), dataset, {})
+    return search.trials * trial_flops(typical, dataset)
+
+
+def trial_flops(recipe: Recipe, dataset: Dataset) -> float:
+    """The expected FLOPs of the steps of a trial."""
+    denoiser, settings = _denoiser_and_settings(recipe, dataset)
+    return settings.updates * _flops_of_update(denoiser, settings)
+
+
+def _flops_of_update(denoiser: DenoiserConfig, settings: StepSettings) -> float:
+    cost_of_crop = {size.pixels: float(training_flops(denoiser, size.pixels)) for size in settings.schedule.sizes}
+    return step_cost(settings, cost_of_crop, 1)[0]
+
+
+def seconds_of_update(recipe: Recipe, dataset: Dataset) -> float:
+    """The mean seconds per step, measured now with one thread (as in a trial) or on the GPU."""
+    settings, seconds_of_crop = _measured_crops(recipe, dataset)
+    return step_cost(settings, seconds_of_crop, 1)[0]
+
+
+def seconds_of_trial(recipe: Recipe, dataset: Dataset) -> float:
+    """The seconds of the steps and held-out losses of a trial, without its start, from a few measured steps."""
+    settings, seconds_of_crop = _measured_crops(recipe, dataset)
+    train, rows = recipe.train, len(dataset.indices("held_out", recipe.data.held_out_fraction))
+    every = train.held_out_every_images or recipe.preview.every_images
+    measurements = 1 + (train.images // every if every else 0)
+    held_out_crops = measurements * min(rows, HELD_OUT_IMAGES) * len(HELD_OUT_SIGMAS)
+    forward = seconds_of_crop[settings.schedule.sizes[0].pixels] / TRAINING_OVER_FORWARD
+    return settings.updates * step_cost(settings, seconds_of_crop, 1)[0] + held_out_crops * forward
+
+
+def _measured_crops(recipe: Recipe, dataset: Dataset) -> tuple[StepSettings, dict[int, float]]:
+    denoiser, settings = _denoiser_and_settings(recipe, dataset)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    with one_thread():
+        network = build_denoiser(denoiser).to(device).train()
+        return settings, measured_seconds_of_crop(network, settings, identity_normalisation(network.channels))
