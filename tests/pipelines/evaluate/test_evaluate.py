@@ -238,10 +238,10 @@ def _not_an_npz(folder: Path) -> str:
         (_with_another_size, lambda f: _of_size(f, 12), r"003\.png.*20x20.*000\.png.*12x12"),
         (_of_jpegs, lambda f: _of_size(f, 12), LEFT_OUT),
         (lambda f: _of_size(f, 12), _of_jpegs, LEFT_OUT),
-        (lambda f: _of_size(f, 12), lambda f: _of_size(f, 14), "samples are 12x12 and the reference is 14x14"),
+        (lambda f: _of_size(f, 12), lambda f: _of_size(f, 14), r"12x12.*14x14"),
         (lambda f: str(pictures(f, noise(1))), lambda f: _of_size(f, 12), "1 image"),
-        (lambda f: str(f), lambda f: _of_size(f, 12), "does not exist"),
-        (lambda f: _of_size(f, 12), _statistics_of_others, "are 5 wide and the features of the samples 48"),
+        (lambda f: str(f), lambda f: _of_size(f, 12), "ours"),
+        (lambda f: _of_size(f, 12), _statistics_of_others, r"\b5\b.*\b48\b"),
         (lambda f: _of_size(f, 12), _not_an_npz, r"theirs\.npz"),
     ],
 )
@@ -265,10 +265,10 @@ def test_a_changed_sample_is_refused(samples: Path, pixels: Path, tmp_path: Path
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"metrics": ("fidd",)}, "fidd is not offered: choose among fid, sfid"),
-        ({"metrics": ("fid",)}, "fid is measured on inception-2015-12-05"),
+        ({"metrics": ("fidd",)}, "fidd.*fid, sfid, kid"),
+        ({"metrics": ("fid",)}, "fid.*inception-2015-12-05"),
         ({"features": "nowhere.pt"}, r"nowhere\.pt.*inception, colours, dinov2"),
-        ({"metrics": ("psnr",)}, "psnr and ssim compare an image with its own"),
+        ({"metrics": ("psnr",)}, "psnr.*latents.*pixels"),
     ],
 )
 def test_metrics_that_do_not_fit_are_refused(options: dict[str, Any], words: str, tmp_path: Path) -> None:
