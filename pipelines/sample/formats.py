@@ -17,7 +17,6 @@ import pyarrow as pa
 import pyarrow.parquet
 
 from patchloom.pipelines.pages.pictures import png_bytes, png_pixels
-from patchloom.pipelines.sample.options import FORMAT_NAMES
 from patchloom.platform.files.folder import Folder
 from patchloom.platform.records.samples import ManifestEntry
 
@@ -198,16 +197,10 @@ def join_npz(folder: Folder, entries: list[ManifestEntry], name: str) -> None:
         folder.put(path, name)
 
 
-FORMATS = dict(
-    zip(
-        FORMAT_NAMES,
-        (
-            Format(".png", png_bytes, None, _unpack_png),
-            Format(".zip", png_bytes, _pack_zip, _unpack_zip),
-            Format(".tar", png_bytes, _pack_tar, _unpack_tar),
-            Format(".parquet", png_bytes, _pack_parquet, _unpack_parquet),
-            Format(".npz", _pixels_last, _pack_npz, _unpack_npz),
-        ),
-        strict=True,
-    )
-)
+FORMATS = {
+    "png": Format(".png", png_bytes, None, _unpack_png),
+    "zip": Format(".zip", png_bytes, _pack_zip, _unpack_zip),
+    "webdataset": Format(".tar", png_bytes, _pack_tar, _unpack_tar),
+    "parquet": Format(".parquet", png_bytes, _pack_parquet, _unpack_parquet),
+    "npz": Format(".npz", _pixels_last, _pack_npz, _unpack_npz),
+}

@@ -11,6 +11,7 @@ from patchloom.models.sampling_options import SamplingOptions, option
 if TYPE_CHECKING:
     from patchloom.models.generate import Sampling
 
+# declared here because `formats.py` imports numpy and pyarrow
 FORMAT_NAMES = ("png", "zip", "webdataset", "parquet", "npz")
 
 

@@ -11,7 +11,8 @@ from PIL import Image
 
 from patchloom.errors import UserError
 from patchloom.pipelines.sample import sample
-from patchloom.pipelines.sample.options import SampleOptions
+from patchloom.pipelines.sample.formats import FORMATS
+from patchloom.pipelines.sample.options import FORMAT_NAMES, SampleOptions
 from patchloom.pipelines.sample.sampler import Sampler
 
 pytestmark = pytest.mark.ray
@@ -79,6 +80,10 @@ def test_signatures_show_the_options() -> None:
     assert shown["steps"].default == 18 and shown["guidance"].default == 1.0
     assert inspect.signature(Sampler).parameters["batch"].default == 8
     assert not {"out", "format", "labels"} & inspect.signature(Sampler).parameters.keys()
+
+
+def test_every_format_is_an_option() -> None:
+    assert tuple(FORMATS) == FORMAT_NAMES
 
 
 def test_unknown_options_are_a_type_error(champion: str, tmp_path: Path) -> None:
