@@ -12,7 +12,7 @@ from patchloom.errors import UserError
 
 PACKAGE = Path(patchloom.__file__).parent
 RECIPES, RECIPE_SUFFIXES = "tune_configs", (".yaml", ".json")
-TEMPLATES = "templates"
+TEMPLATE_FOLDER = "templates"
 DIST_INFO = f"patchloom-{patchloom.__version__}.dist-info"
 WHEEL_FILE = "Wheel-Version: 1.0\nGenerator: patchloom\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
 
@@ -50,7 +50,7 @@ def _code() -> dict[str, bytes]:
 def _code_files(folder: Path) -> set[Path]:
     """Python files in a folder and below it, `py.typed`, the templates of pages, and the recipes."""
     data = [path for path in folder.glob("*") if path.suffix in RECIPE_SUFFIXES and folder.name == RECIPES]
-    return {*folder.rglob("*.py"), *folder.glob("*.typed"), *folder.rglob(f"{TEMPLATES}/*"), *data}
+    return {*folder.rglob("*.py"), *folder.glob("*.typed"), *folder.rglob(f"{TEMPLATE_FOLDER}/*"), *data}
 
 
 def _dist_info() -> dict[str, bytes]:
