@@ -46,7 +46,7 @@ def evaluate(
             save_reference=save_reference, workers=workers, batch=batch,
         )  # fmt: skip
     if as_json:
-        print_json(result)
+        print_json(result.to_dict())
 
 
 def report(
