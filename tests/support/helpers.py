@@ -4,6 +4,7 @@ import hashlib
 import os
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,6 +17,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+from patchloom.platform.files.folder import Folder
 from patchloom.platform.recipe import Recipe, check_recipe, with_values
 
 
@@ -103,3 +105,18 @@ def shard_hashes(folder: Path) -> dict[str, str]:
     """The sha256 of every shard of a dataset, by its file's name."""
     files = sorted((folder / "shards").iterdir())
     return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
+
+
+def names_in(folder: Path) -> list[str]:
+    """Files that are not hidden."""
+    return [name for name in Folder(str(folder)).files() if "/." not in f"/{name}"]
+
+
+def within(seconds: float, work: Callable[[], Any]) -> Any:
+    """What `work` returns; fails where it does not come back."""
+    out: list[Any] = []
+    thread = threading.Thread(target=lambda: out.append(work()), daemon=True)
+    thread.start()
+    thread.join(seconds)
+    assert out, f"nothing came back within {seconds} s"
+    return out[0]

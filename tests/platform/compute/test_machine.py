@@ -1,4 +1,4 @@
-"""Machine: what a node is busy with, and what workers lose by waiting for one another."""
+"""The machine: its load, the straggler loss of workers, and the memory that a process keeps."""
 
 import os
 import platform
@@ -31,7 +31,7 @@ OF_ALL = {
 OF_A_GPU = r"gpu_\d+_(utilization_percentage|memory_usage_percentage|power_usage_watts)"
 
 
-def test_the_load_is_what_the_machine_says() -> None:
+def test_the_load_equals_that_of_the_machine() -> None:
     before, load, after = psutil.net_io_counters(), system_load(), psutil.net_io_counters()
     assert load.keys() >= OF_ALL
     assert all(re.fullmatch(OF_A_GPU, name) for name in load.keys() - OF_ALL)
@@ -44,7 +44,7 @@ def test_the_load_is_what_the_machine_says() -> None:
     assert before.bytes_sent <= round(load["network_transmit_megabytes"] * 1e6) <= after.bytes_sent
 
 
-def test_what_a_machine_does_not_tell_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_values_that_the_machine_does_not_provide_are_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(psutil, "PROCFS_PATH", str(tmp_path))  # as in a sandbox
     assert {name for name in system_load() if not re.fullmatch(OF_A_GPU, name)} == {
         "disk_usage_percentage",
@@ -52,7 +52,7 @@ def test_what_a_machine_does_not_tell_is_left_out(tmp_path: Path, monkeypatch: p
     }
 
 
-def test_the_processor_is_measured_since_the_last_call() -> None:
+def test_the_cpu_load_is_measured_since_the_last_call() -> None:
     system_load()
     until = time.process_time() + 0.4
     while time.process_time() < until:
@@ -89,7 +89,7 @@ def waits_of(reduce_waits: list[list[float]]) -> list[dict[str, float]]:
         ([[], []], 0.0),
     ],
 )
-def test_straggler_loss_is_the_wait_beyond_that_of_who_came_last(waits: list[list[float]], lost: float) -> None:
+def test_straggler_loss_is_the_wait_beyond_that_of_the_slowest_worker(waits: list[list[float]], lost: float) -> None:
     told = waits_of(waits)
     for mine, said in zip(waits, told, strict=True):
         assert said["straggler"] == pytest.approx(lost, abs=1e-6)
@@ -116,7 +116,7 @@ print(sorted(rounds)[5])
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc is told")
-def test_memory_that_tensors_free_is_not_cleared_anew() -> None:
+def test_the_memory_of_freed_tensors_is_reused() -> None:
     environment = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
 
     def faults(*how: str) -> int:

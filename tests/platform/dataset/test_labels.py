@@ -1,4 +1,4 @@
-"""Labels: classes told by folders, by files that lie beside the images, or by a file of the user's."""
+"""Labels: found in the source or in a separate file, by name or number, and errors that name what is wrong."""
 
 import io
 import json

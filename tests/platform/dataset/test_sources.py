@@ -1,16 +1,10 @@
 """Sources: whatever people keep images in, here or far away, gives the same inputs, and what is broken says so."""
 
 import gzip
-import io
 import json
-import os
-import subprocess
-import sys
 import tarfile
-import zipfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import boto3
 import fsspec
@@ -18,59 +12,24 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
-from PIL import Image
+from sources_on_disk import (
+    CLASSES,
+    ENCODED,
+    LABELS,
+    MEMBERS,
+    NAMES,
+    NUMBERS,
+    PIXELS,
+    arrow_stream,
+    write_files,
+    write_tar,
+    write_zip,
+)
 
-from patchloom.errors import UserError
 from patchloom.pipelines.prepare.images import decode
 from patchloom.platform.dataset.readers import SourceReader
 from patchloom.platform.dataset.sources import Source, duplicate_positions, open_source
 from patchloom.platform.files.folder import Folder
-
-PIXELS = np.random.default_rng(0).integers(0, 256, (6, 4, 5, 3), dtype=np.uint8)
-NAMES = ["dog/9.png", "cat/1.png", "dog/2.png", "cat/10.png", "dog/3.png", "cat/4.png"]  # in no order
-LABELS = [1, 0, 1, 0, 1, 0]
-CLASSES = ["cat", "dog"]
-NUMBERS = [str(row) for row in range(6)]
-
-
-def png(pixels: np.ndarray) -> bytes:
-    file = io.BytesIO()
-    Image.fromarray(pixels).save(file, "png")
-    return file.getvalue()
-
-
-ENCODED = [png(pixels) for pixels in PIXELS]
-
-
-def write_files(folder: Path, files: dict[str, bytes]) -> Path:
-    folder.mkdir(exist_ok=True)
-    for name, content in files.items():
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_bytes(content)
-    return folder
-
-
-def write_tar(path: Path, members: list[tuple[str, bytes]], mode: str = "w") -> Path:
-    with tarfile.open(path, mode) as archive:
-        for name, content in members:
-            member = tarfile.TarInfo(name)
-            member.size = len(content)
-            archive.addfile(member, io.BytesIO(content))
-    return path
-
-
-def write_zip(path: Path, members: list[tuple[str, bytes]]) -> Path:
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
-        for name, content in members:
-            archive.writestr(name, content)
-    return path
-
-
-def arrow_stream(table: pa.Table) -> bytes:
-    sink = pa.BufferOutputStream()
-    with pa.ipc.new_stream(sink, table.schema) as writer:
-        writer.write_table(table)
-    return bytes(sink.getvalue())
 
 
 def inputs_of(address: str | Path) -> tuple[list[str], list[int], list[str]]:
@@ -87,7 +46,6 @@ def contents_of(source: Source) -> list[np.ndarray]:
 # the keys, classes and rows that must come out, the rows in numbers of PIXELS.
 Written = tuple[str, list[str], list[int]]
 BY_NAME = sorted(range(6), key=NAMES.__getitem__)
-MEMBERS = [("cat/", b""), *zip(NAMES, ENCODED, strict=True), ("README.txt", b"no input")]
 STRUCTS = [{"bytes": content, "path": None} for content in ENCODED]
 FEATURES = {"photo": {"_type": "Image"}, "label": {"_type": "ClassLabel", "names": CLASSES}}
 
@@ -341,116 +299,3 @@ def test_a_remote_source_may_be_a_whole_bucket() -> None:
 def test_a_folder_of_images_may_contain_an_unrelated_state_json(tmp_path: Path) -> None:
     write_files(tmp_path, {"a.png": ENCODED[0], "state.json": b'{"epoch": 3}'})
     assert inputs_of(tmp_path)[0] == ["a.png"]
-
-
-def whole_tar(here: Path) -> tuple[bytes, list[int]]:
-    path = write_tar(here / "whole.tar", [(name, ENCODED[0]) for name in ("a.png", "b.png", "c.png")])
-    with tarfile.open(path) as archive:
-        return path.read_bytes(), [member.offset for member in archive.getmembers()]
-
-
-def changed(content: bytes, at: int) -> bytes:
-    return content[:at] + bytes([content[at] ^ 255]) + content[at + 1 :]
-
-
-def npz(here: Path, **arrays: Any) -> bytes:
-    np.savez(here / "arrays.npz", **arrays)
-    return (here / "arrays.npz").read_bytes()
-
-
-def parquet(here: Path, **columns: Any) -> bytes:
-    pyarrow.parquet.write_table(pa.table(columns), here / "table.parquet")
-    return (here / "table.parquet").read_bytes()
-
-
-OTHERS = np.arange(6 * 60, dtype=np.uint8).reshape(6, 4, 5, 3)
-BROKEN: dict[str, tuple[str, Callable[[Path], bytes], str]] = {
-    "a film": ("film.mp4", lambda here: b"film", "film.mp4"),
-    "a text as zip": ("x.zip", lambda here: b"text", "x.zip"),
-    "half a zip": ("x.zip", lambda here: write_zip(here / "a.zip", MEMBERS).read_bytes()[:300], "x.zip"),
-    "a zip without images": ("x.zip", lambda here: write_zip(here / "a.zip", MEMBERS[-1:]).read_bytes(), ".png"),
-    "a text as tar": ("x.tar", lambda here: b"text" * 1000, "x.tar"),
-    "an empty tar": ("x.tar", lambda here: b"", "x.tar"),
-    "a tar cut in an image": ("x.tar", lambda here: whole_tar(here)[0][: whole_tar(here)[1][1] + 600], "x.tar"),
-    "a tar cut in a header": ("x.tar", lambda here: whole_tar(here)[0][: whole_tar(here)[1][1] + 99], "x.tar"),
-    "a damaged header": ("x.tar", lambda here: changed(whole_tar(here)[0], whole_tar(here)[1][1]), "x.tar"),
-    "half a tar.gz": (
-        "x.tar.gz",
-        lambda here: write_tar(here / "a.tgz", MEMBERS[1:], "w:gz").read_bytes()[:200],
-        "x.tar.gz",
-    ),
-    "an empty tar.gz": ("x.tar.gz", lambda here: b"", "x.tar.gz"),
-    "a text as parquet": ("x.parquet", lambda here: b"text" * 9, "x.parquet"),
-    "half a parquet": ("x.parquet", lambda here: parquet(here, image=ENCODED)[:-9], "x.parquet"),
-    "a text as arrow": ("x.arrow", lambda here: b"text" * 9, "x.arrow"),
-    "no column of images": ("x.parquet", lambda here: parquet(here, text=["a"], label=[0]), "text, label"),
-    "half an npz": ("x.npz", lambda here: npz(here, images=PIXELS)[:-30], "x.npz"),
-    "a damaged npz": ("x.npz", lambda here: changed(npz(here, images=OTHERS), 400), "x.npz"),
-    "an npz without images": ("x.npz", lambda here: npz(here, weights=PIXELS), "weights"),
-    "images of floats": ("x.npz", lambda here: npz(here, images=PIXELS / 255), "float64"),
-    "too few labels": ("x.npz", lambda here: npz(here, images=PIXELS, labels=[1]), "6 images and 1 labels"),
-    "labels of Python objects": (
-        "x.npz",
-        lambda here: npz(here, images=PIXELS, labels=np.array(list("aabbab"), object)),
-        "label",
-    ),
-}
-
-
-@pytest.mark.parametrize("case", BROKEN)
-def test_the_error_of_a_damaged_file_names_it_in_one_line(case: str, tmp_path: Path) -> None:
-    name, content, named = BROKEN[case]
-    (tmp_path / name).write_bytes(content(tmp_path))
-    with pytest.raises(UserError) as error:
-        open_source(str(tmp_path / name))
-    message = str(error.value)
-    assert named in message and str(tmp_path) in message and "\n" not in message
-
-
-@pytest.mark.parametrize(
-    ("files", "named"),
-    [
-        ({"README.txt": b""}, ".png"),
-        ({"dataset_dict.json": b"{}", "train/state.json": b"{}", "test/x.arrow": b""}, "test, train"),
-        (
-            {"state.json": b'{"_data_files": [{"filename": "data-0.arrow"}]}', "dataset_info.json": b"{}"},
-            "data-0.arrow",
-        ),
-    ],
-    ids=["no image", "several splits", "a saved dataset without its file"],
-)
-def test_the_error_of_a_folder_that_is_not_a_source_names_it_in_one_line(
-    files: dict[str, bytes], named: str, tmp_path: Path
-) -> None:
-    with pytest.raises(UserError) as error:
-        open_source(str(write_files(tmp_path, files)))
-    message = str(error.value)
-    assert named in message and str(tmp_path) in message and "\n" not in message
-
-
-def test_the_error_of_a_missing_source_names_it(tmp_path: Path) -> None:
-    for address in (f"{tmp_path}/nothing", f"{tmp_path}/nothing.zip", "memory://nothing/here"):
-        with pytest.raises(UserError, match=address):
-            open_source(address)
-
-
-def test_a_damaged_archive_is_refused_at_every_attempt(tmp_path: Path) -> None:
-    whole = write_tar(tmp_path / "whole.tgz", MEMBERS[1:], "w:gz").read_bytes()
-    (tmp_path / "half.tgz").write_bytes(whole[: len(whole) // 2])
-    code = f"""
-from patchloom.errors import UserError
-from patchloom.platform.dataset.sources import open_source
-for _ in range(2):
-    try:
-        open_source({str(tmp_path / "half.tgz")!r})
-    except UserError:
-        print("refused")
-"""
-    environment = {**os.environ, "PATCHLOOM_CACHE": str(tmp_path / "cache")}
-    process = subprocess.Popen([sys.executable, "-c", code], env=environment, stdout=subprocess.PIPE, text=True)
-    try:
-        output, _ = process.communicate(timeout=10)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        output, _ = process.communicate()
-    assert output.split() == ["refused", "refused"]  # with a lock left behind, the second attempt would wait for ever
