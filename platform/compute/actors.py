@@ -12,22 +12,22 @@ from patchloom.platform.compute.session import begin_work, ray_session, session_
 
 Argument = TypeVar("Argument")
 Item = TypeVar("Item")
-Result = TypeVar("Result")
+ItemResult = TypeVar("ItemResult")
 
 Report = Callable[[int], None]  # called while an item is processed, with how much of it is done
-Actor = Callable[[Item, Report], Result]
+Actor = Callable[[Item, Report], ItemResult]
 
 COUNT_EVERY_S = 1.0  # how often the progress of a pool is read
 
 
 def map_on_actors(
-    actor: Callable[[Argument], Actor[Item, Result]],
+    actor: Callable[[Argument], Actor[Item, ItemResult]],
     argument: Argument,
     items: Sequence[Item],
     workers: int | None,
     on_gpus: bool = False,
     watch: Callable[[int], None] | None = None,
-) -> Iterator[tuple[Item, Result]]:
+) -> Iterator[tuple[Item, ItemResult]]:
     """Process items on a pool of actors. Each process calls `actor(argument)` once, and the result for each item.
 
     An actor that dies is restarted up to twice, and its item is processed again. The pool starts work as soon as its
@@ -58,11 +58,11 @@ def map_on_actors(
 
 
 def _map_here(
-    actor: Callable[[Argument], Actor[Item, Result]],
+    actor: Callable[[Argument], Actor[Item, ItemResult]],
     argument: Argument,
     items: Sequence[Item],
     watch: Callable[[int], None] | None,
-) -> Iterator[tuple[Item, Result]]:
+) -> Iterator[tuple[Item, ItemResult]]:
     begin_work()
     process, counts = actor(argument), ItemCounts()
 
@@ -76,10 +76,10 @@ def _map_here(
 
 
 @dataclass(frozen=True)
-class _Call(Generic[Argument, Item, Result]):
+class _Call(Generic[Argument, Item, ItemResult]):
     """What an actor's process needs: its class, the argument, and the handle of the counter, if progress is watched."""
 
-    actor: Callable[[Argument], Actor[Item, Result]]
+    actor: Callable[[Argument], Actor[Item, ItemResult]]
     argument: Argument
     counter: Any
 
@@ -102,8 +102,8 @@ class _ActorProcess:
 
 
 def _map_on_ray(
-    call: _Call[Argument, Item, Result], items: Sequence[Item], workers: int | None, on_gpus: bool
-) -> Iterator[tuple[int, Result]]:
+    call: _Call[Argument, Item, ItemResult], items: Sequence[Item], workers: int | None, on_gpus: bool
+) -> Iterator[tuple[int, ItemResult]]:
     import ray.data
     import ray.util.annotations
 

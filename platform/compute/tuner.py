@@ -12,7 +12,7 @@ from patchloom.platform.compute.workers import TRIAL_CPUS
 if TYPE_CHECKING:
     from optuna import Trial
 
-Job = TypeVar("Job")
+TrialJob = TypeVar("TrialJob")
 EXPERIMENT_NAME = "tune"
 JOB_KEY = "planned"  # the key of a job in the configuration that Ray Tune keeps
 RETRIES = 1  # of a trial whose process died
@@ -49,7 +49,7 @@ class TuneResources:
 
 
 @dataclass(frozen=True)
-class OptunaSettings(Generic[Job]):
+class OptunaSettings(Generic[TrialJob]):
     """A search whose settings follow from the results of earlier trials, by Optuna's TPE.
 
     Args:
@@ -59,7 +59,7 @@ class OptunaSettings(Generic[Job]):
         seed: seed of the sampler.
     """
 
-    suggest: "Callable[[Trial], Job]"
+    suggest: "Callable[[Trial], TrialJob]"
     trials: int
     objectives: tuple[str, ...]
     seed: int
@@ -83,20 +83,20 @@ class AshaSettings:
 
 
 @dataclass(frozen=True)
-class EndedJob(Generic[Job]):
+class EndedJob(Generic[TrialJob]):
     """A job that has ended, and the last line of its error if it failed."""
 
-    job: Job
+    job: TrialJob
     problem: str | None = None
 
 
 def run_on_tune(
-    function: Callable[[Job], None],
-    source: list[Job] | OptunaSettings[Job],
+    function: Callable[[TrialJob], None],
+    source: list[TrialJob] | OptunaSettings[TrialJob],
     scratch: Path,
     resources: TuneResources,
     asha: AshaSettings | None = None,
-) -> list[EndedJob[Job]]:
+) -> list[EndedJob[TrialJob]]:
     """Run a function for every job on Ray Tune.
 
     A job whose process died runs once more. A search with Optuna or ASHA that was killed continues from its state in
@@ -117,13 +117,17 @@ def run_on_tune(
         return [EndedJob(result.config[JOB_KEY], _last_line(result.error)) for result in tuner.fit()]
 
 
-def _trainable(function: Callable[[Job], None]) -> Callable[[dict[str, Job]], None]:
+def _trainable(function: Callable[[TrialJob], None]) -> Callable[[dict[str, TrialJob]], None]:
     """The function with the signature that Ray Tune calls."""
     return lambda config: function(config[JOB_KEY])
 
 
 def _new_tuner(
-    trainable: Any, source: list[Job] | OptunaSettings[Job], scratch: Path, parallel: int, asha: AshaSettings | None
+    trainable: Any,
+    source: list[TrialJob] | OptunaSettings[TrialJob],
+    scratch: Path,
+    parallel: int,
+    asha: AshaSettings | None,
 ) -> Any:
     from ray import tune
 
@@ -161,7 +165,7 @@ def _scheduler(asha: AshaSettings) -> Any:
     )
 
 
-def _searcher(settings: OptunaSettings[Job]) -> Any:
+def _searcher(settings: OptunaSettings[TrialJob]) -> Any:
     import optuna
     from ray.tune.search.optuna import OptunaSearch
 
@@ -183,12 +187,12 @@ def _searcher(settings: OptunaSettings[Job]) -> Any:
 
 
 @dataclass(frozen=True)
-class _DefineByRun(Generic[Job]):
+class _DefineByRun(Generic[TrialJob]):
     """The suggestions of an Optuna trial in the form that Ray Tune expects."""
 
-    suggest: "Callable[[Trial], Job]"
+    suggest: "Callable[[Trial], TrialJob]"
 
-    def __call__(self, optuna_trial: "Trial") -> dict[str, Job]:
+    def __call__(self, optuna_trial: "Trial") -> dict[str, TrialJob]:
         return {JOB_KEY: self.suggest(optuna_trial)}
 
 

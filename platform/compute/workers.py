@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 Config = TypeVar("Config")
-Result = TypeVar("Result")
+LoopResult = TypeVar("LoopResult")
 
 TRIAL_CPUS = 0.01  # reserved for the process of a trial that waits for its own workers
 
@@ -65,14 +65,14 @@ class Worker:
 
 
 def run_workers(
-    loop: Callable[[Worker, Config], Result],
+    loop: Callable[[Worker, Config], LoopResult],
     config: Config,
     workers: int,
     scratch: Path,
     name: str,
     min_workers: int | None = None,
     on_stop: Callable[[], None] | None = None,
-) -> Result:
+) -> LoopResult:
     """Run `loop(worker, config)` on every worker. A worker that dies is restarted.
 
     Args:
@@ -117,8 +117,13 @@ def _on_sigterm(action: Callable[[], None] | None) -> Iterator[None]:
 
 
 def _run_on_ray_train(
-    loop: Callable[[Worker, Config], Result], config: Config, workers: int, min_workers: int, scratch: Path, name: str
-) -> Result:
+    loop: Callable[[Worker, Config], LoopResult],
+    config: Config,
+    workers: int,
+    min_workers: int,
+    scratch: Path,
+    name: str,
+) -> LoopResult:
     import ray
     import ray.train
     from ray.train.torch import TorchTrainer
@@ -139,7 +144,7 @@ def _run_on_ray_train(
             failure_config=ray.train.FailureConfig(max_failures=3, controller_failure_limit=3),
         ),
     )
-    result: Result = trainer.fit().return_value
+    result: LoopResult = trainer.fit().return_value
     shutil.rmtree(scratch, ignore_errors=True)
     return result
 
@@ -155,10 +160,10 @@ def _cpus_per_worker(workers: int) -> tuple[int, bool]:
     return 1 if is_trial or os.environ.get("RAY_ADDRESS") else max(1, available // workers), is_trial
 
 
-def _on_worker(loop: Callable[[Worker, Config], Result], cpus: int) -> Callable[[dict[str, Any]], Result]:
+def _on_worker(loop: Callable[[Worker, Config], LoopResult], cpus: int) -> Callable[[dict[str, Any]], LoopResult]:
     """The function that Ray Train calls on each worker."""
 
-    def run_loop(settings: dict[str, Any]) -> Result:
+    def run_loop(settings: dict[str, Any]) -> LoopResult:
         begin_work()
         import ray.train
         import torch

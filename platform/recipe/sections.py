@@ -11,7 +11,7 @@ from pydantic_core import PydanticCustomError
 
 from patchloom.errors import UserError
 
-Number = TypeVar("Number", int, float)
+_Number = TypeVar("_Number", int, float)
 SHOWN_PROBLEMS = 4
 
 
@@ -21,7 +21,7 @@ def _fraction(value: float) -> float:
     return value
 
 
-def _above_zero(value: Number) -> Number:
+def _above_zero(value: _Number) -> _Number:
     if not value > 0:
         raise PydanticCustomError("above_zero", f"{value:g} is not above 0")
     return value

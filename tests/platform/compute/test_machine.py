@@ -90,8 +90,8 @@ def waits_of(reduce_waits: list[list[float]]) -> list[dict[str, float]]:
     ],
 )
 def test_straggler_loss_is_the_wait_beyond_that_of_the_slowest_worker(waits: list[list[float]], lost: float) -> None:
-    told = waits_of(waits)
-    for mine, said in zip(waits, told, strict=True):
+    reported = waits_of(waits)
+    for mine, said in zip(waits, reported, strict=True):
         assert said["straggler"] == pytest.approx(lost, abs=1e-6)
         assert said["reduce"] == pytest.approx(sum(mine)) and said["data"] == pytest.approx(0.75)
 
@@ -115,7 +115,7 @@ print(sorted(rounds)[5])
 """
 
 
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc is told")
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs glibc")
 def test_the_memory_of_freed_tensors_is_reused() -> None:
     environment = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
 

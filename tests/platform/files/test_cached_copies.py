@@ -45,7 +45,7 @@ sys.stdin.read()
 
 
 class Filler:
-    """A process that fills a copy in so many seconds and holds it until it is told to end."""
+    """A process that fills a copy in so many seconds and uses it until its input ends."""
 
     def __init__(self, name: str, size: int, seconds: float = 0.0) -> None:
         command = [sys.executable, "-c", FILLER, name, str(size), str(seconds)]
