@@ -1,4 +1,4 @@
-"""Cost: what patches save, foretold from the seconds or FLOPs that a crop of each size takes."""
+"""Cost: how much patches save, estimated from the seconds or FLOPs of a crop of each size."""
 
 import time
 from collections.abc import Mapping
@@ -18,29 +18,41 @@ PLANNED_STEPS = 4000
 
 @dataclass(frozen=True)
 class Gain:
-    """How much faster than full-size images alone: by counted images (crops), and by updates."""
+    """The speed-up over training on full-size images only.
+
+    Args:
+        per_image: ratio of counted images (crops) per second.
+        per_update: ratio of updates per second.
+    """
 
     per_image: float
     per_update: float
 
 
-def step_cost(method: StepSettings, cost_of_crop: Mapping[int, float], workers: int) -> tuple[float, float]:
-    """The mean cost of a step, for which all wait for the slowest worker, and the mean number of its crops.
+def step_cost(settings: StepSettings, cost_of_crop: Mapping[int, float], workers: int) -> tuple[float, float]:
+    """The mean cost of a step, in which all workers wait for the slowest, and its mean number of crops.
 
-    cost_of_crop: by patch size in pixels, in any unit. Exact where a step has one size; the other draws are
-    averaged over steps that are planned as a run plans them.
+    The result is exact for the draw "shared". For other draws it is the mean over many planned steps.
+
+    Args:
+        settings: the settings of the run.
+        cost_of_crop: cost of a crop in any unit, by patch size in pixels.
+        workers: number of workers.
+
+    Returns:
+        The cost in the same unit, and the number of crops.
     """
-    if method.draw == "shared":
-        plans = [(size.probability, plan_step(_only(method, size), 0, 0)) for size in method.schedule.sizes]
+    if settings.draw == "shared":
+        plans = [(size.probability, plan_step(_only(settings, size), 0, 0)) for size in settings.schedule.sizes]
     else:
-        plans = [(1 / PLANNED_STEPS, plan_step(method, step, 0)) for step in range(PLANNED_STEPS)]
+        plans = [(1 / PLANNED_STEPS, plan_step(settings, step, 0)) for step in range(PLANNED_STEPS)]
     cost = sum(share * _slowest(plan, cost_of_crop, workers) for share, plan in plans)
     return cost, sum(share * plan.crops for share, plan in plans)
 
 
-def _only(method: StepSettings, size: PatchSize) -> StepSettings:
-    """The same run with a single size in every step."""
-    return replace(method, schedule=PatchSchedule((replace(size, probability=1.0),)), draw="shared", emulated_ranks=1)
+def _only(settings: StepSettings, size: PatchSize) -> StepSettings:
+    """The same settings with a single size in every step."""
+    return replace(settings, schedule=PatchSchedule((replace(size, probability=1.0),)), draw="shared", emulated_ranks=1)
 
 
 def _slowest(plan: StepPlan, cost_of_crop: Mapping[int, float], workers: int) -> float:
@@ -48,39 +60,49 @@ def _slowest(plan: StepPlan, cost_of_crop: Mapping[int, float], workers: int) ->
     return max(sum(len(group.crops) * cost_of_crop[group.size.pixels] for group in share) for share in shares)
 
 
-def estimated_gain(method: StepSettings, cost_of_crop: Mapping[int, float], workers: int) -> Gain:
-    """What this run's patches save against p = 1 on so many workers (Patch Diffusion, Table 1, by arithmetic)."""
-    cost, crops = step_cost(method, cost_of_crop, workers)
-    full_cost, full_crops = step_cost(_only(method, method.schedule.sizes[0]), cost_of_crop, workers)
+def estimated_gain(settings: StepSettings, cost_of_crop: Mapping[int, float], workers: int) -> Gain:
+    """Estimate the speed-up of a run over p = 1 (compare Patch Diffusion, Table 1); arguments as for `step_cost`."""
+    cost, crops = step_cost(settings, cost_of_crop, workers)
+    full_cost, full_crops = step_cost(_only(settings, settings.schedule.sizes[0]), cost_of_crop, workers)
     return Gain(per_image=(crops / cost) / (full_crops / full_cost), per_update=full_cost / cost)
 
 
 def measured_seconds_of_crop(
-    denoiser: Denoiser, method: StepSettings, space: Normalisation, workers: int = 1, repeats: int = 3
+    denoiser: Denoiser, settings: StepSettings, normalisation: Normalisation, workers: int = 1, repeats: int = 3
 ) -> dict[int, float]:
-    """Seconds that a crop of each patch size takes in a training step here, the best of `repeats`; by pixels.
+    """Measure the seconds of a crop in a training step, on this machine.
 
-    Steps have one worker's share of the batch, on noise in place of images, and change `denoiser`.
+    The steps train on noise and change the weights of `denoiser`.
+
+    Args:
+        denoiser: the network, on the device to measure.
+        settings: the settings of the run.
+        normalisation: any normalisation with the channels of the network.
+        workers: number of workers; a step has the largest share of one worker.
+        repeats: measured steps per size; the fastest one counts.
+
+    Returns:
+        Seconds by patch size in pixels.
     """
-    state = new_state(denoiser, [], method, (0.9, 0.999), 1e-8)
-    resolution = method.schedule.sizes[0].pixels
+    state = new_state(denoiser, [], settings, (0.9, 0.999), 1e-8)
+    resolution = settings.schedule.sizes[0].pixels
     device = state.gradients.flat.device
-    seconds = {size.pixels: float("inf") for size in method.schedule.sizes}
-    for number in range(repeats + 1):  # the first is not counted
-        for size in method.schedule.sizes:
-            one = _only(method, size)
-            plan = plan_step(one, number, 0)
-            group = plan.share(workers - 1, workers)[0]  # the last worker's share is the largest
+    seconds = {size.pixels: float("inf") for size in settings.schedule.sizes}
+    for number in range(repeats + 1):  # the first one is a warm-up
+        for size in settings.schedule.sizes:
+            single_size = _only(settings, size)
+            plan = plan_step(single_size, number, 0)
+            group = plan.share(workers - 1, workers)[0]  # the last worker has the largest share
             shape = (len(group.crops), denoiser.channels, resolution, resolution)
             rows = StoredRows(torch.randn(shape, device=device), torch.full((shape[0],), -1, device=device))
-            began = _now(device)
-            training_step(state, one, plan, [(group, rows)], space, _alone)
+            started = _now(device)
+            training_step(state, single_size, plan, [(group, rows)], normalisation, _no_reduction)
             if number:
-                seconds[size.pixels] = min(seconds[size.pixels], (_now(device) - began) / len(group.crops))
+                seconds[size.pixels] = min(seconds[size.pixels], (_now(device) - started) / len(group.crops))
     return seconds
 
 
-def _alone(_: Tensor) -> None:
+def _no_reduction(_: Tensor) -> None:
     pass
 
 

@@ -1,4 +1,4 @@
-"""The denoiser: a network preconditioned so that it learns equally well at every noise level."""
+"""The denoiser: a network with the preconditioning of EDM (Table 1)."""
 
 import torch
 from torch import Tensor, nn
@@ -12,10 +12,17 @@ from patchloom.models.unet import UNETS, UNet
 class Denoiser(nn.Module):
     """D(x; sigma), the clean estimate of a noisy image or patch (EDM, Eq. 7; Patch Diffusion, Eq. 4).
 
-    The patch's coordinates are joined here, as channels beside the image; they are not scaled by c_in.
-    `coordinates` is their encoding: "linear", "periodic", "implicit" (linear, with 1x1 convolutions first
-    in the network) or "none". With `patch_size` the network is told the side of the patch over that of
-    the image.
+    The coordinates of the patch are further input channels. c_in does not scale them.
+
+    Args:
+        network: `network(x, c_noise, labels)`, such as a `UNet`.
+        channels: channels of the image or latent.
+        resolution: side of the full image.
+        classes: number of classes; 0 for none.
+        coordinates: encoding of the coordinates: "linear", "periodic", "implicit" (linear, with 1x1 convolutions
+            first in the network) or "none".
+        patch_size: whether the network gets the side of the patch over that of the image.
+        sigma_data: standard deviation of the data.
     """
 
     def __init__(
@@ -43,12 +50,20 @@ class Denoiser(nn.Module):
         *,
         augmentation: Tensor | None = None,
     ) -> Tensor:
-        """(B, C, H, W) noisy images at noise level `sigma` -> their clean estimate, float32.
+        """Estimate the clean images (EDM, Eq. 7).
 
-        sigma: (B,) or scalar, in units of the data. coordinates: (B, 2, H, W), x first, or None for the
-        full grid of the input's own size. labels: one-hot (B, K), or None for the zero vector (no class).
-        augmentation: (B, A) labels of `augment`, or None for images as they are. Raises ValueError for
-        coordinates or labels that the network has no channels for, and for sides that it cannot halve.
+        Args:
+            noisy: (B, C, H, W) of any float dtype.
+            sigma: noise levels, (B,) or scalar, in units of the data.
+            coordinates: (B, 2, H, W), x first. Default: the full grid of the input's size.
+            labels: one-hot (B, K). Default: the zero vector (no class).
+            augmentation: (B, A) labels of `augment`. Default: unchanged images.
+
+        Returns:
+            (B, C, H, W) float32.
+
+        Raises:
+            ValueError: the network has no channels for the coordinates or labels, or cannot halve the sides.
         """
         noisy = noisy.to(torch.float32)
         batch = len(noisy)
@@ -69,7 +84,7 @@ class Denoiser(nn.Module):
         batch, _, height, width = x.shape
         if self.coordinates == "none":
             if coordinates is not None:
-                raise ValueError("coordinates were given to a network without coordinate channels")
+                raise ValueError("coordinates: the network has no coordinate channels; leave them out")
             return x
         if coordinates is None:
             coordinates = coordinate_grid(height, width, x.device)[None].expand(batch, -1, -1, -1)
@@ -77,9 +92,9 @@ class Denoiser(nn.Module):
         return torch.cat([x, encode_coordinates(coordinates.to(torch.float32), encoding)], dim=1)
 
     def _conditions(self, noisy: Tensor, coordinates: Tensor | None, augmentation: Tensor | None) -> dict[str, Tensor]:
-        """What the network is told beside the noise level and the class, where there is something to tell."""
+        """Further keyword arguments of the network, if any."""
         conditions = {} if augmentation is None else {"augmentation": augmentation}
-        if self.patch_size:  # an input that could have coordinates and has none is a whole image, whatever its size
+        if self.patch_size:  # without coordinates, an input of any size is a full image
             is_whole = coordinates is None and self.coordinates != "none"
             fraction = 1.0 if is_whole else min(1.0, max(noisy.shape[2:]) / self.resolution)
             conditions["patch_fraction"] = torch.full((len(noisy),), fraction, device=noisy.device)
@@ -88,7 +103,7 @@ class Denoiser(nn.Module):
     def _labels(self, labels: Tensor | None, batch: int, device: torch.device) -> Tensor | None:
         if not self.classes:
             if labels is not None:
-                raise ValueError("labels were given to a network without classes")
+                raise ValueError("labels: the network has no classes; leave them out")
             return None
         if labels is None:
             return torch.zeros(batch, self.classes, device=device)

@@ -1,4 +1,4 @@
-"""Guidance: moving the estimate away from what the model thinks of no class at all."""
+"""Guidance: estimates moved away from the unconditional one, and estimates with a fixed centre."""
 
 from torch import Tensor
 
@@ -15,35 +15,42 @@ def guided(
     interval: tuple[float, float] = EVERYWHERE,
     coordinates: Tensor | None = None,
 ) -> Denoise:
-    """The denoiser as a sampler calls it: for these labels, with classifier-free guidance (Ho & Salimans 2022).
+    """The denoiser as a sampler calls it, with classifier-free guidance (Ho & Salimans 2022).
 
-    labels: one-hot (B, K) or None. guidance: 1 is none and costs one evaluation, else two:
-    D = D_none + guidance * (D_label - D_none) (Patch Diffusion, section 4.1). interval: the noise levels
-    (above, up to) at which it acts (Kynkäänniemi et al. 2024). coordinates: (2, H, W), or None for the
-    full grid of the input's own size.
+    D = D_none + guidance * (D_label - D_none) (Patch Diffusion, section 4.1).
+
+    Args:
+        denoiser: the network.
+        labels: one-hot (B, K), or None for no class and no guidance.
+        guidance: the strength. 1 is no guidance and one evaluation per call, any other value two.
+        interval: guidance acts at noise levels above the first and up to the second (Kynkäänniemi et al. 2024).
+        coordinates: (2, H, W). Default: the full grid of the input's size.
     """
 
     def denoise(x: Tensor, sigma: Tensor) -> Tensor:
-        where = None if coordinates is None else coordinates.expand(len(x), -1, -1, -1)
-        estimate: Tensor = denoiser(x, sigma, where, labels)
+        grid = None if coordinates is None else coordinates.expand(len(x), -1, -1, -1)
+        estimate: Tensor = denoiser(x, sigma, grid, labels)
         if labels is None or not guides_at(float(sigma), guidance, interval):
             return estimate
-        unconditional: Tensor = denoiser(x, sigma, where)
+        unconditional: Tensor = denoiser(x, sigma, grid)
         return unconditional + guidance * (estimate - unconditional)
 
     return denoise
 
 
 def guides_at(sigma: float, guidance: float, interval: tuple[float, float] = EVERYWHERE) -> bool:
-    """Whether guidance acts, and costs a second evaluation, at this noise level."""
+    """Whether guidance acts at this noise level, which needs a second evaluation."""
     return guidance != 1 and interval[0] < sigma <= interval[1]
 
 
 def keep_centre(denoise: Denoise, centre: Tensor) -> Denoise:
-    """Out-painting: the middle of the canvas is known, and all around it is sampled (Patch Diffusion, section 4.5).
+    """Fix the centre of the canvas and sample its surroundings (Patch Diffusion, section 4.5).
 
-    centre: (B or 1, C, h, w) clean values, no larger than the canvas. Where they are known they replace the
-    estimate, so that every sampler leads the noise there straight to them and no further.
+    The known values replace the estimate, so every sampler moves the noise there straight to them.
+
+    Args:
+        denoise: the denoiser, as a sampler calls it.
+        centre: (B or 1, C, h, w) clean values of the network, not larger than the canvas.
     """
     height, width = centre.shape[2:]
 

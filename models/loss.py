@@ -1,4 +1,4 @@
-"""Losses: how far the denoiser is from the clean patch, weighed so that every noise level counts."""
+"""Losses: the weighted squared error of the denoiser on patches, and on held-out full images."""
 
 import torch
 from torch import Tensor
@@ -6,15 +6,17 @@ from torch import Tensor
 from patchloom.models.denoiser import Denoiser
 from patchloom.models.random_draws import derive_seed
 
-SIGMA_EDGES = (0.1, 0.3, 1.0, 3.0)  # of the noise levels that losses are told apart by
-HELD_OUT_SIGMAS = (0.1, 0.3, 1.0, 3.0)  # fixed noise levels of the held-out loss
+SIGMA_EDGES = (0.1, 0.3, 1.0, 3.0)  # borders between `SIGMA_BINS`
+HELD_OUT_SIGMAS = (0.1, 0.3, 1.0, 3.0)  # noise levels of the held-out loss
 SIGMA_BINS = ("0-0.1", "0.1-0.3", "0.3-1", "1-3", "3-inf")
 
 
 def edm_weight(sigma: Tensor, sigma_data: float = 0.5) -> Tensor:
-    """The weight that makes every noise level matter equally at initialisation (EDM, Table 1); elementwise.
+    """The weight that gives every noise level the same loss at initialisation (EDM, Table 1); elementwise.
 
-    sigma: noise levels of any shape; sigma_data: the data's standard deviation, in the same units.
+    Args:
+        sigma: noise levels of any shape, in units of the data.
+        sigma_data: standard deviation of the data.
     """
     return (sigma**2 + sigma_data**2) / (sigma * sigma_data) ** 2
 
@@ -29,11 +31,20 @@ def denoising_loss(
     reduction: str = "mean",
     augmentation: Tensor | None = None,
 ) -> Tensor:
-    """The weighted squared error of each patch, (B,) (Patch Diffusion, Eq. 4; EDM, Eq. 8).
+    """The weighted squared error of each patch (Patch Diffusion, Eq. 4; EDM, Eq. 8).
 
-    clean, noise: (B, C, s, s), noise of unit variance; sigma: (B,); coordinates: (B, 2, s, s); labels:
-    (B, K); augmentation: (B, A). `reduction` runs over a patch's channels and pixels: "mean", or "sum" as
-    the paper's released code does.
+    Args:
+        denoiser: the network.
+        clean: (B, C, s, s) patches.
+        noise: (B, C, s, s) of unit variance.
+        sigma: (B,) noise levels.
+        coordinates: (B, 2, s, s); None for full images, or for a network without coordinate channels.
+        labels: one-hot (B, K); None for no class.
+        reduction: over the channels and pixels of a patch: "mean", or "sum" as in the released code.
+        augmentation: (B, A) labels of `augment`; None for unchanged images.
+
+    Returns:
+        (B,) losses.
     """
     spread = sigma[:, None, None, None]
     estimate = denoiser(clean + spread * noise, sigma, coordinates, labels, augmentation=augmentation)
@@ -44,9 +55,14 @@ def denoising_loss(
 
 
 def losses_by_sigma(losses: Tensor, sigma: Tensor) -> Tensor:
-    """(B,) losses and their (B,) noise levels -> (5, 2): sum and count in each of `SIGMA_BINS`.
+    """Sums and counts of losses by noise level. Losses that are not finite are left out.
 
-    A loss that is no number is left out of both, so that one bad crop does not hide all the others.
+    Args:
+        losses: (B,).
+        sigma: (B,) noise levels.
+
+    Returns:
+        (5, 2): the sum and the count in each of `SIGMA_BINS`.
     """
     bins = torch.bucketize(sigma, torch.tensor(SIGMA_EDGES, device=sigma.device))
     good = losses.isfinite()
@@ -63,10 +79,20 @@ def held_out_loss(
     seed: int = 0,
     batch_size: int = 32,
 ) -> dict[float, float]:
-    """The mean weighted loss on full-size images at fixed noise levels and fixed noise, by sigma.
+    """The mean weighted loss on full-size images at fixed noise levels.
 
-    clean: (N, C, R, R); labels: (N, K) or None. The same images, seed and sigmas give the same luck, so
-    that models are compared and not draws.
+    The noise depends only on the seed and the shape, so that models are compared on the same noise.
+
+    Args:
+        denoiser: the network.
+        clean: (N, C, R, R) values of the network.
+        labels: one-hot (N, K), or None.
+        sigmas: noise levels.
+        seed: seed of the noise.
+        batch_size: images per evaluation.
+
+    Returns:
+        The mean loss by noise level.
     """
     generator = torch.Generator().manual_seed(derive_seed(seed, "held out"))
     losses: dict[float, float] = {}

@@ -1,4 +1,4 @@
-"""Patches: which crop size a step trains on, and the crops with their coordinates."""
+"""Patches: the crop sizes of a run, and crops with their coordinates."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -12,7 +12,13 @@ COORDINATE_CHANNELS = {"none": 0, "linear": 2, "implicit": 2, "periodic": 4 * PE
 
 @dataclass(frozen=True)
 class PatchSize:
-    """One size of crop: its side, its share of the updates, and how many more crops its batch holds."""
+    """One crop size.
+
+    Args:
+        pixels: side of the crop.
+        probability: share of the updates.
+        batch_multiplier: crops in its batch, over the batch size.
+    """
 
     pixels: int
     probability: float
@@ -23,8 +29,9 @@ class PatchSize:
 class PatchSchedule:
     """When each patch size is trained (Patch Diffusion, section 3.2).
 
-    `sizes` stand from the largest to the smallest; the first is the full image and has probability p.
-    `stochastic` draws a size for every step; `progressive` goes from the smallest to the largest.
+    Args:
+        sizes: from the largest to the smallest; the first one is the full image and has the probability p.
+        kind: "stochastic" draws a size for every step; "progressive" trains from the smallest to the largest size.
     """
 
     sizes: tuple[PatchSize, ...]
@@ -32,32 +39,35 @@ class PatchSchedule:
 
     @property
     def mean_multiplier(self) -> float:
-        """Crops in a mean step, in batches: 1.9 at p = 0.5 with multipliers 1, 2 and 4."""
+        """Mean number of crops per step, over the batch size: 1.9 at p = 0.5 with the multipliers 1, 2 and 4."""
         return sum(size.probability * size.batch_multiplier for size in self.sizes)
 
     def updates(self, images: int, batch_size: int) -> int:
-        """How many steps a run of `images` counted crops has; at least one."""
+        """Number of steps of a run of `images` counted images (crops); at least 1."""
         return max(1, round(images / (batch_size * self.mean_multiplier)))
 
-    def size_at(self, step: int, updates: int, luck: float) -> PatchSize:
-        """The size of step `step` (from 0) of `updates`.
+    def size_at(self, step: int, updates: int, uniform: float) -> PatchSize:
+        """The patch size of a step (Patch Diffusion, Eq. 5).
 
-        luck: a uniform in [0, 1) that settles a stochastic step (Eq. 5); a small one means the full image,
-        so that runs that differ only in p see full images at the same steps, and more of them.
+        Args:
+            step: number of the step, from 0.
+            updates: steps of the run.
+            uniform: a uniform in [0, 1) that decides a stochastic step. Small values give the full image, so a run
+                with a larger p has full images at the same steps and at more.
         """
         if self.kind == "progressive":
             return self._reached(self.sizes[::-1], (step + 0.5) / updates)
-        return self._reached(self.sizes, luck)
+        return self._reached(self.sizes, uniform)
 
     @staticmethod
     def _reached(sizes: Sequence[PatchSize], position: float) -> PatchSize:
-        """The size in whose share of [0, 1) the position lies."""
+        """The size whose interval of [0, 1) contains the position."""
         total = 0.0
         for size in sizes:
             total += size.probability
             if position < total:
                 return size
-        return next(size for size in reversed(sizes) if size.probability > 0)  # rounding left a sliver
+        return next(size for size in reversed(sizes) if size.probability > 0)  # rounding: the total is just below 1
 
 
 def patch_schedule(
@@ -67,19 +77,26 @@ def patch_schedule(
     smaller: Sequence[tuple[float, float, int]] = ((0.5, 0.6, 2), (0.25, 0.4, 4)),
     shares_of: str = "updates",
 ) -> PatchSchedule:
-    """The schedule of Eq. 5: the full image with probability p, smaller patches share the rest.
+    """The schedule of Eq. 5: the full image with probability p, smaller patches with the rest.
 
-    smaller: (fraction of the side, weight among the smaller, batch multiplier), 3/5 at R/2 and 2/5 at
-    R/4 by default. shares_of: "updates", as in the paper, or "images" (counted crops), as in its released
-    code's progressive schedule: a share of images is fewer updates where batches are larger. Raises
-    ValueError where a fraction does not give whole pixels.
+    Args:
+        resolution: side of the full image in pixels.
+        p: probability of the full image.
+        kind: "stochastic" or "progressive".
+        smaller: (fraction of the side, weight among the smaller sizes, batch multiplier) of each smaller size.
+            Default: R/2 with 3/5 and R/4 with 2/5 of the rest.
+        shares_of: what p and the weights are shares of: "updates" (the paper) or "images" (the progressive schedule of
+            the released code). A share of images is fewer updates where batches are larger.
+
+    Raises:
+        ValueError: a fraction does not give a whole number of pixels.
     """
     total = sum(weight for _, weight, _ in smaller)
     sizes = [PatchSize(resolution, p, 1)]
     for fraction, weight, multiplier in sorted(smaller, reverse=True):
         pixels = fraction * resolution
         if pixels != int(pixels) or pixels < 1:
-            raise ValueError(f"fraction {fraction} of {resolution} pixels is {pixels:g}, not a whole number of pixels")
+            raise ValueError(f"fraction {fraction} of {resolution} pixels is {pixels:g}, not a whole number")
         sizes.append(PatchSize(int(pixels), (1 - p) * weight / total, multiplier))
     if shares_of == "images":
         updates = [size.probability / size.batch_multiplier for size in sizes]
@@ -88,9 +105,15 @@ def patch_schedule(
 
 
 def coordinate_grid(height: int, width: int, device: torch.device | str | None = None) -> Tensor:
-    """The (2, H, W) float32 coordinates of a full image: x first, -1 at the first and +1 at the last pixel.
+    """Coordinates of a full image (Patch Diffusion, section 3.3).
 
-    Patch Diffusion, section 3.3.
+    Args:
+        height: height in pixels.
+        width: width in pixels.
+        device: device of the result.
+
+    Returns:
+        (2, H, W) float32, x first: -1 at the first pixel and +1 at the last.
     """
     x = torch.linspace(-1, 1, width, device=device).expand(height, width)
     y = torch.linspace(-1, 1, height, device=device)[:, None].expand(height, width)
@@ -98,9 +121,18 @@ def coordinate_grid(height: int, width: int, device: torch.device | str | None =
 
 
 def extended_grid(height: int, width: int, resolution: int, device: torch.device | str | None = None) -> Tensor:
-    """(2, H, W) float32 coordinates of a canvas whose middle is the full image and that goes on beyond it.
+    """Coordinates of a canvas with the full image in its middle.
 
-    The spacing stays that of training, 2 / (resolution - 1), so the margins lie outside [-1, 1].
+    The spacing is that of training, 2 / (resolution - 1), so the margins lie outside [-1, 1].
+
+    Args:
+        height: height of the canvas in pixels.
+        width: width of the canvas in pixels.
+        resolution: side of the full image.
+        device: device of the result.
+
+    Returns:
+        (2, H, W) float32, x first.
     """
     step = 2 / max(resolution - 1, 1)
     x = (torch.arange(width, device=device) - (width - 1) / 2) * step
@@ -109,11 +141,18 @@ def extended_grid(height: int, width: int, resolution: int, device: torch.device
 
 
 def encode_coordinates(coordinates: Tensor, encoding: str) -> Tensor:
-    """(B, 2, H, W) coordinates as the channels that a network reads: (B, channels, H, W).
+    """Encode coordinates as input channels of a network (Patch Diffusion, section 3.3).
 
-    "linear" is x and y themselves (Patch Diffusion, section 3.3). "periodic" is the sine and cosine of
-    2^k x and 2^k y for k = 0 ... 5, in radians and without a factor of pi, so that the two ends of the
-    image stay apart. Raises ValueError for another encoding.
+    Args:
+        coordinates: (B, 2, H, W).
+        encoding: "linear" returns x and y. "periodic" returns the sine and cosine of 2^k x and 2^k y for
+            k = 0 ... 5, in radians and without a factor of pi, so that both ends of the image differ.
+
+    Returns:
+        (B, channels, H, W).
+
+    Raises:
+        ValueError: the encoding is unknown.
     """
     if encoding == "linear":
         return coordinates
@@ -123,26 +162,31 @@ def encode_coordinates(coordinates: Tensor, encoding: str) -> Tensor:
     return torch.cat([angles.sin(), angles.cos()], dim=1)
 
 
-def offsets(luck: Tensor, resolution: int, size: int) -> Tensor:
-    """Upper-left corners (B, 2), x first, from uniforms in [0, 1): every position alike, the last included."""
+def offsets(uniforms: Tensor, resolution: int, size: int) -> Tensor:
+    """Upper-left corners (B, 2), x first, from uniforms (B, 2) in [0, 1): all positions are equally likely."""
     positions = resolution - size + 1
-    return (luck * positions).long().clamp(max=positions - 1)  # a float32 product may round up to the end
+    return (uniforms * positions).long().clamp(max=positions - 1)  # a float32 product may round up to `positions`
 
 
 def crop(images: Tensor, corners: Tensor, size: int, grid: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Each image's own square crop and its coordinates (Patch Diffusion, Figure 1), in one gather each.
+    """Crop a square from each image, with its coordinates (Patch Diffusion, Figure 1).
 
-    images: (B, C, R, R); corners: (B, 2) integers, x first; grid: (B, 2, R, R) coordinates of the pixels,
-    or None for the full grid. Returns (B, C, size, size) patches and their (B, 2, size, size) coordinates
-    with respect to the full image.
+    Args:
+        images: (B, C, R, R).
+        corners: (B, 2) integers, the upper-left corners, x first.
+        size: side of the crops in pixels.
+        grid: (B, 2, R, R) coordinates of the pixels. Default: the full grid.
+
+    Returns:
+        The patches (B, C, size, size) and their coordinates in the full image (B, 2, size, size).
     """
     batch, channels, height, width = images.shape
     span = torch.arange(size, device=images.device)
     columns = corners[:, 0, None] + span  # (B, size)
     rows = corners[:, 1, None] + span
-    where = (rows[:, :, None] * width + columns[:, None, :]).flatten(1)[:, None]  # (B, 1, size * size)
+    positions = (rows[:, :, None] * width + columns[:, None, :]).flatten(1)[:, None]  # (B, 1, size * size)
     if grid is None:
         grid = coordinate_grid(height, width, images.device).expand(batch, -1, -1, -1)
-    patches = images.flatten(2).gather(2, where.expand(-1, channels, -1))
-    coordinates = grid.flatten(2).gather(2, where.expand(-1, 2, -1))
+    patches = images.flatten(2).gather(2, positions.expand(-1, channels, -1))
+    coordinates = grid.flatten(2).gather(2, positions.expand(-1, 2, -1))
     return patches.unflatten(2, (size, size)), coordinates.unflatten(2, (size, size))

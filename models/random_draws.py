@@ -1,7 +1,7 @@
-"""Luck: every random number of a run as a pure function of (seed, step, block), and the order of its rows.
+"""Random draws: the random numbers of a run, each a pure function of (seed, step, block), and the order of its rows.
 
-Numbers are drawn in an order that does not depend on patch size until the noise itself, so that two
-runs that differ only in p or schedule see the same rows, labels, noise levels and crop positions.
+The noise is drawn last, because its size is that of the patch. So two runs that differ only in p or schedule have the
+same rows, labels, noise levels and crop positions.
 """
 
 import hashlib
@@ -14,29 +14,52 @@ from patchloom.models.augment import draw_parameters
 
 
 def derive_seed(*parts: int | str) -> int:
-    """One 63-bit seed from several names and numbers, alike on every machine."""
+    """Hash names and numbers to a 63-bit seed, the same on every machine."""
     digest = hashlib.sha256("/".join(map(str, parts)).encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 1
 
 
 @dataclass(frozen=True)
 class RandomDraws:
-    """The draws of a block of B crops, in the order in which they are drawn."""
+    """The random numbers of B crops, in the order of drawing.
 
-    label_kept: Tensor  # (B,) uniform
-    mirrored: Tensor  # (B,) uniform
-    sigma: Tensor  # (B,) standard normal
-    corner: Tensor  # (B, 2) uniform
-    posterior: Tensor  # (B, C, R, R) standard normal; empty for pixels
-    noise: Tensor  # (B, C, s, s) standard normal
-    augmentation: Tensor  # (B, 8) parameters, from a generator of their own; (B, 0) without
+    Args:
+        label_kept: (B,) uniform; the label is kept if it is not below the label dropout.
+        mirrored: (B,) uniform; the image is mirrored if it is not below 0.5.
+        sigma: (B,) standard normal, for the noise level.
+        corner: (B, 2) uniform, for the position of the crop.
+        posterior: (B, C, R, R) standard normal, for the latents; empty for pixels.
+        noise: (B, C, s, s) standard normal.
+        augmentation: (B, 8) parameters, from a separate generator; (B, 0) without augmentation.
+    """
+
+    label_kept: Tensor
+    mirrored: Tensor
+    sigma: Tensor
+    corner: Tensor
+    posterior: Tensor
+    noise: Tensor
+    augmentation: Tensor
 
 
 def draws_of_block(
     seed: int, step: int, block: int, count: int, channels: int, resolution: int, size: int,
     latent: bool, device: torch.device, augmentation: float = 0.0,
 ) -> RandomDraws:  # fmt: skip
-    """The luck of one block: its own generator, so that any worker can draw it."""
+    """Draw the random numbers of one block. The block has its own generator, so that any worker can draw them.
+
+    Args:
+        seed: seed of the run.
+        step: number of the step.
+        block: number of the block in the step.
+        count: crops in the block.
+        channels: channels of the stored images.
+        resolution: side of the full image.
+        size: side of the patch.
+        latent: whether a posterior is drawn.
+        device: device of the numbers.
+        augmentation: probability of EDM's augmentations.
+    """
     generator = torch.Generator(device).manual_seed(derive_seed(seed, step, block))
     posterior = (count, channels, resolution, resolution) if latent else (count, 0)
     parameters = torch.zeros(count, 0, device=device)
@@ -55,18 +78,18 @@ def draws_of_block(
 
 
 def concatenate_draws(blocks: list[RandomDraws]) -> RandomDraws:
-    """Several blocks as one batch."""
+    """Join the draws of several blocks to one batch."""
     return RandomDraws(*(torch.cat([getattr(block, field.name) for block in blocks]) for field in fields(RandomDraws)))
 
 
 def size_uniform(seed: int, step: int, rank: int = 0) -> float:
-    """The uniform in [0, 1) that settles the patch size of a step, or of one of its emulated ranks."""
+    """The uniform in [0, 1) that decides the patch size of a step, or of one of its emulated ranks."""
     generator = torch.Generator().manual_seed(derive_seed(seed, step, "size", rank))
     return float(torch.rand((), generator=generator))
 
 
 class RowOrder:
-    """Which of N rows is the k-th of a run: entry k mod N of the permutation seeded by (seed, k div N)."""
+    """The row of the k-th crop of a run: entry k mod N of the permutation of N rows seeded by (seed, k div N)."""
 
     def __init__(self, rows: int, seed: int) -> None:
         self.rows, self.seed = rows, seed
@@ -75,7 +98,7 @@ class RowOrder:
     def __getitem__(self, k: int) -> int:
         epoch, entry = divmod(k, self.rows)
         if epoch not in self._permutations:
-            # one step may cross an epoch's end, so the epoch before stays
+            # keep the previous epoch: a step may cross the end of an epoch
             self._permutations = {e: p for e, p in self._permutations.items() if e == epoch - 1}
             generator = torch.Generator().manual_seed(derive_seed(self.seed, "rows", epoch))
             self._permutations[epoch] = torch.randperm(self.rows, generator=generator)

@@ -1,6 +1,6 @@
-"""One optimisation step: the method of Patch Diffusion on one screen.
+"""One optimisation step of Patch Diffusion.
 
-A step is a pure function of the method, the data, the step's number and the crops consumed before it.
+A step is a pure function of the settings, the data, the number of the step and the crops consumed before it.
 """
 
 import math
@@ -25,24 +25,30 @@ from patchloom.models.step_plan import CropGroup, StepPlan, StepSettings
 from patchloom.models.unet import UNet
 
 HALF_PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16}
-GRAPHS_A_SIZE = 4  # compiled for a patch size before torch gives up; one but for batches that vary (stratified)
+GRAPHS_PER_SIZE = 4  # compiled per patch size before torch falls back to eager; stratified steps need several
 
 
 def set_rounding(precision: str) -> None:
-    """fp32 means fp32, also where a GPU would rather round to TF32; with any other precision it may."""
+    """Forbid TF32 on GPUs for fp32, and allow it for every other precision."""
     torch.set_float32_matmul_precision("highest" if precision == "fp32" else "high")
     torch.backends.cudnn.allow_tf32 = precision != "fp32"
 
 
 def compile_network(denoiser: Denoiser, schedule: PatchSchedule) -> None:
-    """One graph a patch size, made when a size is first trained on; copies that were made before stay as they are."""
-    torch._dynamo.config.recompile_limit = GRAPHS_A_SIZE * len(schedule.sizes)
+    """Compile the network: one graph per patch size, built at its first step. Earlier copies stay uncompiled."""
+    torch._dynamo.config.recompile_limit = GRAPHS_PER_SIZE * len(schedule.sizes)
     denoiser.model.compile(dynamic=False)
 
 
 @dataclass(frozen=True)
 class StoredRows:
-    """A batch of stored rows: `image` (B, C, R, R), or moments `image` and `std`; `label` (B,), -1 for none."""
+    """A batch of rows as the dataset stores them.
+
+    Args:
+        image: (B, C, R, R) pixels, or means of latents.
+        label: (B,) class numbers, -1 for no class.
+        std: (B, C, R, R) standard deviations of latents; None for pixels and deterministic autoencoders.
+    """
 
     image: Tensor
     label: Tensor
@@ -50,30 +56,47 @@ class StoredRows:
 
 
 def one_hot(labels: Tensor, classes: int) -> Tensor:
-    """(B,) class numbers -> (B, K) float32; -1, no class, is the zero vector."""
+    """(B,) class numbers -> (B, K) float32; -1 (no class) gives the zero vector."""
     return F.one_hot(labels.long() + 1, classes + 1)[:, 1:].float()
 
 
 def crop_losses(
-    denoiser: Denoiser, rows: StoredRows, luck: RandomDraws, size: int, method: StepSettings, space: Normalisation
+    denoiser: Denoiser,
+    rows: StoredRows,
+    draws: RandomDraws,
+    size: int,
+    settings: StepSettings,
+    normalisation: Normalisation,
 ) -> tuple[Tensor, Tensor]:
-    """The loss of each crop and its noise level, both (B,): crop, add noise, denoise, compare (Eq. 4)."""
-    images = rows.image if rows.std is None else rows.image + rows.std * luck.posterior
-    if method.mirror:  # the image is mirrored and the coordinates are not
-        images = torch.where(luck.mirrored[:, None, None, None] < 0.5, images, images.flip(3))
+    """Crop, add noise, denoise and compare (Patch Diffusion, Eq. 4).
+
+    Args:
+        denoiser: the network.
+        rows: the full images or latents, one per crop.
+        draws: the random draws of the crops.
+        size: side of the crops in pixels.
+        settings: the settings of the run.
+        normalisation: the map from stored values to the network's.
+
+    Returns:
+        The loss and the noise level of each crop, both (B,).
+    """
+    images = rows.image if rows.std is None else rows.image + rows.std * draws.posterior
+    if settings.mirror:  # the coordinates are not mirrored
+        images = torch.where(draws.mirrored[:, None, None, None] < 0.5, images, images.flip(3))
     grid = augmentation = None
-    if method.augmentation:  # here the coordinates move with the image
-        images, grid = augment(images, luck.augmentation)
-        augmentation = augmentation_labels(luck.augmentation)
-    patches, where = crop(images, offsets(luck.corner, images.shape[-1], size), size, grid)
+    if settings.augmentation:  # the coordinates move with the image
+        images, grid = augment(images, draws.augmentation)
+        augmentation = augmentation_labels(draws.augmentation)
+    patches, coordinates = crop(images, offsets(draws.corner, images.shape[-1], size), size, grid)
     labels = None
     if denoiser.classes:
-        kept = luck.label_kept >= method.label_dropout
+        kept = draws.label_kept >= settings.label_dropout
         labels = one_hot(torch.where(kept, rows.label, -1), denoiser.classes)
-    sigma = training_sigmas(luck.sigma, method.noise_mean, method.noise_std)
+    sigma = training_sigmas(draws.sigma, settings.noise_mean, settings.noise_std)
     losses = denoising_loss(
-        denoiser, space.normalise(patches), luck.noise, sigma,
-        where if denoiser.coordinates != "none" else None, labels, method.reduction, augmentation,
+        denoiser, normalisation.normalise(patches), draws.noise, sigma,
+        coordinates if denoiser.coordinates != "none" else None, labels, settings.reduction, augmentation,
     )  # fmt: skip
     return losses, sigma
 
@@ -81,8 +104,12 @@ def crop_losses(
 class Gradients:
     """All gradients in one flat tensor, followed by sums of losses and counts of crops.
 
-    One tensor means one all-reduce in a layout that never changes, so that a restarted run adds up in
-    the same order as one that was never stopped.
+    One tensor needs one all-reduce. Its layout never changes, so a restarted run sums in the same order as an
+    uninterrupted one.
+
+    Args:
+        module: the network; its gradients become views of the tensor.
+        record: shape of the loss record: (patch sizes, sigma bins) in training.
     """
 
     def __init__(self, module: nn.Module, record: tuple[int, ...]) -> None:
@@ -93,53 +120,72 @@ class Gradients:
         start = 0
         for parameter in parameters:
             flat = self.flat[start : start + parameter.numel()]
-            parameter.grad = flat.as_strided(parameter.shape, parameter.stride())  # in the parameter's own layout
+            parameter.grad = flat.as_strided(
+                parameter.shape, parameter.stride()
+            )  # in the memory layout of the parameter
             start += parameter.numel()
 
     @property
     def loss_and_crops(self) -> Tensor:
-        """(*record, 2): the sum of the losses and the number of crops; in training (patch sizes, sigma bins, 2)."""
+        """(*record, 2): sum of the losses and number of crops."""
         return self.flat[self.length :].view(self._record_shape)
 
     def clean(self) -> None:
-        """NaN becomes 0 and infinity 1e5, as EDM does, so that one bad crop does not end a run."""
+        """Replace NaN by 0 and infinity by 1e5 (EDM), so that one bad crop does not end a run."""
         torch.nan_to_num(self.flat[: self.length], nan=0, posinf=1e5, neginf=-1e5, out=self.flat[: self.length])
 
 
 @dataclass
 class TrainingState:
-    """What a checkpoint holds: weights, averages, the optimiser, and how far the run is."""
+    """The state of a run: what a checkpoint holds, and the gradients.
+
+    Args:
+        denoiser: the network.
+        emas: its averages; the first one becomes the model.
+        optimizer: Adam.
+        gradients: the flat gradients.
+        scaler: scales the loss in fp16; disabled for other precisions.
+        crops_by_size: crops consumed of each patch size of the schedule, full images first.
+        step: optimisation steps taken.
+    """
 
     denoiser: Denoiser
     emas: list[WeightAverage]
     optimizer: torch.optim.Optimizer
     gradients: Gradients
-    scaler: torch.amp.GradScaler  # idle but in fp16
-    crops_by_size: list[int]  # crops consumed of each of the schedule's sizes, full images first
+    scaler: torch.amp.GradScaler
+    crops_by_size: list[int]
     step: int = 0
 
     @property
     def images_seen(self) -> int:
-        """Crops consumed, counted as the paper does."""
+        """Counted images: crops of all sizes, as the paper counts them."""
         return sum(self.crops_by_size)
 
 
 def new_state(
-    denoiser: Denoiser, emas: list[WeightAverage], method: StepSettings, betas: tuple[float, float], eps: float
+    denoiser: Denoiser, emas: list[WeightAverage], settings: StepSettings, betas: tuple[float, float], eps: float
 ) -> TrainingState:
-    """A run before its first step: EDM's Adam and one flat tensor of gradients."""
-    optimizer = torch.optim.Adam(denoiser.parameters(), lr=method.lr, betas=betas, eps=eps, fused=True)
-    sizes = len(method.schedule.sizes)
+    """The state before the first step, with EDM's Adam."""
+    optimizer = torch.optim.Adam(denoiser.parameters(), lr=settings.lr, betas=betas, eps=eps, fused=True)
+    sizes = len(settings.schedule.sizes)
     gradients = Gradients(denoiser, (sizes, len(SIGMA_BINS)))
-    scaler = torch.amp.GradScaler(gradients.flat.device.type, enabled=method.precision == "fp16")
+    scaler = torch.amp.GradScaler(gradients.flat.device.type, enabled=settings.precision == "fp16")
     return TrainingState(denoiser, emas, optimizer, gradients, scaler, [0] * sizes)
 
 
 @contextmanager
 def seeded_dropout(network: nn.Module, seed: int, step: int, blocks: range, device: torch.device) -> Iterator[None]:
-    """Dropout layers draw from one generator a block while this holds: masks do not depend on who owns a block.
+    """Draw dropout masks from one generator per block, so that they do not depend on the worker that owns a block.
 
-    Layers of a backbone of one's own know torch's global generator alone; it is seeded, and given back after.
+    Backbones from other packages draw from torch's global generator. It is seeded here, and restored at the end.
+
+    Args:
+        network: the network, whose `Dropout` layers get the generators.
+        seed: seed of the run.
+        step: number of the step.
+        blocks: numbers of the blocks in the batch.
+        device: device of the masks.
     """
     layers = [layer for layer in network.modules() if isinstance(layer, Dropout) and layer.rate]
     seeds = [derive_seed(seed, step, block, "dropout") for block in blocks] if layers else []
@@ -147,46 +193,53 @@ def seeded_dropout(network: nn.Module, seed: int, step: int, blocks: range, devi
     numbers = torch.tensor([number & 0xFFFFFFFF for number in seeds], device=device) if layers else None
     for number, layer in enumerate(layers):
         layer.generators, layer.seeds, layer.number = generators, numbers, number
-    is_ours = any(isinstance(module, UNet) for module in network.modules())
-    with torch.random.fork_rng([device] if device.type == "cuda" else [], enabled=not is_ours):
-        if not is_ours:
+    is_unet = any(isinstance(module, UNet) for module in network.modules())
+    with torch.random.fork_rng([device] if device.type == "cuda" else [], enabled=not is_unet):
+        if not is_unet:
             torch.manual_seed(derive_seed(seed, step, blocks.start, "dropout"))
         yield
     for layer in layers:
         layer.generators, layer.seeds = [], None
 
 
-def learning_rate(method: StepSettings, images_seen: int) -> float:
-    """A linear ramp over the first images, then constant (EDM)."""
-    return method.lr * min(1.0, images_seen / max(method.lr_rampup_images, 1))
+def learning_rate(settings: StepSettings, images_seen: int) -> float:
+    """The learning rate: a linear ramp over the first images, then constant (EDM)."""
+    return settings.lr * min(1.0, images_seen / max(settings.lr_rampup_images, 1))
 
 
 def training_step(
     state: TrainingState,
-    method: StepSettings,
+    settings: StepSettings,
     plan: StepPlan,
     work: Iterable[tuple[CropGroup, StoredRows]],
-    space: Normalisation,
+    normalisation: Normalisation,
     reduce: Callable[[Tensor], object],
 ) -> None:
-    """Take one step on this worker's share of the batch and move `state` on.
+    """Take one step on this worker's share of the batch, and update `state`.
 
-    work: the groups of `plan.share(...)`, each with the rows of its crops. reduce: sums a tensor over all
-    workers in place; with one worker it does nothing. A crop weighs 1 / (batch size x its multiplier), so
-    that every draw of sizes minimises the same loss (Patch Diffusion, Eq. 4 and 5).
+    A crop has the weight 1 / (batch size x batch multiplier of its size), so that every draw of sizes minimises
+    the same loss (Patch Diffusion, Eq. 4 and 5).
+
+    Args:
+        state: the state of the run.
+        settings: the settings of the run.
+        plan: the plan of this step.
+        work: the groups of `plan.share(...)`, each with the rows of its crops.
+        normalisation: the map from stored values to the network's.
+        reduce: sums a tensor (any shape) over all workers, in place.
     """
     state.gradients.flat.zero_()
     for group, rows in work:
-        _add_gradients(state, method, plan, group, rows, space)
+        _add_gradients(state, settings, plan, group, rows, normalisation)
     reduce(state.gradients.flat)
     state.scaler.unscale_(state.optimizer)
     state.gradients.clean()
 
     for size, blocks in zip(plan.sizes, plan.blocks, strict=True):
-        state.crops_by_size[method.schedule.sizes.index(size)] += blocks * plan.block_size
-    for settings in state.optimizer.param_groups:
-        settings["lr"] = learning_rate(method, state.images_seen)
-    state.scaler.step(state.optimizer)  # in fp16 not where the gradients overflowed
+        state.crops_by_size[settings.schedule.sizes.index(size)] += blocks * plan.block_size
+    for param_group in state.optimizer.param_groups:
+        param_group["lr"] = learning_rate(settings, state.images_seen)
+    state.scaler.step(state.optimizer)  # skipped in fp16 if the gradients overflowed
     state.scaler.update()
     for ema in state.emas:
         ema.update(state.denoiser, state.images_seen, plan.crops)
@@ -194,24 +247,29 @@ def training_step(
 
 
 def _add_gradients(
-    state: TrainingState, method: StepSettings, plan: StepPlan, group: CropGroup, rows: StoredRows, space: Normalisation
+    state: TrainingState,
+    settings: StepSettings,
+    plan: StepPlan,
+    group: CropGroup,
+    rows: StoredRows,
+    normalisation: Normalisation,
 ) -> None:
-    """One microbatch: the gradients of a group's crops, and its losses by patch size and noise level."""
+    """Add the gradients of a group of crops, and record their losses by patch size and noise level."""
     size, device = group.size, rows.image.device
     channels, resolution = rows.image.shape[1], rows.image.shape[-1]
-    luck = concatenate_draws([
+    draws = concatenate_draws([
         draws_of_block(
-            method.seed, plan.step, block, plan.block_size, channels, resolution, size.pixels,
-            rows.std is not None, device, method.augmentation,
+            settings.seed, plan.step, block, plan.block_size, channels, resolution, size.pixels,
+            rows.std is not None, device, settings.augmentation,
         )
         for block in group.blocks
     ])  # fmt: skip
-    half = HALF_PRECISIONS.get(method.precision)
+    half = HALF_PRECISIONS.get(settings.precision)
     with (
-        seeded_dropout(state.denoiser, method.seed, plan.step, group.blocks, device),
+        seeded_dropout(state.denoiser, settings.seed, plan.step, group.blocks, device),
         torch.autocast(device.type, half, enabled=half is not None),
     ):
-        losses, sigma = crop_losses(state.denoiser, rows, luck, size.pixels, method, space)
-    loss = losses.sum() / (method.batch_size * size.batch_multiplier)
+        losses, sigma = crop_losses(state.denoiser, rows, draws, size.pixels, settings, normalisation)
+    loss = losses.sum() / (settings.batch_size * size.batch_multiplier)
     state.scaler.scale(loss).backward()
-    state.gradients.loss_and_crops[method.schedule.sizes.index(size)] += losses_by_sigma(losses, sigma)
+    state.gradients.loss_and_crops[settings.schedule.sizes.index(size)] += losses_by_sigma(losses, sigma)

@@ -1,4 +1,4 @@
-"""Plans: which crops of which sizes a step trains on, in which groups, and who owns them."""
+"""Plans: the patch sizes of a step, and how its crops are split into groups for the workers."""
 
 from dataclasses import dataclass
 
@@ -8,7 +8,26 @@ from patchloom.models.random_draws import size_uniform
 
 @dataclass(frozen=True)
 class StepSettings:
-    """What a run trains, in plain values: with the data, all that a step depends on."""
+    """The settings of a run. A step depends only on these and the data.
+
+    Args:
+        seed: seed of all random draws.
+        schedule: patch sizes and their probabilities.
+        updates: optimisation steps of the run.
+        batch_size: full-size images per step, over all workers.
+        block_size: samples per block; workers own whole blocks.
+        lr: learning rate after the ramp.
+        lr_rampup_images: counted images of the ramp.
+        noise_mean: mean of ln(sigma).
+        noise_std: standard deviation of ln(sigma).
+        reduction: how a crop's loss is reduced over its pixels: "mean" or "sum".
+        label_dropout: share of labels that are dropped.
+        mirror: whether images are mirrored at random.
+        augmentation: probability of EDM's augmentations; 0 for none.
+        draw: how the patch sizes of a step are drawn: "shared", "stratified" or "independent".
+        emulated_ranks: groups that draw a size each, for "independent".
+        precision: "fp32", "tf32", "bf16" or "fp16".
+    """
 
     seed: int
     schedule: PatchSchedule
@@ -30,37 +49,52 @@ class StepSettings:
 
 @dataclass(frozen=True)
 class CropGroup:
-    """Crops of one size in a step: whole blocks of them, trained on together."""
+    """Crops of one size that are trained on together; they fill whole blocks.
+
+    Args:
+        size: the patch size.
+        blocks: numbers of the blocks in the step.
+        crops: numbers of the crops in the run.
+    """
 
     size: PatchSize
-    blocks: range  # their numbers in the step
-    crops: range  # their numbers in the run
+    blocks: range
+    crops: range
 
 
 @dataclass(frozen=True)
 class StepPlan:
-    """What one step trains on: how many blocks of which patch sizes, one after the other.
+    """The patch sizes of one step, and the number of blocks of each.
 
-    Workers split every group, so that all have the same work; with `whole_groups` each group is an emulated
-    rank and belongs to one worker, and a step waits for the slowest.
+    Args:
+        step: number of the step.
+        first_crop: number of its first crop in the run.
+        block_size: samples per block.
+        sizes: patch size of each group.
+        blocks: number of blocks of each group.
+        whole_groups: False: the workers split every group, so that all have the same work. True: each group is an
+            emulated rank and belongs to one worker, and the step waits for the slowest worker.
     """
 
     step: int
     first_crop: int
     block_size: int
     sizes: tuple[PatchSize, ...]
-    blocks: tuple[int, ...]  # of each group
+    blocks: tuple[int, ...]
     whole_groups: bool = False
 
     @property
     def crops(self) -> int:
-        """Crops of all workers."""
+        """Number of crops, over all workers."""
         return sum(self.blocks) * self.block_size
 
     def share(self, worker: int = 0, workers: int = 1, microbatch: int | None = None) -> list[CropGroup]:
-        """What a worker owns; all shares together cover the step's batch once.
+        """The groups of one worker. The shares of all workers cover the batch exactly once.
 
-        microbatch: at most so many crops a group (but never less than a block), for what memory holds.
+        Args:
+            worker: number of the worker.
+            workers: number of workers.
+            microbatch: largest number of crops per group, to limit memory; at least one block. Default: no limit.
         """
         groups, first = [], 0
         for number, (size, count) in enumerate(zip(self.sizes, self.blocks, strict=True)):
@@ -79,21 +113,26 @@ class StepPlan:
         return CropGroup(size, blocks, crops)
 
 
-def plan_step(method: StepSettings, step: int, crops_consumed: int) -> StepPlan:
-    """The step's patch sizes (Eq. 5); smaller patches come in larger batches.
+def plan_step(settings: StepSettings, step: int, crops_consumed: int) -> StepPlan:
+    """Choose the patch sizes of a step (Patch Diffusion, Eq. 5). Smaller patches come in larger batches.
 
-    `shared` draws one size, `independent` one for each emulated rank; `stratified` takes every size in its
-    share, rounded to whole blocks so that the shares hold over any number of steps.
+    "shared" draws one size, "independent" one per emulated rank. "stratified" takes every size in proportion to
+    its probability, rounded to whole blocks such that the proportions hold over any number of steps.
+
+    Args:
+        settings: the settings of the run.
+        step: number of the step.
+        crops_consumed: crops of all earlier steps.
     """
-    schedule, block_size = method.schedule, method.block_size
-    if method.draw == "stratified":
+    schedule, block_size = settings.schedule, settings.block_size
+    if settings.draw == "stratified":
         sizes = schedule.sizes
-        due = [method.batch_size * size.probability * size.batch_multiplier / block_size for size in sizes]
+        due = [settings.batch_size * size.probability * size.batch_multiplier / block_size for size in sizes]
         blocks = [round((step + 1) * share) - round(step * share) for share in due]
     else:
-        ranks = method.emulated_ranks if method.draw == "independent" else 1
-        lucks = [size_uniform(method.seed, step, rank) for rank in range(ranks)]
-        sizes = tuple(schedule.size_at(step, method.updates, luck) for luck in lucks)
-        blocks = [method.batch_size * size.batch_multiplier // (ranks * block_size) for size in sizes]
-    whole_groups = method.draw == "independent"
+        ranks = settings.emulated_ranks if settings.draw == "independent" else 1
+        uniforms = [size_uniform(settings.seed, step, rank) for rank in range(ranks)]
+        sizes = tuple(schedule.size_at(step, settings.updates, uniform) for uniform in uniforms)
+        blocks = [settings.batch_size * size.batch_multiplier // (ranks * block_size) for size in sizes]
+    whole_groups = settings.draw == "independent"
     return StepPlan(step, crops_consumed, block_size, sizes, tuple(blocks), whole_groups)

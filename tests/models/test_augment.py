@@ -295,11 +295,11 @@ def seen_by_the_network(augmentation: float) -> tuple[Witness, Tensor]:
         seed=1, schedule=patch_schedule(R - 1, 0.5), updates=1, batch_size=32, block_size=32, lr=1.0,
         lr_rampup_images=0, noise_mean=-20.0, noise_std=1e-3, augmentation=augmentation,
     )  # fmt: skip
-    luck = draws_of_block(1, 0, 0, 32, 2, R - 1, 8, False, CPU, augmentation)
+    draws = draws_of_block(1, 0, 0, 32, 2, R - 1, 8, False, CPU, augmentation)
     rows = StoredRows(coordinate_grid(R - 1, R - 1).expand(32, -1, -1, -1), torch.zeros(32))
     witness = Witness()
-    crop_losses(witness, rows, luck, 8, method, Normalisation("latents", (0.0, 0.0), (1.0, 1.0)))  # type: ignore[arg-type]
-    return witness, luck.augmentation
+    crop_losses(witness, rows, draws, 8, method, Normalisation("latents", (0.0, 0.0), (1.0, 1.0)))  # type: ignore[arg-type]
+    return witness, draws.augmentation
 
 
 def test_the_network_is_told_where_the_content_of_an_augmented_crop_came_from() -> None:

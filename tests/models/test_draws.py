@@ -161,10 +161,10 @@ def test_a_rank_belongs_to_one_worker_whole(workers: int) -> None:
         assert max(map(len, shares)) - min(map(len, shares)) <= 1
 
 
-def test_the_luck_of_ranks_differs_and_the_first_is_that_of_a_shared_step() -> None:
-    lucks = [size_uniform(3, 7, rank) for rank in range(50)]
-    assert len(set(lucks)) == 50
-    assert lucks[0] == size_uniform(3, 7)
+def test_ranks_have_different_draws_and_the_first_is_that_of_a_shared_step() -> None:
+    uniforms = [size_uniform(3, 7, rank) for rank in range(50)]
+    assert len(set(uniforms)) == 50
+    assert uniforms[0] == size_uniform(3, 7)
 
 
 # What they minimise
@@ -224,11 +224,11 @@ def test_the_gradient_of_a_mixed_step_is_the_weighted_sum_of_its_sizes(
     wanted, first = torch.zeros(sum(p.numel() for p in parameters)), 0
     for size, count in zip(plan.sizes, plan.blocks, strict=True):
         blocks = range(first, first + count)
-        luck = concatenate_draws([
+        draws = concatenate_draws([
             draws_of_block(5, step, block, 4, 3, 16, size.pixels, False, torch.device("cpu")) for block in blocks
         ])  # fmt: skip
         rows = rows_of(range(40 + 4 * blocks.start, 40 + 4 * blocks.stop))
-        losses, _ = crop_losses(denoiser, rows, luck, size.pixels, method, pixel_normalisation())
+        losses, _ = crop_losses(denoiser, rows, draws, size.pixels, method, pixel_normalisation())
         gradients = torch.autograd.grad(losses.mean(), parameters)
         share = 4 * count / (16 * MULTIPLIERS[4 * size.pixels])
         wanted += share * torch.cat([gradient.flatten() for gradient in gradients])
@@ -259,7 +259,7 @@ def test_the_released_progressive_schedule_shares_out_images() -> None:
     assert [size.probability for size in schedule.sizes] == pytest.approx([0.5 / 0.7, 0.15 / 0.7, 0.05 / 0.7])
     assert schedule.sizes[0].probability == pytest.approx(0.714, abs=5e-4)
     assert schedule.mean_multiplier == pytest.approx(1 / 0.7)
-    sizes = [schedule.size_at(step, 1400, luck=0.0) for step in range(1400)]
+    sizes = [schedule.size_at(step, 1400, uniform=0.0) for step in range(1400)]
     assert [size.pixels for size in sizes] == [16] * 100 + [32] * 300 + [64] * 1000
     crops = Counter[int]()
     for size in sizes:

@@ -32,7 +32,7 @@ def test_a_ladder_falls_to_0_in_float64(ladder: Ladder, steps: int) -> None:
 @each_ladder
 @pytest.mark.parametrize("steps", [0, -1])
 def test_a_ladder_without_steps_is_refused(ladder: Ladder, steps: int) -> None:
-    with pytest.raises(ValueError, match=f"steps is {steps}"):
+    with pytest.raises(ValueError, match=f"steps: {steps} "):
         ladder(steps)
 
 
@@ -125,5 +125,5 @@ def test_the_ladder_of_iddpm_clips_the_first_ratio() -> None:
 @pytest.mark.parametrize(("options", "levels"), [({}, 992), ({"first": 0}, 1000), ({"levels": 100}, 92)], ids=str)
 def test_the_ladder_of_iddpm_has_no_more_steps_than_levels(options: dict[str, int], levels: int) -> None:
     assert (iddpm_sigmas(levels, **options).diff() < 0).all()
-    with pytest.raises(ValueError, match=f"steps is {levels + 1}: this ladder has {levels} levels"):
+    with pytest.raises(ValueError, match=rf"steps: {levels + 1} .*\b{levels}\b"):
         iddpm_sigmas(levels + 1, **options)

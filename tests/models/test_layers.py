@@ -18,10 +18,10 @@ from patchloom.models.step_plan import StepSettings, plan_step
 
 def test_hashed_uniforms_are_uniform_and_independent() -> None:
     seeds = torch.tensor([0, 1, 2, 4_294_967_295])
-    luck = hashed_uniforms(seeds, (200, 5, 10, 10)).numpy()
-    assert luck.shape == (800, 5, 10, 10)
-    assert luck.min() >= 0 and luck.max() < 1
-    blocks = luck.reshape(4, -1)
+    draws = hashed_uniforms(seeds, (200, 5, 10, 10)).numpy()
+    assert draws.shape == (800, 5, 10, 10)
+    assert draws.min() >= 0 and draws.max() < 1
+    blocks = draws.reshape(4, -1)
     for block in blocks:
         assert stats.kstest(block, "uniform").pvalue > 1e-4
         pairs, _, _ = np.histogram2d(block[:-1], block[1:], bins=8, range=[[0, 1], [0, 1]])

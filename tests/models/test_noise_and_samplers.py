@@ -45,7 +45,7 @@ def test_the_ladder_is_equation_5_of_edm() -> None:
 
 def test_one_step_starts_at_the_top_and_none_is_refused() -> None:
     assert karras_sigmas(1).tolist() == pytest.approx([80, 0])
-    with pytest.raises(ValueError, match="steps is 0"):
+    with pytest.raises(ValueError, match="steps: 0 "):
         karras_sigmas(0)
 
 

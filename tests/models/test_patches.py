@@ -20,22 +20,26 @@ def test_a_hundred_thousand_draws_of_sizes_follow_equation_5() -> None:
 @pytest.mark.parametrize(("p", "wanted"), [(0.0, {32, 16}), (1.0, {64})])
 def test_p_of_0_and_1_leave_no_room_for_chance(p: float, wanted: set[int]) -> None:
     schedule = patch_schedule(64, p)
-    lucks = [0.0, *np.linspace(0.001, 0.999, 500), np.nextafter(1, 0)]
-    assert {schedule.size_at(0, 1, luck).pixels for luck in lucks} == wanted
+    uniforms = [0.0, *np.linspace(0.001, 0.999, 500), np.nextafter(1, 0)]
+    assert {schedule.size_at(0, 1, uniform).pixels for uniform in uniforms} == wanted
 
 
 def test_a_larger_p_only_turns_small_patches_into_full_images() -> None:
-    lucks = [size_uniform(3, step) for step in range(500)]
+    uniforms = [size_uniform(3, step) for step in range(500)]
     fewer, more = (
-        {step for step, luck in enumerate(lucks) if patch_schedule(64, p).size_at(step, 500, luck).pixels == 64}
+        {
+            step
+            for step, uniform in enumerate(uniforms)
+            if patch_schedule(64, p).size_at(step, 500, uniform).pixels == 64
+        }
         for p in (0.25, 0.5)
     )
     assert fewer < more
 
 
 def test_offsets_are_uniform_and_reach_the_last_position() -> None:
-    luck = torch.rand(100_000, 2, generator=torch.Generator().manual_seed(0))
-    corners = offsets(luck, resolution=32, size=16).numpy()
+    uniforms = torch.rand(100_000, 2, generator=torch.Generator().manual_seed(0))
+    corners = offsets(uniforms, resolution=32, size=16).numpy()
     for axis in (0, 1):
         counts = np.bincount(corners[:, axis], minlength=17)
         assert len(counts) == 17
@@ -43,8 +47,8 @@ def test_offsets_are_uniform_and_reach_the_last_position() -> None:
 
 
 def test_offsets_along_x_and_y_are_independent() -> None:
-    luck = torch.rand(100_000, 2, generator=torch.Generator().manual_seed(1))
-    corners = offsets(luck, resolution=8, size=5)
+    uniforms = torch.rand(100_000, 2, generator=torch.Generator().manual_seed(1))
+    corners = offsets(uniforms, resolution=8, size=5)
     joint = np.bincount((corners[:, 0] * 4 + corners[:, 1]).numpy(), minlength=16)
     assert stats.chisquare(joint).pvalue > 1e-4
 
@@ -56,8 +60,8 @@ def test_the_largest_uniform_gives_the_last_position_and_none_beyond() -> None:
 
 
 def test_a_full_size_crop_lies_at_0() -> None:
-    luck = torch.rand(1000, 2, generator=torch.Generator().manual_seed(0))
-    assert not offsets(luck, 64, 64).any()
+    uniforms = torch.rand(1000, 2, generator=torch.Generator().manual_seed(0))
+    assert not offsets(uniforms, 64, 64).any()
 
 
 @pytest.mark.parametrize("size", [1, 5, 8, 12])
@@ -88,7 +92,7 @@ def test_the_grid_is_the_papers_formula() -> None:
 
 def test_progressive_goes_from_small_to_full_at_the_stated_fractions() -> None:
     schedule = patch_schedule(64, p=0.5, kind="progressive")
-    sizes = [schedule.size_at(step, 1000, luck=0.0).pixels for step in range(1000)]
+    sizes = [schedule.size_at(step, 1000, uniform=0.0).pixels for step in range(1000)]
     assert sizes == [16] * 200 + [32] * 300 + [64] * 500
 
 

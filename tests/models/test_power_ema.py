@@ -75,9 +75,9 @@ def test_a_width_outside_0_and_that_of_the_mean_is_refused(sigma_rel: float) -> 
 @pytest.mark.parametrize("sigma_rel", [0.03, 0.05, 0.10, 0.25])
 @pytest.mark.parametrize("equal", [True, False])
 def test_the_average_weighs_every_step_by_the_power_of_its_images(sigma_rel: float, equal: bool) -> None:
-    luck = np.random.default_rng(0)
-    values = luck.normal(size=(60, 4))
-    in_step = np.full(60, 64) if equal else luck.choice([64, 128, 256], size=60)
+    draws = np.random.default_rng(0)
+    values = draws.normal(size=(60, 4))
+    in_step = np.full(60, 64) if equal else draws.choice([64, 128, 256], size=60)
     seen = np.cumsum(in_step)
     average = PowerEMA(vector(np.full(4, 1e6)), sigma_rel)  # the first weights leave no trace
     for value, total, images in zip(values, seen, in_step, strict=True):
@@ -145,13 +145,13 @@ class Run:
 def run(request: pytest.FixtureRequest) -> Run:
     """1200 steps of six weights that move smoothly, wander, and shake; batches are of unequal size."""
     times, steps = request.param, 1200
-    luck = np.random.default_rng(times)
-    in_step = luck.choice([64, 128, 256], size=steps)
+    draws = np.random.default_rng(times)
+    in_step = draws.choice([64, 128, 256], size=steps)
     seen = np.cumsum(in_step)
     t = seen / seen[-1]
     smooth = np.stack([np.sin(3 * t), np.log(t + 0.02), t**2, np.cos(9 * t), np.exp(-5 * t), t], axis=1)
-    wander = np.cumsum(luck.normal(size=(steps, 6)), axis=0) / steps**0.5
-    values = smooth + 0.3 * wander + 0.2 * luck.normal(size=(steps, 6))
+    wander = np.cumsum(draws.normal(size=(steps, 6)), axis=0) / steps**0.5
+    values = smooth + 0.3 * wander + 0.2 * draws.normal(size=(steps, 6))
     averages = {width: PowerEMA(vector(values[0]), width) for width in WIDTHS}
     found = Run([], [], [], [])
     for step in range(steps):

@@ -71,9 +71,9 @@ def test_the_global_generator_is_left_alone() -> None:
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_the_luck_of_sizes_is_uniform_and_repeats() -> None:
-    lucks = torch.tensor([size_uniform(0, step) for step in range(4000)])
-    assert lucks.mean().item() == pytest.approx(0.5, abs=4 * (1 / 12 / 4000) ** 0.5)
-    assert lucks.min() >= 0 and lucks.max() < 1
-    assert size_uniform(0, 17) == lucks[17]
-    assert size_uniform(1, 17) != lucks[17]
+def test_draws_of_sizes_are_uniform_and_repeatable() -> None:
+    uniforms = torch.tensor([size_uniform(0, step) for step in range(4000)])
+    assert uniforms.mean().item() == pytest.approx(0.5, abs=4 * (1 / 12 / 4000) ** 0.5)
+    assert uniforms.min() >= 0 and uniforms.max() < 1
+    assert size_uniform(0, 17) == uniforms[17]
+    assert size_uniform(1, 17) != uniforms[17]

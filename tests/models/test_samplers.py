@@ -486,7 +486,7 @@ def test_the_network_is_evaluated_as_often_as_was_said(conditional: Denoiser, na
         ({"guidance_between": (5.0, 5.0)}, "guidance_between.*5-5"),
         ({"guidance_between": (-1.0, 5.0)}, "guidance_between.*-1-5"),
         ({"guidance_between": (0.3, math.nan)}, "guidance_between.*0.3-nan"),
-        ({"ladder": "iddpm", "steps": 993}, "steps is 993: this ladder has 992 levels"),
+        ({"ladder": "iddpm", "steps": 993}, r"steps: 993 .*\b992\b"),
     ],
     ids=lambda value: value if isinstance(value, str) else None,
 )

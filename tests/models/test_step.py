@@ -1,4 +1,4 @@
-"""The step: plain EDM at p = 1, workers that add up to one, and luck that settings share."""
+"""The step: plain EDM at p = 1, sums over workers, and random draws that settings share."""
 
 import copy
 from typing import Any
@@ -59,14 +59,14 @@ def test_at_p_of_1_a_step_is_edms() -> None:
         plan = plan_step(method, step, step * 8)
         training_step(state, method, plan, zip(plan.share(), [rows], strict=True), SPACE, lambda _: None)
 
-        luck = concatenate_draws(
+        draws = concatenate_draws(
             [draws_of_block(5, step, block, 4, 2, R, R, True, torch.device("cpu")) for block in range(2)]
         )
-        images = rows.image + rows.std * luck.posterior
+        images = rows.image + rows.std * draws.posterior
         images = (images - torch.tensor([0.1, -0.2])[:, None, None]) * torch.tensor([2.0, 0.5])[:, None, None]
-        sigma = (1.2 * luck.sigma - 1.2).exp()[:, None, None, None]
-        labels = torch.eye(3)[rows.label] * (luck.label_kept >= 0.3)[:, None]
-        denoised = plain(images + sigma * luck.noise, sigma.flatten(), grid, labels)
+        sigma = (1.2 * draws.sigma - 1.2).exp()[:, None, None, None]
+        labels = torch.eye(3)[rows.label] * (draws.label_kept >= 0.3)[:, None]
+        denoised = plain(images + sigma * draws.noise, sigma.flatten(), grid, labels)
         weight = (sigma**2 + 0.25) / (sigma * 0.5) ** 2
         optimizer.zero_grad()
         (weight * (denoised - images) ** 2).sum().div(8).backward()
@@ -116,7 +116,7 @@ def test_every_block_belongs_to_one_worker(workers: int, whole_groups: bool) -> 
         assert [len(group.blocks) for group in groups] == [3, 24, 12, 2, 7]
 
 
-def test_settings_share_their_luck_up_to_the_noise() -> None:
+def test_settings_share_all_draws_except_the_noise() -> None:
     large, small = (draws_of_block(1, 2, 3, 4, 2, 16, size, True, torch.device("cpu")) for size in (16, 4))
     for name in ("label_kept", "mirrored", "sigma", "corner", "posterior"):
         assert torch.equal(getattr(large, name), getattr(small, name))

@@ -1,4 +1,4 @@
-"""One, two and four workers see the same luck in every step and train the same model, for every draw of sizes."""
+"""One, two and four workers have the same random draws in every step, and train the same model."""
 
 import copy
 from collections.abc import Callable
@@ -50,10 +50,10 @@ def test_any_number_of_workers_sees_the_same_rows_crops_sigmas_and_noise(draw: s
                 for group in plan.share(worker, workers):
                     for number, block in enumerate(group.blocks):
                         size = group.size.pixels
-                        luck = draws_of_block(3, step, block, 2, 3, 16, size, False, torch.device("cpu"))
+                        draws = draws_of_block(3, step, block, 2, 3, 16, size, False, torch.device("cpu"))
                         rows = torch.tensor([order[k] for k in group.crops[2 * number : 2 * number + 2]])
-                        patches, where = crop(images[rows], offsets(luck.corner, 16, size), size)
-                        blocks[block] = [rows, patches, where, luck.sigma, luck.noise, luck.mirrored]
+                        patches, where = crop(images[rows], offsets(draws.corner, 16, size), size)
+                        blocks[block] = [rows, patches, where, draws.sigma, draws.noise, draws.mirrored]
             seen.append(blocks)
         assert seen[0].keys() == seen[1].keys() == seen[2].keys()
         for block, tensors in seen[0].items():

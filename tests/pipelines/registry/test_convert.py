@@ -72,8 +72,8 @@ def test_damaged_model_is_not_exported(imported: Path, tmp_path: Path) -> None:
 
 
 def test_failed_import_leaves_no_files(tmp_path: Path) -> None:
-    (tmp_path / "evil.pkl").write_bytes(pickle.dumps({"ema": print}))
-    with pytest.raises(CheckpointError, match=r"builtins\.print"):
+    (tmp_path / "evil.pkl").write_bytes(pickle.dumps({"ema": eval}))
+    with pytest.raises(CheckpointError, match=r"builtins\.eval"):
         import_model(str(tmp_path / "evil.pkl"), str(tmp_path / "out"))
     with pytest.raises(UserError, match=r"nowhere\.pkl"):
         import_model(str(tmp_path / "nowhere.pkl"), str(tmp_path / "out"))
