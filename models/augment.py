@@ -1,4 +1,4 @@
-"""Augmentation: EDM's geometric transformations of a whole image, with the labels that tell the network of them."""
+"""Augmentation: EDM's geometric transformations of full images, and the labels that describe them to the network."""
 
 import math
 
@@ -15,10 +15,18 @@ SHIFT = 1 / 8  # of the image's side, per standard deviation
 
 
 def draw_parameters(count: int, probability: float, generator: torch.Generator) -> Tensor:
-    """(B, 8) parameters a0 ... a7 of EDM, Table 6: flips, scale, rotation, anisotropy (2), translation (2).
+    """Draw the parameters a0 ... a7 of EDM, Table 6.
 
-    Each transformation but the horizontal flip is drawn with `probability`, and stands at 0 otherwise; the
-    horizontal flip, as in EDM's runs, is always a fair coin.
+    They are flips (2), scale, rotation, anisotropy (2) and translation (2). The horizontal flip is always drawn with
+    probability 0.5, as in EDM's runs.
+
+    Args:
+        count: number of images B.
+        probability: probability of each other transformation; otherwise its parameters are 0.
+        generator: source of the random numbers, on the device of the result.
+
+    Returns:
+        (B, 8) float32.
     """
     device = generator.device
     used = torch.rand(count, 5, generator=generator, device=device) < probability
@@ -39,24 +47,30 @@ def draw_parameters(count: int, probability: float, generator: torch.Generator) 
 
 
 def augmentation_labels(parameters: Tensor) -> Tensor:
-    """(B, 8) parameters -> (B, 9) conditioning of EDM, Table 6; all 0 for an image as it is."""
+    """(B, 8) parameters -> (B, 9) labels of EDM, Table 6; all 0 for an unchanged image."""
     a0, a1, a2, a3, a4, a5, a6, a7 = parameters.unbind(1)
     return torch.stack([a0, a1, a2, a3.cos() - 1, a3.sin(), a5 * a4.cos(), a5 * a4.sin(), a6, a7], dim=1)
 
 
 def augment(images: Tensor, parameters: Tensor) -> tuple[Tensor, Tensor]:
-    """Transform whole images, and their coordinates with them.
+    """Transform full images and their coordinates (bicubic; the outside is the reflected image).
 
-    images: (B, C, R, R), any dtype; parameters: (B, 8). Returns float32 images of the same shape and their
-    (B, 2, R, R) coordinates: each pixel keeps those of the place that it came from, so that a crop of a
-    rotated image knows where its content lay. What lies outside the image is its reflection. Bicubic.
+    A pixel keeps the coordinates of the place that it comes from, so a crop of a rotated image has the coordinates of
+    its content.
+
+    Args:
+        images: (B, C, R, R) of any dtype.
+        parameters: (B, 8), from `draw_parameters`.
+
+    Returns:
+        The images (B, C, R, R) float32 and their coordinates (B, 2, R, R).
     """
     matrix = _output_to_input(parameters)
     height, width = images.shape[2:]
     grid = coordinate_grid(height, width, images.device)
     ones = torch.ones_like(grid[:1])
     where = torch.einsum("bij,jhw->bihw", matrix, torch.cat([grid, ones]))
-    where = 1 - ((where + 1) % 4 - 2).abs()  # folded at the edges: reflection
+    where = 1 - ((where + 1) % 4 - 2).abs()  # reflection at the borders
     moved = F.grid_sample(
         images.float(), where.permute(0, 2, 3, 1), mode="bicubic", padding_mode="reflection", align_corners=True
     )
@@ -64,11 +78,11 @@ def augment(images: Tensor, parameters: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _output_to_input(parameters: Tensor) -> Tensor:
-    """(B, 2, 3) maps from coordinates of the result to those of the image, the transformations undone in turn."""
+    """(B, 2, 3) maps from coordinates of the result to those of the image."""
     a0, a1, a2, a3, a4, a5, a6, a7 = parameters.unbind(1)
     forward = (
-        _translation(2 * SHIFT * a6, 2 * SHIFT * a7)  # the image is 2 wide in coordinates
-        @ _rotation(-a4) @ _scaling(SCALE**a5, SCALE**-a5) @ _rotation(a4)  # EDM's networks know this sign
+        _translation(2 * SHIFT * a6, 2 * SHIFT * a7)  # coordinates span 2
+        @ _rotation(-a4) @ _scaling(SCALE**a5, SCALE**-a5) @ _rotation(a4)  # the sign of EDM's trained networks
         @ _rotation(-a3)
         @ _scaling(SCALE**a2, SCALE**a2)
         @ _scaling(1 - 2 * a0, 1 - 2 * a1)

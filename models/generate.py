@@ -1,4 +1,4 @@
-"""Generate: seeds in, images out; the image of a seed does not depend on its neighbours."""
+"""Generation: images from seeds. The image of a seed does not depend on the other images of its batch."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -21,7 +21,7 @@ from patchloom.models.sampling_options import SAMPLER_NAMES, SamplingOptions
 from patchloom.models.step import one_hot
 
 SAMPLERS: dict[str, Callable[..., Tensor]] = {name: getattr(samplers, name.replace("-", "_")) for name in SAMPLER_NAMES}
-CLASSES_IN_ERRORS = 20  # how many classes an error names
+CLASSES_IN_ERRORS = 20  # class names that an error lists
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,15 @@ class Sampling(SamplingOptions):
         return LADDERS[self.ladder](self.steps)
 
     def __call__(self, denoise: Denoise, noise: Noise) -> Tensor:
-        """Sample from `noise`, whose first draw is the start: (B, C, H, W) float64."""
+        """Sample with this sampler.
+
+        Args:
+            denoise: denoise(x, sigma) -> clean estimate.
+            noise: noise() -> (B, C, H, W) standard normal; the first call gives the start.
+
+        Returns:
+            (B, C, H, W) float64.
+        """
         options: dict[str, Any] = {}
         if self.sampler == "heun":
             low, high = self.churn_between or EVERYWHERE
@@ -49,7 +57,7 @@ class Sampling(SamplingOptions):
 
     @property
     def network_evaluations(self) -> int:
-        """How often an image goes through the network; counted by sampling one that is all zero."""
+        """Network evaluations per image, counted by sampling an empty image."""
         count = 0
 
         def counted(x: Tensor, sigma: Tensor) -> Tensor:
@@ -62,24 +70,28 @@ class Sampling(SamplingOptions):
 
 
 def check_fit(sampling: Sampling, card: ModelCard) -> None:
-    """Raise ValueError where the model of this card (`model.json`) cannot be sampled so, with the reason."""
+    """Check that a model supports these options.
+
+    Raises:
+        ValueError: guidance for a model trained without it, or a size that the networks cannot halve.
+    """
     if sampling.guidance != 1 and not (card.class_names and card.label_dropout > 0):
         lacks = "label dropout" if card.class_names else "classes"
         raise ValueError(
-            f"guidance {sampling.guidance:g} compares a class with no class, and this model was trained without "
-            f"{lacks}, so it never learned one of them: leave it at 1"
+            f"guidance: {sampling.guidance:g} needs a model trained with classes and label dropout, "
+            f"and this model has no {lacks}; leave it at 1"
         )
     multiple = 2 ** halvings_of(card.denoiser) * (card.autoencoder.downscale if card.autoencoder else 1)
     if sampling.size and any(side % multiple or side < 1 for side in sampling.size):
         raise ValueError(
-            f"size {sampling.size[0]}x{sampling.size[1]} cannot be halved as often as the networks do: "
+            f"size: {sampling.size[0]}x{sampling.size[1]} is not a multiple of {multiple} pixels on both sides; "
             f"choose multiples of {multiple}"
         )
 
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """One thread of the CPU for the block: their number changes the order of sums, and so the last bit of an image."""
+    """Use one CPU thread inside the block. The number of threads changes the order of sums, and so the last bits."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -92,11 +104,23 @@ def one_thread() -> Iterator[None]:
 def generate(
     model: SamplingModel, seeds: list[int], labels: list[int], sampling: Sampling, centre: Tensor | None = None
 ) -> Tensor:
-    """(B, C, H, W) uint8 images, one a seed, by the sampler on the full grid of coordinates (section 3.4).
+    """Generate one batch of images on the full grid of coordinates (Patch Diffusion, section 3.4).
 
-    labels: a class number a seed, -1 for none. centre: (C, h, w) uint8, an image that stays in the middle
-    of a larger canvas. The bytes of an image depend on its seed, its label, the options and the size of the
-    batch, not on what else is in the batch. Raises ValueError for sizes that do not fit the network.
+    The bytes of an image depend on its seed, its label, the options and the size of the batch, but not on the other
+    images of the batch.
+
+    Args:
+        model: the model.
+        seeds: one per image.
+        labels: class number of each image, -1 for no class.
+        sampling: the options.
+        centre: (C, h, w) uint8, an image that is kept in the middle of a larger canvas.
+
+    Returns:
+        (B, C, H, W) uint8.
+
+    Raises:
+        ValueError: the size does not fit the network.
     """
     denoiser = model.denoiser
     device = next(denoiser.parameters()).device
@@ -115,9 +139,17 @@ def generate(
 
 
 def class_number(label: int | str | None, class_names: Sequence[str]) -> int:
-    """A class by its name or number -> its number; -1 for None, an empty word or -1: no class.
+    """The number of a class.
 
-    Raises ValueError for a class that the model does not know.
+    Args:
+        label: name or number of the class; None, "" or -1 for no class.
+        class_names: names of the model's classes.
+
+    Returns:
+        The number, or -1 for no class.
+
+    Raises:
+        ValueError: the model has no such class.
     """
     if label in (None, "", -1, "-1"):
         return -1
@@ -131,7 +163,7 @@ def class_number(label: int | str | None, class_names: Sequence[str]) -> int:
 
 
 def default_labels(seeds: list[int], classes: int) -> list[int]:
-    """Classes in turn, so that any run of seeds is balanced; -1 where the model has none."""
+    """Cycle through the classes by seed, so that consecutive seeds are balanced; -1 for a model without classes."""
     return [seed % classes if classes else -1 for seed in seeds]
 
 
@@ -143,14 +175,25 @@ def generate_padded(
     sampling: Sampling,
     centre: Tensor | None = None,
 ) -> Tensor:
-    """`generate` in compute batches of exactly `batch`, the last one padded: (N, C, H, W) uint8, one a seed.
+    """`generate` in batches of exactly `batch` images; the last one is padded.
 
-    Equal batches give equal bits, so a seed's bytes are the same in a job of any size.
+    The same batch size gives the same bytes for a seed, for any number of seeds.
+
+    Args:
+        model: the model.
+        seeds: one per image.
+        labels: class number of each image, -1 for no class.
+        batch: images per batch.
+        sampling: the options.
+        centre: (C, h, w) uint8, an image that is kept in the middle of a larger canvas.
+
+    Returns:
+        (N, C, H, W) uint8, one image per seed.
     """
     images = []
     for start in range(0, len(seeds), batch):
-        some, their = seeds[start : start + batch], labels[start : start + batch]
-        pad = batch - len(some)
-        made = generate(model, some + some[-1:] * pad, their + their[-1:] * pad, sampling, centre)
-        images.append(made[: len(some)])
+        batch_seeds, batch_labels = seeds[start : start + batch], labels[start : start + batch]
+        count = len(batch_seeds)
+        batch_seeds, batch_labels = (values + values[-1:] * (batch - count) for values in (batch_seeds, batch_labels))
+        images.append(generate(model, batch_seeds, batch_labels, sampling, centre)[:count])
     return torch.cat(images)
