@@ -49,6 +49,9 @@ def linear_sigmas(steps: int, sigma_min: float = 0.002, sigma_max: float = 80.0)
 
     Raises:
         ValueError: `steps` is below 1.
+
+    Example:
+        sigmas = patchloom.linear_sigmas(steps=18)
     """
     return _with_zero(sigma_max + _ramp(steps) * (sigma_min - sigma_max))
 
@@ -66,6 +69,9 @@ def ve_sigmas(steps: int, sigma_min: float = 0.02, sigma_max: float = 100.0) -> 
 
     Raises:
         ValueError: `steps` is below 1.
+
+    Example:
+        sigmas = patchloom.ve_sigmas(steps=18)
     """
     return _with_zero(sigma_max * (sigma_min / sigma_max) ** _ramp(steps))
 
@@ -86,6 +92,9 @@ def vp_sigmas(steps: int, beta_d: float = 19.9, beta_min: float = 0.1, end: floa
 
     Raises:
         ValueError: `steps` is below 1.
+
+    Example:
+        sigmas = patchloom.vp_sigmas(steps=18)
     """
     t = 1 + _ramp(steps) * (end - 1)
     return _with_zero(torch.expm1(beta_d * t**2 / 2 + beta_min * t).sqrt())
@@ -108,6 +117,9 @@ def iddpm_sigmas(
 
     Raises:
         ValueError: `steps` is below 1 or above `levels - first`.
+
+    Example:
+        sigmas = patchloom.iddpm_sigmas(steps=18)
     """
     if steps > levels - first:
         raise ValueError(f"steps: {steps} is above the {levels - first} levels of the ladder iddpm")

@@ -78,6 +78,14 @@ def euler(denoise: Denoise, start: Tensor, sigmas: Tensor) -> Tensor:
     """Euler's 1st-order sampler for dx/dsigma = (x - D(x; sigma)) / sigma (EDM, Eq. 1 and 3).
 
     (B, C, H, W) noise -> (B, C, H, W) float64, with one evaluation per step.
+
+    Example:
+        def denoise(x, sigma):  # the ideal denoiser of standard normal data
+            return x / (1 + sigma**2)
+
+        sigmas = patchloom.karras_sigmas(steps=18)
+        noise = patchloom.SeededNoise(seeds=[0, 1], shape=(3, 8, 8))
+        images = patchloom.euler(denoise, noise() * sigmas[0], sigmas)
     """
     x, sigmas = _begin(start, sigmas)
     for sigma, lower in pairwise(sigmas):
@@ -101,6 +109,14 @@ def ddim(denoise: Denoise, start: Tensor, sigmas: Tensor, *, eta: float = 0.0, n
 
     Raises:
         ValueError: eta is not between 0 and 1, or eta above 0 without `noise`.
+
+    Example:
+        def denoise(x, sigma):  # the ideal denoiser of standard normal data
+            return x / (1 + sigma**2)
+
+        sigmas = patchloom.karras_sigmas(steps=18)
+        noise = patchloom.SeededNoise(seeds=[0, 1], shape=(3, 8, 8))
+        images = patchloom.ddim(denoise, noise() * sigmas[0], sigmas)
     """
     if not 0 <= eta <= 1:
         raise ValueError(f"eta: {eta:g} is not between 0 and 1")
@@ -121,6 +137,14 @@ def ancestral(denoise: Denoise, start: Tensor, sigmas: Tensor, *, noise: Noise |
 
     Raises:
         ValueError: `noise` is missing.
+
+    Example:
+        def denoise(x, sigma):  # the ideal denoiser of standard normal data
+            return x / (1 + sigma**2)
+
+        sigmas = patchloom.karras_sigmas(steps=18)
+        noise = patchloom.SeededNoise(seeds=[0, 1], shape=(3, 8, 8))
+        images = patchloom.ancestral(denoise, noise() * sigmas[0], sigmas, noise=noise)
     """
     return ddim(denoise, start, sigmas, eta=1.0, noise=noise)
 
@@ -129,6 +153,14 @@ def dpmpp_2m(denoise: Denoise, start: Tensor, sigmas: Tensor) -> Tensor:
     """DPM-Solver++(2M) (Lu et al. 2022, Algorithm 2): 2nd order, from the last two estimates.
 
     (B, C, H, W) noise -> (B, C, H, W) float64, with one evaluation per step.
+
+    Example:
+        def denoise(x, sigma):  # the ideal denoiser of standard normal data
+            return x / (1 + sigma**2)
+
+        sigmas = patchloom.karras_sigmas(steps=18)
+        noise = patchloom.SeededNoise(seeds=[0, 1], shape=(3, 8, 8))
+        images = patchloom.dpmpp_2m(denoise, noise() * sigmas[0], sigmas)
     """
     return _multistep(denoise, start, sigmas, eta=0.0, noise=None)
 
@@ -140,6 +172,14 @@ def dpmpp_2m_sde(denoise: Denoise, start: Tensor, sigmas: Tensor, *, noise: Nois
 
     Raises:
         ValueError: `noise` is missing.
+
+    Example:
+        def denoise(x, sigma):  # the ideal denoiser of standard normal data
+            return x / (1 + sigma**2)
+
+        sigmas = patchloom.karras_sigmas(steps=18)
+        noise = patchloom.SeededNoise(seeds=[0, 1], shape=(3, 8, 8))
+        images = patchloom.dpmpp_2m_sde(denoise, noise() * sigmas[0], sigmas, noise=noise)
     """
     return _multistep(denoise, start, sigmas, eta=1.0, noise=noise)
 
@@ -176,6 +216,14 @@ def plms(denoise: Denoise, start: Tensor, sigmas: Tensor) -> Tensor:
 
     (B, C, H, W) noise -> (B, C, H, W) float64, with one evaluation per step and one more. The weights of the
     slopes assume equal distances, so use a linear ladder.
+
+    Example:
+        def denoise(x, sigma):  # the ideal denoiser of standard normal data
+            return x / (1 + sigma**2)
+
+        sigmas = patchloom.linear_sigmas(steps=18)
+        noise = patchloom.SeededNoise(seeds=[0, 1], shape=(3, 8, 8))
+        images = patchloom.plms(denoise, noise() * sigmas[0], sigmas)
     """
     x, sigmas = _begin(start, sigmas)
     slopes: deque[Tensor] = deque(maxlen=4)
