@@ -30,7 +30,7 @@ def karras_sigmas(steps: int, sigma_min: float = 0.002, sigma_max: float = 80.0,
         ValueError: `steps` is below 1.
 
     Example:
-        sigmas = karras_sigmas(steps=18)
+        sigmas = patchloom.karras_sigmas(steps=18)
     """
     top, bottom = sigma_max ** (1 / rho), sigma_min ** (1 / rho)
     return _with_zero((top + _ramp(steps) * (bottom - top)) ** rho)

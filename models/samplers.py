@@ -54,8 +54,12 @@ def heun(
         ValueError: churn without `noise`.
 
     Example:
-        sigmas = karras_sigmas(steps=18)
-        images = heun(denoiser, SeededNoise([0, 1], (3, 64, 64))() * sigmas[0], sigmas)
+        def denoise(x, sigma):  # the ideal denoiser of standard normal data
+            return x / (1 + sigma**2)
+
+        sigmas = patchloom.karras_sigmas(steps=18)
+        noise = patchloom.SeededNoise(seeds=[0, 1], shape=(3, 8, 8))
+        images = patchloom.heun(denoise, noise() * sigmas[0], sigmas)
     """
     x, sigmas = _begin(start, sigmas)
     gamma = min(churn / (len(sigmas) - 1), 2**0.5 - 1)
