@@ -133,7 +133,9 @@ def _counts(trials: Sequence[TrialRow], order: Sequence[RankedSetting]) -> list[
 
 def _method(search: Search) -> list[str]:
     """How trials were chosen and compared, in sentences."""
-    sentences = ["All trials use the same rows, noise and crop positions, which reduces chance differences between them."]
+    sentences = [
+        "All trials use the same rows, noise and crop positions, which reduces chance differences between them."
+    ]
     if search.metric == HELD_OUT_LOSS:
         sentences.append("The held-out loss is that of the averaged weights on full-size images.")
     if search.repeats > 1:
