@@ -1,4 +1,4 @@
-"""Autoencoders: images to the moments of their latents and back. One kind of autoencoder is one class."""
+"""Autoencoders: images to the moments of their latents, and back. Each kind of autoencoder is a class."""
 
 from __future__ import annotations
 
@@ -27,10 +27,11 @@ DIFFUSERS_KINDS = ("AutoencoderKL", "AutoencoderTiny", "AutoencoderDC")
 
 
 class Autoencoder(ABC):
-    """What the platform asks of an autoencoder; one of your own is a subclass with these few things.
+    """The interface of an autoencoder. Subclass it to use your own.
 
-    It is found by the folder's `model.json`, `{"format_version": 1, "kind": "autoencoder", "class":
-    "package.module:Class"}`, beside its safetensors, once `--allow-backbone package` lets it be imported.
+    The `model.json` in its folder names the class: `{"format_version": 1, "kind": "autoencoder", "class":
+    "package.module:Class"}`. The weights are safetensors in the same folder.
+    `--allow-backbone package` allows its import.
     """
 
     downscale: int  # image pixels per latent pixel, along one side
@@ -42,13 +43,23 @@ class Autoencoder(ABC):
     @classmethod
     @abstractmethod
     def load(cls, folder: Path, device: torch.device | str, dtype: torch.dtype) -> Autoencoder:
-        """Build it from its folder; encoding runs in `dtype`."""
+        """Load it from its folder.
+
+        Args:
+            folder: the folder, with safetensors and `model.json`.
+            device: device of the weights.
+            dtype: precision of the computation.
+        """
 
     @abstractmethod
     def encode(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
-        """(B, 3, H, W) uint8 -> mean and std (B, C, H/f, W/f) float32 of the latents' Gaussian posterior.
+        """Encode images to the Gaussian posterior of their latents.
 
-        std is None where an image has one latent (a deterministic autoencoder).
+        Args:
+            images: (B, 3, H, W) uint8.
+
+        Returns:
+            Mean and std, (B, C, H / downscale, W / downscale) float32; std is None for a deterministic autoencoder.
         """
 
     @abstractmethod
@@ -57,7 +68,7 @@ class Autoencoder(ABC):
 
     @property
     def kind(self) -> str:
-        """The class as a card names it."""
+        """The name of the class in cards."""
         return f"{type(self).__module__}:{type(self).__qualname__}"
 
     def describe(self) -> AutoencoderCard:
@@ -73,11 +84,11 @@ class Autoencoder(ABC):
 
 
 class DiffusersAutoencoder(Autoencoder):
-    """An AutoencoderKL, AutoencoderTiny or AutoencoderDC of diffusers, which all take pixels of -1 to 1."""
+    """An AutoencoderKL, AutoencoderTiny or AutoencoderDC of diffusers. They take pixels in [-1, 1]."""
 
     def __init__(self, network: Any) -> None:
         config = network.config
-        # one of these names the widths, and the image is halved between each two of them
+        # the widths; the image is halved between two of them
         widths = next(config[name] for name in ("block_out_channels", "encoder_block_out_channels") if name in config)
         self.network = network
         self.downscale = int(2 ** (len(widths) - 1))
@@ -87,7 +98,7 @@ class DiffusersAutoencoder(Autoencoder):
 
     @classmethod
     def load(cls, folder: Path, device: torch.device | str, dtype: torch.dtype) -> DiffusersAutoencoder:
-        """Read diffusers' own folder; safetensors only."""
+        """Load a folder in the format of diffusers, from safetensors only."""
         import diffusers
 
         kind = getattr(diffusers, json.loads((folder / CONFIG).read_text())["_class_name"])
@@ -143,7 +154,7 @@ def autoencoder_loss(network: AutoencoderKL, images: Tensor, kl_weight: float, g
 
 
 def save_autoencoder(network: AutoencoderKL, folder: Path) -> str:
-    """Write diffusers' own folder (safetensors + config) and a card; returns the weights' sha256."""
+    """Write a folder in the format of diffusers, and `model.json`. Returns the sha256 of the weights."""
     network.save_pretrained(folder, safe_serialization=True)
     sha256 = weights_sha256(folder)
     described = replace(DiffusersAutoencoder(network).describe(), weights_sha256=sha256)
@@ -153,7 +164,7 @@ def save_autoencoder(network: AutoencoderKL, folder: Path) -> str:
 
 
 def weights_sha256(folder: Path) -> str:
-    """The sha256 of a folder's safetensors, one after the other in the order of their names."""
+    """The sha256 of all safetensors of a folder, in the order of their names."""
     digest = hashlib.sha256()
     for path in sorted(folder.glob("*.safetensors")):
         with path.open("rb") as file:
@@ -165,9 +176,15 @@ def weights_sha256(folder: Path) -> str:
 def load_autoencoder(
     folder: Path | str, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
 ) -> Autoencoder:
-    """Read the folder of an autoencoder (safetensors only, no pickle).
+    """Load an autoencoder from its folder. Only safetensors are read, no pickles.
 
-    Raises CheckpointError where it is not whole, or of a class that is unknown or was not allowed.
+    Args:
+        folder: a folder in the format of diffusers, or of your own `Autoencoder`.
+        device: device of the weights.
+        dtype: precision of the computation.
+
+    Raises:
+        CheckpointError: the folder is incomplete or damaged, or its class is unknown or not allowed.
     """
     folder = Path(folder)
     card = json.loads((folder / CARD_FILE).read_text()) if (folder / CARD_FILE).is_file() else {}
@@ -184,8 +201,7 @@ def load_autoencoder(
     sha256 = weights_sha256(folder)
     if card.get("weights_sha256", sha256) != sha256:
         raise CheckpointError(
-            f"{folder}: its weights have sha256 {sha256[:12]} and its card says {card['weights_sha256'][:12]}: "
-            "fetch it again"
+            f"{folder}: the weights have sha256 {sha256[:12]} instead of {card['weights_sha256'][:12]}: fetch it again"
         )
     try:
         kind = import_allowed(name) if ":" in name else DiffusersAutoencoder

@@ -1,4 +1,4 @@
-"""EMA: running averages of the weights, which are what is sampled from and registered."""
+"""EMA: running averages of the weights. The averages are sampled from and registered."""
 
 import copy
 import functools
@@ -12,28 +12,36 @@ from torch import Tensor, nn
 
 
 class WeightAverage(ABC):
-    """A module that follows another one; how fast is `decay`'s to say."""
+    """A running average of the parameters of a module. Subclasses define the decay."""
 
     def __init__(self, module: nn.Module) -> None:
         self.module = copy.deepcopy(module).eval().requires_grad_(False)
 
     @abstractmethod
     def decay(self, images_seen: int, images_in_step: int) -> float:
-        """The share of the old average that a step of `images_in_step`, ending at `images_seen`, keeps."""
+        """The share of the old average that remains after a step.
+
+        Args:
+            images_seen: counted images at the end of the step.
+            images_in_step: counted images of the step.
+        """
 
     @torch.no_grad()
     def update(self, module: nn.Module, images_seen: int, images_in_step: int) -> None:
-        """Move the average towards the module's parameters after a step that ended at `images_seen`."""
+        """Update the average after a step; arguments as for `decay`."""
         share = 1 - self.decay(images_seen, images_in_step)
         averages = [average.detach() for average in self.module.parameters()]
         torch._foreach_lerp_(averages, [p.detach() for p in module.parameters()], share)
 
 
 class HalfLifeEMA(WeightAverage):
-    """An exponential moving average whose half-life is counted in images (EDM, F.2).
+    """An exponential moving average with a half-life in images (EDM, F.2).
 
-    The half-life is held to `rampup_ratio` of the images seen, so that a young run is not averaged with
-    its first random weights.
+    Args:
+        module: the module to average.
+        halflife_images: the half-life, in counted images.
+        rampup_ratio: the half-life is at most this share of the images seen, so that early averages do not contain the
+            random initial weights.
     """
 
     def __init__(self, module: nn.Module, halflife_images: float, rampup_ratio: float = 0.05) -> None:
@@ -41,16 +49,20 @@ class HalfLifeEMA(WeightAverage):
         self.halflife_images, self.rampup_ratio = halflife_images, rampup_ratio
 
     def decay(self, images_seen: int, images_in_step: int) -> float:
-        """beta = 0.5 ^ (images in the step / half-life), 0 before anything was seen."""
+        """beta = 0.5 ^ (images in the step / half-life); 0 at the start."""
         halflife = min(self.halflife_images, self.rampup_ratio * images_seen)
         return float(0.5 ** (images_in_step / max(halflife, 1e-8)))
 
 
 class PowerEMA(WeightAverage):
-    """An average that weighs the weights at t images by t^gamma, up to now (EDM2, section 3.1).
+    """An average with the weight t^gamma for the parameters at t images (EDM2, section 3.1).
 
-    It needs no ramp-up, and its width stays `sigma_rel` times the length of the run. Averages of two widths,
-    kept now and then, give that of any other width afterwards (`reconstruction`).
+    It needs no ramp-up: its width is always `sigma_rel` times the length of the run. From saved averages of two widths,
+    `reconstruction` makes an average of any other width after the training.
+
+    Args:
+        module: the module to average.
+        sigma_rel: relative width, above 0 and at most 0.288.
     """
 
     def __init__(self, module: nn.Module, sigma_rel: float) -> None:
@@ -64,13 +76,15 @@ class PowerEMA(WeightAverage):
 
 @functools.cache
 def power_of_width(sigma_rel: float) -> float:
-    """gamma of the power function whose standard deviation is `sigma_rel` of the run's length (EDM2, Eq. 3).
+    """The exponent gamma of the power function with the relative width `sigma_rel` (EDM2, Eq. 3).
 
-    sigma_rel^2 = (gamma + 1) / ((gamma + 2)^2 (gamma + 3)), a cubic whose largest real root is wanted.
-    Raises ValueError outside 0 ... 0.288, the width of a plain mean.
+    It is the largest real root of the cubic sigma_rel^2 = (gamma + 1) / ((gamma + 2)^2 (gamma + 3)).
+
+    Raises:
+        ValueError: `sigma_rel` is not above 0 and at most 0.288, the width of the mean of all weights.
     """
     if not 0 < sigma_rel <= 12**-0.5:
-        raise ValueError(f"sigma_rel is {sigma_rel:g}: a width lies between 0 and 0.288, the plain mean's")
+        raise ValueError(f"sigma_rel: {sigma_rel:g} is not between 0 and 0.288")
     t = sigma_rel**-2
     roots = np.roots([1, 7, 16 - t, 12 - t])
     return float(max(root.real for root in roots if abs(root.imag) < 1e-6))
@@ -78,13 +92,18 @@ def power_of_width(sigma_rel: float) -> float:
 
 @dataclass(frozen=True)
 class PowerProfile:
-    """Which weights an average holds: those at t images with density (gamma + 1) t^gamma / T^(gamma + 1), t <= T."""
+    """The weights in an average: density (gamma + 1) t^gamma / T^(gamma + 1) at t images, up to T.
+
+    Args:
+        sigma_rel: relative width.
+        images_seen: T, counted images.
+    """
 
     sigma_rel: float
     images_seen: float
 
     def overlap(self, other: "PowerProfile") -> float:
-        """The integral over t of the product of two densities, per image (EDM2, appendix C)."""
+        """The integral of the product of two densities over t (EDM2, appendix C)."""
         early, late = sorted((self, other), key=lambda profile: profile.images_seen)
         a, b = power_of_width(early.sigma_rel), power_of_width(late.sigma_rel)
         ratio = early.images_seen / late.images_seen
@@ -92,17 +111,26 @@ class PowerProfile:
 
 
 def reconstruction(kept: Sequence[PowerProfile], wanted: PowerProfile) -> np.ndarray:
-    """How much of each kept average makes the wanted one: (N,) float64 (EDM2, section 3.2).
+    """The coefficients of saved averages that approximate another average (EDM2, section 3.2).
 
-    The combination of the kept densities that is nearest to the wanted one in the mean square, among those
-    whose shares add up to 1: what is left of a width out of reach is then a coarser average, and not a
-    shrunken one. Raises ValueError where nothing was kept.
+    The combination minimises the mean squared difference of the densities, among those whose coefficients sum to 1.
+    So a width that cannot be reached gives a wider average, not smaller weights.
+
+    Args:
+        kept: profiles of the saved averages.
+        wanted: profile of the average to make.
+
+    Returns:
+        (N,) float64.
+
+    Raises:
+        ValueError: `kept` is empty.
     """
     if not kept:
-        raise ValueError("no average was kept: set snapshot_every_images in the recipe's ema")
+        raise ValueError("no averages were saved: set ema.snapshot_every_images in the recipe")
     products = np.array([[one.overlap(other) for other in kept] for one in kept])
     target = np.array([one.overlap(wanted) for one in kept])
-    scale = np.sqrt(np.diag(products))  # densities of unit length: far better conditioned
+    scale = np.sqrt(np.diag(products))  # normalised densities, for a better condition number
     system = np.zeros((len(kept) + 1, len(kept) + 1))
     system[:-1, :-1] = products / np.outer(scale, scale)
     system[:-1, -1] = system[-1, :-1] = scale.min() / scale  # the constraint and its multiplier
@@ -111,7 +139,12 @@ def reconstruction(kept: Sequence[PowerProfile], wanted: PowerProfile) -> np.nda
 
 
 def combine(kept: Iterable[dict[str, Tensor]], shares: np.ndarray) -> dict[str, Tensor]:
-    """The weighted sum of parameters by name, one average in memory at a time; summed in float64, given in float32."""
+    """The weighted sum of averages, float32. It is computed in float64 with one average in memory at a time.
+
+    Args:
+        kept: tensors (any shape) by name, of each average.
+        shares: (N,) coefficients.
+    """
     total: dict[str, Tensor] = {}
     for parameters, share in zip(kept, shares, strict=True):
         for name, tensor in parameters.items():

@@ -1,4 +1,4 @@
-"""FLOPs: what one crop costs to train on, and how many a second a device can do."""
+"""FLOPs: of one crop in training, and the peak of a device."""
 
 import time
 
@@ -10,19 +10,25 @@ from patchloom.models.denoiser import Denoiser, build_denoiser, skeleton
 from patchloom.models.layers import Block, Convolution
 from patchloom.models.unet import UNet
 
-# Dense peaks of the tensor cores in bf16 and fp16, FLOP/s, by what the device's name holds (NVIDIA's data sheets)
+# Dense peak FLOP/s of the tensor cores in bf16 and fp16, by part of the device name (NVIDIA's data sheets).
 PEAK_FLOPS = {
     "H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12, "A100": 312e12, "V100": 125e12, "L40S": 362e12, "T4": 65e12,
 }  # fmt: skip
-SIDES = (256, 512, 1024, 2048, 4096, 8192)  # of the matrices of a measured peak
+SIDES = (256, 512, 1024, 2048, 4096, 8192)  # sides of the matrices that measure the peak
 LONG_ENOUGH_S = 0.01
 
 
 def training_flops(config: DenoiserConfig, size: int) -> int:
-    """FLOPs of one crop of `size` pixels, forward and backward, attention included.
+    """FLOPs of one crop in training: forward and backward, with attention.
 
-    A multiply-add counts 2, and the backward pass twice the forward. Raises
-    ValueError for a network that cannot be built, or a size that it cannot halve.
+    A multiply-add counts as 2, and the backward pass as twice the forward pass.
+
+    Args:
+        config: the network.
+        size: side of the crop in pixels.
+
+    Raises:
+        ValueError: the network cannot be built, or cannot halve the size.
     """
     denoiser = skeleton(config)
     if isinstance(denoiser.model, UNet):
@@ -30,26 +36,26 @@ def training_flops(config: DenoiserConfig, size: int) -> int:
         return 3 * _forward_flops(denoiser.model, size)
     try:
         return _counted(config, size, "meta")
-    except NotImplementedError:  # a backbone may need numbers to work with
+    except NotImplementedError:  # a backbone may not support the meta device
         return _counted(config, size, "cpu")
 
 
 def _forward_flops(network: UNet, size: int) -> int:
-    """FLOPs of one image of `size` pixels, layer by layer; torch's counter would first load its compiler."""
+    """FLOPs of the forward pass, layer by layer; torch's own counter is slow to import."""
     resolution = network.resolution
     counted = [*network.enc.items(), *network.dec.items()]
     total = sum(_layer_flops(layer, int(name.split("x")[0]) * size // resolution) for name, layer in counted)
-    inside = (network.enc, network.dec, network.map_augment)  # images are counted as they are, not augmented
+    inside = (network.enc, network.dec, network.map_augment)  # without augmentation
     rest = [layer for layer in network.children() if not any(layer is other for other in inside)]
     return total + sum(_layer_flops(layer, size) for layer in rest)
 
 
 def _layer_flops(layer: nn.Module, side: int) -> int:
-    """FLOPs of a layer and all inside it, whose output has `side` pixels a side."""
+    """FLOPs of a layer and its submodules, for an output of `side` x `side` pixels."""
     total = 0
     for module in layer.modules():
         if isinstance(module, Block):
-            if module.heads:  # every pixel looks at every other, and gathers from it
+            if module.heads:  # scores, and their weighted sum
                 total += 4 * module.channels_out * side**4
             resampled = (each for each in (module.conv0, module.skip) if each is not None)
             total += sum(_filter_flops(each, module.channels_in, side) for each in resampled)
@@ -63,14 +69,14 @@ def _layer_flops(layer: nn.Module, side: int) -> int:
 
 
 def _convolved_side(layer: Convolution, side: int) -> int:
-    """Pixels a side that a layer's convolution itself gives; one that is filtered last gives more, and a margin."""
+    """Side of the output of a convolution; it is larger before a final filter that halves it."""
     if layer.filter_last and layer.resample == "down":
         return 2 * side + 2 * ((layer.resample_filter.shape[-1] - 1) // 2)
     return side
 
 
 def _filter_flops(layer: Convolution, channels: int, side: int) -> int:
-    """FLOPs of the low-pass filter of a layer that resamples; pooling and repetition count nothing."""
+    """FLOPs of the low-pass filter of a resampling layer; pooling and repetition count as 0."""
     if layer.resample is None or layer.is_box:
         return 0
     pixels = side**2 if layer.resample == "down" else (side // 2) ** 2
@@ -89,15 +95,19 @@ def _counted(config: DenoiserConfig, size: int, device: str) -> int:
 
 
 def parameter_count(denoiser: Denoiser) -> int:
-    """Trainable parameters."""
+    """The number of parameters."""
     return sum(parameter.numel() for parameter in denoiser.parameters())
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
-    """The most FLOP/s of a device in a precision, and where the number is from.
+    """The peak FLOP/s of a device, and its source.
 
-    "data sheet" for GPUs whose half-precision peak is known; else "measured": the fastest product of two
-    square matrices here and now, on this process's threads. It takes about 0.1 s.
+    Args:
+        device: the device.
+        dtype: the precision.
+
+    Returns:
+        The peak, and "data sheet" for GPUs with a known half-precision peak, or "measured" (takes about 0.1 s).
     """
     if device.type == "cuda" and dtype in (torch.bfloat16, torch.float16):
         name = torch.cuda.get_device_name(device)
@@ -109,8 +119,8 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
 
 @torch.no_grad()
 def _measured_peak(device: torch.device, dtype: torch.dtype, repeats: int = 3) -> float:
-    """Products of growing matrices, the best of `repeats` each, until one takes long enough to be timed well."""
-    generator = torch.Generator(device).manual_seed(0)  # zeros would be faster than numbers on some GPUs
+    """The best rate over products of growing matrices, until one takes long enough to measure."""
+    generator = torch.Generator(device).manual_seed(0)  # not zeros, which are faster on some GPUs
     best = 0.0
     for side in SIDES:
         matrix = torch.rand(side, side, generator=generator, device=device).to(dtype)

@@ -1,4 +1,4 @@
-"""Transfer: a network begins with the weights of another that may differ in classes, resolution or coordinates."""
+"""Transfer: copy weights between networks that may differ in classes, resolution or coordinates."""
 
 import re
 
@@ -7,40 +7,53 @@ from torch import Tensor
 
 from patchloom.models.denoiser import Denoiser
 
-LEVEL = re.compile(r"\.(\d+)x\1_")  # EDM's names hold the resolution of a level
+LEVEL = re.compile(r"\.(\d+)x\1_")  # the resolution of a level in EDM's parameter names
 CLASS_WEIGHTS = "map_label."
 
 
 @torch.no_grad()
 def transfer(target: Denoiser, source: Denoiser) -> list[str]:
-    """Copy the weights of `source` into `target`, level by level, and say what was left as it was drawn.
+    """Copy the weights of `source` into `target`.
 
-    Levels are matched by how often they are halved, so that resolutions may differ. The class embedding
-    stays fresh where the classes differ; where only the target has coordinates, their channels of the first
-    convolution begin at 0, so that it starts as the source. Raises ValueError, naming what differs, where
-    anything else does not match in name or shape.
+    Levels match by their number of halvings, so the resolutions may differ. If the classes differ, the class
+    embedding keeps its fresh weights. If only the target has coordinates, their channels of the first convolution
+    become 0, so that the target starts as the source.
+
+    Args:
+        target: the network to change.
+        source: the network to copy from.
+
+    Returns:
+        The names of the weights that were not copied.
+
+    Raises:
+        ValueError: any other name or shape differs; the message names up to three.
     """
-    theirs = {_by_level(name, source.resolution): tensor for name, tensor in source.state_dict().items()}
-    ours = {_by_level(name, target.resolution): tensor for name, tensor in target.state_dict().items()}
-    left, problems = [], []
-    for name, tensor in ours.items():
-        given = theirs.pop(name, None)
+    source_weights = {_by_level(name, source.resolution): tensor for name, tensor in source.state_dict().items()}
+    target_weights = {_by_level(name, target.resolution): tensor for name, tensor in target.state_dict().items()}
+    fresh, problems = [], []
+    for name, tensor in target_weights.items():
+        given = source_weights.pop(name, None)
         if given is not None and given.shape == tensor.shape:
             tensor.copy_(given)
         elif given is not None and _only_coordinates_more(tensor, given, target, source):
             tensor.zero_()[:, : given.shape[1]] = given
-            left.append(f"{name} (coordinates)")
+            fresh.append(f"{name} (coordinates)")
         elif CLASS_WEIGHTS in name:
-            left.append(name)
+            fresh.append(name)
         else:
-            problems.append(f"{name} is {_shape(tensor)} and was {_shape(given)}")
+            problems.append(f"{name} is {_shape(tensor)} and the source has {_shape(given)}")
     problems += [
-        f"{name} is none and was {_shape(given)}" for name, given in theirs.items() if CLASS_WEIGHTS not in name
+        f"{name} is missing and the source has {_shape(given)}"
+        for name, given in source_weights.items()
+        if CLASS_WEIGHTS not in name
     ]
     if problems:
         more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
-        raise ValueError(f"the networks differ: {'; '.join(problems[:3])}{more}: give the recipe the source's network")
-    return left
+        raise ValueError(
+            f"the networks differ: {'; '.join(problems[:3])}{more}: use the network of the source in the recipe"
+        )
+    return fresh
 
 
 def _by_level(name: str, resolution: int) -> str:
@@ -51,7 +64,7 @@ def _by_level(name: str, resolution: int) -> str:
 
 
 def _only_coordinates_more(tensor: Tensor, given: Tensor, target: Denoiser, source: Denoiser) -> bool:
-    """Whether this is the first convolution, of a source that sees the image alone."""
+    """Whether this is the first convolution, and only the target has coordinate channels."""
     return (
         source.coordinates == "none"
         and target.coordinates != "none"

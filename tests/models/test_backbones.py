@@ -151,14 +151,11 @@ def test_permissions_add_up_and_reach_the_environment(monkeypatch: pytest.Monkey
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        (
-            f"{PACKAGE}.nowhere:Adapter",
-            rf"{PACKAGE}\.nowhere:Adapter cannot be imported .*install it or set PYTHONPATH",
-        ),
-        (f"{PACKAGE}.broken:Adapter", "cannot be imported .*a_module_that_is_nowhere"),
-        (f"{PACKAGE}:Missing", f"the module {PACKAGE} holds no Missing"),
-        (f"{PACKAGE}.others:no_network", "gives a dict, and a torch.nn.Module was wanted"),
-        (f"{PACKAGE}.others:Narrow", "was not built with resolution, channels_in, channels_out, classes"),
+        (f"{PACKAGE}.nowhere:Adapter", rf"{PACKAGE}\.nowhere:Adapter.*PYTHONPATH"),
+        (f"{PACKAGE}.broken:Adapter", "a_module_that_is_nowhere"),
+        (f"{PACKAGE}:Missing", f"{PACKAGE}.*Missing"),
+        (f"{PACKAGE}.others:no_network", "dict.*torch.nn.Module"),
+        (f"{PACKAGE}.others:Narrow", "resolution, channels_in, channels_out, classes"),
     ],
 )
 @pytest.mark.usefixtures("allowed")
@@ -169,13 +166,13 @@ def test_a_network_that_cannot_be_had_is_refused_in_words(name: str, words: str)
 
 def test_a_package_that_is_not_installed_is_refused_in_words(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(ALLOWED, "a_module_that_is_nowhere")
-    with pytest.raises(ValueError, match=r"cannot be imported .*a_module_that_is_nowhere"):
+    with pytest.raises(ValueError, match=r"a_module_that_is_nowhere"):
         build_backbone("a_module_that_is_nowhere:Network", ARGUMENTS)
 
 
 @pytest.mark.usefixtures("allowed")
 def test_an_option_that_the_network_does_not_know_is_refused_in_words(config: DenoiserConfig) -> None:
-    with pytest.raises(ValueError, match=r"was not built with .*colour.*let it take them"):
+    with pytest.raises(ValueError, match="colour"):
         build_denoiser(replace(config, network_options={**OPTIONS, "colour": 1}))
 
 
