@@ -104,7 +104,7 @@ def results(checkout: Path, folder: Path) -> dict[str, str]:
 
 
 def content(path: Path) -> bytes:
-    """The bytes of a file; of averages their tensors, and of metrics their values, since their headers have no order."""
+    """The bytes of a file; of averages their tensors, and of metrics their values, whose order in a file is free."""
     if "ema" in path.parts:
         return b"".join(name.encode() + tensor.tobytes() for name, tensor in sorted(load_file(path).items()))
     if path.name == "metrics.json":
