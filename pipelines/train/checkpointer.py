@@ -1,8 +1,9 @@
-"""Checkpointer: a run's checkpoints, written beside the training, whole or not at all, and kept by rule."""
+"""The checkpoints of a run: where it continues, how they are written, and which are kept."""
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -11,42 +12,56 @@ from torch import Tensor
 from patchloom.models.cards import CheckpointCard
 from patchloom.models.checkpoints import checkpoint_content, read_checkpoint_card, write_checkpoint
 from patchloom.models.step import TrainingState
-from patchloom.pipelines.train.initial_weights import BEGINNING
+from patchloom.pipelines.train.initial_weights import INITIAL_WEIGHTS
+from patchloom.platform.compute.workers import Worker
 from patchloom.platform.files.folder import Folder
-from patchloom.platform.files.storage import whole_folder
+from patchloom.platform.files.storage import locked, sweep_partial, whole_folder
 from patchloom.platform.progress import say
 from patchloom.platform.recipe.run_recipe import KeepSection
 
 CHECKPOINTS = "checkpoints"
+OLD_WORKER_WAIT_S = 60.0  # a worker of a killed session may still be writing
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
-    """The newest checkpoint that was written whole: the only authority on where a run goes on."""
-    whole = sorted((folder / CHECKPOINTS).glob("step-*/checkpoint.json"))
-    return whole[-1].parent if whole else None
+    """The newest complete checkpoint of a run, from which it continues."""
+    complete = sorted((folder / CHECKPOINTS).glob("step-*/checkpoint.json"))
+    return complete[-1].parent if complete else None
 
 
 def whole_checkpoints(folder: Folder) -> list[str]:
-    """The names of a run's whole checkpoints, `checkpoints/step-00001000`, the newest last; also of a remote run."""
+    """The names of the complete checkpoints of a run, which may be remote: `checkpoints/step-00001000`, sorted."""
     names = (name.removesuffix("/checkpoint.json") for name in folder.files() if name.endswith("/checkpoint.json"))
     return sorted(name for name in names if name.startswith(f"{CHECKPOINTS}/"))
 
 
 def without_tensors(name: str) -> bool:
-    """What a watcher needs of a remote run: all but the tensors of checkpoints and of the weights it began with."""
-    return not name.startswith((f"{CHECKPOINTS}/", f"{BEGINNING}/")) or name.endswith(".json")
+    """Whether to fetch this file of a remote run: not the tensors of checkpoints and initial weights."""
+    return not name.startswith((f"{CHECKPOINTS}/", f"{INITIAL_WEIGHTS}/")) or name.endswith(".json")
 
 
 def without_old_tensors(folder: Folder) -> Callable[[str], bool]:
-    """What a worker needs of a remote run: only the newest checkpoint's tensors, else those it begins with."""
-    newest = whole_checkpoints(folder)[-1:] or [BEGINNING]
+    """Which files of a remote run a worker fetches: of the tensors, only those that the run continues from."""
+    newest = whole_checkpoints(folder)[-1:] or [INITIAL_WEIGHTS]
     return lambda name: without_tensors(name) or name.rsplit("/", 1)[0] in newest
 
 
-class Checkpointer:
-    """Copies the state in the step's own time, and writes it while training goes on; one at a time.
+@contextmanager
+def worker_lock(worker: Worker, folder: Path) -> Iterator[None]:
+    """Lock a run folder for worker 0, and remove files that a killed process left incomplete."""
+    if worker.rank > 0:
+        yield
+        return
+    with locked(folder, ".worker.lock", wait_s=OLD_WORKER_WAIT_S):
+        sweep_partial(folder)
+        sweep_partial(folder / CHECKPOINTS)
+        yield
 
-    A disk that is full costs a checkpoint and not the run: the ones before stay, and the next is tried.
+
+class Checkpointer:
+    """Writes checkpoints in the background, one at a time, while training continues.
+
+    If the disk is full, the checkpoint is skipped with a message; earlier checkpoints are kept.
     """
 
     def __init__(self, folder: Path, keep: KeepSection) -> None:
@@ -56,12 +71,12 @@ class Checkpointer:
         self._pending: Future[None] | None = None
 
     def save(self, state: TrainingState, recipe: str, held_out_loss: float | None) -> None:
-        """Begin to write `checkpoints/step-...`; waits only for the one before."""
+        """Copy the state and start to write `checkpoints/step-...`. Waits for the previous checkpoint."""
         self.wait()
         self._pending = self._writer.submit(self._write, *checkpoint_content(state, recipe, held_out_loss))
 
     def wait(self) -> None:
-        """Until what was begun is written."""
+        """Wait until the checkpoint is written."""
         if self._pending is not None:
             self._pending.result()
             self._pending = None
@@ -71,16 +86,16 @@ class Checkpointer:
             self.folder.mkdir(exist_ok=True)
             with whole_folder(self.folder / f"step-{card.step:08d}") as folder:
                 write_checkpoint(folder, tensors, card)
-            self._let_go()
+            self._remove_old()
         except (OSError, SafetensorError) as error:
             self.failed += 1
             say(
                 f"  the checkpoint of step {card.step:,} was not written ({error}); "
-                "training goes on, and the next one is tried: free some space"
+                "training continues, and the next checkpoint is tried: free disk space"
             )
 
-    def _let_go(self) -> None:
-        """Remove the checkpoints that no rule keeps."""
+    def _remove_old(self) -> None:
+        """Remove the checkpoints that no rule of `train.keep` keeps."""
         folders = sorted(path.parent for path in self.folder.glob("step-*/checkpoint.json"))
         cards = {folder: read_checkpoint_card(folder) for folder in folders}
         kept = set(folders[-self.keep.last :])

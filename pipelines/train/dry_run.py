@@ -10,8 +10,8 @@ from patchloom.models.denoiser import build_denoiser, skeleton
 from patchloom.models.flops import parameter_count, training_flops
 from patchloom.models.normalisation import identity_normalisation
 from patchloom.models.step_plan import StepSettings
+from patchloom.pipelines.train.model_card import new_model_card
 from patchloom.pipelines.train.run import step_settings
-from patchloom.pipelines.train.training import new_model_card
 from patchloom.platform.dataset.prepared import open_dataset
 from patchloom.platform.recipe.run_recipe import Recipe
 

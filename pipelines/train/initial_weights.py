@@ -1,4 +1,4 @@
-"""Beginning: the weights of another model that a run starts from, kept in the run's own folder."""
+"""Initial weights: those of another model that a run starts from, copied into the run folder."""
 
 from pathlib import Path
 
@@ -12,35 +12,42 @@ from patchloom.platform.files.storage import local_path
 from patchloom.platform.progress import say
 from patchloom.platform.tracking.registry import fetch_model
 
-BEGINNING = "beginning"
-SNAPSHOT = "snapshot.pkl"
-MODEL_FILES = ("model.safetensors", "model.json")  # the card last
+INITIAL_WEIGHTS = "beginning"  # the folder's name on disk
+SNAPSHOT_FILE = "snapshot.pkl"
+WEIGHT_FILES = ("model.safetensors", "model.json")  # the card last
 
 
-def keep_beginning(run: Folder, reference: str, network: DenoiserConfig) -> None:
-    """Copy the weights that a recipe's `init_from` names into the run's folder, once it is known that they fit.
+def copy_initial_weights(run: Folder, reference: str, network: DenoiserConfig) -> None:
+    """Copy the weights of a recipe's `init_from` into the run folder, unless they are there.
 
-    There every node finds them, and an alias that moves on does not change a run that goes on. network: see
-    `build_denoiser`. Raises UserError where the weights do not fit it.
+    All nodes find them there, and a run that is resumed does not depend on a moved alias.
+
+    Args:
+        run: the run folder.
+        reference: a model reference or the path of an EDM snapshot.
+        network: the network to train.
+
+    Raises:
+        UserError: the weights do not fit the network.
     """
-    if any(run.has(f"{BEGINNING}/{name}") for name in (SNAPSHOT, MODEL_FILES[-1])):
+    if any(run.has(f"{INITIAL_WEIGHTS}/{name}") for name in (SNAPSHOT_FILE, WEIGHT_FILES[-1])):
         return
     is_file = not reference.startswith(("models:/", "runs:/")) and local_path(reference).is_file()
     path = local_path(reference) if is_file else fetch_model(reference).folder
     try:
-        left = transfer(build_denoiser(network), load_edm_snapshot(path) if is_file else load_model(path))
+        untransferred = transfer(build_denoiser(network), load_edm_snapshot(path) if is_file else load_model(path))
     except ValueError as error:
         raise UserError(f"train.init_from {reference}: {error}") from None
     if is_file:
-        run.put(path, f"{BEGINNING}/{SNAPSHOT}")
+        run.put(path, f"{INITIAL_WEIGHTS}/{SNAPSHOT_FILE}")
     else:
-        for name in MODEL_FILES:
-            run.put(path / name, f"{BEGINNING}/{name}")
-    fresh = f"; left fresh: {', '.join(left)}" if left else ""
-    say(f"  beginning with the weights of {reference}{fresh}")
+        for name in WEIGHT_FILES:
+            run.put(path / name, f"{INITIAL_WEIGHTS}/{name}")
+    new = f"; new weights for: {', '.join(untransferred)}" if untransferred else ""
+    say(f"  starting with the weights of {reference}{new}")
 
 
-def load_beginning(run: Path) -> Denoiser:
-    """The denoiser that a run's folder on this node keeps to begin with."""
-    snapshot = run / BEGINNING / SNAPSHOT
-    return load_edm_snapshot(snapshot) if snapshot.is_file() else load_model(run / BEGINNING)
+def load_initial_weights(run: Path) -> Denoiser:
+    """The denoiser whose weights a run starts with."""
+    snapshot = run / INITIAL_WEIGHTS / SNAPSHOT_FILE
+    return load_edm_snapshot(snapshot) if snapshot.is_file() else load_model(run / INITIAL_WEIGHTS)

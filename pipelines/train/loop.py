@@ -1,43 +1,40 @@
-"""The training loop of one worker: plan a step, fetch its rows, take it, and now and then look up."""
+"""The training loop of one worker: plan a step, fetch its rows, take it, and call the hooks."""
 
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from patchloom.models.step import StoredRows, training_step
 from patchloom.models.step_plan import CropGroup, StepPlan, plan_step
-from patchloom.pipelines.train.checkpointer import CHECKPOINTS, without_old_tensors
-from patchloom.pipelines.train.monitor import STOP_FILE, Monitor
+from patchloom.pipelines.train.checkpointer import without_old_tensors, worker_lock
+from patchloom.pipelines.train.monitor import STOP_FILE, Monitor, Verdict
 from patchloom.pipelines.train.profiler import Profiler
-from patchloom.pipelines.train.run import Run, open_run, save_run_model
+from patchloom.pipelines.train.run import TrainingRun, TrainJob, open_run, save_run_model
 from patchloom.platform.compute.workers import Worker
 from patchloom.platform.files.copies import RemoteMirror, pull_folder, working_copy
 from patchloom.platform.files.folder import Folder
-from patchloom.platform.files.storage import locked, sweep_partial
-
-LEAVING_WORKER_S = 60.0  # an orphan of a killed session may still be writing
+from patchloom.platform.records.run import ProgressLine
 
 
-def train_worker(worker: Worker, config: dict[str, Any]) -> dict[str, Any]:
-    """Train one worker's share of a run from its newest checkpoint to its end.
+@dataclass(frozen=True)
+class TrainOutcome:
+    """How a session of training ended, and its last progress line."""
 
-    Returns `line`, the last progress line, and `verdict`: "finished", "stopped" or "diverged".
-    """
-    with _run_here(worker, Folder(config["folder"])) as folder:
-        here = config | {"folder": str(folder)}
-        if worker.rank > 0:
-            return _train(worker, here)
-        with locked(folder, ".worker.lock", wait_s=LEAVING_WORKER_S):
-            sweep_partial(folder)
-            sweep_partial(folder / CHECKPOINTS)
-            return _train(worker, here)
+    verdict: Verdict
+    line: ProgressLine | None
+
+
+def train_worker(worker: Worker, job: TrainJob) -> TrainOutcome:
+    """Train one worker's share of a run, from its newest checkpoint to its end."""
+    with _local_run(worker, Folder(job.folder)) as folder, worker_lock(worker, folder):
+        return _train(open_run(worker, replace(job, folder=str(folder))))
 
 
 @contextmanager
-def _run_here(worker: Worker, run: Folder) -> Iterator[Path]:
-    """The run's folder on this node; worker 0 keeps a remote one equal to its own."""
+def _local_run(worker: Worker, run: Folder) -> Iterator[Path]:
+    """The run folder on this node. Worker 0 sends what it writes to a remote one."""
     if not run.is_remote:
         yield run.path
         return
@@ -48,45 +45,46 @@ def _run_here(worker: Worker, run: Folder) -> Iterator[Path]:
         yield here
 
 
-def _train(worker: Worker, config: dict[str, Any]) -> dict[str, Any]:
-    run = open_run(worker, config)
-    state, method = run.state, run.method
-    with Prefetcher(run) as ahead, Monitor(run) as monitor, Profiler(run.folder, off=not run.profiled) as profiler:
-        while monitor.verdict == "training":
-            plan = plan_step(method, state.step, state.images_seen)
-            training_step(state, method, plan, ahead.work(plan), run.space, run.clock.timed("reduce", worker.reduce))
+def _train(run: TrainingRun) -> TrainOutcome:
+    state, settings, is_first = run.state, run.settings, run.worker.rank == 0
+    reduce = run.timer.timed("reduce", run.worker.reduce)
+    profiler = Profiler(run.folder, off=not (run.job.profile and is_first))
+    with Prefetcher(run) as prefetcher, Monitor(run) as monitor, profiler:
+        while monitor.verdict == Verdict.TRAINING:
+            plan = plan_step(settings, state.step, state.images_seen)
+            training_step(state, settings, plan, prefetcher.fetch(plan), run.normalisation, reduce)
             monitor.after_step(plan)
             profiler.after_step()
-    if worker.rank == 0 and monitor.verdict == "finished":
+    if is_first and monitor.verdict == Verdict.FINISHED:
         save_run_model(run)
-    return {"line": monitor.last_line, "verdict": monitor.verdict}
+    return TrainOutcome(monitor.verdict, monitor.last_line)
 
 
 class Prefetcher:
-    """Fetches the rows of the next step while this one is taken; which they are depends on no result."""
+    """Fetches the rows of the next step while the current step is taken."""
 
-    def __init__(self, run: Run) -> None:
+    def __init__(self, run: TrainingRun) -> None:
         self.run = run
-        self._reader = ThreadPoolExecutor(1, "rows")
+        self._executor = ThreadPoolExecutor(1, "rows")
         self._next: Future[list[tuple[CropGroup, StoredRows]]] | None = None
 
     def __enter__(self) -> "Prefetcher":
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._reader.shutdown(cancel_futures=True)
+        self._executor.shutdown(cancel_futures=True)
 
-    def work(self, plan: StepPlan) -> list[tuple[CropGroup, StoredRows]]:
-        """This worker's groups of a step with their rows; begins to fetch those of the step after it."""
-        fetched = self._next or self._reader.submit(self._fetch, plan)
-        found = self.run.clock.timed("data", fetched.result)()
-        method = self.run.method
-        if plan.step + 1 < method.updates:
-            after = plan_step(method, plan.step + 1, plan.first_crop + plan.crops)
-            self._next = self._reader.submit(self._fetch, after)
-        return found
+    def fetch(self, plan: StepPlan) -> list[tuple[CropGroup, StoredRows]]:
+        """This worker's groups of a step, with their rows. Starts to fetch those of the next step."""
+        fetched = self._next or self._executor.submit(self._read, plan)
+        groups = self.run.timer.timed("data", fetched.result)()
+        settings = self.run.settings
+        if plan.step + 1 < settings.updates:
+            following = plan_step(settings, plan.step + 1, plan.first_crop + plan.crops)
+            self._next = self._executor.submit(self._read, following)
+        return groups
 
-    def _fetch(self, plan: StepPlan) -> list[tuple[CropGroup, StoredRows]]:
+    def _read(self, plan: StepPlan) -> list[tuple[CropGroup, StoredRows]]:
         worker = self.run.worker
-        groups = plan.share(worker.rank, worker.count, self.run.microbatch)
+        groups = plan.share(worker.rank, worker.count, self.run.job.microbatch)
         return [(group, self.run.reader.rows(group.crops)) for group in groups]

@@ -1,4 +1,4 @@
-"""Tracked: the MLflow run that mirrors a run folder, begun as soon as the store answers."""
+"""The MLflow run that mirrors a run folder."""
 
 from pathlib import Path
 
@@ -9,11 +9,21 @@ from patchloom.platform.records.run import RUN_FILE, RunCard
 from patchloom.platform.tracking.runs import begin_run, end_run, flat_parameters, log_artifacts, log_dataset, run_exists
 
 
-def tracked(folder: Path, there: Folder, parent_run: str | None = None) -> str:
-    """The id of the MLflow run of a training run's folder, which holds all that a new one needs.
+def ensure_mlflow_run(folder: Path, address: Folder, parent_run: str | None = None) -> str:
+    """Find the MLflow run of a run folder, or create it.
 
-    A run that was begun without MLflow, or in another store, gets a run in this one. there: the folder's own
-    address. Raises what the store's client raises while the store is away.
+    A run that started without MLflow, or with another tracking store, gets a new MLflow run.
+
+    Args:
+        folder: the run folder on this machine.
+        address: the run folder itself, which may be remote.
+        parent_run: id of the MLflow run of a search, if the run is a trial.
+
+    Returns:
+        The id of the MLflow run.
+
+    Raises:
+        Exception: whatever MLflow's client raises while the tracking store does not answer.
     """
     card = RunCard.read(folder)
     if card.run_id is not None and run_exists(card.run_id):
@@ -22,24 +32,24 @@ def tracked(folder: Path, there: Folder, parent_run: str | None = None) -> str:
     tags = {
         "patchloom.dataset": card.dataset_fingerprint,
         "patchloom.version": card.code_version,
-        "patchloom.folder": str(there),
+        "patchloom.folder": str(address),
     }
     parameters = flat_parameters(recipe.model_dump(mode="json"))
     run_id = begin_run(recipe.name, "train", parameters, tags, parent_run)
     log_artifacts(run_id, folder / "recipe.yaml")
     log_dataset(run_id, card.dataset or "", card.dataset_fingerprint)
     card.model_copy(update={"run_id": run_id}).write(folder)
-    if there.is_remote:
-        there.put(folder / RUN_FILE, RUN_FILE)
+    if address.is_remote:
+        address.put(folder / RUN_FILE, RUN_FILE)
     return run_id
 
 
 def end_tracking(folder: Path, status: str) -> None:
-    """Close the run; a store that is away at the end of a run must not undo the run."""
+    """End the MLflow run of a run folder as FINISHED, FAILED or KILLED. Errors of MLflow are only reported."""
     run_id = RunCard.read(folder).run_id
     if run_id is None:
-        return  # the follower has said so
+        return  # the forwarder has reported it
     try:
         end_run(run_id, status)
     except Exception as error:
-        say(f"  MLflow did not take the end of run {run_id} ({type(error).__name__}); the run folder is complete")
+        say(f"  MLflow did not record the end of run {run_id} ({type(error).__name__}); the run folder is complete")

@@ -1,12 +1,10 @@
-"""Runs: what one worker holds while it trains, opened where its newest checkpoint stands."""
+"""The state of a training run in one worker, opened at its newest checkpoint."""
 
 import shutil
-import time
-from collections import defaultdict
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,6 +16,7 @@ from patchloom.models.cards import ModelCard
 from patchloom.models.checkpoints import load_checkpoint, save_model
 from patchloom.models.denoiser import Denoiser, build_denoiser
 from patchloom.models.ema import HalfLifeEMA, PowerEMA, WeightAverage
+from patchloom.models.flops import training_flops
 from patchloom.models.normalisation import Normalisation
 from patchloom.models.patches import patch_schedule
 from patchloom.models.random_draws import RowOrder, derive_seed
@@ -25,17 +24,41 @@ from patchloom.models.step import StoredRows, TrainingState, compile_network, ne
 from patchloom.models.step_plan import StepSettings
 from patchloom.models.transfer import transfer
 from patchloom.pipelines.train.checkpointer import newest_checkpoint
-from patchloom.pipelines.train.initial_weights import load_beginning
+from patchloom.pipelines.train.initial_weights import load_initial_weights
+from patchloom.pipelines.train.timer import WaitTimer
 from patchloom.platform.compute.workers import Worker
 from patchloom.platform.dataset.prepared import Dataset, open_dataset
 from patchloom.platform.files.storage import whole_folder
-from patchloom.platform.recipe.run_recipe import AverageSection, Recipe, check_recipe, recipe_yaml
+from patchloom.platform.recipe.run_recipe import AverageSection, Recipe, recipe_yaml
 
-Result = TypeVar("Result")
+
+@dataclass(frozen=True)
+class TrainJob:
+    """What a worker needs to train its share of a run.
+
+    Args:
+        recipe: the recipe.
+        card: the model to train.
+        dataset: address of the dataset.
+        folder: address of the run folder; on a worker, the path of its copy.
+        backbones: packages that networks may be imported from.
+        microbatch: most crops on a device at once. None: all.
+        compile: compile the network with torch.compile.
+        profile: write a profile of the first steps.
+    """
+
+    recipe: Recipe
+    card: ModelCard
+    dataset: str
+    folder: str
+    backbones: tuple[str, ...] = ()
+    microbatch: int | None = None
+    compile: bool = False
+    profile: bool = False
 
 
 def step_settings(recipe: Recipe, resolution: int) -> StepSettings:
-    """The recipe in the plain values that a step takes."""
+    """The settings of a training step, from the recipe."""
     sizes = [(size.fraction, size.weight, size.batch_multiplier) for size in recipe.patches.sizes]
     patches = recipe.patches
     schedule = patch_schedule(resolution, patches.p, patches.schedule, sizes, patches.shares_of)
@@ -59,45 +82,8 @@ def step_settings(recipe: Recipe, resolution: int) -> StepSettings:
     )
 
 
-class Clock:
-    """Seconds that went into waiting, by what was waited for, each wait in the order it came."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self._waits: defaultdict[str, list[tuple[Any, Any]]] = defaultdict(list)
-
-    def mark(self) -> Any:
-        """A moment on the device's own clock, without waiting for it."""
-        if self.device.type == "cuda":
-            event = torch.cuda.Event(enable_timing=True)
-            event.record()
-            return event
-        return time.perf_counter()
-
-    def seconds_between(self, before: Any, after: Any) -> float:
-        """What passed between two marks; on a GPU both must have been reached."""
-        return float(before.elapsed_time(after)) / 1000 if self.device.type == "cuda" else after - before
-
-    def timed(self, name: str, function: Callable[..., Result]) -> Callable[..., Result]:
-        """`function`, whose time is counted under `name`."""
-
-        def counted(*arguments: Any) -> Result:
-            began = self.mark()
-            try:
-                return function(*arguments)
-            finally:
-                self._waits[name].append((began, self.mark()))
-
-        return counted
-
-    def take(self, name: str) -> list[float]:
-        """The seconds of every wait under `name` since the last call; a GPU must have come to its end."""
-        waits, self._waits[name] = self._waits[name], []
-        return [self.seconds_between(*wait) for wait in waits]
-
-
-class CropReader:
-    """Fetches the rows of a run's crops from the memory-mapped training rows."""
+class RowReader:
+    """Reads rows of the dataset as tensors on the device."""
 
     def __init__(self, dataset: Dataset, recipe: Recipe, device: torch.device) -> None:
         self.dataset, self.device = dataset, device
@@ -106,11 +92,11 @@ class CropReader:
         self.order = RowOrder(len(self.train), recipe.seed)
 
     def rows(self, crops: range) -> StoredRows:
-        """The rows that these crops of the run are cut from."""
+        """The rows for these crops, by their numbers in the run."""
         return self.at(self.train[[self.order[k] for k in crops]])
 
     def at(self, indices: np.ndarray) -> StoredRows:
-        """The rows at these positions, on the device."""
+        """The rows at these indices of the dataset."""
         columns = self.dataset.rows(indices)
         label = torch.from_numpy(columns["label"]).to(self.device)
         if self.dataset.kind == "pixels":
@@ -122,73 +108,96 @@ class CropReader:
 
 
 @dataclass
-class Run:
+class TrainingRun:
     """What one worker holds while it trains."""
 
-    folder: Path
-    recipe: Recipe
-    card: ModelCard
-    method: StepSettings
-    space: Normalisation
-    reader: CropReader
+    job: TrainJob
+    settings: StepSettings
+    reader: RowReader
     state: TrainingState
     worker: Worker
     device: torch.device
-    microbatch: int | None = None
-    profiled: bool = False
-    clock: Clock = field(init=False)
+    timer: WaitTimer = field(init=False)
 
     def __post_init__(self) -> None:
-        self.clock = Clock(self.device)
+        self.timer = WaitTimer(self.device)
+
+    @property
+    def folder(self) -> Path:
+        """The run folder on this node."""
+        return Path(self.job.folder)
+
+    @property
+    def recipe(self) -> Recipe:
+        """The recipe."""
+        return self.job.recipe
+
+    @property
+    def card(self) -> ModelCard:
+        """The card of the model."""
+        return self.job.card
+
+    @property
+    def normalisation(self) -> Normalisation:
+        """The map from stored values to the network's."""
+        return self.job.card.normalisation
+
+    @cached_property
+    def flops_per_crop(self) -> list[int]:
+        """FLOPs of training on one crop of each patch size."""
+        return [training_flops(self.card.denoiser, size.pixels) for size in self.settings.schedule.sizes]
+
+    def flops_of(self, crops_by_size: list[int]) -> int:
+        """FLOPs of training on so many crops of each patch size."""
+        return sum(n * flops for n, flops in zip(crops_by_size, self.flops_per_crop, strict=True))
 
 
-def open_run(worker: Worker, config: dict[str, Any]) -> Run:
-    """Build the networks and bring them to the newest whole checkpoint, if there is one."""
-    allow_backbones(*config["backbones"])
-    recipe = check_recipe(config["recipe"])
-    card: ModelCard = config["card"]
+def open_run(worker: Worker, job: TrainJob) -> TrainingRun:
+    """Build the network, its averages and the optimiser, and load the newest checkpoint if there is one."""
+    allow_backbones(*job.backbones)
+    recipe, folder = job.recipe, Path(job.folder)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    method = step_settings(recipe, card.denoiser.resolution)
+    settings = step_settings(recipe, job.card.denoiser.resolution)
     set_rounding(recipe.train.precision)
     torch.manual_seed(derive_seed(recipe.seed, "weights"))
-    denoiser = build_denoiser(card.denoiser)
-    folder = Path(config["folder"])
+    denoiser = build_denoiser(job.card.denoiser)
     newest = newest_checkpoint(folder)
     if newest is None and recipe.train.init_from is not None:
-        transfer(denoiser, load_beginning(folder))
+        transfer(denoiser, load_initial_weights(folder))
     denoiser = denoiser.to(device).train()
     emas = [new_average(denoiser, average) for average in recipe.ema]
     optimizer = recipe.optimizer
-    state = new_state(denoiser, emas, method, (optimizer.beta1, optimizer.beta2), optimizer.eps)
+    state = new_state(denoiser, emas, settings, (optimizer.beta1, optimizer.beta2), optimizer.eps)
     if newest is not None:
         load_checkpoint(newest, state)
-    if config["compile"]:  # the averages were copied before, and sample as they are
-        compile_network(denoiser, method.schedule)
-    reader = CropReader(open_dataset(config["dataset"]), recipe, device)
-    profiled = config["profile"] and worker.rank == 0
-    return Run(
-        folder, recipe, card, method, card.normalisation, reader, state, worker, device, config["microbatch"], profiled
-    )
+    if job.compile:  # after the averages were copied, which sample without compiling
+        compile_network(denoiser, settings.schedule)
+    reader = RowReader(open_dataset(job.dataset), recipe, device)
+    return TrainingRun(job, settings, reader, state, worker, device)
 
 
-def new_average(denoiser: Denoiser, settings: AverageSection) -> WeightAverage:
-    """The running average that a recipe's entry asks for."""
-    if settings.sigma_rel is not None:
-        return PowerEMA(denoiser, settings.sigma_rel)
-    return HalfLifeEMA(denoiser, settings.halflife_images, settings.rampup_ratio)
+def new_average(denoiser: Denoiser, section: AverageSection) -> WeightAverage:
+    """The running average of one entry of a recipe's `ema`."""
+    if section.sigma_rel is not None:
+        return PowerEMA(denoiser, section.sigma_rel)
+    return HalfLifeEMA(denoiser, section.halflife_images, section.rampup_ratio)
 
 
-def save_run_model(run: Run) -> None:
-    """Write `model/`: the first average's weights, their card, the recipe and, for latents, the decoder."""
+def save_run_model(run: TrainingRun) -> None:
+    """Write `model/`: the weights of the first average, their card, the recipe and, for latents, the autoencoder.
+
+    Raises:
+        UserError: the files cannot be written.
+    """
     card = replace(run.card, images_seen=run.state.images_seen, updates=run.state.step)
     average: Any = run.state.emas[0].module
     try:
         with whole_folder(run.folder / "model") as folder:
             (folder / "recipe.yaml").write_text(recipe_yaml(run.recipe))
-            if run.space.kind == "latents":
+            if run.normalisation.kind == "latents":
                 shutil.copytree(run.reader.dataset.path / "autoencoder", folder / "autoencoder")
             save_model(folder, average, card)
     except (OSError, SafetensorError) as error:
         raise UserError(
-            f"{run.folder}: the model was not written ({error}): free some space and go on with --resume"
+            f"{run.folder}/model cannot be written ({error}): free disk space and continue with --resume"
         ) from None

@@ -15,9 +15,9 @@ from patchloom.models.generate import one_thread
 from patchloom.models.loss import HELD_OUT_SIGMAS
 from patchloom.models.normalisation import identity_normalisation
 from patchloom.models.step_plan import StepSettings
-from patchloom.pipelines.train.monitor import HELD_OUT_IMAGES
+from patchloom.pipelines.train.hooks.held_out import HELD_OUT_IMAGES
+from patchloom.pipelines.train.model_card import new_model_card
 from patchloom.pipelines.train.run import step_settings
-from patchloom.pipelines.train.training import new_model_card
 from patchloom.pipelines.tune.ranking import setting_title
 from patchloom.platform.dataset.prepared import Dataset
 from patchloom.platform.recipe.run_recipe import Recipe, with_values

@@ -12,7 +12,7 @@ from pydantic import JsonValue
 
 from patchloom.errors import UserError
 from patchloom.models.backbones import allow_backbones, allowed_backbones
-from patchloom.pipelines.train.mlflow_run import end_tracking, tracked
+from patchloom.pipelines.train.mlflow_run import end_tracking, ensure_mlflow_run
 from patchloom.pipelines.train.training import train
 from patchloom.pipelines.tune.planning import Trial, recipe_of_setting, trial_recipe
 from patchloom.platform.compute.session import quiet_environment
@@ -157,7 +157,7 @@ def row_of_ended_trial(job: TrialJob, problem: str | None) -> TrialRow:
         return read_trial(folder)
     if problem is not None:
         return job.row("failed", error=problem)
-    find_run = functools.partial(tracked, folder, Folder.at(folder), job.shared.parent_run)
+    find_run = functools.partial(ensure_mlflow_run, folder, Folder.at(folder), job.shared.parent_run)
     with MlflowForwarder(folder, find_run, lambda _: None):
         pass  # sends the lines that were left when the process was stopped
     end_tracking(folder, "KILLED")

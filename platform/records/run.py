@@ -1,4 +1,4 @@
-"""Records of a run folder: `run.json`, which says what the run is, and the lines of `progress.jsonl`."""
+"""Records of a run folder: `run.json` and the lines of `progress.jsonl`."""
 
 import json
 from pathlib import Path
@@ -12,6 +12,7 @@ from patchloom.platform.records.record import Record, VersionedRecord
 
 RUN_FILE = "run.json"
 PROGRESS_FILE = "progress.jsonl"
+LineFields = dict[str, int | float | str | dict[str, float] | None]  # part of a progress line
 
 
 class RunCard(VersionedRecord):
@@ -26,14 +27,18 @@ class RunCard(VersionedRecord):
 
     @classmethod
     def read(cls, folder: Path) -> Self:
-        """The card of a run folder; raises UserError where it is missing or damaged."""
+        """Read the card of a run folder.
+
+        Raises:
+            UserError: the file is missing or damaged, or has a newer format.
+        """
         path = folder / RUN_FILE
         if not path.is_file():
             raise UserError(f"{path}: not found; pass the --out folder of a run")
         return cls.parse(path.read_bytes(), path)
 
     def write(self, folder: Path) -> None:
-        """Write the fields that are set to `run.json`, whole or not at all."""
+        """Write `run.json` atomically, with the fields that are set."""
         write_json(folder / RUN_FILE, self.model_dump(mode="json", exclude_unset=True))
 
 
@@ -85,9 +90,10 @@ class ProgressLine(Record):
 
 
 def read_progress(folder: Path) -> list[ProgressLine]:
-    """The lines of a run folder; a last line that a crash cut off is skipped.
+    """Read the progress lines of a run folder. An incomplete last line is skipped.
 
-    Raises UserError where a line is damaged.
+    Raises:
+        UserError: a line is damaged.
     """
     path = folder / PROGRESS_FILE
     if not path.is_file():

@@ -12,7 +12,7 @@ from patchloom.benchmarks.findings import TINY
 from patchloom.benchmarks.platform_cost import PausedProcess, _dataset, _network, _recipe, against_bare_steps
 from patchloom.models.denoiser import skeleton
 from patchloom.models.flops import parameter_count, training_flops
-from patchloom.pipelines.train.training import new_model_card
+from patchloom.pipelines.train.model_card import new_model_card
 from patchloom.platform.dataset import open_dataset
 
 STEPS = """

@@ -18,7 +18,8 @@ from patchloom.models.autoencoder import load_autoencoder, new_autoencoder, save
 from patchloom.pipelines.inspect import inspect
 from patchloom.pipelines.prepare import prepare
 from patchloom.pipelines.sample import sample
-from patchloom.pipelines.train.training import new_model_card, train
+from patchloom.pipelines.train.model_card import new_model_card
+from patchloom.pipelines.train.training import train
 from patchloom.platform.dataset import open_dataset
 from patchloom.platform.recipe import with_values
 

@@ -115,10 +115,10 @@ def test_the_scale_gives_latents_unit_variance(begun: AutoencoderResult, pixels:
 
 def test_quality_of_known_pairs() -> None:
     images = np.full((2, 3, 16, 16), 100, np.uint8)
-    assert reconstruction_quality(images, images + 10)["psnr_db"] == pytest.approx(10 * np.log10(255**2 / 100))
+    assert reconstruction_quality(images, images + 10).psnr_db == pytest.approx(10 * np.log10(255**2 / 100))
     noise = np.random.default_rng(0).integers(0, 255, (2, 3, 16, 16), dtype=np.uint8)
-    assert reconstruction_quality(noise, noise + 1)["ssim"] > 0.99
-    assert reconstruction_quality(noise, noise[::-1])["ssim"] < 0.3
+    assert reconstruction_quality(noise, noise + 1).ssim > 0.99
+    assert reconstruction_quality(noise, noise[::-1]).ssim < 0.3
 
 
 def test_a_patch_that_does_not_halve_is_refused(pixels: Path, tmp_path: Path) -> None:

@@ -15,8 +15,8 @@ import pytest
 import torch
 from own_workers import Together
 
-from patchloom.pipelines.train.monitor import Monitor
-from patchloom.pipelines.train.run import Clock
+from patchloom.pipelines.train.hooks.speed import SpeedHook
+from patchloom.pipelines.train.timer import WaitTimer
 from patchloom.platform.compute.machine import system_load
 
 OF_ALL = {
@@ -62,17 +62,17 @@ def test_the_cpu_load_is_measured_since_the_last_call() -> None:
 
 
 def waits_of(reduce_waits: list[list[float]]) -> list[dict[str, float]]:
-    """What the monitors of so many workers make of these seconds, asked twice."""
+    """What the speed hooks of so many workers make of these seconds, asked twice."""
 
     def work(rank: int, reduce: Any) -> list[dict[str, float]]:
-        clock = Clock(torch.device("cpu"))
-        clock._waits["reduce"] = [(10.0, 10.0 + seconds) for seconds in reduce_waits[rank]]
-        clock._waits["data"] = [(1.0, 1.25), (2.0, 2.5)]
-        monitor = Monitor.__new__(Monitor)
+        timer = WaitTimer(torch.device("cpu"))
+        timer._waits["reduce"] = [(10.0, 10.0 + seconds) for seconds in reduce_waits[rank]]
+        timer._waits["data"] = [(1.0, 1.25), (2.0, 2.5)]
+        hook = SpeedHook.__new__(SpeedHook)
         worker: Any = SimpleNamespace(rank=rank, count=len(reduce_waits), reduce=reduce)
-        run: Any = SimpleNamespace(device=clock.device, clock=clock, worker=worker)
-        monitor.run = run
-        first, second = monitor._waits(), monitor._waits()
+        run: Any = SimpleNamespace(device=timer.device, timer=timer, worker=worker)
+        hook.run = run
+        first, second = hook._waits(), hook._waits()
         assert second == {"data": 0.0, "reduce": 0.0, "straggler": 0.0}
         return [first]
 

@@ -1,0 +1,175 @@
+"""Train an autoencoder on a dataset of pixels, measure it, and register it."""
+
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+from patchloom import __version__
+from patchloom.errors import UserError
+from patchloom.pipelines.prepare.encoders import fetch_autoencoder
+from patchloom.pipelines.train.autoencoder.quality import RECONSTRUCTIONS, measure_autoencoder
+from patchloom.pipelines.train.autoencoder.worker import AutoencoderJob, autoencoder_worker
+from patchloom.pipelines.train.training import resume_meter
+from patchloom.platform.compute.workers import run_workers
+from patchloom.platform.dataset.prepared import Dataset, open_dataset
+from patchloom.platform.files.storage import local_path, locked, make_folder, read_json
+from patchloom.platform.progress import progress, say
+from patchloom.platform.records.autoencoder_run import AutoencoderRunCard, AutoencoderSettings
+from patchloom.platform.records.run import RUN_FILE, ProgressLine, RunCard
+from patchloom.platform.tracking.client import require_reachable
+from patchloom.platform.tracking.forwarder import MlflowForwarder
+from patchloom.platform.tracking.registry import describe_version, register_folder
+from patchloom.platform.tracking.runs import begin_run, end_run, log_artifacts, log_dataset, log_metrics
+
+
+@dataclass(frozen=True)
+class AutoencoderResult:
+    """A trained autoencoder.
+
+    Args:
+        model: the model folder.
+        psnr_db: mean PSNR of held-out reconstructions, in dB.
+        ssim: mean SSIM of held-out reconstructions.
+        run_id: id of the MLflow run.
+        reference: `models:/NAME/VERSION` if it was registered.
+    """
+
+    model: Path
+    psnr_db: float
+    ssim: float
+    run_id: str
+    reference: str | None
+
+
+def train_autoencoder(
+    dataset: str,
+    out: str,
+    settings: AutoencoderSettings | None = None,
+    *,
+    workers: int = 1,
+    register: str | None = None,
+) -> AutoencoderResult:
+    """Train or fine-tune an autoencoder (diffusers' `AutoencoderKL`) and measure it on held-out images.
+
+    Args:
+        dataset: a prepared dataset of pixels; may be remote.
+        out: the run folder to write. A second call with the same settings continues from the newest checkpoint, or
+            returns the finished run.
+        settings: the network and its training; by default `AutoencoderSettings()`.
+        workers: Ray Train workers; 0 trains in this process, without Ray.
+        register: register the autoencoder in MLflow under this name.
+
+    Returns:
+        The model folder, PSNR (dB) and SSIM of held-out images, and the reference if it was registered.
+
+    Raises:
+        UserError: the dataset has latents, the settings do not fit it, or the folder has something else in it.
+
+    Example:
+        settings = patchloom.AutoencoderSettings(widths=(8, 8), images=64, patch=8)
+        trained = patchloom.train_autoencoder("dataset", "autoencoder", settings, workers=0)
+        print(trained.model, trained.psnr_db)
+    """
+    settings, init_from = settings or AutoencoderSettings(), None
+    rows = open_dataset(dataset)
+    if settings.init_from is not None:
+        init_from, settings = _find_init_from(settings.init_from, settings)
+    _check_fit(settings, rows)
+    folder = make_folder(local_path(out))
+    with locked(folder):
+        card = _open_folder(folder, settings, rows)
+        if card.psnr_db is None:
+            _run(AutoencoderJob(folder, rows.address, settings, init_from), str(card.run_id), workers)
+            card = _measure(folder, card, rows)
+        if register and card.reference is None:
+            card = card.model_copy(update={"reference": _register(folder, register, card)})
+            card.write(folder)
+        end_run(str(card.run_id))
+    say(f"  reconstruction of held-out images: PSNR {card.psnr_db:.1f} dB, SSIM {card.ssim:.3f}")
+    return AutoencoderResult(
+        folder / "model", float(card.psnr_db or 0), float(card.ssim or 0), str(card.run_id), card.reference
+    )
+
+
+def _find_init_from(reference: str, settings: AutoencoderSettings) -> tuple[Path, AutoencoderSettings]:
+    """The folder of an autoencoder, and the settings with its shape and the checksum of its weights."""
+    folder, card = fetch_autoencoder(reference)
+    if card.class_name != "AutoencoderKL":
+        raise UserError(f"--init-from {reference}: found a {card.class_name}; only an AutoencoderKL can be trained")
+    widths = tuple(read_json(folder / "config.json")["block_out_channels"])
+    say(f"  starting with the weights of {card.reference}")
+    return folder, replace(settings, init_from=card.weights_sha256, widths=widths, latent_channels=card.latent_channels)
+
+
+def _check_fit(settings: AutoencoderSettings, dataset: Dataset) -> None:
+    """Raise UserError if the settings do not fit the dataset."""
+    if dataset.kind != "pixels":
+        raise UserError(f"{dataset.address} contains {dataset.kind}: pass the dataset of pixels")
+    resolution, halvings = dataset.card.resolution, len(settings.widths) - 1
+    if settings.patch > resolution or settings.patch % 2**halvings:
+        raise UserError(
+            f"--patch {settings.patch} does not fit images of {resolution} pixels that are halved {halvings} times: "
+            f"choose a multiple of {2**halvings} that is at most {resolution}"
+        )
+
+
+def _open_folder(folder: Path, settings: AutoencoderSettings, dataset: Dataset) -> AutoencoderRunCard:
+    """Check the run in the folder, or create one and its MLflow run."""
+    if (folder / RUN_FILE).is_file():
+        if RunCard.read(folder).kind == "autoencoder":
+            card = AutoencoderRunCard.read(folder)
+            if (card.settings, card.dataset_fingerprint) == (settings, dataset.fingerprint):
+                return card
+        raise UserError(f"{folder} contains another run: choose another --out")
+    require_reachable()
+    tags = {"patchloom.dataset": dataset.fingerprint, "patchloom.version": __version__}
+    run_id = begin_run(folder.name, "autoencoder", asdict(settings), tags)
+    log_dataset(run_id, dataset.address, dataset.fingerprint)
+    card = AutoencoderRunCard(
+        format_version=AutoencoderRunCard.FORMAT,
+        kind="autoencoder",
+        run_id=run_id,
+        code_version=__version__,
+        settings=settings,
+        dataset_fingerprint=dataset.fingerprint,
+    )
+    card.write(folder)
+    return card
+
+
+def _run(job: AutoencoderJob, run_id: str, workers: int) -> None:
+    """Run the workers, and show and forward their progress lines."""
+    with progress("training the autoencoder", job.settings.images, "patches") as meter:
+        first_step = resume_meter(meter, job.folder)
+
+        def show(line: ProgressLine) -> None:
+            if line.step > first_step:
+                meter.update(line.images_seen, f"loss {line.loss:.3f}")
+
+        with MlflowForwarder(job.folder, lambda: run_id, show):
+            run_workers(autoencoder_worker, job, workers, job.folder / ".ray", "autoencoder")
+
+
+def _measure(folder: Path, card: AutoencoderRunCard, dataset: Dataset) -> AutoencoderRunCard:
+    """Measure the trained autoencoder, and keep the quality in `run.json` and MLflow."""
+    quality = measure_autoencoder(folder, dataset, card.settings.held_out_fraction)
+    metrics = {"psnr_db": quality.psnr_db, "ssim": quality.ssim}
+    log_metrics(str(card.run_id), metrics, step=card.settings.steps)
+    log_artifacts(str(card.run_id), folder / RECONSTRUCTIONS)
+    card = card.model_copy(update=asdict(quality))
+    card.write(folder)
+    return card
+
+
+def _register(folder: Path, name: str, card: AutoencoderRunCard) -> str:
+    """Register the autoencoder with its quality; returns the reference."""
+    version = register_folder(folder / "model", name, str(card.run_id))
+    quality = f"PSNR {card.psnr_db:.2f} dB, SSIM {card.ssim:.3f}"
+    tags = {
+        "kind": "autoencoder",
+        "psnr_db": f"{card.psnr_db:.3f}",
+        "ssim": f"{card.ssim:.4f}",
+        "dataset_fingerprint": card.dataset_fingerprint,
+    }
+    describe_version(name, version, f"Autoencoder: {quality} on {card.measured_images} images", tags)
+    say(f"  registered models:/{name}/{version}")
+    return f"models:/{name}/{version}"

@@ -1,0 +1,189 @@
+"""The training loop of an autoencoder in one worker, which continues from the newest checkpoint."""
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from patchloom.models.autoencoder import (
+    DiffusersAutoencoder,
+    autoencoder_loss,
+    load_autoencoder,
+    new_autoencoder,
+    save_autoencoder,
+)
+from patchloom.models.checkpoints import load_checkpoint
+from patchloom.models.random_draws import RowOrder, derive_seed
+from patchloom.models.step import Gradients, TrainingState
+from patchloom.pipelines.train.checkpointer import Checkpointer, newest_checkpoint, worker_lock
+from patchloom.pipelines.train.progress_log import ProgressLog
+from patchloom.platform.compute.workers import Worker
+from patchloom.platform.dataset.prepared import Dataset, open_dataset
+from patchloom.platform.files.storage import whole_folder
+from patchloom.platform.recipe.run_recipe import KeepSection
+from patchloom.platform.records.autoencoder_run import AutoencoderSettings
+
+LOG_EVERY_STEPS = 10
+CHECKPOINTS_PER_RUN = 20  # a killed run repeats at most this part of its steps
+SCALE_IMAGES = 128
+
+
+@dataclass(frozen=True)
+class AutoencoderJob:
+    """What a worker needs to train its share of an autoencoder.
+
+    Args:
+        folder: the run folder.
+        dataset: address of the dataset.
+        settings: the network and its training.
+        init_from: folder of the autoencoder whose weights the training starts with. None: random weights.
+    """
+
+    folder: Path
+    dataset: str
+    settings: AutoencoderSettings
+    init_from: Path | None
+
+
+def autoencoder_worker(worker: Worker, job: AutoencoderJob) -> None:
+    """Train one worker's share of each batch. Worker 0 writes progress, checkpoints and the model."""
+    with worker_lock(worker, job.folder):
+        trainer = _Trainer(worker, job)
+        if worker.rank > 0:
+            trainer.train()
+            return
+        with _Watcher(job, trainer.state) as watcher:
+            trainer.train(watcher)
+        network: Any = trainer.state.denoiser
+        network.register_to_config(scaling_factor=_latent_scale(network, trainer.dataset, trainer.rows, trainer.device))
+        with whole_folder(job.folder / "model") as model:
+            save_autoencoder(network.cpu(), model)
+
+
+class _Trainer:
+    """One worker's share of the training. A step is a function of the weights, the settings and its number."""
+
+    def __init__(self, worker: Worker, job: AutoencoderJob) -> None:
+        self.worker, self.settings = worker, job.settings
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.dataset = open_dataset(job.dataset)
+        self.rows = self.dataset.indices("train", job.settings.held_out_fraction)
+        self.order = RowOrder(len(self.rows), job.settings.seed)
+        torch.manual_seed(derive_seed(job.settings.seed, "weights"))
+        self.state = _new_state(_network(job).to(self.device), job.settings.lr)
+        newest = newest_checkpoint(job.folder)
+        if newest is not None:
+            load_checkpoint(newest, self.state)
+
+    def train(self, watcher: "_Watcher | None" = None) -> None:
+        """Take the remaining steps."""
+        while self.state.step < self.settings.steps:
+            self._step()
+            if watcher:
+                watcher.after_step()
+
+    def _step(self) -> None:
+        state, settings, worker = self.state, self.settings, self.worker
+        batch = range(state.step * settings.batch_size, (state.step + 1) * settings.batch_size)
+        state.gradients.flat.zero_()
+        self._add_gradients(batch[worker.rank :: worker.count], len(batch))
+        worker.reduce(state.gradients.flat)
+        state.gradients.clean()
+        torch.nn.utils.clip_grad_norm_(state.denoiser.parameters(), 1.0)
+        state.optimizer.param_groups[0]["lr"] = settings.lr * _ramp(state.step, settings.steps)
+        state.optimizer.step()
+        state.crops_by_size[0] += len(batch)
+        state.step += 1
+
+    def _add_gradients(self, patches: range, batch_size: int) -> None:
+        """Add the gradients and the loss of these patches of the batch."""
+        if not patches:
+            return
+        state, settings = self.state, self.settings
+        rows = self.dataset.rows(self.rows[[self.order[k] for k in patches]])["image"]
+        seed = derive_seed(settings.seed, state.step, self.worker.rank)
+        generator = torch.Generator(self.device).manual_seed(seed)
+        images = _random_patch(torch.from_numpy(rows).to(self.device), settings.patch, generator).float() / 127.5 - 1
+        network: Any = state.denoiser
+        loss = autoencoder_loss(network, images, settings.kl_weight, generator)
+        (loss * len(patches) / batch_size).backward()
+        sums = torch.stack([loss.detach() * len(patches), loss.new_tensor(len(patches))])
+        state.gradients.loss_and_crops[0] += sums
+
+
+class _Watcher:
+    """Writes the progress lines and checkpoints of worker 0."""
+
+    def __init__(self, job: AutoencoderJob, state: TrainingState) -> None:
+        self.settings, self.state = job.settings, state
+        self.log = ProgressLog(job.folder, state.step)
+        self.checkpointer = Checkpointer(job.folder, KeepSection())
+        self.checkpoint_every = max(LOG_EVERY_STEPS, job.settings.steps // CHECKPOINTS_PER_RUN)
+        self._since = (time.monotonic(), state.images_seen)
+
+    def __enter__(self) -> "_Watcher":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.checkpointer.wait()
+
+    def after_step(self) -> None:
+        """Write what is due after a step."""
+        step, ends = self.state.step, self.state.step == self.settings.steps
+        if ends or step % LOG_EVERY_STEPS == 0:
+            self._write_line()
+        if ends or step % self.checkpoint_every == 0:
+            self.checkpointer.save(self.state, "autoencoder", None)
+
+    def _write_line(self) -> None:
+        losses, patches = self.state.gradients.loss_and_crops[0].tolist()
+        seen, (start, before) = self.state.images_seen, self._since
+        rate = (seen - before) / max(time.monotonic() - start, 1e-9)
+        self.log.write({
+            "step": self.state.step, "images_seen": seen, "loss": losses / patches, "images_per_second": rate,
+        })  # fmt: skip
+        self._since = (time.monotonic(), seen)
+
+
+def _new_state(network: Any, lr: float) -> TrainingState:
+    """The state of a run before its first step. The autoencoder takes the place of the denoiser."""
+    optimizer = torch.optim.Adam(network.parameters(), lr=lr, betas=(0.9, 0.99), fused=True)
+    gradients = Gradients(network, (1,))
+    scaler = torch.amp.GradScaler(gradients.flat.device.type, enabled=False)
+    return TrainingState(network, [], optimizer, gradients, scaler, [0])
+
+
+def _network(job: AutoencoderJob) -> Any:
+    """The network to train: one with random weights, or the one that `init_from` names."""
+    if job.init_from is not None:
+        initial: Any = load_autoencoder(job.init_from)
+        return initial.network.requires_grad_(True).train()
+    network = new_autoencoder(job.settings.widths, job.settings.latent_channels)
+    with torch.no_grad():  # start with narrow posteriors: noise of unit variance would hide the images at first
+        network.quant_conv.bias[job.settings.latent_channels :] = -6
+    return network
+
+
+def _ramp(step: int, steps: int) -> float:
+    """The factor of the learning rate: up over the first 5% of the steps, then linearly down to a fiftieth."""
+    return min((step + 1) / max(steps // 20, 1), max(0.02, 1 - step / steps))
+
+
+def _random_patch(images: torch.Tensor, side: int, generator: torch.Generator) -> torch.Tensor:
+    """(B, C, H, H) -> (B, C, side, side), at one random offset for all."""
+    offsets = images.shape[-1] - side + 1
+    y, x = torch.randint(offsets, (2,), generator=generator, device=images.device).tolist()
+    return images[:, :, y : y + side, x : x + side]
+
+
+@torch.no_grad()
+def _latent_scale(network: Any, dataset: Dataset, rows: np.ndarray, device: torch.device) -> float:
+    """The factor that gives latents unit variance: diffusers' `scaling_factor`."""
+    chosen = rows[np.linspace(0, len(rows) - 1, min(SCALE_IMAGES, len(rows))).astype(int)]
+    images = torch.from_numpy(dataset.rows(chosen)["image"]).to(device)
+    mean, std = DiffusersAutoencoder(network.eval()).encode(images)
+    assert std is not None  # an AutoencoderKL
+    return float(1 / (mean.var() + std.square().mean()).sqrt())

@@ -1,0 +1,68 @@
+"""The base class of hooks: what is done after the steps of a run, and what its progress lines contain."""
+
+from dataclasses import dataclass
+
+from patchloom.models.step_plan import StepPlan
+from patchloom.pipelines.train.run import TrainingRun
+from patchloom.platform.records.run import LineFields, ProgressLine
+
+
+@dataclass(frozen=True)
+class Due:
+    """What is due after a step. All workers have the same values.
+
+    Args:
+        plan: the step that was taken.
+        line: write a progress line.
+        held_out: measure on held-out images.
+        preview: sample preview images.
+        checkpoint_now: write a checkpoint, because the run ends or a node will be lost.
+        ends: this was the last step of this session.
+    """
+
+    plan: StepPlan
+    line: bool
+    held_out: bool
+    preview: bool
+    checkpoint_now: bool
+    ends: bool
+
+
+class Hook:
+    """A part of the monitor. A subclass overrides the methods that it needs.
+
+    The monitor calls each method for all hooks, in the order of `hooks.HOOKS`. `after_step`, `line_fields` and
+    `after_line` run on every worker, so they may reduce tensors over the workers. `measure` and `save` run on
+    worker 0 only.
+    """
+
+    has_diverged = False  # a hook sets this in `line_fields` to end the run, with the same value on all workers
+
+    def __init__(self, run: TrainingRun) -> None:
+        self.run = run
+
+    def after_step(self, plan: StepPlan) -> None:
+        """Count a step."""
+
+    def line_fields(self) -> LineFields:
+        """Fields of the progress line that is written now."""
+        return {}
+
+    def measure(self, due: Due) -> LineFields:
+        """Further fields that are expensive. Not called once the run has diverged."""
+        return {}
+
+    def after_line(self) -> None:
+        """Start to count for the next line."""
+
+    def save(self, due: Due, line: ProgressLine | None) -> None:
+        """Write files that are due after a step. `line` is the newest progress line."""
+
+    def close(self) -> None:
+        """Finish what runs in the background."""
+
+
+def is_due(run: TrainingRun, every_images: int, plan: StepPlan) -> bool:
+    """Whether the step passed a multiple of `every_images`; never for 0."""
+    seen = run.state.images_seen
+    return every_images > 0 and seen // every_images > (seen - plan.crops) // every_images

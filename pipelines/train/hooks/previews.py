@@ -1,0 +1,76 @@
+"""Previews: a grid of samples of the averaged weights, and their Fréchet distance to the training images."""
+
+from typing import Any
+
+import numpy as np
+import torch
+
+from patchloom.models.autoencoder import load_autoencoder
+from patchloom.models.checkpoints import SamplingModel
+from patchloom.models.generate import Sampling, default_labels, generate
+from patchloom.models.metrics import colour_layout, frechet_distance
+from patchloom.pipelines.pages.pictures import contact_sheet, save_png
+from patchloom.pipelines.train.hooks.hook import Due, Hook
+from patchloom.pipelines.train.run import TrainingRun
+from patchloom.platform.records.run import LineFields
+
+REFERENCE_IMAGES = 1024
+SAMPLE_BATCH = 64
+
+
+class PreviewHook(Hook):
+    """Adds the path of a preview, and its Fréchet distance if the recipe asks for it."""
+
+    def __init__(self, run: TrainingRun) -> None:
+        super().__init__(run)
+        self._model: SamplingModel | None = None
+        self._reference: torch.Tensor | None = None  # features of training images
+
+    def measure(self, due: Due) -> LineFields:
+        """Sample and save `previews/step-00001000.png`."""
+        preview = self.run.recipe.preview
+        if not due.preview or not preview.every_images:
+            return {}
+        name = f"previews/step-{self.run.state.step:08d}.png"
+        save_png(contact_sheet(self._sample(preview.count).numpy()), self.run.folder / name)
+        if not preview.frechet_samples:
+            return {"preview": name}
+        return {"preview": name, "preview_frechet_distance": self._frechet_distance(preview.frechet_samples)}
+
+    def _sample(self, count: int) -> torch.Tensor:
+        """(count, C, H, W) uint8 images of the averaged weights, from the seeds 0, 1, ..."""
+        model, sampling, images = self._sampling_model(), Sampling(steps=self.run.recipe.preview.steps), []
+        for start in range(0, count, SAMPLE_BATCH):
+            seeds = list(range(start, min(start + SAMPLE_BATCH, count)))
+            images.append(generate(model, seeds, default_labels(seeds, model.denoiser.classes), sampling).cpu())
+        return torch.cat(images)
+
+    def _sampling_model(self) -> SamplingModel:
+        """The averaged weights as a model. The autoencoder of latents is loaded for the first preview."""
+        if self._model is None:
+            run, autoencoder = self.run, None
+            if run.normalisation.kind == "latents":
+                autoencoder = load_autoencoder(run.reader.dataset.path / "autoencoder", run.device)
+            average: Any = run.state.emas[0].module
+            self._model = SamplingModel(average, run.normalisation, autoencoder, run.card)
+        return self._model
+
+    def _frechet_distance(self, count: int) -> float:
+        """The distance of `count` samples to training images, on mean colours of tiles.
+
+        It shows the progress of a run. Compare models with `patchloom evaluate` instead.
+        """
+        if self._reference is None:
+            self._reference = self._training_features(max(count, REFERENCE_IMAGES))
+        return frechet_distance(colour_layout(self._sample(count)), self._reference)
+
+    def _training_features(self, count: int) -> torch.Tensor:
+        """Features of up to `count` training images, spread over the rows."""
+        rows, model = self.run.reader.train, self._sampling_model()
+        chosen = rows[np.linspace(0, len(rows) - 1, min(len(rows), count)).astype(int)]
+        features = []
+        for start in range(0, len(chosen), SAMPLE_BATCH):
+            stored = self.run.reader.at(chosen[start : start + SAMPLE_BATCH]).image
+            images = stored if model.autoencoder is None else model.autoencoder.decode(stored)
+            features.append(colour_layout(images.cpu()))
+        return torch.cat(features)

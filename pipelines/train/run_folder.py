@@ -1,0 +1,113 @@
+"""The run folder: created for a new run, checked when a run is resumed."""
+
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from patchloom import __version__
+from patchloom.errors import UserError
+from patchloom.models.cards import ModelCard
+from patchloom.pipelines.train.checkpointer import newest_checkpoint, without_tensors
+from patchloom.pipelines.train.initial_weights import copy_initial_weights
+from patchloom.pipelines.train.mlflow_run import ensure_mlflow_run
+from patchloom.platform.dataset.prepared import Dataset
+from patchloom.platform.files.copies import pull_folder, working_copy
+from patchloom.platform.files.folder import Folder
+from patchloom.platform.files.storage import locked, make_folder, write_atomic
+from patchloom.platform.progress import say
+from patchloom.platform.recipe.run_recipe import Recipe, load_recipe, recipe_yaml
+from patchloom.platform.records.run import RUN_FILE, RunCard
+from patchloom.platform.tracking.client import is_reachable, tracking_uri
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """An open run folder.
+
+    Args:
+        path: the folder on this machine; for a remote run a copy without tensors.
+        address: the folder itself, which may be remote.
+        ensure_run: finds or creates the MLflow run, and returns its id.
+        mlflow_answers: whether the tracking store answers now.
+    """
+
+    path: Path
+    address: Folder
+    ensure_run: Callable[[], str]
+    mlflow_answers: bool
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether the model is written."""
+        return (self.path / "model" / "model.json").is_file()
+
+
+@contextmanager
+def open_run_folder(
+    address: Folder, recipe: Recipe, card: ModelCard, dataset: Dataset, resume: bool, parent_run: str | None
+) -> Iterator[RunFolder]:
+    """Lock a run folder, and create it or check that it belongs to this recipe and dataset.
+
+    Raises:
+        UserError: the folder contains another run or is in use, `resume` is missing, or the initial weights do
+            not fit.
+    """
+    with _local_folder(address) as path, locked(path):
+        is_new = not (path / RUN_FILE).is_file()
+        if not is_new:
+            _check_same(path, address, recipe, dataset, resume)
+        answers = is_reachable()
+        if recipe.train.init_from is not None and newest_checkpoint(path) is None:
+            copy_initial_weights(address, recipe.train.init_from, card.denoiser)
+        if is_new:
+            _write_cards(path, address, recipe, dataset)
+        ensure_run = functools.partial(ensure_mlflow_run, path, address, parent_run)
+        if answers and address.is_remote:  # before a worker copies run.json, and sends it back without the run's id
+            ensure_run()
+        if not answers:
+            say(f"  MLflow at {tracking_uri()} does not answer: the run continues, and its lines are sent later")
+        yield RunFolder(path, address, ensure_run, answers)
+
+
+@contextmanager
+def _local_folder(address: Folder) -> Iterator[Path]:
+    """The run folder, or a local copy of a remote one, updated before and after the block."""
+    if not address.is_remote:
+        yield make_folder(address.path)
+        return
+    copy = working_copy(address, "driver")
+    pull_folder(address, copy, without_tensors)
+    yield copy
+    pull_folder(address, copy, without_tensors)
+
+
+def _check_same(path: Path, address: Folder, recipe: Recipe, dataset: Dataset, resume: bool) -> None:
+    """Raise UserError unless the folder contains a run of this recipe and dataset."""
+    if not resume:
+        raise UserError(f"{address} contains a run: pass --resume to continue it, or choose another --out")
+    if RunCard.read(path).dataset_fingerprint != dataset.fingerprint:
+        raise UserError(
+            f"{address} was trained on another dataset than {dataset.address}: pass that dataset or a new --out"
+        )
+    if load_recipe(path / "recipe.yaml") != recipe:
+        raise UserError(
+            f"{address} was started with another recipe ({address}/recipe.yaml): pass that recipe or a new --out"
+        )
+
+
+def _write_cards(path: Path, address: Folder, recipe: Recipe, dataset: Dataset) -> None:
+    """Write `recipe.yaml` and `run.json`."""
+    write_atomic(path / "recipe.yaml", recipe_yaml(recipe))
+    RunCard(
+        format_version=RunCard.FORMAT,
+        kind="train",
+        run_id=None,
+        dataset=dataset.address,
+        dataset_fingerprint=dataset.fingerprint,
+        code_version=__version__,
+    ).write(path)
+    if address.is_remote:
+        for name in ("recipe.yaml", RUN_FILE):
+            address.put(path / name, name)
