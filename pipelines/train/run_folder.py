@@ -23,7 +23,7 @@ from patchloom.platform.tracking.client import is_reachable, tracking_uri
 
 
 @dataclass(frozen=True)
-class RunFolder:
+class OpenRun:
     """An open run folder.
 
     Args:
@@ -47,7 +47,7 @@ class RunFolder:
 @contextmanager
 def open_run_folder(
     address: Folder, recipe: Recipe, card: ModelCard, dataset: Dataset, resume: bool, parent_run: str | None
-) -> Iterator[RunFolder]:
+) -> Iterator[OpenRun]:
     """Lock a run folder, and create it or check that it belongs to this recipe and dataset.
 
     Raises:
@@ -68,7 +68,7 @@ def open_run_folder(
             ensure_run()
         if not answers:
             say(f"  MLflow at {tracking_uri()} does not answer: the run continues, and its lines are sent later")
-        yield RunFolder(path, address, ensure_run, answers)
+        yield OpenRun(path, address, ensure_run, answers)
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from patchloom.pipelines.train.mlflow_run import end_tracking
 from patchloom.pipelines.train.model_card import new_model_card
 from patchloom.pipelines.train.monitor import STOP_FILE, Verdict, ask_to_stop
 from patchloom.pipelines.train.run import TrainJob
-from patchloom.pipelines.train.run_folder import RunFolder, open_run_folder
+from patchloom.pipelines.train.run_folder import OpenRun, open_run_folder
 from patchloom.platform.compute.workers import run_workers
 from patchloom.platform.dataset.prepared import open_dataset
 from patchloom.platform.files.copies import ProgressFetcher
@@ -124,7 +124,7 @@ def _closing_run(folder: Path) -> Iterator[None]:
         end_tracking(folder, status)
 
 
-def _launch(job: TrainJob, folder: RunFolder, workers: int, min_workers: int | None, show: ShowLine | None) -> None:
+def _launch(job: TrainJob, folder: OpenRun, workers: int, min_workers: int | None, show: ShowLine | None) -> None:
     """Run the workers, and show and forward their progress lines."""
     folder.address.remove(STOP_FILE)
     with nullcontext(show) if show else _progress_bar(job.recipe, folder.path) as show_line:

@@ -89,8 +89,8 @@ def _trial_cost(trial: Trial, dataset: str, seconds: float) -> _TrialCost:
     if trial.recipe is None:
         return _TrialCost(0.0, 0.0, f"does not fit ({trial.problem.partition(': ')[2]})")
     plan = describe_plan(trial.recipe, dataset)
-    text = f"{plan['updates']:,} updates, {plan['crops']:,} counted images, {plan['flops'] / 1e12:,.3f} TFLOP"
-    return _TrialCost(plan["flops"], seconds, f"{text}, {clock(seconds)}")
+    text = f"{plan.updates:,} updates, {plan.crops:,} counted images, {plan.flops / 1e12:,.3f} TFLOP"
+    return _TrialCost(plan.flops, seconds, f"{text}, {clock(seconds)}")
 
 
 def _measure_in_parallel(recipes: Sequence[Recipe | None], dataset: str, concurrent: int) -> list[float]:

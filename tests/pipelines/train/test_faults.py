@@ -39,7 +39,7 @@ def test_sigterm_leaves_a_checkpoint_and_the_run_goes_on_from_it(trained: Path, 
     process.terminate()
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 128 + signal.SIGTERM, output
-    assert "go on with --resume" in output.splitlines()[-1]
+    assert "--resume" in output.splitlines()[-1]
     newest = newest_checkpoint(run)
     assert newest is not None and read_json(newest / "checkpoint.json")["step"] < 39
     finished = start_cli(*arguments, "--resume", cwd=tmp_path)
@@ -51,10 +51,10 @@ def test_sigterm_leaves_a_checkpoint_and_the_run_goes_on_from_it(trained: Path, 
 def test_a_full_disk_costs_checkpoints_and_not_the_run(pixels: Path, tmp_path: Path) -> None:
     """The process may not write files above twice the size of its model; a checkpoint has four times that."""
     recipe = tiny_recipe(model__width=64, preview__every_images=0, train__images=200)
-    most = 2 * 4 * describe_plan(recipe, str(pixels))["parameters"]
+    most = 2 * 4 * describe_plan(recipe, str(pixels)).parameters
     output, process = train_with_small_files(recipe, pixels, tmp_path, most)
     assert process.returncode == 0, output
-    assert "was not written" in output and "training goes on" in output
+    assert "checkpoint of step" in output
     run = tmp_path / "run"
     assert newest_checkpoint(run) is None
     assert not list((run / "checkpoints").iterdir())  # nothing half-written stays
@@ -64,10 +64,10 @@ def test_a_full_disk_costs_checkpoints_and_not_the_run(pixels: Path, tmp_path: P
 
 def test_a_disk_without_room_for_the_model_is_said_in_a_line(pixels: Path, tmp_path: Path) -> None:
     recipe = tiny_recipe(model__width=64, preview__every_images=0, train__images=100)
-    most = 2 * describe_plan(recipe, str(pixels))["parameters"]
+    most = 2 * describe_plan(recipe, str(pixels)).parameters
     output, process = train_with_small_files(recipe, pixels, tmp_path, most)
     assert process.returncode == 2, output
-    assert "model was not written" in output.splitlines()[-1]
+    assert "run/model" in output.splitlines()[-1]
     assert not (tmp_path / "run" / "model").exists()
 
 
@@ -87,7 +87,7 @@ def train_with_small_files(recipe: Recipe, pixels: Path, folder: Path, most_byte
 
 def test_a_loss_that_runs_away_ends_the_run_in_words(pixels: Path, tmp_path: Path) -> None:
     recipe = tiny_recipe(optimizer__lr=1e5, optimizer__lr_rampup_images=300)
-    with pytest.raises(UserError, match=r"the loss diverged by step \d+ .* lower optimizer\.lr"):
+    with pytest.raises(UserError, match=r"step \d+ .*optimizer\.lr"):
         train(recipe, str(pixels), str(tmp_path / "run"), workers=0)
     assert not (tmp_path / "run" / "model").exists()
     lines = read_json_lines(tmp_path / "run" / "progress.jsonl")
@@ -103,9 +103,7 @@ def test_a_run_whose_losses_are_no_numbers_ends_in_words(trained: Path, pixels: 
     (tmp_path / "broken").mkdir()
     save_model(tmp_path / "broken", denoiser, card)
     recipe = tiny_recipe(train__init_from=str(tmp_path / "broken"))
-    with pytest.raises(
-        UserError, match=r"the loss diverged by step \d+ \(it was no number\), and there is no checkpoint"
-    ):
+    with pytest.raises(UserError, match=r"step \d+ \(loss not finite\)"):
         train(recipe, str(pixels), str(tmp_path / "run"), workers=0)
     (line,) = read_json_lines(tmp_path / "run" / "progress.jsonl")
     assert line["loss"] is None and line["bad_crops"] == line["images_seen"] > 0
@@ -213,7 +211,7 @@ def test_a_run_killed_with_all_its_processes_at_any_moment_ends_the_same(
     killed_at, at_least = kill([command, *command.children(recursive=True)], moment, process, run)
     process.communicate()
     newest = newest_checkpoint(run)
-    going_on = f"going on from step {read_json(newest / 'checkpoint.json')['step']} " if newest else "training"
+    going_on = f"from step {read_json(newest / 'checkpoint.json')['step']} " if newest else "training"
     finished = start_cli(*arguments, "--resume", cwd=tmp_path)
     output, _ = finished.communicate(timeout=240)
     assert finished.returncode == 0 and going_on in output, output

@@ -75,8 +75,8 @@ def test_a_server_that_goes_and_comes_back_has_every_line_and_picture_once(
     run = tmp_path / "run"
     made = train(tiny_recipe(), str(pixels), str(run), workers=0)  # nobody answers yet
     assert made.run_id is None and (run / "model" / "model.json").is_file()
-    assert "does not answer: the run goes on without it" in (said := capsys.readouterr().out)
-    assert "--resume sends them" in said
+    assert server.address in (said := capsys.readouterr().out)
+    assert "--resume" in said
     with pytest.raises(UserError, match="--resume"):
         register(str(run), "early")
     server.start()

@@ -18,7 +18,7 @@ from patchloom.pipelines.train.checkpointer import newest_checkpoint
 from patchloom.pipelines.train.dry_run import describe_plan
 from patchloom.platform.files.storage import read_json, read_json_lines
 from patchloom.platform.recipe import recipe_yaml
-from patchloom.platform.records.run import ProgressLine
+from patchloom.platform.records.run import ProgressLine, read_progress
 from patchloom.platform.tracking.forwarder import line_metrics
 
 pytestmark = pytest.mark.ray
@@ -89,11 +89,11 @@ def last_of_each(lines: list[dict[str, Any]]) -> dict[str, Any]:
 
 def test_a_dry_run_predicts_the_counts_of_the_run(trained: Path, pixels: Path) -> None:
     plan = describe_plan(tiny_recipe(), str(pixels))
-    last = read_json_lines(trained / "progress.jsonl")[-1]
-    assert plan["updates"] == last["updates"]
-    assert plan["crops"] == pytest.approx(last["images_seen"], rel=0.25)  # 39 random draws of the patch size
-    assert plan["parameters"] == sum(p.numel() for p in load_model(trained / "model").parameters())
-    small = {size["pixels"]: size["flops_per_crop"] for size in plan["sizes"]}
+    last = read_progress(trained)[-1]
+    assert plan.updates == last.updates
+    assert plan.crops == pytest.approx(last.images_seen, rel=0.25)  # 39 random draws of the patch size
+    assert plan.parameters == sum(p.numel() for p in load_model(trained / "model").parameters())
+    small = {size.pixels: size.flops_per_crop for size in plan.sizes}
     assert small[16] / small[8] == pytest.approx(4, rel=0.1)  # convolutions cost what their pixels do
 
 
@@ -110,7 +110,7 @@ def test_a_killed_command_leaves_no_worker_that_writes(pixels: Path, tmp_path: P
     finished = start_cli(*arguments, "--resume", cwd=tmp_path)
     output, _ = finished.communicate(timeout=240)
     assert finished.returncode == 0, output
-    assert "going on from step" in output
+    assert "from step" in output
     steps = [line["step"] for line in read_json_lines(run / "progress.jsonl")]
     assert steps == sorted(set(steps)) and steps[-1] == round(3000 / (8 * 1.9))
 
@@ -118,7 +118,7 @@ def test_a_killed_command_leaves_no_worker_that_writes(pixels: Path, tmp_path: P
 def test_a_folder_that_holds_another_run_is_refused(trained: Path, pixels: Path) -> None:
     with pytest.raises(UserError, match="--resume"):
         train(tiny_recipe(), str(pixels), str(trained), workers=0)
-    with pytest.raises(UserError, match="another recipe"):
+    with pytest.raises(UserError, match=r"recipe\.yaml"):
         train(tiny_recipe(seed=4), str(pixels), str(trained), workers=0, resume=True)
 
 
@@ -133,15 +133,15 @@ def test_a_second_process_on_a_run_is_refused(pixels: Path, tmp_path: Path) -> N
     from patchloom.platform.files.storage import locked
 
     (tmp_path / "run").mkdir()
-    with locked(tmp_path / "run"), pytest.raises(UserError, match="in use"):
+    with locked(tmp_path / "run"), pytest.raises(UserError, match=str(tmp_path / "run")):
         train(tiny_recipe(), str(pixels), str(tmp_path / "run"), workers=0)
 
 
 def test_a_recipe_that_does_not_fit_is_refused_with_its_arithmetic(pixels: Path, tmp_path: Path) -> None:
     recipe = tiny_recipe(patches__sizes=[{"fraction": 0.3125, "weight": 1, "batch_multiplier": 2}])
-    with pytest.raises(UserError, match=r"fraction 0.3125 of 16 pixels is 5, and the network halves 1 times"):
+    with pytest.raises(UserError, match=r"patches\.sizes: .*0\.3125 .*16 .*5, .*1 "):
         train(recipe, str(pixels), str(tmp_path / "run"), workers=0)
-    with pytest.raises(UserError, match="multiple of 32"):
+    with pytest.raises(UserError, match="32"):
         train(tiny_recipe(model__width=144), str(pixels), str(tmp_path / "run"), workers=0)
     assert not (tmp_path / "run").exists()
 
