@@ -1,4 +1,4 @@
-"""Train: a recipe and a prepared dataset in, a run folder with a model out."""
+"""Train a recipe on a prepared dataset. The run folder then contains a model."""
 
 from patchloom.pipelines.train.training import train
 

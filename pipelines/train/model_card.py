@@ -49,17 +49,7 @@ def new_model_card(recipe: Recipe, dataset: Dataset) -> ModelCard:
         patch_size=model.patch_size_condition,
         sigma_data=model.sigma_data,
     )
-    try:
-        multiple = 2 ** halvings_of(denoiser)
-    except ValueError as error:
-        raise UserError(f"model: {error}") from None
-    for fraction in (1.0, *(size.fraction for size in recipe.patches.sizes)):
-        side = fraction * card["resolution"]
-        if side != int(side) or int(side) % multiple:
-            raise UserError(
-                f"patches.sizes: fraction {fraction:g} of {card['resolution']} pixels is {side:g}, and the network "
-                f"halves {multiple.bit_length() - 1} times; choose fractions that give a multiple of {multiple}"
-            )
+    _check_sizes(recipe, denoiser)
     return ModelCard(
         name=recipe.name,
         denoiser=denoiser,
@@ -74,12 +64,12 @@ def new_model_card(recipe: Recipe, dataset: Dataset) -> ModelCard:
 
 
 def _network(recipe: Recipe) -> tuple[str, dict[str, Any]]:
-    """The network's name and its constructor's arguments, as `build_denoiser` takes them."""
+    """The name of the network and the keyword arguments of its constructor."""
     model = recipe.model
     if model.backbone is not None:
         return model.backbone, model.backbone_options
     network, options = RECIPE_NETWORKS[model.network]
-    if network == "dhariwal":  # EDM's heads of 64 channels, or one head where there are fewer
+    if network == "dhariwal":  # heads of 64 channels as in EDM, or one head where a level has fewer channels
         options = options | {"head_width": min(HEAD_WIDTH, model.width * min(model.width_multipliers))}
     return network, {
         "width": model.width,
@@ -94,6 +84,7 @@ def _network(recipe: Recipe) -> tuple[str, dict[str, Any]]:
 
 
 def _normalisation(recipe: Recipe, card: DatasetCard) -> Normalisation:
+    """The map from stored pixels or latents to the values of the network."""
     channels = card.channels
     if card.autoencoder is None:
         return pixel_normalisation(channels)
@@ -103,27 +94,37 @@ def _normalisation(recipe: Recipe, card: DatasetCard) -> Normalisation:
     return Normalisation("latents", (card.autoencoder.shift,) * channels, (card.autoencoder.scale,) * channels)
 
 
+def _check_sizes(recipe: Recipe, denoiser: DenoiserConfig) -> None:
+    """Raise UserError unless the network can halve every patch size often enough."""
+    try:
+        halvings = halvings_of(denoiser)
+    except ValueError as error:
+        raise UserError(f"model: {error}") from None
+    for fraction in (1.0, *(size.fraction for size in recipe.patches.sizes)):
+        side = fraction * denoiser.resolution
+        if side != int(side) or int(side) % 2**halvings:
+            raise UserError(
+                f"patches.sizes: fraction {fraction:g} of {denoiser.resolution} pixels is {side:g}, and the network "
+                f"halves the image {halvings} times: choose fractions that give a multiple of {2**halvings}"
+            )
+
+
 def _check_fit(recipe: Recipe, dataset: Dataset) -> None:
-    """Raise UserError where the recipe asks of the dataset what it does not have."""
-    card = dataset.card
+    """Raise UserError if the recipe needs something that the dataset does not have."""
+    data, is_latent = recipe.data, dataset.card.kind == "latents"
     if recipe.model.class_conditional and not dataset.class_names:
         raise UserError(
             "model.class_conditional is true, and the dataset has no classes: set it to false, or prepare a folder "
-            "whose sub-folders are the classes"
+            "with one sub-folder per class"
         )
-    if recipe.data.mirror and card["kind"] == "latents":
+    if data.mirror and is_latent:
+        raise UserError("data.mirror is true, and mirroring a latent does not mirror the image: set it to false")
+    if data.augment and (is_latent or recipe.model.backbone):
+        latents = "latents cannot be augmented, only images"
+        reason = latents if is_latent else "a backbone does not take augmentation labels"
+        raise UserError(f"data.augment is {data.augment:g}, and {reason}: set it to 0")
+    if not len(dataset.indices("train", data.held_out_fraction)):
         raise UserError(
-            "data.mirror is true, and the mirror of a latent is not the latent of a mirror: set it to false"
-        )
-    if recipe.data.augment and (card["kind"] == "latents" or recipe.model.backbone):
-        turned, untold = (
-            "a turned latent is not the latent of a turned image",
-            "a backbone takes no augmentation labels",
-        )
-        why = turned if card["kind"] == "latents" else untold
-        raise UserError(f"data.augment is {recipe.data.augment:g}, and {why}: set it to 0")
-    if not len(dataset.indices("train", recipe.data.held_out_fraction)):
-        raise UserError(
-            f"data.held_out_fraction {recipe.data.held_out_fraction:g} leaves no row of {len(dataset)} to train on: "
+            f"data.held_out_fraction {data.held_out_fraction:g} leaves none of {len(dataset)} rows for training: "
             "lower it"
         )
