@@ -1,4 +1,4 @@
-"""The checkpointer: a copy that training cannot change, written beside it; what is not whole is never read."""
+"""The checkpointer: writing in the background, incomplete checkpoints, and which checkpoints are kept."""
 
 import shutil
 from pathlib import Path
@@ -28,12 +28,12 @@ def make_state(width: int) -> TrainingState:
     return new_state(denoiser, [HalfLifeEMA(denoiser, 10)], METHOD, (0.9, 0.999), 1e-8)
 
 
-def test_training_goes_on_while_a_checkpoint_of_what_it_was_is_written(tmp_path: Path) -> None:
-    state = make_state(width=64)  # 30 MB, so that writing takes longer than to come back
+def test_checkpoint_has_the_weights_of_its_step_while_training_continues(tmp_path: Path) -> None:
+    state = make_state(width=64)  # 30 MB, so that writing takes longer than the call
     checkpointer = Checkpointer(tmp_path, KeepSection())
     before = [parameter.detach().clone() for parameter in state.denoiser.parameters()]
     checkpointer.save(state, "tiny", None)
-    assert newest_checkpoint(tmp_path) is None  # it is back, and the checkpoint is not there yet
+    assert newest_checkpoint(tmp_path) is None  # the call has returned before the checkpoint is written
     for parameter in (*state.denoiser.parameters(), *state.emas[0].module.parameters()):
         torch.nn.init.zeros_(parameter)
     checkpointer.wait()
@@ -44,7 +44,7 @@ def test_training_goes_on_while_a_checkpoint_of_what_it_was_is_written(tmp_path:
         assert all(torch.equal(a, b) for a, b in zip(before, module.parameters(), strict=True))
 
 
-def test_a_checkpoint_that_is_not_whole_is_never_the_newest(tmp_path: Path) -> None:
+def test_incomplete_checkpoint_is_never_the_newest(tmp_path: Path) -> None:
     state = make_state(width=8)
     checkpointer = Checkpointer(tmp_path, KeepSection())
     checkpointer.save(state, "tiny", None)
@@ -52,19 +52,21 @@ def test_a_checkpoint_that_is_not_whole_is_never_the_newest(tmp_path: Path) -> N
     whole = newest_checkpoint(tmp_path)
     assert whole is not None and whole.name == "step-00000000"
     folder = tmp_path / "checkpoints"
-    shutil.copytree(whole, folder / ".step-00000009.0a1b2c3d.partial")  # killed before it got its name
-    shutil.copytree(whole, folder / "step-00000008", ignore=lambda *_: ["checkpoint.json"])  # of a store without order
+    shutil.copytree(whole, folder / ".step-00000009.0a1b2c3d.partial")  # the process was killed before the rename
+    shutil.copytree(
+        whole, folder / "step-00000008", ignore=lambda *_: ["checkpoint.json"]
+    )  # an incomplete copy of a remote store
     assert newest_checkpoint(tmp_path) == whole
     sweep_partial(folder)
     assert sorted(path.name for path in folder.iterdir()) == ["step-00000000", "step-00000008"]
 
 
-def test_the_newest_of_a_run_without_checkpoints_is_none(tmp_path: Path) -> None:
+def test_run_without_checkpoints_has_no_newest(tmp_path: Path) -> None:
     assert newest_checkpoint(tmp_path) is None
 
 
 @pytest.mark.parametrize("last", [1, 2])
-def test_the_last_checkpoints_are_kept(tmp_path: Path, last: int) -> None:
+def test_last_checkpoints_are_kept(tmp_path: Path, last: int) -> None:
     state, checkpointer = make_state(width=8), Checkpointer(tmp_path, KeepSection(last=last))
     for step in range(1, 5):
         state.step = step

@@ -1,4 +1,4 @@
-"""What happens to long runs: a stop, a full disk, a loss that runs away, kills at any moment; nothing is lost."""
+"""Faults of long runs: SIGTERM, a full disk, divergence, and SIGKILL at any moment."""
 
 import contextlib
 import math
@@ -24,16 +24,16 @@ from patchloom.platform.recipe import Recipe, recipe_yaml
 pytestmark = pytest.mark.ray
 
 
-def begin(recipe: Recipe, pixels: Path, folder: Path, *more: str) -> tuple[list[str], Popen[str]]:
-    """`patchloom train` in a process group of its own, and its arguments."""
+def start_training(recipe: Recipe, pixels: Path, folder: Path, *more: str) -> tuple[list[str], Popen[str]]:
+    """Start `patchloom train` in its own process group; returns its arguments and the process."""
     (folder / "recipe.yaml").write_text(recipe_yaml(recipe))
     arguments = ["train", "recipe.yaml", "--data", str(pixels), "--out", "run", *more]
     return arguments, start_cli(*arguments, cwd=folder)
 
 
-def test_sigterm_leaves_a_checkpoint_and_the_run_goes_on_from_it(trained: Path, pixels: Path, tmp_path: Path) -> None:
-    recipe = tiny_recipe(train__checkpoint_every_images=10_000)  # so that the only checkpoint is the stop's
-    arguments, process = begin(recipe, pixels, tmp_path, "--workers", "0")
+def test_sigterm_writes_a_checkpoint_and_resume_continues_from_it(trained: Path, pixels: Path, tmp_path: Path) -> None:
+    recipe = tiny_recipe(train__checkpoint_every_images=10_000)  # so that the only checkpoint is that of SIGTERM
+    arguments, process = start_training(recipe, pixels, tmp_path, "--workers", "0")
     run = tmp_path / "run"
     wait_until(lambda: (run / "progress.jsonl").is_file() and (run / "progress.jsonl").stat().st_size, process)
     process.terminate()
@@ -48,8 +48,8 @@ def test_sigterm_leaves_a_checkpoint_and_the_run_goes_on_from_it(trained: Path, 
     assert_equal_models(run, trained)
 
 
-def test_a_full_disk_costs_checkpoints_and_not_the_run(pixels: Path, tmp_path: Path) -> None:
-    """The process may not write files above twice the size of its model; a checkpoint has four times that."""
+def test_full_disk_skips_checkpoints_and_training_continues(pixels: Path, tmp_path: Path) -> None:
+    """The largest file is limited to twice the size of the model; a checkpoint is four times as large."""
     recipe = tiny_recipe(model__width=64, preview__every_images=0, train__images=200)
     most = 2 * 4 * describe_plan(recipe, str(pixels)).parameters
     output, process = train_with_small_files(recipe, pixels, tmp_path, most)
@@ -57,12 +57,12 @@ def test_a_full_disk_costs_checkpoints_and_not_the_run(pixels: Path, tmp_path: P
     assert "checkpoint of step" in output
     run = tmp_path / "run"
     assert newest_checkpoint(run) is None
-    assert not list((run / "checkpoints").iterdir())  # nothing half-written stays
+    assert not list((run / "checkpoints").iterdir())  # no incomplete files are left
     assert load_model(run / "model")
     assert read_json_lines(run / "progress.jsonl")[-1]["step"] == 13
 
 
-def test_a_disk_without_room_for_the_model_is_said_in_a_line(pixels: Path, tmp_path: Path) -> None:
+def test_disk_without_space_for_the_model_is_a_user_error(pixels: Path, tmp_path: Path) -> None:
     recipe = tiny_recipe(model__width=64, preview__every_images=0, train__images=100)
     most = 2 * describe_plan(recipe, str(pixels)).parameters
     output, process = train_with_small_files(recipe, pixels, tmp_path, most)
@@ -72,7 +72,7 @@ def test_a_disk_without_room_for_the_model_is_said_in_a_line(pixels: Path, tmp_p
 
 
 def train_with_small_files(recipe: Recipe, pixels: Path, folder: Path, most_bytes: int) -> tuple[str, Popen[str]]:
-    """`patchloom train` in a process that may not write larger files: what a full disk is to it."""
+    """Run `patchloom train` in a process that cannot write larger files, as on a full disk."""
     (folder / "recipe.yaml").write_text(recipe_yaml(recipe))
     code = (
         "import resource, sys\n"
@@ -85,7 +85,7 @@ def train_with_small_files(recipe: Recipe, pixels: Path, folder: Path, most_byte
     return process.communicate(timeout=240)[0], process
 
 
-def test_a_loss_that_runs_away_ends_the_run_in_words(pixels: Path, tmp_path: Path) -> None:
+def test_divergence_ends_the_run(pixels: Path, tmp_path: Path) -> None:
     recipe = tiny_recipe(optimizer__lr=1e5, optimizer__lr_rampup_images=300)
     with pytest.raises(UserError, match=r"step \d+ .*optimizer\.lr"):
         train(recipe, str(pixels), str(tmp_path / "run"), workers=0)
@@ -96,7 +96,7 @@ def test_a_loss_that_runs_away_ends_the_run_in_words(pixels: Path, tmp_path: Pat
     assert newest is None or read_json(newest / "checkpoint.json")["step"] < lines[-1]["step"]
 
 
-def test_a_run_whose_losses_are_no_numbers_ends_in_words(trained: Path, pixels: Path, tmp_path: Path) -> None:
+def test_nan_losses_end_the_run(trained: Path, pixels: Path, tmp_path: Path) -> None:
     denoiser, card = load_model(trained / "model"), read_card(trained / "model")
     for parameter in denoiser.parameters():
         parameter.fill_(math.nan)
@@ -109,7 +109,7 @@ def test_a_run_whose_losses_are_no_numbers_ends_in_words(trained: Path, pixels: 
     assert line["loss"] is None and line["bad_crops"] == line["images_seen"] > 0
 
 
-def test_checkpoints_stay_by_rule(pixels: Path, tmp_path: Path) -> None:
+def test_keep_rules_choose_the_checkpoints(pixels: Path, tmp_path: Path) -> None:
     recipe = tiny_recipe(
         patches__p=1.0, train__images=800, train__checkpoint_every_images=80, preview__every_images=80,
         train__keep={"last": 2, "every_images": 320, "best": 1},
@@ -120,12 +120,12 @@ def test_checkpoints_stay_by_rule(pixels: Path, tmp_path: Path) -> None:
     lines = read_json_lines(run / "progress.jsonl")
     losses = {line["step"]: line["held_out_loss"] for line in lines if "held_out_loss" in line}
     assert set(losses) == set(range(10, 101, 10))
-    best = min(losses, key=losses.__getitem__)  # of the ten checkpoints, one every ten steps of 8 images
+    best = min(losses, key=losses.__getitem__)  # of ten checkpoints, one every ten steps
     assert steps == {90, 100, 40, 80, best}
     assert all(kept[f"step-{step:08d}"]["held_out_loss"] == losses[step] for step in steps)
 
 
-def test_microbatches_train_the_same_model(pixels: Path, tmp_path: Path) -> None:
+def test_microbatches_give_the_same_losses(pixels: Path, tmp_path: Path) -> None:
     recipe = tiny_recipe(model__dropout=0.0, train__images=300)
     folders = [tmp_path / "whole", tmp_path / "pieces"]
     for folder, microbatch in zip(folders, (None, 8), strict=True):
@@ -134,46 +134,46 @@ def test_microbatches_train_the_same_model(pixels: Path, tmp_path: Path) -> None
     assert [line["loss"] for line in two] == pytest.approx([line["loss"] for line in one], rel=1e-4)
 
 
-def test_a_profile_names_the_first_costs(
+def test_profile_reports_the_three_largest_costs(
     pixels: Path, tmp_path: Path, trained: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = train(tiny_recipe(), str(pixels), str(tmp_path / "run"), workers=0, profile=True).folder
-    (words,) = (line for line in capsys.readouterr().out.splitlines() if "profile of" in line)
-    assert words.count("%") == 3
+    (costs,) = (line for line in capsys.readouterr().out.splitlines() if "profile of" in line)
+    assert costs.count("%") == 3
     assert read_json(run / "profile.json")["traceEvents"]
-    assert_equal_models(run, trained)  # to be watched changes nothing
+    assert_equal_models(run, trained)  # profiling does not change the weights
 
 
 SLOW = pytest.mark.slow
-INTERVAL, LARGEST_STEP = 60, 32  # images from one checkpoint to the next, and of a step on the smallest patches
-TO_BE_KILLED = tiny_recipe(  # checkpoints that take long enough to be killed in, and a line for every step
+INTERVAL, LARGEST_STEP = 60, 32  # images between checkpoints, and in a step on the smallest patches
+TO_BE_KILLED = tiny_recipe(  # checkpoints take long enough to be interrupted, and every step has a line
     model__width=32, train__images=900, train__checkpoint_every_images=INTERVAL, train__log_every_images=1
 )
 
 
 @pytest.fixture(scope="module")
 def undisturbed(ray_cluster: None, pixels: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
-    """Runs that nobody kills, by their number of workers."""
+    """Runs that are not killed, by number of workers."""
     runs = {workers: tmp_path_factory.mktemp("undisturbed") / "run" for workers in (0, 2)}
     for workers, run in runs.items():
         train(TO_BE_KILLED, str(pixels), str(run), workers=workers)
     return runs
 
 
-def test_two_workers_train_what_one_does(undisturbed: dict[int, Path]) -> None:
+def test_two_workers_give_the_losses_of_one(undisturbed: dict[int, Path]) -> None:
     one, two = (read_json_lines(undisturbed[workers] / "progress.jsonl") for workers in (0, 2))
     assert len(one) == len(two) == 59
     assert [line["images_seen"] for line in one] == [line["images_seen"] for line in two]
-    for a, b in zip(one[:50], two[:50], strict=True):  # what is promised; rounding grows with every step
+    for a, b in zip(one[:50], two[:50], strict=True):  # rounding differences grow with every step
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
 
 
 @pytest.mark.parametrize("kills", [((0, 3), (1, 6)), pytest.param(((0, "a write"), (1, 2)), marks=SLOW)], ids=str)
-def test_workers_killed_at_any_moments_are_replaced_and_change_nothing(
+def test_killed_workers_are_replaced_without_changing_the_result(
     undisturbed: dict[int, Path], pixels: Path, tmp_path: Path, kills: tuple[tuple[int, str | int], ...]
 ) -> None:
-    """One rank after the other in the same run, each at its moment or as soon as the one before is replaced."""
-    _, process = begin(TO_BE_KILLED, pixels, tmp_path, "--workers", "2")
+    """Kills one rank after the other in the same run, each once the previous one is replaced."""
+    _, process = start_training(TO_BE_KILLED, pixels, tmp_path, "--workers", "2")
     run, outcomes = tmp_path / "run", []
     wait_until(lambda: images_seen(run), process)
     workers = workers_by_rank(process, run)
@@ -181,7 +181,7 @@ def test_workers_killed_at_any_moments_are_replaced_and_change_nothing(
         assert len(workers) == 2
         lines = (run / "progress.jsonl").stat().st_ino
         outcomes.append(kill([workers[rank]], moment, process, run))
-        wait_until(lambda: (run / "progress.jsonl").stat().st_ino != lines, process)  # noqa: B023 it is taken over
+        wait_until(lambda: (run / "progress.jsonl").stat().st_ino != lines, process)  # noqa: B023 called before it changes
         workers, killed = workers_by_rank(process, run), workers
         assert not set(workers) & set(killed)
     output, _ = process.communicate(timeout=240)
@@ -201,28 +201,28 @@ def test_workers_killed_at_any_moments_are_replaced_and_change_nothing(
         pytest.param(2, "a write", marks=SLOW),
     ],
 )
-def test_a_run_killed_with_all_its_processes_at_any_moment_ends_the_same(
+def test_killed_run_resumes_and_ends_with_the_same_weights(
     undisturbed: dict[int, Path], pixels: Path, tmp_path: Path, workers: int, moment: str | int
 ) -> None:
-    arguments, process = begin(TO_BE_KILLED, pixels, tmp_path, "--workers", str(workers))
+    arguments, process = start_training(TO_BE_KILLED, pixels, tmp_path, "--workers", str(workers))
     run = tmp_path / "run"
     wait_until(lambda: images_seen(run), process)
     command = psutil.Process(process.pid)
     killed_at, at_least = kill([command, *command.children(recursive=True)], moment, process, run)
     process.communicate()
     newest = newest_checkpoint(run)
-    going_on = f"from step {read_json(newest / 'checkpoint.json')['step']} " if newest else "training"
+    continues = f"from step {read_json(newest / 'checkpoint.json')['step']} " if newest else "training"
     finished = start_cli(*arguments, "--resume", cwd=tmp_path)
     output, _ = finished.communicate(timeout=240)
-    assert finished.returncode == 0 and going_on in output, output
+    assert finished.returncode == 0 and continues in output, output
     assert_ended_the_same(run, undisturbed[workers], killed_at, at_least)
 
 
 def workers_by_rank(process: Popen[str], run: Path) -> list[psutil.Process]:
-    """The Ray Train workers of a command; worker 0 is the one that holds the run's lock."""
+    """The Ray Train workers of a command. Worker 0 comes first; it has the lock of the run open."""
     workers = []
     for child in psutil.Process(process.pid).children(recursive=True):
-        with contextlib.suppress(psutil.Error):  # it ended just now
+        with contextlib.suppress(psutil.Error):  # the process has just ended
             if "RayTrainWorker" in child.cmdline()[0]:
                 workers.append(child)
     lock = str(run / ".worker.lock")
@@ -230,14 +230,14 @@ def workers_by_rank(process: Popen[str], run: Path) -> list[psutil.Process]:
 
 
 def kill(victims: list[psutil.Process], moment: str | int, process: Popen[str], run: Path) -> tuple[float, int]:
-    """SIGKILL in a write or at a random moment; returns the time, and the images that may not be repeated."""
+    """Kill during a write or at a random moment; returns the time, and the images that must not be repeated."""
     if moment == "a write":
         wait_until(lambda: newest_checkpoint(run) and half_written(run, "/state.safetensors"), process)
     else:
         images = random.Random(moment).randrange(TO_BE_KILLED.train.images - 2 * INTERVAL)
         wait_until(lambda: images_seen(run) >= images, process)
     for victim in victims:
-        with contextlib.suppress(psutil.NoSuchProcess):  # it went with the one before
+        with contextlib.suppress(psutil.NoSuchProcess):  # it ended with the previous victim
             victim.kill()
     killed_at, seen, in_flight = time.time(), images_seen(run), len(half_written(run))
     assert in_flight or moment != "a write"
@@ -250,12 +250,12 @@ def images_seen(run: Path) -> int:
 
 
 def half_written(run: Path, file: str = "") -> list[Path]:
-    """The checkpoints that are being written, or a file of theirs."""
+    """Incomplete checkpoints, or this file in them."""
     return list((run / "checkpoints").glob(f".step-*.partial{file}"))
 
 
 def assert_ended_the_same(run: Path, wanted: Path, killed_at: float, at_least: int) -> None:
-    """A killed run kept what was done before, but for `at_least`, and became the run that nobody killed."""
+    """Check that a killed run repeated no step before `at_least` images, and equals a run that was not killed."""
     lines, wanted_lines = (read_json_lines(folder / "progress.jsonl") for folder in (run, wanted))
     kept = [line["images_seen"] for line in lines if line["time_unix_s"] < killed_at]
     assert len(kept) < len(lines) and max(kept, default=0) >= at_least
@@ -265,10 +265,8 @@ def assert_ended_the_same(run: Path, wanted: Path, killed_at: float, at_least: i
 
 
 @SLOW
-def test_sigterm_to_the_command_stops_its_workers_too(
-    undisturbed: dict[int, Path], pixels: Path, tmp_path: Path
-) -> None:
-    arguments, process = begin(TO_BE_KILLED, pixels, tmp_path, "--workers", "2")
+def test_sigterm_to_the_command_stops_its_workers(undisturbed: dict[int, Path], pixels: Path, tmp_path: Path) -> None:
+    arguments, process = start_training(TO_BE_KILLED, pixels, tmp_path, "--workers", "2")
     run = tmp_path / "run"
     wait_until(lambda: images_seen(run), process)
     process.terminate()

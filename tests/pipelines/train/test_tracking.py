@@ -1,4 +1,4 @@
-"""Tracking: a real MLflow server that is away when a run begins, is killed under it and comes back, misses nothing."""
+"""Tracking with a real MLflow server that is down at the start of a run, or is killed and restarted during it."""
 
 import os
 import re
@@ -26,7 +26,7 @@ pytestmark = pytest.mark.ray
 
 
 class Server:
-    """`mlflow server` in a process group of its own, on a port that stays the same."""
+    """`mlflow server` in its own process group, always on the same port."""
 
     def __init__(self, folder: Path) -> None:
         with socket.socket() as probe:
@@ -60,7 +60,7 @@ class Server:
 
 @pytest.fixture
 def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
-    """A server that is not started yet, and the address of the tests' MLflow."""
+    """A server that is not started yet; its address is the tracking URI."""
     made = Server(tmp_path)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", made.address)
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
@@ -69,11 +69,11 @@ def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
         made.kill()
 
 
-def test_a_server_that_goes_and_comes_back_has_every_line_and_picture_once(
+def test_restarted_server_receives_every_line_and_preview_once(
     server: Server, pixels: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = tmp_path / "run"
-    made = train(tiny_recipe(), str(pixels), str(run), workers=0)  # nobody answers yet
+    made = train(tiny_recipe(), str(pixels), str(run), workers=0)  # the server is not started
     assert made.run_id is None and (run / "model" / "model.json").is_file()
     assert server.address in (said := capsys.readouterr().out)
     assert "--resume" in said
@@ -84,10 +84,10 @@ def test_a_server_that_goes_and_comes_back_has_every_line_and_picture_once(
     assert made.run_id is not None
     assert_is_mirrored(server.address, made.run_id, run)
     assert mlflow.MlflowClient(server.address).get_run(made.run_id).info.status == "FINISHED"
-    goes_and_comes_back(server, run, tmp_path / "again")
+    forward_while_the_server_restarts(server, run, tmp_path / "again")
 
 
-def test_a_run_is_sent_to_another_store_by_resume(
+def test_resume_sends_the_run_to_another_store(
     trained: Path, pixels: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run, store = Path(shutil.copytree(trained, tmp_path / "run")), f"sqlite:///{tmp_path / 'other.db'}"
@@ -97,20 +97,20 @@ def test_a_run_is_sent_to_another_store_by_resume(
     assert_is_mirrored(store, made.run_id, run)
 
 
-def test_a_run_without_a_line_is_begun_too(tmp_path: Path) -> None:
-    asked = []
-    client = mlflow.MlflowClient(os.environ["MLFLOW_TRACKING_URI"])  # not what an earlier test set
+def test_run_without_a_line_is_created_too(tmp_path: Path) -> None:
+    created = []
+    client = mlflow.MlflowClient(os.environ["MLFLOW_TRACKING_URI"])  # not the client's earlier address
 
-    def begun() -> str:
-        asked.append(client.create_run("0").info.run_id)
-        return str(asked[-1])
+    def create() -> str:
+        created.append(client.create_run("0").info.run_id)
+        return str(created[-1])
 
-    with MlflowForwarder(tmp_path, begun, lambda _: None, begins=True):
+    with MlflowForwarder(tmp_path, create, lambda _: None, begins=True):
         pass
-    assert len(asked) == 1 and client.get_run(asked[0]).info.status == "RUNNING"
-    with MlflowForwarder(tmp_path, begun, lambda _: None):
+    assert len(created) == 1 and client.get_run(created[0]).info.status == "RUNNING"
+    with MlflowForwarder(tmp_path, create, lambda _: None):
         pass
-    assert len(asked) == 1  # nobody asked for it, and there was nothing to send
+    assert len(created) == 1  # not requested, and there was nothing to send
 
 
 LOADED = """
@@ -120,21 +120,21 @@ print(is_reachable(), "mlflow" in sys.modules)
 """
 
 
-def test_a_database_of_mlflow_is_known_without_its_client(mlflow_store: Path, tmp_path: Path) -> None:
-    def asked(uri: str) -> str:
+def test_mlflow_database_is_found_without_importing_mlflow(mlflow_store: Path, tmp_path: Path) -> None:
+    def run_loaded(uri: str) -> str:
         environment = {**os.environ, "MLFLOW_TRACKING_URI": uri}
         done = subprocess.run([sys.executable, "-c", LOADED], capture_output=True, text=True, env=environment)
         return done.stdout.strip() or done.stderr.strip().splitlines()[-1]
 
-    mlflow.MlflowClient().search_experiments()  # makes the tables
-    assert asked(f"sqlite:///{mlflow_store / 'mlflow.db'}") == "True False"
-    assert asked(f"sqlite:///{tmp_path / 'new.db'}") == "True True"  # the client makes them
-    (tmp_path / "text.db").write_text("no database, but long enough to be looked at as one" * 100)
-    assert "cannot be opened" in asked(f"sqlite:///{tmp_path / 'text.db'}")
+    mlflow.MlflowClient().search_experiments()  # creates the tables
+    assert run_loaded(f"sqlite:///{mlflow_store / 'mlflow.db'}") == "True False"
+    assert run_loaded(f"sqlite:///{tmp_path / 'new.db'}") == "True True"  # the client creates the tables
+    (tmp_path / "text.db").write_text("not a database, but long enough for one " * 100)
+    assert "text.db" in run_loaded(f"sqlite:///{tmp_path / 'text.db'}")
 
 
-def goes_and_comes_back(server: Server, run: Path, again: Path) -> None:
-    """The same lines, written again one by one, while the server is killed and started anew."""
+def forward_while_the_server_restarts(server: Server, run: Path, again: Path) -> None:
+    """Write the same lines again while the server is killed and restarted."""
     shutil.copytree(run / "previews", again / "previews")
     lines, seen = read_progress(run), list[ProgressLine]()
     client = mlflow.MlflowClient(server.address)
@@ -163,7 +163,7 @@ def wait_for(condition: Callable[[], bool]) -> None:
 
 
 def assert_is_mirrored(store: str, run_id: str, run: Path) -> None:
-    """MLflow holds every number of every line once, at its step, and every preview once."""
+    """Check that MLflow has every number of every line once, at its step, and every preview once."""
     lines = read_progress(run)
     client = mlflow.MlflowClient(store)
     for name in set().union(*map(line_metrics, lines)):

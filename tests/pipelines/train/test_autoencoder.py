@@ -1,4 +1,4 @@
-"""Autoencoders: trained through Ray Train, measured on held-out images, registered, and usable by diffusers."""
+"""Training of autoencoders: quality, registration, fine-tuning, and continuing after a kill."""
 
 import sys
 from dataclasses import replace
@@ -33,7 +33,9 @@ pytestmark = pytest.mark.ray
 SETTINGS = AutoencoderSettings(widths=(8, 16), images=400, batch_size=4, patch=16, held_out_fraction=0.2)
 
 
-def test_an_autoencoder_learns_is_measured_and_registered(ray_cluster: None, pixels: Path, tmp_path: Path) -> None:
+def test_training_lowers_the_loss_and_registers_the_autoencoder(
+    ray_cluster: None, pixels: Path, tmp_path: Path
+) -> None:
     folder = tmp_path / "ae"
     result = train_autoencoder(str(pixels), str(folder), SETTINGS, workers=2, register="tiny-ae")
     lines = read_json_lines(folder / "progress.jsonl")
@@ -45,7 +47,7 @@ def test_an_autoencoder_learns_is_measured_and_registered(ray_cluster: None, pix
     decoded = reconstruct(load_autoencoder(result.model), images)
     errors = ((images.astype(float) - decoded) ** 2).mean((1, 2, 3))
     assert result.psnr_db == pytest.approx(np.mean(10 * np.log10(255**2 / errors)), abs=1e-6)
-    assert result.psnr_db > 12  # a flat grey image of these windows has less
+    assert result.psnr_db > 12  # a grey image has less
     with Image.open(folder / "reconstructions.png") as picture:
         assert picture.height == 2 * (2 * 18 - 2)
 
@@ -59,45 +61,45 @@ def test_an_autoencoder_learns_is_measured_and_registered(ray_cluster: None, pix
 
 
 @pytest.fixture(scope="module")
-def begun(pixels: Path, tmp_path_factory: pytest.TempPathFactory) -> AutoencoderResult:
-    """A finished run of this process, registered."""
-    folder = tmp_path_factory.mktemp("begun") / "ae"
-    return train_autoencoder(str(pixels), str(folder), SETTINGS, workers=0, register="begun-ae")
+def finished(pixels: Path, tmp_path_factory: pytest.TempPathFactory) -> AutoencoderResult:
+    """A finished run without Ray, registered."""
+    folder = tmp_path_factory.mktemp("finished") / "ae"
+    return train_autoencoder(str(pixels), str(folder), SETTINGS, workers=0, register="finished-ae")
 
 
-def test_quality_and_a_picture_are_kept_in_mlflow(begun: AutoencoderResult, tmp_path: Path) -> None:
+def test_mlflow_contains_quality_and_reconstructions(finished: AutoencoderResult, tmp_path: Path) -> None:
     client = mlflow.MlflowClient()
-    run = client.get_run(begun.run_id)
-    assert run.data.metrics["psnr_db"] == pytest.approx(begun.psnr_db)
-    assert run.data.metrics["ssim"] == pytest.approx(begun.ssim)
-    losses = client.get_metric_history(begun.run_id, "loss")
+    run = client.get_run(finished.run_id)
+    assert run.data.metrics["psnr_db"] == pytest.approx(finished.psnr_db)
+    assert run.data.metrics["ssim"] == pytest.approx(finished.ssim)
+    losses = client.get_metric_history(finished.run_id, "loss")
     assert losses[-1].step == 100 and losses[-1].value < losses[0].value
-    kept = Path(client.download_artifacts(begun.run_id, "reconstructions.png", str(tmp_path)))
-    assert kept.read_bytes() == (begun.model.parent / "reconstructions.png").read_bytes()
-    name, version = str(begun.reference).removeprefix("models:/").split("/")
+    kept = Path(client.download_artifacts(finished.run_id, "reconstructions.png", str(tmp_path)))
+    assert kept.read_bytes() == (finished.model.parent / "reconstructions.png").read_bytes()
+    name, version = str(finished.reference).removeprefix("models:/").split("/")
     tags = client.get_model_version(name, version).tags
-    assert float(tags["psnr_db"]) == pytest.approx(begun.psnr_db, abs=1e-3)
+    assert float(tags["psnr_db"]) == pytest.approx(finished.psnr_db, abs=1e-3)
 
 
-def test_fine_tuning_begins_with_what_was_learnt(begun: AutoencoderResult, pixels: Path, tmp_path: Path) -> None:
+def test_fine_tuning_starts_with_the_given_weights(finished: AutoencoderResult, pixels: Path, tmp_path: Path) -> None:
     def run(name: str, **changes: Any) -> tuple[AutoencoderResult, float]:
         """The result of a short run, and the loss of its first ten steps."""
         settings = replace(SETTINGS, images=40, lr=1e-3, **changes)
         result = train_autoencoder(str(pixels), str(tmp_path / name), settings, workers=0)
         return result, read_json_lines(tmp_path / name / "progress.jsonl")[0]["loss"]
 
-    tuned, tuned_loss = run("tuned", init_from=begun.reference, widths=(99, 1))  # the shape is the other's
+    tuned, tuned_loss = run("tuned", init_from=finished.reference, widths=(99, 1))  # widths come from init_from
     scratch, scratch_loss = run("scratch")
     assert tuned_loss < 0.8 * scratch_loss
-    assert tuned.psnr_db > begun.psnr_db - 1 and tuned.psnr_db > scratch.psnr_db + 2
-    still = replace(SETTINGS, images=40, lr=0.0, init_from=str(begun.model))
+    assert tuned.psnr_db > finished.psnr_db - 1 and tuned.psnr_db > scratch.psnr_db + 2
+    still = replace(SETTINGS, images=40, lr=0.0, init_from=str(finished.model))
     kept = train_autoencoder(str(pixels), str(tmp_path / "still"), still, workers=0)
-    before, after, learnt = (load_file(one.model / WEIGHTS) for one in (begun, kept, tuned))
-    assert all(torch.equal(before[name], after[name]) for name in before) and before.keys() == learnt.keys()
-    assert not all(torch.equal(before[name], learnt[name]) for name in before)
+    before, after, tuned_weights = (load_file(one.model / WEIGHTS) for one in (finished, kept, tuned))
+    assert all(torch.equal(before[name], after[name]) for name in before) and before.keys() == tuned_weights.keys()
+    assert not all(torch.equal(before[name], tuned_weights[name]) for name in before)
 
 
-def test_only_what_can_be_trained_is_fine_tuned(pixels: Path, tmp_path: Path) -> None:
+def test_fine_tuning_refuses_other_classes_of_autoencoders(pixels: Path, tmp_path: Path) -> None:
     import diffusers
 
     network = diffusers.AutoencoderTiny(
@@ -110,8 +112,8 @@ def test_only_what_can_be_trained_is_fine_tuned(pixels: Path, tmp_path: Path) ->
         train_autoencoder(str(pixels), str(tmp_path / "out"), settings, workers=0)
 
 
-def test_the_scale_gives_latents_unit_variance(begun: AutoencoderResult, pixels: Path) -> None:
-    autoencoder = load_autoencoder(begun.model)
+def test_scale_gives_latents_unit_variance(finished: AutoencoderResult, pixels: Path) -> None:
+    autoencoder = load_autoencoder(finished.model)
     images = open_dataset(pixels).rows(range(48))["image"]
     mean, std = autoencoder.encode(torch.from_numpy(images))
     variance = float((mean.var() + std.square().mean()) * autoencoder.scale**2)
@@ -119,7 +121,7 @@ def test_the_scale_gives_latents_unit_variance(begun: AutoencoderResult, pixels:
 
 
 def test_killed_training_continues_and_ends_with_the_same_weights(
-    begun: AutoencoderResult, pixels: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    finished: AutoencoderResult, pixels: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     code = (
         "from patchloom.pipelines.train.autoencoder import AutoencoderSettings, train_autoencoder\n"
@@ -133,17 +135,17 @@ def test_killed_training_continues_and_ends_with_the_same_weights(
     assert killed_at is not None and not (tmp_path / "ae" / "model").exists()
     result = train_autoencoder(str(pixels), str(tmp_path / "ae"), SETTINGS, workers=0)
     assert f"from step {int(killed_at.name.removeprefix('step-'))} " in capsys.readouterr().out
-    weights, wanted = (load_file(one.model / WEIGHTS) for one in (result, begun))
+    weights, wanted = (load_file(one.model / WEIGHTS) for one in (result, finished))
     assert weights.keys() == wanted.keys() and all(torch.equal(weights[name], wanted[name]) for name in wanted)
-    assert (result.psnr_db, result.ssim) == (begun.psnr_db, begun.ssim)
+    assert (result.psnr_db, result.ssim) == (finished.psnr_db, finished.ssim)
     lines, wanted_lines = (
         [(line.step, line.images_seen, line.loss) for line in read_progress(one.model.parent)]
-        for one in (result, begun)
+        for one in (result, finished)
     )
     assert lines == wanted_lines
 
 
-def test_quality_of_known_pairs() -> None:
+def test_reconstruction_quality_of_known_pairs() -> None:
     images = np.full((2, 3, 16, 16), 100, np.uint8)
     assert reconstruction_quality(images, images + 10).psnr_db == pytest.approx(10 * np.log10(255**2 / 100))
     noise = np.random.default_rng(0).integers(0, 255, (2, 3, 16, 16), dtype=np.uint8)
@@ -151,6 +153,6 @@ def test_quality_of_known_pairs() -> None:
     assert reconstruction_quality(noise, noise[::-1]).ssim < 0.3
 
 
-def test_a_patch_that_does_not_halve_is_refused(pixels: Path, tmp_path: Path) -> None:
+def test_patch_size_must_fit_the_halvings(pixels: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="--patch 10"):
         train_autoencoder(str(pixels), str(tmp_path / "ae"), AutoencoderSettings(patch=10), workers=0)

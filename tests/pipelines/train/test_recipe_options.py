@@ -1,4 +1,4 @@
-"""Every choice that a recipe has is trained, sampled from and told to the next who reads the model folder."""
+"""Options of a recipe: each one is trained, sampled from and stored in the model folder."""
 
 import math
 import os
@@ -49,7 +49,7 @@ CHOICES: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("choice", CHOICES)
-def test_a_choice_is_trained_and_sampled(choice: str, pixels: Path, tmp_path: Path) -> None:
+def test_option_is_trained_and_sampled(choice: str, pixels: Path, tmp_path: Path) -> None:
     result = train(tiny_recipe(**CHOICES[choice]), str(pixels), str(tmp_path / "run"), workers=0)
     lines = read_json_lines(result.folder / "progress.jsonl")
     assert all(math.isfinite(line["loss"]) for line in lines)
@@ -58,7 +58,7 @@ def test_a_choice_is_trained_and_sampled(choice: str, pixels: Path, tmp_path: Pa
     multiplier = 1.9 if choice != "by images" else 1 / 0.7
     images = 600 if choice != "by images" else 640
     assert lines[-1]["updates"] == round(images / (batch * multiplier))
-    if choice == "stratified":  # no luck in how many crops there are, but for the rounding to blocks
+    if choice == "stratified":  # the number of crops is not random, up to rounding to blocks
         assert lines[-1]["images_seen"] == pytest.approx(lines[-1]["updates"] * batch * multiplier, abs=3 * 2)
     if choice == "by images":
         assert lines[-1]["full_size_images"] / lines[-1]["images_seen"] == pytest.approx(0.5, abs=0.02)
@@ -66,7 +66,7 @@ def test_a_choice_is_trained_and_sampled(choice: str, pixels: Path, tmp_path: Pa
     assert made.shape == (2, 3, 16, 16)
 
 
-def test_any_length_of_average_is_made_after_the_run(pixels: Path, tmp_path: Path) -> None:
+def test_average_of_any_width_is_made_after_the_run(pixels: Path, tmp_path: Path) -> None:
     kept = {"snapshot_every_images": 40}
     averages = [{"sigma_rel": 0.05, **kept}, {"sigma_rel": 0.10, **kept}, {"sigma_rel": 0.15}]
     recipe = tiny_recipe(ema=averages, data__held_out_fraction=0.1, preview__every_images=0)
@@ -82,7 +82,7 @@ def test_any_length_of_average_is_made_after_the_run(pixels: Path, tmp_path: Pat
         return float(torch.stack(squares).sum().sqrt())
 
     nearest = distance({name: state[f"ema1/{name}"] for name in made.state_dict()}, "ema2")
-    assert distance(made.state_dict(), "ema2") < 0.1 * nearest  # in 39 steps; longer runs come far closer
+    assert distance(made.state_dict(), "ema2") < 0.1 * nearest  # after 39 steps; longer runs are much closer
     card = read_json(tmp_path / "wide" / "model.json")
     assert card["average"]["sigma_rel"] == 0.15 and card["average"]["snapshots"] > 20
     with pytest.raises(UserError, match="sigma_rel"):
@@ -92,7 +92,7 @@ def test_any_length_of_average_is_made_after_the_run(pixels: Path, tmp_path: Pat
 
 
 def own_recipe() -> Recipe:
-    """The tiny recipe with a network from outside."""
+    """The tiny recipe with a network from another package."""
     values = tiny_recipe().model_dump(mode="json")
     model = {key: values["model"][key] for key in ("class_conditional", "label_dropout")}
     model |= {
@@ -106,10 +106,8 @@ def own_recipe() -> Recipe:
     return check_recipe(values | {"model": model})
 
 
-def test_a_network_of_ones_own_is_one_line_of_a_recipe(
-    pixels: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv(ALLOWED, "")  # what is allowed here is forgotten after
+def test_own_network_is_named_in_the_recipe(pixels: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(ALLOWED, "")  # restores the allowed packages after the test
     run, samples = tmp_path / "run", tmp_path / "samples"
     (tmp_path / "recipe.yaml").write_text(recipe_yaml(own_recipe()))
     for command, made in (
@@ -127,11 +125,11 @@ def test_a_network_of_ones_own_is_one_line_of_a_recipe(
 
 
 def command_line(*arguments: str) -> None:
-    """What `patchloom ARGUMENTS` calls, in this process; a mistake is raised and not printed."""
+    """Run `patchloom ARGUMENTS` in this process. Errors are raised instead of printed."""
     typer.main.get_command(app)(list(arguments), standalone_mode=False)
 
 
-def test_a_distance_is_measured_while_it_trains(pixels: Path, tmp_path: Path) -> None:
+def test_frechet_distance_is_measured_during_training(pixels: Path, tmp_path: Path) -> None:
     recipe = tiny_recipe(preview__frechet_samples=12, train__images=300)
     run = train(recipe, str(pixels), str(tmp_path / "run"), workers=0)
     model, dataset = load_sampling_model(run.model), open_dataset(pixels)
@@ -146,28 +144,26 @@ STILL = {"optimizer__lr": 1e-12, "train__images": 30, "ema": [{"halflife_images"
 
 
 def assert_same_weights(made: Denoiser, source: Denoiser, left: str = "") -> None:
-    """Layers of the same names, or of the same order where a level's resolution is in its name; but for `left`."""
+    """Compare layers in order, because names may contain a resolution; skip names with `left` in them."""
     pairs = [(name, one) for name, one in made.named_parameters() if not left or left not in name]
     for (name, one), (_, other) in zip(pairs, source.named_parameters(), strict=True):
         torch.testing.assert_close(one, other, atol=1e-7, rtol=0, msg=name)
 
 
-def test_a_run_begins_with_the_weights_of_a_registered_model(
-    champion: str, trained: Path, pixels: Path, tmp_path: Path
-) -> None:
+def test_init_from_a_registered_model(champion: str, trained: Path, pixels: Path, tmp_path: Path) -> None:
     recipe = tiny_recipe(train__init_from=champion, **STILL)
     made = load_model(train(recipe, str(pixels), str(tmp_path / "run"), workers=0).model)
     assert_same_weights(made, load_model(trained / "model"))
     wider = tiny_recipe(train__init_from=str(trained / "model"), model__width=16)
     with pytest.raises(UserError, match=r"train\.init_from"):
         train(wider, str(pixels), str(tmp_path / "wider"), workers=0)
-    assert not (tmp_path / "wider" / "run.json").exists()  # so that the mended recipe is taken
+    assert not (tmp_path / "wider" / "run.json").exists()  # so that a corrected recipe can use the same folder
     nowhere = tiny_recipe(train__init_from=str(tmp_path / "nowhere"))
     with pytest.raises(UserError, match="models:/NAME"):
         train(nowhere, str(pixels), str(tmp_path / "nothing"), workers=0)
 
 
-def test_a_run_begins_with_an_edm_snapshot_of_other_classes_and_resolution(
+def test_init_from_an_edm_snapshot_with_other_classes_and_resolution(
     pixels: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     if not SNAPSHOT.is_file():
@@ -183,19 +179,19 @@ def test_a_run_begins_with_an_edm_snapshot_of_other_classes_and_resolution(
     assert_same_weights(made, source, left="map_label")
 
 
-def test_a_run_keeps_the_weights_that_it_began_with(trained: Path, pixels: Path, tmp_path: Path) -> None:
+def test_resumed_run_uses_its_copy_of_the_initial_weights(trained: Path, pixels: Path, tmp_path: Path) -> None:
     source = shutil.copytree(trained / "model", tmp_path / "source")
     recipe = tiny_recipe(train__init_from=str(source), train__images=150)
     straight, stopped = tmp_path / "straight", tmp_path / "stopped"
     train(recipe, str(pixels), str(straight), workers=0)
     shutil.copytree(straight, stopped, ignore=shutil.ignore_patterns("checkpoints", "model", "progress.jsonl"))
-    shutil.rmtree(source)  # or an alias moved on, before there was a checkpoint
+    shutil.rmtree(source)  # the source is gone before the first checkpoint
     train(recipe, str(pixels), str(stopped), workers=0, resume=True)
     assert_equal_models(stopped, straight)
 
 
 @pytest.mark.parametrize(("precision", "rounds"), [("bf16", True), ("fp16", True), ("tf32", True), ("fp32", False)])
-def test_a_precision_is_that_of_the_arithmetic_and_not_of_the_weights(
+def test_precision_applies_to_arithmetic_and_not_to_weights(
     pixels: Path, tmp_path: Path, precision: str, rounds: bool
 ) -> None:
     recipe = tiny_recipe(train__precision=precision, train__images=60, preview__every_images=0)
@@ -207,7 +203,7 @@ def test_a_precision_is_that_of_the_arithmetic_and_not_of_the_weights(
     assert {tensor.dtype for tensor in load_file(run / "model" / "model.safetensors").values()} == {torch.float32}
 
 
-def test_latent_training_in_this_process_starts_soon_and_touches_neither_autoencoder_nor_ray(
+def test_latent_training_without_ray_starts_fast_and_loads_no_autoencoder(
     ray_cluster: None, pixels: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "ae").mkdir()
@@ -230,12 +226,12 @@ def test_latent_training_in_this_process_starts_soon_and_touches_neither_autoenc
     done = run_python(code)
     seconds, *imported = done.stdout.splitlines()[-1].split()
     assert imported == ["False", "False"], done.stdout + done.stderr
-    assert float(seconds) < 10  # of this process's own time, from Python's start to the first line
+    assert float(seconds) < 10  # CPU time from the start of Python to the first line
     assert load_sampling_model(tmp_path / "run" / "model").autoencoder is not None
 
 
 @pytest.mark.slow
-def test_a_compiled_network_has_one_graph_a_patch_size_and_trains_the_same(pixels: Path, tmp_path: Path) -> None:
+def test_compiled_network_has_one_graph_per_patch_size_and_the_same_losses(pixels: Path, tmp_path: Path) -> None:
     recipe = tiny_recipe(train__images=200, preview__every_images=0, data__held_out_fraction=0.0, model__dropout=0.0)
     torch._dynamo.utils.counters.clear()
     runs = [
