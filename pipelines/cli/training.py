@@ -36,7 +36,8 @@ def autoencoder_train(
 ) -> None:
     """Train or fine-tune an autoencoder, and measure it.
 
-    The network is an AutoencoderKL of diffusers. PSNR and SSIM of held-out images are printed at the end.
+    The network is an AutoencoderKL of diffusers. PSNR and SSIM of held-out images are printed at the end. Run the
+    same command again to continue an interrupted run.
     """
     from patchloom.pipelines.train.autoencoder import AutoencoderSettings, train_autoencoder
 

@@ -157,7 +157,7 @@ def _new_state(network: Any, lr: float) -> TrainingState:
 
 
 def _network(job: AutoencoderJob) -> Any:
-    """The network to train: one with random weights, or the one that `init_from` names."""
+    """The network to train, with random weights or with those of `init_from`."""
     if job.init_from is not None:
         initial: Any = load_autoencoder(job.init_from)
         return initial.network.requires_grad_(True).train()
