@@ -99,13 +99,13 @@ def test_resume_sends_the_run_to_another_store(
 
 def test_run_without_a_line_is_created_too(tmp_path: Path) -> None:
     created = []
-    client = mlflow.MlflowClient(os.environ["MLFLOW_TRACKING_URI"])  # not the client's earlier address
+    client = mlflow.MlflowClient(os.environ["MLFLOW_TRACKING_URI"])  # not the address that an earlier test set
 
     def create() -> str:
         created.append(client.create_run("0").info.run_id)
         return str(created[-1])
 
-    with MlflowForwarder(tmp_path, create, lambda _: None, begins=True):
+    with MlflowForwarder(tmp_path, create, lambda _: None, creates_run=True):
         pass
     assert len(created) == 1 and client.get_run(created[0]).info.status == "RUNNING"
     with MlflowForwarder(tmp_path, create, lambda _: None):
