@@ -132,11 +132,13 @@ def test_a_reader_never_finds_an_incomplete_checkpoint(
                 if step > 2:
                     for path in sorted((here / "checkpoints" / f"step-{step - 2}").iterdir(), reverse=step % 2 == 0):
                         path.unlink()
-                time.sleep(0.2)
+                deadline = time.monotonic() + 60
+                while f"checkpoints/step-{step}/checkpoint.json" not in seen and time.monotonic() < deadline:
+                    time.sleep(0.01)
     finally:
         done.set()
         reader.join()
-    assert len(seen) > 2 and not halves
+    assert len(seen) == 8 and not halves
     whole = {f"checkpoints/step-{step}/{name}" for step in (7, 8) for name in (*TENSORS, "checkpoint.json")}
     assert set(there.files()) == whole
     assert there.read("checkpoints/step-8/z.safetensors") == b"\x08" * 1024
