@@ -21,11 +21,14 @@ CLASSES = ("chelsea", "coffee")
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Where tests run in two processes, those that need Ray share one of them, and a file stays in one process."""
+    """Group the tests for two processes: a file stays in one, and each process starts at most one Ray session.
+
+    Tests with Ray are two groups of about the same duration.
+    """
     for item in items:
         needs_ray = item.get_closest_marker("ray") or "ray_cluster" in getattr(item, "fixturenames", ())
-        group = "ray" if needs_ray else item.path.name
-        item.add_marker(pytest.mark.xdist_group(group))
+        ray_group = "ray and training" if item.path.parent.name == "train" else "ray"
+        item.add_marker(pytest.mark.xdist_group(ray_group if needs_ray else item.path.name))
 
 
 @pytest.fixture(autouse=True)
@@ -40,7 +43,8 @@ def one_thread() -> Iterator[None]:
     """Small networks gain nothing from more, and threads that wait for one another stand still on a busy machine."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
-    with environment(OMP_NUM_THREADS="1"):
+    # Ray lowers the priority of its workers by default; next to the tests of another process they would starve
+    with environment(OMP_NUM_THREADS="1", RAY_worker_niceness="0"):
         yield
     torch.set_num_threads(before)
 
