@@ -1,1 +1,1 @@
-"""The method: networks, patches, losses, samplers and checkpoints in pure torch (no Ray, no MLflow)."""
+"""The method of Patch Diffusion in pure torch: networks, patches, losses, samplers and checkpoints."""

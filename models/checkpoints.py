@@ -1,4 +1,4 @@
-"""Checkpoints: models and training states as safetensors and JSON; nothing is pickled."""
+"""Checkpoints: models and training states as safetensors and JSON, without pickles."""
 
 import hashlib
 import json
@@ -42,7 +42,7 @@ __all__ = [
 ]
 
 AVERAGE_FORMAT = 1
-PICKLES = (".pkl", ".pickle", ".pt", ".pth", ".bin", ".ckpt")  # what they are usually called
+PICKLES = (".pkl", ".pickle", ".pt", ".pth", ".bin", ".ckpt")  # usual extensions of pickles
 
 
 @dataclass(frozen=True)
@@ -126,12 +126,12 @@ def load_model(folder: Path | str) -> Denoiser:
 
 
 def is_pickle(path: Path) -> bool:
-    """Whether a file is a pickle, by its name or its first bytes: a program, which whoever loads it would run."""
+    """Whether a file is a pickle, by its name or its first bytes. Loading a pickle can run any code."""
     if path.suffix.lower() in PICKLES:
         return True
     with path.open("rb") as file:
         head = file.read(2)
-    # safetensors begin with a length, which may look like anything
+    # safetensors start with a length, which can look like a pickle
     return path.suffix != ".safetensors" and len(head) == 2 and head[0] == 0x80 and 2 <= head[1] <= 5
 
 
@@ -258,7 +258,7 @@ def _below(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def save_average(path: Path, average: PowerEMA, images_seen: int) -> None:
-    """Keep a power-function average as it stands, whole or not at all: parameters, and which profile they have."""
+    """Save a power-function average with its profile; an interrupted call leaves no file."""
     parameters = {name: parameter.contiguous() for name, parameter in average.module.named_parameters()}
     profile = {
         "format_version": str(AVERAGE_FORMAT),
@@ -271,16 +271,20 @@ def save_average(path: Path, average: PowerEMA, images_seen: int) -> None:
 
 
 def read_profile(path: Path) -> PowerProfile:
-    """Which average a file of `save_average` holds; raises CheckpointError where it is none."""
+    """Read the profile of an average.
+
+    Raises:
+        CheckpointError: `save_average` did not write the file.
+    """
     try:
         with safe_open(path, "pt") as file:
             profile = file.metadata() or {}
         return PowerProfile(float(profile["sigma_rel"]), float(profile["images_seen"]))
     except (OSError, KeyError, ValueError, SafetensorError) as error:
-        raise CheckpointError(f"{path} is not a kept average ({error}): remove it") from None
+        raise CheckpointError(f"{path} is not a saved average ({error}): remove it") from None
 
 
 def _file_sha256(path: Path) -> str:
-    """The sha256 of a file's bytes, read in pieces."""
+    """The sha256 of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,4 +1,4 @@
-"""Features: what a network sees in images, as rows of numbers for the metrics. One kind of network is one class."""
+"""Features: rows of numbers that describe images, for the metrics. Each kind of network is a class."""
 
 from __future__ import annotations
 
@@ -19,22 +19,30 @@ from patchloom.models.inception import RESIZE, inception_state, load_inception
 from patchloom.models.metrics import COLOUR_LAYOUT, colour_layout
 
 INCEPTION, CLASSIFIER = "inception-2015-12-05", "fc.weight"
-POOL, SPATIAL = "pool", "spatial"  # one row an image; what sFID compares
+POOL, SPATIAL = "pool", "spatial"  # one row per image; the features of sFID
 DINO_SIDE, DINO_MEAN, DINO_STD = 224, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # Oquab et al. 2023
 
 
 class Features(ABC):
-    """What the metrics ask of a network; one of your own is a subclass with these few things."""
+    """The interface of a feature network. Subclass it to use your own.
+
+    Attributes:
+        name: name of the network, for results.
+        sha256: sha256 of the weights that the features depend on.
+        resize: how images are resized for the network.
+        outputs: names of its features.
+        classifier: (K, d) or None; the class logits are `pool @ classifier.T`.
+    """
 
     name: str
-    sha256: str  # of the weights, as far as the features depend on them
-    resize: str  # how images come to the network's size
+    sha256: str
+    resize: str
     outputs: tuple[str, ...] = (POOL,)
-    classifier: Tensor | None = None  # (K, d): logits of the pool features are `pool @ classifier.T`
+    classifier: Tensor | None = None
 
     @abstractmethod
     def __call__(self, images: Tensor) -> dict[str, Tensor]:
-        """(N, 3, H, W) uint8 images -> by the names of `outputs`, (N, d) float features."""
+        """(N, 3, H, W) uint8 images -> (N, d) float features by the names of `outputs`."""
 
     def describe(self) -> FeaturesCard:
         """The part of a result that says which network its features come from."""
@@ -42,7 +50,7 @@ class Features(ABC):
 
 
 class ColourFeatures(Features):
-    """Mean colours of 4 x 4 tiles: no network, no weights, and no FID."""
+    """Mean colours of 4 x 4 tiles, without a network. Their distance is not FID."""
 
     name, sha256, resize = COLOUR_LAYOUT, "no weights", "none"
 
@@ -68,7 +76,7 @@ class InceptionFeatures(Features):
 
 
 class TorchScriptFeatures(Features):
-    """Any TorchScript module that takes (N, 3, H, W) uint8 images of any size and gives (N, d) features."""
+    """A TorchScript module that maps (N, 3, H, W) uint8 images of any size to (N, d) features."""
 
     def __init__(self, path: Path, device: torch.device | str) -> None:
         self.network = torch.jit.load(path, map_location=device).eval()
@@ -76,17 +84,23 @@ class TorchScriptFeatures(Features):
         self.sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
 
     def __call__(self, images: Tensor) -> dict[str, Tensor]:
-        """(N, 3, H, W) uint8 -> `pool` (N, d). Raises CheckpointError where the module gives anything else."""
+        """(N, 3, H, W) uint8 -> `pool` (N, d).
+
+        Raises:
+            CheckpointError: the module refuses the images, or does not return (N, d).
+        """
         try:
             found = self.network(images)
         except RuntimeError as error:
             reason = str(error).strip().splitlines()[-1]
             raise CheckpointError(
-                f"{self.name} does not take (N, 3, H, W) uint8 images ({reason}): wrap it so that it does"
+                f"{self.name} does not accept (N, 3, H, W) uint8 images ({reason}): wrap it in a module that does"
             ) from None
         if not isinstance(found, Tensor) or found.ndim != 2 or len(found) != len(images):
             shape = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
-            raise CheckpointError(f"{self.name} gives {shape}, and a row of features an image was wanted: wrap it")
+            raise CheckpointError(
+                f"{self.name} returns {shape} instead of one row of features per image: wrap it in a module that does"
+            )
         return {POOL: found.float()}
 
 
@@ -99,7 +113,7 @@ class DinoFeatures(Features):
         from transformers import Dinov2Model
         from transformers.utils import logging
 
-        logging.disable_progress_bar()  # ours tell enough
+        logging.disable_progress_bar()  # Patchloom shows its own
         self.network = Dinov2Model.from_pretrained(folder, use_safetensors=True).eval().to(device)
         self.name, self.sha256 = name, tensors_sha256(self.network.state_dict())
 
@@ -111,9 +125,14 @@ class DinoFeatures(Features):
 
 
 def features_of_file(path: Path, device: torch.device | str = "cpu") -> Features:
-    """The features of a file: Inception's weights (.safetensors, .pth or TorchScript), or another TorchScript module.
+    """Load features from a file. Pickles are read as plain tensors only.
 
-    Nothing is unpickled beyond plain tensors. Raises CheckpointError for a file that is none of these.
+    Args:
+        path: weights of Inception (.safetensors, .pth or TorchScript), or another TorchScript module.
+        device: device of the network.
+
+    Raises:
+        CheckpointError: the file is none of these.
     """
     scripted = None
     try:
@@ -129,23 +148,23 @@ def features_of_file(path: Path, device: torch.device | str = "cpu") -> Features
     except ValueError as error:
         if scripted is not None:
             return TorchScriptFeatures(path, device)
-        raise CheckpointError(f"{path}: {error}; give them, or a TorchScript file") from None
+        raise CheckpointError(f"{path}: {error}; give the weights of Inception or a TorchScript file") from None
     except (SafetensorError, RuntimeError, OSError, EOFError, TypeError, AttributeError) as error:
         problem = str(error).strip().splitlines()[0] if str(error) else type(error).__name__
         raise CheckpointError(
-            f"{path} holds no features ({problem[:120]}): give Inception's weights or a TorchScript file"
+            f"{path} has no features ({problem[:120]}): give the weights of Inception or a TorchScript file"
         ) from None
     except Exception as error:  # pickle.UnpicklingError of what is not plain tensors
         if type(error).__name__ != "UnpicklingError":
             raise
         raise CheckpointError(
-            f"{path} holds more than tensors, and a pickle is a program: convert it to safetensors or TorchScript"
+            f"{path} is a pickle of more than tensors, which can run any code: convert it to safetensors or TorchScript"
         ) from None
     return InceptionFeatures(state, classifier, device)
 
 
 def tensors_sha256(tensors: Mapping[str, Tensor]) -> str:
-    """The sha256 of names and values (any shape) in their order, whatever file they came in."""
+    """The sha256 of the names and values (any shape) of tensors, in their order, for any file format."""
     digest = hashlib.sha256()
     for name, tensor in tensors.items():
         digest.update(name.encode())

@@ -1,7 +1,7 @@
-"""Inception: the network of 2015-12-05 whose features the Fréchet Inception Distance is defined on, in eager torch.
+"""Inception: the network of 2015-12-05 that the Fréchet Inception Distance is defined on, in eager torch.
 
-The layout is that of TensorFlow's graph (Szegedy et al. 2015), with what sets it apart from other Inceptions: average
-pools that leave the border out, a maximum pool in the last block, and TensorFlow 1's bilinear resize before it.
+The layout is that of TensorFlow's graph (Szegedy et al. 2015). It differs from other Inceptions: average pools ignore
+the border, the last block has a maximum pool, and images are resized by TensorFlow 1's bilinear filter.
 """
 
 from collections import OrderedDict
@@ -34,10 +34,13 @@ class ConvNorm(nn.Module):
 
 
 class Mixed(nn.Module):
-    """Branches side by side, joined along the channels.
+    """Parallel branches, concatenated along the channels.
 
-    branches: lists of names, one after the other: a convolution of `convs`, `average` or `maximum` (pools), or
-    two convolutions joined by a plus, which see the same input.
+    Args:
+        channels_in: channels of the input.
+        convs: convolutions by name.
+        branches: each a sequence of names: a convolution, a pool of `POOLS`, or two convolutions of the same input
+            joined by "+".
     """
 
     def __init__(self, channels_in: int, convs: Convs, branches: list[list[str]]) -> None:
@@ -160,7 +163,7 @@ MIXED = {
 
 
 class Inception(nn.Module):
-    """Images to their features; names are those of the port `pt_inception-2015-12-05`, so that it loads as it is."""
+    """Images to features. Parameter names are those of the port `pt_inception-2015-12-05`."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -178,8 +181,8 @@ class Inception(nn.Module):
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         """(B, 3, H, W) of any dtype, 0 ... 255 -> `pool` (B, 2048), `spatial` (B, 2023) and the early `pool64` (B, 64).
 
-        `spatial` are 7 channels of 17 x 17, a channel after every place as TensorFlow lays them out (sFID, Nash et
-        al. 2021); `pool64` are the means after the first maximum pool.
+        `spatial` has 7 channels of 17 x 17, channels last as in TensorFlow (sFID, Nash et al. 2021). `pool64` has the
+        means after the first maximum pool.
         """
         x = (tensorflow_resize(images.float(), SIDE) - 128) / 128
         x = POOLS["halving"](self.Conv2d_2b_3x3(self.Conv2d_2a_3x3(self.Conv2d_1a_3x3(x))))
@@ -195,16 +198,16 @@ class Inception(nn.Module):
 
 
 def tensorflow_resize(images: Tensor, side: int) -> Tensor:
-    """(B, C, H, W) float -> (B, C, side, side): pixel i lies at i * H / side of the input, whose last one is repeated.
+    """TensorFlow 1's bilinear resize: (B, C, H, W) float -> (B, C, side, side).
 
-    TensorFlow 1's bilinear resize, which the network was used with; it neither antialiases nor aligns centres.
+    Output pixel i is at i * H / side of the input; the last input pixel is repeated. There is no antialiasing.
     """
     for axis in (2, 3):
         length = images.shape[axis]
         if length == side:
             continue
         place = torch.arange(side, dtype=torch.float32, device=images.device) * (length / side)
-        low = place.long()  # a floor: places are not negative
+        low = place.long()  # floor, as places are not negative
         share = (place - low).view(-1, *(1,) * (3 - axis))
         first, second = (images.index_select(axis, at.clamp(max=length - 1)) for at in (low, low + 1))
         images = first + (second - first) * share
@@ -212,11 +215,17 @@ def tensorflow_resize(images: Tensor, side: int) -> Tensor:
 
 
 def inception_state(tensors: Mapping[str, Tensor]) -> tuple[OrderedDict[str, Tensor], Tensor | None]:
-    """The weights of an Inception file of 2015-12-05 under this network's names, and its (1008, 2048) classifier.
+    """The weights of an Inception file of 2015-12-05, with the names of this network.
 
-    tensors: a state dict with the port's names (`Mixed_5b.branch1x1.conv.weight`, ...), or with TensorFlow's
-    (`...layers.mixed.conv.weight`, `.beta`, `.mean`, `.var`), whose layers stand in the same order. The classifier
-    is None where the file has none. Raises ValueError for tensors of another network.
+    Args:
+        tensors: a state dict (any shape) with the names of the port (`Mixed_5b.branch1x1.conv.weight`, ...) or of
+            TensorFlow (`...layers.mixed.conv.weight`, `.beta`, `.mean`, `.var`) in the same order.
+
+    Returns:
+        The weights, and the (1008, 2048) classifier or None.
+
+    Raises:
+        ValueError: the tensors belong to another network.
     """
     with torch.device("meta"):
         wanted = Inception().state_dict()
@@ -224,7 +233,7 @@ def inception_state(tensors: Mapping[str, Tensor]) -> tuple[OrderedDict[str, Ten
     found = OrderedDict(zip(wanted, _in_order(tensors), strict=False)) if _is_tensorflow(tensors) else tensors
     missing = [name for name, tensor in wanted.items() if name not in found or found[name].shape != tensor.shape]
     if missing:
-        raise ValueError(f"these are not the weights of the Inception of 2015-12-05: {missing[0]} is not among them")
+        raise ValueError(f"{missing[0]} is missing or has another shape than in the Inception of 2015-12-05")
     heads = [tensors[name] for name in ("fc.weight", "output.weight") if name in tensors]
     classifier = heads[0].float() if heads and heads[0].shape == (LOGITS, POOL_WIDTH) else None
     return OrderedDict((name, found[name].float().contiguous()) for name in wanted), classifier
@@ -235,7 +244,7 @@ def _is_tensorflow(tensors: Mapping[str, Tensor]) -> bool:
 
 
 def _in_order(tensors: Mapping[str, Tensor]) -> Iterator[Tensor]:
-    """Weight, gain (1: TensorFlow's layers have none), offset, mean and variance of one layer after the other."""
+    """Weight, gain (1, as TensorFlow has none), offset, mean and variance of each layer."""
     for name in tensors:
         layer = name.removesuffix(".weight")
         if layer != name and f"{layer}.beta" in tensors:
@@ -244,12 +253,9 @@ def _in_order(tensors: Mapping[str, Tensor]) -> Iterator[Tensor]:
 
 
 def load_inception(state: Mapping[str, Tensor], device: torch.device | str = "cpu") -> Inception:
-    """The network (N, 3, H, W) -> features, with weights as `inception_state` gives them.
-
-    Each normalisation is folded into its convolution.
-    """
+    """Build the network from the weights of `inception_state` (any shape), with folded batch normalisations."""
     network = Inception().eval().requires_grad_(False)
-    network.load_state_dict(dict(state), strict=False)  # without the counters of training
+    network.load_state_dict(dict(state), strict=False)  # the counters of training are missing
     for module in list(network.modules()):
         if isinstance(module, ConvNorm) and isinstance(module.bn, nn.BatchNorm2d):
             module.conv = nn.utils.fusion.fuse_conv_bn_eval(module.conv, module.bn)

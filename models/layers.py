@@ -1,4 +1,4 @@
-"""Layers: what the U-Nets are made of, each with EDM's initialisation and parameter names.
+"""Layers: the parts of the U-Nets, with EDM's initialisation and parameter names.
 
 Written from Karras et al. 2022 ("EDM", appendix F.2), Song et al. 2021 and Dhariwal & Nichol 2021.
 """
@@ -13,21 +13,23 @@ from torch import Tensor, nn
 
 
 class Initialiser:
-    """How a network draws its first weights: uniform, with EDM's gain per layer.
+    """Draws initial weights: uniform, with EDM's gain per layer.
 
-    `fan` is "average" (Xavier, SongUNet) or "in" (Kaiming, DhariwalUNet); `gain` multiplies the weights
-    and `bias_gain` the biases.
+    Args:
+        fan: "average" (Xavier, SongUNet) or "in" (Kaiming, DhariwalUNet).
+        gain: factor of the weights.
+        bias_gain: factor of the biases.
     """
 
     def __init__(self, fan: str = "average", gain: float = 1.0, bias_gain: float = 0.0) -> None:
         self.fan, self.gain, self.bias_gain = fan, gain, bias_gain
 
     def scaled(self, gain: float) -> "Initialiser":
-        """The same rule with weights `gain` times the usual; a gain of 0 silences the bias too."""
+        """The same rule with another gain of the weights; a gain of 0 also gives biases of 0."""
         return Initialiser(self.fan, gain, self.bias_gain if gain else 0.0)
 
     def __call__(self, weight: Tensor, bias: Tensor | None) -> None:
-        """Draw a layer's weights and biases in place; those of a network that is only counted stay undrawn."""
+        """Draw the weights and biases (any shape) of a layer in place; nothing on the meta device."""
         if weight.is_meta:
             return
         receptive = weight[0, 0].numel()
@@ -50,23 +52,24 @@ def linear(features_in: int, features_out: int, init: Initialiser, bias: bool = 
 def group_norm(channels: int, eps: float) -> nn.GroupNorm:
     """Group normalisation with at most 32 groups of at least 4 channels (EDM, F.2.1).
 
-    Raises ValueError for a number of channels that does not divide into them.
+    Raises:
+        ValueError: the channels do not divide into the groups.
     """
     groups = min(32, channels // 4)
     if not groups or channels % groups:
-        raise ValueError(f"{channels} channels cannot be normalised in groups: make every width a multiple of 32")
+        raise ValueError(f"{channels} channels do not divide into groups: make every width a multiple of 32")
     return nn.GroupNorm(groups, channels, eps=eps)
 
 
 def silu_in_place(x: Tensor) -> Tensor:
-    """SiLU of a tensor (of any shape) that nobody else reads: in its place, where no gradient will ask for it."""
+    """SiLU of a tensor of any shape; in place without gradients, so nothing else may read the tensor."""
     return F.silu(x, inplace=not torch.is_grad_enabled())
 
 
 def on_default_device(constant: Tensor) -> Tensor:
-    """A constant (of any shape) where new tensors stand now.
+    """Move a constant of any shape to the default device.
 
-    Computed on a `meta` device, it would make torch import its compiler.
+    Computing it on the meta device would make torch import its compiler.
     """
     return constant.to(torch.get_default_device())
 
@@ -74,7 +77,15 @@ def on_default_device(constant: Tensor) -> Tensor:
 class Convolution(nn.Module):
     """A convolution that may first halve or double the image through a low-pass filter.
 
-    `kernel` 0 resamples only. `filter_last` convolves before the filter, as NCSN++'s residual input does.
+    Args:
+        channels_in: channels of the input.
+        channels_out: channels of the output.
+        kernel: side of the kernel; 0 only resamples.
+        init: draws the weights.
+        resample: "down", "up" or None.
+        filter_taps: taps of the low-pass filter.
+        filter_last: convolve before the filter, as in the residual input of NCSN++.
+        bias: whether there is a bias.
     """
 
     resample_filter: Tensor
@@ -105,7 +116,7 @@ class Convolution(nn.Module):
             self.register_buffer("resample_filter", on_default_device((taps.outer(taps) / taps.sum() ** 2)[None, None]))
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, C, H, W) -> (B, C', H, W), H and W halved or doubled where the layer resamples."""
+        """(B, C, H, W) -> (B, C', H', W'), halved or doubled if the layer resamples."""
         if self.filter_last and self.resample == "down" and self.weight is not None:
             margin = self.kernel // 2 + (self.resample_filter.shape[-1] - 1) // 2
             x = F.conv2d(x, self.weight.to(x.dtype), padding=margin)
@@ -119,7 +130,7 @@ class Convolution(nn.Module):
         return F.conv2d(x, self.weight.to(x.dtype), bias, padding=self.kernel // 2)
 
     def _filter(self, x: Tensor, padding: int) -> Tensor:
-        if self.is_box:  # the 2x2 box is pooling or repetition, far cheaper than a depthwise convolution
+        if self.is_box:  # the 2x2 box is pooling or repetition, which is faster than a depthwise convolution
             if self.resample == "down":
                 return F.avg_pool2d(x, 2)
             return F.interpolate(x, scale_factor=2.0, mode="nearest")
@@ -131,21 +142,21 @@ class Convolution(nn.Module):
 
 
 class Dropout(nn.Module):
-    """Dropout whose masks belong to the blocks of a batch, so that workers can share a batch.
+    """Dropout with a mask per block of the batch, so that masks do not depend on how workers share the batch.
 
-    `generators`, one a block, are set before a training step; without any, torch's own dropout draws. In a
-    compiled graph, which knows no generators, masks are hashed from `seeds`: others, and as good.
+    `generators`, one per block, are set before a training step; without them torch draws. Compiled graphs cannot use
+    generators, so they hash the masks from `seeds`: other masks with the same distribution.
     """
 
     def __init__(self, rate: float) -> None:
         super().__init__()
         self.rate = rate
         self.generators: list[torch.Generator] = []
-        self.seeds: Tensor | None = None  # (blocks,) int64, the same in all layers
-        self.number = 0  # of this layer, so that their masks differ
+        self.seeds: Tensor | None = None  # (blocks,) int64, the same for all layers
+        self.number = 0  # number of the layer, so that masks of layers differ
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, C, H, W) -> the same with a share of values at 0 and the others scaled up, in training."""
+        """(B, C, H, W) -> (B, C, H, W); in training a share of the values is 0 and the others are scaled up."""
         if not self.training or not self.rate or self.seeds is None:
             return F.dropout(x, self.rate, self.training)
         keep = 1 - self.rate
@@ -155,17 +166,17 @@ class Dropout(nn.Module):
         return (x * self._drawn_like(x)).div_(keep)
 
     def _drawn_like(self, x: Tensor) -> Tensor:
-        """0 at the rate and else 1, each block by its generator: 16 random bits a value.
+        """A mask of 0 and 1, each block from its generator, with 16 random bits per value.
 
-        A float a value would take four times the draws, and a mask of torch's own is slower still on a CPU.
+        Floats would take four times as many random bits, and torch's own masks are slower on a CPU.
         """
         kept, blocks = torch.empty_like(x), len(self.generators)
         values = x.numel() // blocks
         words = torch.empty(blocks, -(-values // 4), dtype=torch.int64, device=x.device)
         for block, generator in zip(words, self.generators, strict=True):
-            block.random_(-(2**63), None, generator=generator)  # all 64 bits of a word
-        luck = words.view(torch.int16)[:, :values].reshape(-1).as_strided(kept.shape, kept.stride())
-        return torch.ge(luck, round(self.rate * 2**16) - 2**15, out=kept)
+            block.random_(-(2**63), None, generator=generator)  # all 64 bits
+        words_as_int16 = words.view(torch.int16)[:, :values].reshape(-1).as_strided(kept.shape, kept.stride())
+        return torch.ge(words_as_int16, round(self.rate * 2**16) - 2**15, out=kept)
 
 
 def hashed_uniforms(seeds: Tensor, shape: Sequence[int]) -> Tensor:
@@ -183,7 +194,7 @@ def hashed_uniforms(seeds: Tensor, shape: Sequence[int]) -> Tensor:
 
 
 class Block(nn.Module):
-    """A residual block: normalise, convolve, add the noise embedding, convolve, and perhaps attend."""
+    """A residual block: normalisation, convolution, noise embedding, convolution and optional attention."""
 
     def __init__(
         self,
@@ -239,7 +250,7 @@ class Block(nn.Module):
 
     def _attend(self, x: Tensor) -> Tensor:
         batch, channels, height, width = x.shape
-        # EDM's channel order: head, then feature, then which of query, key and value.
+        # EDM's channel order: head, feature, then query, key and value
         qkv = self.qkv(x).reshape(batch, self.heads, channels // self.heads, 3, height * width)
         query, key, value = (part.transpose(-1, -2).contiguous() for part in qkv.unbind(3))
         mixed = F.scaled_dot_product_attention(query, key, value)
@@ -248,10 +259,16 @@ class Block(nn.Module):
 
 
 class NoiseEmbedding(nn.Module):
-    """A number as sines and cosines: `positional` (DDPM) or `fourier` (random frequencies, NCSN++).
+    """A number as sines and cosines.
 
-    The cosines stand first, or the sines with `sines_first`, as EDM's SongUNet has them. Raises ValueError
-    for another kind.
+    Args:
+        channels: width of the embedding.
+        kind: "positional" (DDPM) or "fourier" (random frequencies, NCSN++).
+        endpoint: whether the frequencies include the smallest one.
+        sines_first: sines before cosines, as in EDM's SongUNet.
+
+    Raises:
+        ValueError: the kind is unknown.
     """
 
     def __init__(

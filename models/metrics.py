@@ -1,4 +1,4 @@
-"""Metrics: how far two sets of images are apart, as numbers with known worlds to check them in."""
+"""Metrics: distances between two sets of images, from their features."""
 
 from __future__ import annotations
 
@@ -17,18 +17,23 @@ INCEPTION_SPLITS = 10  # Salimans et al. 2016
 
 @dataclass
 class Moments:
-    """Count, mean and summed squares about the mean of (n, d) features in float64; adds up in any order and place.
+    """Count, mean and scatter of (n, d) features, in float64. Moments of parts add up in any order.
 
-    Updated as Chan et al. 1979 do, so that neither large means nor many batches cost digits.
+    The update of Chan et al. 1979 keeps the precision for large means and many batches.
+
+    Args:
+        count: number of rows n.
+        mean: (d,).
+        scatter: (d, d), the sum of the outer products of the centred rows.
     """
 
     count: int
-    mean: Tensor  # (d,)
-    scatter: Tensor  # (d, d)
+    mean: Tensor
+    scatter: Tensor
 
     @staticmethod
     def of(features: Any) -> Moments:
-        """Those of (n, d) features, numpy or torch."""
+        """The moments of (n, d) features, numpy or torch."""
         rows = torch.as_tensor(features).double()
         mean = rows.mean(0)
         centred = rows - mean
@@ -42,7 +47,7 @@ class Moments:
 
     @property
     def covariance(self) -> Tensor:
-        """(d, d), unbiased (n - 1)."""
+        """The unbiased covariance (n - 1), (d, d)."""
         return self.scatter / (self.count - 1)
 
 
@@ -69,13 +74,13 @@ def frechet_distance(features_a: Any, features_b: Any) -> float:
     for name, features in (("features_a", features_a), ("features_b", features_b)):
         values = torch.as_tensor(np.asarray(features, dtype=np.float64))
         if values.ndim != 2 or len(values) < 2:
-            raise ValueError(f"{name} has shape {tuple(values.shape)}: a distance takes (n, d) with n of 2 or more")
+            raise ValueError(f"{name}: shape {tuple(values.shape)} is not (n, d) with 2 rows or more")
         if not values.isfinite().all():
-            raise ValueError(f"{name} has values that are not finite")
+            raise ValueError(f"{name}: some values are not finite")
         sides.append(Moments.of(values))
     a, b = sides
     if len(a.mean) != len(b.mean):
-        raise ValueError(f"features are {len(a.mean)} and {len(b.mean)} wide: both sides need the same features")
+        raise ValueError(f"features: the widths {len(a.mean)} and {len(b.mean)} differ; use the same network for both")
     return gaussian_distance(a.mean, a.covariance, b.mean, b.covariance)
 
 
@@ -96,7 +101,13 @@ def symmetric_root(matrix: Tensor) -> Tensor:
 
 
 class DistanceOfRows:
-    """The Fréchet distance of any choice of rows of (n, d) features to a fixed Gaussian, quickly and again."""
+    """The Fréchet distance of subsets of (n, d) features to a fixed Gaussian, fast for many subsets.
+
+    Args:
+        features: (n, d), numpy or torch.
+        mean: (d,) of the Gaussian.
+        covariance: (d, d) of the Gaussian.
+    """
 
     def __init__(self, features: Any, mean: Tensor, covariance: Tensor) -> None:
         rows = torch.as_tensor(features).double()
@@ -105,7 +116,7 @@ class DistanceOfRows:
         self.norms = rows.square().sum(1)
 
     def __call__(self, chosen: np.ndarray) -> float:
-        """Of these row numbers, which may repeat."""
+        """The distance of the rows with these numbers, (m,) integers; they may repeat."""
         at = torch.as_tensor(chosen)
         n, mean = len(at), self.rows[at].mean(0)
         trace = float(self.norms[at].sum() - n * mean.square().sum()) / (n - 1)
@@ -116,7 +127,7 @@ class DistanceOfRows:
 
 
 def extrapolated_distance(distance: DistanceOfRows, points: int = 15, seed: int = 0) -> float:
-    """What the distance comes to with ever more samples: a line in 1 / n (FID-infinity, Chong & Forsyth 2020)."""
+    """The distance for infinitely many samples, from a line in 1 / n (FID-infinity, Chong & Forsyth 2020)."""
     n = len(distance.rows)
     generator = np.random.default_rng(seed)
     counts = np.unique(np.linspace(max(2, n // 4), n, points).astype(int))
@@ -127,10 +138,10 @@ def extrapolated_distance(distance: DistanceOfRows, points: int = 15, seed: int 
 
 
 def bootstrap_interval(distance: DistanceOfRows, repeats: int = 100, seed: int = 0) -> tuple[float, float]:
-    """The 95 % interval of the distance over other draws of as many samples (bootstrap, Efron 1979).
+    """The 95 % bootstrap interval of the distance (Efron 1979).
 
-    Repeated rows make a resample's distance larger; the interval is therefore that of the deviations
-    from the resamples' mean, about the distance itself.
+    Repeated rows increase the distance of a resample. So the interval has the deviations from the mean of the
+    resamples, around the distance of all rows.
     """
     n = len(distance.rows)
     generator = np.random.default_rng(seed)
@@ -183,7 +194,7 @@ def kernel_distance(
     """
     n = min(len(features_a), len(features_b))
     if n < 4:
-        raise ValueError(f"{n} rows: a kernel distance takes 4 or more on both sides")
+        raise ValueError(f"features: {n} rows are fewer than the 4 of a kernel distance; use more images")
     generator = generator or torch.Generator().manual_seed(0)
     size = min(subset_size, n // 2)
     found = []
@@ -232,6 +243,6 @@ def inception_score(logits: Tensor, splits: int = INCEPTION_SPLITS, seed: int = 
 def colour_layout(images: Tensor) -> Tensor:
     """(N, C, H, W) uint8 images -> (N, 16 C) float64 features in [0, 1]: the mean colour of a 4 x 4 grid of tiles.
 
-    They see colours and where they lie, nothing finer: an honest, weightless measure, not FID.
+    They contain colours and their places, and no finer detail. They need no weights, and are not FID.
     """
     return F.adaptive_avg_pool2d(images.to(torch.float64) / 255, 4).flatten(1)

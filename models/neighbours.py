@@ -1,4 +1,4 @@
-"""Neighbours: what lies near what among features of real images and of samples, in blocks of bounded memory."""
+"""Neighbours: nearest neighbours among the features of real images and samples, computed in blocks."""
 
 from __future__ import annotations
 
@@ -8,17 +8,21 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-BLOCK = 4096  # rows a side: a block of distances takes 64 MiB
+BLOCK = 4096  # rows and columns of a block of distances: 64 MiB
 
 
 @dataclass(frozen=True)
 class Neighbourhood:
-    """How samples lie among real images, each of which owns the ball up to its k-th nearest other one.
+    """Where samples lie among real images. The ball of an image reaches to its k-th nearest other image.
 
-    precision: the share of samples in any real image's ball; recall: the share of real images in any sample's
-    ball (Kynkäänniemi et al. 2019). density: (samples,) how many real balls a sample lies in, over k (Naeem
-    et al. 2020). nearest: (samples,) the number of the nearest real image, nearest_distance: how far it is.
-    authentic: (samples,) whether that image has another real image nearer than the sample (Alaa et al. 2022).
+    Args:
+        precision: share of the samples inside the ball of any real image (Kynkäänniemi et al. 2019).
+        recall: share of the real images inside the ball of any sample (Kynkäänniemi et al. 2019).
+        density: (samples,) number of real balls around each sample, over k (Naeem et al. 2020).
+        nearest: (samples,) number of the nearest real image.
+        nearest_distance: (samples,) its distance.
+        authentic: (samples,) whether the nearest real image has another real image nearer than the sample
+            (Alaa et al. 2022).
     """
 
     precision: float
@@ -35,14 +39,21 @@ class Neighbourhood:
 
 
 def neighbourhood(real: Tensor, samples: Tensor, k: int = 3, block: int = BLOCK) -> Neighbourhood:
-    """The neighbourhood of (m, d) samples among (n, d) real features, by Euclidean distance (see `Neighbourhood`).
+    """The neighbourhood of samples among real images, by Euclidean distance.
 
-    Memory: a few blocks of `block` x `block` beside the features. Raises ValueError where a side has k rows or fewer.
+    Args:
+        real: (n, d) features.
+        samples: (m, d) features.
+        k: the ball of an image reaches to its k-th nearest other image.
+        block: rows and columns of a block of distances; a few blocks are in memory.
+
+    Raises:
+        ValueError: there are k images or fewer on one side.
     """
     for side, features in (("real images", real), ("samples", samples)):
         if len(features) <= k:
-            raise ValueError(f"{len(features)} {side}: their {k} nearest others were wanted, so {k + 1} or more")
-    centre = real.float().mean(0)  # distances are differences of squares: small numbers lose fewer digits
+            raise ValueError(f"{len(features)} {side} are too few for {k} nearest neighbours: use {k + 1} or more")
+    centre = real.float().mean(0)  # distances are differences of squares, so centred values lose fewer digits
     real, samples = real.float() - centre, samples.float() - centre
     real_near, sample_near = (nearest_others(side, k, block) for side in (real, samples))
     inside = torch.zeros(len(samples), device=real.device)
@@ -71,7 +82,7 @@ def nearest_others(features: Tensor, k: int, block: int = BLOCK) -> Tensor:
     """(n, d) -> (n, k) squared Euclidean distances of each row to its nearest other rows, ascending."""
     near = torch.full((len(features), k), torch.inf, device=features.device)
     for rows, columns in _blocks(len(features), len(features), block):
-        if columns.start < rows.start:  # the distances of a block serve both of its sides
+        if columns.start < rows.start:  # a block of distances serves its rows and its columns
             continue
         squares = _squares(features[rows], features[columns])
         if rows.start == columns.start:

@@ -1,4 +1,4 @@
-"""Scaling: how long a step takes on N workers, foretold from what crops cost and how gradients travel."""
+"""Scaling: the time of a step on N workers, estimated from the time of crops and of the all-reduce."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -8,10 +8,13 @@ from patchloom.models.patches import PatchSchedule
 
 @dataclass(frozen=True)
 class Workers:
-    """As many workers, and the links between them.
+    """Workers and the links between them.
 
-    bytes_per_second: what the slowest link of the ring carries, one way. latency_s: of one message. processors:
-    how many of them can work at once, where they share cores; all by default.
+    Args:
+        count: number of workers.
+        bytes_per_second: bandwidth of the slowest link of the ring, in one direction.
+        latency_s: latency of a message.
+        processors: workers that can compute at once, if they share processors. Default: all.
     """
 
     count: int
@@ -20,20 +23,24 @@ class Workers:
     processors: int | None = None
 
     def reduce_seconds(self, gradient_bytes: float) -> float:
-        """A ring all-reduce: 2 (N - 1) messages of 1/N of the gradients (Patarasuk and Yuan 2009)."""
+        """Seconds of a ring all-reduce: 2 (N - 1) messages of 1/N of the gradients (Patarasuk and Yuan 2009)."""
         messages = 2 * (self.count - 1)
         return messages * (gradient_bytes / self.count / self.bytes_per_second + self.latency_s)
 
     @property
     def crowding(self) -> float:
-        """How many times as long work takes where workers share processors."""
+        """The slow-down of workers that share processors."""
         return max(1.0, self.count / (self.processors or self.count))
 
 
 def expected_slowest(costs: Mapping[float, float], draws: int) -> float:
-    """The mean of the largest of `draws` independent draws; costs: the probability of each cost.
+    """The mean of the largest of several independent draws.
 
-    E[max] = sum of c (F(c)^n - F(below c)^n), with F the share of draws that cost c or less.
+    E[max] = sum of c (F(c)^n - F(below c)^n), where F(c) is the probability of a cost of c or less.
+
+    Args:
+        costs: probability of each cost.
+        draws: number of draws n.
     """
     mean, reached = 0.0, 0.0
     for cost in sorted(costs):
@@ -50,12 +57,18 @@ def step_seconds(
     gradient_bytes: float,
     workers: Workers,
 ) -> float:
-    """The mean seconds of a step on these workers, gradients reduced once all have theirs.
+    """The mean seconds of a step, with the all-reduce of the gradients.
 
-    batch_of_worker: full-size images of a worker's step; smaller crops come in multiples of it.
-    seconds_of_crop: by patch size in pixels, of a worker that has a processor to itself. draw: "shared" and
-    "stratified" steps cost their mean on every worker; with "independent" ones each step waits for the
-    slowest worker, and where workers share processors, at least for all their work.
+    With the draws "shared" and "stratified" a step costs the mean. With "independent" it waits for the slowest worker;
+    if the workers share processors, it takes at least the time of all work.
+
+    Args:
+        schedule: the patch sizes.
+        draw: "shared", "stratified" or "independent".
+        batch_of_worker: full-size images per step and worker.
+        seconds_of_crop: by patch size in pixels, for a worker with a processor of its own.
+        gradient_bytes: size of the gradients.
+        workers: the workers.
     """
     costs: dict[float, float] = {}
     for size in schedule.sizes:
@@ -68,5 +81,5 @@ def step_seconds(
 
 
 def images_per_second(schedule: PatchSchedule, batch_of_worker: int, workers: Workers, seconds: float) -> float:
-    """Counted images (crops) of all workers a second, at so many seconds a step."""
+    """Counted images (crops) of all workers per second, if a step takes `seconds`."""
     return batch_of_worker * schedule.mean_multiplier * workers.count / seconds

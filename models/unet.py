@@ -1,4 +1,4 @@
-"""U-Nets: the three networks of EDM (DDPM++, NCSN++ and ADM), sized by numbers and free of image size.
+"""U-Nets: the three networks of EDM (DDPM++, NCSN++ and ADM), for images of any size.
 
 Written from Karras et al. 2022 ("EDM", appendix F.2 and Table 7), Song et al. 2021 and Dhariwal &
 Nichol 2021. Parameter names follow EDM's published snapshots, so that their weights load one to one.
@@ -20,8 +20,8 @@ SQRT_HALF = 0.5**0.5
 def first_layer(channels_in: int, width: int, stem: Sequence[int], init: Initialiser) -> nn.Module:
     """A 3x3 convolution, or, with `stem` widths, 1x1 convolutions and SiLUs before it.
 
-    The latter mixes coordinates into every pixel before any neighbour is seen: the "implicit" variant of
-    Patch Diffusion's released code.
+    The latter is the "implicit" variant of Patch Diffusion's released code: coordinates and values of a pixel are
+    mixed before neighbours are.
     """
     layers: list[nn.Module] = []
     for channels in stem:
@@ -32,9 +32,9 @@ def first_layer(channels_in: int, width: int, stem: Sequence[int], init: Initial
 
 
 class UNet(nn.Module, ABC):
-    """What the networks share: an encoder whose every output is kept, and a decoder that takes them back."""
+    """The base of the networks: an encoder, and a decoder with a skip connection from every encoder layer."""
 
-    resolution: int  # of a full image, which names the levels
+    resolution: int  # side of a full image; levels are named by it
     enc: nn.ModuleDict
     dec: nn.ModuleDict
     map_noise: NoiseEmbedding
@@ -71,7 +71,7 @@ class UNet(nn.Module, ABC):
         residual_input: bool,
         filter_taps: Sequence[int],
     ) -> int:
-        """Lay out the encoder and decoder, names as in EDM's snapshots; returns the decoder's last width."""
+        """Build the encoder and decoder, with names as in EDM's snapshots. Returns the last width of the decoder."""
         self.resolution, self.halvings = resolution, len(widths) - 1
         self.check_size(resolution, resolution)
         self.enc, self.dec = nn.ModuleDict(), nn.ModuleDict()
@@ -108,7 +108,7 @@ class UNet(nn.Module, ABC):
         return width
 
     def check_size(self, height: int, width: int) -> None:
-        """Raises ValueError for a side, in pixels, that the network cannot halve as often as it must."""
+        """Raise ValueError if the network cannot halve these sides (in pixels) often enough."""
         multiple = 2**self.halvings
         if height % multiple or width % multiple or not height or not width:
             raise ValueError(
@@ -125,11 +125,17 @@ class UNet(nn.Module, ABC):
         augmentation: Tensor | None = None,
         patch_fraction: Tensor | None = None,
     ) -> Tensor:
-        """(B, C, H, W), (B,) and one-hot (B, K) -> (B, channels_out, H, W).
+        """(B, C, H, W) -> (B, channels_out, H, W).
 
-        augmentation: (B, A) labels of `augment`, None for an image as it is; patch_fraction: (B,) side of
-        the patch over that of the image, for a network built with `patch_size`. Raises ValueError for sides
-        that cannot be halved as often as the network does.
+        Args:
+            x: (B, C, H, W), with the coordinate channels.
+            noise_condition: (B,) c_noise.
+            labels: one-hot (B, K), or None.
+            augmentation: (B, A) labels of `augment`; None for unchanged images.
+            patch_fraction: (B,) side of the patch over that of the image, for networks with `patch_size`.
+
+        Raises:
+            ValueError: the sides cannot be halved often enough.
         """
         self.check_size(x.shape[2], x.shape[3])
         conditions = self.map_noise(noise_condition)
@@ -157,11 +163,26 @@ class UNet(nn.Module, ABC):
 class SongUNet(UNet):
     """DDPM++ (`embedding="positional"`, box filter) and NCSN++ (`embedding="fourier"`, residual input).
 
-    Sizes follow EDM, Table 7: `width` channels times each of `width_multipliers`, `blocks` residual
-    blocks a level, attention at the `attention` resolutions of the full-size image. `stem` holds the widths
-    of 1x1 convolutions before the first 3x3; `augmentation` is the number of augmentation labels; with
-    `patch_size` the patch's size is a condition. Raises ValueError for a resolution that cannot be halved
-    once a level, or widths that cannot be normalised in groups.
+    Args:
+        resolution: side of the full image.
+        channels_in: channels of the input, with coordinates.
+        channels_out: channels of the output.
+        classes: number of classes; 0 for none.
+        width: base width (EDM, Table 7).
+        width_multipliers: width of each level, over `width`.
+        blocks: residual blocks per level.
+        attention: resolutions with attention, at full image size.
+        dropout: dropout rate.
+        embedding: embedding of the noise level: "positional" or "fourier".
+        residual_input: whether the downsampled input is added at each level (NCSN++).
+        filter_taps: taps of the resampling filter.
+        noise_width_multiplier: width of the noise embedding, over `width`.
+        stem: widths of 1x1 convolutions before the first 3x3 convolution.
+        augmentation: number of augmentation labels.
+        patch_size: whether the patch size is a condition.
+
+    Raises:
+        ValueError: the resolution cannot be halved once per level, or a width does not divide into groups.
     """
 
     def __init__(
@@ -216,7 +237,7 @@ class SongUNet(UNet):
         return out
 
     def finish(self, x: Tensor) -> Tensor:
-        """(B, C, H, W) -> (B, channels_out, H, W): the decoder's own last layers, named after the full-size level."""
+        """(B, C, H, W) -> (B, channels_out, H, W): the last layers of the decoder."""
         x = silu_in_place(self.dec[f"{self.last_level}_aux_norm"](x))
         out: Tensor = self.dec[f"{self.last_level}_aux_conv"](x)
         return out
@@ -225,8 +246,10 @@ class SongUNet(UNet):
 class DhariwalUNet(UNet):
     """ADM: more heads, scale-and-shift conditioning, attention in every block of its levels (EDM, F.2.2).
 
-    The arguments are SongUNet's; `head_width` is the number of channels of an attention head, and levels
-    that are narrower do not attend.
+    The arguments are those of `SongUNet`, and:
+
+    Args:
+        head_width: channels per attention head; narrower levels have no attention.
     """
 
     def __init__(

@@ -62,9 +62,9 @@ def test_periodic_coordinates_keep_the_ends_of_the_image_and_all_pixels_apart() 
 
 
 def test_an_unknown_encoding_is_refused(tiny_config: Callable[..., DenoiserConfig]) -> None:
-    with pytest.raises(ValueError, match="'spiral' is unknown: choose linear or periodic"):
+    with pytest.raises(ValueError, match=r"spiral.*linear.*periodic"):
         encode_coordinates(full_grid(4), "spiral")
-    with pytest.raises(ValueError, match="'spiral' is unknown: choose one of none, linear, implicit, periodic"):
+    with pytest.raises(ValueError, match=r"spiral.*none, linear, implicit, periodic"):
         build_denoiser(tiny_config(coordinates="spiral"))
 
 
@@ -138,7 +138,7 @@ def test_a_network_without_coordinates_runs_at_any_size_and_refuses_them(tiny_de
     denoiser = tiny_denoiser(network=network, network_options=WIDTHS, coordinates="none")
     for size in (16, 8, 4):
         assert denoiser(patches(size), 0.5).shape == (2, 3, size, size)
-        with pytest.raises(ValueError, match="without coordinate channels"):
+        with pytest.raises(ValueError, match="coordinates"):
             denoiser(patches(size), 0.5, full_grid(size))
 
 

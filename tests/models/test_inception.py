@@ -70,7 +70,7 @@ def test_tensorflows_names_are_the_same_layers_in_the_same_order(network: Incept
 
 
 def test_other_networks_are_refused(network: Inception, tmp_path) -> None:  # type: ignore[no-untyped-def]
-    with pytest.raises(ValueError, match="not the weights of the Inception"):
+    with pytest.raises(ValueError, match=r"Conv2d_1a_3x3\.conv\.weight"):
         inception_state({"conv.weight": torch.zeros(3)})
     (tmp_path / "text.pth").write_text("not weights")
     torch.save({"a": torch.zeros(3)}, tmp_path / "other.pth")
@@ -85,7 +85,7 @@ def test_a_pickle_that_would_run_is_not_run(tmp_path) -> None:  # type: ignore[n
             return (tmp_path / "ran").touch, ()
 
     torch.save({"weights": Hostile()}, tmp_path / "hostile.pth")
-    with pytest.raises(CheckpointError, match=r"hostile\.pth holds more than tensors"):
+    with pytest.raises(CheckpointError, match=r"hostile\.pth.*pickle"):
         features_of_file(tmp_path / "hostile.pth")
     assert not (tmp_path / "ran").exists()
 

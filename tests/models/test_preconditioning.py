@@ -102,7 +102,7 @@ def test_a_network_without_coordinates_has_no_channels_for_them(
     denoiser = tiny_denoiser(coordinates="none")
     x, _, _ = what_the_network_sees(denoiser, images, 1.0)
     assert x.shape[1] == 3
-    with pytest.raises(ValueError, match="without coordinate channels"):
+    with pytest.raises(ValueError, match="coordinates"):
         denoiser(images, 1.0, torch.zeros(4, 2, 16, 16))
 
 
@@ -113,5 +113,5 @@ def test_no_labels_mean_the_zero_vector(tiny_denoiser: Callable[..., Denoiser], 
 
 
 def test_an_unknown_network_is_refused(tiny_config: Callable[..., DenoiserConfig]) -> None:
-    with pytest.raises(ValueError, match="network 'vit' is unknown: choose one of dhariwal, song"):
+    with pytest.raises(ValueError, match=r"vit.*dhariwal, song"):
         build_denoiser(tiny_config(network="vit"))
