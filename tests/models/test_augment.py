@@ -91,7 +91,7 @@ def test_a_probability_of_0_only_mirrors_and_of_1_uses_all() -> None:
     assert 50 < every[:, 1].sum() < 150
 
 
-def test_the_draws_are_those_of_their_generator_and_leave_the_global_one_alone() -> None:
+def test_parameters_depend_on_their_generator_and_not_on_the_global_one() -> None:
     before = torch.get_rng_state()
     one, same, other = (draw_parameters(40, 0.5, torch.Generator().manual_seed(seed)) for seed in (3, 3, 4))
     assert torch.equal(one, same)
@@ -123,7 +123,7 @@ def test_no_transformation_gives_the_image_and_the_full_grid_back(side: int) -> 
 
 
 @pytest.mark.parametrize(("name", "axis"), [("a0", 3), ("a1", 2)])
-def test_a_flip_is_torchs_and_turns_one_coordinate_round(name: str, axis: int) -> None:
+def test_a_flip_equals_torch_flip_and_negates_one_coordinate(name: str, axis: int) -> None:
     images, grid = random_images(), coordinate_grid(R, R)[None]
     moved, where = augment(images, parameters(**{name: 1.0}))
     torch.testing.assert_close(moved, images.flip(axis), rtol=0, atol=255e-4)
@@ -214,7 +214,7 @@ def test_after_any_transformation_the_coordinates_are_where_the_content_came_fro
 
 
 @pytest.mark.parametrize("scale", [1.0, 4.0])
-def test_coordinates_stay_within_the_image_whatever_is_drawn(scale: float) -> None:
+def test_coordinates_stay_inside_the_image_for_all_parameters(scale: float) -> None:
     chosen = draw_parameters(100, 1.0, torch.Generator().manual_seed(6)) * scale
     chosen[:, :2] = chosen[:, :2].clamp(max=1)
     moved, where = augment(random_images(100, 16), chosen)
@@ -302,7 +302,7 @@ def seen_by_the_network(augmentation: float) -> tuple[Witness, Tensor]:
     return witness, draws.augmentation
 
 
-def test_the_network_is_told_where_the_content_of_an_augmented_crop_came_from() -> None:
+def test_an_augmented_crop_has_the_coordinates_of_its_content() -> None:
     seen, chosen = seen_by_the_network(0.8)
     whole = (seen.where.abs() < 1 - 2.5 * PIXEL).all(1, keepdim=True).expand_as(seen.where)
     assert whole.float().mean() > 0.5

@@ -159,19 +159,19 @@ def test_permissions_add_up_and_reach_the_environment(monkeypatch: pytest.Monkey
     ],
 )
 @pytest.mark.usefixtures("allowed")
-def test_a_network_that_cannot_be_had_is_refused_in_words(name: str, words: str) -> None:
+def test_a_network_that_cannot_be_imported_or_built_is_refused(name: str, words: str) -> None:
     with pytest.raises(ValueError, match=words):
         build_backbone(name, ARGUMENTS)
 
 
-def test_a_package_that_is_not_installed_is_refused_in_words(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_package_that_is_not_installed_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(ALLOWED, "a_module_that_is_nowhere")
     with pytest.raises(ValueError, match=r"a_module_that_is_nowhere"):
         build_backbone("a_module_that_is_nowhere:Network", ARGUMENTS)
 
 
 @pytest.mark.usefixtures("allowed")
-def test_an_option_that_the_network_does_not_know_is_refused_in_words(config: DenoiserConfig) -> None:
+def test_an_unknown_network_option_is_refused(config: DenoiserConfig) -> None:
     with pytest.raises(ValueError, match="colour"):
         build_denoiser(replace(config, network_options={**OPTIONS, "colour": 1}))
 
@@ -209,7 +209,7 @@ def test_a_network_is_given_labels_and_the_noise_condition(config: DenoiserConfi
 
 
 @pytest.mark.usefixtures("allowed")
-def test_a_network_from_outside_says_itself_what_it_can_halve(config: DenoiserConfig) -> None:
+def test_a_backbone_has_no_halvings(config: DenoiserConfig) -> None:
     assert halvings_of(config) == 0
 
 
@@ -270,7 +270,7 @@ def test_a_network_from_outside_learns_on_patches(config: DenoiserConfig, draw: 
 
 
 @pytest.mark.usefixtures("allowed")
-def test_its_dropout_repeats_and_leaves_the_global_generator_alone(config: DenoiserConfig) -> None:
+def test_backbone_dropout_is_repeatable_and_restores_the_global_generator(config: DenoiserConfig) -> None:
     config = replace(config, network_options={**OPTIONS, "dropout": 0.5})
     method = step_settings()
     found = []

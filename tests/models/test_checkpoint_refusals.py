@@ -55,7 +55,7 @@ def test_a_checkpoint_without_its_tensors_is_refused(state: TrainingState, tmp_p
 
 
 @pytest.mark.parametrize("place", [0, 1000, -1])
-def test_one_flipped_byte_of_a_model_is_refused_wherever_it_is(
+def test_a_flipped_byte_anywhere_in_the_weights_is_refused(
     tiny_denoiser: Callable[..., Denoiser], tiny_config: Callable[..., DenoiserConfig], tmp_path: Path, place: int
 ) -> None:
     save_model(tmp_path, tiny_denoiser(), model_card(tiny_config()))

@@ -43,7 +43,7 @@ def advance(state: TrainingState, steps: int) -> None:
         training_step(state, method, plan, work, SPACE, lambda _: None)
 
 
-def test_a_run_goes_on_from_its_checkpoint_bit_for_bit(tmp_path: Path) -> None:
+def test_a_run_continues_from_its_checkpoint_bit_for_bit(tmp_path: Path) -> None:
     straight, stopped = make_state(make_method(0.5)), make_state(make_method(0.5))
     advance(straight, 5)
     advance(stopped, 2)
@@ -83,14 +83,14 @@ def model_folder(tmp_path: Path) -> Path:
     return folder
 
 
-def test_a_model_comes_back_bit_for_bit(model_folder: Path) -> None:
+def test_a_model_is_restored_bit_for_bit(model_folder: Path) -> None:
     state = make_state(make_method(0.5))
     advance(state, 2)
     x, labels = torch.randn(2, 2, 8, 8), torch.eye(3)[:2]
     assert torch.equal(load_model(model_folder)(x, 0.3, labels=labels), state.denoiser.eval()(x, 0.3, labels=labels))
 
 
-def test_a_model_that_is_not_what_it_says_is_refused(model_folder: Path, tmp_path: Path) -> None:
+def test_a_model_that_differs_from_its_card_is_refused(model_folder: Path, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"model\.json"):
         load_model(tmp_path)
     card = json.loads((model_folder / "model.json").read_text())
@@ -105,7 +105,7 @@ def test_a_model_that_is_not_what_it_says_is_refused(model_folder: Path, tmp_pat
         load_model(model_folder / "autoencoder")
 
 
-def test_an_autoencoder_comes_back_and_a_changed_one_is_refused(tmp_path: Path) -> None:
+def test_an_autoencoder_is_restored_and_a_changed_one_is_refused(tmp_path: Path) -> None:
     torch.manual_seed(0)
     network = new_autoencoder((8, 16, 16), 4).eval()
     save_autoencoder(network, tmp_path)
@@ -132,7 +132,7 @@ def test_an_image_does_not_depend_on_its_neighbours(model_folder: Path) -> None:
     assert not torch.equal(generate(model, [7], [0], Sampling(steps=2))[0], together[2])
 
 
-def test_a_model_read_for_sampling_gives_what_training_sees(model_folder: Path) -> None:
+def test_a_sampling_model_agrees_with_the_trained_network(model_folder: Path) -> None:
     sampled, trained = load_sampling_model(model_folder).denoiser, load_model(model_folder)
     x, sigma = torch.randn(2, sampled.channels, 16, 16), torch.tensor([0.1, 5.0])
     with torch.no_grad():

@@ -80,7 +80,7 @@ def test_the_middle_of_a_larger_canvas_is_the_image(height: int, width: int, res
     torch.testing.assert_close(middle, coordinate_grid(resolution, resolution), rtol=0, atol=1e-6)
 
 
-def test_a_larger_canvas_goes_on_at_the_same_spacing() -> None:
+def test_a_larger_canvas_keeps_the_spacing_of_coordinates() -> None:
     grid = extended_grid(24, 32, 16)
     torch.testing.assert_close(grid[0].diff(dim=1), torch.full((24, 31), 2 / 15), rtol=0, atol=1e-5)
     torch.testing.assert_close(grid[1].diff(dim=0), torch.full((23, 32), 2 / 15), rtol=0, atol=1e-5)
@@ -176,7 +176,7 @@ def fractions_told(denoiser: Denoiser) -> list[list[float] | None]:
 
 
 @torch.no_grad()
-def test_the_size_of_a_patch_is_told_as_its_side_over_the_images(tiny_denoiser: Build) -> None:
+def test_the_patch_size_condition_is_the_side_over_the_image_side(tiny_denoiser: Build) -> None:
     denoiser = tiny_denoiser(patch_size=True)
     told = fractions_told(denoiser)
     for size in (4, 8, 12, 16, 32):
@@ -194,7 +194,7 @@ def test_an_input_without_coordinates_of_its_own_is_a_whole_image(tiny_denoiser:
 
 
 @torch.no_grad()
-def test_a_network_without_coordinates_is_told_the_size_of_a_patch_all_the_same(tiny_denoiser: Build) -> None:
+def test_a_network_without_coordinates_also_gets_the_patch_size(tiny_denoiser: Build) -> None:
     denoiser = tiny_denoiser(patch_size=True, coordinates="none")
     told = fractions_told(denoiser)
     for size in (4, 8, 16):  # training gives such a network no coordinates, and only the size tells
@@ -203,7 +203,7 @@ def test_a_network_without_coordinates_is_told_the_size_of_a_patch_all_the_same(
 
 
 @torch.no_grad()
-def test_a_network_that_was_not_built_for_it_is_not_told(tiny_denoiser: Build) -> None:
+def test_a_network_without_the_condition_does_not_get_the_patch_size(tiny_denoiser: Build) -> None:
     denoiser = tiny_denoiser()
     told = fractions_told(denoiser)
     denoiser(patches(8), 0.5, full_grid(8))
@@ -303,7 +303,7 @@ def test_a_training_step_reaches_the_weights_of_every_condition(
 @pytest.mark.parametrize("channels", [1, 3, 4, 32])
 @pytest.mark.parametrize("network", ["song", "dhariwal"])
 @torch.no_grad()
-def test_any_number_of_image_channels_goes_in_and_out(tiny_denoiser: Build, network: str, channels: int) -> None:
+def test_any_number_of_image_channels_works(tiny_denoiser: Build, network: str, channels: int) -> None:
     denoiser = tiny_denoiser(network=network, network_options=WIDTHS, channels=channels)
     for size in (16, 8):
         found = denoiser(patches(size, channels), 0.5)
@@ -346,6 +346,6 @@ def test_a_resolution_that_cannot_be_halved_is_refused_when_it_is_built(
 
 
 @pytest.mark.parametrize("levels", [1, 2, 3])
-def test_a_network_says_how_often_it_halves(tiny_config: Callable[..., DenoiserConfig], levels: int) -> None:
+def test_halvings_of_a_network_are_counted(tiny_config: Callable[..., DenoiserConfig], levels: int) -> None:
     options = {**WIDTHS, "width_multipliers": [1] * levels}
     assert halvings_of(tiny_config(network_options=options)) == levels - 1

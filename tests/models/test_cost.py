@@ -20,7 +20,7 @@ def step_settings(p: float, **changes: Any) -> StepSettings:
 
 @pytest.mark.parametrize(("p", "hours"), [(0, 6.9), (0.1, 8.5), (0.25, 11.4), (0.5, 17.9), (0.75, 28.4), (1, 48.5)])
 @pytest.mark.parametrize("draw", ["shared", "stratified"])
-def test_sizes_that_are_shared_cost_what_their_pixels_do(p: float, hours: float, draw: str) -> None:
+def test_cost_of_shared_draws_follows_the_pixels(p: float, hours: float, draw: str) -> None:
     gain = estimated_gain(step_settings(p, draw=draw), AS_PIXELS, workers=1)
     assert HOURS_AT_1 / gain.per_image == pytest.approx(hours, abs=0.06)
 

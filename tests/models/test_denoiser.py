@@ -32,7 +32,7 @@ def test_a_denoiser_takes_any_float_and_gives_float32() -> None:
             torch.testing.assert_close(got, wanted)
 
 
-def test_none_is_the_full_grid_and_no_class() -> None:
+def test_defaults_are_the_full_grid_and_no_class() -> None:
     from patchloom.models.patches import coordinate_grid
 
     denoiser, x = small(classes=3), torch.randn(2, 2, 8, 8)
@@ -42,7 +42,7 @@ def test_none_is_the_full_grid_and_no_class() -> None:
     assert not torch.allclose(denoiser(x, 1.0), denoiser(x, 1.0, labels=torch.eye(3)[:2]))
 
 
-def test_what_a_network_has_no_channels_for_is_refused() -> None:
+def test_inputs_without_channels_in_the_network_are_refused() -> None:
     x = torch.randn(1, 2, 8, 8)
     with pytest.raises(ValueError, match="coordinate"):
         small(coordinates="none")(x, 1.0, torch.zeros(1, 2, 8, 8))

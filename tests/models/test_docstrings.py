@@ -42,7 +42,7 @@ def own_raises(function: ast.FunctionDef) -> bool:
 
 
 @pytest.mark.parametrize("path", sorted(MODELS.glob("*.py")), ids=lambda path: path.stem)
-def test_a_public_function_says_shapes_errors_and_source(path: Path) -> None:
+def test_public_docstrings_have_shapes_errors_and_source(path: Path) -> None:
     silent = []
     for function, words in functions(path):
         arguments = function.args.args + function.args.kwonlyargs

@@ -65,7 +65,7 @@ def test_shared_draws_follow_equation_5() -> None:
     assert stats.chisquare(counts, [5000 * share for share in SHARES.values()]).pvalue > 1e-4
 
 
-def test_one_independent_rank_draws_what_is_shared() -> None:
+def test_one_independent_rank_draws_the_shared_size() -> None:
     shared, alone = plans_of(step_settings("shared"), 100), plans_of(step_settings("independent"), 100)
     assert [(plan.sizes, plan.blocks) for plan in shared] == [(plan.sizes, plan.blocks) for plan in alone]
 

@@ -19,7 +19,7 @@ def values(ema: HalfLifeEMA) -> list[float]:
     return [float(x) for parameter in ema.module.parameters() for x in parameter.flatten()]
 
 
-def test_a_constant_target_is_half_way_after_one_half_life() -> None:
+def test_the_average_is_halfway_to_a_constant_target_after_one_half_life() -> None:
     ema = HalfLifeEMA(constant(1.0), halflife_images=1000)
     for step in range(40):
         ema.update(constant(3.0), images_seen=10**9 + 25 * step, images_in_step=25)

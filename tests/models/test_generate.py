@@ -96,7 +96,7 @@ def test_a_class_is_known_by_its_name_or_its_number() -> None:
         class_number(0, [])
 
 
-def test_one_thread_is_for_a_while() -> None:
+def test_one_thread_is_restored_at_the_end() -> None:
     before = torch.get_num_threads()
     with pytest.raises(KeyError), one_thread():
         assert torch.get_num_threads() == 1

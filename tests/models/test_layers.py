@@ -59,7 +59,9 @@ def test_neighbouring_drawn_masks_are_independent() -> None:
 
 
 @pytest.mark.parametrize("dropout", [pytest.param(0.0, marks=pytest.mark.slow), 0.2])
-def test_a_compiled_network_has_one_graph_a_patch_size(tiny_denoiser: Callable[..., Denoiser], dropout: float) -> None:
+def test_a_compiled_network_has_one_graph_per_patch_size(
+    tiny_denoiser: Callable[..., Denoiser], dropout: float
+) -> None:
     options = {"width": 8, "width_multipliers": [1, 2], "blocks": 1, "attention": [8], "dropout": dropout}
     method = StepSettings(
         seed=0, schedule=patch_schedule(16, 0.5), updates=30, batch_size=8, block_size=4, lr=1e-3, lr_rampup_images=0

@@ -60,7 +60,7 @@ def test_it_is_scipys_even_with_fewer_rows_than_columns() -> None:
         (np.zeros(5), np.zeros((5, 3)), r"\(5,\)"),
     ],
 )
-def test_what_has_no_distance_is_refused(a: np.ndarray, b: np.ndarray, words: str) -> None:
+def test_features_without_a_distance_are_refused(a: np.ndarray, b: np.ndarray, words: str) -> None:
     with pytest.raises(ValueError, match=words):
         frechet_distance(a, b)
 
@@ -73,7 +73,7 @@ def test_the_colour_layout_is_the_mean_of_every_tile() -> None:
     assert float(features[1, 16 + 2 * 4 + 1]) == pytest.approx(float(third_row_second_column_of_green))
 
 
-def test_moments_add_up_whatever_the_pieces() -> None:
+def test_moments_of_parts_add_up() -> None:
     rows = np.random.default_rng(2).standard_normal((301, 5)) * 3 + 1e4  # a large mean must not cost digits
     pieces = [Moments.of(rows[start:stop]) for start, stop in ((0, 1), (1, 130), (130, 301))]
     for whole in (pieces[0] + pieces[1] + pieces[2], pieces[2] + (pieces[0] + pieces[1])):

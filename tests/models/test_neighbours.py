@@ -14,7 +14,7 @@ def cloud(n: int, d: int = 4, seed: int = 0) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("block", [7, 64, 1000])
-def test_blocks_of_any_size_give_what_whole_matrices_give(block: int) -> None:
+def test_blocks_of_any_size_agree_with_whole_matrices(block: int) -> None:
     real, samples = cloud(150), cloud(90, seed=1) * 0.8 + 0.3
     found = neighbourhood(real, samples, k=3, block=block)
     between, within = torch.cdist(samples, real), torch.cdist(real, real).sort(1).values

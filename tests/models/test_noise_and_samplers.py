@@ -43,7 +43,7 @@ def test_the_ladder_is_equation_5_of_edm() -> None:
     np.testing.assert_allclose(karras_sigmas(18, sigma_min=0.01, sigma_max=10, rho=5)[:-1], wanted, rtol=1e-12)
 
 
-def test_one_step_starts_at_the_top_and_none_is_refused() -> None:
+def test_one_step_starts_at_sigma_max_and_zero_steps_are_refused() -> None:
     assert karras_sigmas(1).tolist() == pytest.approx([80, 0])
     with pytest.raises(ValueError, match="steps: 0 "):
         karras_sigmas(0)

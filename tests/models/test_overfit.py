@@ -87,7 +87,7 @@ def test_eight_images_are_made_again_at_full_size(
 
 
 @torch.no_grad()
-def test_coordinates_say_what_lies_where(overfitted: tuple[Denoiser, Tensor]) -> None:
+def test_coordinates_select_the_content(overfitted: tuple[Denoiser, Tensor]) -> None:
     """From pure noise, a crop's estimate is the part of the image that its coordinates name."""
     denoiser, images = overfitted
     clean, labels = pixel_normalisation().normalise(images), torch.eye(8)

@@ -221,7 +221,7 @@ def test_a_profile_that_was_kept_twice_is_harmless() -> None:
     assert np.abs(shares).max() < 2
 
 
-def test_without_a_kept_average_there_is_nothing_to_rebuild_from() -> None:
+def test_reconstruction_without_saved_averages_is_refused() -> None:
     with pytest.raises(ValueError, match="snapshot_every_images"):
         reconstruction([], PowerProfile(0.1, 100.0))
 
@@ -250,6 +250,6 @@ def test_averages_and_shares_that_differ_in_number_are_refused() -> None:
 
 
 @pytest.mark.parametrize(("times", "width"), [(1, 0.25), (4, 0.25), (4, 0.01), (32, 0.2)])
-def test_the_shares_of_a_reconstruction_add_up_to_1_whatever_is_out_of_reach(times: int, width: float) -> None:
+def test_coefficients_sum_to_1_for_widths_out_of_reach(times: int, width: float) -> None:
     kept = [PowerProfile(sigma_rel, 1000.0 * (t + 1) / times) for t in range(times) for sigma_rel in (0.05, 0.10)]
     assert reconstruction(kept, PowerProfile(width, 1000.0)).sum() == pytest.approx(1, abs=1e-9)

@@ -47,7 +47,7 @@ def test_the_networks_output_is_scaled_by_c_out(tiny_denoiser: Callable[..., Den
 
 
 @torch.no_grad()
-def test_as_sigma_goes_to_0_the_input_comes_back(tiny_denoiser: Callable[..., Denoiser], images: Tensor) -> None:
+def test_at_sigma_near_0_the_estimate_is_the_input(tiny_denoiser: Callable[..., Denoiser], images: Tensor) -> None:
     denoiser = tiny_denoiser()
     errors = [float((denoiser(images, sigma) - images).abs().max()) for sigma in (1e-2, 1e-4, 1e-6)]
     assert errors[0] > errors[1] > errors[2]
@@ -67,7 +67,7 @@ def test_images_are_scaled_to_unit_variance_and_coordinates_are_not(
 
 @torch.no_grad()
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
-def test_any_float_goes_in_and_float32_comes_out(
+def test_inputs_of_any_float_dtype_give_float32(
     tiny_denoiser: Callable[..., Denoiser], images: Tensor, dtype: torch.dtype
 ) -> None:
     denoiser = tiny_denoiser()
@@ -79,7 +79,7 @@ def test_any_float_goes_in_and_float32_comes_out(
 
 @torch.no_grad()
 @pytest.mark.parametrize("sigma", [0.75, 3, torch.tensor(0.75, dtype=torch.float64), torch.tensor(0.75).half()])
-def test_one_sigma_serves_the_whole_batch(
+def test_a_scalar_sigma_applies_to_the_whole_batch(
     tiny_denoiser: Callable[..., Denoiser], images: Tensor, sigma: Tensor | float
 ) -> None:
     denoiser = tiny_denoiser()

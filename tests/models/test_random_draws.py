@@ -63,7 +63,7 @@ def test_blocks_differ_and_are_joined_in_order() -> None:
     assert torch.equal(concatenate_draws([first, second]).corner, torch.cat([first.corner, second.corner]))
 
 
-def test_the_global_generator_is_left_alone() -> None:
+def test_the_global_generator_does_not_change() -> None:
     before = torch.get_rng_state()
     draws_of_block(0, 0, 0, 8, 3, 8, 8, True, CPU)
     size_uniform(0, 0)

@@ -260,7 +260,7 @@ def test_heun_without_churn_is_the_deterministic_sampler_and_draws_nothing() -> 
 
 @pytest.mark.parametrize("steps", [2, 3, 5, 18])
 @pytest.mark.parametrize("name", list(ALL))
-def test_a_sampler_calls_the_denoiser_as_often_as_it_says_in_float64(name: str, steps: int) -> None:
+def test_a_sampler_makes_the_documented_number_of_float64_calls(name: str, steps: int) -> None:
     recorded = Recorded(lambda x, sigma: ideal(x, sigma).float())
     made = sampled(ALL[name], recorded, 80 * torch.ones(2, 1, 3, 4), karras_sigmas(steps))
     wanted = {"heun": 2 * steps - 1, "heun-churn-10": 2 * steps - 1, "plms": steps + 1}
@@ -287,7 +287,7 @@ def test_plms_looks_twice_at_the_second_level() -> None:
 
 
 @each(ALL)
-def test_one_step_to_0_is_one_look_at_the_noise(sampler: Sampler) -> None:
+def test_one_step_to_0_is_one_evaluation(sampler: Sampler) -> None:
     recorded = Recorded()
     made = sampled(sampler, recorded, 80 * drawn(0, 1, 1, 2, 2), karras_sigmas(1))
     assert len(recorded.calls) == 1
@@ -314,7 +314,7 @@ def test_noise_is_drawn_once_a_step_but_not_for_the_step_to_0(name: str, fewer: 
 
 
 @each(STOCHASTIC)
-def test_a_sampler_that_gets_no_noise_says_what_it_lacks(sampler: Sampler) -> None:
+def test_a_stochastic_sampler_without_noise_is_refused(sampler: Sampler) -> None:
     with pytest.raises(ValueError, match="noise"):
         sampler(ideal, torch.ones(1, 1, 2, 2), karras_sigmas(3))
 
@@ -331,7 +331,7 @@ def test_a_sampler_leaves_its_start_and_its_ladder_as_they_are(sampler: Sampler)
 # The noise of a seed
 
 
-def test_the_draws_of_a_seed_follow_each_other_alike_whatever_the_neighbours() -> None:
+def test_noise_of_a_seed_does_not_depend_on_the_batch() -> None:
     alone, among = SeededNoise([9], (3, 8, 8)), SeededNoise([5, 9, 7, 9], (3, 8, 8))
     for _ in range(4):
         single, batch = alone(), among()
@@ -339,7 +339,7 @@ def test_the_draws_of_a_seed_follow_each_other_alike_whatever_the_neighbours() -
         assert torch.equal(single[0], batch[3])
 
 
-def test_the_draws_of_a_seed_are_unit_and_have_nothing_in_common() -> None:
+def test_noise_of_a_seed_is_standard_normal_and_uncorrelated() -> None:
     noise = SeededNoise([5, 9], (3, 64, 64))
     draws = torch.cat([noise().flatten(1) for _ in range(4)])  # 8 of 12288 values
     np.testing.assert_allclose(draws.mean(dim=1), 0, atol=0.04)
@@ -373,7 +373,7 @@ def test_the_noise_in_the_centre_falls_with_the_level_and_keeps_its_direction(sa
         torch.testing.assert_close(x[MIDDLE], centre + sigma * direction, rtol=0, atol=1e-12)
 
 
-def test_keeping_the_centre_leaves_the_surroundings_and_the_input_alone() -> None:
+def test_keeping_the_centre_changes_neither_the_surroundings_nor_the_input() -> None:
     x = drawn(0, *CANVAS)
     before = x.clone()
     kept = keep_centre(lambda x, sigma: x, torch.zeros(1, 3, 3, 4))(x, torch.tensor(1.0))
@@ -419,7 +419,7 @@ def test_guidance_acts_above_the_lower_level_and_up_to_the_upper(
 
 
 @torch.no_grad()
-def test_without_labels_there_is_nothing_to_guide_towards(conditional: Denoiser) -> None:
+def test_guidance_without_labels_has_no_effect(conditional: Denoiser) -> None:
     x, level = drawn(0, 1, 3, 16, 16), torch.tensor(1.0)
     denoise = guided(conditional, None, 1.3)
     assert evaluations(conditional, lambda: denoise(x, level)) == 1
@@ -490,7 +490,7 @@ def test_the_network_is_evaluated_as_often_as_was_said(conditional: Denoiser, na
     ],
     ids=lambda value: value if isinstance(value, str) else None,
 )
-def test_what_no_sampler_does_is_refused_by_name(options: dict[str, object], message: str) -> None:
+def test_invalid_sampling_options_are_refused_by_name(options: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Sampling(**options)  # type: ignore[arg-type]
 

@@ -42,7 +42,7 @@ def test_steps_of_cost_as_pixels_have_the_papers_gains() -> None:
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 4])
-def test_independent_draws_cost_what_planned_steps_do(ranks: int) -> None:
+def test_cost_of_independent_draws_agrees_with_planned_steps(ranks: int) -> None:
     schedule = patch_schedule(64, 0.25)
     method = StepSettings(
         seed=0, schedule=schedule, updates=10**6, batch_size=16, block_size=2, lr=1e-4, lr_rampup_images=0,
@@ -72,7 +72,7 @@ MEASURED = ("1 worker, shared", "2 workers, p = 1", "2 workers, shared", "2 work
 
 
 @pytest.mark.parametrize("setting", MEASURED)
-def test_steps_that_were_measured_were_foretold(setting: str) -> None:
+def test_measured_steps_agree_with_the_estimate(setting: str) -> None:
     measured = measured_workers()
     count = int(setting[0])
     draw = setting.partition(", ")[2]

@@ -317,9 +317,7 @@ def test_the_source_that_travels_along_is_not_run_and_no_foreign_module_is_neede
         ({"img_resolution": 15}, "multiples of 2"),
     ],
 )
-def test_arguments_that_its_tensors_contradict_are_refused_in_words(
-    write: Write, changes: dict[str, Any], words: str
-) -> None:
+def test_arguments_that_contradict_the_tensors_are_refused(write: Write, changes: dict[str, Any], words: str) -> None:
     path = write(network_of(SONG), **{**SONG, **changes})
     with pytest.raises(CheckpointError, match=words) as refusal:
         load_edm_snapshot(path)

@@ -76,7 +76,7 @@ def test_a_name_that_no_snapshot_needs_is_refused_and_not_run(
     assert not witness.exists()
 
 
-def test_damaged_and_foreign_files_are_refused_in_words(tmp_path: Path) -> None:
+def test_damaged_and_foreign_files_are_refused(tmp_path: Path) -> None:
     whole = pickle.dumps({"ema": 1, "other": list(range(1000))})
     for content, words in (
         (b"", "pickle"),

@@ -47,7 +47,7 @@ def rows_of(rows: StoredRows, crops: range, first: int) -> StoredRows:
     return StoredRows(rows.image[here], rows.label[here], None if rows.std is None else rows.std[here])
 
 
-def test_at_p_of_1_a_step_is_edms() -> None:
+def test_at_p_of_1_a_step_equals_edm() -> None:
     method = make_method(1.0, reduction="sum")
     state = make_state(method)
     plain = copy.deepcopy(state.denoiser)

@@ -172,7 +172,7 @@ def test_dropout_is_the_same_for_any_number_of_workers(
     assert float((gradient - two.flat[: two.length]).abs().max() / gradient.abs().max()) < 1e-5
 
 
-def test_dropout_repeats_whatever_the_global_generator_was(
+def test_dropout_is_repeatable_for_any_state_of_the_global_generator(
     tiny_denoiser: Callable[..., Denoiser], rows: StoredRows
 ) -> None:
     options = {"width": 8, "width_multipliers": [1, 2], "blocks": 1, "attention": [8], "dropout": 0.5}
