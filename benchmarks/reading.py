@@ -6,10 +6,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from patchloom.benchmarks.datasets import open_shards
 from patchloom.benchmarks.findings import Finding, Say, Scale, exact
 from patchloom.benchmarks.interleaved import Spread, interleave
 from patchloom.benchmarks.limits import copy_bytes_per_second
-from patchloom.benchmarks.setups import open_shards
 from patchloom.platform.dataset.prepared import Dataset, write_shard
 
 SHAPE, SHARD_ROWS = (4, 32, 32), 512

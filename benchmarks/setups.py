@@ -4,8 +4,7 @@ import math
 from collections import Counter
 from dataclasses import replace
 from itertools import product
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,8 +17,6 @@ from patchloom.models.normalisation import Normalisation, pixel_normalisation
 from patchloom.models.patches import patch_schedule
 from patchloom.models.step import StoredRows, TrainingState, compile_network, new_state, training_step
 from patchloom.models.step_plan import StepPlan, StepSettings, plan_step
-from patchloom.platform.dataset.prepared import Dataset
-from patchloom.platform.records.dataset import DatasetCard, ShardFile, SkippedInputs
 
 DROPOUT = 0.1
 ADAM = (0.9, 0.999), 1e-8
@@ -127,24 +124,3 @@ def representative_steps(settings: StepSettings, steps: int) -> list[StepPlan]:
             chosen.append(plan)
         step += 1
     return chosen
-
-
-def open_shards(
-    folder: Path, kind: Literal["pixels", "latents"], shape: tuple[int, ...], shards: list[ShardFile]
-) -> Dataset:
-    """A dataset of these shards, without statistics or a card on disk.
-
-    Args:
-        folder: the folder of the dataset.
-        kind: what the rows are.
-        shape: (C, H, W) of a row.
-        shards: what `write_shard` returned for each shard.
-    """
-    rows = sum(shard.rows for shard in shards)
-    card = DatasetCard(
-        format_version=DatasetCard.FORMAT, kind=kind, resolution=shape[-1], channels=shape[0],
-        dtype="uint8" if kind == "pixels" else "float16", rows=rows, inputs=rows,
-        skipped=SkippedInputs(count=0, reasons={}), classes=[], mean=[], std=[], transform=None, autoencoder=None,
-        source_sha256="", preparation="", shards=shards,
-    )  # fmt: skip
-    return Dataset(folder, card)

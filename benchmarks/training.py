@@ -9,11 +9,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from patchloom.benchmarks.datasets import open_shards
 from patchloom.benchmarks.findings import Finding, Say, Scale, exact
 from patchloom.benchmarks.interleaved import Spread, Timings, interleave, now
 from patchloom.benchmarks.limits import convolution_flops, gemm_flops
 from patchloom.benchmarks.plain import PlainDenoiser, PlainTraining, PlainUNet
-from patchloom.benchmarks.setups import Trainer, only, open_shards, representative_steps, song_config, step_settings
+from patchloom.benchmarks.setups import Trainer, only, representative_steps, song_config, step_settings
 from patchloom.models.cost import Gain, estimated_gain
 from patchloom.models.flops import training_flops
 from patchloom.models.loss import denoising_loss

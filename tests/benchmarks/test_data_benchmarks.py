@@ -18,7 +18,7 @@ from patchloom.benchmarks.setups import song_config
 from patchloom.models.generate import Sampling, generate
 from patchloom.models.samplers import SeededNoise
 from patchloom.pipelines.prepare.shard_maker import ShardMakerArgument
-from patchloom.pipelines.tune.trials import images_for, plan_trials, trial_flops
+from patchloom.pipelines.tune.planning import images_for, plan_trials, trial_flops
 from patchloom.platform.dataset import open_dataset
 from patchloom.platform.recipe import load_recipe
 from patchloom.platform.recipe.search import load_search

@@ -18,7 +18,7 @@ from patchloom.errors import UserError
 from patchloom.pipelines.sample.folder import read_entries, read_samples
 from patchloom.pipelines.sample.formats import FORMATS
 from patchloom.pipelines.sample.sampling import sample
-from patchloom.platform.dataset.readers import Reader
+from patchloom.platform.dataset.readers import SourceReader
 from patchloom.platform.dataset.sources import open_source
 from patchloom.platform.files.folder import Folder
 from patchloom.platform.records.samples import ManifestEntry
@@ -120,7 +120,7 @@ def test_npz_shards_are_joined(pngs: Path, archives: dict[str, Path]) -> None:
 def test_archives_can_be_prepared(name: str, pngs: Path, archives: dict[str, Path]) -> None:
     source = open_source(str(archives[name] / f"000001{FORMATS[name].ending}"))
     assert [one.label for one in source.inputs] == [0, 1, 0, 1]
-    reader = Reader(source.kind, source.address)
+    reader = SourceReader(source.kind, source.address)
     found = [reader.read(one.place) for one in source.inputs]
     images = np.stack([decoded(one) if isinstance(one, bytes) else one for one in found])
     assert (images == images_of(pngs)[4:8]).all()
