@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Self
 
-from pydantic import Field
+from pydantic import Field, JsonValue
 
 from patchloom.errors import UserError
 from patchloom.platform.files.storage import write_atomic, write_json
@@ -83,6 +83,10 @@ class ProgressLine(Record):
         """Add the line to a run's `progress.jsonl`."""
         with (folder / PROGRESS_FILE).open("a") as file:
             file.write(self.to_json() + "\n")
+
+    def to_dict(self) -> dict[str, JsonValue]:
+        """The fields that are set, as plain JSON values."""
+        return self.model_dump(mode="json", exclude_unset=True)
 
     def to_json(self) -> str:
         """The fields that are set, as one line of JSON."""
