@@ -2,13 +2,12 @@
 
 import ast
 import inspect
-import os
 import textwrap
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from helpers import run_python, tiny_recipe
+from helpers import SHARED_DATA, run_python, tiny_recipe
 
 import patchloom
 from patchloom.platform.recipe import recipe_yaml
@@ -40,7 +39,7 @@ INPUTS = {
     "train_autoencoder": ("dataset",),
     "tune": ("dataset", "search.yaml"),
 }
-SHARED = Path(os.environ.get("PATCHLOOM_SHARED_DATA", Path(__file__).parents[1] / "shared" / "data")).parent
+SHARED = SHARED_DATA.parent
 SNAPSHOT = SHARED / "golden" / "edm_adm.pkl"
 SLOW = {"train_autoencoder", "tune"}
 

@@ -20,6 +20,9 @@ from safetensors.torch import load_file
 from patchloom.platform.files.folder import Folder
 from patchloom.platform.recipe import Recipe, check_recipe, with_values
 
+# real images and weights next to the repository; tests that need them are skipped where there are none
+SHARED_DATA = Path(os.environ.get("PATCHLOOM_SHARED_DATA", Path(__file__).parents[2].parent / "shared" / "data"))
+
 
 def photograph(name: str) -> np.ndarray:
     """One of the photographs inside scikit-image, (H, W, 3) uint8."""

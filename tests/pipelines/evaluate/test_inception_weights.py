@@ -1,13 +1,12 @@
 """The real weights of FID's Inception: documented values of torchmetrics, scipy's distance, TorchScript features."""
 
-import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from helpers import environment
+from helpers import SHARED_DATA, environment
 from scipy.linalg import sqrtm
 
 from patchloom.errors import UserError
@@ -17,7 +16,7 @@ from patchloom.models.metrics import frechet_distance, kernel_distance
 from patchloom.pipelines.evaluate import evaluate
 from patchloom.pipelines.evaluate.features import INCEPTION_FILES, load_features
 
-SHARED = Path(os.environ.get("PATCHLOOM_SHARED_DATA", Path(__file__).parents[2].parent / "shared" / "data"))
+SHARED = SHARED_DATA
 
 
 @pytest.fixture(scope="module")

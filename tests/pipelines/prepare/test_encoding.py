@@ -1,7 +1,6 @@
 """Encoding: latents equal those of the autoencoder itself, for diffusers' classes and for classes of other packages."""
 
 import json
-import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from helpers import tiny_recipe
+from helpers import SHARED_DATA, tiny_recipe
 from own_codec import TinyPretrained, save_pretrained
 
 from patchloom.errors import UserError
@@ -24,7 +23,7 @@ from patchloom.platform.dataset import open_dataset
 from patchloom.platform.recipe import with_values
 
 pytestmark = pytest.mark.ray
-SHARED = Path(os.environ.get("PATCHLOOM_SHARED_DATA", Path(__file__).parents[2].parent / "shared" / "data"))
+SHARED = SHARED_DATA
 
 
 @pytest.fixture

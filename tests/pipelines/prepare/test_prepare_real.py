@@ -2,20 +2,20 @@
 
 import io
 import json
-import os
 import zipfile
 from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers import SHARED_DATA
 from PIL import Image
 
 from patchloom.pipelines.prepare import prepare
 from patchloom.platform.dataset import Dataset
 
 pytestmark = pytest.mark.ray
-SHARED = Path(os.environ.get("PATCHLOOM_SHARED_DATA", Path(__file__).parents[2].parent / "shared" / "data"))
+SHARED = SHARED_DATA
 
 
 def real(name: str) -> Path:

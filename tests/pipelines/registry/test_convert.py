@@ -1,11 +1,11 @@
 """Import of EDM snapshots and export as safetensors: both verify the model and overwrite nothing."""
 
-import os
 import pickle
 from pathlib import Path
 
 import pytest
 import torch
+from helpers import SHARED_DATA
 from safetensors.torch import load_file
 
 from patchloom.errors import UserError
@@ -15,7 +15,7 @@ from patchloom.pipelines.registry.convert import export_model, import_model
 from patchloom.pipelines.registry.registering import register
 from patchloom.platform.tracking.registry import fetch_model
 
-SHARED = Path(os.environ.get("PATCHLOOM_SHARED_DATA", Path(__file__).parents[2].parent / "shared" / "data")).parent
+SHARED = SHARED_DATA.parent
 SNAPSHOT = SHARED / "golden" / "edm_adm.pkl"
 
 

@@ -1,7 +1,6 @@
 """Options of a recipe: each one is trained, sampled from and stored in the model folder."""
 
 import math
-import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -9,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import typer
-from helpers import assert_equal_models, run_python, tiny_recipe
+from helpers import SHARED_DATA, assert_equal_models, run_python, tiny_recipe
 from safetensors.torch import load_file
 
 from patchloom.errors import UserError
@@ -29,7 +28,7 @@ from patchloom.platform.files.storage import read_json, read_json_lines
 from patchloom.platform.recipe import Recipe, check_recipe, recipe_yaml
 
 pytestmark = pytest.mark.ray
-SHARED = Path(os.environ.get("PATCHLOOM_SHARED_DATA", Path(__file__).parents[2].parent / "shared" / "data")).parent
+SHARED = SHARED_DATA.parent
 SNAPSHOT = SHARED / "golden" / "edm_ddpmpp.pkl"
 SMALL_BATCHES = {"train__batch_size": 16, "train__block_size": 2}
 CHOICES: dict[str, dict[str, Any]] = {
