@@ -8,7 +8,7 @@ from pydantic import Field, JsonValue
 from patchloom.errors import UserError
 from patchloom.platform.files.storage import read_json_lines, write_json, write_json_lines
 from patchloom.platform.recipe.search import Search
-from patchloom.platform.records.record import Record, VersionedRecord
+from patchloom.platform.records.record import FormatVersion, Record, VersionedRecord
 
 SEARCH_FILE, TRIALS_FILE = "search.json", "trials.jsonl"
 
@@ -28,10 +28,10 @@ class SearchCard(VersionedRecord):
     def read(cls, folder: Path) -> Self:
         """The card of a search folder; raises UserError where another version wrote it."""
         path = folder / SEARCH_FILE
-        card = cls.parse(path.read_bytes(), path)
-        if card.format_version != cls.FORMAT:
+        content = path.read_bytes()
+        if FormatVersion.parse(content, path).format_version < cls.FORMAT:  # before the fields, which differ there
             raise UserError(f"{folder} was written by an older version: run the search again")
-        return card
+        return cls.parse(content, path)
 
     def write(self, folder: Path) -> None:
         """Write `search.json`, whole or not at all."""

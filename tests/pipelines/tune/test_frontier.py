@@ -1,4 +1,4 @@
-"""Frontier: values that are known by hand or by scipy: fronts, equal costs, rank correlations, shares of variance."""
+"""Frontier: values known by hand or from scipy: fronts, equal costs, rank correlations, shares of variance."""
 
 import math
 import re
@@ -27,7 +27,7 @@ from patchloom.platform.files.storage import write_json
 from patchloom.platform.records.run import ProgressLine, write_progress
 from patchloom.platform.records.search import TrialRow, write_trials
 
-RATES = {0.0: 1.0, 0.25: 2.0, 0.5: 3.0, 1.0: 5.0}  # FLOPs an image at each p: larger patches cost more
+RATES = {0.0: 1.0, 0.25: 2.0, 0.5: 3.0, 1.0: 5.0}  # FLOPs per image at each p: larger patches cost more
 
 
 def trial(name: str, settings: dict[str, Any], loss: float, repeat: int = 0, **more: Any) -> TrialRow:
@@ -42,28 +42,30 @@ def line(images: float, loss: float, rate: float = 1.0) -> ProgressLine:
                         held_out_loss=loss, held_out_loss_by_sigma=by_sigma)  # fmt: skip
 
 
-def falling(p: float, most: float, exponent: float, luck: float = 1.0) -> list[ProgressLine]:
+def falling(p: float, most: float, exponent: float, scale: float = 1.0) -> list[ProgressLine]:
     """A loss that falls exponentially with images, so that a line through its logarithms is exact."""
-    return [line(images, luck * math.exp(-exponent * images), RATES[p]) for images in np.linspace(most / 5, most, 5)]
+    return [line(images, scale * math.exp(-exponent * images), RATES[p]) for images in np.linspace(most / 5, most, 5)]
 
 
-def test_the_front_is_what_nothing_beats_in_both() -> None:
+def test_front_holds_the_points_that_no_other_point_beats() -> None:
     points = [(3.0, 1.0), (1.0, 5.0), (2.0, 2.0), (2.0, 3.0), (4.0, 1.0), (1.0, 6.0)]
     assert [points[index] for index in pareto_front(points)] == [(1.0, 5.0), (2.0, 2.0), (3.0, 1.0)]
     assert pareto_front([]) == []
 
 
-def test_rank_correlation_is_spearmans() -> None:
+def test_rank_correlation_is_spearmans_with_mean_ranks_for_ties() -> None:
     generator = np.random.default_rng(1)
     one = generator.integers(0, 6, 30).astype(float)  # with ties
     other = one + generator.normal(0, 2, 30)
     assert rank_correlation(one.tolist(), other.tolist()) == pytest.approx(scipy.stats.spearmanr(one, other).statistic)
+    # ranks 1.5 1.5 3 4 and 1 2 3 4: covariance 4.5, sums of squares 4.5 and 5
+    assert rank_correlation([1, 1, 2, 3], [1, 2, 3, 4]) == pytest.approx(4.5 / math.sqrt(4.5 * 5), rel=1e-12)
     assert rank_correlation([1, 2], [2, 1]) is None
     assert rank_correlation([1, 1, 1], [1, 2, 3]) is None
 
 
-def test_equal_costs_give_different_winners_and_interpolate_exactly() -> None:
-    """At p = 0 images are cheap and teach less: ahead at equal FLOPs, behind at equal images."""
+def test_best_setting_depends_on_the_unit_of_equal_cost() -> None:
+    """At p = 0 images cost less and reduce the loss less: best at equal FLOPs, worst at equal images."""
     trials = [trial("000", {"patches.p": 0.0}, 0.0), trial("001", {"patches.p": 1.0}, 0.0)]
     curves = {"000": falling(0.0, 500, 0.004), "001": falling(1.0, 100, 0.006)}  # 500 FLOPs each
     by_flops, by_images = (
@@ -79,13 +81,13 @@ def test_equal_costs_give_different_winners_and_interpolate_exactly() -> None:
     assert by_images.by_sigma(by_images.order[1])["1"] == pytest.approx([1.5 * math.exp(-0.4)])
 
 
-def test_trials_that_were_not_measured_soon_enough_are_not_compared() -> None:
+def test_trials_measured_too_late_are_not_compared() -> None:
     trials = [trial("000", {"patches.p": 0.0}, 0.0), trial("001", {"patches.p": 1.0}, 0.0)]
     assert compare_at_equal_cost(trials, {"000": [line(900, 0.5)], "001": [line(100, 0.5)]}, "images_seen") is None
     assert compare_at_equal_cost(trials, {"000": [], "001": []}, "images_seen") is None
 
 
-def test_shares_of_variance_are_etas_squared() -> None:
+def test_importance_is_eta_squared() -> None:
     rows = [("mean", 1, 1.0), ("mean", 2, 3.0), ("sum", 1, 5.0), ("sum", 2, 7.0)]
     trials = [
         trial(f"{number:03d}", {"loss.reduction": one, "model.blocks": two, "fixed": 1}, loss)
@@ -99,10 +101,10 @@ def test_shares_of_variance_are_etas_squared() -> None:
     assert importance(drawn, ["optimizer.lr"], "held_out_loss") == {"optimizer.lr": pytest.approx(1.0)}
 
 
-def test_the_proxy_is_judged_at_parts_of_the_budget() -> None:
+def test_proxy_correlation_is_measured_at_shares_of_the_budget() -> None:
     finals = (1.0, 2.0, 3.0)
     trials = [trial(f"{n:03d}", {"seed": n}, 0.1, final_distance=final) for n, final in enumerate(finals)]
-    early = (3.0, 2.0, 1.0)  # at a quarter the order is upside down
+    early = (3.0, 2.0, 1.0)  # the order is reversed at a quarter of the budget
     curves = {f"{n:03d}": [line(25, early[n]), line(100, final)] for n, final in enumerate(finals)}
     found = proxy_correlations(trials, curves, "final_distance")
     assert found[0] == ProxyCorrelation(0.25, pytest.approx(-1.0), 3)
@@ -110,12 +112,12 @@ def test_the_proxy_is_judged_at_parts_of_the_budget() -> None:
     assert proxy_correlations(trials[:2], curves, "final_distance") == []
 
 
-def test_a_recommendation_says_what_it_stands_on() -> None:
+def test_recommendation_gives_seeds_budget_and_standard_error() -> None:
     clear = [trial("000", {"patches.p": 0.5}, 0.10), trial("001", {"patches.p": 0.5}, 0.12, 1),
              trial("002", {"patches.p": 1.0}, 0.50), trial("003", {"patches.p": 1.0}, 0.52, 1)]  # fmt: skip
-    words = recommendation(ranked(clear), "1 TFLOP")
-    assert words.startswith("Take p 0.5: held-out loss 0.1100 ± 0.0141 (n = 2)") and "1 TFLOP" in words
-    assert "0.4000" in words and "p 1," in words and "28.3 standard errors" in words  # .4 / sqrt(2 x .0141^2 / 2)
+    text = recommendation(ranked(clear), "1 TFLOP")
+    assert text.startswith("Take p 0.5: held-out loss 0.1100 ± 0.0141 (n = 2)") and "1 TFLOP" in text
+    assert "0.4000" in text and "p 1," in text and "28.3 standard errors" in text  # .4 / sqrt(2 x .0141^2 / 2)
     close = [*clear[:2], trial("002", {"patches.p": 1.0}, 0.10), trial("003", {"patches.p": 1.0}, 0.13, 1)]
     assert "standard error of the difference 0.0180" in recommendation(
         ranked(close), "b"
@@ -125,17 +127,17 @@ def test_a_recommendation_says_what_it_stands_on() -> None:
 
 
 @pytest.mark.parametrize(
-    ("losses", "words"), [((0.9, 0.6, 0.5, 0.4), "agrees with"), ((0.1, 0.2, 0.3, 0.4), "does not")]
+    ("losses", "text"), [((0.9, 0.6, 0.5, 0.4), "agrees with"), ((0.1, 0.2, 0.3, 0.4), "does not")]
 )
-def test_the_order_of_p_is_held_beside_the_papers(losses: tuple[float, ...], words: str) -> None:
+def test_order_of_p_is_compared_with_the_paper(losses: tuple[float, ...], text: str) -> None:
     trials = [trial(f"{n:03d}", {"patches.p": p}, loss) for n, (p, loss) in enumerate(zip(RATES, losses, strict=True))]
     curves = {row.name: [line(100, row.held_out_loss or 0.0)] for row in trials}
     equal = compare_at_equal_cost(trials, curves, "images_seen")
     assert equal is not None
-    assert f"order of p {words}" in compared_with_paper(equal) and "14.51 at p = 0" in compared_with_paper(equal)
+    assert f"order of p {text}" in compared_with_paper(equal) and "14.51 at p = 0" in compared_with_paper(equal)
 
 
-def test_the_page_is_whole_for_every_outcome(tmp_path: Path) -> None:
+def test_page_shows_finished_stopped_and_failed_trials(tmp_path: Path) -> None:
     """Finished, stopped and failed trials, several keys, drawn values, and a final distance."""
     space = {"patches.p": {"grid": [0.5, 1.0]}, "optimizer.lr": {"loguniform": [1e-4, 1e-2]}}
     search = {"space": space, "metric": "held_out_loss", "budget": {"flops": 1e12}, "name": "both",
@@ -162,5 +164,12 @@ def test_the_page_is_whole_for_every_outcome(tmp_path: Path) -> None:
     for text in ("0.9000", "equal FLOPs", "equal updates", "equal counted images"):
         assert text in page
     write_trials(tmp_path, rows[5:])
-    with pytest.raises(UserError, match="no finished trial"):
+    with pytest.raises(UserError, match=re.escape(str(tmp_path))):
         search_section(tmp_path)
+
+
+def test_search_of_an_older_format_is_refused_whatever_its_fields(tmp_path: Path) -> None:
+    write_json(tmp_path / "search.json", {"format_version": 1, "kind": "search", "run_id": "0"})
+    with pytest.raises(UserError, match=re.escape(str(tmp_path))) as refused:
+        search_section(tmp_path)
+    assert "SearchCard" not in str(refused.value)  # the format is the problem, not a field
