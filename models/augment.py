@@ -8,7 +8,6 @@ from torch import Tensor
 
 from patchloom.models.patches import coordinate_grid
 
-PARAMETERS = 8
 LABELS = 9
 SCALE = 2**0.2  # of isotropic and anisotropic scaling, per standard deviation
 SHIFT = 1 / 8  # of the image's side, per standard deviation

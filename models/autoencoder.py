@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 AUTOENCODER_FORMAT = 1
 CARD_FILE, CONFIG = "model.json", "config.json"
 WEIGHTS = "diffusion_pytorch_model.safetensors"  # diffusers' own name
+NORM_GROUPS = 8  # of the group normalisation of new autoencoders: their widths are multiples of it
 DIFFUSERS_KINDS = ("AutoencoderKL", "AutoencoderTiny", "AutoencoderDC")
 
 
@@ -126,7 +127,7 @@ class DiffusersAutoencoder(Autoencoder):
         return (images * 127.5 + 128).clamp(0, 255).to(torch.uint8)
 
 
-def new_autoencoder(widths: tuple[int, ...], latent_channels: int, norm_groups: int = 8) -> AutoencoderKL:
+def new_autoencoder(widths: tuple[int, ...], latent_channels: int) -> AutoencoderKL:
     """A diffusers AutoencoderKL with random weights that halves the image len(widths) - 1 times."""
     from diffusers import AutoencoderKL
 
@@ -136,7 +137,7 @@ def new_autoencoder(widths: tuple[int, ...], latent_channels: int, norm_groups: 
         block_out_channels=widths,
         layers_per_block=1,
         latent_channels=latent_channels,
-        norm_num_groups=norm_groups,
+        norm_num_groups=NORM_GROUPS,
         mid_block_add_attention=False,  # keeps it convolutional: any image size, and cheap
     )
     return network

@@ -96,7 +96,9 @@ def _read_json(path: Path, newest_format: int) -> dict[str, Any]:
     except ValueError as error:
         raise CheckpointError(f"{path} is not JSON ({error}): fetch it again") from None
     if not isinstance(content, dict) or not isinstance(content.get("format_version"), int):
-        raise CheckpointError(f"{path} has no format_version, so Patchloom did not write it: fetch it again")
+        raise CheckpointError(
+            f"{path} has no format_version, so it is not a file of Patchloom: pass a model folder or models:/NAME@ALIAS"
+        )
     if content["format_version"] > newest_format:
         raise CheckpointError(
             f"{path} has format {content['format_version']}, and this version reads up to {newest_format}: "

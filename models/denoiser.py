@@ -119,7 +119,7 @@ def build_denoiser(config: DenoiserConfig) -> Denoiser:
     """
     if config.coordinates not in COORDINATE_CHANNELS:
         known = ", ".join(COORDINATE_CHANNELS)
-        raise ValueError(f"coordinate encoding {config.coordinates!r} is unknown: choose one of {known}")
+        raise ValueError(f"model.coordinates: {config.coordinates!r} is unknown; choose one of {known}")
     return Denoiser(
         _build_network(config),
         channels=config.channels,

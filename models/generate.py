@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from inspect import signature
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from patchloom.models.sampling_options import SAMPLER_NAMES, SamplingOptions
 from patchloom.models.step import one_hot
 
 SAMPLERS: dict[str, Callable[..., Tensor]] = {name: getattr(samplers, name.replace("-", "_")) for name in SAMPLER_NAMES}
+IMAGE_CHANNELS = 3  # of what an autoencoder decodes
 CLASSES_IN_ERRORS = 20  # class names that an error lists
 
 
@@ -50,10 +52,10 @@ class Sampling(SamplingOptions):
         if self.sampler == "heun":
             low, high = self.churn_between or EVERYWHERE
             options = {"churn": self.churn, "churn_min": low, "churn_max": high, "churn_noise": self.churn_noise}
-        if self.sampler in ("heun", "ancestral", "dpmpp-2m-sde"):
+        sampler, sigmas = SAMPLERS[self.sampler], self.sigmas()
+        if "noise" in signature(sampler).parameters:
             options["noise"] = noise
-        sigmas = self.sigmas()
-        return SAMPLERS[self.sampler](denoise, noise().double() * sigmas[0], sigmas, **options)
+        return sampler(denoise, noise().double() * sigmas[0], sigmas, **options)
 
     @property
     def network_evaluations(self) -> int:
@@ -100,6 +102,11 @@ def one_thread() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
+def image_size(model: SamplingModel, sampling: Sampling) -> tuple[int, int]:
+    """Height and width of the images in pixels."""
+    return sampling.size or (model.denoiser.resolution * (model.autoencoder.downscale if model.autoencoder else 1),) * 2
+
+
 @torch.no_grad()
 def generate(
     model: SamplingModel, seeds: list[int], labels: list[int], sampling: Sampling, centre: Tensor | None = None
@@ -125,7 +132,7 @@ def generate(
     denoiser = model.denoiser
     device = next(denoiser.parameters()).device
     downscale = model.autoencoder.downscale if model.autoencoder else 1
-    height, width = (side // downscale for side in sampling.size or (denoiser.resolution * downscale,) * 2)
+    height, width = (side // downscale for side in image_size(model, sampling))
     noise = SeededNoise(seeds, (denoiser.channels, height, width))
     classes = one_hot(torch.tensor(labels), denoiser.classes).to(device) if denoiser.classes else None
     coordinates = None
@@ -190,6 +197,9 @@ def generate_padded(
     Returns:
         (N, C, H, W) uint8, one image per seed.
     """
+    if not seeds:
+        channels = IMAGE_CHANNELS if model.autoencoder else model.denoiser.channels
+        return torch.empty(0, channels, *image_size(model, sampling), dtype=torch.uint8)
     images = []
     for start in range(0, len(seeds), batch):
         batch_seeds, batch_labels = seeds[start : start + batch], labels[start : start + batch]

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-SIDE, POOL_WIDTH, SPATIAL_WIDTH, LOGITS = 299, 2048, 7 * 17 * 17, 1008
+SIDE, POOL_WIDTH, LOGITS = 299, 2048, 1008
 RESIZE = "bilinear of TensorFlow 1 (no half-pixel centres, no antialiasing)"
 SPATIAL_CHANNELS = 7  # of Mixed_6d's 1 x 1 branch, after its ReLU (Nash et al. 2021)
 

@@ -133,9 +133,7 @@ def iddpm_sigmas(
     return _with_zero(u[chosen])
 
 
-LADDERS: dict[str, Callable[..., Tensor]] = dict(
-    zip(LADDER_NAMES, (karras_sigmas, vp_sigmas, ve_sigmas, linear_sigmas, iddpm_sigmas), strict=True)
-)
+LADDERS: dict[str, Callable[..., Tensor]] = {name: globals()[f"{name}_sigmas"] for name in LADDER_NAMES}
 
 
 def _ramp(steps: int) -> Tensor:

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, fields
 from math import inf, isfinite
 from typing import Any
 
-# functions of these names are in `models/samplers.py` (dpmpp_2m) and `models/noise.py` (karras_sigmas)
+# names of functions: dpmpp-2m is `dpmpp_2m` in `models/samplers.py`, karras is `karras_sigmas` in `models/noise.py`
 SAMPLER_NAMES = ("heun", "euler", "ddim", "ancestral", "dpmpp-2m", "dpmpp-2m-sde", "plms")
 LADDER_NAMES = ("karras", "vp", "ve", "linear", "iddpm")
 CANVASES = ("rescale", "extrapolate")
@@ -37,7 +37,7 @@ class SamplingOptions:
     sampler: str = option("heun", "Sampler", choices=SAMPLER_NAMES)
     steps: int = option(18, "Number of noise levels; heun evaluates the network 2 x steps - 1 times", minimum=1)
     ladder: str = option("karras", "Spacing of the noise levels", choices=LADDER_NAMES)
-    churn: float = option(0.0, "heun: total noise added during sampling (EDM's S_churn)", minimum=0)
+    churn: float = option(0.0, "With --sampler heun: total noise added during sampling (EDM's S_churn)", minimum=0)
     churn_between: tuple[float, float] | None = option(None, "Add the noise of --churn only at these noise levels")
     churn_noise: float = option(1.0, "Scale of the noise of --churn (EDM's S_noise), such as 1.003", minimum=0)
     guidance: float = option(1.0, "Scale of classifier-free guidance; 1 turns it off")

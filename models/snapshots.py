@@ -65,7 +65,7 @@ def read_edm_snapshot(path: str | Path) -> tuple[Denoiser, DenoiserConfig]:
     """`load_edm_snapshot`, with the configuration of the network; raises the same errors."""
     snapshot = _read(Path(path))
     if not isinstance(snapshot, dict) or not isinstance(snapshot.get("ema"), _Record):
-        raise CheckpointError(f"{path} has no `ema` network: give an EDM snapshot (network-snapshot-*.pkl)")
+        raise CheckpointError(f"{path} has no `ema` network: pass a network-snapshot-*.pkl of EDM or Patch Diffusion")
     return _denoiser(snapshot["ema"], path)
 
 
@@ -230,7 +230,9 @@ def _denoiser(ema: _Record, path: str | Path) -> tuple[Denoiser, DenoiserConfig]
         denoiser.load_state_dict(tensors)
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())
-        raise CheckpointError(f"{path}: its tensors do not fit its network arguments ({reason})") from None
+        raise CheckpointError(
+            f"{path} has tensors that do not fit the network it describes ({reason}): fetch the snapshot again"
+        ) from None
     return denoiser.eval().requires_grad_(False), config
 
 

@@ -17,7 +17,7 @@ from patchloom.pipelines.train.checkpointer import without_tensors
 from patchloom.pipelines.train.page import run_section
 from patchloom.pipelines.tune.page import search_section, search_title
 from patchloom.platform.files.copies import local_copy
-from patchloom.platform.files.storage import local_path, make_folder, read_json, write_atomic
+from patchloom.platform.files.storage import local_path, make_folder, write_atomic
 from patchloom.platform.recipe.run_recipe import load_recipe
 from patchloom.platform.records.autoencoder_run import AutoencoderRunCard
 from patchloom.platform.records.dataset import DatasetCard
@@ -66,7 +66,7 @@ def _title_and_body(folder: Path) -> tuple[str, Markup]:
 
 def _demo_section(folder: Path) -> Markup:
     """The pages of all steps of a demo, one below the other."""
-    card = DemoCard.parse((folder / DEMO_FILE).read_bytes(), folder / DEMO_FILE)
+    card = DemoCard.from_file(folder / DEMO_FILE)
     measured = folder / "samples" / METRICS_FILE
     samples = EvaluationResult.read(measured).identity
     sheet = f"Seeds {samples.seeds}, classes in turn; {sampling_text(samples)}."
@@ -76,10 +76,10 @@ def _demo_section(folder: Path) -> Markup:
         model=card.model,
         headline=_headline(folder, measured),
         sheet=Picture(folder / "samples" / "contact_sheet.png", sheet),
-        dataset=_dataset_card(folder / "pixels"),
+        dataset=DatasetCard.from_file(folder / "pixels" / "dataset.json"),
         windows=Picture(folder / "dataset.png", "Windows spread evenly over the dataset, in its order."),
         autoencoder=AutoencoderRunCard.read(folder / "autoencoder") if has_autoencoder else None,
-        latents=_dataset_card(folder / "latents") if has_autoencoder else None,
+        latents=DatasetCard.from_file(folder / "latents" / "dataset.json") if has_autoencoder else None,
         reconstructions=Picture(
             folder / "autoencoder" / "reconstructions.png", "Top: held-out windows. Bottom: their reconstructions."
         ),
@@ -91,17 +91,13 @@ def _demo_section(folder: Path) -> Markup:
     )
 
 
-def _dataset_card(folder: Path) -> DatasetCard:
-    return DatasetCard.model_validate(read_json(folder / "dataset.json"))
-
-
 def _headline(folder: Path, measured: Path) -> list[Number]:
     """The numbers at the top of a demo's page."""
     run = read_progress(folder / "run")[-1]
     patches = load_recipe(folder / "run" / "recipe.yaml").patches
     return [
         Number("samples", f"{EvaluationResult.read(measured).identity.n_samples:,}"),
-        Number("training windows", f"{_dataset_card(folder / 'pixels').rows:,}"),
+        Number("training windows", f"{DatasetCard.from_file(folder / 'pixels' / 'dataset.json').rows:,}"),
         Number("counted images", f"{run.images_seen:,}"),
         Number("updates", f"{run.updates:,}"),
         Number("p, schedule", f"{patches.p:g}, {patches.schedule}"),

@@ -59,7 +59,7 @@ def main(other: Path) -> int:
         if not is_equal or not name.endswith(".png"):
             print(f"{'equal' if is_equal else 'DIFFERS':<8} {mine.get(name, 'missing')[:12]}  {name}")
     print(f"{len(mine) - differing} of {len(mine)} files are equal")
-    return 1 if differing else 0
+    return 1 if differing or not mine else 0
 
 
 def results(checkout: Path, folder: Path) -> dict[str, str]:
@@ -72,6 +72,10 @@ def results(checkout: Path, folder: Path) -> dict[str, str]:
         "OMP_NUM_THREADS": "1",
     }
     environment.pop("RAY_ADDRESS", None)
+    find = "import patchloom, pathlib; print(pathlib.Path(patchloom.__file__).resolve())"
+    found = subprocess.check_output([sys.executable, "-c", find], cwd=folder, env=environment, text=True)
+    if not Path(found).is_relative_to(checkout.resolve()):
+        raise SystemExit(f"{checkout} has no patchloom: Python imports {found.strip()}")
     for name, values in RECIPES.items():
         (folder / f"{name}.yaml").write_text(RECIPE % values)
 

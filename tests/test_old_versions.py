@@ -1,5 +1,6 @@
 """Old versions: datasets, runs, samples, searches and registered models that version 0.1.0 wrote still work."""
 
+import base64
 import contextlib
 import hashlib
 import json
@@ -26,25 +27,29 @@ from patchloom.pipelines.train import train
 from patchloom.platform.dataset import open_dataset
 from patchloom.platform.recipe import load_recipe
 
-FIXTURE = Path(__file__).parent / "fixtures" / "version_0_1.tar.xz"
-PLACE = "/tmp/patchloom-world"  # where it was made; the MLflow store and some cards hold this path
+FIXTURES = [Path(__file__).parent / "fixtures" / name for name in ("version_0_1.tar.xz", "version_0_1_more.tar.xz")]
+# where they were made; the MLflow stores and some cards hold these paths
+PLACES = ("/tmp/patchloom-world", "/tmp/patchloom-fixture")
 
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """The files of version 0.1.0, unpacked as the working folder, with their own MLflow store."""
     folder = tmp_path_factory.mktemp("world")
-    with tarfile.open(FIXTURE) as archive:
-        archive.extractall(folder, filter="data")
-    for path in folder.rglob("*"):
-        if path.suffix in (".json", ".yaml") or path.name == "MLmodel":
-            path.write_text(path.read_text().replace(PLACE, str(folder)))
-    _move_store(folder / "mlflow.db", str(folder))
+    for fixture in FIXTURES:
+        with tarfile.open(fixture) as archive:
+            archive.extractall(folder, filter="data")
+    for place in PLACES:
+        for path in folder.rglob("*"):
+            if path.suffix in (".json", ".yaml") or path.name == "MLmodel":
+                path.write_text(path.read_text().replace(place, str(folder)))
+        for store in (folder, folder / "store"):
+            _move_store(store / "mlflow.db", place, str(folder))
     with environment(MLFLOW_TRACKING_URI=f"sqlite:///{folder / 'mlflow.db'}"), contextlib.chdir(folder):
         yield folder
 
 
-def _move_store(database: Path, folder: str) -> None:
+def _move_store(database: Path, place: str, folder: str) -> None:
     """Put another place for the one that an MLflow store was made at, in every text of every table."""
     with contextlib.closing(sqlite3.connect(database)) as connection, connection:
         for (table,) in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'").fetchall():
@@ -52,7 +57,7 @@ def _move_store(database: Path, folder: str) -> None:
                 if "CHAR" in kind.upper() or "TEXT" in kind.upper():
                     connection.execute(
                         f"UPDATE {table} SET {column} = replace({column}, ?, ?) WHERE {column} LIKE ?",
-                        (PLACE, folder, f"%{PLACE}%"),
+                        (place, folder, f"%{place}%"),
                     )
 
 
@@ -156,7 +161,9 @@ def test_an_unfinished_sample_folder_is_completed_with_the_same_bytes(world: Pat
     assert 8 <= len(kept) < 20
     sample("run", "samples_unfinished", "0-19", steps=3, workers=0)
     sample("run", "samples_fresh", "0-19", steps=3, workers=0)
-    assert contents(world / "samples_unfinished").keys() == contents(world / "samples_fresh").keys()
+    completed, fresh = contents(world / "samples_unfinished"), contents(world / "samples_fresh")
+    # the kept images are the old ones, which another processor may have rounded otherwise; the others were made now
+    assert completed == fresh | kept
     lines = [json.loads(line) for line in (world / "samples_unfinished" / "manifest.jsonl").read_text().splitlines()]
     assert [line["seed"] for line in lines] == list(range(20))
 
@@ -204,3 +211,68 @@ def test_a_registered_version_loads_through_mlflow(world: Path) -> None:
     answer = model.predict(pd.DataFrame({"seed": [0, 3]}), params={"steps": 3})
     assert list(answer["seed"]) == [0, 3]
     assert list(answer["label"]) == [0, 1]
+    sample("models:/tiny@champion", "pyfunc_samples", "0,3", steps=3, workers=0)
+    images = {base64.b64decode(png) for png in answer["png"]}
+    assert {hashlib.sha256(image).hexdigest() for image in images} == set(contents(world / "pyfunc_samples").values())
+
+
+def test_an_unfinished_encoding_is_completed(world: Path) -> None:
+    shards = world / "latents_unfinished" / "shards"
+    before = modification_times(shards)
+    assert len(before) == 3  # the third one was killed before its note, so it is made again
+    options = {"autoencoder": "small_autoencoder", "mirror": True, "shard_rows": 16, "workers": 0}
+    prepare("pixels", "latents_unfinished", **options)
+    prepare("pixels", "latents_fresh", **options)
+    after, fresh = shard_hashes(world / "latents_unfinished"), shard_hashes(world / "latents_fresh")
+    assert after.keys() == fresh.keys()
+    kept = ["part-00000.arrow", "part-00001.arrow"]
+    assert [modification_times(shards)[name] for name in kept] == [before[name] for name in kept]
+    assert [after[name] for name in after if name not in kept] == [fresh[name] for name in fresh if name not in kept]
+    resumed, whole = (open_dataset(world / name).rows(range(96)) for name in ("latents_unfinished", "latents_fresh"))
+    assert list(resumed["key"]) == list(whole["key"])
+    for column in ("mean", "std"):  # kept shards are another processor's, which may round otherwise
+        torch.testing.assert_close(torch.from_numpy(resumed[column]), torch.from_numpy(whole[column]))
+
+
+def test_samples_with_notes_of_a_killed_call_are_completed(world: Path) -> None:
+    before = modification_times(world / "samples_noted" / "000000")
+    result = sample("run", "samples_noted", "0-39", steps=3, shard_size=8, workers=0)
+    assert result.made == 24  # two shards of 8 have notes
+    after = modification_times(world / "samples_noted" / "000000")
+    noted = [f"{seed:06d}.png" for seed in range(16)]
+    assert [after[name] for name in noted] == [before[name] for name in noted]
+    assert not (world / "samples_noted" / ".work").exists()
+    sample("run", "samples_noted_fresh", "16-39", steps=3, workers=0)
+    for path in sorted((world / "samples_noted_fresh" / "000000").iterdir()):
+        assert path.read_bytes() == (world / "samples_noted" / "000000" / path.name).read_bytes()
+
+
+def test_measured_versions_are_compared_and_promoted_if_better(world: Path) -> None:
+    metrics = [json.loads((world / f"pair_samples_{number}" / "metrics.json").read_text()) for number in (1, 2)]
+    distances = [found["metrics"]["frechet_distance"] for found in metrics]
+    assert distances[1] < distances[0]
+    with environment(MLFLOW_TRACKING_URI=f"sqlite:///{world / 'store' / 'mlflow.db'}"):
+        compared = json.loads(
+            patchloom("models", "compare", "models:/pair/1", "models:/pair/2", "--no-picture", "--json")
+        )
+        assert not compared["not_comparable"]
+        assert compared["metrics"][0]["frechet_distance"] == pytest.approx(distances)
+        promote = ("models", "promote", "pair", "--if-better", "frechet_distance")
+        patchloom(*promote, "2")  # better than the champion, version 1
+        command = [sys.executable, "-m", "patchloom.pipelines.cli", *promote, "1"]
+        refused = subprocess.run(command, capture_output=True, text=True, env=dict(os.environ))
+        assert refused.returncode == 2, refused.stderr
+        versions = json.loads(patchloom("models", "list", "--json"))
+    assert [version["version"] for version in versions if "champion" in version["aliases"]] == ["2"]
+
+
+@pytest.mark.ray
+def test_an_interrupted_search_is_finished(world: Path) -> None:
+    trial = world / "search_unfinished" / "trials" / "000" / "model" / "model.safetensors"
+    before = trial.stat().st_mtime_ns
+    assert not (world / "search_unfinished" / "trials.jsonl").exists()
+    with environment(MLFLOW_TRACKING_URI=f"sqlite:///{world / 'store' / 'mlflow.db'}"):
+        patchloom("tune", "more_search.yaml", "--data", "pixels", "--out", "search_unfinished", "--restore")
+    rows = [json.loads(line) for line in (world / "search_unfinished" / "trials.jsonl").read_text().splitlines()]
+    assert sorted((row["name"], row["status"]) for row in rows) == [("000", "finished"), ("001", "finished")]
+    assert trial.stat().st_mtime_ns == before

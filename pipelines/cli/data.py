@@ -22,7 +22,9 @@ Resolution = Annotated[
 ]
 Crop = Annotated[
     str,
-    typer.Option(help="center, dhariwal (as in ADM), none (images are square), or windows (many crops per photograph)"),
+    typer.Option(
+        help="center, dhariwal (ADM's centre crop), none (all images must be square), or windows (many crops per image)"
+    ),
 ]
 LabelsFile = Annotated[
     str | None,
@@ -66,7 +68,7 @@ def prepare(
     crop: Crop = "center",
     resize: Annotated[str, typer.Option(help="Antialiased filter: lanczos, box, bicubic or bilinear")] = "lanczos",
     channels: Annotated[int, typer.Option(help="Colour channels: 3 for RGB, 1 for grey")] = 3,
-    min_side: Annotated[int, typer.Option(min=0, help="Skip images whose shorter side has fewer pixels")] = 0,
+    min_side: Annotated[int, typer.Option(min=0, help="Skip images whose shorter side has fewer pixels than this")] = 0,
     labels: LabelsFile = None,
     autoencoder: EncodeWith = None,
     precision: Annotated[str, typer.Option(help="Arithmetic of the encoder: fp32 or bf16")] = "fp32",

@@ -18,7 +18,7 @@ def evaluate(
         str | None,
         typer.Option(
             help="Comma-separated: fid, sfid, kid, is, precision, recall, fd, psnr, ssim  [default: all that apply "
-            "but psnr and ssim]"
+            "except psnr and ssim]"
         ),
     ] = None,
     features: Annotated[

@@ -27,7 +27,9 @@ def autoencoder_train(
     ] = None,
     init_from: Annotated[
         str | None,
-        typer.Option(help="Fine-tune this AutoencoderKL: models:/NAME/VERSION, a folder, or a Hugging Face name"),
+        typer.Option(
+            help="Fine-tune an existing AutoencoderKL: models:/NAME/VERSION, a folder, or a Hugging Face name"
+        ),
     ] = None,
     workers: TrainWorkers = 1,
     register: Annotated[
@@ -43,7 +45,7 @@ def autoencoder_train(
 
     settings = AutoencoderSettings(
         _whole_numbers(widths), latent_channels, images, batch_size, patch,
-        lr=lr or (1e-4 if init_from else 2e-3), init_from=init_from,
+        lr=lr if lr is not None else 1e-4 if init_from else 2e-3, init_from=init_from,
     )  # fmt: skip
     train_autoencoder(dataset, out, settings, workers=workers, register=register)
 

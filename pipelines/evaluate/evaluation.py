@@ -77,7 +77,7 @@ def evaluate(
     sets = _extract(measured, compared, statistics, network, features, chosen, workers, batch)
     if save_reference:
         _save_reference(sets, save_reference, _outputs(chosen))
-    evaluation = Evaluation(_metrics(sets, chosen), identity_of(sets, network, reference))
+    evaluation = Evaluation(metrics=_metrics(sets, chosen), identity=identity_of(sets, network, reference))
     result = write_result(evaluation, sets, out or default_address(measured))
     print_result(result)
     return result

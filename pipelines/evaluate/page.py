@@ -7,7 +7,6 @@ from pydantic import JsonValue
 
 from patchloom.pipelines.pages.html import Number, Picture, Table, render
 from patchloom.pipelines.registry.quality import TITLES
-from patchloom.platform.files.storage import read_json
 from patchloom.platform.records.evaluation import EvaluationIdentity, EvaluationResult
 from patchloom.platform.records.record import Record
 from patchloom.platform.records.samples import SamplingCard
@@ -18,7 +17,7 @@ CELL_CHARACTERS = 90
 
 def samples_section(folder: Path) -> Markup:
     """The body of the page of a sample folder, with its metrics if it was measured."""
-    card = SamplingCard.model_validate(read_json(folder / "sampling.json"))
+    card = SamplingCard.from_file(folder / "sampling.json")
     measured = folder / METRICS_FILE
     return render(
         "samples.html",

@@ -64,7 +64,9 @@ def plan_dataset(address: str, autoencoder: str | None, precision: str) -> Prepa
     if dataset.kind != "pixels":
         raise UserError(f"{address} contains {dataset.kind}, which cannot be encoded: give a dataset of pixels")
     if autoencoder is None:
-        raise UserError(f"{address} is a prepared dataset: give --autoencoder to encode it, or a folder of images")
+        raise UserError(
+            f"{address} is a prepared dataset: pass --autoencoder to encode it, or pass a folder of images instead"
+        )
     plan = PreparationPlan(
         source=dataset.address,
         source_kind="dataset",

@@ -17,8 +17,8 @@ from patchloom.pipelines.sample.options import SampleOptions
 from patchloom.platform.files.storage import local_path, make_folder
 from patchloom.platform.progress import progress
 from patchloom.platform.recipe.run_recipe import Recipe
+from patchloom.platform.records.record import flat_values
 from patchloom.platform.tracking.registry import FetchedModel, fetch_model
-from patchloom.platform.tracking.runs import flat_parameters
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,7 @@ def _evaluations(model: FetchedModel) -> list[Evaluation]:
 
 def _different_keys(*recipes: Recipe | None) -> dict[str, tuple[Any, ...]]:
     """Keys such as `patches.p` with the value in each recipe, if they differ; an import has no values."""
-    flat = [flat_parameters(recipe.model_dump(mode="json")) if recipe else {} for recipe in recipes]
+    flat = [flat_values(recipe.model_dump(mode="json")) if recipe else {} for recipe in recipes]
     values = {
         key: tuple(found.get(key) for found in flat) for key in dict.fromkeys(key for found in flat for key in found)
     }

@@ -89,7 +89,7 @@ def delete_model(name: str, version: str, yes: bool = False) -> str:
         what += f" ({', '.join(f'@{alias}' for alias in aliases)})"
     if not yes:
         if not sys.stdin.isatty():
-            raise UserError(f"{what} is not deleted: there is no terminal to ask for confirmation; pass --yes")
+            raise UserError(f"{what} was not deleted: there is no terminal to ask for confirmation; pass --yes")
         say(f"Delete {what}? [y/N] ")
         if input().strip().lower() not in ("y", "yes"):
             return "nothing was deleted"

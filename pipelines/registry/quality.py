@@ -1,12 +1,10 @@
 """Quality: evaluations of a model with everything they depend on, and which of them can be compared."""
 
-import json
-from dataclasses import dataclass
-
 from pydantic import JsonValue
 
 from patchloom.errors import UserError
 from patchloom.platform.records.evaluation import EvaluationIdentity, MetricValue
+from patchloom.platform.records.record import Record
 
 TAG = "evaluation."  # prefix of a version's tag, followed by the digest: the newest evaluation of each identity
 # the title of each metric, and whether more is better
@@ -24,8 +22,7 @@ TITLES = {
 }
 
 
-@dataclass(frozen=True)
-class Evaluation:
+class Evaluation(Record):
     """One result: the metrics, and everything but the model that they depend on."""
 
     metrics: dict[str, MetricValue]
@@ -104,13 +101,8 @@ def is_better(metric: str, new: float, old: float) -> bool:
 
 def evaluations_of(tags: dict[str, str]) -> list[Evaluation]:
     """The results in the tags of a version, most samples first."""
-    found = [_parsed(value) for key, value in tags.items() if key.startswith(TAG)]
+    found = [Evaluation.parse(value, f"the tag {key}") for key, value in tags.items() if key.startswith(TAG)]
     return sorted(found, key=lambda result: (-result.identity.n_samples, result.digest))
-
-
-def _parsed(tag: str) -> Evaluation:
-    values = json.loads(tag)
-    return Evaluation(values["metrics"], EvaluationIdentity.model_validate(values["identity"]))
 
 
 def _short(value: JsonValue) -> str:

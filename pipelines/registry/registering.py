@@ -18,7 +18,7 @@ from patchloom.platform.progress import say
 from patchloom.platform.records.run import PROGRESS_FILE, RunCard, read_progress
 from patchloom.platform.tracking.client import require_reachable
 from patchloom.platform.tracking.registry import list_versions, promote, register_pyfunc
-from patchloom.platform.tracking.runs import begin_run, end_run, flat_parameters, log_artifacts
+from patchloom.platform.tracking.runs import begin_run, end_run, log_artifacts
 
 ENTRY = Path(__file__).parent / "pyfunc_entry.py"
 
@@ -101,9 +101,9 @@ def _register_folder(folder: Path, name: str) -> str:
     if version is None:
         require_reachable()
         tags = {"patchloom.version": __version__, "patchloom.folder": str(folder)}
-        parameters = flat_parameters(
-            {key: value for key, value in card.to_json().items() if key in ("denoiser", "imported_from", "average")}
-        )
+        parameters = {
+            key: value for key, value in card.to_json().items() if key in ("denoiser", "imported_from", "average")
+        }
         run_id = begin_run(card.name, "import", parameters, tags)
         version = _create_version(folder, name, run_id, _tags_of_model(card))
         end_run(run_id)

@@ -6,7 +6,7 @@ from patchloom.platform.files.folder import Folder
 from patchloom.platform.progress import say
 from patchloom.platform.recipe.run_recipe import load_recipe
 from patchloom.platform.records.run import RUN_FILE, RunCard
-from patchloom.platform.tracking.runs import begin_run, end_run, flat_parameters, log_artifacts, log_dataset, run_exists
+from patchloom.platform.tracking.runs import begin_run, end_run, log_artifacts, log_dataset, run_exists
 
 
 def ensure_mlflow_run(folder: Path, address: Folder, parent_run: str | None = None) -> str:
@@ -34,8 +34,7 @@ def ensure_mlflow_run(folder: Path, address: Folder, parent_run: str | None = No
         "patchloom.version": card.code_version,
         "patchloom.folder": str(address),
     }
-    parameters = flat_parameters(recipe.model_dump(mode="json"))
-    run_id = begin_run(recipe.name, "train", parameters, tags, parent_run)
+    run_id = begin_run(recipe.name, "train", recipe.model_dump(mode="json"), tags, parent_run)
     log_artifacts(run_id, folder / "recipe.yaml")
     log_dataset(run_id, card.dataset or "", card.dataset_fingerprint)
     card.model_copy(update={"run_id": run_id}).write(folder)

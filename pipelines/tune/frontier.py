@@ -28,7 +28,7 @@ DECISIVE_STANDARD_ERRORS = 2.0  # of a difference
 MIN_PAIRS = 3  # of a rank correlation
 BUDGET_SHARES = (0.25, 0.5, 0.75, 1.0)
 
-Curve = list[ProgressLine]  # the progress lines of a trial that have a held-out loss
+LossCurve = list[ProgressLine]  # the progress lines of a trial that have a held-out loss
 
 
 @dataclass(frozen=True)
@@ -48,13 +48,13 @@ class EqualCostComparison:
         return {sigma: [trial.held_out_loss_by_sigma[sigma] for trial in setting.trials] for sigma in sigmas}
 
 
-def held_out_curve(folder: Path, trial: TrialRow) -> Curve:
+def held_out_curve(folder: Path, trial: TrialRow) -> LossCurve:
     """The measured points of a trial."""
     return [line for line in read_progress(folder / "trials" / trial.name) if line.held_out_loss is not None]
 
 
 def compare_at_equal_cost(
-    trials: Sequence[TrialRow], curves: Mapping[str, Curve], by: str
+    trials: Sequence[TrialRow], curves: Mapping[str, LossCurve], by: str
 ) -> EqualCostComparison | None:
     """Finished trials at the largest cost that all of them reached.
 
@@ -70,7 +70,7 @@ def compare_at_equal_cost(
     return EqualCostComparison(by, cost, ranked(at_cost, HELD_OUT_LOSS))
 
 
-def _interpolated(curve: Curve, by: str, cost: float) -> dict[str, float | dict[str, float]]:
+def _interpolated(curve: LossCurve, by: str, cost: float) -> dict[str, float | dict[str, float]]:
     """The losses at a cost, on a straight line between the logarithms of their neighbours."""
     costs = [float(line[by]) for line in curve]
 
@@ -141,7 +141,7 @@ class ProxyCorrelation:
 
 
 def proxy_correlations(
-    trials: Sequence[TrialRow], curves: Mapping[str, Curve], expensive_metric: str
+    trials: Sequence[TrialRow], curves: Mapping[str, LossCurve], expensive_metric: str
 ) -> list[ProxyCorrelation]:
     """How well the held-out loss predicts the order of an expensive metric, at several shares of the budget."""
     measured = [trial for trial in trials if trial.status == "finished" and trial.get(expensive_metric) is not None]

@@ -15,8 +15,8 @@ from patchloom.pipelines.tune.frontier import (
     FINAL_DISTANCE,
     METRIC_TITLES,
     PREVIEW_DISTANCE,
-    Curve,
     EqualCostComparison,
+    LossCurve,
     compare_at_equal_cost,
     held_out_curve,
 )
@@ -188,7 +188,7 @@ def _importance_table(shares: Mapping[str, float]) -> Table:
     return Table(["key", "share"], [[key, f"{share:.0%}"] for key, share in shares.items()], marks_first=True)
 
 
-def _proxy_tables(trials: Sequence[TrialRow], curves: Mapping[str, Curve]) -> list[tuple[str, Table]]:
+def _proxy_tables(trials: Sequence[TrialRow], curves: Mapping[str, LossCurve]) -> list[tuple[str, Table]]:
     """How well the held-out loss predicts each expensive metric that was measured."""
     tables = []
     for metric in EXPENSIVE_METRICS:

@@ -12,8 +12,8 @@ from patchloom.pipelines.tune.frontier import (
     COST_TITLES,
     METRIC_TITLES,
     P_KEY,
-    Curve,
     EqualCostComparison,
+    LossCurve,
     pareto_front,
     stochastic_by_p,
 )
@@ -157,7 +157,7 @@ def p_curves(comparisons: Sequence[EqualCostComparison]) -> Plot | None:
     return Plot(svg(figure), "Held-out loss by p. Bars: standard error of the mean over seeds; none for one seed.")
 
 
-def training_curves(trials: Sequence[TrialRow], curves: Mapping[str, Curve]) -> Plot | None:
+def training_curves(trials: Sequence[TrialRow], curves: Mapping[str, LossCurve]) -> Plot | None:
     """The held-out loss of every trial while it spent its budget; None where no trial has two points."""
     from matplotlib.figure import Figure
 

@@ -42,10 +42,6 @@ class RankedSetting:
         """`0.5123 ± 0.0040 (n = 3)`."""
         return self.value() + ("" if self.spread is None else f" (n = {len(self.trials)})")
 
-    def mean_of(self, field: str) -> float:
-        """The mean of a field over the trials."""
-        return mean(float(trial[field]) for trial in self.trials)
-
 
 def ranked(trials: Sequence[TrialRow], metric: str = HELD_OUT_LOSS) -> list[RankedSetting]:
     """Settings that have a finished trial, best first.

@@ -19,7 +19,7 @@ from patchloom.platform.compute.session import quiet_environment
 from patchloom.platform.compute.tuner import AshaSettings, OptunaSettings
 from patchloom.platform.dataset.prepared import Dataset, open_dataset
 from patchloom.platform.files.folder import Folder
-from patchloom.platform.files.storage import make_folder, read_json, write_json
+from patchloom.platform.files.storage import make_folder, write_json
 from patchloom.platform.recipe.run_recipe import Recipe, load_recipe
 from patchloom.platform.recipe.search import Search
 from patchloom.platform.records.run import ProgressLine, RunCard, read_progress
@@ -139,7 +139,7 @@ def run_trial(job: TrialJob) -> None:
 
 def read_trial(folder: Path) -> TrialRow:
     """The row in the run folder of a trial that finished or failed."""
-    return TrialRow.model_validate(read_json(folder / TRIAL_FILE))
+    return TrialRow.from_file(folder / TRIAL_FILE)
 
 
 def is_finished(folder: Path, settings: dict[str, JsonValue]) -> bool:

@@ -51,7 +51,6 @@ from patchloom.platform.tracking.forwarder import JsonLinesTail
 from patchloom.platform.tracking.runs import (
     begin_run,
     end_run,
-    flat_parameters,
     log_artifacts,
     log_dataset,
     log_metrics,
@@ -155,7 +154,7 @@ def _open_folder(folder: Path, search: Search, dataset: Dataset, restore: bool, 
     require_reachable()
     values = search.model_dump(mode="json")
     tags = {"patchloom.dataset": dataset.fingerprint, "patchloom.version": __version__, "patchloom.folder": str(folder)}
-    run_id = begin_run(search.name, "search", flat_parameters(values), tags)
+    run_id = begin_run(search.name, "search", values, tags)
     log_dataset(run_id, dataset.address, dataset.fingerprint)
     write_atomic(folder / "search.yaml", yaml.safe_dump(values, sort_keys=False))
     lengths = [trial.recipe.train.images if trial.recipe else None for trial in planned if trial.repeat == 0]

@@ -17,7 +17,7 @@ from patchloom.platform.compute.session import begin_work
 from patchloom.platform.files.folder import Folder
 from patchloom.platform.files.storage import locked, make_folder, sweep_partial
 from patchloom.platform.progress import Meter, progress
-from patchloom.platform.records.record import Record
+from patchloom.platform.records.record import Record, flat_values
 
 WORK_FOLDER = ".work"  # in the job's folder, removed when the job is finished
 NOTES_FOLDER = f"{WORK_FOLDER}/notes"  # one file per finished unit
@@ -167,7 +167,7 @@ def check_same(folder: Folder, noun: str, found: Record, wanted: Record, ignored
         wanted: the plan of this call.
         ignored: dotted names of fields that may differ.
     """
-    old, new = _flat(found.to_dict()), _flat(wanted.to_dict())
+    old, new = flat_values(found.to_dict()), flat_values(wanted.to_dict())
     changes = [
         f"{name} was {_short(old.get(name))} and is now {_short(new.get(name))}"
         for name in {**new, **old}
@@ -178,13 +178,6 @@ def check_same(folder: Folder, noun: str, found: Record, wanted: Record, ignored
             f"{folder} contains {noun} with other options ({'; '.join(changes)}): "
             "repeat the earlier call, or choose another folder"
         )
-
-
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in values.items():
-        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
-    return flat
 
 
 def _short(value: object) -> str:

@@ -58,11 +58,11 @@ class Shard:
         self.path, self.rows, self.size_bytes, self.sha256 = path, rows, size_bytes, sha256
         self._columns: dict[str, np.ndarray] | None = None
         if not path.is_file():
-            raise UserError(f"{path} is missing: prepare the dataset again in an empty folder")
+            raise UserError(f"{path} is missing: copy the dataset again, or prepare it again in an empty folder")
         if path.stat().st_size != size_bytes:
             raise UserError(
-                f"{path} has {path.stat().st_size} bytes instead of {size_bytes}: "
-                "prepare the dataset again in an empty folder"
+                f"{path} has {path.stat().st_size} bytes, and dataset.json says {size_bytes}: "
+                "copy the dataset again, or prepare it again in an empty folder"
             )
 
     def verify(self) -> None:
@@ -70,8 +70,8 @@ class Shard:
         found = file_sha256(self.path)
         if found != self.sha256:
             raise UserError(
-                f"{self.path} has sha256 {found[:12]} instead of {self.sha256[:12]}: "
-                "prepare the dataset again in an empty folder"
+                f"{self.path} was changed: its sha256 is {found[:12]}, and dataset.json says {self.sha256[:12]}; "
+                "copy the dataset again, or prepare it again in an empty folder"
             )
 
     def columns(self) -> dict[str, np.ndarray]:

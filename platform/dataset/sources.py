@@ -1,8 +1,8 @@
 """Sources of images: a folder, zip, tar, WebDataset shards, Parquet or Arrow tables, a Hugging Face dataset, `.npz`.
 
 `open_source` lists the inputs of a source in its order: the key, class and place of each. `SourceReader` reads an
-input by its place, in any process. A new format needs an entry in `FILE_ENDINGS` and `LISTERS` here, and in
-`SourceReader`.
+input by its place, in any process. A new format needs an entry in `FILE_ENDINGS` and `LISTERS` here, and a
+method in `SourceReader`.
 """
 
 import json

@@ -73,14 +73,16 @@ def read_json(path: Path) -> Any:
         raise UserError(f"{path} is not valid JSON ({error}): remove it or restore it") from None
 
 
+def complete_lines(path: Path) -> list[bytes]:
+    """The lines of a file, without an incomplete last line and empty lines; empty if there is no file."""
+    content = path.read_bytes() if path.is_file() else b""
+    return [line for line in content[: content.rfind(b"\n") + 1].splitlines() if line]
+
+
 def read_json_lines(path: Path) -> list[dict[str, Any]]:
     """The objects of a JSON-lines file, without an incomplete last line; empty if there is no file."""
-    if not path.is_file():
-        return []
-    content = path.read_bytes()
-    complete = content[: content.rfind(b"\n") + 1]
     try:
-        return [json.loads(line) for line in complete.splitlines() if line]
+        return [json.loads(line) for line in complete_lines(path)]
     except ValueError as error:
         raise UserError(f"{path} has a damaged line ({error}): remove the line or restore the file") from None
 

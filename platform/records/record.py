@@ -1,6 +1,7 @@
 """The base classes of all records: frozen values that are checked when they are read."""
 
 from collections.abc import KeysView, Mapping
+from pathlib import Path
 from typing import Any, ClassVar, Self
 
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -65,6 +66,11 @@ class Record(BaseModel):
             problem = f"{field}: {first['msg']}" if field else first["msg"]
             raise UserError(f"{place} cannot be read as {cls.__name__} ({problem}): restore the file") from None
 
+    @classmethod
+    def from_file(cls, path: Path) -> Self:
+        """Read a record from a JSON file, as `parse` does."""
+        return cls.parse(path.read_bytes(), path)
+
     def to_dict(self) -> dict[str, Any]:
         """The record as plain JSON values, in the order of its fields."""
         return self.model_dump(mode="json", by_alias=True)
@@ -103,3 +109,11 @@ class VersionedRecord(Record):
                 f"{place} has format {version}, and this version reads up to {cls.FORMAT}: update patchloom"
             )
         return super().parse(content, place)
+
+
+def flat_values(values: Mapping[str, object], prefix: str = "") -> dict[str, object]:
+    """Nested values by dotted names such as `patches.p`."""
+    flat: dict[str, object] = {}
+    for key, value in values.items():
+        flat |= flat_values(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return flat

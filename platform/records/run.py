@@ -7,7 +7,7 @@ from typing import Self
 from pydantic import Field, JsonValue
 
 from patchloom.errors import UserError
-from patchloom.platform.files.storage import write_atomic, write_json
+from patchloom.platform.files.storage import complete_lines, write_atomic, write_json
 from patchloom.platform.records.record import Record, VersionedRecord
 
 RUN_FILE = "run.json"
@@ -35,7 +35,7 @@ class RunCard(VersionedRecord):
         path = folder / RUN_FILE
         if not path.is_file():
             raise UserError(f"{path}: not found; pass the --out folder of a run")
-        return cls.parse(path.read_bytes(), path)
+        return cls.from_file(path)
 
     def write(self, folder: Path) -> None:
         """Write `run.json` atomically, with the fields that are set."""
@@ -100,11 +100,7 @@ def read_progress(folder: Path) -> list[ProgressLine]:
         UserError: a line is damaged.
     """
     path = folder / PROGRESS_FILE
-    if not path.is_file():
-        return []
-    content = path.read_bytes()
-    whole = content[: content.rfind(b"\n") + 1]
-    return [ProgressLine.parse(line, path) for line in whole.splitlines() if line]
+    return [ProgressLine.parse(line, path) for line in complete_lines(path)]
 
 
 def write_progress(folder: Path, lines: list[ProgressLine]) -> None:

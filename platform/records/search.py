@@ -6,7 +6,7 @@ from typing import ClassVar, Literal, Self
 from pydantic import Field, JsonValue
 
 from patchloom.errors import UserError
-from patchloom.platform.files.storage import read_json_lines, write_json, write_json_lines
+from patchloom.platform.files.storage import complete_lines, write_json, write_json_lines
 from patchloom.platform.recipe.search import Search
 from patchloom.platform.records.record import FormatVersion, Record, VersionedRecord
 
@@ -70,8 +70,9 @@ class TrialRow(Record):
 
 
 def read_trials(folder: Path) -> list[TrialRow]:
-    """The table of a search folder."""
-    return [TrialRow.model_validate(row) for row in read_json_lines(folder / TRIALS_FILE)]
+    """The table of a search folder; raises UserError where a line is damaged."""
+    path = folder / TRIALS_FILE
+    return [TrialRow.parse(line, path) for line in complete_lines(path)]
 
 
 def write_trials(folder: Path, trials: list[TrialRow]) -> None:

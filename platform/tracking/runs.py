@@ -5,6 +5,7 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
+from patchloom.platform.records.record import flat_values
 from patchloom.platform.tracking.client import connect, experiment_id
 
 PARAM_CHARACTERS = 500  # MLflow's limit for the value of a parameter
@@ -18,7 +19,7 @@ def begin_run(
     Args:
         name: its name on MLflow's pages.
         kind: what the run is, for the tag `patchloom.kind`.
-        params: values by name, recorded as text.
+        params: values by name, recorded as text; nested ones by dotted names such as `patches.p`.
         tags: further tags.
         parent: id of the run that this one belongs to.
 
@@ -32,7 +33,9 @@ def begin_run(
     run_id = str(client.create_run(experiment_id(client), tags=tags).info.run_id)
     from mlflow.entities import Param
 
-    client.log_batch(run_id, params=[Param(key, str(value)[:PARAM_CHARACTERS]) for key, value in params.items()])
+    client.log_batch(
+        run_id, params=[Param(key, str(value)[:PARAM_CHARACTERS]) for key, value in flat_values(params).items()]
+    )
     return run_id
 
 
@@ -83,14 +86,3 @@ def log_dataset(run_id: str, address: str, fingerprint: str) -> None:
     name = address.rstrip("/").rsplit("/", 1)[-1]
     entity = Dataset(name=name, digest=fingerprint[:32], source_type="local", source=source)
     connect().log_inputs(run_id, [DatasetInput(entity, [])])
-
-
-def flat_parameters(values: Mapping[str, object], prefix: str = "") -> dict[str, object]:
-    """Nested values by dotted names such as `patches.p`."""
-    flat: dict[str, object] = {}
-    for key, value in values.items():
-        if isinstance(value, Mapping):
-            flat |= flat_parameters(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat

@@ -84,5 +84,5 @@ def test_measured_steps_agree_with_the_estimate(setting: str) -> None:
         count, gradients / measured["an all-reduce of two workers"], processors=int(min(count, measured["cpus"]))
     )
     how = "shared" if draw == "p = 1" else draw
-    foretold = step_seconds(schedule, how, 16 // count, cost, gradients, workers)
-    assert foretold == pytest.approx(measured[f"a step of {setting}"], rel=0.2)
+    estimated = step_seconds(schedule, how, 16 // count, cost, gradients, workers)
+    assert estimated == pytest.approx(measured[f"a step of {setting}"], rel=0.2)

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from patchloom import __version__
 from patchloom.errors import UserError
+from patchloom.models.autoencoder import NORM_GROUPS
 from patchloom.pipelines.prepare.encoders import fetch_autoencoder
 from patchloom.pipelines.train.autoencoder.quality import RECONSTRUCTIONS, measure_autoencoder
 from patchloom.pipelines.train.autoencoder.worker import AutoencoderJob, autoencoder_worker
@@ -104,6 +105,9 @@ def _check_fit(settings: AutoencoderSettings, dataset: Dataset) -> None:
     """Raise UserError if the settings do not fit the dataset."""
     if dataset.kind != "pixels":
         raise UserError(f"{dataset.address} contains {dataset.kind}: pass the dataset of pixels")
+    if not settings.init_from and any(width <= 0 or width % NORM_GROUPS for width in settings.widths):
+        widths = ",".join(map(str, settings.widths))
+        raise UserError(f"--widths {widths}: each number of channels must be a multiple of {NORM_GROUPS}")
     resolution, halvings = dataset.card.resolution, len(settings.widths) - 1
     if settings.patch > resolution or settings.patch % 2**halvings:
         raise UserError(

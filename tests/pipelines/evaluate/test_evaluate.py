@@ -176,11 +176,15 @@ def test_an_autoencoder_is_measured_by_its_latents(pixels: Path, tmp_path: Path,
 
 def evaluation(**changes: Any) -> Evaluation:
     identity = {"features": "inception-2015-12-05", "n_samples": 64, "seeds": "0-63", "steps": 18, "reference": "a"}
-    return Evaluation({"fid": 12.0}, EvaluationIdentity.model_validate({**identity, **changes}))
+    return Evaluation(metrics={"fid": 12.0}, identity=EvaluationIdentity.model_validate({**identity, **changes}))
 
 
 def test_results_that_differ_say_in_what() -> None:
-    one, same, other = evaluation(), Evaluation({"fid": 11.0}, evaluation().identity), evaluation(n_samples=50_000)
+    one, same, other = (
+        evaluation(),
+        Evaluation(metrics={"fid": 11.0}, identity=evaluation().identity),
+        evaluation(n_samples=50_000),
+    )
     assert differences(one, same) == [] and comparable([one], [same, other]) == [(one, same)]
     assert differences(one, other) == ["n_samples is 64 and 50000"]
     assert comparable([one], [other]) == [] and comparable([one], [same], "kid") == []

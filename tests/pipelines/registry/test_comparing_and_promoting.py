@@ -28,7 +28,9 @@ IDENTITY = {"features": "inception-2015-12-05", "n_samples": 1000, "seeds": "0-9
 
 def add_evaluation(name: str, version: str, fid: float, **identity: Any) -> None:
     """Add an evaluation to a version, as `patchloom evaluate` does."""
-    found = Evaluation({"fid": fid, "precision": 0.5}, EvaluationIdentity.model_validate({**IDENTITY, **identity}))
+    found = Evaluation(
+        metrics={"fid": fid, "precision": 0.5}, identity=EvaluationIdentity.model_validate({**IDENTITY, **identity})
+    )
     value = json.dumps(found.to_dict())
     tag_version(name, version, {TAG + found.digest: value})
 

@@ -156,3 +156,8 @@ def test_reconstruction_quality_of_known_pairs() -> None:
 def test_patch_size_must_fit_the_halvings(pixels: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="--patch 10"):
         train_autoencoder(str(pixels), str(tmp_path / "ae"), AutoencoderSettings(patch=10), workers=0)
+
+
+def test_widths_must_fit_the_group_normalisation(pixels: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="--widths 4,8"):
+        train_autoencoder(str(pixels), str(tmp_path / "ae"), AutoencoderSettings(widths=(4, 8), patch=16), workers=0)
