@@ -172,6 +172,7 @@ class ModelCard(Card):
         images_seen: counted images (crops) of the training. None for imports.
         updates: optimisation steps. None for imports.
         average: the average made after training, if the weights are one.
+        tied: names of weights that the network shares, with the first name of each. Both names are saved.
         weights_sha256: sha256 of `model.safetensors`; `save_model` sets it.
     """
 
@@ -190,6 +191,7 @@ class ModelCard(Card):
     images_seen: int | None = None
     updates: int | None = None
     average: AverageCard | None = field(metadata={"card": AverageCard}, default=None)
+    tied: Mapping[str, str] | None = None
     weights_sha256: str = ""
 
 

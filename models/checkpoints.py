@@ -2,13 +2,14 @@
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, load_file, save, save_file
 from torch import Tensor
 
 from patchloom.errors import CheckpointError
@@ -24,6 +25,7 @@ from patchloom.models.unet import UNet
 __all__ = [
     "CheckpointError",
     "SamplingModel",
+    "check_saving",
     "checkpoint_content",
     "is_pickle",
     "load_checkpoint",
@@ -64,10 +66,43 @@ class SamplingModel:
 
 def save_model(folder: Path, denoiser: Denoiser, card: ModelCard) -> None:
     """Write `model.safetensors`, then `model.json` with the weights' sha256, into an existing folder."""
-    weights = {name: tensor.contiguous() for name, tensor in denoiser.state_dict().items()}
-    save_file(weights, folder / "model.safetensors")
-    card = replace(card, weights_sha256=_file_sha256(folder / "model.safetensors"))
+    state = denoiser.state_dict()
+    save_file(_without_shared_memory(state), folder / "model.safetensors")
+    card = replace(card, tied=_tied_names(state) or None, weights_sha256=_file_sha256(folder / "model.safetensors"))
     (folder / "model.json").write_text(json.dumps(card.to_json(), indent=2) + "\n")
+
+
+def check_saving(denoiser: Denoiser) -> None:
+    """Save a denoiser to memory and load it again, so that a problem is found before the training.
+
+    Raises:
+        ValueError: its `state_dict` cannot be saved as safetensors or loaded again.
+    """
+    try:
+        denoiser.load_state_dict(load(save(_without_shared_memory(denoiser.state_dict()))))
+    except Exception as error:  # whatever the code of a backbone raises
+        raise ValueError(f"the network cannot be saved and loaded ({' '.join(str(error).split())})") from error
+
+
+def _without_shared_memory(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Contiguous tensors, with a copy of each that shares memory with an earlier one; safetensors need both."""
+    tensors, seen = dict[str, Tensor](), set[int]()
+    for name, tensor in state.items():
+        place = tensor.untyped_storage().data_ptr()
+        tensors[name] = tensor.clone(memory_format=torch.contiguous_format) if place in seen else tensor.contiguous()
+        seen.add(place)
+    return tensors
+
+
+def _tied_names(state: Mapping[str, Tensor]) -> dict[str, str]:
+    """The names of tensors that are an earlier tensor of the network, with the name of that one."""
+    first = dict[tuple[int, torch.Size, tuple[int, ...]], str]()
+    tied = dict[str, str]()
+    for name, tensor in state.items():
+        kept = first.setdefault((tensor.data_ptr(), tensor.shape, tensor.stride()), name)
+        if kept != name and tensor.numel():
+            tied[name] = kept
+    return tied
 
 
 def read_card(folder: Path | str) -> ModelCard:

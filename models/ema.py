@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 
 class WeightAverage(ABC):
-    """A running average of the parameters of a module. Subclasses define the decay."""
+    """A running average of the parameters of a module, with its newest buffers. Subclasses define the decay."""
 
     def __init__(self, module: nn.Module) -> None:
         self.module = copy.deepcopy(module).eval().requires_grad_(False)
@@ -32,6 +32,14 @@ class WeightAverage(ABC):
         share = 1 - self.decay(images_seen, images_in_step)
         averages = [average.detach() for average in self.module.parameters()]
         torch._foreach_lerp_(averages, [p.detach() for p in module.parameters()], share)
+        self._copy_buffers(module)
+
+    def _copy_buffers(self, module: nn.Module) -> None:
+        """Take over the buffers as they are, such as the statistics of a BatchNorm. Integers have no average."""
+        copies = dict(self.module.named_buffers())
+        for name, buffer in module.named_buffers():
+            if name in copies:
+                copies[name].resize_as_(buffer).copy_(buffer)  # a buffer may grow
 
 
 class HalfLifeEMA(WeightAverage):

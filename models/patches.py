@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 PERIODIC_OCTAVES = 6
+SIDE_TOLERANCE = 1e-6  # pixels
 COORDINATE_CHANNELS = {"none": 0, "linear": 2, "implicit": 2, "periodic": 4 * PERIODIC_OCTAVES}
 
 
@@ -70,6 +71,15 @@ class PatchSchedule:
         return next(size for size in reversed(sizes) if size.probability > 0)  # rounding: the total is just below 1
 
 
+def patch_side(fraction: float, resolution: int) -> int | None:
+    """The side of a patch in pixels (Patch Diffusion, section 3.2).
+
+    None unless it is a whole number, up to rounding: 0.28 of 100 pixels is 28.
+    """
+    side = fraction * resolution
+    return round(side) if round(side) > 0 and abs(side - round(side)) < SIDE_TOLERANCE else None
+
+
 def patch_schedule(
     resolution: int,
     p: float,
@@ -94,10 +104,11 @@ def patch_schedule(
     total = sum(weight for _, weight, _ in smaller)
     sizes = [PatchSize(resolution, p, 1)]
     for fraction, weight, multiplier in sorted(smaller, reverse=True):
-        pixels = fraction * resolution
-        if pixels != int(pixels) or pixels < 1:
-            raise ValueError(f"fraction {fraction} of {resolution} pixels is {pixels:g}, not a whole number")
-        sizes.append(PatchSize(int(pixels), (1 - p) * weight / total, multiplier))
+        pixels = patch_side(fraction, resolution)
+        if pixels is None:
+            side = fraction * resolution
+            raise ValueError(f"fraction {fraction} of {resolution} pixels is {side:g}, not a whole number")
+        sizes.append(PatchSize(pixels, (1 - p) * weight / total, multiplier))
     if shares_of == "images":
         updates = [size.probability / size.batch_multiplier for size in sizes]
         sizes = [replace(size, probability=share / sum(updates)) for size, share in zip(sizes, updates, strict=True)]

@@ -7,10 +7,29 @@ same rows, labels, noise levels and crop positions.
 import hashlib
 from dataclasses import dataclass, fields
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from patchloom.models.augment import draw_parameters
+
+TWISTER_AT, TWISTER_WORDS = 24, 624  # bytes before the words of the Mersenne Twister in a CPU generator's state
+
+
+def sampling_generator(seed: int) -> torch.Generator:
+    """A CPU generator that depends on all 64 bits of a seed. torch's own uses the low 32 bits only.
+
+    Seeds below 2^32 give `torch.Generator().manual_seed(seed)`. Larger ones seed the same Mersenne Twister with both
+    halves by its `init_by_array`, as `numpy.random.RandomState([low, high])` does.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    if seed >= 1 << 32:
+        twister = np.random.RandomState([seed & 0xFFFFFFFF, seed >> 32]).get_state(legacy=False)
+        state = generator.get_state()
+        words = state[TWISTER_AT : TWISTER_AT + 8 * TWISTER_WORDS].numpy().view(np.uint64)
+        words[:] = twister["state"]["key"]
+        generator.set_state(state)
+    return generator
 
 
 def derive_seed(*parts: int | str) -> int:

@@ -17,6 +17,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from patchloom.models.random_draws import sampling_generator
+
 Denoise = Callable[[Tensor, Tensor], Tensor]
 Noise = Callable[[], Tensor]
 
@@ -268,7 +270,7 @@ class SeededNoise:
     Each call returns the next (B, C, H, W) float32 noise. The first one is what sampling starts from.
 
     Args:
-        seeds: one seed per image.
+        seeds: one seed per image, below 2^64; the noise depends on all of its bits.
         shape: (C, H, W) of an image.
 
     Example:
@@ -278,7 +280,7 @@ class SeededNoise:
 
     def __init__(self, seeds: Sequence[int], shape: tuple[int, int, int]) -> None:
         self.shape = shape
-        self.generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        self.generators = [sampling_generator(seed) for seed in seeds]
 
     def __call__(self) -> Tensor:
         """The next noise, (B, C, H, W); it is drawn on the CPU, so that it is the same for all devices."""

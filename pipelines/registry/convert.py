@@ -151,7 +151,8 @@ def average_model(run: str, out: str, sigma_rel: float) -> Path:
     except ValueError as error:
         raise UserError(str(error)) from None
     denoiser = load_model(source / "model")
-    denoiser.load_state_dict(denoiser.state_dict() | combine((load_file(file) for file in files), shares))
+    # not strict: the snapshots have parameters only, and the model has the newest buffers
+    denoiser.load_state_dict(combine((load_file(file) for file in files), shares), strict=False)
     folder = _new_folder(out)
     with whole_folder(folder) as partial:
         for name in ("recipe.yaml", "autoencoder"):

@@ -13,7 +13,7 @@ from patchloom.models.step_plan import StepSettings
 from patchloom.pipelines.train.model_card import new_model_card
 from patchloom.pipelines.train.run import step_settings
 from patchloom.platform.dataset.prepared import open_dataset
-from patchloom.platform.recipe.run_recipe import Recipe
+from patchloom.platform.recipe.run_recipe import BLOCK_TOLERANCE, Recipe
 
 FLOAT32_BYTES = 4
 
@@ -122,7 +122,9 @@ def _draws(settings: StepSettings, workers: int) -> dict[str, StepSettings]:
         return draws
     blocks = settings.batch_size // settings.block_size
     for draw, ranks in (("shared", 1), ("stratified", 1), ("independent", workers)):
-        has_room = all(size.probability * size.batch_multiplier * blocks >= 1 for size in settings.schedule.sizes)
+        has_room = all(
+            size.probability * size.batch_multiplier * blocks > 1 - BLOCK_TOLERANCE for size in settings.schedule.sizes
+        )
         fits = {"shared": True, "stratified": has_room, "independent": workers > 1 and blocks % workers == 0}
         if draw not in draws and fits[draw]:
             draws[draw] = replace(settings, draw=draw, emulated_ranks=ranks)

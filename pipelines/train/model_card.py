@@ -8,6 +8,7 @@ from patchloom.models.augment import LABELS
 from patchloom.models.cards import AutoencoderCard, DenoiserConfig, ModelCard, PatchesCard
 from patchloom.models.denoiser import halvings_of
 from patchloom.models.normalisation import Normalisation, pixel_normalisation
+from patchloom.models.patches import patch_side
 from patchloom.platform.dataset.prepared import Dataset
 from patchloom.platform.recipe.run_recipe import Recipe
 from patchloom.platform.records.dataset import DatasetCard
@@ -101,10 +102,11 @@ def _check_sizes(recipe: Recipe, denoiser: DenoiserConfig) -> None:
     except ValueError as error:
         raise UserError(f"model: {error}") from None
     for fraction in (1.0, *(size.fraction for size in recipe.patches.sizes)):
-        side = fraction * denoiser.resolution
-        if side != int(side) or int(side) % 2**halvings:
+        side = patch_side(fraction, denoiser.resolution)
+        if side is None or side % 2**halvings:
             raise UserError(
-                f"patches.sizes: fraction {fraction:g} of {denoiser.resolution} pixels is {side:g}, and the network "
+                f"patches.sizes: fraction {fraction:g} of {denoiser.resolution} pixels is "
+                f"{fraction * denoiser.resolution:g}, and the network "
                 f"halves the image {halvings} times: choose fractions that give a multiple of {2**halvings}"
             )
 

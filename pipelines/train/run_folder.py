@@ -9,6 +9,8 @@ from pathlib import Path
 from patchloom import __version__
 from patchloom.errors import UserError
 from patchloom.models.cards import ModelCard
+from patchloom.models.checkpoints import check_saving
+from patchloom.models.denoiser import build_denoiser
 from patchloom.pipelines.train.checkpointer import newest_checkpoint, without_tensors
 from patchloom.pipelines.train.initial_weights import copy_initial_weights
 from patchloom.pipelines.train.mlflow_run import ensure_mlflow_run
@@ -62,6 +64,7 @@ def open_run_folder(
         if recipe.train.init_from is not None and newest_checkpoint(path) is None:
             copy_initial_weights(address, recipe.train.init_from, card.denoiser)
         if is_new:
+            _check_backbone(card)
             _write_cards(path, address, recipe, dataset)
         ensure_run = functools.partial(ensure_mlflow_run, path, address, parent_run)
         if answers and address.is_remote:  # before a worker copies run.json, and sends it back without the run's id
@@ -95,6 +98,15 @@ def _check_same(path: Path, address: Folder, recipe: Recipe, dataset: Dataset, r
         raise UserError(
             f"{address} was started with another recipe ({address}/recipe.yaml): pass that recipe or a new --out"
         )
+
+
+def _check_backbone(card: ModelCard) -> None:
+    """Raise UserError for a backbone that could not be saved at the end. The built-in networks can."""
+    if ":" in card.denoiser.network:
+        try:
+            check_saving(build_denoiser(card.denoiser))
+        except ValueError as error:
+            raise UserError(f"model.backbone {card.denoiser.network}: {error}: change its state_dict") from None
 
 
 def _write_cards(path: Path, address: Folder, recipe: Recipe, dataset: Dataset) -> None:

@@ -21,6 +21,7 @@ from patchloom.platform.recipe.sections import (
     set_key,
 )
 
+BLOCK_TOLERANCE = 1e-9  # of the blocks of a patch size, whose shares are rounded: 1 - 0.9 is below 0.1
 SHIPPED = Path(__file__).parents[2] / "tune_configs"
 
 
@@ -272,7 +273,7 @@ class Recipe(Section):
             size.fraction: (1 - patches.p) * size.weight / total * size.batch_multiplier for size in patches.sizes
         }
         for fraction, share in {1.0: patches.p, **shares}.items():
-            if 0 < share * blocks < 1:
+            if 0 < share * blocks < 1 - BLOCK_TOLERANCE:
                 raise PydanticCustomError(
                     "draw",
                     f"patches.draw: a stratified step has {share * blocks:.2g} blocks of size {fraction:g} and "

@@ -67,3 +67,20 @@ def test_several_steps_of_a_moving_target_match_the_recursion() -> None:
         beta = 0.5 ** (30 / min(100, 30 * step))
         wanted = beta * wanted + (1 - beta) * target
     assert torch.tensor(values(ema)).tolist() == pytest.approx([wanted] * 8, rel=1e-4)
+
+
+def test_buffers_are_copied_with_each_update_whatever_their_type_and_shape() -> None:
+    module, other = nn.BatchNorm1d(2), torch.zeros(1, dtype=torch.int64)
+    module.register_buffer("seen", other, persistent=False)
+    ema = HalfLifeEMA(module, halflife_images=1e9)
+    for batch in range(1, 4):
+        module(torch.tensor([[0.0, 2.0], [2.0, 6.0]]))  # means 1 and 4, variances 2 and 8
+        module.seen = torch.full((batch,), batch)
+        ema.update(module, images_seen=2 * batch, images_in_step=2)
+    kept = dict(ema.module.named_buffers())
+    left = 0.9**3
+    assert kept["running_mean"].tolist() == pytest.approx([1 - left, 4 * (1 - left)])
+    assert kept["running_var"].tolist() == pytest.approx([left + 2 * (1 - left), left + 8 * (1 - left)])
+    assert kept["num_batches_tracked"] == 3 and kept["seen"].tolist() == [3, 3, 3]
+    module.running_mean += 1
+    assert kept["running_mean"].tolist() == pytest.approx([1 - left, 4 * (1 - left)])

@@ -5,7 +5,7 @@ import pytest
 import torch
 from scipy import stats
 
-from patchloom.models.patches import coordinate_grid, crop, offsets, patch_schedule
+from patchloom.models.patches import coordinate_grid, crop, offsets, patch_schedule, patch_side
 from patchloom.models.random_draws import size_uniform
 
 
@@ -119,3 +119,18 @@ def test_sizes_are_sorted_and_weights_are_shares() -> None:
 def test_a_fraction_that_gives_no_whole_pixels_is_refused(fraction: float) -> None:
     with pytest.raises(ValueError, match=f"fraction {fraction} of 64 pixels"):
         patch_schedule(64, p=0.5, smaller=[(fraction, 1.0, 2)])
+
+
+@pytest.mark.parametrize(
+    ("fraction", "resolution", "side"),
+    [(0.28, 100, 28), (0.07, 100, 7), (0.57, 100, 57), (1 / 3, 96, 32), (0.5, 64, 32), (0.3125, 16, 5),
+     (0.3, 64, None), (0.5, 63, None), (0.33333, 96, None), (0.0, 64, None), (1e-9, 64, None)],
+)  # fmt: skip
+def test_side_of_a_patch_does_not_depend_on_rounding(fraction: float, resolution: int, side: int | None) -> None:
+    assert patch_side(fraction, resolution) == side
+
+
+def test_every_fraction_of_two_digits_of_100_pixels_is_a_whole_number() -> None:
+    for hundredths in range(1, 100):
+        schedule = patch_schedule(100, 0.5, smaller=[(hundredths / 100, 1.0, 2)])
+        assert [size.pixels for size in schedule.sizes] == [100, hundredths]

@@ -1,9 +1,18 @@
 """Luck is a pure function of its names and numbers, and does not depend on patch size before the noise."""
 
+import numpy as np
 import pytest
 import torch
 
-from patchloom.models.random_draws import RowOrder, concatenate_draws, derive_seed, draws_of_block, size_uniform
+from patchloom.models.random_draws import (
+    RowOrder,
+    concatenate_draws,
+    derive_seed,
+    draws_of_block,
+    sampling_generator,
+    size_uniform,
+)
+from patchloom.models.samplers import SeededNoise
 
 CPU = torch.device("cpu")
 
@@ -77,3 +86,23 @@ def test_draws_of_sizes_are_uniform_and_repeatable() -> None:
     assert uniforms.min() >= 0 and uniforms.max() < 1
     assert size_uniform(0, 17) == uniforms[17]
     assert size_uniform(1, 17) != uniforms[17]
+
+
+@pytest.mark.parametrize("seed", [0, 5, 2**32 - 1])
+def test_sampling_seeds_below_32_bits_are_torchs_own(seed: int) -> None:
+    wanted = torch.randn(100, generator=torch.Generator().manual_seed(seed))
+    assert torch.equal(torch.randn(100, generator=sampling_generator(seed)), wanted)
+
+
+@pytest.mark.parametrize("seed", [2**32, 5 + 2**32, 2**63 + 7, 2**64 - 1])
+def test_larger_sampling_seeds_use_both_halves(seed: int) -> None:
+    words = np.random.RandomState([seed % 2**32, seed // 2**32]).randint(0, 2**32, 2000, dtype=np.uint32)
+    uniforms = (words % 2**24).astype(np.float32) / 2**24  # torch keeps 24 bits of a word
+    assert torch.equal(torch.rand(2000, generator=sampling_generator(seed)), torch.from_numpy(uniforms))
+
+
+def test_sampling_seeds_that_share_32_bits_give_independent_noise() -> None:
+    seeds = [5, 5 + 2**32, 5 + 2**33, 2**32 + 6, 2**63 + 5]
+    noise = SeededNoise(seeds, (1, 100, 100))().flatten(1)
+    apart = noise @ noise.T / 10_000 - torch.eye(5)
+    assert apart.abs().max() < 0.07  # 5 standard errors of a variance

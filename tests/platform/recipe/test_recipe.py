@@ -95,3 +95,12 @@ def test_a_file_that_is_not_a_recipe_is_refused(tmp_path: Path) -> None:
         load_recipe(tmp_path / "broken.yaml")
     with pytest.raises(UserError, match=r"demo_latents\.yaml"):
         load_recipe("nonesuch")
+
+
+def test_stratified_block_may_be_below_1_by_rounding_only() -> None:
+    smaller = [{"fraction": 0.5, "weight": 1.0, "batch_multiplier": 1}]
+    patches = {"p": 0.9, "draw": "stratified", "sizes": smaller}  # (1 - 0.9) * 10 is 0.9999999999999998
+    values = {**MINIMAL, "patches": patches, "train": {"images": 100, "batch_size": 80, "block_size": 8}}
+    assert check_recipe(values).patches.p == 0.9
+    with pytest.raises(UserError, match=r"0\.5"):
+        check_recipe({**values, "patches": {**patches, "p": 0.95}})
