@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -39,6 +40,8 @@ class Autoencoder(ABC):
     latent_channels: int
     scale: float = 1.0  # latents enter a network as (latent - shift) * scale, unless they are whitened
     shift: float = 0.0
+    latents_mean: tuple[float, ...] | None = None  # per channel; replaces `shift`
+    latents_std: tuple[float, ...] | None = None  # per channel; divides `scale`
     weights_sha256: str = ""  # set by `load_autoencoder`
 
     @classmethod
@@ -81,6 +84,8 @@ class Autoencoder(ABC):
             latent_channels=self.latent_channels,
             scale=self.scale,
             shift=self.shift,
+            latents_mean=self.latents_mean,
+            latents_std=self.latents_std,
         )
 
 
@@ -96,6 +101,8 @@ class DiffusersAutoencoder(Autoencoder):
         self.latent_channels = int(config.latent_channels)
         self.scale = float(config.get("scaling_factor") or 1.0)
         self.shift = float(config.get("shift_factor") or 0.0)
+        self.latents_mean = _floats(config.get("latents_mean"), self.latent_channels)
+        self.latents_std = _floats(config.get("latents_std"), self.latent_channels)
 
     @classmethod
     def load(cls, folder: Path, device: torch.device | str, dtype: torch.dtype) -> DiffusersAutoencoder:
@@ -125,6 +132,14 @@ class DiffusersAutoencoder(Autoencoder):
         """(B, C, h, w) latents -> (B, 3, H, W) uint8 images."""
         images: Tensor = self.network.decode(latents.to(self.network.dtype)).sample.float()
         return (images * 127.5 + 128).clamp(0, 255).to(torch.uint8)
+
+
+def _floats(values: Any, count: int) -> tuple[float, ...] | None:
+    """One number per channel; None where the configuration has none."""
+    floats = tuple(float(value) for value in np.ravel(values)) if values is not None else ()
+    if floats and len(floats) != count:
+        raise CheckpointError(f"{CONFIG}: {len(floats)} statistics of latents for {count} channels: fetch it again")
+    return floats or None
 
 
 def new_autoencoder(widths: tuple[int, ...], latent_channels: int) -> AutoencoderKL:

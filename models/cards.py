@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import MISSING, Field, dataclass, field, fields
 from typing import Any, Self
 
-from patchloom.models.normalisation import Normalisation
+from patchloom.models.normalisation import Normalisation, spread_of
 
 MODEL_FORMAT = 1
 CHECKPOINT_FORMAT = 1
@@ -104,8 +104,10 @@ class AutoencoderCard(Card):
         weights_sha256: sha256 of its safetensors.
         downscale: image pixels per latent pixel, along one side.
         latent_channels: channels of a latent.
-        scale: a latent enters a network as (latent - shift) * scale, unless it is whitened.
+        scale: a latent enters a network as (latent - shift) * scale, unless it is whitened or has `latents_mean`.
         shift: see `scale`.
+        latents_mean: mean per channel of an autoencoder that knows it; replaces `shift`.
+        latents_std: standard deviation per channel of such an autoencoder; divides `scale`.
         reference: where it came from, such as `models:/NAME/VERSION`. None if not known.
         precision: precision of the encoder, "fp32" or "bf16". None before anything is encoded.
     """
@@ -116,8 +118,17 @@ class AutoencoderCard(Card):
     latent_channels: int
     scale: float
     shift: float = 0.0
+    latents_mean: tuple[float, ...] | None = None
+    latents_std: tuple[float, ...] | None = None
     reference: str | None = None
     precision: str | None = None
+
+    def normalisation(self) -> Normalisation:
+        """The map from its latents to a network: (z - mean) * scale / std, as the AutoencoderKL of diffusers says."""
+        mean = self.latents_mean or (self.shift,) * self.latent_channels
+        stds = self.latents_std or (1.0,) * self.latent_channels
+        spreads = (spread_of(*channel) for channel in zip(mean, stds, strict=True))
+        return Normalisation("latents", mean, tuple(self.scale / spread for spread in spreads))
 
 
 @dataclass(frozen=True, kw_only=True)

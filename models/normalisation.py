@@ -10,6 +10,8 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+CONSTANT = 1e-6  # a standard deviation of this share of the mean is the rounding error of a constant
+
 
 @dataclass(frozen=True)
 class Normalisation:
@@ -57,6 +59,11 @@ class Normalisation:
     def to_json(self) -> dict[str, Any]:
         """The entry `space` of `model.json`."""
         return {"kind": self.kind, "mean": list(self.mean), "scale": list(self.scale)}
+
+
+def spread_of(mean: float, std: float) -> float:
+    """The number to divide a channel by: its standard deviation, or 1 for a constant channel."""
+    return std if std > CONSTANT * abs(mean) else 1.0
 
 
 def pixel_normalisation(channels: int = 3) -> Normalisation:

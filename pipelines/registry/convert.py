@@ -19,7 +19,7 @@ from patchloom.models.checkpoints import (
     verified_card,
 )
 from patchloom.models.ema import PowerProfile, combine, reconstruction
-from patchloom.models.normalisation import Normalisation, pixel_normalisation
+from patchloom.models.normalisation import pixel_normalisation
 from patchloom.pipelines.prepare.encoders import fetch_autoencoder
 from patchloom.pipelines.train.checkpointer import without_tensors
 from patchloom.platform.files.copies import local_copy
@@ -60,7 +60,7 @@ def import_model(snapshot: str, out: str, autoencoder: str | None = None) -> Pat
     normalisation, encoder, card = pixel_normalisation(denoiser.channels), None, None
     if autoencoder is not None:
         encoder, card = _fitting_autoencoder(autoencoder, path, denoiser.channels)
-        normalisation = Normalisation("latents", (card.shift,) * denoiser.channels, (card.scale,) * denoiser.channels)
+        normalisation = card.normalisation()
     elif denoiser.channels not in PIXEL_CHANNELS:
         raise UserError(
             f"{path} has {denoiser.channels} channels, so it is a model of latents: give --autoencoder, the "

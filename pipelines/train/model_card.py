@@ -7,7 +7,7 @@ from patchloom.errors import UserError
 from patchloom.models.augment import LABELS
 from patchloom.models.cards import AutoencoderCard, DenoiserConfig, ModelCard, PatchesCard
 from patchloom.models.denoiser import halvings_of
-from patchloom.models.normalisation import Normalisation, pixel_normalisation
+from patchloom.models.normalisation import Normalisation, pixel_normalisation, spread_of
 from patchloom.models.patches import patch_side
 from patchloom.platform.dataset.prepared import Dataset
 from patchloom.platform.recipe.run_recipe import Recipe
@@ -86,13 +86,12 @@ def _network(recipe: Recipe) -> tuple[str, dict[str, Any]]:
 
 def _normalisation(recipe: Recipe, card: DatasetCard) -> Normalisation:
     """The map from stored pixels or latents to the values of the network."""
-    channels = card.channels
     if card.autoencoder is None:
-        return pixel_normalisation(channels)
+        return pixel_normalisation(card.channels)
     if recipe.data.whiten:
-        scale = tuple(recipe.model.sigma_data / std for std in card.std)
-        return Normalisation("latents", tuple(card.mean), scale)
-    return Normalisation("latents", (card.autoencoder.shift,) * channels, (card.autoencoder.scale,) * channels)
+        spreads = (spread_of(*channel) for channel in zip(card.mean, card.std, strict=True))
+        return Normalisation("latents", tuple(card.mean), tuple(recipe.model.sigma_data / spread for spread in spreads))
+    return AutoencoderCard.from_json(card.autoencoder.to_dict()).normalisation()
 
 
 def _check_sizes(recipe: Recipe, denoiser: DenoiserConfig) -> None:

@@ -4,7 +4,7 @@ from enum import StrEnum
 
 from patchloom.models.step_plan import StepPlan
 from patchloom.pipelines.train.hooks import HOOKS
-from patchloom.pipelines.train.hooks.hook import Due, is_due
+from patchloom.pipelines.train.hooks.hook import Due, is_due, side_product
 from patchloom.pipelines.train.progress_log import ProgressLog
 from patchloom.pipelines.train.run import TrainingRun
 from patchloom.platform.files.folder import Folder
@@ -89,7 +89,8 @@ class Monitor:
             self.verdict = Verdict.DIVERGED
         if self.log:
             for hook in self.hooks if self.verdict != Verdict.DIVERGED else ():
-                fields |= hook.measure(due)
+                with side_product(hook.product):
+                    fields |= hook.measure(due)
             self.log.write(fields)
         for hook in self.hooks:
             hook.after_line()

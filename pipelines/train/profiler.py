@@ -50,7 +50,10 @@ class Profiler:
         events.sort(key=_own_time, reverse=True)
         costs = ", ".join(f"{event.key} {_own_time(event) / total:.0%}" for event in events[:NAMED_OPERATIONS])
         say(f"  profile of {PROFILED_STEPS} steps: {costs}; the trace is {self.folder / 'profile.json'}")
-        profiled.export_chrome_trace(str(self.folder / "profile.json"))
+        try:
+            profiled.export_chrome_trace(str(self.folder / "profile.json"))
+        except (OSError, RuntimeError) as error:
+            say(f"  the trace was not written ({error}); training continues")
 
 
 def _own_time(event: Any) -> float:

@@ -7,6 +7,10 @@ from pydantic import Field
 from patchloom.platform.records.record import Record, VersionedRecord
 
 
+def _is_none(value: object) -> bool:
+    return value is None
+
+
 class SkippedInputs(Record):
     """How many inputs were skipped, and how many for each reason."""
 
@@ -37,7 +41,8 @@ class ImageTransform(Record):
 class DatasetAutoencoder(Record):
     """The autoencoder that encoded a dataset of latents.
 
-    A latent enters a network as `(latent - shift) * scale`, unless it is whitened. `downscale` is the number of
+    A latent enters a network as `(latent - shift) * scale`, unless it is whitened. Where the autoencoder has
+    statistics of its latents, that is `(latent - latents_mean) * scale / latents_std`. `downscale` is the number of
     image pixels per latent pixel along one side.
     """
 
@@ -47,6 +52,8 @@ class DatasetAutoencoder(Record):
     latent_channels: int
     scale: int | float
     shift: int | float = 0.0
+    latents_mean: list[float] | None = Field(default=None, exclude_if=_is_none)
+    latents_std: list[float] | None = Field(default=None, exclude_if=_is_none)
     reference: str
     precision: Literal["fp32", "bf16"] = "fp32"
 

@@ -15,6 +15,8 @@ HELD_OUT_IMAGES = 64
 class HeldOutHook(Hook):
     """Adds the held-out loss, as a mean and by noise level."""
 
+    product = "the held-out loss"
+
     def measure(self, due: Due) -> LineFields:
         """The loss on up to `HELD_OUT_IMAGES` images, always the same ones."""
         run = self.run

@@ -1,9 +1,12 @@
 """The base class of hooks: what is done after the steps of a run, and what its progress lines contain."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from patchloom.models.step_plan import StepPlan
 from patchloom.pipelines.train.run import TrainingRun
+from patchloom.platform.progress import say
 from patchloom.platform.records.run import LineFields, ProgressLine
 
 
@@ -28,6 +31,15 @@ class Due:
     ends: bool
 
 
+@contextmanager
+def side_product(name: str) -> Iterator[None]:
+    """Report an error of the block and go on: what only shows the progress must not end a run."""
+    try:
+        yield
+    except Exception as error:  # of the network, the metric, the autoencoder or the disk
+        say(f"  {name} failed ({' '.join(str(error).split()) or type(error).__name__}); training continues")
+
+
 class Hook:
     """A part of the monitor. A subclass overrides the methods that it needs.
 
@@ -36,6 +48,7 @@ class Hook:
     worker 0 only.
     """
 
+    product = "a measurement"  # what `measure` makes, for messages
     has_diverged = False  # a hook sets this in `line_fields` to end the run, with the same value on all workers
 
     def __init__(self, run: TrainingRun) -> None:
@@ -49,7 +62,7 @@ class Hook:
         return {}
 
     def measure(self, due: Due) -> LineFields:
-        """Further fields that are expensive. Not called once the run has diverged."""
+        """Further fields that are expensive. Not called once the run has diverged. An error is only reported."""
         return {}
 
     def after_line(self) -> None:

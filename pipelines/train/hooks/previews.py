@@ -10,7 +10,7 @@ from patchloom.models.checkpoints import SamplingModel
 from patchloom.models.generate import Sampling, default_labels, generate
 from patchloom.models.metrics import colour_layout, frechet_distance
 from patchloom.pipelines.pages.pictures import contact_sheet, save_png
-from patchloom.pipelines.train.hooks.hook import Due, Hook
+from patchloom.pipelines.train.hooks.hook import Due, Hook, side_product
 from patchloom.pipelines.train.run import TrainingRun
 from patchloom.platform.records.run import LineFields
 
@@ -20,6 +20,8 @@ SAMPLE_BATCH = 64
 
 class PreviewHook(Hook):
     """Adds the path of a preview, and its Fréchet distance if the recipe asks for it."""
+
+    product = "the preview"
 
     def __init__(self, run: TrainingRun) -> None:
         super().__init__(run)
@@ -33,9 +35,11 @@ class PreviewHook(Hook):
             return {}
         name = f"previews/step-{self.run.state.step:08d}.png"
         save_png(contact_sheet(self._sample(preview.count).numpy()), self.run.folder / name)
-        if not preview.frechet_samples:
-            return {"preview": name}
-        return {"preview": name, "preview_frechet_distance": self._frechet_distance(preview.frechet_samples)}
+        fields: LineFields = {"preview": name}
+        if preview.frechet_samples:
+            with side_product("the Fréchet distance of the preview"):  # the picture is made already
+                fields["preview_frechet_distance"] = self._frechet_distance(preview.frechet_samples)
+        return fields
 
     def _sample(self, count: int) -> torch.Tensor:
         """(count, C, H, W) uint8 images of the averaged weights, from the seeds 0, 1, ..."""

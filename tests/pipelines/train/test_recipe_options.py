@@ -139,6 +139,25 @@ def test_frechet_distance_is_measured_during_training(pixels: Path, tmp_path: Pa
     assert run.last["preview_frechet_distance"] == pytest.approx(wanted, rel=1e-6)
 
 
+def test_preview_that_cannot_be_measured_or_made_does_not_end_the_run(
+    pixels: Path, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    one = train(tiny_recipe(preview__frechet_samples=1), str(pixels), str(tmp_path / "one"), workers=0)
+    assert one.last.preview is not None and (one.folder / one.last.preview).is_file()
+    assert one.last.preview_frechet_distance is None and one.last.held_out_loss is not None
+    assert_equal_models(one.folder, trained)
+    assert "Fréchet" in capsys.readouterr().out
+
+    def fail(*arguments: object) -> None:
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr("patchloom.pipelines.train.hooks.previews.generate", fail)
+    none = train(tiny_recipe(), str(pixels), str(tmp_path / "none"), workers=0)
+    assert none.last.preview is None and none.last.held_out_loss == one.last.held_out_loss
+    assert_equal_models(none.folder, trained)
+    assert "out of memory" in capsys.readouterr().out
+
+
 STILL = {"optimizer__lr": 1e-12, "train__images": 30, "ema": [{"halflife_images": 1e-3, "rampup_ratio": 1e-3}]}
 
 
