@@ -6,6 +6,7 @@ from patchloom.errors import UserError
 from patchloom.pipelines.registry.comparing import why_not_comparable
 from patchloom.pipelines.registry.quality import TITLES, comparable, evaluations_of, is_better
 from patchloom.platform.progress import say
+from patchloom.platform.tracking.names import check_alias
 from patchloom.platform.tracking.registry import (
     RegisteredVersion,
     delete_version,
@@ -29,12 +30,13 @@ def promote_model(name: str, version: str, alias: str = "champion", if_better: s
         What was done, in words.
 
     Raises:
-        UserError: there is no such version; or it is not better, or the two cannot be compared. The alias then
-            stays where it was.
+        UserError: there is no such version, or MLflow does not accept the alias; or the version is not better, or
+            the two cannot be compared. The alias then stays where it was.
 
     Example:
         patchloom.promote_model("my-model", "1", alias="candidate")
     """
+    check_alias(alias)
     versions = {found.version: found for found in list_versions(name)}
     find_version(name, version=version)  # raises if it is missing
     current = next((found for found in versions.values() if alias in found.aliases), None)

@@ -17,6 +17,7 @@ from patchloom.platform.files.storage import file_sha256
 from patchloom.platform.progress import say
 from patchloom.platform.records.run import PROGRESS_FILE, RunCard, read_progress
 from patchloom.platform.tracking.client import require_reachable
+from patchloom.platform.tracking.names import check_alias, check_name
 from patchloom.platform.tracking.registry import list_versions, promote, register_pyfunc
 from patchloom.platform.tracking.runs import begin_run, end_run, log_artifacts
 
@@ -59,13 +60,16 @@ def register(run: str, name: str, alias: str | None = None) -> str:
         The reference of the version, `models:/NAME/VERSION`.
 
     Raises:
-        UserError: the folder has no finished model.
+        UserError: the folder has no finished model, or MLflow does not accept the name or the alias.
         CheckpointError: the weights of a model folder do not match their checksum.
 
     Example:
         reference = patchloom.register("run", "my-model", alias="champion")
         assert reference == "models:/my-model/1"
     """
+    check_name(name)
+    if alias is not None:
+        check_alias(alias)
     folder = local_copy(run, without_tensors)
     is_model = (folder / "model.json").is_file()
     version = _register_folder(folder, name) if is_model else _register_run(folder, name)

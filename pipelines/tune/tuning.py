@@ -48,6 +48,7 @@ from patchloom.platform.records.search import (
 )
 from patchloom.platform.tracking.client import require_reachable
 from patchloom.platform.tracking.forwarder import JsonLinesTail
+from patchloom.platform.tracking.names import check_name
 from patchloom.platform.tracking.runs import (
     begin_run,
     end_run,
@@ -105,6 +106,8 @@ def tune(
         result = patchloom.tune("search.yaml", "dataset", "search")
         print(result.best.patches.p)
     """
+    if register_best is not None:
+        check_name(register_best)
     definition, base = load_search(search)
     rows = open_dataset(dataset)
     if not len(rows.indices("held_out", base.data.held_out_fraction)):

@@ -194,7 +194,7 @@ def delete_version(name: str, version: str) -> None:
     """Delete a version, and the registered name with its last version. The run is kept."""
     client = connect()
     client.delete_model_version(name, version)
-    if not client.search_model_versions(f"name = '{name}'"):
+    if not list_versions(name):
         client.delete_registered_model(name)
 
 
@@ -232,25 +232,25 @@ def list_versions(name: str | None = None) -> list[RegisteredVersion]:
             print(version.name, version.version, version.aliases, version.tags.get("quality"))
     """
     client = connect()
-    found = []
-    for model in _all_of(client.search_registered_models):
-        if name not in (None, model.name):
-            continue
-        versions = _all_of(client.search_model_versions, f"name = '{model.name}'")
-        for version in sorted(versions, key=lambda version: -int(version.version)):
-            number = str(version.version)
-            found.append(
-                RegisteredVersion(
-                    name=model.name,
-                    version=number,
-                    aliases=sorted(alias for alias, aliased in model.aliases.items() if str(aliased) == number),
-                    run_id=version.run_id,
-                    created_unix_s=version.creation_timestamp / 1000,
-                    description=version.description or "",
-                    tags=dict(version.tags),
-                )
-            )
-    return found
+    models = {model.name: model for model in _all_of(client.search_registered_models) if name in (None, model.name)}
+    # all at once and without a filter: a name with a quote cannot be written in a filter
+    found = [version for version in _all_of(client.search_model_versions) if version.name in models]
+    order = {model: place for place, model in enumerate(models)}
+    found.sort(key=lambda version: (order[version.name], -int(version.version)))
+    return [_registered_version(models[version.name], version) for version in found]
+
+
+def _registered_version(model: Any, version: Any) -> RegisteredVersion:
+    number = str(version.version)
+    return RegisteredVersion(
+        name=model.name,
+        version=number,
+        aliases=sorted(alias for alias, aliased in model.aliases.items() if str(aliased) == number),
+        run_id=version.run_id,
+        created_unix_s=version.creation_timestamp / 1000,
+        description=version.description or "",
+        tags=dict(version.tags),
+    )
 
 
 def _all_of(search: Callable[..., Any], *query: str) -> Iterator[Any]:

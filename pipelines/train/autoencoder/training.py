@@ -18,6 +18,7 @@ from patchloom.platform.records.autoencoder_run import AutoencoderRunCard, Autoe
 from patchloom.platform.records.run import RUN_FILE, ProgressLine, RunCard
 from patchloom.platform.tracking.client import require_reachable
 from patchloom.platform.tracking.forwarder import MlflowForwarder
+from patchloom.platform.tracking.names import check_name
 from patchloom.platform.tracking.registry import describe_version, register_folder
 from patchloom.platform.tracking.runs import begin_run, end_run, log_artifacts, log_dataset, log_metrics
 
@@ -71,6 +72,8 @@ def train_autoencoder(
         print(trained.model, trained.psnr_db)
     """
     settings, init_from = settings or AutoencoderSettings(), None
+    if register is not None:
+        check_name(register)
     rows = open_dataset(dataset)
     if settings.init_from is not None:
         init_from, settings = _find_init_from(settings.init_from, settings)
