@@ -57,13 +57,11 @@ def _speeds(lines: list[ProgressLine]) -> list[Number]:
     for size in sorted(set().union(*by_size), key=int, reverse=True):
         rate = median(rates[size] for rates in by_size if size in rates)
         speeds.append(Number(f"images/s of {size} x {size}", f"{rate:,.0f}"))
-    last = measured[-1]
-    peak = f"{last.peak_flops_per_second / 1e12:,.3g} TFLOP/s ({last.peak_flops_source})"
-    shares = {
-        "model_flops_utilisation": f"model FLOPs utilisation, of {peak}",
-        "straggler_loss": "straggler loss",
-        "data_wait_share": "waiting for data",
-    }
+    if compared := [line for line in measured if line.has_utilisation]:
+        peak = f"{compared[-1].peak_flops_per_second / 1e12:,.3g} TFLOP/s ({compared[-1].peak_flops_source})"
+        share = median(line.model_flops_utilisation for line in compared)
+        speeds.append(Number(f"model FLOPs utilisation, of {peak}", f"{share:.1%}"))
+    shares = {"straggler_loss": "straggler loss", "data_wait_share": "waiting for data"}
     speeds += [Number(name, f"{median(line[key] for line in measured):.1%}") for key, name in shares.items()]
     return [*speeds, Number("peak memory", f"{max(line.peak_memory_bytes for line in measured) / 2**30:,.2f} GiB")]
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from pydantic import JsonValue
 
-from patchloom.pipelines.tune.ranking import HELD_OUT_LOSS, RankedSetting, ranked
+from patchloom.pipelines.tune.ranking import HELD_OUT_LOSS, RankedSetting, mean_of, ranked
 from patchloom.platform.recipe.search import SCHEDULE_KEY
 from patchloom.platform.records.run import ProgressLine, read_progress
 from patchloom.platform.records.search import TrialRow
@@ -162,14 +162,33 @@ def proxy_correlations(
 
 
 def recommendation(order: Sequence[RankedSetting], budget: str) -> str:
-    """The best setting in one sentence, with its evidence: seeds, budget, and the lead over the second."""
+    """The best setting in two sentences: its evidence (seeds, budget, lead over the second), and its cost."""
     best = order[0]
-    text = f"Take {best.title}: {METRIC_TITLES[best.metric]} {best.value_of_n()} with {budget} per trial"
+    text = f"Take {best.title}: {METRIC_TITLES[best.metric]} {best.value_of_n()} with a budget of {budget} per trial"
     if len(order) == 1:
-        return f"{text}; no other setting finished."
+        return f"{text}; no other setting finished. {cost_of_best(order)}".strip()
+    return f"{text}{_evidence(order)} {cost_of_best(order)}".strip()
+
+
+def cost_of_best(order: Sequence[RankedSetting]) -> str:
+    """What the trials of the best setting spent, also compared with the second and the cheapest setting."""
+    best, rest = order[0], order[1:]
+    images, flops = mean_of(best.trials, "images_seen"), mean_of(best.trials, "flops")
+    if not images or not flops:
+        return ""
+    text = f"It spent {images:,.0f} counted images and {flops / 1e12:,.4g} TFLOP per trial"
+    costs = [(cost, setting.title) for setting in rest if (cost := mean_of(setting.trials, "flops"))]
+    compared = dict.fromkeys([*costs[:1], *sorted(costs)[:1]])  # the second and the cheapest may be the same
+    ratios = [f"{flops / cost:.2g} times the FLOPs of {title}" for cost, title in compared]
+    return f"{text}: {' and '.join(ratios)}." if ratios else f"{text}."
+
+
+def _evidence(order: Sequence[RankedSetting]) -> str:
+    """How far the best setting is ahead of the second, and whether its seeds decide that."""
+    best = order[0]
     second = order[1]
     gap = second.mean - best.mean
-    text += f", {gap:.4f} ahead of {second.title}"
+    text = f", {gap:.4f} ahead of {second.title}"
     error = _error_of_difference(best, second)
     if error is None:
         return f"{text}. Each setting has one seed, so this may be chance: repeat the first few with `repeats`."

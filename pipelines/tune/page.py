@@ -20,7 +20,7 @@ from patchloom.pipelines.tune.frontier import (
     compare_at_equal_cost,
     held_out_curve,
 )
-from patchloom.pipelines.tune.ranking import HELD_OUT_LOSS, RankedSetting, ranked, setting_title, short_value
+from patchloom.pipelines.tune.ranking import HELD_OUT_LOSS, RankedSetting, mean_of, ranked, setting_title, short_value
 from patchloom.platform.files.storage import write_atomic
 from patchloom.platform.progress import clock
 from patchloom.platform.recipe.search import Search
@@ -53,9 +53,8 @@ def _mean_column(title: str, field: str, pattern: str, unit: float = 1.0) -> Col
     """The mean of a field of `TrialRow`, empty where a trial does not have it."""
 
     def text(trials: Sequence[TrialRow]) -> str:
-        values = [trial.value_of(field) for trial in trials]
-        known = [value for value in values if value is not None]
-        return pattern.format(mean(known) / unit) if known and len(known) == len(values) else ""
+        value = mean_of(trials, field)
+        return "" if value is None else pattern.format(value / unit)
 
     return Column(title, text)
 
@@ -94,7 +93,7 @@ def search_section(folder: Path) -> Markup:
     return render(
         "search.html",
         recommendation=frontier.recommendation(order, _budget(search)),
-        counts=_counts(trials, order),
+        counts=[*_counts(trials, order), *_spent_per_trial(trials, _budget(search))],
         method=_method(search),
         frontier=plots.frontier_plot(folder, trials, search.metric),
         comparisons=[_shown_comparison(by, comparison) for by, comparison in comparisons.items()],
@@ -129,6 +128,20 @@ def _counts(trials: Sequence[TrialRow], order: Sequence[RankedSetting]) -> list[
         Number("TFLOP spent", f"{sum(trial.flops or 0.0 for trial in trials) / 1e12:,.2f}"),
         Number("time of trials", clock(sum(trial.seconds or 0.0 for trial in trials))),
     ]
+
+
+def _spent_per_trial(trials: Sequence[TrialRow], budget: str) -> list[Number]:
+    """The range of what finished trials spent. Whole updates of random sizes meet a budget only on average."""
+    finished = [trial for trial in trials if trial.status == "finished"]
+    images, tflop = [trial.images_seen for trial in finished], [(trial.flops or 0.0) / 1e12 for trial in finished]
+    return [
+        Number(f"counted images per trial (budget: {budget})", _range(f"{min(images):,}", f"{max(images):,}")),
+        Number("TFLOP per trial", _range(f"{min(tflop):,.3g}", f"{max(tflop):,.3g}")),
+    ]
+
+
+def _range(low: str, high: str) -> str:
+    return low if low == high else f"{low} to {high}"
 
 
 def _method(search: Search) -> list[str]:

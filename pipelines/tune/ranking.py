@@ -43,6 +43,12 @@ class RankedSetting:
         return self.value() + ("" if self.spread is None else f" (n = {len(self.trials)})")
 
 
+def mean_of(trials: Sequence[TrialRow], field: str) -> float | None:
+    """The mean of a field of `TrialRow` over trials; None where a trial does not have it."""
+    known = [value for trial in trials if (value := trial.value_of(field)) is not None]
+    return mean(known) if known and len(known) == len(trials) else None
+
+
 def ranked(trials: Sequence[TrialRow], metric: str = HELD_OUT_LOSS) -> list[RankedSetting]:
     """Settings that have a finished trial, best first.
 

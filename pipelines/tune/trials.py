@@ -13,13 +13,14 @@ from pydantic import JsonValue
 from patchloom.errors import UserError
 from patchloom.models.backbones import allow_backbones, allowed_backbones
 from patchloom.pipelines.train.mlflow_run import end_tracking, ensure_mlflow_run
-from patchloom.pipelines.train.training import train
+from patchloom.pipelines.train.run import step_settings
+from patchloom.pipelines.train.training import ShowLine, train
 from patchloom.pipelines.tune.planning import Trial, recipe_of_setting, trial_recipe
 from patchloom.platform.compute.session import quiet_environment
 from patchloom.platform.compute.tuner import AshaSettings, OptunaSettings
 from patchloom.platform.dataset.prepared import Dataset, open_dataset
 from patchloom.platform.files.folder import Folder
-from patchloom.platform.files.storage import make_folder, write_json
+from patchloom.platform.files.storage import locked, make_folder, write_json
 from patchloom.platform.recipe.run_recipe import Recipe, load_recipe
 from patchloom.platform.recipe.search import Search
 from patchloom.platform.records.run import ProgressLine, RunCard, read_progress
@@ -34,6 +35,7 @@ TABLE_FIELDS = {
 }  # fmt: skip
 BUDGET_PERCENT = "budget_percent"  # spent share of the trial's own budget, by which asha compares trials
 BEFORE_END_PERCENT = 99.9  # asha stops a trial at 100 %, before it has written its model
+STOPPED_PROCESS_WAIT_S = 60.0
 
 
 @dataclass(frozen=True)
@@ -157,6 +159,8 @@ def row_of_ended_trial(job: TrialJob, problem: str | None) -> TrialRow:
         return read_trial(folder)
     if problem is not None:
         return job.row("failed", error=problem)
+    if _took_all_steps(job):
+        return _finish(job)
     find_run = functools.partial(ensure_mlflow_run, folder, Folder.at(folder), job.shared.parent_run)
     with MlflowForwarder(folder, find_run, lambda _: None):
         pass  # sends the lines that were left when the process was stopped
@@ -164,10 +168,32 @@ def row_of_ended_trial(job: TrialJob, problem: str | None) -> TrialRow:
     return job.row("stopped", **last_numbers(folder), run_id=RunCard.read(folder).run_id)
 
 
+def _took_all_steps(job: TrialJob) -> bool:
+    """Whether a trial was stopped after its last step, when only its model and its row were left to write."""
+    lines = read_progress(job.folder)
+    if not lines:
+        return False
+    recipe, resolution = load_recipe(job.folder / "recipe.yaml"), open_dataset(job.shared.dataset).card.resolution
+    return lines[-1].step >= step_settings(recipe, resolution).updates
+
+
+def _finish(job: TrialJob) -> TrialRow:
+    """Write what a trial left to write: its model and its row."""
+    folder = job.folder
+    try:
+        with locked(folder, wait_s=STOPPED_PROCESS_WAIT_S):
+            pass  # its process has ended
+        row = _row_of_training(job, load_recipe(folder / "recipe.yaml"), lambda _: None)
+    except UserError as error:
+        row = job.row("failed", error=str(error))
+    write_json(folder / TRIAL_FILE, row.to_dict())
+    return row
+
+
 def _trained(job: TrialJob, folder: Path) -> TrialRow:
     from ray import tune as ray_tune
 
-    shared, search = job.shared, job.shared.search
+    search = job.shared.search
     if job.problem:
         raise UserError(job.problem)
     recipe = job.recipe or _adaptive_recipe(job, folder)
@@ -177,17 +203,26 @@ def _trained(job: TrialJob, folder: Path) -> TrialRow:
             percent = min(BEFORE_END_PERCENT, 100 * line.images_seen / recipe.train.images)
             ray_tune.report({search.metric: line[search.metric], BUDGET_PERCENT: percent})
 
-    began = time.monotonic()
+    return _row_of_training(job, recipe, show)
+
+
+def _row_of_training(job: TrialJob, recipe: Recipe, show: ShowLine) -> TrialRow:
+    """Train a trial to its end, from its newest checkpoint if it has one."""
+    shared, began = job.shared, time.monotonic()
     result = train(
         recipe,
         shared.dataset,
-        str(folder),
+        str(job.folder),
         workers=shared.workers,
         resume=True,
         parent_run=shared.parent_run,
         show=show,
     )
-    return job.row("finished", **last_numbers(folder), seconds=time.monotonic() - began, run_id=result.run_id)
+    seconds = time.monotonic() - began
+    row = job.row("finished", **last_numbers(job.folder), seconds=seconds, run_id=result.run_id)
+    if row.value_of(shared.search.metric) is None:
+        raise UserError(f"{shared.search.metric} was not measured in {job.folder}; its messages say why")
+    return row
 
 
 def _adaptive_recipe(job: TrialJob, folder: Path) -> Recipe:

@@ -17,6 +17,7 @@ from patchloom.pipelines.evaluate.evaluation import evaluate
 from patchloom.pipelines.registry.registering import register
 from patchloom.pipelines.sample.sampling import sample
 from patchloom.pipelines.train.mlflow_run import end_tracking
+from patchloom.pipelines.tune.frontier import cost_of_best
 from patchloom.pipelines.tune.page import write_search_page
 from patchloom.pipelines.tune.planning import Trial, check_space, full_length_recipe, plan_trials, search_flops
 from patchloom.pipelines.tune.ranking import RankedSetting, ranked, setting_title
@@ -130,6 +131,8 @@ def tune(
             page = write_search_page(folder, folder / "report.html")
             log_artifacts(run_id, folder / TRIALS_FILE, folder / "best.yaml", page)
     say(f"  best of {len(order)} settings: {order[0].title}, {definition.metric} {order[0].value_of_n()}")
+    if cost := cost_of_best(order):
+        say(f"  {cost}")
     say(f"  open {page}")
     if register_best:
         register(str(folder / "trials" / order[0].best.name), register_best)

@@ -79,6 +79,11 @@ class ProgressLine(Record):
     held_out_loss_by_sigma: dict[str, float] = Field(default_factory=dict)
     time_unix_s: float = 0.0
 
+    @property
+    def has_utilisation(self) -> bool:
+        """Whether the peak FLOP/s of the devices is known, and not below the rate of the run."""
+        return 0 < self.model_flops_utilisation <= 1
+
     def append_to(self, folder: Path) -> None:
         """Add the line to a run's `progress.jsonl`."""
         with (folder / PROGRESS_FILE).open("a") as file:

@@ -43,7 +43,7 @@ class SpeedHook(Hook):
         steps = state.step - self._step_before
         crops = [now - before for now, before in zip(state.crops_by_size, self._crops_before, strict=True)]
         flops_per_second = run.flops_of(crops) / seconds
-        return {
+        fields: LineFields = {
             "images_per_second": sum(crops) / seconds,
             "updates_per_second": steps / seconds,
             "flops_per_second": flops_per_second,
@@ -53,6 +53,20 @@ class SpeedHook(Hook):
             "straggler_loss": waits["straggler"] / seconds,
             "eta_seconds": (run.settings.updates - state.step) * seconds / max(steps, 1),
             "peak_memory_bytes": self._peak_memory(),
+        }
+        return fields | self._utilisation(flops_per_second)
+
+    def _utilisation(self, flops_per_second: float) -> LineFields:
+        """The share of the peak, and the peak; nothing where the peak is too low. All workers must call this together.
+
+        A peak that was measured while the machine was busy can be below the rate of the run. It is measured again.
+        """
+        if self.run.worker.any(flops_per_second > self._peak_flops):
+            peak, self._peak_source = _peak_of_all_workers(self.run)
+            self._peak_flops = max(peak, self._peak_flops)
+        if flops_per_second > self._peak_flops:
+            return {}
+        return {
             "model_flops_utilisation": flops_per_second / self._peak_flops,
             "peak_flops_per_second": self._peak_flops,
             "peak_flops_source": self._peak_source,

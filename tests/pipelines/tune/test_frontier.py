@@ -14,6 +14,7 @@ from patchloom.pipelines.tune.frontier import (
     ProxyCorrelation,
     compare_at_equal_cost,
     compared_with_paper,
+    cost_of_best,
     held_out_curve,
     importance,
     pareto_front,
@@ -124,6 +125,31 @@ def test_recommendation_gives_seeds_budget_and_standard_error() -> None:
     )  # sqrt(.0141^2 / 2 + .0212^2 / 2)
     assert "standard error" not in recommendation(ranked(clear[::2]), "b")  # one seed each
     assert "ahead of" not in recommendation(ranked(clear[:1]), "b")
+
+
+def test_recommendation_states_its_cost_and_the_page_what_each_trial_spent(tmp_path: Path) -> None:
+    spent = {1.0: (608, 5e12, 0.1), 0.5: (704, 2e12, 0.2), 0.25: (688, 1e12, 0.3)}
+    rows = [
+        trial(f"{n:03d}", {"patches.p": p}, loss, images_seen=images, flops=flops)
+        for n, (p, (images, flops, loss)) in enumerate(spent.items())
+    ]
+    text = recommendation(ranked(rows), "600 images")
+    assert "608 counted images and 5 TFLOP" in text
+    assert "2.5 times the FLOPs of p 0.5 and 5 times the FLOPs of p 0.25" in text
+    assert cost_of_best(ranked(rows[:2])).count("2.5 times") == 1  # the second is the cheapest
+    assert cost_of_best(ranked([rows[0].model_copy(update={"flops": None})])) == ""
+    search = {"space": {"patches.p": {"grid": [1.0, 0.5, 0.25]}}, "budget": {"images": 600}, "name": "spent",
+              "recipe": "base.yaml"}  # fmt: skip
+    write_json(tmp_path / "search.json", {"format_version": 2, "kind": "search", "run_id": "0", "images": [],
+                                          "search": search, "dataset_fingerprint": "a"})  # fmt: skip
+    write_trials(tmp_path, rows)
+    for row in rows:
+        (tmp_path / "trials" / row.name).mkdir(parents=True)
+        write_progress(tmp_path / "trials" / row.name, [line(row.images_seen, row.held_out_loss or 0.0)])
+    page = str(search_section(tmp_path))
+    assert "608 to 704" in page and "budget: 600 images" in page and "1 to 5" in page
+    for images in ("608", "704", "688"):  # in the table of settings
+        assert f"<td>{images}</td>" in page
 
 
 @pytest.mark.parametrize(
