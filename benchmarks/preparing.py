@@ -166,7 +166,7 @@ class TimedPreparation(PrepareJob):
     worker = TimedShardMaker
 
     def __init__(self, archive: Path, scratch: Path, shard_rows: int) -> None:
-        preparation = plan_images(str(archive), None, Transform(SIDE), None, "fp32")
+        preparation = plan_images(str(archive), None, None, Transform(SIDE), None, "fp32")
         super().__init__(Folder(str(scratch)), preparation.with_shards(shard_rows))
         self.head_start_s, self.timings = 0.0, list[TimedShard]()
 

@@ -175,6 +175,7 @@ class ModelCard(Card):
         normalisation: the map from stored values to the network's.
         autoencoder: the decoder of a latent model.
         class_names: names of the classes, in the order of their numbers.
+        empty_classes: numbers of classes without training images. None if there are none.
         label_dropout: share of labels that training dropped. Guidance needs more than 0.
         patches: how the model was trained on patches. None for imports.
         imported_from: the imported file. None for trained models.
@@ -194,6 +195,7 @@ class ModelCard(Card):
     normalisation: Normalisation = field(metadata={"key": "space", "card": Normalisation})
     autoencoder: AutoencoderCard | None = field(metadata={"card": AutoencoderCard}, default=None)
     class_names: tuple[str, ...] = ()
+    empty_classes: tuple[int, ...] | None = None
     label_dropout: float = 0.0
     patches: PatchesCard | None = field(metadata={"card": PatchesCard}, default=None)
     imported_from: ImportCard | None = field(metadata={"card": ImportCard}, default=None)
@@ -204,6 +206,11 @@ class ModelCard(Card):
     average: AverageCard | None = field(metadata={"card": AverageCard}, default=None)
     tied: Mapping[str, str] | None = None
     weights_sha256: str = ""
+
+    @property
+    def sampled_classes(self) -> list[int]:
+        """The numbers of the classes that are sampled by default: those with training images."""
+        return [number for number in range(self.denoiser.classes) if number not in (self.empty_classes or ())]
 
 
 @dataclass(frozen=True, kw_only=True)

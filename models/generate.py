@@ -1,5 +1,6 @@
 """Generation: images from seeds. The image of a seed does not depend on the other images of its batch."""
 
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from patchloom.models.step import one_hot
 
 SAMPLERS: dict[str, Callable[..., Tensor]] = {name: getattr(samplers, name.replace("-", "_")) for name in SAMPLER_NAMES}
 IMAGE_CHANNELS = 3  # of what an autoencoder decodes
+PLAIN_NUMBER = re.compile(r"-1|0|[1-9][0-9]{0,8}")  # not 07, which may be a name
 CLASSES_IN_ERRORS = 20  # class names that an error lists
 
 
@@ -145,12 +147,13 @@ def generate(
     return to_pixels(x, model.normalisation, model.autoencoder)
 
 
-def class_number(label: int | str | None, class_names: Sequence[str]) -> int:
+def class_number(label: int | str | None, class_names: Sequence[str], texts_are_names: bool = False) -> int:
     """The number of a class.
 
     Args:
-        label: name or number of the class; None, "" or -1 for no class.
+        label: number of the class, or its name; None, "" or -1 for no class.
         class_names: names of the model's classes.
+        texts_are_names: a text is always a name. Otherwise "7" is the class 7 if no class has this name.
 
     Returns:
         The number, or -1 for no class.
@@ -158,20 +161,28 @@ def class_number(label: int | str | None, class_names: Sequence[str]) -> int:
     Raises:
         ValueError: the model has no such class.
     """
-    if label in (None, "", -1, "-1"):
+    if label in (None, ""):
         return -1
-    if str(label) in class_names:
-        return class_names.index(str(label))
-    if str(label).isdigit() and int(str(label)) < len(class_names):
-        return int(str(label))
+    if isinstance(label, str) and label in class_names:
+        return class_names.index(label)
+    if isinstance(label, str) and PLAIN_NUMBER.fullmatch(label) and not texts_are_names:
+        label = int(label)
+    if isinstance(label, int) and -1 <= label < len(class_names):
+        return label
     known = ", ".join(class_names[:CLASSES_IN_ERRORS]) or "none, it has no classes"
     known += ", ..." if len(class_names) > CLASSES_IN_ERRORS else ""
     raise ValueError(f"is not a class of this model: it knows {known}")
 
 
-def default_labels(seeds: list[int], classes: int) -> list[int]:
-    """Cycle through the classes by seed, so that consecutive seeds are balanced; -1 for a model without classes."""
-    return [seed % classes if classes else -1 for seed in seeds]
+def default_labels(seeds: list[int], classes: int | Sequence[int]) -> list[int]:
+    """Cycle through the classes by seed, so that consecutive seeds are balanced; -1 if there are none.
+
+    Args:
+        seeds: the seeds.
+        classes: the number of classes, or the numbers of the classes to sample.
+    """
+    numbers = range(classes) if isinstance(classes, int) else classes
+    return [numbers[seed % len(numbers)] if numbers else -1 for seed in seeds]
 
 
 def generate_padded(

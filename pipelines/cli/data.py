@@ -70,6 +70,12 @@ def prepare(
     channels: Annotated[int, typer.Option(help="Colour channels: 3 for RGB, 1 for grey")] = 3,
     min_side: Annotated[int, typer.Option(min=0, help="Skip images whose shorter side has fewer pixels than this")] = 0,
     labels: LabelsFile = None,
+    image_member: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ENDING", help="WebDataset: which member is the image, such as input.png  [default: the only image]"
+        ),
+    ] = None,
     autoencoder: EncodeWith = None,
     precision: Annotated[str, typer.Option(help="Arithmetic of the encoder: fp32 or bf16")] = "fp32",
     mirror: Annotated[bool, typer.Option("--mirror", help="With latents: encode mirror images too")] = False,
@@ -84,8 +90,8 @@ def prepare(
 
     prepare(
         source, dataset, resolution=resolution, crop=crop, resize=resize, channels=channels, min_side=min_side,
-        labels=labels, autoencoder=autoencoder, precision=precision, mirror=mirror, short_side=short_side,
-        stride=stride, workers=workers,
+        labels=labels, image_member=image_member, autoencoder=autoencoder, precision=precision, mirror=mirror,
+        short_side=short_side, stride=stride, workers=workers,
     )  # fmt: skip
 
 

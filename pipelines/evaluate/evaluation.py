@@ -68,6 +68,9 @@ def evaluate(
     measured = open_images(samples)
     statistics = read_statistics(reference) if reference.endswith(".npz") else {}
     compared = _reference_images(reference, bool(statistics))
+    for images in filter(None, (measured, compared)):
+        if images.skipped:
+            say(f"  {len(images.skipped):,} files in {images.address} cannot be read, such as {images.skipped[0]}")
     check_pair(measured, compared)
     network = load_features(features if metrics is None or _outputs(metrics) else COLOUR_FEATURES)
     available = _Available(network, compared is not None, frozenset(statistics))

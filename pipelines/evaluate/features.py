@@ -192,6 +192,7 @@ class FeatureMakerArgument:
     """What a worker needs to compute features. `images` and `features` are addresses that work on any node."""
 
     images: str
+    skipped: tuple[str, ...]
     features: str
     sha256: str
     outputs: tuple[str, ...]
@@ -204,7 +205,7 @@ class FeatureMaker:
 
     def __init__(self, argument: FeatureMakerArgument) -> None:
         allow_backbones(*argument.backbones)
-        self.argument, self.images = argument, open_images(argument.images)
+        self.argument, self.images = argument, open_images(argument.images, argument.skipped)
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         self.features = load_features(argument.features, self.device)
         if self.features.sha256 != argument.sha256:
@@ -242,7 +243,7 @@ class FeatureJob(Job[RowRange, dict[str, bytes]]):
         self.title, self.total = f"features of {images.kind}", len(images)
         self.features_folder = _folder(images, features)
         self.argument = FeatureMakerArgument(
-            images.address, reference, features.sha256, outputs, batch, allowed_backbones()
+            images.address, images.skipped, reference, features.sha256, outputs, batch, allowed_backbones()
         )
 
     def missing(self) -> list[RowRange]:

@@ -8,14 +8,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 
 from patchloom.errors import UserError
+from patchloom.pipelines.prepare.images import decode, is_grey
 from patchloom.pipelines.sample.folder import SAMPLING_CARD, read_entries, read_samples, read_sampling_card
+from patchloom.platform.dataset.listing import is_hidden, is_image
 from patchloom.platform.dataset.prepared import CARD as DATASET_CARD
 from patchloom.platform.dataset.prepared import open_dataset
 from patchloom.platform.dataset.readers import npz_images
-from patchloom.platform.dataset.sources import IMAGE_EXTENSIONS
 from patchloom.platform.files.folder import Folder
 from patchloom.platform.files.storage import file_sha256, local_path
 
@@ -44,6 +44,7 @@ class ImageSet(ABC):
     ranges: list[RowRange]
     fingerprint: str  # of all images in their order
     size: tuple[int, int, int]  # channels, height, width
+    skipped: tuple[str, ...] = ()  # names of files that cannot be read
 
     def __len__(self) -> int:
         return self.ranges[-1].stop if self.ranges else 0
@@ -174,37 +175,59 @@ class ArrayImages(ImageSet):
 
 
 class PngImages(ImageSet):
-    """A folder of PNG files, in the order of their names."""
+    """A folder of PNG files, in the order of their names, decoded as `patchloom prepare` does."""
 
     kind = "pictures"
 
-    def __init__(self, folder: Path, files: list[Path]) -> None:
-        self.address, self.files = str(folder), files
-        self.ranges = _ranges([file_sha256(path) for path in files])
+    def __init__(self, folder: Path, files: list[Path], skipped: tuple[str, ...] | None) -> None:
+        self.address, self.folder = str(folder), folder
+        names = [file.relative_to(folder).as_posix() for file in files]
+        self.skipped = tuple(name for name in names if not self._can_be_read(name)) if skipped is None else skipped
+        self.names = [name for name in names if name not in self.skipped]
+        self.ranges = _ranges([file_sha256(folder / name) for name in self.names])
         self.fingerprint = _sha256(*(rows.sha256 for rows in self.ranges))
-        self.size = self._decoded(files[0]).shape
+        self.size = self._decoded(self.names[0]).shape if self.names else (0, 0, 0)
 
     def read(self, start: int, stop: int) -> np.ndarray:
         """Rows in the order of the file names."""
-        images = [self._decoded(path) for path in self.files[start:stop]]
-        for path, image in zip(self.files[start:stop], images, strict=True):
+        images = [self._decoded(name) for name in self.names[start:stop]]
+        for name, image in zip(self.names[start:stop], images, strict=True):
             if image.shape != self.size:
-                found, wanted = (f"{shape[2]}x{shape[1]}" for shape in (image.shape, self.size))
-                raise UserError(f"{path} is {found}, but {self.files[0].name} is {wanted}: all images need one size")
+                found, wanted = _size_text(image.shape), _size_text(self.size)
+                raise UserError(
+                    f"{self.folder / name} has {found}, and {self.names[0]} has {wanted}: all images need one size "
+                    "and one number of channels"
+                )
         return np.stack(images)
 
-    @staticmethod
-    def _decoded(path: Path) -> Any:
+    def _can_be_read(self, name: str) -> bool:
         try:
-            with Image.open(path) as image:
-                pixels = np.asarray(image if image.mode in ("L", "RGB") else image.convert("RGB"))
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-            raise UserError(f"{path} cannot be read ({error}): remove or replace it") from None
+            self._decoded(name)
+        except UserError:
+            return False
+        return True
+
+    def _decoded(self, name: str) -> Any:
+        """(C, H, W) uint8, one channel for grey."""
+        try:
+            content = (self.folder / name).read_bytes()
+            pixels = np.asarray(decode(content, 1 if is_grey(content) else 3))
+        except Exception as error:  # Pillow raises many types
+            raise UserError(f"{self.folder / name} cannot be read ({error}): remove or replace it") from None
         return pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
 
 
-def open_images(address: str) -> ImageSet:
+def _size_text(size: tuple[int, ...]) -> str:
+    """`32x32 pixels in 3 channels`, width first."""
+    return f"{size[2]}x{size[1]} pixels in {size[0]} channel{'s' * (size[0] != 1)}"
+
+
+def open_images(address: str, skipped: tuple[str, ...] | None = None) -> ImageSet:
     """Open samples, a prepared dataset, an `.npz`, or a folder of PNG files.
+
+    Args:
+        address: where the images are.
+        skipped: names of files of a folder that cannot be read. None: find them, which reads every file.
 
     Raises:
         UserError: the address contains something else. JPEG files are refused: compression would change the metrics.
@@ -219,7 +242,8 @@ def open_images(address: str) -> ImageSet:
     path = local_path(address)
     if not path.is_dir():
         raise UserError(f"{path} does not exist: give a folder of `patchloom sample`, a prepared dataset or an .npz")
-    files = sorted(file for file in path.rglob("*") if file.suffix.lower() in IMAGE_EXTENSIONS and file.is_file())
+    names = [name for name in Folder.at(address).files(follow_links=True) if is_image(name) and not is_hidden(name)]
+    files = [path / name for name in names]
     lossy = [file for file in files if file.suffix.lower() != ".png"]
     if lossy:
         raise UserError(
@@ -228,7 +252,7 @@ def open_images(address: str) -> ImageSet:
         )
     if not files:
         raise UserError(f"{path} contains no samples: give a folder of samples, a prepared dataset or an .npz")
-    return PngImages(path, files)
+    return PngImages(path, files, skipped)
 
 
 def check_pair(samples: ImageSet, reference: ImageSet | None) -> None:
@@ -239,9 +263,15 @@ def check_pair(samples: ImageSet, reference: ImageSet | None) -> None:
             raise UserError(f"{images.address} contains {count}; a distance needs at least 2: sample more seeds")
         if images.size[0] not in (1, 3):
             raise UserError(f"{images.address} has {images.size[0]} channels, not 1 (grey) or 3 (RGB)")
-    if reference is not None and samples.size[1:] != reference.size[1:]:
+    if reference is None:
+        return
+    if samples.size[1:] != reference.size[1:]:
         found, wanted = (f"{width}x{height}" for _, height, width in (samples.size, reference.size))
         raise UserError(f"the samples are {found} and the reference is {wanted}: give a reference of the same size")
+    fewest = min(samples, reference, key=lambda images: images.size[0])
+    if samples.size[0] != reference.size[0] and fewest.kind != PngImages.kind:  # grey files may be anything in grey
+        found, wanted = (f"{images.address} has {images.size[0]}" for images in (samples, reference))
+        raise UserError(f"{found} and {wanted} channels: prepare the reference with the --channels of the samples")
 
 
 def _ranges(sha256s: list[str]) -> list[RowRange]:

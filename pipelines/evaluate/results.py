@@ -80,7 +80,7 @@ def write_result(evaluation: Evaluation, sets: ComparedSets, address: str) -> Ev
     images = sets.samples.images
     with tempfile.TemporaryDirectory() as scratch:
         place = Path(scratch) / name
-        pictures = _write_pictures(sets, place)
+        pictures = _drawn_pictures(sets, place)
         result = EvaluationResult(
             metrics=evaluation.metrics,
             identity=evaluation.identity,
@@ -96,6 +96,15 @@ def write_result(evaluation: Evaluation, sets: ComparedSets, address: str) -> Ev
         if isinstance(images, SampleImages):
             record_evaluation(evaluation, images.sampling.lineage, [place, *pictures])
     return result
+
+
+def _drawn_pictures(sets: ComparedSets, place: Path) -> list[Path]:
+    """The pictures, or none of them with a message: they never cost the metrics."""
+    try:
+        return _write_pictures(sets, place)
+    except Exception as error:
+        say(f"  the pictures of neighbours cannot be drawn ({error})")
+        return []
 
 
 def _write_pictures(sets: ComparedSets, place: Path) -> list[Path]:
@@ -117,9 +126,14 @@ def _pictures(sets: ComparedSets) -> dict[str, list[np.ndarray]]:
     pairs = _nearest_pairs(neighbours.nearest_distance.cpu().numpy(), nearest)
     by_density = (-neighbours.density).argsort(stable=True).cpu().numpy()
     return {
-        "nearest": [samples.at(pairs), reference.at(nearest[pairs])],
+        "nearest": [as_rgb(samples.at(pairs)), as_rgb(reference.at(nearest[pairs]))],
         "density": [samples.at(by_density[:PICTURED_IMAGES]), samples.at(by_density[-PICTURED_IMAGES:])],
     }
+
+
+def as_rgb(images: np.ndarray) -> np.ndarray:
+    """(N, 1 or 3, H, W) images with 3 channels."""
+    return images.repeat(3, 1) if images.shape[1] == 1 else images
 
 
 def _nearest_pairs(distance: np.ndarray, nearest: np.ndarray) -> np.ndarray:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from patchloom.errors import UserError
 from patchloom.platform.files.copies import local_copy
 from patchloom.platform.files.folder import Folder, is_remote
-from patchloom.platform.files.storage import local_path
+from patchloom.platform.files.storage import local_path, read_json
 from patchloom.platform.tracking.registry import fetch_model
 
 if TYPE_CHECKING:
@@ -39,6 +39,12 @@ def fetch_autoencoder(reference: str) -> "tuple[Path, AutoencoderCard]":
     else:
         folder, resolved = local_copy(reference), Folder.at(reference).name  # the path differs between machines
     return folder, replace(load_autoencoder(folder).describe(), reference=resolved)
+
+
+def image_channels(folder: Path) -> int:
+    """The channels of the images that the autoencoder in a folder encodes."""
+    config = folder / "config.json"
+    return int(read_json(config).get("in_channels", 3)) if config.is_file() else 3
 
 
 def _from_hub(name: str) -> tuple[Path, str]:

@@ -18,7 +18,9 @@ FILTERS = {
 }
 MODES = {1: "L", 3: "RGB"}
 IN_SRGB = {"RGB": "RGB", "RGBA": "RGBA", "CMYK": "RGB", "L": "RGB"}  # the mode after the colour profile is applied
-SIXTEEN_BITS = ("I;16", "I;16L", "I;16B", "I;16N", "I")
+SIXTEEN_BITS = ("I;16", "I;16L", "I;16B", "I;16N")
+GREY_MODES = ("1", "L", "LA", "La", "I", "F", *SIXTEEN_BITS)
+PHOTOMETRIC, WHITE_IS_ZERO = 262, 0  # a tag of TIFF and its value
 MOST_PIXELS = Image.MAX_IMAGE_PIXELS or 0  # Pillow itself only warns up to twice as many
 ORIENTATIONS = {
     "exif",
@@ -149,6 +151,12 @@ def size_of(content: bytes | np.ndarray) -> tuple[int, int]:
         return _upright(image).size
 
 
+def is_grey(content: bytes) -> bool:
+    """Whether an encoded image has no colours, read from the header."""
+    with _opened(content) as image:
+        return image.mode in GREY_MODES
+
+
 def _opened(content: bytes) -> Image.Image:
     """Read the header of an image; raises ValueError for more pixels than Pillow allows without a warning."""
     with contextlib.suppress(Image.DecompressionBombWarning):  # an exception if warnings are errors
@@ -196,9 +204,8 @@ def _transform_to_srgb(profile: bytes, mode: str) -> Any:
 
 def _eight_bits(image: Image.Image, channels: int) -> Image.Image:
     """Convert any mode of Pillow to 8-bit RGB or grey."""
-    if image.mode in SIXTEEN_BITS:
-        values = np.asarray(image).astype(np.float64)
-        image = Image.fromarray(np.rint(values.clip(0, 65535) / 257).astype(np.uint8))
+    if image.mode in SIXTEEN_BITS or image.mode == "I":
+        image = Image.fromarray(_from_integers(image))
     elif image.mode == "F":
         image = Image.fromarray(_from_floats(np.asarray(image)))
     if "transparency" in image.info or image.mode in ("RGBA", "LA", "PA", "La", "RGBa"):
@@ -207,6 +214,17 @@ def _eight_bits(image: Image.Image, channels: int) -> Image.Image:
         image = Image.alpha_composite(white, layer).convert("RGB")
     wanted = MODES[channels]
     return image if image.mode == wanted else image.convert(wanted)
+
+
+def _from_integers(image: Image.Image) -> np.ndarray:
+    """16 bits to 8. Integers of 32 bits have no known range, except in formats of at most 16 bits."""
+    if image.mode == "I" and image.format not in ("PNG", "PPM"):
+        raise ValueError("has 32-bit integer pixels, whose range is unknown")
+    values = np.asarray(image).astype(np.float64).clip(0, 65535)
+    if getattr(image, "tag_v2", {}).get(PHOTOMETRIC) == WHITE_IS_ZERO:  # Pillow inverts only 8 bits
+        values = 65535 - values
+    inverted: np.ndarray = np.rint(values / 257).astype(np.uint8)
+    return inverted
 
 
 def _from_floats(values: np.ndarray) -> np.ndarray:

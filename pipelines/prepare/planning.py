@@ -8,11 +8,11 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from patchloom.errors import UserError
-from patchloom.pipelines.prepare.encoders import fetch_autoencoder
+from patchloom.pipelines.prepare.encoders import fetch_autoencoder, image_channels
 from patchloom.pipelines.prepare.images import CROPS, FILTERS, MODES, Transform, decode, size_of
 from patchloom.platform.dataset.prepared import open_dataset
 from patchloom.platform.dataset.readers import SourceReader
-from patchloom.platform.dataset.sources import Source, duplicate_positions, open_source
+from patchloom.platform.dataset.sources import Source, count_endings, duplicate_positions, open_source
 from patchloom.platform.progress import say
 from patchloom.platform.records.dataset import DatasetAutoencoder, ImageTransform
 from patchloom.platform.records.prepare import PreparationPlan, PreparedInput
@@ -24,11 +24,20 @@ SD_VAE, LATENTS_FROM_PIXELS = "stabilityai/sd-vae-ft-mse", 256
 
 @dataclass(frozen=True)
 class Preparation:
-    """A plan, its inputs, the side of its images in pixels, and the folder of the encoder if there is one."""
+    """A plan with its inputs.
+
+    Args:
+        plan: everything that the bytes of the shards depend on.
+        inputs: the inputs, in order.
+        side: side of the images in pixels.
+        source_name: the file or folder that the user gave, for messages.
+        encoder: the folder of the encoder, if there is one.
+    """
 
     plan: PreparationPlan
     inputs: list[PreparedInput]
     side: int
+    source_name: str
     encoder: Path | None = None
 
     def with_shards(self, rows: int | None) -> "Preparation":
@@ -75,23 +84,32 @@ def plan_dataset(address: str, autoencoder: str | None, precision: str) -> Prepa
         inputs_sha256=dataset.fingerprint,
     )
     inputs = [PreparedInput([row]) for row in range(len(dataset))]
-    return _with_encoder(Preparation(plan, inputs, dataset.card.resolution), autoencoder, precision, channels=3)
+    return _with_encoder(
+        Preparation(plan, inputs, dataset.card.resolution, address), autoencoder, precision, dataset.card.channels
+    )
 
 
 def plan_images(
-    address: str, labels: str | None, transform: Transform, autoencoder: str | None, precision: str
+    address: str,
+    labels: str | None,
+    image_member: str | None,
+    transform: Transform,
+    autoencoder: str | None,
+    precision: str,
 ) -> Preparation:
     """Plan to prepare the images of a source, and to encode them if there is an autoencoder."""
-    source = open_source(address, labels)
+    source = open_source(address, labels, image_member)
     if source.unmatched_labels:
-        say(f"  {source.unmatched_labels:,} labels have no input in {source.address}")
+        say(f"  {source.unmatched_labels:,} labels have no input in {source.name}")
+    if source.others:
+        say(f"  {source.others.total():,} files are not images that can be read: {count_endings(source.others)}")
     reader = SourceReader(source.kind, source.address)
     if not transform.resolution:
         transform = replace(transform, resolution=_first_side(reader, source))
     duplicates = set(duplicate_positions([one.key for one in source.inputs]))
     inputs, digest = list[PreparedInput](), hashlib.sha256()
     for number, one in enumerate(source.inputs):
-        error = "duplicate key" if number in duplicates else None
+        error = "duplicate key" if number in duplicates else one.error
         whole = PreparedInput(one.place, one.key, one.label, error=error)
         for entry in _windows(reader, whole, transform) if transform.crop == "windows" else [whole]:
             digest.update(json.dumps([entry.key, entry.label, one.size_bytes]).encode())
@@ -106,14 +124,14 @@ def plan_images(
     side, channels = transform.resolution, transform.channels
     if autoencoder is None and side >= LATENTS_FROM_PIXELS and channels == 3:
         autoencoder = SD_VAE
-    return _with_encoder(Preparation(plan, inputs, side), autoencoder, precision, channels)
+    return _with_encoder(Preparation(plan, inputs, side, source.name), autoencoder, precision, channels)
 
 
 def _first_side(reader: SourceReader, source: Source) -> int:
     for one in source.inputs:
         with contextlib.suppress(Exception):  # its shard lists it with the reason
             return min(decode(reader.read(one.place)).size)
-    raise UserError(f"none of the {len(source.inputs)} inputs in {source.address} can be read: give readable images")
+    raise UserError(f"none of the {len(source.inputs)} inputs in {source.name} can be read: give readable images")
 
 
 def _windows(reader: SourceReader, whole: PreparedInput, transform: Transform) -> Iterator[PreparedInput]:
@@ -133,12 +151,19 @@ def _with_encoder(preparation: Preparation, autoencoder: str | None, precision: 
         return preparation
     if precision not in PRECISIONS:
         raise UserError(f"--precision {precision} is unknown: choose one of {', '.join(PRECISIONS)}")
+    if channels != 3:
+        raise UserError(
+            f"the images of {preparation.source_name} have {channels} channel, and autoencoders need 3: prepare them "
+            "with --channels 3, or pass --autoencoder none"
+        )
     folder, fetched = fetch_autoencoder(str(autoencoder))
+    if image_channels(folder) != 3:
+        raise UserError(
+            f"--autoencoder {autoencoder} is for images of {image_channels(folder)} channel: give one for RGB"
+        )
     card = DatasetAutoencoder(**replace(fetched, precision=precision).to_json())
     if preparation.side % card.downscale:
         raise UserError(f"--resolution {preparation.side} is not a multiple of {card.downscale}, as latents need")
-    if channels != 3:
-        raise UserError(f"--channels {channels} is for pixels: autoencoders need 3 channels")
     plan = preparation.plan.model_copy(update={"autoencoder": card})
     return replace(preparation, plan=plan, encoder=folder)
 

@@ -49,6 +49,7 @@ def prepare(
     channels: int = 3,
     min_side: int = 0,
     labels: str | None = None,
+    image_member: str | None = None,
     autoencoder: str | None = None,
     precision: str = "fp32",
     mirror: bool = False,
@@ -70,7 +71,8 @@ def prepare(
         resize: "lanczos", "box", "bicubic" or "bilinear", always antialiased.
         channels: 3, or 1 for grey.
         min_side: smaller images are skipped, in pixels.
-        labels: a file of keys and labels: .csv, .jsonl or .parquet, or EDM's dataset.json.
+        labels: a file of keys and labels: .csv, .tsv, .jsonl or .parquet, or EDM's dataset.json.
+        image_member: WebDataset: which member of a key is the image, such as "input.png". Needed if a key has several.
         autoencoder: encode to latents with this autoencoder: models:/..., a folder or a hub id; "none" for pixels.
             Default: Stable Diffusion's for images of at least 256 pixels.
         precision: precision of the encoder, "fp32" or "bf16".
@@ -97,7 +99,7 @@ def prepare(
         transform = check_transform(Transform(
             resolution or 0, crop, resize, channels=channels, min_side=min_side, short_side=short_side, stride=stride
         ))  # fmt: skip
-        preparation = plan_images(source, labels, transform, autoencoder, precision)
+        preparation = plan_images(source, labels, image_member, transform, autoencoder, precision)
     if mirror:
         preparation = with_mirror_images(preparation)
     run_job(PrepareJob(Folder.at(dataset), preparation.with_shards(shard_rows)), workers)
@@ -185,7 +187,8 @@ class PrepareJob(Job[PlannedShard, None]):
         reasons = Counter(entry.error for entry in skipped).most_common(2)
         found = "; ".join(f"{count} x {reason}" for reason, count in reasons)
         raise UserError(
-            f"none of the {self.total} inputs in {self.plan.source} can be used ({found}): give readable images"
+            f"none of the {self.total} inputs in {self.preparation.source_name} can be used ({found}): "
+            "give readable images"
         )
 
 

@@ -13,6 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from patchloom.errors import UserError
 from patchloom.models.backbones import allow_backbones
 from patchloom.pipelines.prepare.images import Transform, decode
 from patchloom.platform.compute.jobs import NOTES_FOLDER, WORK_FOLDER
@@ -209,7 +210,7 @@ class ShardMaker:
         message = message.replace(self.plan.source, "the source")
         if "BytesIO" in message:  # Pillow's message contains the address of the object
             message = "cannot identify image file"
-        return message if type(error) is ValueError else f"{type(error).__name__}: {message}"
+        return message if type(error) in (ValueError, UserError) else f"{type(error).__name__}: {message}"
 
     def _encode(self, content: ShardContent) -> ShardContent:
         """The latents of the images. Images whose latent is not finite are skipped."""

@@ -135,7 +135,7 @@ def _sample_both(models: tuple[FetchedModel, FetchedModel], place: Path, seeds: 
     with progress("sampling both models", 2 * seeds, "images") as meter:
         for fetched in models:
             model = load_sampling_model(fetched.folder)
-            labels = default_labels(numbers, model.denoiser.classes)
+            labels = default_labels(numbers, model.card.sampled_classes)
             rows.append(generate_padded(model, numbers, labels, SampleOptions.batch, Sampling(steps=steps)).numpy())
             meter.update(meter.done + seeds)
     if rows[0].shape != rows[1].shape:

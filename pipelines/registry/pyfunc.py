@@ -9,6 +9,8 @@ from mlflow.models.signature import ModelSignature
 from mlflow.pyfunc import PythonModel
 from mlflow.types.schema import AnyType, ColSpec, DataType, ParamSchema, ParamSpec, Schema
 
+from patchloom.errors import UserError
+from patchloom.models.cards import ModelCard
 from patchloom.pipelines.pages.pictures import png_bytes
 from patchloom.pipelines.sample.options import SampleOptions, sampler_parameters
 from patchloom.pipelines.sample.sampler import load_model_for_sampling, sample_rows
@@ -47,11 +49,12 @@ def _parameter(name: str) -> ParamSpec:
     return ParamSpec(name, TYPES[parameter.annotation], parameter.default)
 
 
-def input_example(class_names: list[str]) -> tuple[pd.DataFrame, dict[str, Any]]:
+def input_example(card: ModelCard) -> tuple[pd.DataFrame, dict[str, Any]]:
     """A table of two seeds, with labels if the model has classes, and parameters."""
     table = pd.DataFrame({"seed": [0, 1]})
-    if class_names:
-        table["label"] = [class_names[0], class_names[-1]]
+    classes = card.sampled_classes
+    if classes:
+        table["label"] = [card.class_names[classes[0]], card.class_names[classes[-1]]]
     return table, {"steps": 18, "sampler": "heun"}
 
 
@@ -77,11 +80,11 @@ class SamplerModel(PythonModel):
             MlflowException: an option does not fit the model, or a class is unknown (HTTP status 400).
         """
         columns = model_input.to_dict("list")
-        labels = [None if pd.isna(label) else label for label in columns.get("label", [])]
+        labels = [None if label is pd.NA or label is pd.NaT else label for label in columns.get("label", [])]
         try:
             options = SampleOptions(**{name: _value(name, value) for name, value in (params or {}).items()})
             classes, images = sample_rows(self.model, columns["seed"], labels, options.sampling(), options.batch)
-        except ValueError as error:
+        except (UserError, ValueError) as error:
             raise MlflowException.invalid_parameter_value(str(error)) from None
         pngs = [base64.b64encode(png_bytes(image)).decode() for image in images]
         return pd.DataFrame({"seed": columns["seed"], "label": classes, "png": pngs})

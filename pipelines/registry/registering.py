@@ -118,8 +118,7 @@ def _create_version(model: Path, name: str, run_id: str, tags: VersionTags) -> s
     with tempfile.TemporaryDirectory() as scratch:
         wheel = Path(scratch) / wheel_name()
         wheel.write_bytes(wheel_bytes())
-        example = input_example(list(read_card(model).class_names))
-        version = register_pyfunc(model, name, run_id, ENTRY, wheel, signature(), example)
+        version = register_pyfunc(model, name, run_id, ENTRY, wheel, signature(), input_example(read_card(model)))
     write_card(name, version, tags.as_tags())
     return version
 

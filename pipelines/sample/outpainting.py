@@ -1,12 +1,11 @@
 """Outpainting: the image that fills the center of larger samples."""
 
 import hashlib
-import io
 
 import numpy as np
-from PIL import Image
 
 from patchloom.errors import UserError
+from patchloom.pipelines.prepare.images import decode
 from patchloom.platform.files.folder import Folder
 
 
@@ -44,8 +43,7 @@ def _read_image(address: str, is_grey: bool) -> tuple[np.ndarray, str]:
         raise UserError(f"--outpaint {address}: there is no such file")
     content = folder.read(name)
     try:
-        with Image.open(io.BytesIO(content)) as image:
-            pixels = np.asarray(image.convert("L" if is_grey else "RGB"))
-    except (OSError, ValueError) as error:
+        pixels = np.asarray(decode(content, 1 if is_grey else 3))
+    except Exception as error:  # Pillow raises many types
         raise UserError(f"--outpaint {address} cannot be read as an image ({error})") from None
     return pixels[None] if is_grey else pixels.transpose(2, 0, 1), hashlib.sha256(content).hexdigest()

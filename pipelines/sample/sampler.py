@@ -10,9 +10,11 @@ import numpy as np
 import torch
 
 from patchloom.errors import UserError
+from patchloom.models.cards import ModelCard
 from patchloom.models.checkpoints import SamplingModel, load_sampling_model
 from patchloom.models.generate import Sampling, check_fit, class_number, default_labels, generate_padded, one_thread
 from patchloom.pipelines.sample.options import SampleOptions, sampler_parameters
+from patchloom.platform.dataset.labels import label_of
 from patchloom.platform.tracking.registry import fetch_model
 
 _one_at_a_time = threading.Lock()  # the number of torch's threads belongs to the process
@@ -46,20 +48,19 @@ def sample_rows(
     numbers = [int(seed) for seed in seeds]
     if batch < 1 or any(seed < 0 for seed in numbers):
         raise ValueError(f"seeds start at 0 and the batch at 1: found {min(numbers, default=0)} and {batch}")
-    classes = _class_numbers(numbers, labels, list(model.card.class_names))
+    classes = _class_numbers(numbers, labels, model.card)
     with _one_at_a_time, one_thread():
         return classes, generate_padded(model, numbers, classes, batch, sampling).cpu().numpy()
 
 
-def _class_numbers(seeds: list[int], labels: Iterable[Any] | None, class_names: list[str]) -> list[int]:
-    numbers = default_labels(seeds, len(class_names))
-    for row, label in enumerate(labels if labels is not None else ()):
-        if label is None or label != label:  # NaN
+def _class_numbers(seeds: list[int], labels: Iterable[Any] | None, card: ModelCard) -> list[int]:
+    numbers = default_labels(seeds, card.sampled_classes)
+    for row, value in enumerate(labels if labels is not None else ()):
+        label = label_of(value, f"row {row}")
+        if label is None:
             continue
-        # a column of numbers with missing values is a column of floats
-        whole = int(label) if not isinstance(label, str) and label == int(label) else label
         try:
-            numbers[row] = class_number(whole, class_names)
+            numbers[row] = class_number(label, card.class_names)
         except ValueError as error:
             raise ValueError(f"label {label} {error}") from None
     return numbers

@@ -156,7 +156,7 @@ class SampleJob(Job[SeedShard, SampledShard]):
         wanted = parse_seeds(seeds) if isinstance(seeds, str) else sorted(set(seeds))
         fetched, sampling = fetch_model(model), options.sampling()
         card = verified_card(fetched.folder)
-        self.classes, labels, label = choose_labels(wanted, list(card.class_names), options.label, options.labels)
+        self.classes, labels, label = choose_labels(wanted, card, options.label, options.labels)
         check_fit(sampling, card)
         self.center, center_sha256 = None, None
         if options.outpaint is not None:

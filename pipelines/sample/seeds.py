@@ -4,8 +4,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from patchloom.errors import UserError
+from patchloom.models.cards import ModelCard
 from patchloom.models.generate import class_number, default_labels
-from patchloom.platform.dataset.labels import read_labels
+from patchloom.platform.dataset.label_files import read_labels
+from patchloom.platform.dataset.labels import Label, column_of_labels
 from patchloom.platform.files.folder import Folder
 
 SEED_COLUMNS = ("seed", "key")
@@ -30,15 +32,16 @@ def parse_seeds(text: str) -> list[int]:
 
 
 def choose_labels(
-    seeds: list[int], class_names: Sequence[str], label: str | None, labels: str | None
+    seeds: list[int], card: ModelCard, label: str | int | None, labels: str | None
 ) -> tuple[dict[int, int], str, int | None]:
     """Choose the class of every seed.
 
     Args:
         seeds: the seeds.
-        class_names: the classes of the model.
+        card: the card of the model.
         label: one class for all seeds, by name or number.
-        labels: a file with the class of each seed. Without `label` and `labels`, all classes take turns.
+        labels: a file with the class of each seed. Without `label` and `labels`, all classes that have training images
+            take turns.
 
     Returns:
         The class number of every seed (-1: none), and the `labels` and `label` of `sampling.json`.
@@ -49,35 +52,43 @@ def choose_labels(
     if label is not None and labels is not None:
         raise UserError(f"--label {label} and --labels {labels} exclude each other: give one of them")
     if labels is not None:
-        return _labels_of_file(seeds, class_names, labels), "file", None
+        return _labels_of_file(seeds, card.class_names, labels), "file", None
     if label is not None:
-        number = _class_number(label, class_names, f"--label {label}")
+        number = _class_number(label, card.class_names, f"--label {label}")
         return dict.fromkeys(seeds, number), "fixed", number
-    return dict(zip(seeds, default_labels(seeds, len(class_names)), strict=True)), "balanced", None
+    return dict(zip(seeds, default_labels(seeds, card.sampled_classes), strict=True)), "balanced", None
 
 
 def _labels_of_file(seeds: list[int], class_names: Sequence[str], address: str) -> dict[int, int]:
-    """The classes in a table with columns `seed` and `label`, or in a `.txt` whose first line is seed 0."""
-    found: dict[str, int | str | None]
-    if address.endswith(".txt"):
-        folder, name = Folder.of_file(address)
-        if not folder.has(name):
-            raise UserError(f"--labels {address}: there is no such file")
-        found = {str(seed): line.strip() for seed, line in enumerate(folder.read(name).decode().splitlines())}
-    else:
-        found = dict(read_labels(address, SEED_COLUMNS).of)
+    """The classes in a table with columns `seed` and `label`, or in a `.txt` whose first line is seed 0.
+
+    In a file, a number is a class number and any other text is a class name.
+    """
+    found = _labels_of_lines(address) if address.endswith(".txt") else read_labels(address, SEED_COLUMNS).of
     missing = [str(seed) for seed in seeds if str(seed) not in found]
     if missing:
         named = ", ".join(missing[:SEEDS_IN_ERROR]) + (", ..." if len(missing) > SEEDS_IN_ERROR else "")
         raise UserError(f"--labels {address}: {len(missing)} of the seeds have no label ({named}): add them")
+    wanted = {found[str(seed)] for seed in seeds}
     numbers = {
-        label: _class_number(label, class_names, f"--labels {address}: {label}") for label in set(found.values())
+        label: _class_number(label, class_names, f"--labels {address}: {label}", texts_are_names=True)
+        for label in wanted
     }
     return {seed: numbers[found[str(seed)]] for seed in seeds}
 
 
-def _class_number(label: int | str | None, class_names: Sequence[str], option: str) -> int:
+def _labels_of_lines(address: str) -> dict[str, Label]:
+    folder, name = Folder.of_file(address)
+    if not folder.has(name):
+        raise UserError(f"--labels {address}: there is no such file")
+    lines = [line.strip() for line in folder.read(name).decode().splitlines()]
+    return {str(seed): label for seed, label in enumerate(column_of_labels(lines))}
+
+
+def _class_number(
+    label: int | str | None, class_names: Sequence[str], option: str, texts_are_names: bool = False
+) -> int:
     try:
-        return class_number(label, list(class_names))
+        return class_number(label, class_names, texts_are_names)
     except ValueError as error:
         raise UserError(f"{option} {error}") from None

@@ -57,11 +57,16 @@ def new_model_card(recipe: Recipe, dataset: Dataset) -> ModelCard:
         normalisation=_normalisation(recipe, card),
         autoencoder=AutoencoderCard.from_json(card.autoencoder.to_dict()) if card.autoencoder else None,
         class_names=tuple(class_names),
+        empty_classes=_empty_classes(card) if class_names else None,
         label_dropout=model.label_dropout,
         patches=PatchesCard.from_json(recipe.patches.model_dump(mode="json")),
         dataset_fingerprint=dataset.fingerprint,
         code_version=__version__,
     )
+
+
+def _empty_classes(card: DatasetCard) -> tuple[int, ...] | None:
+    return tuple(number for number, entry in enumerate(card.classes) if not entry.rows) or None
 
 
 def _network(recipe: Recipe) -> tuple[str, dict[str, Any]]:

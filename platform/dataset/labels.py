@@ -1,155 +1,158 @@
-"""Labels: the class of each input, from a file in the source or a separate file, and the numbers of the classes."""
+"""Labels: the class of each input as a number or a name, and the numbers of the classes.
 
-import csv
-import io
-import json
-from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+All sources and label files follow the same rules. An integer is a class number, and a text is a class name. A whole
+float is an integer, because pandas stores integers with gaps as floats. None, NaN and an empty text mean no class. A
+column of text is read as numbers if every value in it is written as a plain number.
+"""
+
+import math
+import unicodedata
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
-import pyarrow.parquet
+import numpy as np
 
 from patchloom.errors import UserError
-from patchloom.platform.files.folder import Folder
 
-LABEL_COLUMNS = ("label", "labels", "class", "category", "cls", "fine_label")
-NAME_COLUMNS = ("key", "file_name", "filename", "file", "path", "image", "name")
-TABLE_NAMES = tuple(f"{stem}.{ending}" for stem in ("labels", "metadata") for ending in ("csv", "jsonl", "parquet"))
+MOST_CLASSES = 100_000
+MISSING_TEXTS = ("", "nan", "NaN")  # in a column of numbers that was written as text
 
-LabelRow = Mapping[str, Any]  # cells by column, as a CSV, JSON-lines or Parquet file has them
+Label = int | str | None
 
 
 @dataclass(frozen=True)
 class Labels:
     """The class of each key, as a number or name, and the names of the classes if the source has them."""
 
-    of: dict[str, int | str | None]
+    of: dict[str, Label]
     class_names: list[str] | None = None
+    _plain: dict[str, str] = field(default_factory=dict, repr=False, compare=False)  # keys by their plain form
+
+    def __post_init__(self) -> None:
+        for key in self.of:
+            self._plain.setdefault(plain_key(key), key)
+
+    def find(self, key: str) -> str | None:
+        """The key in `of` that means this key: itself, or another spelling of it."""
+        return key if key in self.of else self._plain.get(plain_key(key))
 
 
-def find_labels(names: Collection[str], read: Callable[[str], bytes]) -> Labels | None:
-    """The labels in the root folder of a source, or None.
-
-    Looks for `dataset.json` (EDM's), then `labels` or `metadata` with the ending .csv, .jsonl or .parquet.
-    """
-    if "dataset.json" in names:
-        return parse_labels("dataset.json", read("dataset.json"))
-    found = first_of(TABLE_NAMES, names)
-    return parse_labels(found, read(found)) if found else None
+def plain_key(key: str) -> str:
+    """A key without differences that users do not see: `./`, backslashes, and the form of Unicode (NFC)."""
+    return unicodedata.normalize("NFC", key.replace("\\", "/")).removeprefix("./")
 
 
-def read_labels(address: str, keys: tuple[str, ...] = NAME_COLUMNS) -> Labels:
-    """The labels in a separate file.
+def label_of(value: Any, where: str) -> Label:
+    """A label from a value with a type: of JSON, a table, an array or a dictionary of rows.
 
     Args:
-        address: a .csv, .jsonl or .parquet file, or EDM's dataset.json.
-        keys: the columns that may contain the key, by preference.
+        value: an integer, a whole float, a text, bytes, a one-hot vector, or None or NaN for no class.
+        where: what has this label, for the error message.
 
     Raises:
-        UserError: the file does not exist or contains no labels.
+        UserError: the value is something else.
     """
-    folder, name = Folder.of_file(address)
-    if not folder.has(name):
-        raise UserError(f"--labels {address} does not exist: give a .csv, .jsonl, .parquet or EDM's dataset.json")
-    labels = parse_labels(name, folder.read(name), keys)
-    if labels is None:
-        raise UserError(
-            f"--labels {address} contains no labels: a .json file needs a list `labels`, as in EDM's dataset.json"
-        )
-    return labels
-
-
-def parse_labels(name: str, content: bytes, keys: tuple[str, ...] = NAME_COLUMNS) -> Labels | None:
-    """The labels in the content of a file, whose ending defines the format; None for JSON without labels."""
-    try:
-        if name.endswith(".json"):
-            return _edm_labels(json.loads(content))
-        return _table_labels(name, _rows(name, content), keys)
-    except (ValueError, KeyError, TypeError, csv.Error, pyarrow.ArrowException) as error:
-        problem = " ".join(str(error).split())
-        raise UserError(
-            f"{name} cannot be read as labels ({problem}): fix the file, or move it out of the source"
-        ) from None
-
-
-def _edm_labels(value: Any) -> Labels | None:
-    """`{"labels": [[key, class], ...]}` or `{"labels": {key: class}}`, optionally with class names in `classes`."""
-    if not isinstance(value, dict) or not value.get("labels"):
-        return None
-    pairs = value["labels"].items() if isinstance(value["labels"], dict) else value["labels"]
-    names = value.get("classes")
-    return Labels({str(key): label for key, label in pairs}, [str(name) for name in names] if names else None)
-
-
-def _rows(name: str, content: bytes) -> list[LabelRow]:
-    if name.endswith(".csv"):
-        return list(csv.DictReader(io.StringIO(content.decode("utf-8-sig"))))
-    if name.endswith(".jsonl"):
-        return [json.loads(line) for line in content.splitlines() if line.strip()]
-    if name.endswith(".parquet"):
-        return list(pyarrow.parquet.read_table(io.BytesIO(content)).to_pylist())
-    raise UserError(f"{name} is a labels file of an unknown format: give .csv, .jsonl, .parquet or EDM's dataset.json")
-
-
-def _table_labels(name: str, rows: list[LabelRow], keys: tuple[str, ...]) -> Labels | None:
-    if not rows:
-        return None
-    key, label = first_of(keys, rows[0]), first_of(LABEL_COLUMNS, rows[0])
-    if key is None or label is None:
-        raise UserError(
-            f"{name} has the columns {', '.join(map(str, rows[0]))} and needs one for keys and one for labels: "
-            f"name them `{keys[0]}` and `label`"
-        )
-    return Labels({str(row[key]): _number_or_name(row[label]) for row in rows})
-
-
-def _number_or_name(value: Any) -> int | str | None:
+    if isinstance(value, np.ndarray | np.generic):
+        value = value.tolist()
+    if isinstance(value, bytes):
+        value = value.decode(errors="backslashreplace")
+    if isinstance(value, float) and (math.isnan(value) or value.is_integer()):
+        value = None if math.isnan(value) else int(value)
+    if isinstance(value, (list, tuple)):
+        value = _one_hot(value, where)
     if value is None or value == "":
         return None
-    if isinstance(value, int) or not str(value).lstrip("-").isdigit():
-        return value if isinstance(value, (int, str)) else str(value)
-    return int(value)  # CSV has only text
+    if isinstance(value, (int, str)):
+        return int(value) if isinstance(value, bool) else value
+    raise UserError(f"the label of {where} is {value!r} ({type(value).__name__}): give a whole number or a name")
 
 
-def number_classes(
-    labels: list[int | str | None], class_names: list[str] | None
-) -> tuple[list[str], Callable[[int | str | None], int]]:
-    """The class names, and a function from a label to the number of its class (-1: none).
+def _one_hot(values: Sequence[Any], where: str) -> int:
+    if len(values) > 1 and all(value in (0, 1) for value in values) and sum(values) == 1:
+        return values.index(1)
+    shown = f"{list(values[:8])!r}{' ...' if len(values) > 8 else ''}"
+    raise UserError(
+        f"the label of {where} is the vector {shown}, which is not one-hot: give one whole number or name per image"
+    )
 
-    Labels that are numbers are the numbers of the classes. Names are sorted and numbered.
+
+def column_of_labels(values: Iterable[Label], class_names: list[str] | None = None) -> list[Label]:
+    """Read a column of text as numbers if every value is written as a plain number.
+
+    Other columns stay as they are, and so do texts that are all names of given classes.
+    """
+    found = list(values)
+    texts = {value for value in found if isinstance(value, str) and value not in MISSING_TEXTS}
+    if not texts or texts <= set(class_names or ()) or any(isinstance(value, int) for value in found):
+        return found
+    for number in (plain_number, _whole_float):
+        if all(number(text) is not None for text in texts):
+            return [None if value in MISSING_TEXTS or value is None else number(str(value)) for value in found]
+    return found
+
+
+def plain_number(text: str) -> int | None:
+    """The number that a text is, if it is written in the plain way: `7`, and not `07`, `+7`, `7.0` or `²`."""
+    digits = text.removeprefix("-")
+    if not (digits.isascii() and digits.isdecimal() and len(digits) < 20):
+        return None
+    return int(text) if str(int(text)) == text else None
+
+
+def _whole_float(text: str) -> int | None:
+    """The number of `7.0`, as pandas writes a column of integers that has gaps."""
+    return plain_number(text.removesuffix(".0")) if text.endswith(".0") else plain_number(text)
+
+
+def number_classes(labels: Sequence[Label], class_names: list[str] | None) -> tuple[list[str], list[int]]:
+    """Number the classes of a source.
+
+    Labels that are numbers are the numbers of the classes; there may be classes without inputs, so that parts of a
+    dataset have the same numbers. Names are sorted and numbered.
 
     Args:
         labels: the label of each input.
         class_names: the names of the classes, if the source has them.
 
+    Returns:
+        The class names, and the class number of each input, -1 for none.
+
     Raises:
-        UserError: a label is not one of the named classes, or labels are both numbers and names.
+        UserError: a label is not one of the named classes, labels are both numbers and names, or there are more than
+            100,000 classes.
     """
-    distinct = {label for label in labels if label is not None and label != -1}
     if class_names is not None:
-        by_name = {name: number for number, name in enumerate(class_names)}
-        unknown = [label for label in distinct if label not in by_name and not _is_within(label, len(class_names))]
-        if unknown:
-            raise UserError(f"the label {unknown[0]!r} is not one of the {len(class_names)} classes: fix the labels")
-        return class_names, lambda label: -1 if label is None else by_name.get(str(label), _as_number(label))
-    if all(isinstance(label, int) for label in distinct):
-        if any(int(label) < -1 for label in distinct):
-            raise UserError(f"the label {min(distinct, key=int)} is negative: number classes from 0, -1 for none")
-        names = [str(number) for number in range(max((int(label) for label in distinct), default=-1) + 1)]
-        return names, _as_number
-    if any(isinstance(label, int) for label in distinct):
-        raise UserError("the labels are both numbers and names: use one or the other")
-    names = sorted(str(label) for label in distinct)
-    numbers = {name: number for number, name in enumerate(names)}
-    return names, lambda label: -1 if label is None else numbers[str(label)]
+        return class_names, _among(labels, class_names)
+    numbers = {label for label in labels if isinstance(label, int)}
+    names = sorted({label for label in labels if isinstance(label, str)})
+    if names and numbers - {-1}:
+        found = f"{min(numbers - {-1})} and {names[0]!r}"
+        raise UserError(f"the labels are both numbers and names, such as {found}: use one or the other")
+    if numbers and min(numbers) < -1:
+        raise UserError(f"the label {min(numbers)} is negative: number classes from 0, -1 for none")
+    if max(len(names), max(numbers, default=-1) + 1) > MOST_CLASSES:
+        found = f"the label {max(numbers)}" if numbers - {-1} else f"{len(names):,} different labels"
+        raise UserError(f"{found} would make more than {MOST_CLASSES:,} classes: number classes from 0")
+    known = names or [str(number) for number in range(max(numbers, default=-1) + 1)]
+    positions = {name: number for number, name in enumerate(names)}
+    return known, [positions[label] if isinstance(label, str) else _number(label) for label in labels]
 
 
-def _is_within(label: int | str, classes: int) -> bool:
-    return isinstance(label, int) and -1 <= label < classes
+def _among(labels: Sequence[Label], class_names: list[str]) -> list[int]:
+    """The numbers of labels among named classes."""
+    positions = {name: number for number, name in enumerate(class_names)}
+    found = []
+    for label in labels:
+        number = positions.get(label, -2) if isinstance(label, str) else _number(label)
+        if not -1 <= number < len(class_names):
+            raise UserError(f"the label {label!r} is not one of the {len(class_names)} classes: fix the labels")
+        found.append(number)
+    return found
 
 
-def _as_number(label: int | str | None) -> int:
-    return -1 if label is None else int(label)
+def _number(label: int | None) -> int:
+    return -1 if label is None else label
 
 
 def first_of(wanted: tuple[str, ...], names: Collection[Any]) -> str | None:

@@ -15,7 +15,7 @@ import pyarrow as pa
 
 from patchloom.errors import UserError
 from patchloom.platform.files.copies import cached_copy
-from patchloom.platform.files.folder import Folder
+from patchloom.platform.files.folder import Folder, inner_name
 from patchloom.platform.files.storage import file_sha256
 from patchloom.platform.progress import progress
 from patchloom.platform.records.dataset import DatasetCard, ShardFile
@@ -103,7 +103,10 @@ class Dataset:
     def __init__(self, path: Path, card: DatasetCard, address: str | None = None) -> None:
         self.path, self.card = path, card
         self.address = address or str(path)
-        self.shards = [Shard(path / shard.file, shard.rows, shard.bytes, shard.sha256) for shard in card.shards]
+        self.shards = [
+            Shard(path / inner_name(shard.file, path / CARD), shard.rows, shard.bytes, shard.sha256)
+            for shard in card.shards
+        ]
         self._starts = np.cumsum([0] + [shard.rows for shard in self.shards])
 
     def __len__(self) -> int:

@@ -85,6 +85,8 @@ class SourceReader:
             value = value.get("bytes") or value.get("path")
         if value is None:
             raise ValueError("the row has no image")
+        if isinstance(value, list):  # of uint8
+            value = bytes(value)
         return value if isinstance(value, bytes) else self.folder.read(str(value))
 
 

@@ -83,10 +83,13 @@ class Folder:
         base, mark, options = self.address.partition("?") if self.is_remote else (self.address, "", "")
         return Folder(f"{base}/{name}{mark}{options}")
 
-    def files(self) -> dict[str, int]:
-        """All files, also in sub-folders, with their sizes in bytes; empty if there is no folder."""
+    def files(self, follow_links: bool = False) -> dict[str, int]:
+        """All files, also in sub-folders, with their sizes in bytes; empty if there is no folder.
+
+        With `follow_links`, also those in folders that symbolic links point to, except links to a folder above.
+        """
         if not self.is_remote:
-            return dict(sorted(_local_files(self.path)))
+            return dict(sorted(_local_files(self.path, "", follow_links, frozenset())))
         with self._connected() as (system, base):
             selector = pyarrow.fs.FileSelector(base, recursive=True, allow_not_found=True)
             found = system.get_file_info(selector)
@@ -113,7 +116,8 @@ class Folder:
         return f"{info.size} {info.mtime_ns} {sorted(metadata.items())}"
 
     def open(self, name: str) -> BinaryIO:
-        """A file for random reading; raises OSError if it cannot be opened."""
+        """A file for random reading; raises OSError if it cannot be opened, UserError if its name leaves the folder."""
+        inner_name(name, self)
         if not self.is_remote:
             return (self.path / name).open("rb")
         with self._connected() as (system, base):
@@ -219,21 +223,47 @@ class Folder:
             raise UserError(f"{self} cannot be reached ({problem}): check the address and its credentials") from None
 
 
-def _local_files(folder: Path) -> Iterator[tuple[str, int]]:
-    def refuse(error: OSError) -> None:
-        if not isinstance(error, FileNotFoundError):
-            raise UserError(
-                f"{error.filename} cannot be listed ({error.strerror}): change its permissions, or move it away"
-            )
+def inner_name(name: str, place: object) -> str:
+    """The name of a file below a folder.
 
-    for parent, _, names in os.walk(folder, onerror=refuse):
-        for name in names:
-            path = Path(parent, name)
+    Names come from tables, cards and manifests, which other people may have made.
+
+    Args:
+        name: the relative path.
+        place: what has this name, for the error message.
+
+    Raises:
+        UserError: the name is absolute, or it leaves its folder by `..`.
+    """
+    if name.startswith("/") or "\0" in name or ".." in name.split("/"):
+        raise UserError(f"{place} names the file {name!r}, which is outside of its folder: use a relative path")
+    return name
+
+
+def _local_files(
+    folder: Path, prefix: str, follow_links: bool, above: frozenset[tuple[int, int]]
+) -> Iterator[tuple[str, int]]:
+    """Files below a folder, and their sizes. `above` has the devices and inodes of the folders above it."""
+    try:
+        status, entries = folder.stat(), list(os.scandir(folder))
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise UserError(
+            f"{error.filename} cannot be listed ({error.strerror}): change its permissions, or move it away"
+        ) from None
+    here = (status.st_dev, status.st_ino)
+    if here in above:
+        return
+    for entry in entries:
+        if entry.is_dir(follow_symlinks=follow_links):
+            yield from _local_files(Path(entry.path), f"{prefix}{entry.name}/", follow_links, above | {here})
+        elif follow_links or not entry.is_dir():
             try:
-                size = path.stat().st_size
+                size = entry.stat().st_size
             except OSError:  # a dangling link, or no permission
                 size = -1
-            yield path.relative_to(folder).as_posix(), size
+            yield f"{prefix}{entry.name}", size
 
 
 def _output(system: Any, path: str) -> Any:

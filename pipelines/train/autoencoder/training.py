@@ -108,6 +108,8 @@ def _check_fit(settings: AutoencoderSettings, dataset: Dataset) -> None:
     """Raise UserError if the settings do not fit the dataset."""
     if dataset.kind != "pixels":
         raise UserError(f"{dataset.address} contains {dataset.kind}: pass the dataset of pixels")
+    if dataset.card.channels != 3:
+        raise UserError(f"{dataset.address} has {dataset.card.channels} channel: an autoencoder needs images with 3")
     if not settings.init_from and any(width <= 0 or width % NORM_GROUPS for width in settings.widths):
         widths = ",".join(map(str, settings.widths))
         raise UserError(f"--widths {widths}: each number of channels must be a multiple of {NORM_GROUPS}")

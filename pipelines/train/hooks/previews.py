@@ -46,7 +46,7 @@ class PreviewHook(Hook):
         model, sampling, images = self._sampling_model(), Sampling(steps=self.run.recipe.preview.steps), []
         for start in range(0, count, SAMPLE_BATCH):
             seeds = list(range(start, min(start + SAMPLE_BATCH, count)))
-            images.append(generate(model, seeds, default_labels(seeds, model.denoiser.classes), sampling).cpu())
+            images.append(generate(model, seeds, default_labels(seeds, self.run.card.sampled_classes), sampling).cpu())
         return torch.cat(images)
 
     def _sampling_model(self) -> SamplingModel:

@@ -1,0 +1,340 @@
+"""Listing: the inputs of each format of source, in its order, with the labels that the source has."""
+
+import json
+import tarfile
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, BinaryIO
+
+import pyarrow as pa
+import pyarrow.parquet
+
+from patchloom.errors import UserError
+from patchloom.platform.dataset.label_files import LABEL_COLUMNS, TABLE_NAMES, find_labels
+from patchloom.platform.dataset.labels import Label, Labels, column_of_labels, first_of, label_of
+from patchloom.platform.dataset.readers import Place, npz_array, npz_images, open_table, tar_file, zip_file, zip_place
+from patchloom.platform.files.folder import Folder
+
+IMAGE_EXTENSIONS = (".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".avif", ".bmp", ".tif", ".tiff", ".gif")
+IMAGE_COLUMNS = ("image", "img", "jpg", "jpeg", "png", "webp", "bytes", "image_bytes", "path", "file_name")
+KEY_COLUMNS = ("key", "__key__")
+HIDDEN_NAMES = ("__macosx", "thumbs.db", "desktop.ini")
+SIDECAR_ENDINGS = ("cls", "json")
+MOST_SIDECAR_BYTES = 1 << 26
+
+
+@dataclass
+class ListedInput:
+    """An input with its label as the source gives it: a number, a name, or None."""
+
+    key: str
+    place: Place
+    size_bytes: int
+    label: Label = None
+    error: str | None = None  # why it cannot be read
+
+
+@dataclass
+class Listing:
+    """What a source contains.
+
+    Args:
+        inputs: its images, in its order.
+        labels: the labels that one file of the source gives for all inputs.
+        has_folders: keys are paths, whose first folder is the class.
+        unmatched: number of labels next to images that are not there.
+        others: number of files that are not images, by ending.
+    """
+
+    inputs: list[ListedInput]
+    labels: Labels | None = None
+    has_folders: bool = False
+    unmatched: int = 0
+    others: Counter[str] = field(default_factory=Counter)
+
+
+def is_hidden(name: str) -> bool:
+    """Whether a path is hidden, or one of the files that operating systems leave in folders."""
+    return any(part.startswith(".") or part.lower() in HIDDEN_NAMES for part in name.split("/") if part != ".")
+
+
+def is_image(name: str) -> bool:
+    """Whether a file name is that of an image that can be read."""
+    return name.lower().endswith(IMAGE_EXTENSIONS)
+
+
+def _files(listed: Iterable[ListedInput], find: Callable[[set[str]], Labels | None], by_folder: bool = True) -> Listing:
+    """The listing of named files: images, one file of labels in the root, and others."""
+    inputs, others = list[ListedInput](), set[str]()
+    for one in listed:
+        if is_hidden(one.key):
+            continue
+        if is_image(one.key):
+            inputs.append(_readable(one))
+        else:
+            others.add(one.key)
+    unread = Counter(_ending(name) for name in others if name not in (*TABLE_NAMES, "dataset.json"))
+    return Listing(inputs, find(others), by_folder, others=unread)
+
+
+def _ending(name: str) -> str:
+    base, dot, ending = name.rpartition("/")[2].rpartition(".")
+    return f".{ending.lower()}" if dot and base else "no ending"
+
+
+def _readable(one: ListedInput) -> ListedInput:
+    """The input with a key that can be written. Names that are not UTF-8 cannot be read on every machine."""
+    try:
+        one.key.encode()
+    except UnicodeEncodeError:
+        key = one.key.encode(errors="surrogateescape").decode(errors="backslashreplace")
+        return ListedInput(key, [key], one.size_bytes, error="its file name is not UTF-8: rename the file")
+    return one
+
+
+def list_files(folder: Folder, names: dict[str, int], image_member: str | None) -> Listing:
+    """The files of a folder."""
+    listed = (ListedInput(name, [name], size) for name, size in names.items())
+    return _files(listed, lambda others: find_labels(others, folder.read))
+
+
+def list_zip(folder: Folder, names: dict[str, int], image_member: str | None) -> Listing:
+    """The members of a zip archive. Archives made on Windows may separate folders with backslashes."""
+    (name,) = names
+    archive = zip_file(folder, name)
+    members = {member.filename.replace("\\", "/"): member for member in archive.infolist()}
+    listed = (
+        ListedInput(member.filename.replace("\\", "/"), zip_place(name, member), member.file_size)
+        for member in archive.infolist()
+        if not member.is_dir()
+    )
+    return _files(listed, lambda others: find_labels(others, lambda text: archive.read(members[text])))
+
+
+def list_tars(folder: Folder, names: dict[str, int], image_member: str | None) -> Listing:
+    """The members of tar files, in their order.
+
+    Several tars, or a tar with `.cls` or `.json` next to images, are WebDataset shards: the key of a member ends at
+    the first dot of its file name, and members with one key belong together.
+    """
+    whole = Listing([])
+    labels: list[tuple[ListedInput, Label]] = []
+    for name in names:
+        members = list(_tar_members(folder, name))
+        prefix = "" if len(names) == 1 else f"{name}/"
+        listed = [ListedInput(prefix + one.name, one.place, one.size_bytes) for one in members]
+        contents = {one.name: one.content for one in members if one.content is not None}
+        found = _files(listed, lambda others, texts=contents: _labels_of_tar(others, texts), len(names) == 1)  # type: ignore[misc]
+        sidecars = {prefix + text: content for text, content in contents.items() if not is_hidden(text)}
+        if len(names) > 1 or image_member or _has_sidecars(found.inputs, sidecars):
+            found.inputs = _samples(found.inputs, f"{folder}/{name}", image_member)
+            found.unmatched = _add_sidecar_labels(found.inputs, sidecars, labels)
+            found.others = Counter({ending: n for ending, n in found.others.items() if ending != ".txt"})
+        whole.inputs += found.inputs
+        whole.unmatched += found.unmatched
+        whole.others += Counter({ending: n for ending, n in found.others.items() if ending[1:] not in SIDECAR_ENDINGS})
+        whole.labels, whole.has_folders = found.labels if len(names) == 1 else None, len(names) == 1
+    for (one, _), label in zip(labels, column_of_labels(label for _, label in labels), strict=True):
+        one.label = label
+    return whole
+
+
+@dataclass(frozen=True)
+class _TarMember:
+    name: str
+    place: Place
+    size_bytes: int
+    content: bytes | None  # of a small text file
+
+
+def _tar_members(folder: Folder, tar: str) -> Iterator[_TarMember]:
+    """The files of a tar archive; hard links are their target, and other links are left out."""
+    with tar_file(folder, tar) as file:
+        try:
+            archive = tarfile.TarFile(fileobj=file)
+            for member in archive:
+                if member.islnk():  # a hard link to an earlier member
+                    target = archive.getmember(member.linkname)
+                    member.offset_data, member.size = target.offset_data, target.size
+                elif not member.isfile():
+                    continue
+                name, content = member.name.removeprefix("./"), None
+                if name.rpartition(".")[2].lower() in (*SIDECAR_ENDINGS, "csv", "tsv", "jsonl"):
+                    content = _member_content(file, member) if member.size < MOST_SIDECAR_BYTES else None
+                yield _TarMember(name, [tar, member.offset_data, member.size], member.size, content)
+            file.seek(archive.offset)
+            if file.read(tarfile.BLOCKSIZE).strip(b"\0"):  # tarfile ends at a damaged header
+                raise tarfile.ReadError(f"no header at byte {archive.offset}")
+        except (tarfile.TarError, EOFError, OSError, KeyError) as error:
+            raise UserError(f"{folder}/{tar} is not a complete tar file ({error}): download it again") from None
+
+
+def _member_content(file: BinaryIO, member: tarfile.TarInfo) -> bytes:
+    position = file.tell()
+    file.seek(member.offset_data)
+    content = file.read(member.size)
+    file.seek(position)
+    return content
+
+
+def _labels_of_tar(others: set[str], contents: dict[str, bytes]) -> Labels | None:
+    return find_labels(others & contents.keys(), contents.__getitem__)
+
+
+def sample_key(name: str) -> str:
+    """The key of a WebDataset member: its path up to the first dot of the file name."""
+    parent, slash, base = name.rpartition("/")
+    return parent + slash + base.partition(".")[0]
+
+
+def _has_sidecars(inputs: list[ListedInput], sidecars: dict[str, bytes]) -> bool:
+    keys = {sample_key(one.key) for one in inputs}
+    return any(sample_key(name) in keys for name in sidecars if name.rpartition(".")[2].lower() in SIDECAR_ENDINGS)
+
+
+def _samples(inputs: list[ListedInput], tar: str, image_member: str | None) -> list[ListedInput]:
+    """One input per key: its only image, or the member with the wanted ending."""
+    members: dict[str, list[ListedInput]] = {}
+    for one in inputs:
+        members.setdefault(sample_key(one.key), []).append(one)
+    if image_member:
+        wanted = f".{image_member.lower().removeprefix('.')}"
+        return [one for key, group in members.items() for one in group if one.key[len(key) :].lower() == wanted]
+    for key, group in members.items():
+        endings = sorted({one.key[len(key) + 1 :] for one in group})
+        if len(endings) > 1:
+            raise UserError(
+                f"{tar} has several images with the key {key}, {' and '.join(endings[:3])}: "
+                f"choose one with --image-member, such as --image-member {endings[0]}"
+            )
+    return inputs
+
+
+def _add_sidecar_labels(
+    inputs: list[ListedInput], sidecars: dict[str, bytes], labels: list[tuple[ListedInput, Label]]
+) -> int:
+    """Add each input that has a label next to it to `labels`; returns the number of labels without an input."""
+    found: dict[str, Label] = {}
+    for name, content in sidecars.items():
+        label = _sidecar_label(name, content)
+        if label is not None:
+            found[sample_key(name)] = label
+    matched = set()
+    for one in inputs:
+        key = sample_key(one.key)
+        if key in found:
+            labels.append((one, found[key]))
+            matched.add(key)
+    return len(found) - len(matched)
+
+
+def _sidecar_label(name: str, content: bytes) -> Label:
+    """The label of a WebDataset image: the text of its `.cls` file, or the label in its `.json` file."""
+    ending = name.rpartition(".")[2].lower()
+    try:
+        if ending == "cls":
+            return content.decode().strip() or None
+        value: Any = json.loads(content) if ending == "json" else None
+    except ValueError:
+        return None
+    column = first_of(LABEL_COLUMNS, value) if isinstance(value, dict) else None
+    return label_of(value[column], name) if column else None
+
+
+def list_tables(folder: Folder, names: dict[str, int], image_member: str | None) -> Listing:
+    """The rows of Parquet and Arrow files."""
+    found: list[ListedInput] = []
+    class_names: list[str] | None = None
+    for name in names:
+        table = open_table(folder, name)
+        column = _image_column(folder, name, table.schema)
+        label, key = first_of(LABEL_COLUMNS, table.schema.names), first_of(KEY_COLUMNS, table.schema.names)
+        class_names = class_names or _class_names(folder, table.schema, label)
+        labels, keys = (table.column(one) if one else None for one in (label, key))
+        for row in range(table.rows):
+            known = label_of(labels[row], f"row {row} of {name}") if labels else None
+            text = str(keys[row]) if keys and keys[row] is not None else ""
+            found.append(ListedInput(text, [name, column, row], -1, known))
+    _number_rows(found, class_names)
+    return Listing(found, Labels({}, class_names) if class_names else None)
+
+
+def _number_rows(rows: list[ListedInput], class_names: list[str] | None) -> None:
+    """Give rows without a key their number as the key, and read their labels as one column."""
+    width = len(str(max(len(rows) - 1, 0)))
+    for row, (one, label) in enumerate(
+        zip(rows, column_of_labels((one.label for one in rows), class_names), strict=True)
+    ):
+        one.key, one.label = one.key or f"{row:0{width}d}", label
+
+
+def _image_column(folder: Folder, name: str, schema: pa.Schema) -> str:
+    features = _features(folder, schema)
+    declared = [column for column, feature in features.items() if feature.kind == "Image"]
+    column = first_of(tuple(declared), schema.names) or first_of(IMAGE_COLUMNS, schema.names)
+    if column is None:
+        raise UserError(
+            f"{folder}/{name} has the columns {', '.join(schema.names)} and no image column: name it `image` "
+            "(encoded bytes, a path, or Hugging Face's struct of both)"
+        )
+    return column
+
+
+@dataclass(frozen=True)
+class _Feature:
+    """The type of a column as `datasets` of Hugging Face stores it, and its class names."""
+
+    kind: str
+    class_names: list[str]
+
+
+def _features(folder: Folder, schema: pa.Schema) -> dict[str, _Feature]:
+    """The column types that `datasets` of Hugging Face stored in the schema or in `dataset_info.json`."""
+    metadata = (schema.metadata or {}).get(b"huggingface")
+    if metadata:
+        features = json.loads(metadata).get("info", {}).get("features")
+    elif folder.has("dataset_info.json"):
+        features = folder.read_json("dataset_info.json").get("features")
+    else:
+        features = None
+    return {
+        name: _Feature(str(feature.get("_type")), [str(label) for label in feature.get("names") or []])
+        for name, feature in (features or {}).items()
+        if isinstance(feature, dict)
+    }
+
+
+def _class_names(folder: Folder, schema: pa.Schema, label: str | None) -> list[str] | None:
+    feature = _features(folder, schema).get(label or "")
+    return feature.class_names or None if feature else None
+
+
+def list_npz(folder: Folder, names: dict[str, int], image_member: str | None) -> Listing:
+    """The rows of an `.npz`."""
+    (name,) = names
+    images = npz_images(folder, name)
+    labels, class_names = (
+        npz_array(folder, name, wanted) for wanted in (("labels", "label", "arr_1"), ("class_names", "classes"))
+    )
+    if labels is not None and labels.ndim == 2 and labels.shape[1] == 1:
+        labels = labels[:, 0]
+    if labels is not None and labels.shape[:1] != (len(images),):
+        raise UserError(f"{folder}/{name} has {len(images)} images and {labels.size} labels: give one label per image")
+    known: Any = [None] * len(images) if labels is None else labels
+    found = [
+        ListedInput("", [name, row], images[0].nbytes, label_of(label, f"row {row} of {folder}/{name}"))
+        for row, label in enumerate(known)
+    ]
+    given = [str(label_of(one, name)) for one in class_names.tolist()] if class_names is not None else None
+    _number_rows(found, given)
+    return Listing(found, Labels({}, given) if given else None)
+
+
+LISTERS: dict[str, Callable[[Folder, dict[str, int], str | None], Listing]] = {
+    "files": list_files,
+    "zip": list_zip,
+    "tar": list_tars,
+    "table": list_tables,
+    "npz": list_npz,
+}
