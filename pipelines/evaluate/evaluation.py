@@ -65,12 +65,12 @@ def evaluate(
         result = patchloom.evaluate("samples", "dataset", features="colours", workers=0)
         print(result.metrics["frechet_distance"])
     """
-    measured = open_images(samples)
+    measured = open_images(samples, skipped=())
     statistics = read_statistics(reference) if reference.endswith(".npz") else {}
     compared = _reference_images(reference, bool(statistics))
-    for images in filter(None, (measured, compared)):
-        if images.skipped:
-            say(f"  {len(images.skipped):,} files in {images.address} cannot be read, such as {images.skipped[0]}")
+    if compared is not None and compared.skipped:
+        count, first = len(compared.skipped), compared.skipped[0]
+        say(f"  skipped in {reference}: {count:,} files that cannot be read, such as {first}")
     check_pair(measured, compared)
     network = load_features(features if metrics is None or _outputs(metrics) else COLOUR_FEATURES)
     available = _Available(network, compared is not None, frozenset(statistics))

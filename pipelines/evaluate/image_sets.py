@@ -227,7 +227,7 @@ def open_images(address: str, skipped: tuple[str, ...] | None = None) -> ImageSe
 
     Args:
         address: where the images are.
-        skipped: names of files of a folder that cannot be read. None: find them, which reads every file.
+        skipped: names of files in a folder to leave out. None: those that cannot be read, which reads every file.
 
     Raises:
         UserError: the address contains something else. JPEG files are refused: compression would change the metrics.

@@ -20,7 +20,7 @@ MODES = {1: "L", 3: "RGB"}
 IN_SRGB = {"RGB": "RGB", "RGBA": "RGBA", "CMYK": "RGB", "L": "RGB"}  # the mode after the colour profile is applied
 SIXTEEN_BITS = ("I;16", "I;16L", "I;16B", "I;16N")
 GREY_MODES = ("1", "L", "LA", "La", "I", "F", *SIXTEEN_BITS)
-PHOTOMETRIC, WHITE_IS_ZERO = 262, 0  # a tag of TIFF and its value
+PHOTOMETRIC, WHITE_IS_ZERO, INVERTED = 262, 0, "white is zero"  # a tag of TIFF and its value
 MOST_PIXELS = Image.MAX_IMAGE_PIXELS or 0  # Pillow itself only warns up to twice as many
 ORIENTATIONS = {
     "exif",
@@ -140,6 +140,7 @@ def decode(content: bytes | np.ndarray, channels: int = 3) -> Image.Image:
         return _eight_bits(Image.fromarray(content.squeeze(-1) if content.shape[-1:] == (1,) else content), channels)
     with _opened(content) as image:
         image.load()
+        _note_range(image)
         return _eight_bits(_in_srgb(_upright(image)), channels)
 
 
@@ -217,14 +218,18 @@ def _eight_bits(image: Image.Image, channels: int) -> Image.Image:
 
 
 def _from_integers(image: Image.Image) -> np.ndarray:
-    """16 bits to 8. Integers of 32 bits have no known range, except in formats of at most 16 bits."""
-    if image.mode == "I" and image.format not in ("PNG", "PPM"):
-        raise ValueError("has 32-bit integer pixels, whose range is unknown")
+    """16 bits to 8."""
     values = np.asarray(image).astype(np.float64).clip(0, 65535)
-    if getattr(image, "tag_v2", {}).get(PHOTOMETRIC) == WHITE_IS_ZERO:  # Pillow inverts only 8 bits
-        values = 65535 - values
-    inverted: np.ndarray = np.rint(values / 257).astype(np.uint8)
-    return inverted
+    shown: np.ndarray = np.rint((65535 - values if INVERTED in image.info else values) / 257).astype(np.uint8)
+    return shown
+
+
+def _note_range(image: Image.Image) -> None:
+    """Refuse integers without a known range, and note a grey that is stored inverted, before a copy loses the tags."""
+    if image.mode == "I" and image.format not in ("PNG", "PPM"):  # these have at most 16 bits
+        raise ValueError("has 32-bit integer pixels, whose range is unknown")
+    if getattr(image, "tag_v2", {}).get(PHOTOMETRIC) == WHITE_IS_ZERO and image.mode in SIXTEEN_BITS:
+        image.info[INVERTED] = True  # Pillow itself inverts up to 8 bits
 
 
 def _from_floats(values: np.ndarray) -> np.ndarray:

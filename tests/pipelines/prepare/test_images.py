@@ -85,9 +85,10 @@ def test_grey_of_any_depth_ranges_from_black_to_white(bits: int) -> None:
     "content",
     [png(RAMP.astype(int) * 257, GREY, 16), tiff(RAMP.astype(np.uint16) * 257),
      tiff(RAMP.astype(">u2") * 257, byteorder=">"), tiff(RAMP), tiff(255 - RAMP, photometric="miniswhite"),
+     tiff((255 - RAMP.astype(np.uint16)) * 257, photometric="miniswhite"),
      tiff(RAMP.astype(np.float32)), tiff((RAMP / 255).astype(np.float32)), encoded(RAMP, "BMP"), encoded(RAMP, "PNG")],
-    ids=["PNG 16", "TIFF 16", "TIFF 16 big-endian", "TIFF 8", "TIFF white is zero", "TIFF float 0..255",
-         "TIFF float 0..1", "BMP", "PNG"],
+    ids=["PNG 16", "TIFF 16", "TIFF 16 big-endian", "TIFF 8", "TIFF white is zero", "TIFF 16 white is zero",
+         "TIFF float 0..255", "TIFF float 0..1", "BMP", "PNG"],
 )  # fmt: skip
 def test_every_grey_level_is_kept(content: bytes) -> None:
     assert np.array_equal(decoded_pixels(content), RAMP[..., None].repeat(3, 2))
@@ -109,6 +110,12 @@ def test_floats_of_an_unknown_range_are_an_error() -> None:
     for values in (RAMP - 3.0, RAMP * 1e3):
         with pytest.raises(ValueError, match=r"floating-point"):
             decode(tiff(values.astype(np.float32)))
+
+
+@pytest.mark.parametrize("kind", [np.int32, np.uint32, np.int16])
+def test_integers_of_an_unknown_range_are_an_error(kind: type) -> None:
+    with pytest.raises(ValueError, match="integer"):
+        decode(tiff(RAMP.astype(kind)))
 
 
 def test_transparent_pixels_are_put_on_white() -> None:

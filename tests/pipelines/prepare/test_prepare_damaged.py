@@ -14,6 +14,7 @@ from helpers import photograph
 from PIL import Image
 
 from patchloom.pipelines.inspect import inspect
+from patchloom.pipelines.prepare import prepare
 from patchloom.platform.dataset import open_dataset
 
 pytestmark = pytest.mark.ray
@@ -110,3 +111,21 @@ def test_five_percent_of_damaged_files_of_ten_kinds(tmp_path: Path) -> None:
     card = inspect(str(tmp_path / "data")).card
     assert (card["rows"], card["inputs"], card["skipped"]["count"]) == (194, 200, 6)
     assert os.access(tmp_path / "data" / "contact_sheet.png", os.R_OK)
+
+
+def test_names_that_are_not_utf8_and_other_kinds_of_files_add_up(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    for name in ("a.png", "b.jfif"):
+        Image.new("RGB", (8, 8), "red").save(photos / name, "PNG" if name.endswith("png") else "JPEG")
+    Path(os.fsdecode(os.fsencode(photos) + b"/caf\xe9.png")).write_bytes(b"")
+    for name in ("c.heic", "d.heic", "notes.txt"):
+        (photos / name).write_bytes(b"")
+    dataset = prepare(str(photos), str(tmp_path / "pixels"), resolution=8, workers=0)
+    card = dataset.card
+    assert (card.rows, card.skipped.count, card.inputs) == (2, 1, 3)
+    assert list(dataset.rows([0, 1])["key"]) == ["a.png", "b.jfif"]
+    assert json.loads((tmp_path / "pixels" / "skipped.jsonl").read_text())["key"] == "caf\\xe9.png"
+    assert ".heic 2, .txt 1" in "".join(capsys.readouterr())

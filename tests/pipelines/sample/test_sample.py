@@ -144,3 +144,21 @@ def test_registered_version_has_its_lineage(champion: str, trained: Path) -> Non
     assert tags["recipe_sha256"] == hashlib.sha256((trained / "recipe.yaml").read_bytes()).hexdigest()
     assert "patchloom sample models:/tiny/1" in rows[0].description
     assert register(str(trained), "tiny") == "models:/tiny/1"  # the same weights again: the same version
+
+
+def test_an_outpainted_image_is_decoded_as_prepare_does(champion: str, tmp_path: Path) -> None:
+    """EXIF turns it, 16 bits become 8, and transparency becomes white."""
+    wide = np.zeros((8, 16, 3), np.uint8)
+    wide[:, :8, 0] = 117
+    exif = Image.Exif()
+    exif[0x0112] = 6  # a quarter turn: the left side is the top
+    Image.fromarray(wide).save(tmp_path / "turned.png", exif=exif)
+    Image.fromarray(np.full((16, 16), 117 * 257, np.uint16)).save(tmp_path / "deep.png")
+    Image.fromarray(np.zeros((16, 16, 4), np.uint8), "RGBA").save(tmp_path / "clear.png")
+    turned = np.rot90(wide, -1)
+    for name, shown in (("turned", turned), ("deep", np.full((16, 16, 3), 117)), ("clear", np.full((16, 16, 3), 255))):
+        folder = tmp_path / name
+        sample(champion, str(folder), "0", size=(24, 24), outpaint=str(tmp_path / f"{name}.png"), steps=2, workers=0)
+        made = np.asarray(Image.open(folder / "000000" / "000000.png"))
+        top, left = (24 - shown.shape[0]) // 2, (24 - shown.shape[1]) // 2
+        assert np.array_equal(made[top : top + shown.shape[0], left : left + shown.shape[1]], shown)

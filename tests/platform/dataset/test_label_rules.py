@@ -312,3 +312,44 @@ def test_errors_of_a_single_file_name_the_file(tmp_path: Path) -> None:
     for name in ("empty.parquet", "a.npy"):
         with pytest.raises(UserError, match=rf"{name}"):
             open_source(str(tmp_path / name))
+
+
+def table_of(title: str) -> list[list[str]]:
+    """The rows of the table below a title of `docs/formats.md`."""
+    page = (Path(__file__).parents[3] / "docs" / "formats.md").read_text()
+    section = page.partition(f"## {title}\n")[2].partition("\n## ")[0]
+    rows = [line.strip("|").split("|") for line in section.splitlines() if line.startswith("|")]
+    return [[cell.strip() for cell in row] for row in rows[2:]]
+
+
+def test_the_documented_labels_are_read_as_documented() -> None:
+    def read(text: str) -> str:
+        try:
+            label = label_of(json.loads(text), "x")
+        except UserError:
+            return "error"
+        if label in (None, -1):
+            return "no class"
+        return f"class number {label}" if isinstance(label, int) else f'class "{label}"'
+
+    rows = table_of("One label")
+    assert len(rows) == 11 and [[cell, read(cell.strip("`"))] for cell, _ in rows] == rows
+
+
+def test_the_documented_columns_are_read_as_documented() -> None:
+    def read(text: str) -> str:
+        found = column_of_labels(json.loads(text))
+        return "numbers" if all(value is None or isinstance(value, int) for value in found) else "names"
+
+    rows = table_of("A column of labels")
+    assert len(rows) == 6 and [[cell, read(cell.strip("`"))] for cell, _ in rows] == rows
+
+
+def test_the_documented_endings_and_columns_are_those_of_the_code() -> None:
+    from patchloom.platform.dataset.label_files import LABEL_COLUMNS, NAME_COLUMNS, TABLE_ENDINGS
+    from patchloom.platform.dataset.listing import IMAGE_EXTENSIONS
+    from patchloom.platform.dataset.sources import FILE_ENDINGS
+
+    page = (Path(__file__).parents[3] / "docs" / "formats.md").read_text()
+    for names in (IMAGE_EXTENSIONS, LABEL_COLUMNS, NAME_COLUMNS, TABLE_ENDINGS, *FILE_ENDINGS.values()):
+        assert all(f"`{name}`" in page for name in names)
