@@ -58,8 +58,15 @@ def _whole_numbers(widths: str) -> tuple[int, ...]:
 
 
 def train(
-    recipe: Annotated[str, typer.Argument(help="Recipe: a YAML file, or the name of a shipped recipe")],
-    data: PreparedDataset,
+    recipe: Annotated[
+        str | None,
+        typer.Argument(
+            help="Recipe: a YAML file, or the name of a shipped recipe; with --resume alone, the run folder"
+        ),
+    ] = None,
+    data: Annotated[
+        str | None, typer.Option(help="Prepared dataset: a folder or a remote address; with --resume, the run knows it")
+    ] = None,
     out: RunFolder = None,
     set_: Settings = None,
     workers: TrainWorkers = 1,
@@ -81,7 +88,11 @@ def train(
         bool, typer.Option("--profile", help="Report the three most expensive parts of a step and write a trace")
     ] = False,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Continue a stopped run from its newest checkpoint in --out")
+        bool,
+        typer.Option(
+            "--resume",
+            help="Continue a run from its newest checkpoint: train --resume RUN; --set train.images=N makes it longer",
+        ),
     ] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the size, cost and length of the run, then exit")
@@ -92,10 +103,15 @@ def train(
     allow_backbone: Backbones = None,
 ) -> None:
     """Train a recipe on a prepared dataset."""
+    from patchloom.pipelines.train.resuming import dataset_of_run, recipe_of_run
     from patchloom.platform.recipe.run_recipe import load_recipe
 
     allow_backbones(*allow_backbone or [])
-    loaded = load_recipe(recipe, set_ or [])
+    if resume and out is None:
+        recipe, out = None, recipe
+    run = required_run(recipe, data, out, resume)
+    loaded = load_recipe(recipe, set_ or []) if recipe else recipe_of_run(run, set_ or [])
+    data = data or dataset_of_run(run)
     if dry_run:
         from patchloom.pipelines.train.dry_run import run_plan
 
@@ -109,6 +125,14 @@ def train(
     )  # fmt: skip
     print(f"model: {result.model}")
     print(f"register it: patchloom models register {result.folder} NAME --alias champion")
+
+
+def required_run(recipe: str | None, data: str | None, out: str | None, resume: bool) -> str:
+    """The run that knows what is not given; raises UserError where something is missing that no run knows."""
+    for value, name in ((recipe, "RECIPE"), (data, "--data")):
+        if not value and not (resume and out):
+            raise UserError(f"{name} is missing: see patchloom train --help, or continue a run with --resume RUN")
+    return out or ""
 
 
 def tune(

@@ -4,9 +4,17 @@ from pathlib import Path
 
 from patchloom.platform.files.folder import Folder
 from patchloom.platform.progress import say
-from patchloom.platform.recipe.run_recipe import load_recipe
+from patchloom.platform.recipe.run_recipe import Recipe, load_recipe
 from patchloom.platform.records.run import RUN_FILE, RunCard
-from patchloom.platform.tracking.runs import begin_run, end_run, log_artifacts, log_dataset, run_exists
+from patchloom.platform.tracking.runs import (
+    begin_run,
+    end_run,
+    log_artifacts,
+    log_dataset,
+    recorded_value,
+    run_exists,
+    tag_run,
+)
 
 
 def ensure_mlflow_run(folder: Path, address: Folder, parent_run: str | None = None) -> str:
@@ -26,9 +34,10 @@ def ensure_mlflow_run(folder: Path, address: Folder, parent_run: str | None = No
         Exception: whatever MLflow's client raises while the tracking store does not answer.
     """
     card = RunCard.read(folder)
-    if card.run_id is not None and run_exists(card.run_id):
-        return card.run_id
     recipe = load_recipe(folder / "recipe.yaml")
+    if card.run_id is not None and run_exists(card.run_id):
+        _record_length(card.run_id, recipe, folder)
+        return card.run_id
     tags = {
         "patchloom.dataset": card.dataset_fingerprint,
         "patchloom.version": card.code_version,
@@ -41,6 +50,13 @@ def ensure_mlflow_run(folder: Path, address: Folder, parent_run: str | None = No
     if address.is_remote:
         address.put(folder / RUN_FILE, RUN_FILE)
     return run_id
+
+
+def _record_length(run_id: str, recipe: Recipe, folder: Path) -> None:
+    """Record a longer recipe in the run: as its artifact and as a tag, because MLflow keeps parameters as they are."""
+    if recorded_value(run_id, "train.images") != str(recipe.train.images):
+        log_artifacts(run_id, folder / "recipe.yaml")
+        tag_run(run_id, {"train.images": str(recipe.train.images)})
 
 
 def end_tracking(folder: Path, status: str) -> None:

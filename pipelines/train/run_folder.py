@@ -14,6 +14,7 @@ from patchloom.models.denoiser import build_denoiser
 from patchloom.pipelines.train.checkpointer import newest_checkpoint, without_tensors
 from patchloom.pipelines.train.initial_weights import copy_initial_weights
 from patchloom.pipelines.train.mlflow_run import ensure_mlflow_run
+from patchloom.pipelines.train.resuming import RECIPE_FILE, check_continues
 from patchloom.platform.dataset.prepared import Dataset
 from patchloom.platform.files.copies import pull_folder, working_copy
 from patchloom.platform.files.folder import Folder
@@ -42,8 +43,9 @@ class OpenRun:
 
     @property
     def is_finished(self) -> bool:
-        """Whether the model is written."""
-        return (self.path / "model" / "model.json").is_file()
+        """Whether the model is written, and is not that of a shorter run that goes on."""
+        model = self.path / "model"
+        return (model / "model.json").is_file() and _is_model_of(model, load_recipe(self.path / RECIPE_FILE))
 
 
 @contextmanager
@@ -65,7 +67,8 @@ def open_run_folder(
             copy_initial_weights(address, recipe.train.init_from, card.denoiser)
         if is_new:
             _check_backbone(card)
-            _write_cards(path, address, recipe, dataset)
+            _write_recipe(path, address, recipe)
+            _write_card(path, address, dataset)
         ensure_run = functools.partial(ensure_mlflow_run, path, address, parent_run)
         if answers and address.is_remote:  # before a worker copies run.json, and sends it back without the run's id
             ensure_run()
@@ -87,17 +90,20 @@ def _local_folder(address: Folder) -> Iterator[Path]:
 
 
 def _check_same(path: Path, address: Folder, recipe: Recipe, dataset: Dataset, resume: bool) -> None:
-    """Raise UserError unless the folder contains a run of this recipe and dataset."""
+    """Raise UserError unless the folder contains a run of this dataset and recipe, or of a shorter one."""
     if not resume:
         raise UserError(f"{address} contains a run: pass --resume to continue it, or choose another --out")
-    if RunCard.read(path).dataset_fingerprint != dataset.fingerprint:
+    card = RunCard.read(path)
+    if card.dataset_fingerprint != dataset.fingerprint:
         raise UserError(
-            f"{address} was trained on another dataset than {dataset.address}: pass that dataset or a new --out"
+            f"{address} was started with another dataset: fingerprint {card.dataset_fingerprint[:12]} "
+            f"({card.dataset}) in the run and {dataset.fingerprint[:12]} ({dataset.address}) here: pass the dataset of "
+            "the run, or a new --out"
         )
-    if load_recipe(path / "recipe.yaml") != recipe:
-        raise UserError(
-            f"{address} was started with another recipe ({address}/recipe.yaml): pass that recipe or a new --out"
-        )
+    begun = load_recipe(path / RECIPE_FILE)
+    check_continues(address, begun, recipe)
+    if recipe != begun:
+        _make_longer(path, address, recipe)
 
 
 def _check_backbone(card: ModelCard) -> None:
@@ -109,9 +115,26 @@ def _check_backbone(card: ModelCard) -> None:
             raise UserError(f"model.backbone {card.denoiser.network}: {error}: change its state_dict") from None
 
 
-def _write_cards(path: Path, address: Folder, recipe: Recipe, dataset: Dataset) -> None:
-    """Write `recipe.yaml` and `run.json`."""
-    write_atomic(path / "recipe.yaml", recipe_yaml(recipe))
+def _make_longer(path: Path, address: Folder, recipe: Recipe) -> None:
+    """Give a run a longer recipe. It continues from its newest checkpoint, and keeps its model until the new one."""
+    if (path / "model" / "model.json").is_file() and newest_checkpoint(path) is None:
+        raise UserError(f"{address} has no checkpoint to continue from: start a new run with another --out")
+    say(f"  {address} continues to {recipe.train.images:,} images")
+    _write_recipe(path, address, recipe)
+
+
+def _is_model_of(model: Path, recipe: Recipe) -> bool:
+    """Whether a model folder is of this recipe."""
+    return not (model / RECIPE_FILE).is_file() or load_recipe(model / RECIPE_FILE) == recipe
+
+
+def _write_recipe(path: Path, address: Folder, recipe: Recipe) -> None:
+    write_atomic(path / RECIPE_FILE, recipe_yaml(recipe))
+    if address.is_remote:
+        address.put(path / RECIPE_FILE, RECIPE_FILE)
+
+
+def _write_card(path: Path, address: Folder, dataset: Dataset) -> None:
     RunCard(
         format_version=RunCard.FORMAT,
         kind="train",
@@ -121,5 +144,4 @@ def _write_cards(path: Path, address: Folder, recipe: Recipe, dataset: Dataset) 
         code_version=__version__,
     ).write(path)
     if address.is_remote:
-        for name in ("recipe.yaml", RUN_FILE):
-            address.put(path / name, name)
+        address.put(path / RUN_FILE, RUN_FILE)

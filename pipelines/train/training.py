@@ -13,6 +13,7 @@ from patchloom.pipelines.train.loop import TrainOutcome, train_worker
 from patchloom.pipelines.train.mlflow_run import end_tracking
 from patchloom.pipelines.train.model_card import new_model_card
 from patchloom.pipelines.train.monitor import STOP_FILE, Verdict, ask_to_stop
+from patchloom.pipelines.train.resuming import dataset_of_run, recipe_of_run
 from patchloom.pipelines.train.run import TrainJob
 from patchloom.pipelines.train.run_folder import OpenRun, open_run_folder
 from patchloom.platform.compute.workers import run_workers
@@ -50,8 +51,8 @@ class TrainResult:
 
 
 def train(
-    recipe: Recipe | str | Path,
-    dataset: str,
+    recipe: Recipe | str | Path | None,
+    dataset: str | None,
     out: str,
     *,
     workers: int = 1,
@@ -66,8 +67,8 @@ def train(
     """Train a recipe on a prepared dataset. The model is in `out/model` when the function returns.
 
     Args:
-        recipe: a recipe, the path of a YAML file, or the name of a shipped recipe.
-        dataset: a prepared dataset; may be remote.
+        recipe: a recipe, the path of a YAML file, or the name of a shipped recipe. With `resume`, None for the run's.
+        dataset: a prepared dataset; may be remote. With `resume`, None for the run's.
         out: the run folder to write; may be remote.
         workers: Ray Train workers; 0 trains in this process, without Ray.
         min_workers: continue with at least this many workers after a node is lost. The steps stay the same, up to
@@ -75,7 +76,8 @@ def train(
         microbatch: most crops on a device at once, to save memory; the batch stays the same. By default all.
         compile: compile the network for each patch size with torch.compile.
         profile: report the three most expensive parts of a step and write a trace.
-        resume: continue from the newest checkpoint in `out`; a finished run returns at once.
+        resume: continue from the newest checkpoint in `out`; a finished run returns at once. A larger `train.images`
+            makes a run with the stochastic schedule longer, with the result of a run that had it from the start.
         parent_run: the id of the MLflow run that this run is a trial of.
         show: called with each progress line, instead of showing a progress bar.
 
@@ -89,12 +91,15 @@ def train(
     Example:
         run = patchloom.train("recipe.yaml", "dataset", "run", workers=0)
         print(run.model, run.last.loss)
+        patchloom.train(None, None, "run", resume=True, workers=0)  # continues it, if it was stopped
     """
+    if not resume and (recipe is None or dataset is None):
+        raise UserError("recipe and dataset: one is missing; only a run that is resumed knows them")
     if not isinstance(recipe, Recipe):
-        recipe = load_recipe(recipe)
+        recipe = recipe_of_run(out) if recipe is None else load_recipe(recipe)
     if min_workers is not None and not 1 <= min_workers <= workers:
         raise UserError(f"--min-workers {min_workers} is not between 1 and --workers {workers}: lower it")
-    rows = open_dataset(dataset)
+    rows = open_dataset(dataset_of_run(out) if dataset is None else dataset)
     card = new_model_card(recipe, rows)
     with open_run_folder(Folder.at(out), recipe, card, rows, resume, parent_run) as folder:
         job = TrainJob(

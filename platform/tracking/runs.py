@@ -59,6 +59,20 @@ def run_exists(run_id: str) -> bool:
     return True
 
 
+def recorded_value(run_id: str, key: str) -> str | None:
+    """The value of a tag of a run, or else of its parameter of this name; None if it has neither."""
+    data = connect().get_run(run_id).data
+    value: str | None = data.tags.get(key, data.params.get(key))
+    return value
+
+
+def tag_run(run_id: str, tags: Mapping[str, str]) -> None:
+    """Set tags of a run."""
+    client = connect()
+    for key, value in tags.items():
+        client.set_tag(run_id, key, value)
+
+
 def log_artifacts(run_id: str, *files: Path, under: str | None = None) -> None:
     """Store files and folders as artifacts of a run, in the artifact folder `under`."""
     client = connect()
