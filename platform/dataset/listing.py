@@ -20,7 +20,9 @@ IMAGE_EXTENSIONS = (".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".avif", 
 IMAGE_COLUMNS = ("image", "img", "jpg", "jpeg", "png", "webp", "bytes", "image_bytes", "path", "file_name")
 KEY_COLUMNS = ("key", "__key__")
 HIDDEN_NAMES = ("__macosx", "thumbs.db", "desktop.ini")
-SIDECAR_ENDINGS = ("cls", "json")
+SIDECAR_ENDINGS = (".cls", ".json")
+LINK_ERROR = "is a symbolic link in an archive: pack the image itself"
+TEXT_ENDINGS = (*SIDECAR_ENDINGS, ".csv", ".tsv", ".jsonl")
 MOST_SIDECAR_BYTES = 1 << 26
 
 
@@ -118,26 +120,40 @@ def list_tars(folder: Folder, names: dict[str, int], image_member: str | None) -
     Several tars, or a tar with `.cls` or `.json` next to images, are WebDataset shards: the key of a member ends at
     the first dot of its file name, and members with one key belong together.
     """
-    whole = Listing([])
-    labels: list[tuple[ListedInput, Label]] = []
-    for name in names:
-        members = list(_tar_members(folder, name))
-        prefix = "" if len(names) == 1 else f"{name}/"
-        listed = [ListedInput(prefix + one.name, one.place, one.size_bytes) for one in members]
-        contents = {one.name: one.content for one in members if one.content is not None}
-        found = _files(listed, lambda others, texts=contents: _labels_of_tar(others, texts), len(names) == 1)  # type: ignore[misc]
-        sidecars = {prefix + text: content for text, content in contents.items() if not is_hidden(text)}
-        if len(names) > 1 or image_member or _has_sidecars(found.inputs, sidecars):
-            found.inputs = _samples(found.inputs, f"{folder}/{name}", image_member)
-            found.unmatched = _add_sidecar_labels(found.inputs, sidecars, labels)
-            found.others = Counter({ending: n for ending, n in found.others.items() if ending != ".txt"})
-        whole.inputs += found.inputs
-        whole.unmatched += found.unmatched
-        whole.others += Counter({ending: n for ending, n in found.others.items() if ending[1:] not in SIDECAR_ENDINGS})
-        whole.labels, whole.has_folders = found.labels if len(names) == 1 else None, len(names) == 1
-    for (one, _), label in zip(labels, column_of_labels(label for _, label in labels), strict=True):
+    if len(names) == 1:
+        (name,) = names
+        return _list_tar(folder, name, "", image_member)
+    shards = [_list_tar(folder, name, f"{name}/", image_member) for name in names]
+    inputs = [one for shard in shards for one in shard.inputs]
+    _read_labels_as_a_column(inputs)
+    others = sum((shard.others for shard in shards), Counter[str]())
+    return Listing(inputs, unmatched=sum(shard.unmatched for shard in shards), others=others)
+
+
+def _list_tar(folder: Folder, tar: str, prefix: str, image_member: str | None) -> Listing:
+    """The listing of one tar. A prefix of keys means that it is one of several shards."""
+    members = list(_tar_members(folder, tar))
+    listed = [
+        ListedInput(prefix + one.name, one.place, one.size_bytes, error=LINK_ERROR if one.is_link else None)
+        for one in members
+    ]
+    texts = {prefix + one.name: one.content for one in members if one.content is not None and not is_hidden(one.name)}
+    found = _files(listed, lambda others: find_labels(others & texts.keys(), texts.__getitem__), not prefix)
+    sidecars = {name: content for name, content in texts.items() if _ending(name) in SIDECAR_ENDINGS}
+    keys = {sample_key(one.key) for one in found.inputs}
+    if prefix or image_member or any(sample_key(name) in keys for name in sidecars):
+        found.inputs = _samples(found.inputs, f"{folder}/{tar}", image_member)
+        found.unmatched = _add_sidecar_labels(found.inputs, sidecars)
+        if not prefix:
+            _read_labels_as_a_column(found.inputs)
+        for ending in (*SIDECAR_ENDINGS, ".txt"):  # of WebDataset: classes, metadata and captions
+            del found.others[ending]
+    return found
+
+
+def _read_labels_as_a_column(inputs: list[ListedInput], class_names: list[str] | None = None) -> None:
+    for one, label in zip(inputs, column_of_labels((one.label for one in inputs), class_names), strict=True):
         one.label = label
-    return whole
 
 
 @dataclass(frozen=True)
@@ -146,10 +162,11 @@ class _TarMember:
     place: Place
     size_bytes: int
     content: bytes | None  # of a small text file
+    is_link: bool = False
 
 
 def _tar_members(folder: Folder, tar: str) -> Iterator[_TarMember]:
-    """The files of a tar archive; hard links are their target, and other links are left out."""
+    """The files of a tar archive. Hard links are their target; symbolic links may lead anywhere and are not followed."""
     with tar_file(folder, tar) as file:
         try:
             archive = tarfile.TarFile(fileobj=file)
@@ -157,10 +174,13 @@ def _tar_members(folder: Folder, tar: str) -> Iterator[_TarMember]:
                 if member.islnk():  # a hard link to an earlier member
                     target = archive.getmember(member.linkname)
                     member.offset_data, member.size = target.offset_data, target.size
+                elif member.issym():
+                    yield _TarMember(member.name.removeprefix("./"), [tar, 0, 0], 0, None, is_link=True)
+                    continue
                 elif not member.isfile():
                     continue
                 name, content = member.name.removeprefix("./"), None
-                if name.rpartition(".")[2].lower() in (*SIDECAR_ENDINGS, "csv", "tsv", "jsonl"):
+                if _ending(name) in TEXT_ENDINGS:
                     content = _member_content(file, member) if member.size < MOST_SIDECAR_BYTES else None
                 yield _TarMember(name, [tar, member.offset_data, member.size], member.size, content)
             file.seek(archive.offset)
@@ -178,19 +198,10 @@ def _member_content(file: BinaryIO, member: tarfile.TarInfo) -> bytes:
     return content
 
 
-def _labels_of_tar(others: set[str], contents: dict[str, bytes]) -> Labels | None:
-    return find_labels(others & contents.keys(), contents.__getitem__)
-
-
 def sample_key(name: str) -> str:
     """The key of a WebDataset member: its path up to the first dot of the file name."""
     parent, slash, base = name.rpartition("/")
     return parent + slash + base.partition(".")[0]
-
-
-def _has_sidecars(inputs: list[ListedInput], sidecars: dict[str, bytes]) -> bool:
-    keys = {sample_key(one.key) for one in inputs}
-    return any(sample_key(name) in keys for name in sidecars if name.rpartition(".")[2].lower() in SIDECAR_ENDINGS)
 
 
 def _samples(inputs: list[ListedInput], tar: str, image_member: str | None) -> list[ListedInput]:
@@ -211,31 +222,26 @@ def _samples(inputs: list[ListedInput], tar: str, image_member: str | None) -> l
     return inputs
 
 
-def _add_sidecar_labels(
-    inputs: list[ListedInput], sidecars: dict[str, bytes], labels: list[tuple[ListedInput, Label]]
-) -> int:
-    """Add each input that has a label next to it to `labels`; returns the number of labels without an input."""
-    found: dict[str, Label] = {}
+def _add_sidecar_labels(inputs: list[ListedInput], sidecars: dict[str, bytes]) -> int:
+    """Give each input the label next to it, as it is written; returns the number of labels without an input."""
+    labels: dict[str, Label] = {}
     for name, content in sidecars.items():
         label = _sidecar_label(name, content)
         if label is not None:
-            found[sample_key(name)] = label
-    matched = set()
+            labels[sample_key(name)] = label
+    unused = set(labels)
     for one in inputs:
-        key = sample_key(one.key)
-        if key in found:
-            labels.append((one, found[key]))
-            matched.add(key)
-    return len(found) - len(matched)
+        one.label = labels.get(sample_key(one.key))
+        unused.discard(sample_key(one.key))
+    return len(unused)
 
 
 def _sidecar_label(name: str, content: bytes) -> Label:
     """The label of a WebDataset image: the text of its `.cls` file, or the label in its `.json` file."""
-    ending = name.rpartition(".")[2].lower()
     try:
-        if ending == "cls":
+        if _ending(name) == ".cls":
             return content.decode().strip() or None
-        value: Any = json.loads(content) if ending == "json" else None
+        value = json.loads(content)
     except ValueError:
         return None
     column = first_of(LABEL_COLUMNS, value) if isinstance(value, dict) else None
@@ -256,17 +262,16 @@ def list_tables(folder: Folder, names: dict[str, int], image_member: str | None)
             known = label_of(labels[row], f"row {row} of {name}") if labels else None
             text = str(keys[row]) if keys and keys[row] is not None else ""
             found.append(ListedInput(text, [name, column, row], -1, known))
-    _number_rows(found, class_names)
+    _number_rows(found)
+    _read_labels_as_a_column(found, class_names)
     return Listing(found, Labels({}, class_names) if class_names else None)
 
 
-def _number_rows(rows: list[ListedInput], class_names: list[str] | None) -> None:
-    """Give rows without a key their number as the key, and read their labels as one column."""
+def _number_rows(rows: list[ListedInput]) -> None:
+    """Give rows without a key their number as the key."""
     width = len(str(max(len(rows) - 1, 0)))
-    for row, (one, label) in enumerate(
-        zip(rows, column_of_labels((one.label for one in rows), class_names), strict=True)
-    ):
-        one.key, one.label = one.key or f"{row:0{width}d}", label
+    for row, one in enumerate(rows):
+        one.key = one.key or f"{row:0{width}d}"
 
 
 def _image_column(folder: Folder, name: str, schema: pa.Schema) -> str:
@@ -327,7 +332,8 @@ def list_npz(folder: Folder, names: dict[str, int], image_member: str | None) ->
         for row, label in enumerate(known)
     ]
     given = [str(label_of(one, name)) for one in class_names.tolist()] if class_names is not None else None
-    _number_rows(found, given)
+    _number_rows(found)
+    _read_labels_as_a_column(found, given)
     return Listing(found, Labels({}, given) if given else None)
 
 

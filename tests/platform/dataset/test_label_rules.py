@@ -229,6 +229,16 @@ def test_links_in_a_folder_are_followed_and_loops_end(tmp_path: Path) -> None:
     assert source.class_names == ["cat", "dog"]
 
 
+def test_a_symbolic_link_in_a_tar_is_an_input_that_is_not_read(tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "a.tar", "w") as archive:
+        archive.addfile(tarfile.TarInfo("0.png"), io.BytesIO())
+        link = tarfile.TarInfo("1.png")
+        link.type, link.linkname = tarfile.SYMTYPE, "/etc/hostname"
+        archive.addfile(link)
+    source = open_source(str(tmp_path / "a.tar"))
+    assert [(one.key, one.error is None) for one in source.inputs] == [("0.png", True), ("1.png", False)]
+
+
 @pytest.mark.parametrize("path", ["../secret.png", "/etc/hostname", "a/../../secret.png"])
 def test_paths_in_a_table_stay_in_its_folder(path: str, tmp_path: Path) -> None:
     from patchloom.platform.dataset.readers import SourceReader
