@@ -166,7 +166,7 @@ class _TarMember:
 
 
 def _tar_members(folder: Folder, tar: str) -> Iterator[_TarMember]:
-    """The files of a tar archive. Hard links are their target; symbolic links may lead anywhere and are not followed."""
+    """The files of a tar archive. Hard links are their target; symbolic links are not followed."""
     with tar_file(folder, tar) as file:
         try:
             archive = tarfile.TarFile(fileobj=file)
