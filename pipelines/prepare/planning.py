@@ -100,9 +100,9 @@ def plan_images(
     """Plan to prepare the images of a source, and to encode them if there is an autoencoder."""
     source = open_source(address, labels, image_member)
     if source.unmatched_labels:
-        say(f"  {source.unmatched_labels:,} labels have no input in {source.name}")
+        say(f"  labels without an input in {source.name}: {source.unmatched_labels:,}")
     if source.others:
-        say(f"  {source.others.total():,} files are not images that can be read: {count_endings(source.others)}")
+        say(f"  files that are not images in a known format: {count_endings(source.others)}")
     reader = SourceReader(source.kind, source.address)
     if not transform.resolution:
         transform = replace(transform, resolution=_first_side(reader, source))

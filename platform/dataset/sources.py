@@ -10,7 +10,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 
 from patchloom.errors import UserError
-from patchloom.platform.dataset.label_files import read_labels
+from patchloom.platform.dataset.label_files import TABLE_ENDINGS, read_labels
 from patchloom.platform.dataset.labels import Label, Labels, number_classes
 from patchloom.platform.dataset.listing import IMAGE_EXTENSIONS, LISTERS, ListedInput, Listing, is_hidden, is_image
 from patchloom.platform.dataset.readers import Place
@@ -162,6 +162,10 @@ def _kind_of_file(name: str, file: Folder) -> str:
             return kind
     if name.lower().endswith(".npy"):
         raise UserError(f"{file} is a bare array: write it as .npz with numpy.savez(PATH, images=array, labels=labels)")
+    if is_image(name):
+        raise UserError(f"{file} is a single image: give the folder that it is in")
+    if name.lower().endswith(TABLE_ENDINGS):
+        raise UserError(f"{file} is a table of labels: give the folder of the images, and this file with --labels")
     raise UserError(f"{file} is a file of an unknown format: give {SUPPORTED_SOURCES}")
 
 
