@@ -24,7 +24,7 @@ from patchloom.models.normalisation import pixel_normalisation
 from patchloom.pipelines.sample.shard_sampler import SampledShard, SeedShard, ShardSampler, ShardSamplerArgument
 from patchloom.platform.compute.jobs import Job, run_job
 from patchloom.platform.compute.session import ray_session
-from patchloom.platform.tracking.client import tracking_uri
+from patchloom.platform.tracking.store import tracking_uri
 
 CPU = torch.device("cpu")
 SAMPLING = Sampling(steps=5)

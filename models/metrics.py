@@ -13,6 +13,7 @@ from torch import Tensor
 COLOUR_LAYOUT = "colour-layout-48"
 KID_SUBSETS, KID_SUBSET_SIZE = 100, 1000  # Binkowski et al. 2018
 INCEPTION_SPLITS = 10  # Salimans et al. 2016
+INCEPTION_ROWS = 10  # fewest in a part
 
 
 @dataclass
@@ -75,13 +76,19 @@ def frechet_distance(features_a: Any, features_b: Any) -> float:
         values = torch.as_tensor(np.asarray(features, dtype=np.float64))
         if values.ndim != 2 or len(values) < 2:
             raise ValueError(f"{name}: shape {tuple(values.shape)} is not (n, d) with 2 rows or more")
-        if not values.isfinite().all():
-            raise ValueError(f"{name}: some values are not finite")
+        _check_finite(name, values)
         sides.append(Moments.of(values))
     a, b = sides
     if len(a.mean) != len(b.mean):
         raise ValueError(f"features: the widths {len(a.mean)} and {len(b.mean)} differ; use the same network for both")
     return gaussian_distance(a.mean, a.covariance, b.mean, b.covariance)
+
+
+def _check_finite(name: str, rows: Tensor) -> None:
+    """Raise ValueError, with the number of the first such row, if (n, d) rows contain NaN or infinity."""
+    bad = (~rows.isfinite().all(1)).nonzero().flatten()
+    if len(bad):
+        raise ValueError(f"{name}: {len(bad)} rows contain values that are not finite, the first is row {int(bad[0])}")
 
 
 def gaussian_distance(mean_a: Tensor, cov_a: Tensor, mean_b: Tensor, cov_b: Tensor) -> float:
@@ -183,7 +190,7 @@ def kernel_distance(
         The mean, the standard deviation over subsets, and the standard error of the mean.
 
     Raises:
-        ValueError: fewer than 4 rows.
+        ValueError: fewer than 4 rows, or values that are not finite.
 
     Example:
         import torch
@@ -195,6 +202,8 @@ def kernel_distance(
     n = min(len(features_a), len(features_b))
     if n < 4:
         raise ValueError(f"features: {n} rows are fewer than the 4 of a kernel distance; use more images")
+    for name, rows in (("features_a", features_a), ("features_b", features_b)):
+        _check_finite(name, rows)
     generator = generator or torch.Generator().manual_seed(0)
     size = min(subset_size, n // 2)
     found = []
@@ -214,16 +223,20 @@ def squared_mmd(a: Tensor, b: Tensor) -> float:
     return within - 2 * float(kernels[2].mean())
 
 
-def inception_score(logits: Tensor, splits: int = INCEPTION_SPLITS, seed: int = 0) -> tuple[float, float]:
+def inception_score(logits: Tensor, splits: int = INCEPTION_SPLITS, seed: int = 0) -> tuple[float, float | None]:
     """Inception Score: exp E[KL(p(y|x) || p(y))] (Salimans et al. 2016).
 
     Args:
         logits: (n, K) class logits.
-        splits: number of parts that the rows are split into.
+        splits: most parts that the rows are split into. A part has 10 rows or more, because the score of fewer is
+            too low: that of a single row is always 1.
         seed: seed of the shuffle before the split.
 
     Returns:
-        Mean and standard deviation over the parts.
+        Mean and standard deviation over the `inception_splits` parts. The deviation of one part is None.
+
+    Raises:
+        ValueError: there is no row, or values are not finite.
 
     Example:
         import torch
@@ -231,13 +244,21 @@ def inception_score(logits: Tensor, splits: int = INCEPTION_SPLITS, seed: int = 
         logits = torch.randn(100, 10, generator=torch.Generator().manual_seed(0))
         mean, std = patchloom.inception_score(logits)
     """
+    if not len(logits):
+        raise ValueError("logits: there is no row; use more images")
+    _check_finite("logits", logits)
     order = torch.randperm(len(logits), generator=torch.Generator().manual_seed(seed))
     log_p = logits[order].double().log_softmax(1)
     scores = []
-    for part in log_p.tensor_split(min(splits, len(log_p))):
+    for part in log_p.tensor_split(inception_splits(len(log_p), splits)):
         marginal = part.logsumexp(0) - np.log(len(part))
         scores.append(float((part.exp() * (part - marginal)).sum(1).mean().exp()))
-    return float(np.mean(scores)), float(np.std(scores))
+    return float(np.mean(scores)), float(np.std(scores)) if len(scores) > 1 else None
+
+
+def inception_splits(rows: int, splits: int = INCEPTION_SPLITS) -> int:
+    """The number of parts for an Inception Score of this many rows: at most `splits`, of 10 rows or more."""
+    return max(1, min(splits, rows // INCEPTION_ROWS))
 
 
 def colour_layout(images: Tensor) -> Tensor:

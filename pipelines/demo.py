@@ -22,8 +22,9 @@ from patchloom.platform.files.storage import local_path, make_folder, read_json,
 from patchloom.platform.progress import clock, say
 from patchloom.platform.recipe.run_recipe import load_recipe
 from patchloom.platform.records.demo import DEMO_FILE, DemoCard
-from patchloom.platform.tracking.client import require_reachable, tracking_uri
+from patchloom.platform.tracking.client import require_reachable
 from patchloom.platform.tracking.runs import run_exists
+from patchloom.platform.tracking.store import shown_uri
 
 # These photographs are in the wheel of scikit-image. They are CC0 or in the public domain.
 PHOTOGRAPHS = ("astronaut.png", "chelsea.png", "coffee.png", "hubble_deep_field.jpg", "retina.jpg", "rocket.jpg")
@@ -66,12 +67,12 @@ def demo(out: str = "demo", *, pixels: bool = False) -> Path:
     started = time.monotonic()
     require_reachable()
     _check_folder(folder, variant)
-    say(f"Patchloom demo in {folder}, tracked in {tracking_uri()}")
+    say(f"Patchloom demo in {folder}, tracked in {shown_uri()}")
     with ray_session(WORKERS):
         _run_steps(_DemoFolder(folder, variant))
     page = report(str(folder), str(folder / "report.html"))
     say(f"\nDone in {clock(time.monotonic() - started)}. Open {page}")
-    say(f"Next: {runnable('patchloom models list')}   {runnable('mlflow ui')} --backend-store-uri {tracking_uri()}")
+    say(f"Next: {runnable('patchloom models list')}   {runnable('mlflow ui')} --backend-store-uri {shown_uri()}")
     return page
 
 
@@ -101,7 +102,7 @@ def _run_steps(demo: _DemoFolder) -> None:
     version = _register(demo)
     _sample(demo)
     _evaluate(demo, pixels)
-    card = DemoCard(chain=demo.variant.name, commands=demo.commands, model=version, tracking_uri=tracking_uri())
+    card = DemoCard(chain=demo.variant.name, commands=demo.commands, model=version, tracking_uri=shown_uri())
     write_json(demo.folder / DEMO_FILE, card.model_dump(mode="json"))
 
 
@@ -178,10 +179,10 @@ def _check_folder(folder: Path, variant: DemoVariant) -> None:
     if mark.is_file() and mark.read_text() != variant.name:
         raise UserError(f"{folder} contains the demo {mark.read_text()}: choose another --out or remove the folder")
     for card in (folder / "autoencoder" / "run.json", folder / "search" / "search.json", folder / "run" / "run.json"):
-        run_id = read_json(card)["run_id"] if card.is_file() else None
+        run_id = read_json(card).get("run_id") if card.is_file() else None
         if run_id is not None and not run_exists(run_id):
             raise UserError(
-                f"{folder} has runs that are not in the MLflow store {tracking_uri()}: choose another --out or "
+                f"{folder} has runs that are not in the MLflow store {shown_uri()}: choose another --out or "
                 "remove the folder"
             )
     write_atomic(mark, variant.name)

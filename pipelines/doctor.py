@@ -6,8 +6,9 @@ from pathlib import Path
 
 from patchloom.platform.compute.session import ray_session
 from patchloom.platform.progress import say
-from patchloom.platform.tracking.client import require_reachable, tracking_uri
+from patchloom.platform.tracking.client import require_reachable
 from patchloom.platform.tracking.registry import list_versions
+from patchloom.platform.tracking.store import shown_uri
 
 
 def doctor() -> bool:
@@ -35,7 +36,7 @@ def doctor() -> bool:
 
 def _check_mlflow() -> str:
     require_reachable()
-    return f"{tracking_uri()} works, {len(list_versions())} registered versions"
+    return f"{shown_uri()} works, {len(list_versions())} registered versions"
 
 
 def _check_ray() -> str:

@@ -24,7 +24,7 @@ from patchloom.platform.records.dataset import DatasetCard
 from patchloom.platform.records.demo import DEMO_FILE, DemoCard
 from patchloom.platform.records.evaluation import EvaluationResult
 from patchloom.platform.records.run import read_progress
-from patchloom.platform.tracking.client import tracking_uri
+from patchloom.platform.tracking.store import shown_uri
 
 
 def report(folder: str, out: str) -> Path:
@@ -111,5 +111,5 @@ def _next_commands(name: str) -> list[str]:
         f"patchloom models show models:/{name}@champion",
         f"patchloom sample models:/{name}@champion more-samples --seeds 0-255 --guidance 1.3",
         "patchloom train demo_latents --data YOUR_LATENTS --out run --set patches.p=0.25 --dry-run",
-        f"mlflow ui --backend-store-uri {tracking_uri()}",
+        f"mlflow ui --backend-store-uri {shown_uri()}",
     ]

@@ -37,6 +37,10 @@ class Meter:
         """Set how much an earlier call has done, before the work continues."""
         self.done = done
 
+    def start(self) -> None:
+        """Measure the rate from now on, instead of from the first update."""
+        self._started = (time.monotonic(), self.done)
+
     def update(self, done: float, note: str = "") -> None:
         """Set how much is done now, and a note that is shown with it."""
         if self._started is None:
@@ -45,7 +49,7 @@ class Meter:
 
     @property
     def rate(self) -> float:
-        """Units per second since the first update; 0 before it."""
+        """Units per second since `start` or the first update; 0 before it."""
         if self._started is None:
             return 0.0
         start, start_done = self._started

@@ -167,5 +167,13 @@ def models_delete(
     print(delete_model(name, str(version), yes))
 
 
+@models_app.command("relocate", epilog="Example: patchloom models relocate")
+def models_relocate() -> None:
+    """Correct the artifact addresses of an mlflow.db that was copied or moved with its folder."""
+    from patchloom.platform.tracking.store import relocate
+
+    print(relocate())
+
+
 def _print_sample_command(folder: object) -> None:
     print(f"sample from it: patchloom sample {folder} samples --seeds 0-63")

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from patchloom.errors import UserError
 from patchloom.models.backbones import allow_backbones
 from patchloom.pipelines.cli.options import (
     Backbones,
@@ -36,10 +37,14 @@ def sample(
     **options: Any,
 ) -> None:
     """Sample one image per seed into a folder."""
+    given = {declared.name: _parse(declared, options[declared.name]) for declared in fields(SampleOptions)}
+    try:
+        SampleOptions(**given)  # before the imports, which take seconds
+    except ValueError as error:
+        raise UserError(str(error)) from None
     from patchloom.pipelines.sample.sampling import sample as run
 
     allow_backbones(*allow_backbone or [])
-    given = {declared.name: _parse(declared, options[declared.name]) for declared in fields(SampleOptions)}
     with messages_to_stderr(as_json):
         result = run(model, out, seeds, workers=workers, **given)
     if as_json:

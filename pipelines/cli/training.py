@@ -8,6 +8,7 @@ import typer
 from patchloom.errors import UserError
 from patchloom.models.backbones import allow_backbones
 from patchloom.pipelines.cli.options import Backbones, PreparedDataset, Settings, TrainWorkers, required_out
+from patchloom.platform.files.storage import whole_number
 
 RunFolder = Annotated[str | None, typer.Option(help="Run folder to write; required without --dry-run")]
 
@@ -52,9 +53,10 @@ def autoencoder_train(
 
 def _whole_numbers(widths: str) -> tuple[int, ...]:
     parts = widths.split(",")
-    if not all(part.strip().isdigit() for part in parts):
+    numbers = [whole_number(part.strip()) for part in parts]
+    if None in numbers:
         raise UserError(f"--widths {widths} is not a list of whole numbers: write it as 16,32,32")
-    return tuple(int(part) for part in parts)
+    return tuple(number for number in numbers if number is not None)
 
 
 def train(

@@ -17,13 +17,14 @@ from patchloom.pipelines.evaluate.features import (
     read_statistics,
     write_statistics,
 )
-from patchloom.pipelines.evaluate.image_sets import ImageSet, check_pair, open_images
+from patchloom.pipelines.evaluate.image_sets import ImageSet, SampleImages, check_pair, open_images
 from patchloom.pipelines.evaluate.metrics import METRICS, ComparedSets
 from patchloom.pipelines.evaluate.results import default_address, identity_of, print_result, write_result
 from patchloom.pipelines.registry.quality import Evaluation
 from patchloom.platform.compute.session import ray_session
 from patchloom.platform.progress import say
 from patchloom.platform.records.evaluation import EvaluationResult, MetricValue
+from patchloom.platform.tracking.client import require_reachable
 
 
 def evaluate(
@@ -67,6 +68,8 @@ def evaluate(
     """
     measured = open_images(samples, skipped=())
     statistics = read_statistics(reference) if reference.endswith(".npz") else {}
+    if isinstance(measured, SampleImages) and measured.sampling.lineage.run_id:
+        require_reachable()  # the run of the model gets the metrics
     compared = _reference_images(reference, bool(statistics))
     if compared is not None and compared.skipped:
         count, first = len(compared.skipped), compared.skipped[0]

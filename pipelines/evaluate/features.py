@@ -29,7 +29,14 @@ from patchloom.models.features import (
     features_of_file,
 )
 from patchloom.models.metrics import COLOUR_LAYOUT, Moments
-from patchloom.pipelines.evaluate.image_sets import ImageSet, RowRange, open_images
+from patchloom.pipelines.evaluate.image_sets import (
+    DatasetImages,
+    ImageSet,
+    PngImages,
+    RowRange,
+    SampleImages,
+    open_images,
+)
 from patchloom.platform.compute.jobs import Job, run_job
 from patchloom.platform.files.copies import cache_folder, cached_copy, working_copy
 from patchloom.platform.files.downloads import Download, fetch_first
@@ -147,14 +154,37 @@ class Extracted:
         name = f"{output}-{self.images.fingerprint[:32]}.npz"
         if self.folder.has(name):
             kept = np.load(io.BytesIO(self.folder.read(name)))
-            return Moments(int(kept["n"]), torch.from_numpy(kept["mean"]), torch.from_numpy(kept["scatter"]))
+            if np.isfinite(kept["mean"]).all():  # older versions kept others
+                return Moments(int(kept["n"]), torch.from_numpy(kept["mean"]), torch.from_numpy(kept["scatter"]))
         moments = functools.reduce(operator.add, map(Moments.of, self._arrays(output)))
         self.folder.write(name, _npz(n=moments.count, mean=moments.mean.numpy(), scatter=moments.scatter.numpy()))
         return moments
 
     def _arrays(self, output: str) -> Iterator[np.ndarray]:
         for rows in self.images.ranges:
-            yield np.load(io.BytesIO(self.folder.read(_file(rows, output))))
+            found = np.load(io.BytesIO(self.folder.read(_file(rows, output))))
+            _check_finite(self.images, rows.start, torch.from_numpy(found), self.features.name)
+            yield found
+
+
+def _check_finite(images: ImageSet, start: int, features: Tensor, network: str) -> None:
+    """Raise UserError, naming the first image, if (n, d) features of the rows from `start` are not finite."""
+    bad = (~features.isfinite().all(1)).nonzero().flatten()
+    if len(bad):
+        row = start + int(bad[0])
+        raise UserError(
+            f"{images.address}: {network} gives features that are not finite for {len(bad)} of {len(features)} images, "
+            f"the first is {_name_of(images, row)} (row {row}): remove it, or use other --features"
+        )
+
+
+def _name_of(images: ImageSet, row: int) -> str:
+    """How a person finds the image of a row."""
+    if isinstance(images, DatasetImages):
+        return images.keys(row, row + 1)[0]
+    if isinstance(images, SampleImages):
+        return f"seed {images.entries[row].seed}"
+    return images.names[row] if isinstance(images, PngImages) else "an image"
 
 
 def missing_features(images: ImageSet, features: Features, outputs: tuple[str, ...]) -> list[RowRange]:
@@ -224,6 +254,8 @@ class FeatureMaker:
             for batch in images.expand(-1, 3, -1, -1).split(self.argument.batch):
                 features = self.features(batch.to(self.device))
                 for output in outputs:
+                    _check_finite(self.images, rows.start + done, features[output], self.features.name)
+                for output in outputs:
                     found[output].append(features[output].float().cpu())
                 done += len(batch)
                 report(done)
@@ -281,6 +313,8 @@ def read_statistics(address: str) -> dict[str, tuple[Tensor, Tensor]]:
                 f"{address} has a mean of shape {tuple(mean.shape)} and a covariance of shape "
                 f"{tuple(covariance.shape)}, not (d,) and (d, d): write it again"
             )
+        if not (mean.isfinite().all() and covariance.isfinite().all()):
+            raise UserError(f"{address} has statistics that are not finite: write it again without the bad images")
     return found
 
 

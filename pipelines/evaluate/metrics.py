@@ -17,6 +17,7 @@ from patchloom.models.metrics import (
     extrapolated_distance,
     gaussian_distance,
     inception_score,
+    inception_splits,
     kernel_distance,
 )
 from patchloom.models.neighbours import Neighbourhood, neighbourhood
@@ -109,7 +110,9 @@ def _inception_score(sets: ComparedSets) -> dict[str, MetricValue]:
             "classifier: give --features weights-inception-2015-12-05-6726825d.pth, or remove `is` from --metrics"
         )
     mean, std = inception_score(sets.sample_rows @ classifier.T)
-    return {"inception_score": mean, "inception_score_std": std}
+    splits = float(inception_splits(len(sets.sample_rows)))
+    deviation: dict[str, MetricValue] = {} if std is None else {"inception_score_std": std}
+    return {"inception_score": mean, **deviation, "inception_score_splits": splits}
 
 
 def _precision_recall(sets: ComparedSets) -> dict[str, MetricValue]:

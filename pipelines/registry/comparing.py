@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 
 from patchloom.errors import UserError
-from patchloom.models.checkpoints import load_sampling_model
+from patchloom.models.cards import ModelCard
+from patchloom.models.checkpoints import load_sampling_model, verified_card
 from patchloom.models.generate import Sampling, default_labels, generate_padded
 from patchloom.pipelines.pages.pictures import save_png, side_by_side
 from patchloom.pipelines.registry.describing import recipe_of, registered_version
@@ -35,7 +36,7 @@ class ModelComparison:
     """How two models differ; `not_comparable` says why there are no metrics."""
 
     models: tuple[str, str]
-    recipe: dict[str, tuple[Any, ...]]  # only keys with different values
+    recipe: dict[str, tuple[Any, ...]]  # only keys with different values, and what the models make if that differs
     metrics: list[ComparedMetrics]
     not_comparable: list[str]
     picture: str | None
@@ -87,15 +88,44 @@ def compare_models(
         print(found.text())
     """
     fetched = fetch_model(one), fetch_model(other)
+    cards = verified_card(fetched[0].folder), verified_card(fetched[1].folder)
+    if picture:
+        _check_one_size(*cards)
     first, second = (_evaluations(model) for model in fetched)
     pairs = comparable(first, second)
     return ModelComparison(
         models=(fetched[0].reference, fetched[1].reference),
-        recipe=_different_keys(*(recipe_of(model) for model in fetched)),
+        recipe=_different_images(*cards) | _different_keys(*(recipe_of(model) for model in fetched)),
         metrics=[_compared_metrics(*pair) for pair in pairs],
         not_comparable=[] if pairs else why_not_comparable(first, second),
         picture=_sample_both(fetched, local_path(picture), seeds, steps) if picture else None,
     )
+
+
+def _image_shape(card: ModelCard) -> tuple[int, int]:
+    """Channels and side of the images that a model makes."""
+    if card.autoencoder:
+        return 3, card.denoiser.resolution * card.autoencoder.downscale
+    return card.denoiser.channels, card.denoiser.resolution
+
+
+def _check_one_size(one: ModelCard, other: ModelCard) -> None:
+    """Raise UserError, before any sampling, if the images of two models do not fit into one picture."""
+    shapes = _image_shape(one), _image_shape(other)
+    if shapes[0] != shapes[1]:
+        found = " and ".join(f"{side}x{side} with {channels} channels" for channels, side in shapes)
+        raise UserError(f"the models make images of {found}, which do not fit into one picture: pass --no-picture")
+
+
+def _different_images(*cards: ModelCard) -> dict[str, tuple[Any, ...]]:
+    """What the models make, where it differs: `images` (pixels or latents), `image_channels` and `image_side`."""
+    shapes = [_image_shape(card) for card in cards]
+    values = {
+        "images": tuple(card.normalisation.kind for card in cards),
+        "image_channels": tuple(channels for channels, _ in shapes),
+        "image_side": tuple(side for _, side in shapes),
+    }
+    return {key: found for key, found in values.items() if found[0] != found[1]}
 
 
 def _evaluations(model: FetchedModel) -> list[Evaluation]:
@@ -138,8 +168,5 @@ def _sample_both(models: tuple[FetchedModel, FetchedModel], place: Path, seeds: 
             labels = default_labels(numbers, model.card.sampled_classes)
             rows.append(generate_padded(model, numbers, labels, SampleOptions.batch, Sampling(steps=steps)).numpy())
             meter.update(meter.done + seeds)
-    if rows[0].shape != rows[1].shape:
-        sizes = " and ".join(f"{row.shape[-1]}x{row.shape[-2]}" for row in rows)
-        raise UserError(f"the models make images of {sizes}, which do not fit into one picture: pass --no-picture")
     save_png(side_by_side(rows, scale=1 if rows[0].shape[-1] >= 64 else 2), place)
     return str(place)

@@ -3,8 +3,8 @@
 import time
 
 from patchloom.pipelines.registry.quality import evaluations_of
-from patchloom.platform.tracking.client import tracking_uri
 from patchloom.platform.tracking.registry import RegisteredVersion, list_versions
+from patchloom.platform.tracking.store import shown_uri
 
 HEADER = ("MODEL", "ALIASES", "KIND", "SIDE", "P", "SCHEDULE", "IMAGES", "QUALITY", "AGE")
 AGE_UNITS = (("d", 86_400), ("h", 3_600), ("m", 60), ("s", 1))  # and their seconds
@@ -14,7 +14,7 @@ def models_table() -> str:
     """Every registered version as a table: aliases, kind, resolution, p, images seen, quality and age."""
     versions = list_versions()
     if not versions:
-        return f"no model is registered at {tracking_uri()}"
+        return f"no model is registered at {shown_uri()}"
     lines = [HEADER, *(_table_line(version) for version in versions)]
     widths = [max(len(line[column]) for line in lines) for column in range(len(HEADER))]
     return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)

@@ -19,7 +19,8 @@ from patchloom.platform.records.run import PROGRESS_FILE, RunCard, read_progress
 from patchloom.platform.tracking.client import require_reachable
 from patchloom.platform.tracking.names import check_alias, check_name
 from patchloom.platform.tracking.registry import list_versions, promote, register_pyfunc
-from patchloom.platform.tracking.runs import begin_run, end_run, log_artifacts
+from patchloom.platform.tracking.runs import begin_run, end_run, log_artifacts, run_exists
+from patchloom.platform.tracking.store import shown_uri
 
 ENTRY = Path(__file__).parent / "pyfunc_entry.py"
 
@@ -60,7 +61,8 @@ def register(run: str, name: str, alias: str | None = None) -> str:
         The reference of the version, `models:/NAME/VERSION`.
 
     Raises:
-        UserError: the folder has no finished model, or MLflow does not accept the name or the alias.
+        UserError: the folder has no finished model, MLflow does not accept the name or the alias, or
+            the MLflow store does not answer or does not have the run.
         CheckpointError: the weights of a model folder do not match their checksum.
 
     Example:
@@ -70,6 +72,7 @@ def register(run: str, name: str, alias: str | None = None) -> str:
     check_name(name)
     if alias is not None:
         check_alias(alias)
+    require_reachable()
     folder = local_copy(run, without_tensors)
     is_model = (folder / "model.json").is_file()
     version = _register_folder(folder, name) if is_model else _register_run(folder, name)
@@ -88,6 +91,7 @@ def _register_run(folder: Path, name: str) -> str:
     run_id = run_card.run_id
     if run_id is None:
         raise UserError(f"{folder} is not in MLflow yet: run `patchloom train ... --resume`, which sends it")
+    _check_recorded(folder, name, run_card)
     card = read_card(folder / "model")
     version = _find_version(name, card.weights_sha256, run_id)
     if version is None:
@@ -98,12 +102,22 @@ def _register_run(folder: Path, name: str) -> str:
     return version
 
 
+def _check_recorded(folder: Path, name: str, card: RunCard) -> None:
+    """Raise UserError unless this MLflow store has the run of a run folder."""
+    if not run_exists(str(card.run_id)):
+        elsewhere = f" (it was recorded in {card.tracking_uri})" if card.tracking_uri else ""
+        raise UserError(
+            f"{shown_uri()} does not have the MLflow run {card.run_id} of {folder}{elsewhere}: set MLFLOW_TRACKING_URI "
+            "to the store that has it, run `patchloom train ... --resume` to record it here, or register the model "
+            f"without its run: `patchloom models register {folder}/model {name}`"
+        )
+
+
 def _register_folder(folder: Path, name: str) -> str:
     """Register a model without a training run (imported, averaged or exported), with an MLflow run of its own."""
     card = verified_card(folder)
     version = _find_version(name, card.weights_sha256)
     if version is None:
-        require_reachable()
         tags = {"patchloom.version": __version__, "patchloom.folder": str(folder)}
         parameters = {
             key: value for key, value in card.to_json().items() if key in ("denoiser", "imported_from", "average")

@@ -5,9 +5,11 @@ from pathlib import Path
 from urllib.parse import urlencode
 
 from patchloom.pipelines.registry.quality import TAG, Evaluation, evaluations_of
+from patchloom.platform.progress import say
 from patchloom.platform.records.samples import ModelLineage
 from patchloom.platform.tracking.registry import describe_version, find_version, logged_model
-from patchloom.platform.tracking.runs import log_artifacts, log_metrics
+from patchloom.platform.tracking.runs import log_artifacts, log_metrics, run_exists
+from patchloom.platform.tracking.store import shown_uri
 
 PREVIEW = "preview"  # the tag with the name of the preview picture among the artifacts of the version's run
 
@@ -40,6 +42,9 @@ def record_evaluation(result: Evaluation, lineage: ModelLineage, files: list[Pat
     A metric is logged as `fid/n-50000/1a2b3c4d`, so that values that cannot be compared are on different curves.
     """
     if not lineage.run_id:
+        return
+    if not run_exists(lineage.run_id):
+        say(f"  {shown_uri()} does not have the run {lineage.run_id} of the model: only the file has this evaluation")
         return
     model_id = None
     if lineage.name and lineage.version:

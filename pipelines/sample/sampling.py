@@ -42,8 +42,8 @@ from patchloom.platform.records.samples import (
     SampledModel,
     SamplingCard,
 )
-from patchloom.platform.tracking.client import tracking_uri
 from patchloom.platform.tracking.registry import FetchedModel, fetch_model
+from patchloom.platform.tracking.store import tracking_uri
 
 ARCHIVE_IMAGES = 1000  # per archive, by default
 UNIT_IMAGES, MAX_UNITS = 16, 1000  # of PNG files: the smallest unit of work, and the largest number of units

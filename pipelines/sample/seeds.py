@@ -1,7 +1,6 @@
 """Seeds: which images are sampled, and which class each one has."""
 
 from collections.abc import Sequence
-from pathlib import Path
 
 from patchloom.errors import UserError
 from patchloom.models.cards import ModelCard
@@ -9,6 +8,7 @@ from patchloom.models.generate import class_number, default_labels
 from patchloom.platform.dataset.label_files import read_labels
 from patchloom.platform.dataset.labels import Label, column_of_labels
 from patchloom.platform.files.folder import Folder
+from patchloom.platform.files.storage import existing_file, whole_number
 
 SEED_COLUMNS = ("seed", "key")
 SEEDS_IN_ERROR = 5
@@ -16,18 +16,19 @@ SEEDS_IN_ERROR = 5
 
 def parse_seeds(text: str) -> list[int]:
     """`0-63`, `0,5,9`, a mix of both, or a file with one seed per line; sorted, without duplicates."""
-    path = Path(text)
-    parts = path.read_text().split() if path.is_file() else text.split(",")
+    path, shown = existing_file(text), text if len(text) <= 80 else f"{text[:77]}..."
+    parts = path.read_text().split() if path else text.split(",")
     seeds: set[int] = set()
     for part in parts:
         first, dash, last = part.strip().partition("-")
-        if not first.isdigit() or (dash and not last.isdigit()):
-            raise UserError(f"--seeds {text}: {part!r} is not a seed; write 0-63, 0,5,9 or a file of seeds")
-        seeds.update(range(int(first), int(last) + 1) if dash else [int(first)])
+        low, high = whole_number(first), whole_number(last if dash else first)
+        if low is None or high is None:
+            raise UserError(f"--seeds {shown}: {part[:80]!r} is not a seed; write 0-63, 0,5,9 or a file of seeds")
+        if max(low, high) >= 2**63:
+            raise UserError(f"--seeds {shown}: {max(low, high)} is too large; seeds are below 2^63")
+        seeds.update(range(low, high + 1))
     if not seeds:
-        raise UserError(f"--seeds {text}: contains no seed; write 0-63, 0,5,9 or a file of seeds")
-    if max(seeds) >= 2**63:
-        raise UserError(f"--seeds {text}: {max(seeds)} is too large; seeds are below 2^63")
+        raise UserError(f"--seeds {shown}: contains no seed; write 0-63, 0,5,9 or a file of seeds")
     return sorted(seeds)
 
 

@@ -18,7 +18,7 @@ from patchloom.pipelines.sample.sampler import load_model_for_sampling
 from patchloom.platform.compute.jobs import NOTES_FOLDER
 from patchloom.platform.files.folder import Folder
 from patchloom.platform.records.samples import ManifestEntry
-from patchloom.platform.tracking.client import tracking_uri
+from patchloom.platform.tracking.store import tracking_uri
 
 CENTER_IMAGE = "outpaint.png"
 REMOTE_WRITERS = 16  # hides the latency of a store

@@ -15,6 +15,7 @@ from patchloom.platform.tracking.runs import (
     run_exists,
     tag_run,
 )
+from patchloom.platform.tracking.store import check_answers, shown_uri
 
 
 def ensure_mlflow_run(folder: Path, address: Folder, parent_run: str | None = None) -> str:
@@ -46,7 +47,7 @@ def ensure_mlflow_run(folder: Path, address: Folder, parent_run: str | None = No
     run_id = begin_run(recipe.name, "train", recipe.model_dump(mode="json"), tags, parent_run)
     log_artifacts(run_id, folder / "recipe.yaml")
     log_dataset(run_id, card.dataset or "", card.dataset_fingerprint)
-    card.model_copy(update={"run_id": run_id}).write(folder)
+    card.model_copy(update={"run_id": run_id, "tracking_uri": shown_uri()}).write(folder)
     if address.is_remote:
         address.put(folder / RUN_FILE, RUN_FILE)
     return run_id
@@ -65,6 +66,7 @@ def end_tracking(folder: Path, status: str) -> None:
     if run_id is None:
         return  # the forwarder has reported it
     try:
+        check_answers()  # the client itself would wait for a minute
         end_run(run_id, status)
     except Exception as error:
         say(f"  MLflow did not record the end of run {run_id} ({type(error).__name__}); the run folder is complete")

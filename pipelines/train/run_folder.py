@@ -22,7 +22,8 @@ from patchloom.platform.files.storage import locked, make_folder, write_atomic
 from patchloom.platform.progress import say
 from patchloom.platform.recipe.run_recipe import Recipe, load_recipe, recipe_yaml
 from patchloom.platform.records.run import RUN_FILE, RunCard
-from patchloom.platform.tracking.client import is_reachable, tracking_uri
+from patchloom.platform.tracking.client import is_reachable
+from patchloom.platform.tracking.store import shown_uri
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,7 @@ def open_run_folder(
         if answers and address.is_remote:  # before a worker copies run.json, and sends it back without the run's id
             ensure_run()
         if not answers:
-            say(f"  MLflow at {tracking_uri()} does not answer: the run continues, and its lines are sent later")
+            say(f"  MLflow at {shown_uri()} does not answer: the run continues, and its lines are sent later")
         yield OpenRun(path, address, ensure_run, answers)
 
 

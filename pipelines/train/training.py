@@ -16,6 +16,7 @@ from patchloom.pipelines.train.monitor import STOP_FILE, Verdict, ask_to_stop
 from patchloom.pipelines.train.resuming import dataset_of_run, recipe_of_run
 from patchloom.pipelines.train.run import TrainJob
 from patchloom.pipelines.train.run_folder import OpenRun, open_run_folder
+from patchloom.platform.compute.session import check_cluster
 from patchloom.platform.compute.workers import run_workers
 from patchloom.platform.dataset.prepared import open_dataset
 from patchloom.platform.files.copies import ProgressFetcher
@@ -99,6 +100,8 @@ def train(
         recipe = recipe_of_run(out) if recipe is None else load_recipe(recipe)
     if min_workers is not None and not 1 <= min_workers <= workers:
         raise UserError(f"--min-workers {min_workers} is not between 1 and --workers {workers}: lower it")
+    if workers and not resume:
+        check_cluster()  # before the run folder exists
     rows = open_dataset(dataset_of_run(out) if dataset is None else dataset)
     card = new_model_card(recipe, rows)
     with open_run_folder(Folder.at(out), recipe, card, rows, resume, parent_run) as folder:

@@ -25,8 +25,8 @@ from patchloom.platform.recipe.run_recipe import Recipe, load_recipe
 from patchloom.platform.recipe.search import Search
 from patchloom.platform.records.run import ProgressLine, RunCard, read_progress
 from patchloom.platform.records.search import TrialRow
-from patchloom.platform.tracking.client import tracking_uri
 from patchloom.platform.tracking.forwarder import MlflowForwarder
+from patchloom.platform.tracking.store import tracking_uri
 
 TRIAL_FILE = "trial.json"  # in the run folder of a trial that finished or failed: its row of the table
 TABLE_FIELDS = {

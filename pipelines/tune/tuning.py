@@ -32,6 +32,7 @@ from patchloom.pipelines.tune.trials import (
     search_job,
     trial_job,
 )
+from patchloom.platform.compute.session import check_cluster
 from patchloom.platform.compute.tuner import EndedJob, TuneResources, run_on_tune
 from patchloom.platform.dataset.prepared import Dataset, open_dataset
 from patchloom.platform.files.storage import local_path, locked, make_folder, write_atomic, write_json
@@ -56,6 +57,7 @@ from patchloom.platform.tracking.runs import (
     log_artifacts,
     log_dataset,
     log_metrics,
+    run_exists,
 )
 
 STATUS_ORDER = ("finished", "stopped", "failed")
@@ -109,6 +111,8 @@ def tune(
     """
     if register_best is not None:
         check_name(register_best)
+    require_reachable()
+    check_cluster()
     definition, base = load_search(search)
     rows = open_dataset(dataset)
     if not len(rows.indices("held_out", base.data.held_out_fraction)):
@@ -156,15 +160,23 @@ def _open_folder(folder: Path, search: Search, dataset: Dataset, restore: bool, 
         card = SearchCard.read(folder)
         if (card.search, card.dataset_fingerprint) != (search, dataset.fingerprint):
             raise UserError(f"{folder} has another search or dataset: pass the same ones, or choose another folder")
+        if run_exists(card.run_id):
+            return card.run_id
+        card = card.model_copy(update={"run_id": _begin_mlflow_run(folder, search, dataset)})  # another store
+        card.write(folder)
         return card.run_id
-    require_reachable()
+    run_id = _begin_mlflow_run(folder, search, dataset)
+    write_atomic(folder / "search.yaml", yaml.safe_dump(search.model_dump(mode="json"), sort_keys=False))
+    lengths = [trial.recipe.train.images if trial.recipe else None for trial in planned if trial.repeat == 0]
+    SearchCard(run_id=run_id, images=lengths, search=search, dataset_fingerprint=dataset.fingerprint).write(folder)
+    return run_id
+
+
+def _begin_mlflow_run(folder: Path, search: Search, dataset: Dataset) -> str:
     values = search.model_dump(mode="json")
     tags = {"patchloom.dataset": dataset.fingerprint, "patchloom.version": __version__, "patchloom.folder": str(folder)}
     run_id = begin_run(search.name, "search", values, tags)
     log_dataset(run_id, dataset.address, dataset.fingerprint)
-    write_atomic(folder / "search.yaml", yaml.safe_dump(values, sort_keys=False))
-    lengths = [trial.recipe.train.images if trial.recipe else None for trial in planned if trial.repeat == 0]
-    SearchCard(run_id=run_id, images=lengths, search=search, dataset_fingerprint=dataset.fingerprint).write(folder)
     return run_id
 
 

@@ -103,10 +103,12 @@ def run_job(job: Job[Any, Any], workers: int | None) -> JobResult:
             return JobResult()
         units = job.missing()
         images = sum(unit.size for unit in units)
+        began = time.monotonic()
         with progress(job.title, job.total, "images") as meter:
             meter.begin(job.total - images)
             _do(job, units, workers, meter)
-        result = JobResult(images, meter.rate)
+        # one update alone has no rate: then the start of the workers counts too
+        result = JobResult(images, meter.rate or images / max(time.monotonic() - began, 1e-9))
         job.finish()
     return result
 
@@ -141,6 +143,7 @@ def _do(job: Job[UnitT, ResultT], units: list[UnitT], workers: int | None, meter
         begin_work()
         with job.in_process():
             worker = job.worker(job.argument)
+            meter.start()
             while todo and time.monotonic() < end:
                 unit = todo.pop(0)
                 take(unit, worker(unit, lambda images: show(finished + images)))

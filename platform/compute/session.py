@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from functools import partial
 
 from patchloom.errors import UserError
+from patchloom.platform.compute.answering import check_ray_address
 from patchloom.platform.compute.machine import keep_freed_memory
 from patchloom.platform.progress import say
 
@@ -65,6 +66,7 @@ def ray_session(cpus: int = 1) -> Iterator[None]:
         UserError: no cluster answers at RAY_ADDRESS.
     """
     quiet_environment()
+    check_cluster()
     import ray
 
     if ray.is_initialized():
@@ -79,6 +81,13 @@ def ray_session(cpus: int = 1) -> Iterator[None]:
             yield
         finally:
             ray.shutdown()
+
+
+def check_cluster() -> None:
+    """Raise UserError if this process has no Ray session and no cluster answers at RAY_ADDRESS."""
+    ray = sys.modules.get("ray")
+    if ray is None or not ray.is_initialized():
+        check_ray_address()
 
 
 def session_cpus() -> int:

@@ -4,6 +4,7 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import shutil
 import time
 import uuid
@@ -14,17 +15,35 @@ from typing import IO, Any
 
 from patchloom.errors import UserError
 
+MAX_NAME_BYTES = 255  # of a file or folder, on all common file systems
 WRITE_PIECE_BYTES = 1 << 18  # for larger writes Linux uses large pages, which are slow to get on a virtual machine
 
 
 def local_path(text: str | os.PathLike[str]) -> Path:
-    """An absolute local path; raises UserError for a remote address."""
+    """An absolute local path; raises UserError for a remote address and for what cannot be a path."""
     name = os.fspath(text)
     if "://" in name and not name.startswith("file://"):
         raise UserError(
             f"{name} is a remote address, and this must be a local path: mount it, or copy it to this machine"
         )
-    return Path(name.removeprefix("file://")).expanduser().absolute()
+    path = Path(name.removeprefix("file://")).expanduser().absolute()
+    if "\0" in name or any(len(os.fsencode(part)) > MAX_NAME_BYTES for part in path.parts):
+        raise UserError(f"{name[:80]!r}... is not a path: a name in it has more than {MAX_NAME_BYTES} bytes or a NUL")
+    return path
+
+
+def existing_file(text: str) -> Path | None:
+    """The file that a text names, for options that take a word or a path; None if the text is only a word."""
+    try:
+        path = Path(text).expanduser()
+        return path if path.is_file() else None
+    except (OSError, ValueError, RuntimeError):  # too long for a name, a NUL, or the home of an unknown user
+        return None
+
+
+def whole_number(text: str) -> int | None:
+    """The number that a text of ASCII digits writes; None for other texts, such as "²" and "-1"."""
+    return int(text) if re.fullmatch("[0-9]{1,4000}", text) else None
 
 
 def make_folder(path: Path) -> Path:

@@ -10,6 +10,7 @@ from pydantic import BeforeValidator, Field, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
 
 from patchloom.errors import UserError
+from patchloom.platform.files.storage import existing_file
 from patchloom.platform.recipe.sections import (
     Count,
     Fraction,
@@ -283,8 +284,9 @@ class Recipe(Section):
 
 def find_config(name: str) -> Path:
     """The path of a YAML file, given by its path or by its name in tune_configs/."""
-    for path in (Path(name).expanduser(), SHIPPED / name, SHIPPED / f"{name}.yaml"):
-        if path.is_file():
+    for place in (name, str(SHIPPED / name), str(SHIPPED / f"{name}.yaml")):
+        path = existing_file(place)
+        if path is not None:
             return path.absolute()
     shipped = ", ".join(sorted(path.name for path in SHIPPED.glob("*.yaml")))
     raise UserError(f"{name} is not a file and not a shipped recipe; give a path, or one of {shipped}")

@@ -10,6 +10,7 @@ from pydantic import Field, JsonValue, model_validator
 from pydantic_core import PydanticCustomError
 
 from patchloom.errors import UserError
+from patchloom.platform.files.storage import existing_file
 from patchloom.platform.recipe.run_recipe import Recipe, find_config, load_recipe
 from patchloom.platform.recipe.sections import Count, Fraction, Positive, Section, checked, read_yaml
 
@@ -266,7 +267,6 @@ def load_search(name: str | Path) -> tuple[Search, Recipe]:
     if "space" not in values and "train" in values:
         raise UserError(f"{name} is a recipe, not a search (which has a `space`); train it with `patchloom train`")
     search = checked(Search, values)
-    neighbour = path.parent / search.recipe
-    base = load_recipe(neighbour if neighbour.is_file() else search.recipe)
+    base = load_recipe(existing_file(str(path.parent / search.recipe)) or search.recipe)
     search.check_early_stopping(base)
     return search, base

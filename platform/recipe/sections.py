@@ -10,6 +10,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from pydantic_core import PydanticCustomError
 
 from patchloom.errors import UserError
+from patchloom.platform.files.storage import whole_number
 
 _Number = TypeVar("_Number", int, float)
 SHOWN_PROBLEMS = 4
@@ -65,9 +66,10 @@ def set_key(values: dict[str, Any], key: str, value: Any) -> None:
 
 
 def _list_index(place: list[Any], part: str, key: str) -> int:
-    if not part.isdigit() or int(part) >= len(place):
+    index = whole_number(part)
+    if index is None or index >= len(place):
         raise UserError(f"{key}: {part} is not a position in this list of {len(place)}; positions start at 0")
-    return int(part)
+    return index
 
 
 def parse_value(text: str, key: str) -> Any:

@@ -21,6 +21,7 @@ class RunCard(VersionedRecord):
     format_version: int = 1
     kind: str = "train"
     run_id: str | None = None  # of MLflow; None until the tracking store has answered
+    tracking_uri: str | None = None  # the store of the MLflow run; older runs do not store it
     dataset: str | None = None  # its address; older autoencoder runs do not store it
     dataset_fingerprint: str
     code_version: str = ""

@@ -1,36 +1,33 @@
-"""The MLflow client: which tracking store is used, whether it answers, and the experiment of all runs."""
+"""The MLflow client: connects to the tracking store, and finds the experiment of all runs."""
 
 import contextlib
 import logging
 import os
-import sqlite3
 import warnings
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from patchloom.errors import UserError
 from patchloom.platform.compute.session import quiet_environment
 from patchloom.platform.files.storage import locked
+from patchloom.platform.tracking.store import (
+    answers,
+    artifact_folder,
+    check_answers,
+    check_experiment,
+    database_path,
+    experiment_name,
+    is_complete_database,
+    shown_uri,
+    tracking_uri,
+)
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
-EXPERIMENT = "patchloom"
-SQLITE = "sqlite:///"
 CREATE_TABLES_WAIT_S = 300.0
 _complete_stores: set[str] = set()  # stores that have all tables, as far as this process knows
-
-
-def tracking_uri() -> str:
-    """The address of the MLflow store, as an absolute address.
-
-    MLFLOW_TRACKING_URI if it is set, else `sqlite:///mlflow.db` in the working directory.
-    """
-    uri = os.environ.get("MLFLOW_TRACKING_URI") or f"{SQLITE}mlflow.db"
-    if uri.startswith(SQLITE) and not uri.startswith(SQLITE + "/"):
-        uri = f"{SQLITE}{Path(uri.removeprefix(SQLITE)).absolute()}"
-    return uri
 
 
 def connect() -> "MlflowClient":
@@ -53,69 +50,100 @@ def connect() -> "MlflowClient":
 
 def _exclusive_creation(uri: str) -> AbstractContextManager[None]:
     """A lock for an SQLite store that may not exist: two processes must not create its tables at the same time."""
-    database = Path(uri.removeprefix(SQLITE))
-    if uri in _complete_stores or not uri.startswith(SQLITE) or not os.access(database.parent, os.W_OK):
+    database = database_path()
+    if uri in _complete_stores or database is None or not os.access(database.parent, os.W_OK):
         return nullcontext()
     return locked(database.parent, f".{database.name}.lock", wait_s=CREATE_TABLES_WAIT_S)
+
+
+@contextlib.contextmanager
+def open_store() -> Iterator["MlflowClient"]:
+    """A client of a store that answers.
+
+    Raises:
+        UserError: the store does not answer, also during the block, or cannot be opened.
+    """
+    check_answers()
+    try:
+        client = connect()
+    except UserError:
+        raise
+    except Exception as error:
+        raise _not_opened(error) from None
+    try:
+        yield client
+    except Exception as error:
+        if _is_of_connection(error):
+            raise UserError(f"MLflow at {shown_uri()} does not answer ({first_line(error)}): start it again") from None
+        raise
 
 
 def experiment_id(client: "MlflowClient") -> str:
     """The id of the experiment MLFLOW_EXPERIMENT_NAME, by default `patchloom`. Creates it if it does not exist.
 
     An SQLite store keeps its artifacts in the folder `mlruns` next to the database.
+
+    Raises:
+        UserError: the experiment is deleted, or its artifacts are in another folder because the store was moved.
     """
     from mlflow.exceptions import MlflowException
 
-    name = os.environ.get("MLFLOW_EXPERIMENT_NAME", EXPERIMENT)
+    name = experiment_name()
     found = client.get_experiment_by_name(name)
-    if found is not None:
-        return str(found.experiment_id)
-    uri, location = tracking_uri(), None
-    if uri.startswith(SQLITE):
-        location = (Path(uri.removeprefix(SQLITE)).parent / "mlruns" / name).as_uri()
-    tags = {"mlflow.experimentKind": "custom_model_development"}  # MLflow's pages then show runs and curves first
-    try:
-        return str(client.create_experiment(name, artifact_location=location, tags=tags))
-    except MlflowException:  # another process created it first
-        found = client.get_experiment_by_name(name)
-        if found is None:
-            raise
-        return str(found.experiment_id)
+    if found is None:
+        database = database_path()
+        location = artifact_folder(database, name).as_uri() if database else None
+        tags = {"mlflow.experimentKind": "custom_model_development"}  # MLflow's pages then show runs and curves first
+        try:
+            return str(client.create_experiment(name, artifact_location=location, tags=tags))
+        except MlflowException:  # another process created it first
+            found = client.get_experiment_by_name(name)
+            if found is None:
+                raise
+    check_experiment(found.lifecycle_stage, str(found.experiment_id), found.artifact_location)
+    return str(found.experiment_id)
 
 
 def is_reachable() -> bool:
     """Whether the tracking store answers. False for a server that does not answer now.
 
     Raises:
-        UserError: the store cannot be opened at all.
+        UserError: the store cannot be opened at all, or runs cannot be written to its experiment.
     """
-    if _is_mlflow_database(tracking_uri()):
+    if is_complete_database():
         return True
-    from requests import RequestException
-
+    if not answers():
+        return False
     try:
         experiment_id(connect())
+    except UserError:
+        raise
     except Exception as error:
-        if isinstance(error.__context__, RequestException):
+        if _is_of_connection(error):
             return False
-        problem = first_line(error)
-        raise UserError(f"MLflow at {tracking_uri()} cannot be opened ({problem}): check MLFLOW_TRACKING_URI") from None
+        raise _not_opened(error) from None
     return True
 
 
 def require_reachable() -> None:
-    """Raise UserError if the tracking store does not answer."""
+    """Raise UserError if the tracking store does not answer, or if runs cannot be written to its experiment."""
     if not is_reachable():
-        raise UserError(f"MLflow at {tracking_uri()} does not answer: start it, or check MLFLOW_TRACKING_URI")
+        check_answers()
+        raise UserError(f"MLflow at {shown_uri()} does not answer requests: start it, or check MLFLOW_TRACKING_URI")
 
 
-def _is_mlflow_database(uri: str) -> bool:
-    """Whether this is an SQLite file with MLflow's tables. Importing MLflow to find out would take seconds."""
-    path = Path(uri.removeprefix(SQLITE))
-    if not uri.startswith(SQLITE) or not path.is_file() or not os.access(path, os.W_OK):
-        return False
-    with contextlib.suppress(sqlite3.Error), contextlib.closing(sqlite3.connect(path)) as database:
-        return bool(database.execute("SELECT count(*) FROM experiments, alembic_version").fetchone()[0])
+def _not_opened(error: Exception) -> UserError:
+    return UserError(f"MLflow at {shown_uri()} cannot be opened ({first_line(error)}): check MLFLOW_TRACKING_URI")
+
+
+def _is_of_connection(error: BaseException | None) -> bool:
+    """Whether an error of MLflow comes from the connection to its server."""
+    from requests import RequestException
+
+    while error is not None:
+        if isinstance(error, RequestException):
+            return True
+        error = error.__cause__ or error.__context__
     return False
 
 

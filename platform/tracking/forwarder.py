@@ -9,7 +9,8 @@ from pathlib import Path
 
 from patchloom.platform.progress import say
 from patchloom.platform.records.run import PROGRESS_FILE, ProgressLine
-from patchloom.platform.tracking.client import connect, first_line, tracking_uri
+from patchloom.platform.tracking.client import connect, first_line
+from patchloom.platform.tracking.store import check_answers, shown_uri
 
 READ_EVERY_S = 0.5
 RETRY_AFTER_S = 10.0
@@ -93,7 +94,7 @@ class MlflowForwarder:
         self._forward()
         if self._unsent:
             say(
-                f"  MLflow at {tracking_uri()} did not accept {len(self._unsent)} lines of "
+                f"  MLflow at {shown_uri()} did not accept {len(self._unsent)} lines of "
                 f"{self.folder / PROGRESS_FILE} ({self._problem}); --resume sends them"
             )
 
@@ -110,6 +111,7 @@ class MlflowForwarder:
         if not (self._unsent or creates_run) or time.monotonic() < self._retry_at:
             return
         try:
+            check_answers()  # the client itself would wait for a minute
             self._find_run()
             while self._unsent:
                 self._send(self._unsent[0])
@@ -117,7 +119,7 @@ class MlflowForwarder:
         except Exception as error:  # training continues, whatever the client of a store raises
             if self.creates_run and not self._problem:  # it was reachable when the run started
                 problem = first_line(error)
-                say(f"  MLflow at {tracking_uri()} failed ({problem}); training continues, lines are sent later")
+                say(f"  MLflow at {shown_uri()} failed ({problem}); training continues, lines are sent later")
             self._problem = f"{type(error).__name__}: {first_line(error)}"
             self._retry_at = time.monotonic() + RETRY_AFTER_S
 

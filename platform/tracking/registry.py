@@ -7,15 +7,20 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from patchloom.errors import UserError
 from patchloom.platform.files.copies import local_copy
 from patchloom.platform.files.folder import is_remote
 from patchloom.platform.files.storage import write_atomic
-from patchloom.platform.tracking.client import connect, tracking_uri
+from patchloom.platform.tracking.client import connect, first_line, open_store
+from patchloom.platform.tracking.store import shown_uri
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
 
 MODEL_FOLDER = "model"  # the model folder among the artifacts of a version
+MISSING = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")  # MLflow's codes for a missing version and alias
 
 
 @dataclass(frozen=True)
@@ -82,28 +87,28 @@ def find_version(name: str, alias: str | None = None, version: str | None = None
     """The registered version with an alias or a number; raises UserError if it does not exist."""
     from mlflow.exceptions import MlflowException
 
-    client = connect()
-    try:
-        if alias:
-            return client.get_model_version_by_alias(name, alias)
-        return client.get_model_version(name, version)
-    except MlflowException:
-        wanted = f"{name}@{alias}" if alias else f"{name}/{version}"
-        raise UserError(
-            f"models:/{wanted} is not in the registry at {tracking_uri()}: list its models with `patchloom models list`"
-        ) from None
+    wanted = f"models:/{name}@{alias}" if alias else f"models:/{name}/{version}"
+    with open_store() as client:
+        try:
+            if alias:
+                return client.get_model_version_by_alias(name, alias)
+            return client.get_model_version(name, version)
+        except MlflowException as error:
+            if error.error_code in MISSING:
+                where = f"the registry at {shown_uri()}: list its models with `patchloom models list`"
+                raise UserError(f"{wanted} is not in {where}") from None
+            raise
 
 
 def _download(uri: str) -> Path:
     import mlflow.artifacts
     from mlflow.exceptions import MlflowException
 
-    connect()
-    try:
-        return Path(mlflow.artifacts.download_artifacts(artifact_uri=uri))
-    except (MlflowException, OSError) as error:
-        problem = str(error).strip().split("\n")[0]
-        raise UserError(f"{uri} cannot be fetched from {tracking_uri()} ({problem})") from None
+    with open_store():
+        try:
+            return Path(mlflow.artifacts.download_artifacts(artifact_uri=uri))
+        except (MlflowException, OSError) as error:
+            raise UserError(f"{uri} cannot be fetched from {shown_uri()} ({first_line(error)})") from None
 
 
 def _model_folder(folder: Path) -> Path:
@@ -227,11 +232,18 @@ def list_versions(name: str | None = None) -> list[RegisteredVersion]:
     Args:
         name: list only the versions of this model.
 
+    Raises:
+        UserError: MLflow does not answer.
+
     Example:
         for version in patchloom.list_versions("my-model"):
             print(version.name, version.version, version.aliases, version.tags.get("quality"))
     """
-    client = connect()
+    with open_store() as client:
+        return _versions(client, name)
+
+
+def _versions(client: "MlflowClient", name: str | None) -> list[RegisteredVersion]:
     models = {model.name: model for model in _all_of(client.search_registered_models) if name in (None, model.name)}
     # all at once and without a filter: a name with a quote cannot be written in a filter
     found = [version for version in _all_of(client.search_model_versions) if version.name in models]

@@ -8,6 +8,7 @@ from pathlib import Path
 from patchloom.platform.records.record import flat_values
 from patchloom.platform.tracking.client import connect, experiment_id
 
+FINISHED = "FINISHED"
 PARAM_CHARACTERS = 500  # MLflow's limit for the value of a parameter
 
 
@@ -39,24 +40,28 @@ def begin_run(
     return run_id
 
 
-def end_run(run_id: str, status: str = "FINISHED") -> None:
+def run_status(run_id: str) -> str:
+    """The status of a run: RUNNING, FINISHED, FAILED or KILLED."""
+    return str(connect().get_run(run_id).info.status)
+
+
+def end_run(run_id: str, status: str = FINISHED) -> None:
     """End a run as FINISHED, FAILED or KILLED. A run with this status already keeps its end time."""
-    client = connect()
-    if client.get_run(run_id).info.status != status:
-        client.set_terminated(run_id, status)
+    if run_status(run_id) != status:
+        connect().set_terminated(run_id, status)
 
 
 def run_exists(run_id: str) -> bool:
-    """Whether the store has this run; raises MlflowException if the store does not answer."""
+    """Whether the store has this run and can write to it; raises MlflowException if the store does not answer."""
     from mlflow.exceptions import MlflowException
 
     try:
-        connect().get_run(run_id)
+        run = connect().get_run(run_id)
     except MlflowException as error:
         if error.error_code != "RESOURCE_DOES_NOT_EXIST":
             raise
         return False
-    return True
+    return bool(run.info.lifecycle_stage == "active")  # the runs of a deleted experiment are deleted
 
 
 def recorded_value(run_id: str, key: str) -> str | None:

@@ -1,6 +1,7 @@
 """Train an autoencoder on a dataset of pixels, measure it, and register it."""
 
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from patchloom import __version__
@@ -10,17 +11,28 @@ from patchloom.pipelines.prepare.encoders import fetch_autoencoder
 from patchloom.pipelines.train.autoencoder.quality import RECONSTRUCTIONS, measure_autoencoder
 from patchloom.pipelines.train.autoencoder.worker import AutoencoderJob, autoencoder_worker
 from patchloom.pipelines.train.training import resume_meter
+from patchloom.platform.compute.session import check_cluster
 from patchloom.platform.compute.workers import run_workers
 from patchloom.platform.dataset.prepared import Dataset, open_dataset
 from patchloom.platform.files.storage import local_path, locked, make_folder, read_json
 from patchloom.platform.progress import progress, say
 from patchloom.platform.records.autoencoder_run import AutoencoderRunCard, AutoencoderSettings
 from patchloom.platform.records.run import RUN_FILE, ProgressLine, RunCard
-from patchloom.platform.tracking.client import require_reachable
+from patchloom.platform.tracking.client import first_line, is_reachable, require_reachable
 from patchloom.platform.tracking.forwarder import MlflowForwarder
 from patchloom.platform.tracking.names import check_name
 from patchloom.platform.tracking.registry import describe_version, register_folder
-from patchloom.platform.tracking.runs import begin_run, end_run, log_artifacts, log_dataset, log_metrics
+from patchloom.platform.tracking.runs import (
+    FINISHED,
+    begin_run,
+    end_run,
+    log_artifacts,
+    log_dataset,
+    log_metrics,
+    run_exists,
+    run_status,
+)
+from patchloom.platform.tracking.store import check_answers, shown_uri
 
 
 @dataclass(frozen=True)
@@ -31,14 +43,14 @@ class AutoencoderResult:
         model: the model folder.
         psnr_db: mean PSNR of held-out reconstructions, in dB.
         ssim: mean SSIM of held-out reconstructions.
-        run_id: id of the MLflow run.
+        run_id: id of the MLflow run. None if MLflow did not answer; a second call then sends it.
         reference: `models:/NAME/VERSION` if it was registered.
     """
 
     model: Path
     psnr_db: float
     ssim: float
-    run_id: str
+    run_id: str | None
     reference: str | None
 
 
@@ -64,7 +76,8 @@ def train_autoencoder(
         The model folder, PSNR (dB) and SSIM of held-out images, and the reference if it was registered.
 
     Raises:
-        UserError: the dataset has latents, the settings do not fit it, or the folder has something else in it.
+        UserError: the dataset has latents, the settings do not fit it, the folder has something else in it, or
+            MLflow does not answer and `register` is given.
 
     Example:
         settings = patchloom.AutoencoderSettings(widths=(8, 8), images=64, patch=8)
@@ -74,23 +87,28 @@ def train_autoencoder(
     settings, init_from = settings or AutoencoderSettings(), None
     if register is not None:
         check_name(register)
+        require_reachable()
     rows = open_dataset(dataset)
     if settings.init_from is not None:
         init_from, settings = _find_init_from(settings.init_from, settings)
     _check_fit(settings, rows)
+    if workers and not (local_path(out) / RUN_FILE).is_file():
+        check_cluster()  # before the run folder exists
     folder = make_folder(local_path(out))
     with locked(folder):
-        card = _open_folder(folder, settings, rows)
-        if card.psnr_db is None:
-            _run(AutoencoderJob(folder, rows.address, settings, init_from), str(card.run_id), workers)
-            card = _measure(folder, card, rows)
+        is_measured = _open_folder(folder, settings, rows).psnr_db is not None
+        _run(AutoencoderJob(folder, rows.address, settings, init_from), rows, workers, is_measured)
+        card = AutoencoderRunCard.read(folder) if is_measured else _measure(folder, rows)
         if register and card.reference is None:
+            ensure_autoencoder_run(folder, rows)
+            card = AutoencoderRunCard.read(folder)
             card = card.model_copy(update={"reference": _register(folder, register, card)})
             card.write(folder)
-        end_run(str(card.run_id))
+        _send_quality(folder, rows)
+        card = AutoencoderRunCard.read(folder)
     say(f"  reconstruction of held-out images: PSNR {card.psnr_db:.1f} dB, SSIM {card.ssim:.3f}")
     return AutoencoderResult(
-        folder / "model", float(card.psnr_db or 0), float(card.ssim or 0), str(card.run_id), card.reference
+        folder / "model", float(card.psnr_db or 0), float(card.ssim or 0), card.run_id, card.reference
     )
 
 
@@ -122,21 +140,17 @@ def _check_fit(settings: AutoencoderSettings, dataset: Dataset) -> None:
 
 
 def _open_folder(folder: Path, settings: AutoencoderSettings, dataset: Dataset) -> AutoencoderRunCard:
-    """Check the run in the folder, or create one and its MLflow run."""
+    """Check the run in the folder, or create one."""
     if (folder / RUN_FILE).is_file():
         if RunCard.read(folder).kind == "autoencoder":
             card = AutoencoderRunCard.read(folder)
             if (card.settings, card.dataset_fingerprint) == (settings, dataset.fingerprint):
                 return card
         raise UserError(f"{folder} contains another run: choose another --out")
-    require_reachable()
-    tags = {"patchloom.dataset": dataset.fingerprint, "patchloom.version": __version__}
-    run_id = begin_run(folder.name, "autoencoder", asdict(settings), tags)
-    log_dataset(run_id, dataset.address, dataset.fingerprint)
     card = AutoencoderRunCard(
         format_version=AutoencoderRunCard.FORMAT,
         kind="autoencoder",
-        run_id=run_id,
+        run_id=None,
         code_version=__version__,
         settings=settings,
         dataset_fingerprint=dataset.fingerprint,
@@ -145,8 +159,26 @@ def _open_folder(folder: Path, settings: AutoencoderSettings, dataset: Dataset) 
     return card
 
 
-def _run(job: AutoencoderJob, run_id: str, workers: int) -> None:
-    """Run the workers, and show and forward their progress lines."""
+def ensure_autoencoder_run(folder: Path, dataset: Dataset) -> str:
+    """Find the MLflow run of an autoencoder's run folder in the current store, or create it; returns its id."""
+    card = AutoencoderRunCard.read(folder)
+    if card.run_id is not None and run_exists(card.run_id):
+        return card.run_id
+    tags = {"patchloom.dataset": card.dataset_fingerprint, "patchloom.version": card.code_version}
+    run_id = begin_run(folder.name, "autoencoder", asdict(card.settings), tags)
+    log_dataset(run_id, dataset.address, dataset.fingerprint)
+    card.model_copy(update={"run_id": run_id, "tracking_uri": shown_uri()}).write(folder)
+    return run_id
+
+
+def _run(job: AutoencoderJob, dataset: Dataset, workers: int, is_finished: bool) -> None:
+    """Run the workers, and show and forward their progress lines. Of a finished run, send lines that wait."""
+    answers, ensure = is_reachable(), partial(ensure_autoencoder_run, job.folder, dataset)
+    if not answers:
+        say(f"  MLflow at {shown_uri()} does not answer: the run continues, and its lines are sent later")
+    if is_finished:
+        with MlflowForwarder(job.folder, ensure, lambda _: None):
+            return
     with progress("training the autoencoder", job.settings.images, "patches") as meter:
         first_step = resume_meter(meter, job.folder)
 
@@ -154,19 +186,31 @@ def _run(job: AutoencoderJob, run_id: str, workers: int) -> None:
             if line.step > first_step:
                 meter.update(line.images_seen, f"loss {line.loss:.3f}")
 
-        with MlflowForwarder(job.folder, lambda: run_id, show):
+        with MlflowForwarder(job.folder, ensure, show, answers):
             run_workers(autoencoder_worker, job, workers, job.folder / ".ray", "autoencoder")
 
 
-def _measure(folder: Path, card: AutoencoderRunCard, dataset: Dataset) -> AutoencoderRunCard:
-    """Measure the trained autoencoder, and keep the quality in `run.json` and MLflow."""
+def _measure(folder: Path, dataset: Dataset) -> AutoencoderRunCard:
+    """Measure the trained autoencoder, and keep the quality in `run.json`."""
+    card = AutoencoderRunCard.read(folder)
     quality = measure_autoencoder(folder, dataset, card.settings.held_out_fraction)
-    metrics = {"psnr_db": quality.psnr_db, "ssim": quality.ssim}
-    log_metrics(str(card.run_id), metrics, step=card.settings.steps)
-    log_artifacts(str(card.run_id), folder / RECONSTRUCTIONS)
     card = card.model_copy(update=asdict(quality))
     card.write(folder)
     return card
+
+
+def _send_quality(folder: Path, dataset: Dataset) -> None:
+    """Send the quality to the MLflow run and end it, once. Errors of MLflow are only reported."""
+    try:
+        check_answers()
+        run_id, card = ensure_autoencoder_run(folder, dataset), AutoencoderRunCard.read(folder)
+        if run_status(run_id) != FINISHED:
+            quality = {"psnr_db": float(card.psnr_db or 0), "ssim": float(card.ssim or 0)}
+            log_metrics(run_id, quality, step=card.settings.steps)
+            log_artifacts(run_id, folder / RECONSTRUCTIONS)
+            end_run(run_id)
+    except Exception as error:
+        say(f"  MLflow did not record the quality ({first_line(error)}); the same command sends it later")
 
 
 def _register(folder: Path, name: str, card: AutoencoderRunCard) -> str:

@@ -77,9 +77,11 @@ def test_restarted_server_receives_every_line_and_preview_once(
     assert made.run_id is None and (run / "model" / "model.json").is_file()
     assert server.address in (said := capsys.readouterr().out)
     assert "--resume" in said
-    with pytest.raises(UserError, match="--resume"):
+    with pytest.raises(UserError, match=server.address):
         register(str(run), "early")
     server.start()
+    with pytest.raises(UserError, match="--resume"):
+        register(str(run), "early")
     made = train(tiny_recipe(), str(pixels), str(run), workers=0, resume=True)
     assert made.run_id is not None
     assert_is_mirrored(server.address, made.run_id, run)
