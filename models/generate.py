@@ -147,13 +147,13 @@ def generate(
     return to_pixels(x, model.normalisation, model.autoencoder)
 
 
-def class_number(label: int | str | None, class_names: Sequence[str], texts_are_names: bool = False) -> int:
+def class_number(label: int | str | None, class_names: Sequence[str]) -> int:
     """The number of a class.
 
     Args:
-        label: number of the class, or its name; None, "" or -1 for no class.
+        label: number of the class, or its name; None, "" or -1 for no class. A text such as "7" is the class number 7
+            if no class has this name.
         class_names: names of the model's classes.
-        texts_are_names: a text is always a name. Otherwise "7" is the class 7 if no class has this name.
 
     Returns:
         The number, or -1 for no class.
@@ -165,7 +165,7 @@ def class_number(label: int | str | None, class_names: Sequence[str], texts_are_
         return -1
     if isinstance(label, str) and label in class_names:
         return class_names.index(label)
-    if isinstance(label, str) and PLAIN_NUMBER.fullmatch(label) and not texts_are_names:
+    if isinstance(label, str) and PLAIN_NUMBER.fullmatch(label):
         label = int(label)
     if isinstance(label, int) and -1 <= label < len(class_names):
         return label

@@ -63,7 +63,7 @@ def choose_labels(
 def _labels_of_file(seeds: list[int], class_names: Sequence[str], address: str) -> dict[int, int]:
     """The classes in a table with columns `seed` and `label`, or in a `.txt` whose first line is seed 0.
 
-    In a file, a number is a class number and any other text is a class name.
+    A column of plain numbers is class numbers, also if classes are named by numbers; other text is class names.
     """
     found = _labels_of_lines(address) if address.endswith(".txt") else read_labels(address, SEED_COLUMNS).of
     missing = [str(seed) for seed in seeds if str(seed) not in found]
@@ -71,10 +71,7 @@ def _labels_of_file(seeds: list[int], class_names: Sequence[str], address: str) 
         named = ", ".join(missing[:SEEDS_IN_ERROR]) + (", ..." if len(missing) > SEEDS_IN_ERROR else "")
         raise UserError(f"--labels {address}: {len(missing)} of the seeds have no label ({named}): add them")
     wanted = {found[str(seed)] for seed in seeds}
-    numbers = {
-        label: _class_number(label, class_names, f"--labels {address}: {label}", texts_are_names=True)
-        for label in wanted
-    }
+    numbers = {label: _class_number(label, class_names, f"--labels {address}: {label}") for label in wanted}
     return {seed: numbers[found[str(seed)]] for seed in seeds}
 
 
@@ -86,10 +83,8 @@ def _labels_of_lines(address: str) -> dict[str, Label]:
     return {str(seed): label for seed, label in enumerate(column_of_labels(lines))}
 
 
-def _class_number(
-    label: int | str | None, class_names: Sequence[str], option: str, texts_are_names: bool = False
-) -> int:
+def _class_number(label: int | str | None, class_names: Sequence[str], option: str) -> int:
     try:
-        return class_number(label, class_names, texts_are_names)
+        return class_number(label, class_names)
     except ValueError as error:
         raise UserError(f"{option} {error}") from None
