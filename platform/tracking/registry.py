@@ -20,6 +20,12 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 MODEL_FOLDER = "model"  # the model folder among the artifacts of a version
+OTHER_FOLDERS = {  # what a folder without a model is, by the card in it, and what to do
+    "dataset.json": "a prepared dataset: train a model on it with `patchloom train`",
+    "sampling.json": "a folder of samples: give the model that made them, or measure them with `patchloom evaluate`",
+    "search.json": "a search: give one of its runs in the folder trials",
+    "run.json": "a run that is not finished: run `patchloom train --resume` first",
+}
 MISSING = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")  # MLflow's codes for a missing version and alias
 
 
@@ -65,6 +71,9 @@ def fetch_model(reference: str) -> FetchedModel:
     if (folder / "model" / "model.json").is_file():  # the model folder of a run folder
         folder = folder / "model"
     if not (folder / "model.json").is_file():
+        for card, advice in OTHER_FOLDERS.items():
+            if (folder / card).is_file():
+                raise UserError(f"{reference} is not a model but {advice}")
         raise UserError(
             f"{reference} is not a model: give models:/NAME@ALIAS, models:/NAME/VERSION, runs:/ID/model or a folder"
         )
