@@ -108,11 +108,11 @@ def results(checkout: Path, folder: Path) -> dict[str, str]:
 
 
 def content(path: Path) -> bytes:
-    """The bytes of a file; of averages their tensors, and of metrics their values, whose order in a file is free."""
+    """The bytes of a file; of averages their tensors, and of metrics their values, without their notes in words."""
     if "ema" in path.parts:
         return b"".join(name.encode() + tensor.tobytes() for name, tensor in sorted(load_file(path).items()))
     if path.name == "metrics.json":
-        return json.dumps(json.loads(path.read_bytes()), sort_keys=True).encode()
+        return json.dumps(json.loads(path.read_bytes()) | {"notes": []}, sort_keys=True).encode()
     return path.read_bytes()
 
 

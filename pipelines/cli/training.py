@@ -11,6 +11,16 @@ from patchloom.pipelines.cli.options import Backbones, PreparedDataset, Settings
 from patchloom.platform.files.storage import whole_number
 
 RunFolder = Annotated[str | None, typer.Option(help="Run folder to write; required without --dry-run")]
+MinWorkers = Annotated[
+    int | None,
+    typer.Option(min=1, help="Continue with at least this many workers after a node is lost  [default: --workers]"),
+]
+Microbatch = Annotated[
+    int | None,
+    typer.Option(
+        min=1, help="Most crops on a device at once, to save memory; the batch stays the same  [default: all]"
+    ),
+]
 
 
 def autoencoder_train(
@@ -72,16 +82,8 @@ def train(
     out: RunFolder = None,
     set_: Settings = None,
     workers: TrainWorkers = 1,
-    min_workers: Annotated[
-        int | None,
-        typer.Option(min=1, help="Continue with at least this many workers after a node is lost  [default: --workers]"),
-    ] = None,
-    microbatch: Annotated[
-        int | None,
-        typer.Option(
-            min=1, help="Most crops on a device at once, to save memory; the batch stays the same  [default: all]"
-        ),
-    ] = None,
+    min_workers: MinWorkers = None,
+    microbatch: Microbatch = None,
     compile_: Annotated[
         bool,
         typer.Option("--compile", help="Compile the network for each patch size: minutes at the start, then faster"),

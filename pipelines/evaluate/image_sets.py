@@ -19,6 +19,7 @@ from patchloom.platform.dataset.readers import npz_images
 from patchloom.platform.files.folder import Folder
 from patchloom.platform.files.storage import file_sha256, local_path
 
+NOT_SAMPLES = {"run.json": "run", "search.json": "search", "model.json": "model"}  # what a folder with this file is
 RANGE_ROWS = 128  # about a minute of Inception on a CPU core
 
 
@@ -242,6 +243,9 @@ def open_images(address: str, skipped: tuple[str, ...] | None = None) -> ImageSe
     path = local_path(address)
     if not path.is_dir():
         raise UserError(f"{path} does not exist: give a folder of `patchloom sample`, a prepared dataset or an .npz")
+    for card, what in NOT_SAMPLES.items():
+        if (path / card).is_file():
+            raise UserError(f"{path} is a {what}, not samples: make samples with `patchloom sample MODEL FOLDER` first")
     names = [name for name in Folder.at(address).files(follow_links=True) if is_image(name) and not is_hidden(name)]
     files = [path / name for name in names]
     lossy = [file for file in files if file.suffix.lower() != ".png"]

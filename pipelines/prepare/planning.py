@@ -32,6 +32,7 @@ class Preparation:
         side: side of the images in pixels.
         source_name: the file or folder that the user gave, for messages.
         encoder: the folder of the encoder, if there is one.
+        other_files: the numbers of files that are not images, by ending, for messages.
     """
 
     plan: PreparationPlan
@@ -39,6 +40,7 @@ class Preparation:
     side: int
     source_name: str
     encoder: Path | None = None
+    other_files: str = ""
 
     def with_shards(self, rows: int | None) -> "Preparation":
         """The preparation with this number of rows per shard, or a number that suits the size of the images."""
@@ -101,8 +103,6 @@ def plan_images(
     source = open_source(address, labels, image_member)
     if source.unmatched_labels:
         say(f"  labels without an input in {source.name}: {source.unmatched_labels:,}")
-    if source.others:
-        say(f"  files that are not images in a known format: {count_endings(source.others)}")
     reader = SourceReader(source.kind, source.address)
     if not transform.resolution:
         transform = replace(transform, resolution=_first_side(reader, source))
@@ -124,7 +124,12 @@ def plan_images(
     side, channels = transform.resolution, transform.channels
     if autoencoder is None and side >= LATENTS_FROM_PIXELS and channels == 3:
         autoencoder = SD_VAE
-    return _with_encoder(Preparation(plan, inputs, side, source.name), autoencoder, precision, channels)
+    return _with_encoder(
+        Preparation(plan, inputs, side, source.name, other_files=count_endings(source.others)),
+        autoencoder,
+        precision,
+        channels,
+    )
 
 
 def _first_side(reader: SourceReader, source: Source) -> int:

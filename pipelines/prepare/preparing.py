@@ -178,7 +178,9 @@ class PrepareJob(Job[PlannedShard, None]):
         self.folder.write("skipped.jsonl", "".join(f"{entry.to_json()}\n" for entry in skipped))
         self.folder.write_json(CARD, dataset_card(self.plan, notes).to_dict())
         self.folder.remove_folder(WORK_FOLDER)
-        say(f"{rows:,} rows + {len(skipped):,} skipped = {self.total:,} inputs in {self.folder}")
+        others = self.preparation.other_files
+        not_read = f" (other files, not read: {others})" if others else ""
+        say(f"{rows:,} rows + {len(skipped):,} skipped = {self.total:,} inputs in {self.folder}{not_read}")
 
     def _refuse(self, skipped: list[SkippedInput]) -> None:
         """Remove what was written; raises UserError with the most common reasons."""

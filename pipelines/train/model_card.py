@@ -115,6 +115,17 @@ def _check_sizes(recipe: Recipe, denoiser: DenoiserConfig) -> None:
             )
 
 
+def unexpected_data(recipe: Recipe, card: DatasetCard) -> str | None:
+    """What the dataset has and the recipe was not made for, in one line; None if it has all."""
+    pairs = (("kind", recipe.data.kind, card.kind), ("resolution", recipe.data.resolution, card.resolution))
+    other = [
+        f"data.{key} is {wanted}, and the dataset has {found}"
+        for key, wanted, found in pairs
+        if wanted not in (None, found)
+    ]
+    return f"{recipe.name} was made for other data: {'; '.join(other)}" if other else None
+
+
 def _check_fit(recipe: Recipe, dataset: Dataset) -> None:
     """Raise UserError if the recipe needs something that the dataset does not have."""
     data, is_latent = recipe.data, dataset.card.kind == "latents"

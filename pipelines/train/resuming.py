@@ -10,6 +10,7 @@ from patchloom.platform.records.run import RUN_FILE, RunCard
 
 RECIPE_FILE = "recipe.yaml"
 LENGTH = "train.images"
+WITHOUT_EFFECT = ("data.kind", "data.resolution")  # they only give warnings, and older recipes lack them
 
 
 def recipe_of_run(run: str, overrides: Sequence[str] = ()) -> Recipe:
@@ -52,7 +53,7 @@ def check_continues(run: object, recipe: Recipe, given: Recipe) -> None:
     Raises:
         UserError: another key differs; the message names each key with both values.
     """
-    changed = differing_keys(recipe, given)
+    changed = {key: values for key, values in differing_keys(recipe, given).items() if key not in WITHOUT_EFFECT}
     if changed.keys() == {LENGTH}:
         _check_longer(run, recipe, given)
     elif changed:

@@ -11,7 +11,7 @@ from patchloom.models.checkpoints import read_checkpoint_card
 from patchloom.pipelines.train.checkpointer import newest_checkpoint, whole_checkpoints
 from patchloom.pipelines.train.loop import TrainOutcome, train_worker
 from patchloom.pipelines.train.mlflow_run import end_tracking
-from patchloom.pipelines.train.model_card import new_model_card
+from patchloom.pipelines.train.model_card import new_model_card, unexpected_data
 from patchloom.pipelines.train.monitor import STOP_FILE, Verdict, ask_to_stop
 from patchloom.pipelines.train.resuming import dataset_of_run, recipe_of_run
 from patchloom.pipelines.train.run import TrainJob
@@ -104,6 +104,9 @@ def train(
         check_cluster()  # before the run folder exists
     rows = open_dataset(dataset_of_run(out) if dataset is None else dataset)
     card = new_model_card(recipe, rows)
+    warning = unexpected_data(recipe, rows.card)
+    if warning:
+        say(f"  warning: {warning}")
     with open_run_folder(Folder.at(out), recipe, card, rows, resume, parent_run) as folder:
         job = TrainJob(
             recipe, card, rows.address, folder.address.address, allowed_backbones(), microbatch, compile, profile

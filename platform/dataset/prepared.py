@@ -14,6 +14,7 @@ import numpy as np
 import pyarrow as pa
 
 from patchloom.errors import UserError
+from patchloom.platform.dataset.listing import is_image
 from patchloom.platform.files.copies import cached_copy
 from patchloom.platform.files.folder import Folder, inner_name
 from patchloom.platform.files.storage import file_sha256
@@ -21,6 +22,13 @@ from patchloom.platform.progress import progress
 from patchloom.platform.records.dataset import DatasetCard, ShardFile
 
 CARD = "dataset.json"
+NOT_DATASETS = {  # what a folder without a dataset is, by a file in it, and what to do
+    ".work/plan.json": "an unfinished one: repeat the `patchloom prepare` that made it",
+    "run.json": "a run: give the dataset that it was trained on, and the run with --out",
+    "search.json": "a search: give the dataset that it used, and the search with --out",
+    "sampling.json": "a folder of samples: evaluate it with `patchloom evaluate`, or prepare it first",
+    "model.json": "a model: give a dataset, and the model with train.init_from",
+}
 MIRRORED = "#mirror"  # the end of the key of a row that was encoded from a mirror image
 
 
@@ -218,6 +226,11 @@ def _read_card(folder: Folder) -> DatasetCard:
     if not folder.is_remote and not folder.path.is_dir():
         raise UserError(f"{folder} does not exist: make a dataset with `patchloom prepare SOURCE {folder}`")
     if not folder.has(CARD):
+        for name, advice in NOT_DATASETS.items():
+            if folder.has(name):
+                raise UserError(f"{folder} has no {CARD}: it is not a prepared dataset but {advice}")
+        if any(is_image(name) for name in folder.files()):
+            raise UserError(f"{folder} has no {CARD}, and it contains images: run `patchloom prepare {folder} DATASET`")
         raise UserError(f"{folder} has no {CARD}: it is not a dataset, or it is incomplete; run prepare again")
     content = folder.read(CARD)
     if b'"format_version"' not in content:

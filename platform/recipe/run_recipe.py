@@ -29,6 +29,12 @@ SHIPPED = Path(__file__).parents[2] / "tune_configs"
 class DataSection(Section):
     """Which rows of the dataset are used, and how."""
 
+    kind: Literal["pixels", "latents"] | None = Field(
+        None, description="What the recipe was made for; a dataset of another kind gives a warning"
+    )
+    resolution: Count | None = Field(
+        None, description="Side of the images or latents that the recipe was made for; another one gives a warning"
+    )
     held_out_fraction: Fraction = 0.05
     whiten: bool = Field(
         True,

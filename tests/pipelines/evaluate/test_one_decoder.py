@@ -101,3 +101,15 @@ def test_pictures_that_cannot_be_drawn_do_not_cost_the_metrics(tmp_path: Path, m
     place = tmp_path / "metrics.json"
     result = evaluate(str(photos), str(photos), features="colours", workers=0, out=str(place))
     assert result.pictures == [] and place.is_file()
+
+
+def test_a_run_is_not_evaluated_by_its_previews(tmp_path: Path) -> None:
+    photos = write(tmp_path / "photos", rotated)
+    run = tmp_path / "run"
+    (run / "previews").mkdir(parents=True)
+    rotated(1).save(run / "previews" / "step-1.png")
+    (run / "run.json").write_text("{}")
+    with pytest.raises(UserError, match="is a run"):
+        evaluate(str(run), str(photos), features="colours", workers=0)
+    with pytest.raises(UserError, match="is a run"):
+        evaluate(str(photos), str(run), features="colours", workers=0)

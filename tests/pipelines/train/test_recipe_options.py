@@ -260,3 +260,16 @@ def test_compiled_network_has_one_graph_per_patch_size_and_the_same_losses(pixel
     assert counters["stats"]["unique_graphs"] == 3 and not counters["graph_break"]
     eager, compiled = ([line["loss"] for line in read_json_lines(run / "progress.jsonl")] for run in runs)
     assert compiled == pytest.approx(eager, rel=1e-3)
+
+
+def test_data_that_a_recipe_was_not_made_for_gives_a_warning(
+    pixels: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    short = {"train__images": 16, "preview__every_images": 0}
+    train(tiny_recipe(**short, data__kind="pixels", data__resolution=16), str(pixels), str(tmp_path / "a"), workers=0)
+    assert "warning" not in capsys.readouterr().out
+    train(tiny_recipe(**short, data__kind="latents", data__resolution=32), str(pixels), str(tmp_path / "b"), workers=0)
+    (warning,) = [line for line in capsys.readouterr().out.splitlines() if "warning" in line]
+    assert "data.kind is latents" in warning and "data.resolution is 32" in warning and "16" in warning
+    a, b = (load_file(tmp_path / run / "model" / "model.safetensors") for run in "ab")
+    assert all(torch.equal(a[name], b[name]) for name in a)

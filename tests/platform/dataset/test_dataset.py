@@ -102,3 +102,15 @@ def test_the_error_of_a_folder_that_is_not_a_dataset_names_it(folder: Path, tmp_
     write_json(folder / "dataset.json", {"labels": []})
     with pytest.raises(UserError, match=r"dataset\.json .*format_version"):
         open_dataset(folder)
+
+
+@pytest.mark.parametrize(
+    ("file", "named"),
+    [("run.json", "run"), ("sampling.json", "patchloom evaluate"), ("model.json", "model"), ("search.json", "search"),
+     (".work/plan.json", "unfinished"), ("cat/0.png", "patchloom prepare")],
+)  # fmt: skip
+def test_a_folder_of_another_kind_is_named(file: str, named: str, tmp_path: Path) -> None:
+    (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / file).write_text("{}")
+    with pytest.raises(UserError, match=named):
+        open_dataset(tmp_path)
