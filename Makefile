@@ -13,7 +13,7 @@ demo: $(READY)
 
 test: $(READY)
 	@echo "make test: all tests except the slow ones"
-	@$(BIN)/python -m pytest -q -n 3 --dist loadgroup -m "not slow"
+	@$(BIN)/python -m pytest -q -n 2 --dist loadgroup -m "not slow"
 
 test-all: $(READY)
 	@echo "make test-all: all tests, including the slow ones"

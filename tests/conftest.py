@@ -17,19 +17,17 @@ from helpers import environment, photograph, tiny_recipe
 from PIL import Image
 
 CLASSES = ("chelsea", "coffee")
-RAY_GROUPS = {"train": 1, "prepare": 2, "sample": 2}  # by folder; 0 for all others
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Group the tests for three processes: a file stays in one, and each process starts at most one Ray session.
+    """Group the tests for two processes: a file stays in one, and each process starts at most one Ray session.
 
-    Tests with Ray are three groups of about the same duration. They wait for processes to start half of the time, so
-    three processes are faster than two on two cores.
+    Tests with Ray are two groups of about the same duration.
     """
     for item in items:
         needs_ray = item.get_closest_marker("ray") or "ray_cluster" in getattr(item, "fixturenames", ())
-        ray_group = f"ray {RAY_GROUPS.get(item.path.parent.name, 0)}"
+        ray_group = "ray and runs" if item.path.parent.name in ("train", "tune") else "ray"
         item.add_marker(pytest.mark.xdist_group(ray_group if needs_ray else item.path.name))
 
 

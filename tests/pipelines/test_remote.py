@@ -44,6 +44,7 @@ def test_a_remote_run_killed_and_resumed_is_the_local_run(
     assert train(recipe, str(pixels), str(run), workers=0, resume=True).last == last  # nothing left to do
 
 
+@pytest.mark.slow
 def test_a_remote_run_of_remote_data_on_workers_is_the_local_run(
     s3: str, pixels: Path, tmp_path: Path, ray_cluster: None
 ) -> None:

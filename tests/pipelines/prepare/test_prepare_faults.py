@@ -20,6 +20,7 @@ from patchloom.platform.dataset import open_dataset
 from patchloom.platform.files.folder import Folder
 
 pytestmark = pytest.mark.ray
+SLOW = pytest.mark.slow
 IMAGES = 5_000
 
 
@@ -53,7 +54,9 @@ def finished(folder: Path) -> list[Path]:
     return list((folder / ".work" / "notes").glob("part-*.json"))
 
 
-@pytest.mark.parametrize("victim", ["an actor", "the command", pytest.param("everything", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "victim", [pytest.param("an actor", marks=SLOW), "the command", pytest.param("everything", marks=SLOW)]
+)
 def test_next_call_completes_a_killed_preparation(
     work: tuple[Path, Path], whole: Path, tmp_path: Path, victim: str
 ) -> None:

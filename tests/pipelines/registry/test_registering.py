@@ -103,7 +103,8 @@ def race(folders: dict[str, list[Path]], tmp_path: Path) -> dict[str, list[str]]
     return given
 
 
-@pytest.mark.parametrize("store", ["sqlite", pytest.param("mlflow server", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("store", ["sqlite", "mlflow server"])
 def test_two_processes_register_at_the_same_time(
     store: str, folders: dict[str, list[Path]], tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:

@@ -74,6 +74,7 @@ def kill_in_pieces(champion: str, cwd: Path, *options: str) -> list[int]:
     return finished
 
 
+@pytest.mark.slow
 def test_three_kills_and_another_shard_size_give_the_same_bytes(champion: str, whole: Path, tmp_path: Path) -> None:
     finished = kill_in_pieces(champion, tmp_path, "--workers", "0", "--shard-size", "16")
     assert 0 < finished[0] < finished[1] < finished[2] < SEEDS, finished

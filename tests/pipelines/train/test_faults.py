@@ -160,6 +160,7 @@ def undisturbed(ray_cluster: None, pixels: Path, tmp_path_factory: pytest.TempPa
     return runs
 
 
+@pytest.mark.slow
 def test_two_workers_give_the_losses_of_one(undisturbed: dict[int, Path]) -> None:
     one, two = (read_json_lines(undisturbed[workers] / "progress.jsonl") for workers in (0, 2))
     assert len(one) == len(two) == 59
@@ -168,7 +169,8 @@ def test_two_workers_give_the_losses_of_one(undisturbed: dict[int, Path]) -> Non
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
 
 
-@pytest.mark.parametrize("kills", [((0, 3), (1, 6)), pytest.param(((0, "a write"), (1, 2)), marks=SLOW)], ids=str)
+@pytest.mark.slow
+@pytest.mark.parametrize("kills", [((0, 3), (1, 6)), ((0, "a write"), (1, 2))], ids=str)
 def test_killed_workers_are_replaced_without_changing_the_result(
     undisturbed: dict[int, Path], pixels: Path, tmp_path: Path, kills: tuple[tuple[int, str | int], ...]
 ) -> None:

@@ -125,6 +125,7 @@ def test_what_no_recipe_can_be_is_named_before_anything_starts(pixels: Path, tmp
     assert not (tmp_path / "search").exists()
 
 
+@pytest.mark.slow
 def test_impossible_settings_are_failed_trials_with_their_reason(
     ray_cluster: None, pixels: Path, tmp_path: Path
 ) -> None:
