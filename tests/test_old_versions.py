@@ -266,6 +266,7 @@ def test_measured_versions_are_compared_and_promoted_if_better(world: Path) -> N
     assert [version["version"] for version in versions if "champion" in version["aliases"]] == ["2"]
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 def test_an_interrupted_search_is_finished(world: Path) -> None:
     trial = world / "search_unfinished" / "trials" / "000" / "model" / "model.safetensors"

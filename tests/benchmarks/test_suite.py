@@ -93,6 +93,7 @@ sys.exit(main())
 """
 
 
+@pytest.mark.slow
 def test_the_gpu_benchmark_needs_only_torch_numpy_and_safetensors(tmp_path: Path) -> None:
     import numpy as np
 

@@ -85,6 +85,7 @@ def test_four_workers_and_one_write_equal_datasets(work: tuple[Path, Path], ray_
     assert_equal_datasets(tmp_path / "4", tmp_path / "1")
 
 
+@SLOW
 def test_remote_dataset_equals_local_dataset(
     s3: str, work: tuple[Path, Path], whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
