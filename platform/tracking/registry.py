@@ -153,7 +153,7 @@ def register_pyfunc(
         info = mlflow.pyfunc.log_model(
             name="model",
             python_model=str(entry),
-            artifacts={MODEL_FOLDER: str(folder), "wheel": str(wheel)},
+            artifacts={MODEL_FOLDER: folder.as_uri(), "wheel": wheel.as_uri()},  # MLflow would unquote plain paths
             # MLflow installs the requirements with the folder of the version as the working directory
             pip_requirements=[f"mlflow=={mlflow.__version__}", f"artifacts/{wheel.name}"],
             signature=signature,

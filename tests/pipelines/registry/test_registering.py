@@ -1,5 +1,6 @@
 """Registering from two processes at once, in a new store: no version is lost or mixed up."""
 
+import shutil
 import socket
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import torch
 from helpers import environment
 
 from patchloom.models.checkpoints import load_model, read_card, save_model
+from patchloom.pipelines.registry.registering import register
 from patchloom.platform.tracking.registry import fetch_model, list_versions, promote
 
 pytestmark = pytest.mark.ray
@@ -125,3 +127,10 @@ def test_two_processes_register_at_the_same_time(
         promote("raced", first, "right")
         assert fetch_model("models:/raced@right").version == first
         assert fetch_model("models:/raced@left").reference == given["left"][-1]
+
+
+@pytest.mark.parametrize("name", ["50%20x", "j%2Fx", "q?r#s"])
+def test_a_folder_with_characters_of_addresses_is_registered(name: str, trained: Path, tmp_path: Path) -> None:
+    shutil.copytree(trained / "model", tmp_path / name / "model")
+    reference = register(str(tmp_path / name / "model"), "quoted")
+    assert read_card(fetch_model(reference).folder) == read_card(trained / "model")
