@@ -179,8 +179,12 @@ def cost_of_best(order: Sequence[RankedSetting]) -> str:
     text = f"It spent {images:,.0f} counted images and {flops / 1e12:,.4g} TFLOP per trial"
     costs = [(cost, setting.title) for setting in rest if (cost := mean_of(setting.trials, "flops"))]
     compared = dict.fromkeys([*costs[:1], *sorted(costs)[:1]])  # the second and the cheapest may be the same
-    ratios = [f"{flops / cost:.2g} times the FLOPs of {title}" for cost, title in compared]
+    ratios = [f"{_ratio(flops / cost)} the FLOPs of {title}" for cost, title in compared]
     return f"{text}: {' and '.join(ratios)}." if ratios else f"{text}."
+
+
+def _ratio(ratio: float) -> str:
+    return "as much as" if f"{ratio:.2g}" == "1" else f"{ratio:.2g} times"
 
 
 def _evidence(order: Sequence[RankedSetting]) -> str:
@@ -191,7 +195,7 @@ def _evidence(order: Sequence[RankedSetting]) -> str:
     text = f", {gap:.4f} ahead of {second.title}"
     error = _error_of_difference(best, second)
     if error is None:
-        return f"{text}. Each setting has one seed, so this may be chance: repeat the first few with `repeats`."
+        return f"{text}. Each setting has one seed, so this may be chance: repeat the first few with the key repeats."
     if gap > DECISIVE_STANDARD_ERRORS * error:
         return f"{text}, which is {gap / error:.1f} standard errors over {len(best.trials)} seeds."
     return f"{text}. {len(best.trials)} seeds do not decide this (standard error of the difference {error:.4f})."
