@@ -179,12 +179,12 @@ def cost_of_best(order: Sequence[RankedSetting]) -> str:
     text = f"It spent {images:,.0f} counted images and {flops / 1e12:,.4g} TFLOP per trial"
     costs = [(cost, setting.title) for setting in rest if (cost := mean_of(setting.trials, "flops"))]
     compared = dict.fromkeys([*costs[:1], *sorted(costs)[:1]])  # the second and the cheapest may be the same
-    ratios = [f"{_ratio(flops / cost)} the FLOPs of {title}" for cost, title in compared]
+    ratios = [_compared_cost(flops / cost, title) for cost, title in compared]
     return f"{text}: {' and '.join(ratios)}." if ratios else f"{text}."
 
 
-def _ratio(ratio: float) -> str:
-    return "as much as" if f"{ratio:.2g}" == "1" else f"{ratio:.2g} times"
+def _compared_cost(ratio: float, title: str) -> str:
+    return f"as many FLOPs as {title}" if f"{ratio:.2g}" == "1" else f"{ratio:.2g} times the FLOPs of {title}"
 
 
 def _evidence(order: Sequence[RankedSetting]) -> str:
