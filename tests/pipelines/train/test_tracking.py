@@ -128,7 +128,7 @@ def test_mlflow_database_is_found_without_importing_mlflow(mlflow_store: Path, t
         done = subprocess.run([sys.executable, "-c", LOADED], capture_output=True, text=True, env=environment)
         return done.stdout.strip() or done.stderr.strip().splitlines()[-1]
 
-    mlflow.MlflowClient().search_experiments()  # creates the tables
+    mlflow.MlflowClient(f"sqlite:///{mlflow_store / 'mlflow.db'}").search_experiments()  # creates the tables
     assert run_loaded(f"sqlite:///{mlflow_store / 'mlflow.db'}") == "True False"
     assert run_loaded(f"sqlite:///{tmp_path / 'new.db'}") == "True True"  # the client creates the tables
     (tmp_path / "text.db").write_text("not a database, but long enough for one " * 100)
