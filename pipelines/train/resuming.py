@@ -53,7 +53,7 @@ def check_continues(run: object, recipe: Recipe, given: Recipe) -> None:
     Raises:
         UserError: another key differs; the message names each key with both values.
     """
-    changed = {key: values for key, values in differing_keys(recipe, given).items() if key not in WITHOUT_EFFECT}
+    changed = differing_keys(recipe, given)
     if changed.keys() == {LENGTH}:
         _check_longer(run, recipe, given)
     elif changed:
@@ -79,12 +79,15 @@ def _check_longer(run: object, recipe: Recipe, given: Recipe) -> None:
 def differing_keys(recipe: Recipe, other: Recipe) -> dict[str, tuple[object, object]]:
     """The keys, such as `ema.0.halflife_images`, whose values differ, with both values; None where one has no such key.
 
+    Keys without an effect on the training are left out.
+
     Args:
         recipe: one recipe.
         other: the recipe to compare it with.
     """
     one, two = (_flat_keys(each.model_dump(mode="json")) for each in (recipe, other))
-    return {key: (one.get(key), two.get(key)) for key in one | two if one.get(key) != two.get(key)}
+    keys = [key for key in one | two if key not in WITHOUT_EFFECT and one.get(key) != two.get(key)]
+    return {key: (one.get(key), two.get(key)) for key in keys}
 
 
 def _flat_keys(value: object, path: str = "") -> dict[str, object]:

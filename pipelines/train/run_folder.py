@@ -14,7 +14,7 @@ from patchloom.models.denoiser import build_denoiser
 from patchloom.pipelines.train.checkpointer import newest_checkpoint, without_tensors
 from patchloom.pipelines.train.initial_weights import copy_initial_weights
 from patchloom.pipelines.train.mlflow_run import ensure_mlflow_run
-from patchloom.pipelines.train.resuming import RECIPE_FILE, check_continues
+from patchloom.pipelines.train.resuming import RECIPE_FILE, check_continues, differing_keys
 from patchloom.platform.dataset.prepared import Dataset
 from patchloom.platform.files.copies import pull_folder, working_copy
 from patchloom.platform.files.folder import Folder
@@ -103,7 +103,7 @@ def _check_same(path: Path, address: Folder, recipe: Recipe, dataset: Dataset, r
         )
     begun = load_recipe(path / RECIPE_FILE)
     check_continues(address, begun, recipe)
-    if recipe != begun:
+    if differing_keys(begun, recipe):  # only the length, as was checked
         _make_longer(path, address, recipe)
 
 
@@ -126,7 +126,7 @@ def _make_longer(path: Path, address: Folder, recipe: Recipe) -> None:
 
 def _is_model_of(model: Path, recipe: Recipe) -> bool:
     """Whether a model folder is of this recipe."""
-    return not (model / RECIPE_FILE).is_file() or load_recipe(model / RECIPE_FILE) == recipe
+    return not (model / RECIPE_FILE).is_file() or not differing_keys(load_recipe(model / RECIPE_FILE), recipe)
 
 
 def _write_recipe(path: Path, address: Folder, recipe: Recipe) -> None:

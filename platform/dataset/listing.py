@@ -205,13 +205,13 @@ def sample_key(name: str) -> str:
 
 
 def _samples(inputs: list[ListedInput], tar: str, image_member: str | None) -> list[ListedInput]:
-    """One input per key: its only image, or the member with the wanted ending."""
+    """One input per key: its only image, or the member with the wanted ending; a key without it is skipped."""
     members: dict[str, list[ListedInput]] = {}
     for one in inputs:
         members.setdefault(sample_key(one.key), []).append(one)
     if image_member:
         wanted = f".{image_member.lower().removeprefix('.')}"
-        return [one for key, group in members.items() for one in group if one.key[len(key) :].lower() == wanted]
+        return [_member_of(key, group, wanted) for key, group in members.items()]
     for key, group in members.items():
         endings = sorted({one.key[len(key) + 1 :] for one in group})
         if len(endings) > 1:
@@ -220,6 +220,11 @@ def _samples(inputs: list[ListedInput], tar: str, image_member: str | None) -> l
                 f"choose one with --image-member, such as --image-member {endings[0]}"
             )
     return inputs
+
+
+def _member_of(key: str, group: list[ListedInput], wanted: str) -> ListedInput:
+    found = next((one for one in group if one.key[len(key) :].lower() == wanted), None)
+    return found or ListedInput(key, group[0].place, 0, error=f"has no member that ends in {wanted}")
 
 
 def _add_sidecar_labels(inputs: list[ListedInput], sidecars: dict[str, bytes]) -> int:

@@ -74,7 +74,7 @@ def open_source(address: str, labels: str | None = None, image_member: str | Non
     kind, folder, names = _kind_of(address)
     listing = LISTERS[kind](folder, names, image_member)
     name = str(Folder.at(address))
-    if not listing.inputs:
+    if not listing.inputs or (image_member and all(one.error for one in listing.inputs)):
         raise UserError(_no_images(name, kind, listing, names, image_member))
     class_names, inputs, unmatched = _labelled(listing, read_labels(labels) if labels else listing.labels)
     return Source(kind, folder.address, name, class_names, inputs, unmatched + listing.unmatched, listing.others)

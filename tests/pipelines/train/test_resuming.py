@@ -136,3 +136,12 @@ def test_differing_keys_reach_into_lists() -> None:
     assert found["model.attention"] == ([8], [4])
     assert found["ema.1.sigma_rel"] == (None, 0.1)
     assert "ema.0.halflife_images" not in found
+
+
+def test_keys_that_only_warn_do_not_start_a_finished_run_again(run: Path) -> None:
+    """Recipes of earlier versions lack them."""
+    model, recipe = run / "model" / "model.safetensors", (run / "recipe.yaml").read_bytes()
+    before = model.stat().st_mtime_ns
+    shutil.rmtree(run / "checkpoints")  # nothing to continue from
+    train(tiny_recipe(data__kind="pixels", data__resolution=16), None, str(run), workers=0, resume=True)
+    assert (model.stat().st_mtime_ns, (run / "recipe.yaml").read_bytes()) == (before, recipe)

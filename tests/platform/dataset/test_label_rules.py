@@ -296,6 +296,11 @@ def test_the_image_of_a_webdataset_key_is_chosen(tmp_path: Path) -> None:
     assert [one.key for one in source.inputs] == ["0.input.png", "1.input.png"]
     assert classes(source) == ["dog", None] and source.unmatched_labels == 1
     assert [one.key for one in open_source(str(shard), image_member="mask.png").inputs] == ["0.mask.png", "1.mask.PNG"]
+    members |= {"2.jpg": b""}  # a key without this member is an input that is skipped
+    source = open_source(str(write_shard(tmp_path / "b.tar", **members)), image_member="mask.png")
+    assert [(one.key, one.error is None) for one in source.inputs] == [
+        ("0.mask.png", True), ("1.mask.PNG", True), ("2", False),
+    ]  # fmt: skip
     with pytest.raises(UserError, match=r"depth\.png"):
         open_source(str(shard), image_member="depth.png")
 
