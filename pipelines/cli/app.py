@@ -102,10 +102,15 @@ def _usage_error(error: Exception) -> str | None:
     return f"{message}; see `{command} --help`"
 
 
-def _user_error(error: BaseException | None) -> str | None:
-    """The message of a UserError, also if Ray wrapped it in an exception of its own."""
-    while error is not None:
-        if isinstance(error, UserError):
-            return str(error)
-        error = getattr(error, "cause", None) or error.__cause__
-    return None
+def _user_error(error: BaseException) -> str | None:
+    """The message of a UserError, also if Ray wrapped it in an exception of its own, or of an answer of MLflow."""
+    found: BaseException | None = error
+    while found is not None:
+        if isinstance(found, UserError):
+            return str(found)
+        found = getattr(found, "cause", None) or found.__cause__
+    if type(error).__module__ != "mlflow.exceptions":
+        return None
+    from patchloom.platform.tracking.server_errors import problem_of_server
+
+    return problem_of_server(error)

@@ -87,6 +87,7 @@ def check_cluster() -> None:
     """Raise UserError if this process has no Ray session and no cluster answers at RAY_ADDRESS."""
     ray = sys.modules.get("ray")
     if ray is None or not ray.is_initialized():
+        quiet_environment()  # the check can import Ray
         check_ray_address()
 
 
@@ -119,6 +120,7 @@ def environment_defaults(defaults: dict[str, str]) -> Iterator[None]:
 def _start_ray(local_cpus: int | None) -> None:
     """Start Ray on this machine, or connect to the cluster at RAY_ADDRESS if `local_cpus` is None."""
     import ray
+    from ray.exceptions import RayError
 
     start = partial(ray.init, logging_level=logging.ERROR, log_to_driver=False)
     if local_cpus is not None:
@@ -133,10 +135,11 @@ def _start_ray(local_cpus: int | None) -> None:
         warnings.simplefilter("ignore")
         try:
             start()
-        except ConnectionError as error:
+        except (ConnectionError, RayError) as error:
+            problem = str(error).strip().split("\n")[0]
             raise UserError(
-                f"no Ray cluster answers at RAY_ADDRESS={os.environ.get('RAY_ADDRESS')} ({error}): "
-                "start it, or unset RAY_ADDRESS to run on this machine"
+                f"RAY_ADDRESS={os.environ.get('RAY_ADDRESS')}: Ray cannot connect ({problem}): check that the cluster "
+                "runs and that this machine is one of its nodes, or unset RAY_ADDRESS to run on this machine"
             ) from None
     _quiet_loggers()
 

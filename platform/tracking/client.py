@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from patchloom.errors import UserError
 from patchloom.platform.compute.session import quiet_environment
 from patchloom.platform.files.storage import locked
+from patchloom.platform.tracking.server_errors import first_line, is_of_connection, problem_of_server
 from patchloom.platform.tracking.store import (
     answers,
     artifact_folder,
@@ -73,8 +74,9 @@ def open_store() -> Iterator["MlflowClient"]:
     try:
         yield client
     except Exception as error:
-        if _is_of_connection(error):
-            raise UserError(f"MLflow at {shown_uri()} does not answer ({first_line(error)}): start it again") from None
+        problem = problem_of_server(error)
+        if problem:
+            raise UserError(problem) from None
         raise
 
 
@@ -119,7 +121,7 @@ def is_reachable() -> bool:
     except UserError:
         raise
     except Exception as error:
-        if _is_of_connection(error):
+        if is_of_connection(error):
             return False
         raise _not_opened(error) from None
     return True
@@ -133,21 +135,5 @@ def require_reachable() -> None:
 
 
 def _not_opened(error: Exception) -> UserError:
-    return UserError(f"MLflow at {shown_uri()} cannot be opened ({first_line(error)}): check MLFLOW_TRACKING_URI")
-
-
-def _is_of_connection(error: BaseException | None) -> bool:
-    """Whether an error of MLflow comes from the connection to its server."""
-    from requests import RequestException
-
-    while error is not None:
-        if isinstance(error, RequestException):
-            return True
-        error = error.__cause__ or error.__context__
-    return False
-
-
-def first_line(error: Exception) -> str:
-    """The first line of an error's message, at most 120 characters."""
-    problem = str(error).strip().split("\n")[0]
-    return problem if len(problem) <= 120 else f"{problem[:117]}..."
+    found = f"MLflow at {shown_uri()} cannot be opened ({first_line(error)}): check MLFLOW_TRACKING_URI"
+    return UserError(problem_of_server(error) or found)

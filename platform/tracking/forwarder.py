@@ -9,7 +9,8 @@ from pathlib import Path
 
 from patchloom.platform.progress import say
 from patchloom.platform.records.run import PROGRESS_FILE, ProgressLine
-from patchloom.platform.tracking.client import connect, first_line
+from patchloom.platform.tracking.client import connect
+from patchloom.platform.tracking.server_errors import first_line
 from patchloom.platform.tracking.store import check_answers, shown_uri
 
 READ_EVERY_S = 0.5

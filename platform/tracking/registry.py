@@ -13,7 +13,8 @@ from patchloom.errors import UserError
 from patchloom.platform.files.copies import local_copy
 from patchloom.platform.files.folder import is_remote
 from patchloom.platform.files.storage import write_atomic
-from patchloom.platform.tracking.client import connect, first_line, open_store
+from patchloom.platform.tracking.client import connect, open_store
+from patchloom.platform.tracking.server_errors import first_line
 from patchloom.platform.tracking.store import shown_uri
 
 if TYPE_CHECKING:

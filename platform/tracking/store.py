@@ -47,7 +47,12 @@ def sqlite_uri(path: Path) -> str:
 
 def shown_uri() -> str:
     """The address of the store for messages and files, without a password."""
-    return re.sub("://[^/@]*@", "://", tracking_uri())
+    return without_passwords(tracking_uri())
+
+
+def without_passwords(text: str) -> str:
+    """A text in which addresses have no user names and passwords."""
+    return re.sub(r"://[^/@\s]*@", "://", text)
 
 
 def database_path() -> Path | None:

@@ -18,7 +18,7 @@ from patchloom.platform.files.storage import local_path, locked, make_folder, re
 from patchloom.platform.progress import progress, say
 from patchloom.platform.records.autoencoder_run import AutoencoderRunCard, AutoencoderSettings
 from patchloom.platform.records.run import RUN_FILE, ProgressLine, RunCard
-from patchloom.platform.tracking.client import first_line, is_reachable, require_reachable
+from patchloom.platform.tracking.client import is_reachable, require_reachable
 from patchloom.platform.tracking.forwarder import MlflowForwarder
 from patchloom.platform.tracking.names import check_name
 from patchloom.platform.tracking.registry import describe_version, register_folder
@@ -32,6 +32,7 @@ from patchloom.platform.tracking.runs import (
     run_exists,
     run_status,
 )
+from patchloom.platform.tracking.server_errors import first_line
 from patchloom.platform.tracking.store import check_answers, shown_uri
 
 
