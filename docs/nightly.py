@@ -14,11 +14,11 @@ import patchloom
 
 def nightly(name: str, reference: str, out: str, seeds: str, steps: int, features: str, metric: str) -> str:
     """Sample and evaluate the champion and the newest version with the same seeds; promote the newest if better."""
-    versions = patchloom.list_versions(name)
+    versions = patchloom.list_versions(name, limit=1)
     if not versions:
         raise patchloom.UserError(f"{name} has no registered version: train and register a model first")
     newest = versions[0].version
-    champion = next((found.version for found in versions if "champion" in found.aliases), None)
+    champion = patchloom.alias_history(name, "champion").current
     for version in {newest, champion} - {None}:
         folder = f"{out}/{name}-{version}"
         patchloom.sample(f"models:/{name}/{version}", folder, seeds, steps=steps)

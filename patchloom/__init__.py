@@ -26,7 +26,7 @@ Datasets, recipes and models
     open               open_dataset, load_recipe, load_model
     convert            import_model, export_model, average_model
     registry           list_versions, describe_model, compare_models,
-                       promote_model, delete_model
+                       promote_model, delete_model, alias_history, rollback_alias
     types              Dataset, Recipe, Denoiser, AutoencoderSettings
 
 Sampling in your own code
@@ -75,6 +75,7 @@ if TYPE_CHECKING:
     from patchloom.pipelines.registry.comparing import compare_models
     from patchloom.pipelines.registry.convert import average_model, export_model, import_model
     from patchloom.pipelines.registry.describing import describe_model
+    from patchloom.pipelines.registry.history import alias_history, rollback_alias
     from patchloom.pipelines.registry.promoting import delete_model, promote_model
     from patchloom.pipelines.registry.registering import register
     from patchloom.pipelines.report import report
@@ -86,7 +87,7 @@ if TYPE_CHECKING:
     from patchloom.platform.dataset import Dataset, open_dataset
     from patchloom.platform.recipe import Recipe as Recipe
     from patchloom.platform.recipe import load_recipe
-    from patchloom.platform.tracking.registry import list_versions
+    from patchloom.platform.tracking.versions import list_versions
 
 __version__ = "0.1.0"
 
@@ -100,6 +101,7 @@ __all__ = [
     "SeededNoise",
     "Stopped",
     "UserError",
+    "alias_history",
     "ancestral",
     "average_model",
     "compare_models",
@@ -129,6 +131,7 @@ __all__ = [
     "promote_model",
     "register",
     "report",
+    "rollback_alias",
     "sample",
     "train",
     "train_autoencoder",
@@ -149,6 +152,7 @@ _MODULES = {
     "pipelines.registry.comparing": ("compare_models",),
     "pipelines.registry.convert": ("average_model", "export_model", "import_model"),
     "pipelines.registry.describing": ("describe_model",),
+    "pipelines.registry.history": ("alias_history", "rollback_alias"),
     "pipelines.registry.promoting": ("delete_model", "promote_model"),
     "pipelines.registry.registering": ("register",),
     "pipelines.report": ("report",),
@@ -159,7 +163,7 @@ _MODULES = {
     "pipelines.tune": ("tune",),
     "platform.dataset": ("Dataset", "open_dataset"),
     "platform.recipe": ("Recipe", "load_recipe"),
-    "platform.tracking.registry": ("list_versions",),
+    "platform.tracking.versions": ("list_versions",),
 }
 
 

@@ -7,8 +7,10 @@ from pathlib import Path
 from patchloom.platform.compute.session import ray_session
 from patchloom.platform.progress import say
 from patchloom.platform.tracking.client import require_reachable
-from patchloom.platform.tracking.registry import list_versions
 from patchloom.platform.tracking.store import shown_uri
+from patchloom.platform.tracking.versions import list_versions
+
+COUNTED_VERSIONS = 100
 
 
 def doctor() -> bool:
@@ -36,7 +38,8 @@ def doctor() -> bool:
 
 def _check_mlflow() -> str:
     require_reachable()
-    return f"{shown_uri()} works, {len(list_versions())} registered versions"
+    found = len(list_versions(limit=COUNTED_VERSIONS))
+    return f"{shown_uri()} works, {found}{' or more' if found == COUNTED_VERSIONS else ''} registered versions"
 
 
 def _check_ray() -> str:

@@ -10,7 +10,7 @@ import pytest
 
 from patchloom.pipelines.registry.promoting import promote_model
 from patchloom.pipelines.registry.registering import register
-from patchloom.platform.tracking.registry import list_versions
+from patchloom.platform.tracking.versions import list_versions
 
 SCRIPT = Path(__file__).parents[1] / "docs" / "nightly.py"
 

@@ -19,6 +19,7 @@ ERRORS = {"CheckpointError", "Error", "Stopped", "UserError"}
 # the files and folders that the example of a name reads
 INPUTS = {
     "Sampler": ("registry",),
+    "alias_history": ("registry",),
     "average_model": ("averaged run",),
     "compare_models": ("registry",),
     "delete_model": ("registry",),
@@ -34,6 +35,7 @@ INPUTS = {
     "promote_model": ("registry",),
     "register": ("run",),
     "report": ("run",),
+    "rollback_alias": ("registry",),
     "sample": ("registry",),
     "train": ("dataset", "recipe.yaml"),
     "train_autoencoder": ("dataset",),

@@ -1,5 +1,6 @@
 """The commands of `patchloom models`: browse the registry, and move models into and out of it."""
 
+import sys
 from dataclasses import asdict
 from typing import Annotated
 
@@ -17,19 +18,54 @@ from patchloom.pipelines.cli.options import (
     print_json,
 )
 
+MovedAlias = Annotated[str, typer.Option(help="The alias")]
+
 models_app = typer.Typer(help="Browse, register, compare, promote and convert models.", rich_markup_mode=None)
 
 
-@models_app.command("list", epilog="Example: patchloom models list")
-def models_list(as_json: Json = False) -> None:
-    """List every version of every registered model."""
-    from patchloom.pipelines.registry.listing import models_table
-    from patchloom.platform.tracking.registry import list_versions
+@models_app.command(
+    "list",
+    epilog="Example: patchloom models list my-model --where 'fid < 12' --where 'recipe.patches.p = 0.5' --sort fid",
+)
+def models_list(
+    name: Annotated[str | None, typer.Argument(help="Only versions of this model")] = None,
+    where: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="'KEY SIGN VALUE'",
+            help="Only versions with this metric, such as 'fid < 12', parameter ('recipe.patches.p = 0.5') or tag "
+            "(\"tags.kind = 'latents'\"); LIKE finds parts of texts; can be repeated",
+        ),
+    ] = None,
+    sort: Annotated[
+        str | None,
+        typer.Option(
+            metavar="KEY",
+            help="name, version, created, updated, or a metric, parameter or tag as for --where; 'KEY desc' reverses "
+            "[default: by name, newest first]",
+        ),
+    ] = None,
+    limit: Annotated[int, typer.Option(min=1, help="How many versions at most")] = 100,
+    page: Annotated[str | None, typer.Option(metavar="TOKEN", help="Go on after the page that printed TOKEN")] = None,
+    as_json: Json = False,
+) -> None:
+    """List versions of registered models.
 
+    MLflow's server filters, sorts and pages. A metric has the name that MLflow shows. `fid` is the evaluation with the
+    most samples; `fid/n-50000/1a2b3c4d` is one way to measure.
+    """
+    from patchloom.pipelines.registry.listing import empty_list, models_table
+    from patchloom.platform.tracking.versions import search_versions
+
+    found = search_versions(name, where or [], sort, limit, page)
     if as_json:
-        print_json([asdict(version) for version in list_versions()])
+        print_json([asdict(version) for version in found.versions])
+    elif found.versions:
+        print(models_table(found.versions))
     else:
-        print(models_table())
+        print(empty_list(bool(name or where or sort)))
+    if found.next_page:
+        print(f"more: pass --page {found.next_page}, or a larger --limit", file=sys.stderr if as_json else sys.stdout)
 
 
 @models_app.command("show", epilog="Example: patchloom models show models:/my-model@champion")
@@ -153,6 +189,26 @@ def models_promote(
         print_json({"name": name, "version": str(version), "alias": alias, "words": message})
     else:
         print(message)
+
+
+@models_app.command("history", epilog="Example: patchloom models history my-model --alias champion")
+def models_history(name: RegisteredName, alias: MovedAlias = "champion", as_json: Json = False) -> None:
+    """Show which versions an alias pointed at, and why it was moved."""
+    from patchloom.pipelines.registry.history import alias_history
+
+    history = alias_history(name, alias)
+    if as_json:
+        print_json(asdict(history) | {"moves": [move.to_dict() for move in history.moves]})
+    else:
+        print(history.text())
+
+
+@models_app.command("rollback", epilog="Example: patchloom models rollback my-model --alias champion")
+def models_rollback(name: RegisteredName, alias: MovedAlias = "champion") -> None:
+    """Move an alias back to the version before; a second call goes one version further back."""
+    from patchloom.pipelines.registry.history import rollback_alias
+
+    print(rollback_alias(name, alias))
 
 
 @models_app.command("delete", epilog="Example: patchloom models delete my-model 3")

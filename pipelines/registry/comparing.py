@@ -12,7 +12,7 @@ from patchloom.models.cards import ModelCard
 from patchloom.models.checkpoints import load_sampling_model, verified_card
 from patchloom.models.generate import Sampling, default_labels, generate_padded
 from patchloom.pipelines.pages.pictures import save_png, side_by_side
-from patchloom.pipelines.registry.describing import recipe_of, registered_version
+from patchloom.pipelines.registry.describing import recipe_of, version_of
 from patchloom.pipelines.registry.quality import TITLES, Evaluation, comparable, differences, evaluations_of
 from patchloom.pipelines.sample.options import SampleOptions
 from patchloom.platform.files.storage import local_path, make_folder
@@ -129,7 +129,7 @@ def _different_images(*cards: ModelCard) -> dict[str, tuple[Any, ...]]:
 
 
 def _evaluations(model: FetchedModel) -> list[Evaluation]:
-    version = registered_version(model)
+    version = version_of(model)
     return evaluations_of(version.tags) if version else []
 
 

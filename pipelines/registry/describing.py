@@ -10,11 +10,11 @@ from patchloom.platform.files.storage import local_path
 from patchloom.platform.recipe.run_recipe import Recipe, load_recipe
 from patchloom.platform.tracking.registry import (
     FetchedModel,
-    RegisteredVersion,
+    described_version,
     fetch_model,
     fetch_preview,
-    list_versions,
 )
+from patchloom.platform.tracking.versions import RegisteredVersion
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ def describe_model(reference: str) -> ModelDescription:
     """
     fetched = fetch_model(reference)
     card = verified_card(fetched.folder)
-    version = registered_version(fetched)
+    version = version_of(fetched)
     tags = version.tags if version else {}
     return ModelDescription(
         reference=fetched.reference,
@@ -96,10 +96,9 @@ def describe_model(reference: str) -> ModelDescription:
     )
 
 
-def registered_version(fetched: FetchedModel) -> RegisteredVersion | None:
+def version_of(fetched: FetchedModel) -> RegisteredVersion | None:
     """The registry's entry of a fetched version; None for a folder."""
-    versions = list_versions(fetched.name) if fetched.name else []
-    return next((version for version in versions if version.version == fetched.version), None)
+    return described_version(fetched.name, fetched.version) if fetched.name and fetched.version else None
 
 
 def recipe_of(fetched: FetchedModel) -> Recipe | None:

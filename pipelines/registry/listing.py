@@ -1,23 +1,25 @@
-"""Listing: a table of every registered version."""
+"""Listing: registered versions as a table."""
 
 import time
 
 from patchloom.pipelines.registry.quality import evaluations_of
-from patchloom.platform.tracking.registry import RegisteredVersion, list_versions
 from patchloom.platform.tracking.store import shown_uri
+from patchloom.platform.tracking.versions import RegisteredVersion
 
 HEADER = ("MODEL", "ALIASES", "KIND", "SIDE", "P", "SCHEDULE", "IMAGES", "QUALITY", "AGE")
 AGE_UNITS = (("d", 86_400), ("h", 3_600), ("m", 60), ("s", 1))  # and their seconds
 
 
-def models_table() -> str:
-    """Every registered version as a table: aliases, kind, resolution, p, images seen, quality and age."""
-    versions = list_versions()
-    if not versions:
-        return f"no model is registered at {shown_uri()}"
+def models_table(versions: list[RegisteredVersion]) -> str:
+    """Registered versions as a table: aliases, kind, resolution, p, images seen, quality and age."""
     lines = [HEADER, *(_table_line(version) for version in versions)]
     widths = [max(len(line[column]) for line in lines) for column in range(len(HEADER))]
     return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)
+
+
+def empty_list(is_filtered: bool) -> str:
+    """What `models list` prints if there is nothing to list."""
+    return f"no {'version meets the conditions' if is_filtered else 'model is registered'} at {shown_uri()}"
 
 
 def _table_line(version: RegisteredVersion) -> tuple[str, ...]:

@@ -6,14 +6,10 @@ from patchloom.errors import UserError
 from patchloom.pipelines.registry.comparing import why_not_comparable
 from patchloom.pipelines.registry.quality import TITLES, comparable, evaluations_of, is_better
 from patchloom.platform.progress import say
+from patchloom.platform.tracking.aliases import aliased_version, move_alias, record_move
 from patchloom.platform.tracking.names import check_alias
-from patchloom.platform.tracking.registry import (
-    RegisteredVersion,
-    delete_version,
-    find_version,
-    list_versions,
-    promote,
-)
+from patchloom.platform.tracking.registry import delete_version, described_version
+from patchloom.platform.tracking.versions import RegisteredVersion, list_versions
 
 
 def promote_model(name: str, version: str, alias: str = "champion", if_better: str | None = None) -> str:
@@ -37,16 +33,16 @@ def promote_model(name: str, version: str, alias: str = "champion", if_better: s
         patchloom.promote_model("my-model", "1", alias="candidate")
     """
     check_alias(alias)
-    versions = {found.version: found for found in list_versions(name)}
-    find_version(name, version=version)  # raises if it is missing
-    current = next((found for found in versions.values() if alias in found.aliases), None)
+    new = described_version(name, version)
+    current = aliased_version(name, alias)
     message = f"models:/{name}@{alias} is version {version}"
-    if current is not None and current.version == version:
+    if current == version:
         return f"{message} already"
+    reason = ""
     if if_better is not None and current is not None:
-        message += f" ({_improvement(versions[version], current, if_better)})"
-    promote(name, version, alias)
-    return message
+        reason = _improvement(new, described_version(name, current), if_better)
+    move_alias(name, alias, version, "promote", reason)
+    return f"{message} ({reason})" if reason else message
 
 
 def _improvement(new: RegisteredVersion, old: RegisteredVersion, metric: str) -> str:
@@ -84,8 +80,7 @@ def delete_model(name: str, version: str, yes: bool = False) -> str:
     Example:
         patchloom.delete_model("my-model", "1", yes=True)
     """
-    find_version(name, version=version)  # raises if it is missing
-    aliases = next(found.aliases for found in list_versions(name) if found.version == version)
+    aliases = described_version(name, version).aliases
     what = f"models:/{name}/{version}"
     if aliases:
         what += f" ({', '.join(f'@{alias}' for alias in aliases)})"
@@ -96,4 +91,6 @@ def delete_model(name: str, version: str, yes: bool = False) -> str:
         if input().strip().lower() not in ("y", "yes"):
             return "nothing was deleted"
     delete_version(name, version)
+    for alias in aliases if list_versions(name, limit=1) else ():
+        record_move(name, alias, None, version, "delete")
     return f"deleted models:/{name}/{version}"

@@ -16,11 +16,13 @@ from patchloom.platform.files.copies import local_copy
 from patchloom.platform.files.storage import file_sha256
 from patchloom.platform.progress import say
 from patchloom.platform.records.run import PROGRESS_FILE, RunCard, read_progress
+from patchloom.platform.tracking.aliases import move_alias
 from patchloom.platform.tracking.client import require_reachable
 from patchloom.platform.tracking.names import check_alias, check_name
-from patchloom.platform.tracking.registry import list_versions, promote, register_pyfunc
+from patchloom.platform.tracking.registry import register_pyfunc
 from patchloom.platform.tracking.runs import begin_run, end_run, log_artifacts, run_exists
 from patchloom.platform.tracking.store import shown_uri
+from patchloom.platform.tracking.versions import list_versions
 
 ENTRY = Path(__file__).parent / "pyfunc_entry.py"
 
@@ -77,7 +79,7 @@ def register(run: str, name: str, alias: str | None = None) -> str:
     is_model = (folder / "model.json").is_file()
     version = _register_folder(folder, name) if is_model else _register_run(folder, name)
     if alias:
-        promote(name, version, alias)
+        move_alias(name, alias, version, "register")
     say(f"  registered models:/{name}/{version}" + (f" as {alias}" if alias else ""))
     return f"models:/{name}/{version}"
 
@@ -139,10 +141,8 @@ def _create_version(model: Path, name: str, run_id: str, tags: VersionTags) -> s
 
 def _find_version(name: str, weights_sha256: str, run_id: str | None = None) -> str | None:
     """The newest version with these weights, of this run or of any run; None if not found."""
-    for found in list_versions(name):
-        if run_id in (None, found.run_id) and found.tags.get("weights_sha256") == weights_sha256:
-            return found.version
-    return None
+    where = [f"tags.weights_sha256 = '{weights_sha256}'", *([f"run_id = '{run_id}'"] if run_id else [])]
+    return next((found.version for found in list_versions(name, where=where, limit=1)), None)
 
 
 def _tags_of_model(card: ModelCard) -> VersionTags:

@@ -39,7 +39,8 @@ def card_text(name: str, version: str, run_id: str, tags: dict[str, str]) -> str
 def record_evaluation(result: Evaluation, lineage: ModelLineage, files: list[Path]) -> None:
     """Add an evaluation to the registered version that the samples came from, and to the run that trained it.
 
-    A metric is logged as `fid/n-50000/1a2b3c4d`, so that values that cannot be compared are on different curves.
+    A metric is logged as `fid/n-50000/1a2b3c4d`, so that values that cannot be compared are on different curves, and as
+    `fid`, by which `models list` filters and sorts. MLflow's latest value of `fid` is the one with the most samples.
     """
     if not lineage.run_id:
         return
@@ -51,10 +52,9 @@ def record_evaluation(result: Evaluation, lineage: ModelLineage, files: list[Pat
         model_id = logged_model(lineage.name, lineage.version)
         value = json.dumps(result.to_dict())
         write_card(lineage.name, lineage.version, {f"{TAG}{result.digest}": value, "quality": result.headline()})
-    numbers = {
-        f"{name}/n-{result.identity.n_samples}/{result.digest}": value
-        for name, value in result.metrics.items()
-        if isinstance(value, float)
-    }
-    log_metrics(lineage.run_id, numbers, model_id=model_id)
+    samples = result.identity.n_samples
+    numbers = {name: value for name, value in result.metrics.items() if isinstance(value, float)}
+    by_identity = {f"{name}/n-{samples}/{result.digest}": value for name, value in numbers.items()}
+    log_metrics(lineage.run_id, by_identity, model_id=model_id)
+    log_metrics(lineage.run_id, numbers, step=samples, model_id=model_id)  # the latest value has the highest step
     log_artifacts(lineage.run_id, *files, under=f"evaluations/{result.digest}")

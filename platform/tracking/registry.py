@@ -3,11 +3,11 @@
 import io
 import re
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from patchloom.errors import UserError
 from patchloom.platform.files.copies import local_copy
@@ -16,9 +16,7 @@ from patchloom.platform.files.storage import write_atomic
 from patchloom.platform.tracking.client import connect, open_store
 from patchloom.platform.tracking.server_errors import first_line
 from patchloom.platform.tracking.store import shown_uri
-
-if TYPE_CHECKING:
-    from mlflow import MlflowClient
+from patchloom.platform.tracking.versions import RegisteredVersion, list_versions, registered_version
 
 MODEL_FOLDER = "model"  # the model folder among the artifacts of a version
 OTHER_FOLDERS = {  # what a folder without a model is, by the card in it, and what to do
@@ -39,19 +37,6 @@ class FetchedModel:
     run_id: str | None = None
     name: str | None = None
     version: str | None = None
-
-
-@dataclass(frozen=True)
-class RegisteredVersion:
-    """A version of a registered model, as MLflow stores it."""
-
-    name: str
-    version: str
-    aliases: list[str]
-    run_id: str | None
-    created_unix_s: float
-    description: str
-    tags: dict[str, str]
 
 
 def fetch_model(reference: str) -> FetchedModel:
@@ -108,6 +93,17 @@ def find_version(name: str, alias: str | None = None, version: str | None = None
                 where = f"the registry at {shown_uri()}: list its models with `patchloom models list`"
                 raise UserError(f"{wanted} is not in {where}") from None
             raise
+
+
+def has_version(name: str, version: str) -> bool:
+    """Whether a version exists."""
+    return bool(list_versions(name, where=[f"version = {version}"], limit=1))
+
+
+def described_version(name: str, version: str) -> RegisteredVersion:
+    """A version with its aliases and tags; raises UserError if it does not exist."""
+    found = find_version(name, version=version)
+    return registered_version(found, connect().get_registered_model(name).aliases)
 
 
 def _download(uri: str) -> Path:
@@ -199,17 +195,11 @@ def tag_version(name: str, version: str, tags: Mapping[str, object]) -> None:
         client.set_model_version_tag(name, version, key, str(value))
 
 
-def promote(name: str, version: str, alias: str) -> None:
-    """Point an alias at a version."""
-    find_version(name, version=version)
-    connect().set_registered_model_alias(name, alias, version)
-
-
 def delete_version(name: str, version: str) -> None:
     """Delete a version, and the registered name with its last version. The run is kept."""
     client = connect()
     client.delete_model_version(name, version)
-    if not list_versions(name):
+    if not list_versions(name, limit=1):
         client.delete_registered_model(name)
 
 
@@ -234,53 +224,3 @@ def fetch_preview(fetched: FetchedModel, place: Path) -> Path | None:
             f"the preview of {fetched.reference} cannot be fetched ({str(error).splitlines()[0]})"
         ) from None
     return place
-
-
-def list_versions(name: str | None = None) -> list[RegisteredVersion]:
-    """Every version of every registered model, newest first for each name.
-
-    Args:
-        name: list only the versions of this model.
-
-    Raises:
-        UserError: MLflow does not answer.
-
-    Example:
-        for version in patchloom.list_versions("my-model"):
-            print(version.name, version.version, version.aliases, version.tags.get("quality"))
-    """
-    with open_store() as client:
-        return _versions(client, name)
-
-
-def _versions(client: "MlflowClient", name: str | None) -> list[RegisteredVersion]:
-    models = {model.name: model for model in _all_of(client.search_registered_models) if name in (None, model.name)}
-    # all at once and without a filter: a name with a quote cannot be written in a filter
-    found = [version for version in _all_of(client.search_model_versions) if version.name in models]
-    order = {model: place for place, model in enumerate(models)}
-    found.sort(key=lambda version: (order[version.name], -int(version.version)))
-    return [_registered_version(models[version.name], version) for version in found]
-
-
-def _registered_version(model: Any, version: Any) -> RegisteredVersion:
-    number = str(version.version)
-    return RegisteredVersion(
-        name=model.name,
-        version=number,
-        aliases=sorted(alias for alias, aliased in model.aliases.items() if str(aliased) == number),
-        run_id=version.run_id,
-        created_unix_s=version.creation_timestamp / 1000,
-        description=version.description or "",
-        tags=dict(version.tags),
-    )
-
-
-def _all_of(search: Callable[..., Any], *query: str) -> Iterator[Any]:
-    """All results of a search of MLflow, page by page."""
-    token = None
-    while True:
-        page = search(*query, page_token=token)
-        yield from page
-        token = page.token
-        if not token:
-            return

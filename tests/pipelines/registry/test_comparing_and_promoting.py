@@ -4,10 +4,10 @@ import json
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
+from evaluations import add_evaluation
 from helpers import run_python
 from PIL import Image
 
@@ -17,22 +17,8 @@ from patchloom.pipelines.registry.comparing import compare_models
 from patchloom.pipelines.registry.describing import describe_model, show_model
 from patchloom.pipelines.registry.listing import models_table
 from patchloom.pipelines.registry.promoting import delete_model, promote_model
-from patchloom.pipelines.registry.quality import TAG, Evaluation
 from patchloom.pipelines.registry.registering import register
-from patchloom.platform.records.evaluation import EvaluationIdentity
-from patchloom.platform.tracking.registry import list_versions, tag_version
-
-IDENTITY = {"features": "inception-2015-12-05", "n_samples": 1000, "seeds": "0-999", "steps": 18, "reference": "a" * 64,
-            "n_reference": 5000, "sampler": "heun", "network_evaluations": 35, "guidance": 1.0}  # fmt: skip
-
-
-def add_evaluation(name: str, version: str, fid: float, **identity: Any) -> None:
-    """Add an evaluation to a version, as `patchloom evaluate` does."""
-    found = Evaluation(
-        metrics={"fid": fid, "precision": 0.5}, identity=EvaluationIdentity.model_validate({**IDENTITY, **identity})
-    )
-    value = json.dumps(found.to_dict())
-    tag_version(name, version, {TAG + found.digest: value})
+from patchloom.platform.tracking.versions import list_versions
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +34,7 @@ def versions(trained: Path, changed_copy: Callable[[Path, float], Path]) -> Call
 
 
 def test_table_shows_every_version(champion: str) -> None:
-    line = next(line for line in models_table().splitlines() if line.startswith("tiny/1 "))
+    line = next(line for line in models_table(list_versions()).splitlines() if line.startswith("tiny/1 "))
     assert "champion" in line and "pixels" in line and "stochastic" in line
 
 

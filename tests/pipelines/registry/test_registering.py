@@ -15,7 +15,9 @@ from helpers import environment
 
 from patchloom.models.checkpoints import load_model, read_card, save_model
 from patchloom.pipelines.registry.registering import register
-from patchloom.platform.tracking.registry import fetch_model, list_versions, promote
+from patchloom.platform.tracking.aliases import move_alias
+from patchloom.platform.tracking.registry import fetch_model
+from patchloom.platform.tracking.versions import list_versions
 
 pytestmark = pytest.mark.ray
 REGISTER = """
@@ -124,7 +126,7 @@ def test_two_processes_register_at_the_same_time(
             weights_of(folder) for models in folders.values() for folder in models
         }
         first = given["left"][0].rsplit("/", 1)[1]
-        promote("raced", first, "right")
+        move_alias("raced", "right", first, "promote")
         assert fetch_model("models:/raced@right").version == first
         assert fetch_model("models:/raced@left").reference == given["left"][-1]
 

@@ -13,8 +13,9 @@ import pytest
 from patchloom.models.checkpoints import CheckpointError, load_model
 from patchloom.pipelines.cli import main
 from patchloom.pipelines.registry.registering import register
+from patchloom.platform.tracking.aliases import move_alias
 from patchloom.platform.tracking.client import connect
-from patchloom.platform.tracking.registry import fetch_model, promote
+from patchloom.platform.tracking.registry import fetch_model
 
 pytestmark = pytest.mark.ray
 MODEL = "models:/tampered@champion"
@@ -117,7 +118,7 @@ def test_unknown_alias_version_and_name_are_refused(kept: Path, trained: Path, r
     client = connect()
     source = client.get_model_version("tampered", "1").source
     version = client.create_model_version("tampered", source).version
-    promote("tampered", str(version), "shortly")
+    move_alias("tampered", "shortly", str(version), "promote")
     assert fetch_model("models:/tampered@shortly").version == str(version)
     client.delete_model_version("tampered", version)
     for gone in (f"tampered/{version}", "tampered@shortly"):

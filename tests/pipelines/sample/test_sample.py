@@ -132,7 +132,7 @@ def test_seeds_from_a_file(tmp_path: Path) -> None:
 
 def test_registered_version_has_its_lineage(champion: str, trained: Path) -> None:
     from patchloom.pipelines.registry.registering import register
-    from patchloom.platform.tracking.registry import list_versions
+    from patchloom.platform.tracking.versions import list_versions
 
     rows = [row for row in list_versions() if row.name == "tiny"]
     run = json.loads((trained / "run.json").read_text())

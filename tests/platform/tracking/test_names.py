@@ -11,7 +11,7 @@ from patchloom.pipelines.train.autoencoder import train_autoencoder
 from patchloom.pipelines.tune.tuning import tune
 from patchloom.platform.tracking.client import connect
 from patchloom.platform.tracking.names import check_alias, check_name
-from patchloom.platform.tracking.registry import list_versions
+from patchloom.platform.tracking.versions import list_versions
 
 BAD_NAMES = ("bob's", 'a"b', "a/b", "x:y", "a@b", "a%2Fb", "", " a", "..", "a\nb", "n" * 256)
 BAD_ALIASES = ("latest", "LATEST", "v3", "V12", "a b", "", "a.b", "a@b", "n" * 256)

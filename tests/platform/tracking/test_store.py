@@ -13,9 +13,10 @@ from patchloom.pipelines.registry.registering import register
 from patchloom.pipelines.train import train
 from patchloom.platform.records.run import RunCard
 from patchloom.platform.tracking.client import connect, experiment_id, is_reachable, require_reachable
-from patchloom.platform.tracking.registry import fetch_model, list_versions
+from patchloom.platform.tracking.registry import fetch_model
 from patchloom.platform.tracking.runs import begin_run, log_artifacts
 from patchloom.platform.tracking.store import database_path, relocate, shown_uri, tracking_uri
+from patchloom.platform.tracking.versions import list_versions
 
 
 @pytest.fixture

@@ -1,0 +1,110 @@
+"""Aliases: they are moved from version to version, and MLflow keeps the moves as tags of the registered model.
+
+Each move is a tag of its own, so that two moves at the same time are both kept.
+"""
+
+import secrets
+import time
+
+from patchloom.errors import UserError
+from patchloom.platform.records.alias import AliasMove
+from patchloom.platform.tracking.client import open_store
+from patchloom.platform.tracking.registry import MISSING, find_version
+
+KEPT_MOVES = 30  # per alias
+TAG_OF_MOVES = "patchloom.alias."  # followed by the alias, a dot, the time and a random number
+
+
+def aliased_version(name: str, alias: str) -> str | None:
+    """The number of the version with an alias; None if there is no such name or alias."""
+    from mlflow.exceptions import MlflowException
+
+    with open_store() as client:
+        try:
+            return str(client.get_model_version_by_alias(name, alias).version)
+        except MlflowException as error:
+            if error.error_code in MISSING:
+                return None
+            raise
+
+
+def move_alias(name: str, alias: str, version: str, action: str, reason: str = "") -> None:
+    """Point an alias at a version and record the move, unless it points there already.
+
+    Raises:
+        UserError: there is no such version.
+    """
+    find_version(name, version=version)
+    before = aliased_version(name, alias)
+    if before == version:
+        return
+    with open_store() as client:
+        client.set_registered_model_alias(name, alias, version)
+    record_move(name, alias, version, before, action, reason)
+
+
+def record_move(name: str, alias: str, version: str | None, before: str | None, action: str, reason: str = "") -> None:
+    """Add a move to the history of an alias, and drop the oldest moves of a long history."""
+    now = time.time()
+    move = AliasMove(
+        alias=alias, version=version, previous=before, moved_unix_s=round(now, 3), action=action, reason=reason
+    )
+    with open_store() as client:
+        tag = f"{TAG_OF_MOVES}{alias}.{int(now * 1000):015d}-{secrets.token_hex(3)}"
+        client.set_registered_model_tag(name, tag, move.to_json())
+        tags = client.get_registered_model(name).tags
+        for old in _move_tags(tags, alias)[:-KEPT_MOVES]:
+            client.delete_registered_model_tag(name, old)
+
+
+def alias_moves(name: str, alias: str) -> list[AliasMove]:
+    """The recorded moves of an alias, oldest first.
+
+    Raises:
+        UserError: there is no such model.
+    """
+    tags = _model_tags(name)
+    return [AliasMove.parse(tags[key], f"the tag {key} of {name}") for key in _move_tags(tags, alias)]
+
+
+def _model_tags(name: str) -> dict[str, str]:
+    from mlflow.exceptions import MlflowException
+
+    with open_store() as client:
+        try:
+            return dict(client.get_registered_model(name).tags)
+        except MlflowException as error:
+            if error.error_code in MISSING:
+                raise UserError(f"{name} is not a registered model: list them with `patchloom models list`") from None
+            raise
+
+
+def _move_tags(tags: dict[str, str], alias: str) -> list[str]:
+    """The keys of the moves of one alias; they begin with the time."""
+    return sorted(key for key in tags if key.startswith(TAG_OF_MOVES) and key.split(".")[2] == alias)
+
+
+def versions_in_turn(moves: list[AliasMove]) -> list[str]:
+    """The versions that an alias would go back through, newest last.
+
+    A rollback ends what came after the version it returned to, so a second rollback goes one version further back.
+    """
+    turn: list[str] = []
+    for move in moves:
+        if move.previous is not None and turn[-1:] != [move.previous]:
+            turn.append(move.previous)  # moved by another program, or before there was a history
+        if move.version is None:
+            turn.pop()
+        elif move.action == "rollback" and move.version in turn:
+            del turn[len(turn) - turn[::-1].index(move.version) :]
+        else:
+            turn.append(move.version)
+    return turn
+
+
+def version_before(moves: list[AliasMove], current: str | None) -> str | None:
+    """The version that an alias pointed at before its current one; None if that is not known."""
+    turn = versions_in_turn(moves)
+    while turn and turn[-1] == current:
+        turn.pop()
+    return turn[-1] if turn else None
