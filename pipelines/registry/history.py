@@ -71,9 +71,8 @@ def rollback_alias(name: str, alias: str = "champion") -> str:
         UserError: no version before is known, or it was deleted. The alias then stays where it was.
 
     Example:
-        patchloom.promote_model("my-model", "1", alias="candidate")
-        patchloom.promote_model("my-model", "2", alias="candidate")
-        patchloom.rollback_alias("my-model", alias="candidate")
+        if patchloom.alias_history("my-model").before is not None:
+            patchloom.rollback_alias("my-model")
     """
     history = alias_history(name, alias)
     what = f"models:/{name}@{alias}"
