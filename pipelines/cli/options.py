@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from patchloom.errors import UserError
+from patchloom.platform.compute.resources import Resources, load_resources
 
 ModelReference = Annotated[
     str, typer.Argument(help="models:/NAME@ALIAS, models:/NAME/VERSION, runs:/ID/model, or a model or run folder")
@@ -38,12 +39,40 @@ MapWorkers = Annotated[
         min=0, help="Parallel worker processes; 0 runs in this process, without Ray  [default: all GPUs, or all CPUs]"
     ),
 ]
-TrainWorkers = Annotated[int, typer.Option(min=0, help="Ray Train workers; 0 trains in this process, without Ray")]
+TrainWorkers = Annotated[
+    int | None,
+    typer.Option(min=0, help="Ray Train workers; 0 trains in this process, without Ray  [default: 1]"),
+]
+Cluster = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--cluster",
+        metavar="FILE|KEY=VALUE",
+        help="Which nodes the workers use: a YAML file, or cpus_per_worker=4, accelerator=A100, placement=spread, ...; "
+        "can be repeated",
+    ),
+]
+Wait = Annotated[
+    float | None,
+    typer.Option(
+        min=0,
+        metavar="MINUTES",
+        help="How long to wait for nodes of a cluster  [default: 30 with an autoscaler, otherwise 0]",
+    ),
+]
 
 
 def messages_to_stderr(as_json: bool) -> AbstractContextManager[Any]:
     """With --json, send everything printed in the block to stderr, so that stdout is JSON only."""
     return contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext()
+
+
+def chosen_resources(cluster: list[str] | None, wait: float | None, workers: int | None = None) -> Resources:
+    """The resources that the options name. Sets the addresses of Ray and MLflow, unless they are set."""
+    resources = load_resources(cluster or [])
+    resources.set_environment()
+    given = {"workers": workers, "wait_minutes": wait}
+    return resources.with_values(**{name: value for name, value in given.items() if value is not None})
 
 
 def print_json(value: Any) -> None:

@@ -4,7 +4,15 @@ from typing import Annotated
 
 import typer
 
-from patchloom.pipelines.cli.options import Json, MapWorkers, messages_to_stderr, print_json
+from patchloom.pipelines.cli.options import (
+    Cluster,
+    Json,
+    MapWorkers,
+    Wait,
+    chosen_resources,
+    messages_to_stderr,
+    print_json,
+)
 
 
 def evaluate(
@@ -35,15 +43,18 @@ def evaluate(
     ] = None,
     batch: Annotated[int, typer.Option(min=1, help="Images per forward pass")] = 32,
     workers: MapWorkers = None,
+    cluster: Cluster = None,
+    wait: Wait = None,
     as_json: Json = False,
 ) -> None:
     """Measure images: FID, KID, precision, recall, ..."""
+    resources = chosen_resources(cluster, wait, workers)
     from patchloom.pipelines.evaluate.evaluation import evaluate
 
     with messages_to_stderr(as_json):
         result = evaluate(
             samples, reference, metrics=tuple(metrics.split(",")) if metrics else None, features=features, out=out,
-            save_reference=save_reference, workers=workers, batch=batch,
+            save_reference=save_reference, workers=resources.workers, batch=batch, resources=resources,
         )  # fmt: skip
     if as_json:
         print_json(result.to_dict())

@@ -11,10 +11,13 @@ from patchloom.errors import UserError
 from patchloom.models.backbones import allow_backbones
 from patchloom.pipelines.cli.options import (
     Backbones,
+    Cluster,
     FolderToWrite,
     Json,
     MapWorkers,
     ModelReference,
+    Wait,
+    chosen_resources,
     messages_to_stderr,
     print_json,
 )
@@ -34,6 +37,8 @@ def sample(
     as_json: Json = False,
     allow_backbone: Backbones = None,
     workers: MapWorkers = None,
+    cluster: Cluster = None,
+    wait: Wait = None,
     **options: Any,
 ) -> None:
     """Sample one image per seed into a folder."""
@@ -42,11 +47,12 @@ def sample(
         SampleOptions(**given)  # before the imports, which take seconds
     except ValueError as error:
         raise UserError(str(error)) from None
+    resources = chosen_resources(cluster, wait, workers)
     from patchloom.pipelines.sample.sampling import sample as run
 
     allow_backbones(*allow_backbone or [])
     with messages_to_stderr(as_json):
-        result = run(model, out, seeds, workers=workers, **given)
+        result = run(model, out, seeds, workers=resources.workers, resources=resources, **given)
     if as_json:
         print_json(asdict(result))
 

@@ -21,6 +21,7 @@ from patchloom.pipelines.evaluate.image_sets import ImageSet, SampleImages, chec
 from patchloom.pipelines.evaluate.metrics import METRICS, ComparedSets
 from patchloom.pipelines.evaluate.results import default_address, identity_of, print_result, write_result
 from patchloom.pipelines.registry.quality import Evaluation
+from patchloom.platform.compute.resources import DEFAULT_RESOURCES, Resources
 from patchloom.platform.compute.session import ray_session
 from patchloom.platform.progress import say
 from patchloom.platform.records.evaluation import EvaluationResult, MetricValue
@@ -37,6 +38,7 @@ def evaluate(
     save_reference: str | None = None,
     workers: int | None = None,
     batch: int = BATCH,
+    resources: Resources = DEFAULT_RESOURCES,
 ) -> EvaluationResult:
     """Measure images against a reference.
 
@@ -55,6 +57,7 @@ def evaluate(
         save_reference: also write the statistics of the reference to this `.npz`.
         workers: processes that compute features. Default: all CPUs or GPUs; 0 is this process, without Ray.
         batch: images per forward pass.
+        resources: the nodes that the workers may use. By default all.
 
     Returns:
         The metrics by name, what they depend on (`identity`), and notes for the reader.
@@ -80,7 +83,7 @@ def evaluate(
     fewest = min(len(images) for images in (measured, compared) if images is not None)
     chosen = metrics or available.metrics(fewest)
     available.check(chosen)
-    sets = _extract(measured, compared, statistics, network, features, chosen, workers, batch)
+    sets = _extract(measured, compared, statistics, network, features, chosen, workers, batch, resources)
     if save_reference:
         _save_reference(sets, save_reference, _outputs(chosen))
     evaluation = Evaluation(metrics=_metrics(sets, chosen), identity=identity_of(sets, network, reference))
@@ -157,7 +160,7 @@ class _Available:
 
 def _extract(
     measured: ImageSet, compared: ImageSet | None, statistics: dict[str, tuple[Tensor, Tensor]], network: Features,
-    features: str, chosen: tuple[str, ...], workers: int | None, batch: int,
+    features: str, chosen: tuple[str, ...], workers: int | None, batch: int, resources: Resources,
 ) -> ComparedSets:  # fmt: skip
     """Compute the features of both sets that the metrics need."""
     outputs = _outputs(chosen)
@@ -168,7 +171,7 @@ def _extract(
         needed = [(measured, outputs), *([(compared, reference_outputs)] if compared is not None else [])]
         if workers != 0 and any(missing_features(images, network, wanted) for images, wanted in needed):
             stack.enter_context(ray_session())  # both sets share one session
-        options = network, features, workers, batch
+        options = network, features, workers, batch, resources
         reference = extract(compared, reference_outputs, *options) if compared is not None else None
         return ComparedSets(extract(measured, outputs, *options), reference, dict(statistics))
 

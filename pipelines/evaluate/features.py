@@ -38,6 +38,7 @@ from patchloom.pipelines.evaluate.image_sets import (
     open_images,
 )
 from patchloom.platform.compute.jobs import Job, run_job
+from patchloom.platform.compute.resources import DEFAULT_RESOURCES, Resources
 from patchloom.platform.files.copies import cache_folder, cached_copy, working_copy
 from patchloom.platform.files.downloads import Download, fetch_first
 from patchloom.platform.files.folder import Folder, is_remote
@@ -200,6 +201,7 @@ def extract(
     reference: str,
     workers: int | None = None,
     batch: int = BATCH,
+    resources: Resources = DEFAULT_RESOURCES,
 ) -> Extracted:
     """Compute the features that are missing, and keep them. After a kill, only unfinished ranges are computed again.
 
@@ -210,10 +212,11 @@ def extract(
         reference: how every node finds that network; see `load_features`.
         workers: parallel processes. None: all CPUs or GPUs. 0: this process.
         batch: images per network batch.
+        resources: the nodes that the workers may use.
     """
     job = FeatureJob(images, outputs, features, reference, batch)
     if job.missing():
-        run_job(job, workers)
+        run_job(job, workers, resources)
     return Extracted(images, features, job.features_folder)
 
 

@@ -30,6 +30,7 @@ from patchloom.pipelines.prepare.shard_maker import (
     ShardMakerArgument,
 )
 from patchloom.platform.compute.jobs import NOTES_FOLDER, WORK_FOLDER, Job, check_empty, check_same, run_job
+from patchloom.platform.compute.resources import DEFAULT_RESOURCES, Resources
 from patchloom.platform.dataset.prepared import CARD, Dataset, is_dataset, open_dataset
 from patchloom.platform.files.folder import Folder
 from patchloom.platform.progress import say
@@ -57,6 +58,7 @@ def prepare(
     stride: int | None = None,
     shard_rows: int | None = None,
     workers: int | None = None,
+    resources: Resources = DEFAULT_RESOURCES,
 ) -> Dataset:
     """Prepare images as a dataset of pixels or latents, or encode a prepared dataset of pixels.
 
@@ -81,6 +83,7 @@ def prepare(
         stride: windows: pixels between windows. Default: resolution / 10.
         shard_rows: rows per shard. Default: at most 512, and at most 64 MiB of pixels.
         workers: parallel processes. None: this process for 10 seconds, then all CPUs or GPUs. 0: this process.
+        resources: the nodes that the workers may use. By default all.
 
     Returns:
         The finished dataset.
@@ -102,7 +105,7 @@ def prepare(
         preparation = plan_images(source, labels, image_member, transform, autoencoder, precision)
     if mirror:
         preparation = with_mirror_images(preparation)
-    run_job(PrepareJob(Folder.at(dataset), preparation.with_shards(shard_rows)), workers)
+    run_job(PrepareJob(Folder.at(dataset), preparation.with_shards(shard_rows)), workers, resources)
     return open_dataset(dataset)
 
 

@@ -33,6 +33,7 @@ from patchloom.pipelines.sample.shard_sampler import (
     ShardSamplerArgument,
 )
 from patchloom.platform.compute.jobs import Job, run_job
+from patchloom.platform.compute.resources import DEFAULT_RESOURCES, Resources
 from patchloom.platform.files.folder import Folder
 from patchloom.platform.progress import say
 from patchloom.platform.records.samples import (
@@ -77,7 +78,13 @@ class SampleResult:
 
 
 def sample(
-    model: str, out: str, seeds: str | list[int] = "0-63", *, workers: int | None = None, **options: Any
+    model: str,
+    out: str,
+    seeds: str | list[int] = "0-63",
+    *,
+    workers: int | None = None,
+    resources: Resources = DEFAULT_RESOURCES,
+    **options: Any,
 ) -> SampleResult:
     """Sample one image per seed into a folder, with a manifest and a contact sheet.
 
@@ -105,6 +112,7 @@ def sample(
         shard_size: images per archive, and per unit of work. Default: 1000 per archive.
         batch: images per network batch. Default: 8.
         workers: parallel processes. None: all GPUs or CPUs. 0: this process, without Ray.
+        resources: the nodes that the workers may use. By default all.
 
     Returns:
         The folder and what this call did.
@@ -123,7 +131,7 @@ def sample(
         job = SampleJob(model, Folder.at(out), seeds, chosen)
     except ValueError as error:
         raise UserError(str(error)) from None
-    result = run_job(job, workers)
+    result = run_job(job, workers, resources)
     say(f"  {job.images} images and {CONTACT_SHEET} in {job.folder}")
     return SampleResult(
         folder=str(job.folder),
@@ -138,9 +146,9 @@ def sample(
     )
 
 
-_model, _out, _seeds, _workers, _ = inspect.signature(sample).parameters.values()
+_model, _out, _seeds, _workers, _resources, _ = inspect.signature(sample).parameters.values()
 sample.__signature__ = inspect.Signature(  # type: ignore[attr-defined]  # help() shows the options
-    [_model, _out, _seeds, *option_parameters(), _workers], return_annotation=SampleResult
+    [_model, _out, _seeds, *option_parameters(), _workers, _resources], return_annotation=SampleResult
 )
 
 

@@ -1,7 +1,7 @@
 """Train a recipe on a dataset, with Ray Train or in this process."""
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,14 +16,14 @@ from patchloom.pipelines.train.monitor import STOP_FILE, Verdict, ask_to_stop
 from patchloom.pipelines.train.resuming import dataset_of_run, recipe_of_run
 from patchloom.pipelines.train.run import TrainJob
 from patchloom.pipelines.train.run_folder import OpenRun, open_run_folder
-from patchloom.platform.compute.session import check_cluster
-from patchloom.platform.compute.workers import run_workers
+from patchloom.platform.compute.resources import DEFAULT_RESOURCES, Resources
+from patchloom.platform.compute.workers import room_for_workers, run_workers
 from patchloom.platform.dataset.prepared import open_dataset
 from patchloom.platform.files.copies import ProgressFetcher
 from patchloom.platform.files.folder import Folder
 from patchloom.platform.progress import Meter, progress, say
 from patchloom.platform.recipe.run_recipe import Recipe, load_recipe
-from patchloom.platform.records.run import ProgressLine, RunCard, read_progress
+from patchloom.platform.records.run import RUN_FILE, ProgressLine, RunCard, read_progress
 from patchloom.platform.tracking.forwarder import MlflowForwarder
 
 ShowLine = Callable[[ProgressLine], None]
@@ -64,6 +64,7 @@ def train(
     resume: bool = False,
     parent_run: str | None = None,
     show: ShowLine | None = None,
+    resources: Resources = DEFAULT_RESOURCES,
 ) -> TrainResult:
     """Train a recipe on a prepared dataset. The model is in `out/model` when the function returns.
 
@@ -81,6 +82,7 @@ def train(
             makes a run with the stochastic schedule longer, with the result of a run that had it from the start.
         parent_run: the id of the MLflow run that this run is a trial of.
         show: called with each progress line, instead of showing a progress bar.
+        resources: the nodes that the workers may use. By default all.
 
     Returns:
         The run folder, its model and its last progress line.
@@ -100,14 +102,15 @@ def train(
         recipe = recipe_of_run(out) if recipe is None else load_recipe(recipe)
     if min_workers is not None and not 1 <= min_workers <= workers:
         raise UserError(f"--min-workers {min_workers} is not between 1 and --workers {workers}: lower it")
-    if workers and not resume:
-        check_cluster()  # before the run folder exists
     rows = open_dataset(dataset_of_run(out) if dataset is None else dataset)
     card = new_model_card(recipe, rows)
     warning = unexpected_data(recipe, rows.card)
     if warning:
         say(f"  warning: {warning}")
-    with open_run_folder(Folder.at(out), recipe, card, rows, resume, parent_run) as folder:
+    with ExitStack() as stack:
+        if workers and not Folder.at(out).has(RUN_FILE):
+            stack.enter_context(room_for_workers(workers, min_workers, resources))
+        folder = stack.enter_context(open_run_folder(Folder.at(out), recipe, card, rows, resume, parent_run))
         job = TrainJob(
             recipe, card, rows.address, folder.address.address, allowed_backbones(), microbatch, compile, profile
         )
@@ -117,7 +120,7 @@ def train(
                 with MlflowForwarder(folder.path, folder.ensure_run, lambda _: None):
                     pass  # sends lines that MLflow has not received yet
             else:
-                _launch(job, folder, workers, min_workers, show)
+                _launch(job, folder, workers, min_workers, show, resources)
     return TrainResult(folder.path, RunCard.read(folder.path).run_id, read_progress(folder.path)[-1], out)
 
 
@@ -135,7 +138,9 @@ def _closing_run(folder: Path) -> Iterator[None]:
         end_tracking(folder, status)
 
 
-def _launch(job: TrainJob, folder: OpenRun, workers: int, min_workers: int | None, show: ShowLine | None) -> None:
+def _launch(
+    job: TrainJob, folder: OpenRun, workers: int, min_workers: int | None, show: ShowLine | None, resources: Resources
+) -> None:
     """Run the workers, and show and forward their progress lines."""
     folder.address.remove(STOP_FILE)
     with nullcontext(show) if show else _progress_bar(job.recipe, folder.path) as show_line:
@@ -151,6 +156,7 @@ def _launch(job: TrainJob, folder: OpenRun, workers: int, min_workers: int | Non
                 "train",
                 min_workers,
                 on_stop=lambda: ask_to_stop(folder.address),
+                resources=resources,
             )
         _check_outcome(folder.address, outcome)
 

@@ -16,6 +16,7 @@ from patchloom.pipelines.train.mlflow_run import end_tracking, ensure_mlflow_run
 from patchloom.pipelines.train.run import step_settings
 from patchloom.pipelines.train.training import ShowLine, train
 from patchloom.pipelines.tune.planning import Trial, recipe_of_setting, trial_recipe
+from patchloom.platform.compute.resources import Resources
 from patchloom.platform.compute.session import quiet_environment
 from patchloom.platform.compute.tuner import AshaSettings, OptunaSettings
 from patchloom.platform.dataset.prepared import Dataset, open_dataset
@@ -50,6 +51,7 @@ class SearchJob:
     tracking_uri: str
     backbones: tuple[str, ...]
     workers: int
+    resources: Resources
 
 
 @dataclass(frozen=True)
@@ -73,10 +75,20 @@ class TrialJob:
         return TrialRow(name=self.name, settings=self.settings, repeat=self.repeat, status=status, **fields)
 
 
-def search_job(search: Search, base: Recipe, dataset: Dataset, folder: Path, run_id: str, workers: int) -> SearchJob:
+def search_job(
+    search: Search, base: Recipe, dataset: Dataset, folder: Path, run_id: str, workers: int, resources: Resources
+) -> SearchJob:
     """What all trials of a search in `folder` share."""
     return SearchJob(
-        search, base, dataset.address, folder / "trials", run_id, tracking_uri(), allowed_backbones(), workers
+        search,
+        base,
+        dataset.address,
+        folder / "trials",
+        run_id,
+        tracking_uri(),
+        allowed_backbones(),
+        workers,
+        resources,
     )
 
 
@@ -214,6 +226,7 @@ def _row_of_training(job: TrialJob, recipe: Recipe, show: ShowLine) -> TrialRow:
         shared.dataset,
         str(job.folder),
         workers=shared.workers,
+        resources=shared.resources,
         resume=True,
         parent_run=shared.parent_run,
         show=show,

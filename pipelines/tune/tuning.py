@@ -5,7 +5,7 @@ import shutil
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,8 +32,8 @@ from patchloom.pipelines.tune.trials import (
     search_job,
     trial_job,
 )
-from patchloom.platform.compute.session import check_cluster
-from patchloom.platform.compute.tuner import EndedJob, TuneResources, run_on_tune
+from patchloom.platform.compute.resources import DEFAULT_RESOURCES, Resources
+from patchloom.platform.compute.tuner import EndedJob, TuneResources, room_for_trials, run_on_tune
 from patchloom.platform.dataset.prepared import Dataset, open_dataset
 from patchloom.platform.files.storage import local_path, locked, make_folder, write_atomic, write_json
 from patchloom.platform.progress import Meter, progress, say
@@ -84,6 +84,7 @@ def tune(
     workers: int = 0,
     gpus: float | None = None,
     register_best: str | None = None,
+    resources: Resources = DEFAULT_RESOURCES,
 ) -> TuneResult:
     """Compare recipe keys in short runs of equal cost, and write a page with the ranking.
 
@@ -98,6 +99,7 @@ def tune(
         workers: Ray Train workers per trial; 0 trains in the trial's own process.
         gpus: GPUs per trial, such as 0.25 for four trials on one GPU. By default 1 if there are GPUs.
         register_best: register the model of the best trial under this name.
+        resources: the nodes that the trials may use. By default all.
 
     Returns:
         The trials, best first, and the recipe of the best trial at full length.
@@ -112,20 +114,23 @@ def tune(
     if register_best is not None:
         check_name(register_best)
     require_reachable()
-    check_cluster()
     definition, base = load_search(search)
     rows = open_dataset(dataset)
     if not len(rows.indices("held_out", base.data.held_out_fraction)):
         raise UserError("data.held_out_fraction leaves no held-out row, so trials cannot be compared: raise it")
     planned = _planned_trials(definition, base, rows, local_path(out))
-    folder = make_folder(local_path(out))
-    with locked(folder):
+    where = TuneResources(concurrent, workers, gpus, resources)
+    with ExitStack() as stack:
+        if not (local_path(out) / SEARCH_FILE).is_file():
+            stack.enter_context(room_for_trials(where))
+        folder = make_folder(local_path(out))
+        stack.enter_context(locked(folder))
         run_id = _open_folder(folder, definition, rows, restore, planned)
         with _mlflow_run(folder, run_id):
             started = time.monotonic()
-            shared = search_job(definition, base, rows, folder, run_id, workers)
+            shared = search_job(definition, base, rows, folder, run_id, workers, resources)
             flops = search_flops(definition, base, rows, planned)
-            trials = _run_trials(folder, shared, planned, TuneResources(concurrent, workers, gpus), flops)
+            trials = _run_trials(folder, shared, planned, where, flops)
             if definition.final is not None:
                 trials = measure_final_distances(folder, trials, definition.final, rows)
             order = ranked(trials, definition.metric)

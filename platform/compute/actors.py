@@ -3,11 +3,19 @@
 import contextlib
 import pickle
 import threading
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
+from patchloom.errors import UserError
+from patchloom.platform.compute.resources import (
+    DEFAULT_RESOURCES,
+    Resources,
+    WorkerShape,
+    autoscaler_state,
+    wait_for_workers,
+    worker_shape,
+)
 from patchloom.platform.compute.session import begin_work, ray_session, session_cpus, session_gpus
 
 Argument = TypeVar("Argument")
@@ -18,6 +26,9 @@ Report = Callable[[int], None]  # called while an item is processed, with how mu
 Actor = Callable[[Item, Report], ItemResult]
 
 COUNT_EVERY_S = 1.0  # how often the progress of a pool is read
+COUNT_TIMEOUT_S = 60.0
+MAX_ATTEMPTS = 5  # at one item; more are not the fault of the nodes
+MAX_REQUESTED = 256  # processes for which an autoscaler is asked for nodes, without `workers`
 
 
 def map_on_actors(
@@ -27,11 +38,12 @@ def map_on_actors(
     workers: int | None,
     on_gpus: bool = False,
     watch: Callable[[int], None] | None = None,
+    resources: Resources = DEFAULT_RESOURCES,
 ) -> Iterator[tuple[Item, ItemResult]]:
     """Process items on a pool of actors. Each process calls `actor(argument)` once, and the result for each item.
 
-    An actor that dies is restarted up to twice, and its item is processed again. The pool starts work as soon as its
-    first actor is ready.
+    An actor whose process or node dies is restarted, on another node if necessary, and its items are processed
+    again. The pool starts work as soon as its first actor is ready, and grows while nodes are added.
 
     Args:
         actor: a class, whose objects are called as `object(item, report)`. `report(done)` says how much of the item
@@ -39,22 +51,29 @@ def map_on_actors(
         argument: the argument of its constructor; pickled.
         items: what to process; pickled.
         workers: the largest number of processes. None: one per CPU of the session, or, with `on_gpus`, one per GPU if
-            there are any. 0: this process, without Ray.
+            there are any, and of a cluster with an autoscaler as many as it can have. 0: this process, without Ray.
         on_gpus: give each process a GPU, if there are any.
         watch: called about once per second with the sum of what the actors reported.
+        resources: the nodes that the processes may use, and how long to wait for the first one.
 
     Yields:
         Each item with its result, in the order in which they are finished.
+
+    Raises:
+        UserError: the cluster has no room for a process, or an item ended its process several times.
     """
     if not items:
         return
     if workers == 0:
         yield from _map_here(actor, argument, items, watch)
         return
-    with ray_session(), _counter(watch) as counter:
-        numbers = _map_on_ray(_Call(actor, argument, counter), items, workers, on_gpus)
-        for number, result in numbers:
-            yield items[number], result
+    with ray_session():
+        gpus = 1 if on_gpus and session_gpus() >= 1 else 0
+        shape = worker_shape(resources, resources.cpus_per_worker or 1, gpus)
+        wait_for_workers(1, shape, resources.wait_minutes)
+        with _counter(watch) as counter:
+            for number, result in _map_on_ray(_Call(actor, argument, counter), items, workers, shape):
+                yield items[number], result
 
 
 def _map_here(
@@ -77,7 +96,7 @@ def _map_here(
 
 @dataclass(frozen=True)
 class _Call(Generic[Argument, Item, ItemResult]):
-    """What an actor's process needs: its class, the argument, and the handle of the counter, if progress is watched."""
+    """What an actor's process needs: its class, the argument, and the handle of the counter."""
 
     actor: Callable[[Argument], Actor[Item, ItemResult]]
     argument: Argument
@@ -93,43 +112,62 @@ class _ActorProcess:
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
         number = int(row["number"])
+        attempts = self._attempt(number)
+        if attempts > MAX_ATTEMPTS:
+            raise UserError(
+                f"item {number} ended its process {attempts - 1} times, perhaps because memory was full: "
+                "use fewer workers per node, or smaller shards or batches"
+            )
+        result = self.process(pickle.loads(row["item"]), lambda done: self.counter.set.remote(number, done))
+        return {"number": number, "result": pickle.dumps(result)}
 
-        def report(done: int) -> None:
-            if self.counter is not None:
-                self.counter.set.remote(number, done)
+    def _attempt(self, number: int) -> int:
+        """How often an item was started, this time included; 1 if the counter does not answer."""
+        import ray
 
-        return {"number": number, "result": pickle.dumps(self.process(pickle.loads(row["item"]), report))}
+        with contextlib.suppress(ray.exceptions.RayError):
+            return int(ray.get(self.counter.begin.remote(number), timeout=COUNT_TIMEOUT_S))
+        return 1
 
 
 def _map_on_ray(
-    call: _Call[Argument, Item, ItemResult], items: Sequence[Item], workers: int | None, on_gpus: bool
+    call: _Call[Argument, Item, ItemResult], items: Sequence[Item], workers: int | None, shape: WorkerShape
 ) -> Iterator[tuple[int, ItemResult]]:
     import ray.data
-    import ray.util.annotations
 
-    gpus = int(session_gpus()) if on_gpus else 0
-    most = max(1, min(workers or gpus or session_cpus(), len(items)))
+    most = max(1, min(workers or _room(shape), len(items)))
     pool = ray.data.ActorPoolStrategy(
-        min_size=1, max_size=most, initial_size=most,  # a pool that grows with its load would stay at one actor
+        size=most,  # those without a node wait for one, so that an autoscaler adds it
         # a second item in flight hides the latency of Ray; with few items, it would keep another actor idle
         max_tasks_in_flight_per_actor=2 if len(items) > 4 * most else 1,
-    )  # fmt: skip
+    )
     rows = [{"number": number, "item": pickle.dumps(item)} for number, item in enumerate(items)]
-    with warnings.catch_warnings():  # without the deprecated options, the item of a dead actor is retried for ever
-        warnings.simplefilter("ignore", ray.util.annotations.RayDeprecationWarning)
-        results = ray.data.from_items(rows, override_num_blocks=len(rows)).map(
-            _ActorProcess, fn_constructor_args=(call,), compute=pool,
-            num_cpus=1, num_gpus=1 if gpus else 0, max_restarts=2, max_task_retries=2,
-        )  # fmt: skip
+    results = ray.data.from_items(rows, override_num_blocks=len(rows)).map(
+        _ActorProcess, fn_constructor_args=(call,), compute=pool, num_cpus=shape.bundle["CPU"],
+        num_gpus=shape.bundle.get("GPU", 0), label_selector=shape.labels or None, resources=shape.other_resources,
+    )  # fmt: skip
     for row in results.iter_rows():
         yield int(row["number"]), pickle.loads(row["result"])
 
 
+def _room(shape: WorkerShape) -> int:
+    """How many actors a pool has by default."""
+    if autoscaler_state().exists:
+        return MAX_REQUESTED
+    return int(session_gpus()) if "GPU" in shape.bundle else session_cpus()
+
+
 class ItemCounts:
-    """How much of each item of a pool is done. It runs as an actor of its own."""
+    """How much of each item of a pool is done, and how often it was started. It runs as an actor of its own."""
 
     def __init__(self) -> None:
         self._counts: dict[int, int] = {}
+        self._attempts: dict[int, int] = {}
+
+    def begin(self, number: int) -> int:
+        """Count a start of an item; returns how often it was started."""
+        self._attempts[number] = self._attempts.get(number, 0) + 1
+        return self._attempts[number]
 
     def set(self, number: int, done: int) -> None:
         """Set how much of an item is done. An item that starts again starts from its new count."""
@@ -142,22 +180,21 @@ class ItemCounts:
 
 @contextlib.contextmanager
 def _counter(watch: Callable[[int], None] | None) -> Iterator[Any]:
-    """The handle of an `ItemCounts` actor, whose total a thread passes to `watch`; None if nothing is watched.
+    """The handle of an `ItemCounts` actor on this node, whose total a thread passes to `watch`.
 
     If that actor is lost, progress is no longer shown and the work continues.
     """
-    if watch is None:
-        yield None
-        return
     import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    counter = ray.remote(num_cpus=0)(ItemCounts).remote()
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    counter = ray.remote(num_cpus=0, scheduling_strategy=here)(ItemCounts).remote()
     stop = threading.Event()
 
     def poll() -> None:
-        while not stop.wait(COUNT_EVERY_S):
+        while watch is not None and not stop.wait(COUNT_EVERY_S):
             with contextlib.suppress(ray.exceptions.RayError):
-                total = ray.get(counter.total.remote(), timeout=60)
+                total = ray.get(counter.total.remote(), timeout=COUNT_TIMEOUT_S)
                 if total:
                     watch(total)
 

@@ -13,6 +13,7 @@ from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
 from patchloom.errors import UserError
 from patchloom.platform.compute.actors import map_on_actors
+from patchloom.platform.compute.resources import DEFAULT_RESOURCES, Resources
 from patchloom.platform.compute.session import begin_work
 from patchloom.platform.files.folder import Folder
 from patchloom.platform.files.storage import locked, make_folder, sweep_partial
@@ -88,12 +89,13 @@ class JobResult:
     images_per_second: float = 0.0
 
 
-def run_job(job: Job[Any, Any], workers: int | None) -> JobResult:
+def run_job(job: Job[Any, Any], workers: int | None, resources: Resources = DEFAULT_RESOURCES) -> JobResult:
     """Run a job to its end: start it or continue it, do the missing units, and finish it.
 
     Args:
         job: the job.
         workers: number of parallel processes; None: all CPUs or GPUs; 0: this process, without Ray.
+        resources: the nodes that they may use.
 
     Raises:
         UserError: another process uses the folder, or the folder contains something else.
@@ -106,7 +108,7 @@ def run_job(job: Job[Any, Any], workers: int | None) -> JobResult:
         began = time.monotonic()
         with progress(job.title, job.total, "images") as meter:
             meter.begin(job.total - images)
-            _do(job, units, workers, meter)
+            _do(job, units, workers, meter, resources)
         # one update alone has no rate: then the start of the workers counts too
         result = JobResult(images, meter.rate or images / max(time.monotonic() - began, 1e-9))
         job.finish()
@@ -125,7 +127,7 @@ def _exclusive(folder: Folder | None) -> Iterator[None]:
         yield
 
 
-def _do(job: Job[UnitT, ResultT], units: list[UnitT], workers: int | None, meter: Meter) -> None:
+def _do(job: Job[UnitT, ResultT], units: list[UnitT], workers: int | None, meter: Meter, resources: Resources) -> None:
     """Do units in this process (all, or during the head start), and the others on Ray."""
     start, finished, todo = meter.done, 0, list(units)
 
@@ -149,7 +151,7 @@ def _do(job: Job[UnitT, ResultT], units: list[UnitT], workers: int | None, meter
                 take(unit, worker(unit, lambda images: show(finished + images)))
     before = finished
     for unit, result in map_on_actors(
-        job.worker, job.argument, todo, workers, job.on_gpus, lambda images: show(before + images)
+        job.worker, job.argument, todo, workers, job.on_gpus, lambda images: show(before + images), resources
     ):
         take(unit, result)
 

@@ -95,7 +95,7 @@ def session_cpus() -> int:
     """The number of CPUs of all nodes of the session."""
     import ray
 
-    return int(ray.cluster_resources().get("CPU", 1))
+    return int(ray.cluster_resources().get("CPU", 0))
 
 
 def session_gpus() -> float:

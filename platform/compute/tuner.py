@@ -1,13 +1,22 @@
 """Tuner: run a function with many configurations on Ray Tune, chosen by a grid or Optuna, stopped early by ASHA."""
 
+import contextlib
+import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
-from patchloom.platform.compute.session import ray_session, session_cpus
-from patchloom.platform.compute.workers import TRIAL_CPUS
+from patchloom.platform.compute.resources import (
+    DEFAULT_RESOURCES,
+    Resources,
+    autoscaler_state,
+    wait_for_workers,
+    worker_shape,
+)
+from patchloom.platform.compute.session import check_cluster, ray_session, session_cpus, session_gpus
+from patchloom.platform.compute.workers import TRIAL_CPUS, train_worker_shape
 
 if TYPE_CHECKING:
     from optuna import Trial
@@ -28,11 +37,13 @@ class TuneResources:
         concurrent: trials that run in parallel; as many as fit by default.
         workers: Ray Train workers per trial; 0 trains in the trial's own process.
         gpus: GPUs per trial; a fraction lets several trials share one.
+        nodes: the nodes that the trials may use, and how long to wait for them.
     """
 
     concurrent: int | None = None
     workers: int = 0
     gpus: float | None = None
+    nodes: Resources = DEFAULT_RESOURCES
 
     def per_trial(self, available_gpus: float) -> dict[str, float]:
         """What Ray reserves for the process of a trial; its workers reserve their own."""
@@ -40,12 +51,25 @@ class TuneResources:
             return {"cpu": TRIAL_CPUS}
         return {"cpu": 1, "gpu": (1 if self.gpus is None else self.gpus) if available_gpus else 0}
 
-    def parallel_trials(self, cpus: int, available_gpus: float) -> int:
-        """How many trials run in parallel; no more than fit, so that no trial waits for the workers of another."""
+    def parallel_trials(self, cpus: int, available_gpus: float, grows: bool = False) -> int | None:
+        """How many trials run in parallel; no more than fit, so that no trial waits for the workers of another.
+
+        On a cluster that grows, trials without workers wait for nodes. None: as many as nodes come.
+        """
         room = cpus // max(1, self.workers)
         if available_gpus and self.workers:
             room = min(room, int(available_gpus) // self.workers)
+        if grows and (self.concurrent or not self.workers):
+            return self.concurrent
         return max(1, min(self.concurrent or room, room))
+
+    def wait_for_room(self) -> None:
+        """Wait until the session has room for one trial."""
+        amounts = self.per_trial(session_gpus())
+        if self.workers:
+            wait_for_workers(self.workers, train_worker_shape(self.workers, self.nodes)[0], self.nodes.wait_minutes)
+        else:
+            wait_for_workers(1, worker_shape(self.nodes, amounts["cpu"], amounts["gpu"]), self.nodes.wait_minutes)
 
 
 @dataclass(frozen=True)
@@ -90,6 +114,22 @@ class EndedJob(Generic[TrialJob]):
     problem: str | None = None
 
 
+@contextlib.contextmanager
+def room_for_trials(resources: TuneResources) -> Iterator[None]:
+    """On a cluster, a session that has room for a trial, before anything is written. Waits for nodes.
+
+    Raises:
+        UserError: the cluster does not answer, has no room for a trial, or did not have it within the time.
+    """
+    check_cluster()
+    if not os.environ.get("RAY_ADDRESS"):
+        yield  # a session on this machine has room
+        return
+    with ray_session():
+        resources.wait_for_room()
+        yield
+
+
 def run_on_tune(
     function: Callable[[TrialJob], None],
     source: list[TrialJob] | OptunaSettings[TrialJob],
@@ -105,15 +145,15 @@ def run_on_tune(
     from ray import tune
 
     with ray_session(max(1, resources.workers)):
-        import ray
-
-        cpus, gpus = session_cpus(), ray.cluster_resources().get("GPU", 0)
+        resources.wait_for_room()
+        cpus, gpus = session_cpus(), session_gpus()
         trainable = tune.with_resources(_trainable(function), resources.per_trial(gpus))
         place = str(scratch / EXPERIMENT_NAME)
         if (isinstance(source, OptunaSettings) or asha) and tune.Tuner.can_restore(place):
             tuner = tune.Tuner.restore(place, trainable, resume_unfinished=True, restart_errored=True)
         else:
-            tuner = _new_tuner(trainable, source, scratch, resources.parallel_trials(cpus, gpus), asha)
+            parallel = resources.parallel_trials(cpus, gpus, autoscaler_state().exists)
+            tuner = _new_tuner(trainable, source, scratch, parallel, asha)
         return [EndedJob(result.config[JOB_KEY], _last_line(result.error)) for result in tuner.fit()]
 
 
@@ -126,7 +166,7 @@ def _new_tuner(
     trainable: Any,
     source: list[TrialJob] | OptunaSettings[TrialJob],
     scratch: Path,
-    parallel: int,
+    parallel: int | None,
     asha: AshaSettings | None,
 ) -> Any:
     from ray import tune
@@ -139,7 +179,7 @@ def _new_tuner(
         trainable,
         param_space=space,
         tune_config=tune.TuneConfig(
-            max_concurrent_trials=min(parallel, trials),
+            max_concurrent_trials=min(parallel or trials, trials),
             num_samples=1 if searcher is None else trials,
             search_alg=searcher,
             scheduler=_scheduler(asha) if asha else None,

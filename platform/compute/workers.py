@@ -4,15 +4,23 @@ import contextlib
 import os
 import shutil
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from patchloom.errors import UserError
+from patchloom.platform.compute.resources import (
+    DEFAULT_RESOURCES,
+    Resources,
+    WorkerShape,
+    wait_for_workers,
+    worker_shape,
+)
 from patchloom.platform.compute.session import (
     begin_work,
+    check_cluster,
     environment_defaults,
     ray_session,
     session_cpus,
@@ -72,6 +80,7 @@ def run_workers(
     name: str,
     min_workers: int | None = None,
     on_stop: Callable[[], None] | None = None,
+    resources: Resources = DEFAULT_RESOURCES,
 ) -> LoopResult:
     """Run `loop(worker, config)` on every worker. A worker that dies is restarted.
 
@@ -84,12 +93,13 @@ def run_workers(
         min_workers: continue with fewer workers, down to this number, if nodes are lost, and with more when they
             return. None: always `workers`.
         on_stop: called on SIGTERM instead of ending the process; it asks the loop to return.
+        resources: the nodes that the workers may use, and how long to wait for them.
 
     Returns:
         What the loop returned on rank 0.
 
     Raises:
-        UserError: the session has fewer CPUs than workers.
+        UserError: the cluster cannot have as many workers, or did not within the time.
     """
     if workers == 0:
         begin_work()
@@ -100,7 +110,7 @@ def run_workers(
     start_timeout = {"RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "30" if is_elastic else "600"}
     # _on_sigterm comes last, because Ray sets its own signal handler
     with environment_defaults(start_timeout), ray_session(workers), _on_sigterm(on_stop):
-        return _run_on_ray_train(loop, config, workers, min_workers or workers, scratch, name)
+        return _run_on_ray_train(loop, config, workers, min_workers or workers, scratch, name, resources)
 
 
 @contextlib.contextmanager
@@ -123,20 +133,26 @@ def _run_on_ray_train(
     min_workers: int,
     scratch: Path,
     name: str,
+    resources: Resources,
 ) -> LoopResult:
     import ray
     import ray.train
     from ray.train.torch import TorchTrainer
 
-    cpus, is_trial = _cpus_per_worker(workers)
+    shape, cpus = train_worker_shape(workers, resources)
+    if not _is_trial():
+        wait_for_workers(min_workers, shape, resources.wait_minutes)
     say(f"  waiting for {workers} worker{'s' if workers > 1 else ''} of Ray Train (half a minute on a laptop) ...")
     trainer = TorchTrainer(
         _on_worker(loop, cpus),
         train_loop_config={"config": config},
         scaling_config=ray.train.ScalingConfig(
             num_workers=workers if min_workers == workers else (min_workers, workers),
-            use_gpu=session_gpus() >= workers,
-            resources_per_worker={"CPU": cpus - TRIAL_CPUS if is_trial else cpus},
+            use_gpu="GPU" in shape.bundle,
+            resources_per_worker={name: amount for name, amount in shape.bundle.items() if ":" not in name},
+            accelerator_type=resources.accelerator,
+            label_selector=shape.labels or None,
+            placement_strategy=shape.placement,
         ),
         run_config=ray.train.RunConfig(
             name=name,
@@ -149,15 +165,34 @@ def _run_on_ray_train(
     return result
 
 
-def _cpus_per_worker(workers: int) -> tuple[int, bool]:
-    """The CPUs of one worker, and whether this process is a trial of a search, which shares CPUs with other trials."""
-    import ray
+@contextlib.contextmanager
+def room_for_workers(workers: int, min_workers: int | None, resources: Resources) -> Iterator[None]:
+    """On a cluster, a session that has room for workers, before anything is written. Waits for nodes.
 
-    available = session_cpus()
-    if workers > available:
-        raise UserError(f"--workers {workers}: the session has {available} CPUs; choose fewer workers")
-    is_trial = ray.get_runtime_context().get_actor_id() is not None
-    return 1 if is_trial or os.environ.get("RAY_ADDRESS") else max(1, available // workers), is_trial
+    Raises:
+        UserError: the cluster does not answer, cannot have as many workers, or did not within the time.
+    """
+    check_cluster()
+    if not workers or not os.environ.get("RAY_ADDRESS") or _is_trial():
+        yield  # a session on this machine has room
+        return
+    with ray_session():
+        wait_for_workers(min_workers or workers, train_worker_shape(workers, resources)[0], resources.wait_minutes)
+        yield
+
+
+def train_worker_shape(workers: int, resources: Resources) -> tuple[WorkerShape, int]:
+    """What one worker reserves, and the number of its threads."""
+    own_session = not os.environ.get("RAY_ADDRESS") and not _is_trial()
+    cpus = resources.cpus_per_worker or (max(1, session_cpus() // workers) if own_session else 1)
+    reserved = cpus - TRIAL_CPUS if _is_trial() else cpus  # a trial shares the CPUs with other trials
+    return worker_shape(resources, reserved, 1 if session_gpus() >= workers else 0), cpus
+
+
+def _is_trial() -> bool:
+    """Whether this process is a trial of a search."""
+    ray = sys.modules.get("ray")
+    return ray is not None and ray.is_initialized() and ray.get_runtime_context().get_actor_id() is not None
 
 
 def _on_worker(loop: Callable[[Worker, Config], LoopResult], cpus: int) -> Callable[[dict[str, Any]], LoopResult]:

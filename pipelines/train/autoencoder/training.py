@@ -1,5 +1,6 @@
 """Train an autoencoder on a dataset of pixels, measure it, and register it."""
 
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -11,8 +12,8 @@ from patchloom.pipelines.prepare.encoders import fetch_autoencoder
 from patchloom.pipelines.train.autoencoder.quality import RECONSTRUCTIONS, measure_autoencoder
 from patchloom.pipelines.train.autoencoder.worker import AutoencoderJob, autoencoder_worker
 from patchloom.pipelines.train.training import resume_meter
-from patchloom.platform.compute.session import check_cluster
-from patchloom.platform.compute.workers import run_workers
+from patchloom.platform.compute.resources import DEFAULT_RESOURCES, Resources
+from patchloom.platform.compute.workers import room_for_workers, run_workers
 from patchloom.platform.dataset.prepared import Dataset, open_dataset
 from patchloom.platform.files.storage import local_path, locked, make_folder, read_json
 from patchloom.platform.progress import progress, say
@@ -62,6 +63,7 @@ def train_autoencoder(
     *,
     workers: int = 1,
     register: str | None = None,
+    resources: Resources = DEFAULT_RESOURCES,
 ) -> AutoencoderResult:
     """Train or fine-tune an autoencoder (diffusers' `AutoencoderKL`) and measure it on held-out images.
 
@@ -72,6 +74,7 @@ def train_autoencoder(
         settings: the network and its training; by default `AutoencoderSettings()`.
         workers: Ray Train workers; 0 trains in this process, without Ray.
         register: register the autoencoder in MLflow under this name.
+        resources: the nodes that the workers may use. By default all.
 
     Returns:
         The model folder, PSNR (dB) and SSIM of held-out images, and the reference if it was registered.
@@ -93,12 +96,13 @@ def train_autoencoder(
     if settings.init_from is not None:
         init_from, settings = _find_init_from(settings.init_from, settings)
     _check_fit(settings, rows)
-    if workers and not (local_path(out) / RUN_FILE).is_file():
-        check_cluster()  # before the run folder exists
-    folder = make_folder(local_path(out))
-    with locked(folder):
+    with ExitStack() as stack:
+        if workers and not (local_path(out) / RUN_FILE).is_file():
+            stack.enter_context(room_for_workers(workers, None, resources))
+        folder = make_folder(local_path(out))
+        stack.enter_context(locked(folder))
         is_measured = _open_folder(folder, settings, rows).psnr_db is not None
-        _run(AutoencoderJob(folder, rows.address, settings, init_from), rows, workers, is_measured)
+        _run(AutoencoderJob(folder, rows.address, settings, init_from), rows, workers, is_measured, resources)
         card = AutoencoderRunCard.read(folder) if is_measured else _measure(folder, rows)
         if register and card.reference is None:
             ensure_autoencoder_run(folder, rows)
@@ -172,7 +176,7 @@ def ensure_autoencoder_run(folder: Path, dataset: Dataset) -> str:
     return run_id
 
 
-def _run(job: AutoencoderJob, dataset: Dataset, workers: int, is_finished: bool) -> None:
+def _run(job: AutoencoderJob, dataset: Dataset, workers: int, is_finished: bool, resources: Resources) -> None:
     """Run the workers, and show and forward their progress lines. Of a finished run, send lines that wait."""
     answers, ensure = is_reachable(), partial(ensure_autoencoder_run, job.folder, dataset)
     if not answers:
@@ -188,7 +192,7 @@ def _run(job: AutoencoderJob, dataset: Dataset, workers: int, is_finished: bool)
                 meter.update(line.images_seen, f"loss {line.loss:.3f}")
 
         with MlflowForwarder(job.folder, ensure, show, answers):
-            run_workers(autoencoder_worker, job, workers, job.folder / ".ray", "autoencoder")
+            run_workers(autoencoder_worker, job, workers, job.folder / ".ray", "autoencoder", resources=resources)
 
 
 def _measure(folder: Path, dataset: Dataset) -> AutoencoderRunCard:

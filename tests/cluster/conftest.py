@@ -1,0 +1,150 @@
+"""A Ray cluster of separate machines, with an S3 server and MLflow on PostgreSQL, for `make test-cluster`."""
+
+import os
+import shutil
+import subprocess
+import sys
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from helpers import environment
+from machines import GATEWAY, TOKEN, Network, RayCluster, missing_tools, wait_for
+
+S3_PORT, MLFLOW_PORT, POSTGRES_PORT = 5601, 5600, 5602
+ROOT = Path(__file__).parents[2]
+WORKERS = ("one", "two")
+
+
+def postgres_program(name: str) -> str | None:
+    """The path of a program of PostgreSQL, which Debian does not put on the PATH."""
+    folders = sorted(Path("/usr/lib/postgresql").glob("*/bin"), reverse=True)
+    return shutil.which(name, path=os.pathsep.join([*map(str, folders), os.environ.get("PATH", "")]))
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Mark the tests of this folder, and skip them where the machine lacks something."""
+    missing = missing_tools() + ["postgresql" for name in ("initdb",) if postgres_program(name) is None]
+    for item in items:
+        if item.path.parent == Path(__file__).parent:
+            item.add_marker(pytest.mark.cluster)
+            if missing:
+                item.add_marker(pytest.mark.skip(reason=f"this machine lacks: {', '.join(missing)}"))
+
+
+def _answers(url: str) -> bool:
+    try:
+        urllib.request.urlopen(url, timeout=2).close()
+    except urllib.error.HTTPError:
+        return True
+    except OSError:
+        return False
+    return True
+
+
+@pytest.fixture(scope="session")
+def network() -> Iterator[Network]:
+    """The bridge that all machines and servers are connected to."""
+    environment = {
+        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests" / "support")]),
+        "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": TOKEN,
+        "MLFLOW_TRACKING_URI": f"http://{GATEWAY}:{MLFLOW_PORT}",
+        "AWS_ENDPOINT_URL": f"http://{GATEWAY}:{S3_PORT}",
+        "AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret", "AWS_DEFAULT_REGION": "us-east-1",
+        "OMP_NUM_THREADS": "1", "PATCHLOOM_CACHE": "/tmp/cache",
+    }  # fmt: skip
+    with Network(environment) as network:
+        yield network
+
+
+@pytest.fixture(scope="session")
+def store(network: Network, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A bucket on an S3-compatible server."""
+    log = (tmp_path_factory.mktemp("s3") / "server.log").open("w")
+    command = [sys.executable, "-m", "moto.server", "-H", GATEWAY, "-p", str(S3_PORT)]
+    server = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
+    address = f"http://{GATEWAY}:{S3_PORT}"
+    wait_for(lambda: _answers(address), "the S3 server")
+    for bucket in ("patchloom", "artifacts"):
+        urllib.request.urlopen(urllib.request.Request(f"{address}/{bucket}", method="PUT")).close()
+    keys = {name: value for name, value in network.environment.items() if name.startswith("AWS_")}
+    with environment(**keys):  # the tests themselves use the bucket too
+        yield "s3://patchloom"
+    server.terminate()
+    server.wait()
+
+
+@dataclass
+class TrackingServer:
+    """An MLflow server on PostgreSQL, with artifacts in the store."""
+
+    command: list[str]
+    environment: dict[str, str]
+    log: Path
+    process: "subprocess.Popen[bytes] | None" = None
+
+    def start(self) -> None:
+        """Start the server and wait until it answers."""
+        with self.log.open("a") as log:
+            self.process = subprocess.Popen(self.command, env=self.environment, stdout=log, stderr=log)
+        wait_for(lambda: _answers(f"http://{GATEWAY}:{MLFLOW_PORT}/health"), "MLflow")
+
+    def stop(self) -> None:
+        """Stop the server, as for an upgrade."""
+        assert self.process is not None
+        self.process.terminate()
+        self.process.wait()
+
+
+@pytest.fixture(scope="session")
+def database(network: Network, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A PostgreSQL server, and the address of an empty database on it."""
+    folder = tmp_path_factory.mktemp("postgres")
+    for parent in (folder, *folder.parents[:2]):
+        parent.chmod(0o755)
+    data = folder / "data"
+    data.mkdir()
+    shutil.chown(data, "postgres")
+    initdb, server = postgres_program("initdb"), postgres_program("postgres")
+    assert initdb is not None and server is not None
+    command = [initdb, "--pgdata", str(data), "--auth=trust", "--username=mlflow", "--encoding=UTF8"]
+    subprocess.run(command, user="postgres", check=True, capture_output=True, cwd="/")
+    with (data / "pg_hba.conf").open("a") as rules:
+        rules.write(f"host all all {GATEWAY}/24 trust\n")
+    options = ["-D", str(data), "-h", GATEWAY, "-p", str(POSTGRES_PORT), "-k", str(data)]
+    process = subprocess.Popen([server, *options], user="postgres", stderr=subprocess.DEVNULL, cwd="/")
+    create = ["createdb", "-h", GATEWAY, "-p", str(POSTGRES_PORT), "-U", "mlflow", "mlflow"]
+    wait_for(lambda: subprocess.run(create, capture_output=True).returncode == 0, "PostgreSQL")
+    yield f"postgresql+psycopg2://mlflow@{GATEWAY}:{POSTGRES_PORT}/mlflow"
+    process.terminate()
+    process.wait()
+
+
+@pytest.fixture(scope="session")
+def tracking(
+    network: Network, database: str, store: str, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[TrackingServer]:
+    """MLflow on PostgreSQL, with its artifacts in the store."""
+    command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", database, "--host", GATEWAY, "--port",
+               str(MLFLOW_PORT), "--workers", "1", "--artifacts-destination", "s3://artifacts"]  # fmt: skip
+    keys = {name: value for name, value in network.environment.items() if name.startswith("AWS_")}
+    keys["MLFLOW_S3_ENDPOINT_URL"] = keys["AWS_ENDPOINT_URL"]
+    server = TrackingServer(command, os.environ | keys, tmp_path_factory.mktemp("mlflow") / "server.log")
+    server.start()
+    yield server
+    server.stop()
+
+
+@pytest.fixture(scope="session")
+def ray_nodes(network: Network, store: str, tracking: TrackingServer) -> RayCluster:
+    """The cluster of the tests, without worker nodes at first."""
+    return RayCluster(network)
+
+
+@pytest.fixture
+def cluster(ray_nodes: RayCluster) -> RayCluster:
+    """The cluster with two worker nodes."""
+    ray_nodes.set_workers(*WORKERS)
+    return ray_nodes

@@ -1,0 +1,227 @@
+"""Machines: separate hosts on this one. Each has its own network address, processes, shared memory, /tmp and host name.
+
+They are Linux namespaces joined by a bridge. Making them needs root and iproute2.
+"""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import psutil
+
+NETWORK = "10.77.0"
+GATEWAY = f"{NETWORK}.1"  # the address of this machine on the bridge
+BRIDGE = "patchloom0"
+RAY_PORT, DASHBOARD_PORT = 6379, 8265
+START_TIMEOUT_S = 120.0
+DISK_MIB = 2048
+OBJECT_STORE_BYTES = 150 << 20
+TOKEN = "0123456789abcdef" * 4
+
+
+def missing_tools() -> list[str]:
+    """What this machine lacks to make others: names of tools, or `root`."""
+    tools = [name for name in ("ip", "unshare", "nsenter", "mount", "hostname") if shutil.which(name) is None]
+    return tools + ([] if os.geteuid() == 0 else ["root"])
+
+
+@dataclass
+class Machine:
+    """One host. Commands run on it as on a computer of its own; its files in /tmp are not seen elsewhere.
+
+    Args:
+        name: its host name, which no name server knows.
+        number: the last part of its address.
+        environment: variables of every command on it.
+    """
+
+    name: str
+    number: int
+    environment: dict[str, str] = field(default_factory=dict)
+    ray: "subprocess.Popen[str] | None" = None
+    _init: "subprocess.Popen[bytes] | None" = None
+
+    @property
+    def address(self) -> str:
+        """Its network address."""
+        return f"{NETWORK}.{self.number}"
+
+    @property
+    def namespace(self) -> str:
+        """The name of its network namespace."""
+        return f"patchloom-{self.name}"
+
+    @property
+    def wire(self) -> str:
+        """The name of its end of the cable at the bridge."""
+        return f"plw{self.number}"
+
+    def boot(self) -> "Machine":
+        """Connect it to the bridge and start its first process, whose death ends all others."""
+        _ip(f"netns add {self.namespace}")
+        _ip(f"link add {self.wire} type veth peer name eth0 netns {self.namespace}")
+        _ip(f"link set {self.wire} master {BRIDGE} up")
+        for command in ("link set lo up", f"addr add {self.address}/24 dev eth0", "link set eth0 up",
+                        f"route add default via {GATEWAY}"):  # fmt: skip
+            _ip(f"-n {self.namespace} {command}")
+        setup = (
+            f"hostname {self.name} && mount -t tmpfs -o size={DISK_MIB}m tmpfs /tmp && mount -t tmpfs tmpfs /dev/shm"
+            " && mkdir /tmp/home && echo booted && exec sleep infinity"
+        )
+        self._init = subprocess.Popen(
+            ["ip", "netns", "exec", self.namespace, "unshare", "--pid", "--mount", "--ipc", "--uts", "--fork",
+             "--kill-child", "--mount-proc", "sh", "-c", setup],
+            stdout=subprocess.PIPE,
+        )  # fmt: skip
+        assert self._init.stdout is not None and self._init.stdout.readline() == b"booted\n"
+        return self
+
+    def popen(self, command: Sequence[str], cwd: str = "/tmp/home", **environment: str) -> "subprocess.Popen[str]":
+        """Start a command on it; stdout and stderr are one pipe."""
+        (first,) = psutil.Process(self._running().pid).children()  # unshare's child is the first process
+        enter = ["nsenter", f"--target={first.pid}", "--net", "--mount", "--pid", "--ipc", "--uts"]
+        return subprocess.Popen(
+            [*enter, "sh", "-c", 'cd "$0" && exec "$@"', cwd, *command],
+            text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            env=os.environ | {"HOME": "/tmp/home"} | self.environment | environment,
+        )  # fmt: skip
+
+    def run(
+        self, command: Sequence[str], timeout_s: float = 300, **environment: str
+    ) -> "subprocess.CompletedProcess[str]":
+        """Run a command on it to its end."""
+        process = self.popen(command, **environment)
+        try:
+            output, _ = process.communicate(timeout=timeout_s)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            output, _ = process.communicate()
+            raise AssertionError(f"{command} took longer than {timeout_s} s:\n{output}") from None
+        return subprocess.CompletedProcess(command, process.returncode, output)
+
+    def start_ray(self, *options: str) -> None:
+        """Start the processes of a node of Ray. `options` are those of `ray start`."""
+        ray = str(Path(sys.executable).with_name("ray"))
+        memory = f"--object-store-memory={OBJECT_STORE_BYTES}"
+        self.ray = self.popen([ray, "start", f"--node-ip-address={self.address}", "--block", memory, *options])
+
+    def cut_off(self) -> None:
+        """Pull its network cable. It goes on running."""
+        _ip(f"link set {self.wire} down")
+
+    def reconnect(self) -> None:
+        """Plug its network cable in again."""
+        _ip(f"link set {self.wire} up")
+
+    def kill(self) -> None:
+        """Take its power away: all its processes end at once, and its /tmp is lost."""
+        init = self._running()
+        init.send_signal(signal.SIGKILL)  # --kill-child ends the first process, and that all others
+        init.wait()
+        self._init = None
+        subprocess.run(["ip", "netns", "delete", self.namespace], check=False)
+
+    def _running(self) -> "subprocess.Popen[bytes]":
+        assert self._init is not None, f"{self.name} does not run"
+        return self._init
+
+
+class Network:
+    """A bridge with machines, which all end with the block."""
+
+    def __init__(self, environment: Mapping[str, str]) -> None:
+        self.environment = dict(environment)
+        self.machines: list[Machine] = []
+
+    def __enter__(self) -> "Network":
+        _ip(f"link add {BRIDGE} type bridge")
+        _ip(f"addr add {GATEWAY}/24 dev {BRIDGE}")
+        _ip(f"link set {BRIDGE} up")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for machine in self.machines:
+            if machine._init is not None:
+                machine.kill()
+        _ip(f"link delete {BRIDGE}")
+
+    def boot(self, name: str) -> Machine:
+        """A new machine. A name that was used and killed gets a new address."""
+        machine = Machine(name, 10 + len(self.machines), dict(self.environment)).boot()
+        self.machines.append(machine)
+        return machine
+
+
+def wait_for(condition: Callable[[], object], what: str, timeout_s: float = START_TIMEOUT_S) -> None:
+    """Wait until a condition holds."""
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, f"{what}: not within {timeout_s:.0f} s"
+        time.sleep(0.2)
+
+
+class RayCluster:
+    """A head without CPUs, and workers with one CPU each."""
+
+    def __init__(self, network: Network) -> None:
+        self.network = network
+        self.head = network.boot("head")
+        self.head.start_ray("--head", "--num-cpus=0", f"--port={RAY_PORT}", "--dashboard-host=0.0.0.0")
+        self.workers: dict[str, Machine] = {}
+
+    @property
+    def address(self) -> str:
+        """The address of Ray."""
+        return f"{self.head.address}:{RAY_PORT}"
+
+    @property
+    def job_address(self) -> str:
+        """The address for job submission."""
+        return f"http://{self.head.address}:{DASHBOARD_PORT}"
+
+    def add(self, name: str) -> None:
+        """Start a worker node."""
+        self.workers[name] = self.network.boot(f"{name}{len(self.network.machines)}")
+        self.workers[name].start_ray(f"--address={self.address}", "--num-cpus=1")
+
+    def kill(self, name: str) -> None:
+        """Take the power of a worker node away."""
+        self.workers.pop(name).kill()
+
+    def set_workers(self, *names: str) -> None:
+        """Have exactly these worker nodes alive."""
+        for name in set(self.workers) - set(names):
+            self.kill(name)
+        for name in names:
+            if name not in self.workers:
+                self.add(name)
+        wait_for(lambda: self.cpus() == len(names), f"{len(names)} nodes")
+
+    def cpus(self) -> int:
+        """The CPUs of the nodes that Ray considers alive; -1 if it does not answer."""
+        code = "import ray; ray.init(logging_level='ERROR'); print('CPUS', int(ray.cluster_resources().get('CPU', 0)))"
+        done = self.head.run([sys.executable, "-c", code], RAY_ADDRESS=self.address)
+        return int(done.stdout.rpartition("CPUS")[2]) if "CPUS" in done.stdout else -1
+
+    def start(self, *arguments: str, **environment: str) -> "subprocess.Popen[str]":
+        """Start a command of Patchloom on the head node."""
+        command = [sys.executable, "-m", "patchloom.pipelines.cli", *arguments]
+        return self.head.popen(command, RAY_ADDRESS=self.address, **environment)
+
+    def run(self, *arguments: str, timeout_s: float = 420, **environment: str) -> str:
+        """Run a command of Patchloom on the head node, which must succeed; returns what it printed."""
+        command = [sys.executable, "-m", "patchloom.pipelines.cli", *arguments]
+        done = self.head.run(command, timeout_s, RAY_ADDRESS=self.address, **environment)
+        assert done.returncode == 0, done.stdout
+        return done.stdout
+
+
+def _ip(arguments: str) -> None:
+    done = subprocess.run(["ip", *arguments.split()], capture_output=True, text=True)
+    assert done.returncode == 0, f"ip {arguments}: {done.stderr}"
