@@ -26,7 +26,8 @@ Datasets, recipes and models
     open               open_dataset, load_recipe, load_model
     convert            import_model, export_model, average_model
     registry           list_versions, describe_model, compare_models,
-                       promote_model, delete_model, alias_history, rollback_alias
+                       promote_model, delete_model, prune_model,
+                       alias_history, rollback_alias
     types              Dataset, Recipe, Denoiser, AutoencoderSettings
 
 Sampling in your own code
@@ -74,9 +75,10 @@ if TYPE_CHECKING:
     from patchloom.pipelines.prepare import prepare
     from patchloom.pipelines.registry.comparing import compare_models
     from patchloom.pipelines.registry.convert import average_model, export_model, import_model
+    from patchloom.pipelines.registry.deleting import delete_model, prune_model
     from patchloom.pipelines.registry.describing import describe_model
     from patchloom.pipelines.registry.history import alias_history, rollback_alias
-    from patchloom.pipelines.registry.promoting import delete_model, promote_model
+    from patchloom.pipelines.registry.promoting import promote_model
     from patchloom.pipelines.registry.registering import register
     from patchloom.pipelines.report import report
     from patchloom.pipelines.sample import sample
@@ -129,6 +131,7 @@ __all__ = [
     "plms",
     "prepare",
     "promote_model",
+    "prune_model",
     "register",
     "report",
     "rollback_alias",
@@ -153,7 +156,8 @@ _MODULES = {
     "pipelines.registry.convert": ("average_model", "export_model", "import_model"),
     "pipelines.registry.describing": ("describe_model",),
     "pipelines.registry.history": ("alias_history", "rollback_alias"),
-    "pipelines.registry.promoting": ("delete_model", "promote_model"),
+    "pipelines.registry.deleting": ("delete_model", "prune_model"),
+    "pipelines.registry.promoting": ("promote_model",),
     "pipelines.registry.registering": ("register",),
     "pipelines.report": ("report",),
     "pipelines.sample": ("sample",),

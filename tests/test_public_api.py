@@ -33,6 +33,7 @@ INPUTS = {
     "open_dataset": ("dataset",),
     "prepare": ("photos",),
     "promote_model": ("registry",),
+    "prune_model": ("registry",),
     "register": ("run",),
     "report": ("run",),
     "rollback_alias": ("registry",),

@@ -218,9 +218,25 @@ def models_delete(
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask for confirmation")] = False,
 ) -> None:
     """Delete a version from the registry; its run is kept."""
-    from patchloom.pipelines.registry.promoting import delete_model
+    from patchloom.pipelines.registry.deleting import delete_model
 
     print(delete_model(name, str(version), yes))
+
+
+@models_app.command("prune", epilog="Example: patchloom models prune my-model --keep 10 --dry-run")
+def models_prune(
+    name: RegisteredName,
+    keep: Annotated[int, typer.Option(min=1, help="How many of the newest versions to keep")],
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only print what would be deleted")] = False,
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask for confirmation")] = False,
+) -> None:
+    """Delete old versions from the registry; keep the newest, those with an alias, and those that a rollback needs.
+
+    MLflow keeps their runs and files: `mlflow.delete_logged_model(ID)` and then `mlflow gc` remove the files.
+    """
+    from patchloom.pipelines.registry.deleting import prune_model
+
+    print(prune_model(name, keep, dry_run=dry_run, yes=yes).text())
 
 
 @models_app.command("relocate", epilog="Example: patchloom models relocate")

@@ -1,15 +1,12 @@
-"""Promoting: point an alias at a version, optionally only if it is better; and delete versions."""
-
-import sys
+"""Promoting: point an alias at a version, optionally only if it is better."""
 
 from patchloom.errors import UserError
 from patchloom.pipelines.registry.comparing import why_not_comparable
 from patchloom.pipelines.registry.quality import TITLES, comparable, evaluations_of, is_better
-from patchloom.platform.progress import say
-from patchloom.platform.tracking.aliases import aliased_version, move_alias, record_move
+from patchloom.platform.tracking.aliases import aliased_version, move_alias
 from patchloom.platform.tracking.names import check_alias
-from patchloom.platform.tracking.registry import delete_version, described_version
-from patchloom.platform.tracking.versions import RegisteredVersion, list_versions
+from patchloom.platform.tracking.registry import described_version
+from patchloom.platform.tracking.versions import RegisteredVersion
 
 
 def promote_model(name: str, version: str, alias: str = "champion", if_better: str | None = None) -> str:
@@ -61,36 +58,3 @@ def _improvement(new: RegisteredVersion, old: RegisteredVersion, metric: str) ->
     if not is_better(metric, new_value, old_value):
         raise UserError(f"version {new.version} is not better than version {old.version}: {values}; not promoted")
     return values
-
-
-def delete_model(name: str, version: str, yes: bool = False) -> str:
-    """Delete a version from the registry. Its run and its samples are kept.
-
-    Args:
-        name: the registered model.
-        version: its number, such as "3".
-        yes: delete without asking; otherwise the terminal asks for confirmation.
-
-    Returns:
-        What was done, in words.
-
-    Raises:
-        UserError: there is no such version, or `yes` is False and there is no terminal.
-
-    Example:
-        patchloom.delete_model("my-model", "1", yes=True)
-    """
-    aliases = described_version(name, version).aliases
-    what = f"models:/{name}/{version}"
-    if aliases:
-        what += f" ({', '.join(f'@{alias}' for alias in aliases)})"
-    if not yes:
-        if not sys.stdin.isatty():
-            raise UserError(f"{what} was not deleted: there is no terminal to ask for confirmation; pass --yes")
-        say(f"Delete {what}? [y/N] ")
-        if input().strip().lower() not in ("y", "yes"):
-            return "nothing was deleted"
-    delete_version(name, version)
-    for alias in aliases if list_versions(name, limit=1) else ():
-        record_move(name, alias, None, version, "delete")
-    return f"deleted models:/{name}/{version}"

@@ -5,6 +5,7 @@ Each move is a tag of its own, so that two moves at the same time are both kept.
 
 import secrets
 import time
+from typing import Any
 
 from patchloom.errors import UserError
 from patchloom.platform.records.alias import AliasMove
@@ -63,16 +64,23 @@ def alias_moves(name: str, alias: str) -> list[AliasMove]:
     Raises:
         UserError: there is no such model.
     """
-    tags = _model_tags(name)
+    tags = dict(_registered_model(name).tags)
     return [AliasMove.parse(tags[key], f"the tag {key} of {name}") for key in _move_tags(tags, alias)]
 
 
-def _model_tags(name: str) -> dict[str, str]:
+def alias_names(name: str) -> list[str]:
+    """The aliases that a model has, and those that it had and whose history is kept."""
+    model = _registered_model(name)
+    had = {key.split(".")[2] for key in model.tags if key.startswith(TAG_OF_MOVES)}
+    return sorted({*model.aliases, *had})
+
+
+def _registered_model(name: str) -> Any:
     from mlflow.exceptions import MlflowException
 
     with open_store() as client:
         try:
-            return dict(client.get_registered_model(name).tags)
+            return client.get_registered_model(name)
         except MlflowException as error:
             if error.error_code in MISSING:
                 raise UserError(f"{name} is not a registered model: list them with `patchloom models list`") from None

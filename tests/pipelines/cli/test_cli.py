@@ -220,7 +220,7 @@ def test_help_of_every_command_has_an_example(
 ) -> None:
     commands = ["demo", "prepare", "inspect", "autoencoder train", "train", "tune", "models register", "models show",
                 "models import", "models export", "models average", "models list", "models compare", "models promote",
-                "models delete", "models relocate", "models history", "models rollback",
+                "models delete", "models relocate", "models history", "models rollback", "models prune",
                 "sample", "evaluate", "report", "benchmark", "doctor"]  # fmt: skip
     for command in commands:
         assert run_main(monkeypatch, *command.split(), "--help") == 0

@@ -14,9 +14,10 @@ from PIL import Image
 from patchloom.errors import UserError
 from patchloom.models.generate import Sampling, generate_padded
 from patchloom.pipelines.registry.comparing import compare_models
+from patchloom.pipelines.registry.deleting import delete_model
 from patchloom.pipelines.registry.describing import describe_model, show_model
 from patchloom.pipelines.registry.listing import models_table
-from patchloom.pipelines.registry.promoting import delete_model, promote_model
+from patchloom.pipelines.registry.promoting import promote_model
 from patchloom.pipelines.registry.registering import register
 from patchloom.platform.tracking.versions import list_versions
 

@@ -3,15 +3,20 @@
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
+from urllib.parse import unquote
 
 import pytest
 from evaluations import add_evaluation
 
 from patchloom.errors import UserError
+from patchloom.pipelines.registry.deleting import delete_model, prune_model
 from patchloom.pipelines.registry.history import alias_history, rollback_alias
-from patchloom.pipelines.registry.promoting import delete_model, promote_model
+from patchloom.pipelines.registry.promoting import promote_model
+from patchloom.pipelines.registry.registering import register
 from patchloom.platform.tracking.aliases import KEPT_MOVES, move_alias
-from patchloom.platform.tracking.client import connect
+from patchloom.platform.tracking.client import connect, experiment_id
+from patchloom.platform.tracking.versions import list_versions
 
 MOVE = """
 import sys
@@ -120,3 +125,31 @@ def test_moves_of_two_processes_are_both_kept(plain_versions: Callable[[str, int
 def test_history_of_an_unknown_model_is_refused() -> None:
     with pytest.raises(UserError, match="nonesuch"):
         alias_history("nonesuch")
+
+
+def test_prune_keeps_new_versions_aliases_and_what_a_rollback_needs(plain_versions: Callable[[str, int], str]) -> None:
+    name = plain_versions("crowded", 9)
+    for version in "1357":
+        promote_model(name, version)
+    promote_model(name, "2", alias="candidate")
+    dry = prune_model(name, keep=2, dry_run=True)
+    assert not dry.is_done and [found.version for found in dry.deleted] == ["6", "4", "3", "1"]
+    assert len(list_versions(name)) == 9
+    with pytest.raises(UserError, match="--yes"):
+        prune_model(name, keep=2)
+    done = prune_model(name, keep=2, yes=True)
+    assert done.deleted == dry.deleted and done.kept.keys() == {"7", "5", "2"}
+    assert "models:/crowded/4" in done.text() and "mlflow gc" in done.text()
+    assert [found.version for found in list_versions(name)] == ["9", "8", "7", "5", "2"]
+    assert rollback_alias(name) and alias_history(name).current == "5"
+    assert prune_model(name, keep=5, yes=True).deleted == []
+
+
+def test_files_of_a_pruned_version_stay(trained: Path, changed_copy: Callable[[Path, float], Path]) -> None:
+    for change in (0.5, 0.6):
+        register(str(changed_copy(trained, change)), "emptied")
+    run_id = list_versions("emptied", sort="version")[0].run_id
+    found = connect().search_logged_models([experiment_id(connect())], filter_string=f"source_run_id = '{run_id}'")
+    prune_model("emptied", keep=1, yes=True)
+    assert [found.version for found in list_versions("emptied")] == ["2"]
+    assert list(Path(unquote(found[0].artifact_location.removeprefix("file://"))).rglob("model.safetensors"))

@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 from patchloom.errors import UserError
-from patchloom.pipelines.registry.promoting import delete_model, promote_model
+from patchloom.pipelines.registry.deleting import delete_model
+from patchloom.pipelines.registry.promoting import promote_model
 from patchloom.pipelines.registry.registering import register
 from patchloom.pipelines.train.autoencoder import train_autoencoder
 from patchloom.pipelines.tune.tuning import tune
