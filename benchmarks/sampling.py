@@ -24,7 +24,7 @@ from patchloom.models.normalisation import pixel_normalisation
 from patchloom.pipelines.sample.shard_sampler import SampledShard, SeedShard, ShardSampler, ShardSamplerArgument
 from patchloom.platform.compute.jobs import Job, run_job
 from patchloom.platform.compute.session import ray_session
-from patchloom.platform.tracking.store import tracking_uri
+from patchloom.platform.tracking.store import store_environment
 
 CPU = torch.device("cpu")
 SAMPLING = Sampling(steps=5)
@@ -130,7 +130,7 @@ class BenchmarkedJob(Job[SeedShard, SampledShard]):
     def __init__(self, model: Path, out: Path, shards: int) -> None:
         self.total, self.results = SHARD * shards, list[SampledShard]()
         self.argument = ShardSamplerArgument(
-            str(model), str(out), tracking_uri(), (), SAMPLING, SHARD // 2, "png", None, False
+            str(model), str(out), store_environment(), (), SAMPLING, SHARD // 2, "png", None, False
         )
 
     def missing(self) -> list[SeedShard]:

@@ -7,7 +7,7 @@ from pathlib import Path
 from patchloom.platform.compute.session import ray_session
 from patchloom.platform.progress import say
 from patchloom.platform.tracking.client import require_reachable
-from patchloom.platform.tracking.store import shown_uri
+from patchloom.platform.tracking.store import shown_registry_uri, shown_uri
 from patchloom.platform.tracking.versions import list_versions
 
 COUNTED_VERSIONS = 100
@@ -39,7 +39,8 @@ def doctor() -> bool:
 def _check_mlflow() -> str:
     require_reachable()
     found = len(list_versions(limit=COUNTED_VERSIONS))
-    return f"{shown_uri()} works, {found}{' or more' if found == COUNTED_VERSIONS else ''} registered versions"
+    stores = shown_uri() if shown_registry_uri() == shown_uri() else f"{shown_uri()}, registry {shown_registry_uri()},"
+    return f"{stores} works, {found}{' or more' if found == COUNTED_VERSIONS else ''} registered versions"
 
 
 def _check_ray() -> str:

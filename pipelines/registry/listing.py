@@ -3,7 +3,7 @@
 import time
 
 from patchloom.pipelines.registry.quality import evaluations_of
-from patchloom.platform.tracking.store import shown_uri
+from patchloom.platform.tracking.store import shown_registry_uri
 from patchloom.platform.tracking.versions import RegisteredVersion
 
 HEADER = ("MODEL", "ALIASES", "KIND", "SIDE", "P", "SCHEDULE", "IMAGES", "QUALITY", "AGE")
@@ -19,7 +19,7 @@ def models_table(versions: list[RegisteredVersion]) -> str:
 
 def empty_list(is_filtered: bool) -> str:
     """What `models list` prints if there is nothing to list."""
-    return f"no {'version meets the conditions' if is_filtered else 'model is registered'} at {shown_uri()}"
+    return f"no {'version meets the conditions' if is_filtered else 'model is registered'} at {shown_registry_uri()}"
 
 
 def _table_line(version: RegisteredVersion) -> tuple[str, ...]:

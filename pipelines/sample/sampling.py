@@ -44,7 +44,7 @@ from patchloom.platform.records.samples import (
     SamplingCard,
 )
 from patchloom.platform.tracking.registry import FetchedModel, fetch_model
-from patchloom.platform.tracking.store import tracking_uri
+from patchloom.platform.tracking.store import store_environment
 
 ARCHIVE_IMAGES = 1000  # per archive, by default
 UNIT_IMAGES, MAX_UNITS = 16, 1000  # of PNG files: the smallest unit of work, and the largest number of units
@@ -189,7 +189,7 @@ class SampleJob(Job[SeedShard, SampledShard]):
             lineage=ModelLineage(run_id=fetched.run_id, name=fetched.name, version=fetched.version),
         )
         self.argument = ShardSamplerArgument(
-            fetched.reference, folder.address, tracking_uri(), tuple(allowed_backbones()), sampling, options.batch,
+            fetched.reference, folder.address, store_environment(), tuple(allowed_backbones()), sampling, options.batch,
             options.format, self.card.shard_size, self.center is not None,
         )  # fmt: skip
 

@@ -18,7 +18,7 @@ from patchloom.pipelines.sample.sampler import load_model_for_sampling
 from patchloom.platform.compute.jobs import NOTES_FOLDER
 from patchloom.platform.files.folder import Folder
 from patchloom.platform.records.samples import ManifestEntry
-from patchloom.platform.tracking.store import tracking_uri
+from patchloom.platform.tracking.store import store_environment
 
 CENTER_IMAGE = "outpaint.png"
 REMOTE_WRITERS = 16  # hides the latency of a store
@@ -46,11 +46,11 @@ class SeedShard:
 
 @dataclass(frozen=True)
 class ShardSamplerArgument:
-    """What a worker needs to sample shards. `model`, `folder` and `tracking` are addresses that work on any node."""
+    """What a worker needs to sample shards. `model`, `folder` and `stores` are addresses that work on any node."""
 
     model: str
     folder: str
-    tracking: str
+    stores: dict[str, str]
     backbones: tuple[str, ...]
     sampling: Sampling
     batch: int
@@ -73,8 +73,8 @@ class ShardSampler:
 
     def __init__(self, argument: ShardSamplerArgument) -> None:
         torch.set_num_threads(1)  # another number changes the order of sums, and so the last bit of an image
-        if tracking_uri() != argument.tracking:  # the worker may have another working directory
-            os.environ["MLFLOW_TRACKING_URI"] = argument.tracking
+        if store_environment() != argument.stores:  # the worker may have another working directory
+            os.environ.update(argument.stores)
         allow_backbones(*argument.backbones)
         self.argument, self.folder = argument, Folder(argument.folder)
         self.format = FORMATS[argument.format]

@@ -27,7 +27,7 @@ from patchloom.platform.recipe.search import Search
 from patchloom.platform.records.run import ProgressLine, RunCard, read_progress
 from patchloom.platform.records.search import TrialRow
 from patchloom.platform.tracking.forwarder import MlflowForwarder
-from patchloom.platform.tracking.store import tracking_uri
+from patchloom.platform.tracking.store import store_environment
 
 TRIAL_FILE = "trial.json"  # in the run folder of a trial that finished or failed: its row of the table
 TABLE_FIELDS = {
@@ -48,7 +48,7 @@ class SearchJob:
     dataset: str
     trials_folder: Path
     parent_run: str  # the MLflow run of the search
-    tracking_uri: str
+    stores: dict[str, str]  # environment variables of the MLflow stores
     backbones: tuple[str, ...]
     workers: int
     resources: Resources
@@ -85,7 +85,7 @@ def search_job(
         dataset.address,
         folder / "trials",
         run_id,
-        tracking_uri(),
+        store_environment(),
         allowed_backbones(),
         workers,
         resources,
@@ -136,7 +136,7 @@ def run_trial(job: TrialJob) -> None:
     from ray import tune as ray_tune
 
     quiet_environment()
-    os.environ["MLFLOW_TRACKING_URI"] = job.shared.tracking_uri
+    os.environ.update(job.shared.stores)
     allow_backbones(*job.shared.backbones)
     folder = make_folder(job.folder)
     if not is_finished(folder, job.settings):

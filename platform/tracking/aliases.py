@@ -9,7 +9,7 @@ from typing import Any
 
 from patchloom.errors import UserError
 from patchloom.platform.records.alias import AliasMove
-from patchloom.platform.tracking.client import open_store
+from patchloom.platform.tracking.client import open_registry
 from patchloom.platform.tracking.registry import MISSING, find_version
 
 KEPT_MOVES = 30  # per alias
@@ -20,7 +20,7 @@ def aliased_version(name: str, alias: str) -> str | None:
     """The number of the version with an alias; None if there is no such name or alias."""
     from mlflow.exceptions import MlflowException
 
-    with open_store() as client:
+    with open_registry() as client:
         try:
             return str(client.get_model_version_by_alias(name, alias).version)
         except MlflowException as error:
@@ -39,7 +39,7 @@ def move_alias(name: str, alias: str, version: str, action: str, reason: str = "
     before = aliased_version(name, alias)
     if before == version:
         return
-    with open_store() as client:
+    with open_registry() as client:
         client.set_registered_model_alias(name, alias, version)
     record_move(name, alias, version, before, action, reason)
 
@@ -50,7 +50,7 @@ def record_move(name: str, alias: str, version: str | None, before: str | None, 
     move = AliasMove(
         alias=alias, version=version, previous=before, moved_unix_s=round(now, 3), action=action, reason=reason
     )
-    with open_store() as client:
+    with open_registry() as client:
         tag = f"{TAG_OF_MOVES}{alias}.{int(now * 1000):015d}-{secrets.token_hex(3)}"
         client.set_registered_model_tag(name, tag, move.to_json())
         tags = client.get_registered_model(name).tags
@@ -78,7 +78,7 @@ def alias_names(name: str) -> list[str]:
 def _registered_model(name: str) -> Any:
     from mlflow.exceptions import MlflowException
 
-    with open_store() as client:
+    with open_registry() as client:
         try:
             return client.get_registered_model(name)
         except MlflowException as error:

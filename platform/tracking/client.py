@@ -4,7 +4,7 @@ import contextlib
 import logging
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING
 
@@ -17,10 +17,13 @@ from patchloom.platform.tracking.store import (
     artifact_folder,
     check_answers,
     check_experiment,
+    check_registry_answers,
     database_path,
     experiment_name,
     is_complete_database,
+    registry_uri,
     shown_uri,
+    sqlite_path,
     tracking_uri,
 )
 
@@ -32,7 +35,7 @@ _complete_stores: set[str] = set()  # stores that have all tables, as far as thi
 
 
 def connect() -> "MlflowClient":
-    """A client of the store at `tracking_uri()`, without log output. Creates the store if it does not exist."""
+    """A client of the stores of runs and of registered models, without log output. Creates what does not exist."""
     quiet_environment()
     logging.getLogger("alembic").setLevel(logging.ERROR)
     import mlflow
@@ -40,31 +43,47 @@ def connect() -> "MlflowClient":
     for name in ("mlflow", "alembic", "mlflow.store.db.utils"):
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module="mlflow")
-    uri = tracking_uri()
-    mlflow.set_tracking_uri(uri)
-    mlflow.set_registry_uri(uri)
-    with _exclusive_creation(uri):
+    uris = tracking_uri(), registry_uri()
+    mlflow.set_tracking_uri(uris[0])
+    # MLflow sets MLFLOW_REGISTRY_URI for an address, which would outlast a later change of the other one
+    mlflow.set_registry_uri(uris[1] if uris[1] != uris[0] else "")
+    with contextlib.ExitStack() as locks:
+        for uri in dict.fromkeys(uris):
+            locks.enter_context(_exclusive_creation(uri))
         client = mlflow.MlflowClient()
-    _complete_stores.add(uri)
+    _complete_stores.update(uris)
     return client
 
 
 def _exclusive_creation(uri: str) -> AbstractContextManager[None]:
     """A lock for an SQLite store that may not exist: two processes must not create its tables at the same time."""
-    database = database_path()
+    database = sqlite_path(uri)
     if uri in _complete_stores or database is None or not os.access(database.parent, os.W_OK):
         return nullcontext()
     return locked(database.parent, f".{database.name}.lock", wait_s=CREATE_TABLES_WAIT_S)
 
 
-@contextlib.contextmanager
-def open_store() -> Iterator["MlflowClient"]:
-    """A client of a store that answers.
+def open_store() -> AbstractContextManager["MlflowClient"]:
+    """A client of a store of runs that answers.
 
     Raises:
         UserError: the store does not answer, also during the block, or cannot be opened.
     """
-    check_answers()
+    return _opened(check_answers, tracking_uri())
+
+
+def open_registry() -> AbstractContextManager["MlflowClient"]:
+    """A client of a store of registered models that answers.
+
+    Raises:
+        UserError: the store does not answer, also during the block, or cannot be opened.
+    """
+    return _opened(check_registry_answers, registry_uri())
+
+
+@contextlib.contextmanager
+def _opened(check: Callable[[], None], uri: str) -> Iterator["MlflowClient"]:
+    check()
     try:
         client = connect()
     except UserError:
@@ -74,7 +93,7 @@ def open_store() -> Iterator["MlflowClient"]:
     try:
         yield client
     except Exception as error:
-        problem = problem_of_server(error)
+        problem = problem_of_server(error, uri)
         if problem:
             raise UserError(problem) from None
         raise
@@ -128,7 +147,8 @@ def is_reachable() -> bool:
 
 
 def require_reachable() -> None:
-    """Raise UserError if the tracking store does not answer, or if runs cannot be written to its experiment."""
+    """Raise UserError if one of the stores does not answer, or if runs cannot be written to the experiment."""
+    check_registry_answers()
     if not is_reachable():
         check_answers()
         raise UserError(f"MLflow at {shown_uri()} does not answer requests: start it, or check MLFLOW_TRACKING_URI")

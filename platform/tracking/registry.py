@@ -13,9 +13,9 @@ from patchloom.errors import UserError
 from patchloom.platform.files.copies import local_copy
 from patchloom.platform.files.folder import is_remote
 from patchloom.platform.files.storage import write_atomic
-from patchloom.platform.tracking.client import connect, open_store
+from patchloom.platform.tracking.client import connect, open_registry, open_store
 from patchloom.platform.tracking.server_errors import first_line
-from patchloom.platform.tracking.store import shown_uri
+from patchloom.platform.tracking.store import shown_registry_uri
 from patchloom.platform.tracking.versions import RegisteredVersion, list_versions, registered_version
 
 MODEL_FOLDER = "model"  # the model folder among the artifacts of a version
@@ -83,14 +83,14 @@ def find_version(name: str, alias: str | None = None, version: str | None = None
     from mlflow.exceptions import MlflowException
 
     wanted = f"models:/{name}@{alias}" if alias else f"models:/{name}/{version}"
-    with open_store() as client:
+    with open_registry() as client:
         try:
             if alias:
                 return client.get_model_version_by_alias(name, alias)
             return client.get_model_version(name, version)
         except MlflowException as error:
             if error.error_code in MISSING:
-                where = f"the registry at {shown_uri()}: list its models with `patchloom models list`"
+                where = f"the registry at {shown_registry_uri()}: list its models with `patchloom models list`"
                 raise UserError(f"{wanted} is not in {where}") from None
             raise
 
@@ -110,11 +110,11 @@ def _download(uri: str) -> Path:
     import mlflow.artifacts
     from mlflow.exceptions import MlflowException
 
-    with open_store():
+    with open_registry() if uri.startswith("models:") else open_store():
         try:
             return Path(mlflow.artifacts.download_artifacts(artifact_uri=uri))
         except (MlflowException, OSError) as error:
-            raise UserError(f"{uri} cannot be fetched from {shown_uri()} ({first_line(error)})") from None
+            raise UserError(f"{uri} cannot be fetched from {shown_registry_uri()} ({first_line(error)})") from None
 
 
 def _model_folder(folder: Path) -> Path:

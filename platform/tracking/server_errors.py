@@ -5,25 +5,27 @@ from collections.abc import Iterator
 from http import HTTPStatus
 from urllib.parse import urlsplit
 
-from patchloom.platform.tracking.store import shown_uri, tracking_uri, without_passwords
+from patchloom.platform.tracking.store import tracking_uri, without_passwords
 
 STATUS = re.compile(r"failed with error code (\d+)|too many (\d+) error responses")
 NO_JSON = "not in a valid JSON format"  # MLflow's words for a page that is not of its API
 WRONG_HOST = "Invalid Host header"  # the answer of `mlflow server` to a host name that it was not started for
 
 
-def problem_of_server(error: BaseException) -> str | None:
+def problem_of_server(error: BaseException, store: str | None = None) -> str | None:
     """What went wrong between MLflow and its server, and what to do, in one line.
 
     Args:
         error: an exception of MLflow.
+        store: the address of the store that was asked, by default the one of the runs.
 
     Returns:
         None if the error is not about the server's answers.
     """
-    if not tracking_uri().startswith(("http://", "https://")):
+    address = store or tracking_uri()
+    if not address.startswith(("http://", "https://")):
         return None
-    uri, said = f"MLflow at {shown_uri()}", first_line(error)
+    uri, said = f"MLflow at {without_passwords(address)}", first_line(error)
     if any(type(found).__name__ == "SSLError" for found in _chain(error)):
         return (
             f"{uri} has a certificate that is not trusted here ({said}): set MLFLOW_TRACKING_SERVER_CERT_PATH to the "
@@ -37,7 +39,7 @@ def problem_of_server(error: BaseException) -> str | None:
             f"{uri} wants a login: set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN"
         )
     if status == HTTPStatus.FORBIDDEN:
-        return _forbidden(uri, str(error))
+        return _forbidden(address, str(error))
     if status >= HTTPStatus.INTERNAL_SERVER_ERROR:
         return f"{uri} fails with status {status}: look at the log of the server, then try again"
     code = getattr(error, "error_code", "")
@@ -46,9 +48,10 @@ def problem_of_server(error: BaseException) -> str | None:
     return f"{uri}: a server answers there, but not as MLflow (status {status}): check the path in MLFLOW_TRACKING_URI"
 
 
-def _forbidden(uri: str, said: str) -> str:
+def _forbidden(address: str, said: str) -> str:
+    uri = f"MLflow at {without_passwords(address)}"
     if WRONG_HOST in said:
-        host = urlsplit(tracking_uri()).hostname
+        host = urlsplit(address).hostname
         return f"{uri} was not started for the host name {host}: start it with `mlflow server --allowed-hosts {host}`"
     return (
         f"{uri} does not permit this: ask for the permission, or check MLFLOW_TRACKING_USERNAME or "

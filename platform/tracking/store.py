@@ -32,8 +32,24 @@ def tracking_uri() -> str:
     MLFLOW_TRACKING_URI if it is set, else `mlflow.db` in the working directory.
     """
     uri = os.environ.get("MLFLOW_TRACKING_URI")
-    if not uri:
-        return sqlite_uri(Path("mlflow.db").absolute())
+    return _absolute(uri) if uri else sqlite_uri(Path("mlflow.db").absolute())
+
+
+def registry_uri() -> str:
+    """The address of the store of registered models, as an absolute address.
+
+    MLFLOW_REGISTRY_URI if it is set, else the address of the runs.
+    """
+    uri = os.environ.get("MLFLOW_REGISTRY_URI")
+    return _absolute(uri) if uri else tracking_uri()
+
+
+def store_environment() -> dict[str, str]:
+    """The environment variables with which another process finds the same stores."""
+    return {"MLFLOW_TRACKING_URI": tracking_uri(), "MLFLOW_REGISTRY_URI": registry_uri()}
+
+
+def _absolute(uri: str) -> str:
     if uri.startswith(SQLITE) and not uri.startswith((SQLITE + "/", SQLITE + "file:")):
         name, mark, options = uri.removeprefix(SQLITE).partition("?")
         return sqlite_uri(Path(unquote(name)).absolute()) + mark + options
@@ -50,6 +66,11 @@ def shown_uri() -> str:
     return without_passwords(tracking_uri())
 
 
+def shown_registry_uri() -> str:
+    """The address of the store of registered models for messages, without a password."""
+    return without_passwords(registry_uri())
+
+
 def without_passwords(text: str) -> str:
     """A text in which addresses have no user names and passwords."""
     return re.sub(r"://[^/@\s]*@", "://", text)
@@ -57,10 +78,12 @@ def without_passwords(text: str) -> str:
 
 def database_path() -> Path | None:
     """The file of an SQLite store; None for other stores."""
-    uri = tracking_uri()
-    if not uri.startswith(SQLITE + "/"):
-        return None
-    return Path(unquote(uri.removeprefix(SQLITE).partition("?")[0]))
+    return sqlite_path(tracking_uri())
+
+
+def sqlite_path(uri: str) -> Path | None:
+    """The file at the address of an SQLite store; None for other stores."""
+    return Path(unquote(uri.removeprefix(SQLITE).partition("?")[0])) if uri.startswith(SQLITE + "/") else None
 
 
 def experiment_name() -> str:
@@ -73,9 +96,12 @@ def artifact_folder(database: Path, experiment: str) -> Path:
     return database.parent / ARTIFACTS / re.sub(r"^\.+|[^\w. -]", "_", experiment)
 
 
-def answers() -> bool:
-    """Whether the store answers now, asked with a short timeout and without MLflow's client. A file always does."""
-    parts = urlsplit(tracking_uri())
+def answers(uri: str | None = None) -> bool:
+    """Whether a store answers now, by default the one of the runs. A file always does.
+
+    The store is asked with a short timeout and without MLflow's client.
+    """
+    parts = urlsplit(uri or tracking_uri())
     if parts.scheme in ("http", "https"):
         return answers_http(f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path.rstrip('/')}/health")
     port = DATABASE_PORTS.get(parts.scheme.partition("+")[0])
@@ -83,9 +109,16 @@ def answers() -> bool:
 
 
 def check_answers() -> None:
-    """Raise UserError if the store does not answer now."""
+    """Raise UserError if the store of the runs does not answer now."""
     if not answers():
         raise UserError(f"MLflow at {shown_uri()} does not answer: start it, or check MLFLOW_TRACKING_URI")
+
+
+def check_registry_answers() -> None:
+    """Raise UserError if the store of registered models does not answer now."""
+    if not answers(registry_uri()):
+        variable = "MLFLOW_REGISTRY_URI" if registry_uri() != tracking_uri() else "MLFLOW_TRACKING_URI"
+        raise UserError(f"MLflow at {shown_registry_uri()} does not answer: start it, or check {variable}")
 
 
 def check_experiment(lifecycle_stage: str, identity: str, location: str) -> None:

@@ -3,12 +3,13 @@
 import base64
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from patchloom.errors import UserError
-from patchloom.platform.tracking.client import open_store
+from patchloom.platform.tracking.client import open_registry, open_store
 from patchloom.platform.tracking.conditions import SearchQuery, quoted, search_query
 
 if TYPE_CHECKING:
@@ -77,7 +78,7 @@ def search_versions(
         UserError: a condition is invalid, the token is not one of this search, or MLflow does not answer.
     """
     query = search_query(name, where, sort)
-    with open_store() as client:
+    with _opened_for(query) as client:
         found = list(islice(_search(client, query, _position(page)), limit + 1))
         more = found[limit][0].encoded() if len(found) > limit else None
         return VersionPage(_with_aliases(client, [version for _, version in found[:limit]]), more)
@@ -102,9 +103,16 @@ def list_versions(
             print(version.name, version.version, version.aliases, version.tags.get("quality"))
     """
     query = search_query(name, where, sort)
-    with open_store() as client:
+    with _opened_for(query) as client:
         found = islice(_search(client, query, _Position(), VERSIONS_PER_PAGE if limit else PAGE), limit)
         return _with_aliases(client, [version for _, version in found])
+
+
+@contextmanager
+def _opened_for(query: SearchQuery) -> Iterator["MlflowClient"]:
+    """A client of the stores that a query needs."""
+    with open_registry() as client, open_store() if query.needs_runs else nullcontext():
+        yield client
 
 
 def _position(page: str | None) -> _Position:
