@@ -1,5 +1,6 @@
 """The command line: the list of commands, and how errors become one line and an exit code."""
 
+import os
 import signal
 import sys
 import traceback
@@ -10,6 +11,7 @@ import typer
 from patchloom import __version__
 from patchloom.errors import Stopped, UserError
 from patchloom.pipelines.cli.data import inspect, prepare
+from patchloom.pipelines.cli.launch import launch_app
 from patchloom.pipelines.cli.machine import benchmark, demo, doctor
 from patchloom.pipelines.cli.models import models_app
 from patchloom.pipelines.cli.results import evaluate, report
@@ -28,6 +30,7 @@ app = typer.Typer(
 autoencoder_app = typer.Typer(help="Train your own autoencoder.", rich_markup_mode=None)
 app.add_typer(autoencoder_app, name="autoencoder")
 app.add_typer(models_app, name="models")
+app.add_typer(launch_app, name="launch")
 
 app.command(epilog="Example: patchloom demo --out demo")(demo)
 app.command(epilog="Example: patchloom prepare photos.zip dataset --resolution 64 --crop center")(prepare)
@@ -65,6 +68,10 @@ def main() -> None:
     130 and 143 stopped by Ctrl-C or SIGTERM.
     """
     try:
+        if os.environ.get("PATCHLOOM_ENV_FILE"):
+            from patchloom.platform.compute.session import read_environment_file
+
+            read_environment_file()
         code: Any = typer.main.get_command(app)(prog_name="patchloom", standalone_mode=False)
     except KeyboardInterrupt:
         _exit_interrupted()

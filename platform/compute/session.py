@@ -7,6 +7,7 @@ import sys
 import warnings
 from collections.abc import Iterator
 from functools import partial
+from pathlib import Path
 
 from patchloom.errors import UserError
 from patchloom.platform.compute.answering import check_ray_address
@@ -40,6 +41,27 @@ LOCAL_ENVIRONMENT = {
 OBJECT_STORE_BYTES = 1 << 30
 
 
+def read_environment_file() -> None:
+    """Set the variables of the file PATCHLOOM_ENV_FILE, with lines NAME=VALUE: secrets that no job's settings show.
+
+    Raises:
+        UserError: the file cannot be read.
+    """
+    path = os.environ.get("PATCHLOOM_ENV_FILE")
+    if not path:
+        return
+    try:
+        lines = Path(path).read_text().splitlines()
+    except OSError as error:
+        raise UserError(
+            f"PATCHLOOM_ENV_FILE={path} cannot be read on {os.uname().nodename} ({error.strerror}): every node needs it"
+        ) from None
+    for line in lines:
+        name, mark, value = line.strip().removeprefix("export ").partition("=")
+        if mark and not name.startswith("#"):
+            os.environ[name.strip()] = value.strip().strip("\"'")
+
+
 def quiet_environment() -> None:
     """Turn usage statistics and log output off, in this process and in those of Ray, unless the user set them."""
     for name, value in QUIET_ENVIRONMENT.items():
@@ -48,6 +70,7 @@ def quiet_environment() -> None:
 
 def begin_work() -> None:
     """Set up a process that does the work of a command: quiet, and with freed memory kept for the next step."""
+    read_environment_file()
     quiet_environment()
     keep_freed_memory()
 

@@ -84,7 +84,8 @@ class RemoteMirror:
     Args:
         here: the local folder.
         there: the remote folder.
-        signal: name of a file; if it appears in the remote folder, it is created in the local folder, too.
+        signal: name of a file; if it appears in the remote folder, it is copied to the local folder. It stays in the
+            remote folder if it is empty, else it is removed there.
     """
 
     def __init__(self, here: Path, there: Folder, signal: str | None = None) -> None:
@@ -121,9 +122,15 @@ class RemoteMirror:
             try:
                 self._send()
                 if self.signal and self.there.has(self.signal):
-                    (self.here / self.signal).touch()
+                    self._take(self.signal)
             except (UserError, OSError):
                 continue  # the next round tries again, and the end of the block raises
+
+    def _take(self, name: str) -> None:
+        content = self.there.read(name)
+        write_atomic(self.here / name, content)
+        if content:
+            self.there.remove(name)
 
     def _stamps(self) -> dict[str, tuple[int, int]]:
         stamps = {}

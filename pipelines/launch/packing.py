@@ -1,0 +1,87 @@
+"""Packing: the folder that travels with a job: small files that its command names, and Patchloom's code."""
+
+import io
+import os
+import shutil
+import zipfile
+from pathlib import Path
+from typing import Any
+
+from patchloom.errors import UserError
+from patchloom.pipelines.registry.wheel import wheel_bytes
+from patchloom.platform.files.folder import is_remote
+
+# Arguments of commands, by name. A file travels; data does not. A place is always a path or an address; a reference
+# can also be a name, such as models:/NAME@ALIAS.
+FILE_ARGUMENTS = frozenset({"recipe", "search", "labels", "seeds"})
+PLACES = frozenset({"source", "dataset", "data", "out", "samples", "folder", "run", "snapshot", "save_reference"})
+REFERENCES = frozenset(
+    {"what", "model", "one", "other", "reference", "autoencoder", "init_from", "features", "picture", "outpaint"}
+)
+MOST_BYTES = 10 << 20  # of a file that travels
+FILES = "files"  # the folder of files that are not below the working directory
+
+
+def pack_command(words: list[str], arguments: dict[str, Any], folder: Path) -> list[str]:
+    """Copy the files that a command names to the folder of its job.
+
+    Args:
+        words: the command, such as `train recipe.yaml --data s3://bucket/data`.
+        arguments: the values of its arguments and options by name.
+        folder: the folder that travels.
+
+    Returns:
+        The words for the job; they differ for files that have another path there.
+
+    Raises:
+        UserError: a file is large, or data is on this machine.
+    """
+    for name, value in arguments.items():
+        if not isinstance(value, str) or not value:
+            continue
+        if name in FILE_ARGUMENTS:
+            packed = _pack_file(value, folder)
+            words = [_renamed(word, value, packed) for word in words]
+        elif name in PLACES | REFERENCES:
+            _check_place(value, name in PLACES)
+    return words
+
+
+def _renamed(word: str, old: str, new: str) -> str:
+    option, mark, value = word.partition("=")
+    if option.startswith("--") and mark and value == old:
+        return f"{option}={new}"
+    return new if word == old else word
+
+
+def _pack_file(text: str, folder: Path) -> str:
+    """Copy a file if there is one; returns its path for the job."""
+    path = Path(text)
+    if is_remote(text) or not path.is_file():
+        return text  # a recipe that ships with Patchloom, a list of seeds, or a file of the nodes
+    if path.stat().st_size > MOST_BYTES:
+        raise UserError(
+            f"{text} has {path.stat().st_size / 1e6:.0f} MB, and files of up to 10 MB travel with a job: copy it to an "
+            "object store or to a file system that every node mounts"
+        )
+    inside = Path(os.path.relpath(path))
+    target = inside if not inside.is_absolute() and ".." not in inside.parts else Path(FILES) / path.name
+    (folder / target).parent.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(path, folder / target)
+    return target.as_posix()
+
+
+def _check_place(text: str, is_always_path: bool) -> None:
+    if is_remote(text) or text.startswith(("models:/", "runs:/")) or Path(text).is_absolute():
+        return
+    if is_always_path or Path(text).exists():
+        raise UserError(
+            f"{text} is a path on this machine, and data does not travel: give an address such as s3://bucket/{text}, "
+            "or an absolute path on a file system that every node mounts"
+        )
+
+
+def pack_code(folder: Path) -> None:
+    """Write Patchloom's code to a folder: the content of its wheel, so that nodes need no pip."""
+    with zipfile.ZipFile(io.BytesIO(wheel_bytes())) as wheel:
+        wheel.extractall(folder)
