@@ -5,7 +5,7 @@ READY := .venv/.ready
 # For bench-gpu: GPU_PYTHON is any Python with torch, IMAGES an .npz with `images`, FEATURES the weights of Inception.
 GPU_PYTHON ?= $(if $(wildcard $(READY)),$(BIN)/python,$(PYTHON))
 
-.PHONY: demo test test-all check bench bench-gpu schema clean
+.PHONY: demo test test-cluster test-all check bench bench-gpu schema clean
 
 demo: $(READY)
 	@echo "make demo: from photographs to a registered model and samples (3 to 6 minutes on two cores)"
@@ -13,7 +13,11 @@ demo: $(READY)
 
 test: $(READY)
 	@echo "make test: all tests except the slow ones"
-	@$(BIN)/python -m pytest -q -n 2 --dist loadgroup -m "not slow"
+	@$(BIN)/python -m pytest -q -n 2 --dist loadgroup -m "not slow and not cluster"
+
+test-cluster: $(READY)
+	@echo "make test-cluster: commands and faults on a cluster of separate machines (Linux, root, iproute2 and PostgreSQL)"
+	@$(BIN)/python -m pytest -q -rs tests/cluster
 
 test-all: $(READY)
 	@echo "make test-all: all tests, including the slow ones"

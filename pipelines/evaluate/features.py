@@ -39,6 +39,7 @@ from patchloom.pipelines.evaluate.image_sets import (
 )
 from patchloom.platform.compute.jobs import Job, run_job
 from patchloom.platform.compute.resources import DEFAULT_RESOURCES, Resources
+from patchloom.platform.compute.shared_paths import UsedPaths
 from patchloom.platform.files.copies import cache_folder, cached_copy, working_copy
 from patchloom.platform.files.downloads import Download, fetch_first
 from patchloom.platform.files.folder import Folder, is_remote
@@ -277,6 +278,7 @@ class FeatureJob(Job[RowRange, dict[str, bytes]]):
         self.images, self.outputs, self.features = images, outputs, features
         self.title, self.total = f"features of {images.kind}", len(images)
         self.features_folder = _folder(images, features)
+        self.paths = UsedPaths(read=(images.address, reference))
         self.argument = FeatureMakerArgument(
             images.address, images.skipped, reference, features.sha256, outputs, batch, allowed_backbones()
         )

@@ -31,6 +31,7 @@ from patchloom.pipelines.prepare.shard_maker import (
 )
 from patchloom.platform.compute.jobs import NOTES_FOLDER, WORK_FOLDER, Job, check_empty, check_same, run_job
 from patchloom.platform.compute.resources import DEFAULT_RESOURCES, Resources
+from patchloom.platform.compute.shared_paths import UsedPaths
 from patchloom.platform.dataset.prepared import CARD, Dataset, is_dataset, open_dataset
 from patchloom.platform.files.folder import Folder
 from patchloom.platform.progress import say
@@ -121,6 +122,7 @@ class PrepareJob(Job[PlannedShard, None]):
         self.on_gpus = preparation.encoder is not None
         self.title = "encoding" if self.on_gpus else "preparing"
         self.head_start_s = 0.0 if self.on_gpus or os.environ.get("RAY_ADDRESS") else HEAD_START_S
+        self.paths = UsedPaths(read=(self.plan.source,), written=(folder.address,))
         self.argument = ShardMakerArgument(folder.address, allowed_backbones())
 
     def shards(self) -> list[PlannedShard]:

@@ -34,6 +34,7 @@ from patchloom.pipelines.sample.shard_sampler import (
 )
 from patchloom.platform.compute.jobs import Job, run_job
 from patchloom.platform.compute.resources import DEFAULT_RESOURCES, Resources
+from patchloom.platform.compute.shared_paths import UsedPaths
 from patchloom.platform.files.folder import Folder
 from patchloom.platform.progress import say
 from patchloom.platform.records.samples import (
@@ -188,6 +189,7 @@ class SampleJob(Job[SeedShard, SampledShard]):
             threads=1,
             lineage=ModelLineage(run_id=fetched.run_id, name=fetched.name, version=fetched.version),
         )
+        self.paths = UsedPaths(read=(fetched.reference,), written=(folder.address,))
         self.argument = ShardSamplerArgument(
             fetched.reference, folder.address, store_environment(), tuple(allowed_backbones()), sampling, options.batch,
             options.format, self.card.shard_size, self.center is not None,

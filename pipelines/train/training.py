@@ -17,6 +17,7 @@ from patchloom.pipelines.train.resuming import dataset_of_run, recipe_of_run
 from patchloom.pipelines.train.run import TrainJob
 from patchloom.pipelines.train.run_folder import OpenRun, open_run_folder
 from patchloom.platform.compute.resources import DEFAULT_RESOURCES, Resources
+from patchloom.platform.compute.shared_paths import UsedPaths
 from patchloom.platform.compute.workers import room_for_workers, run_workers
 from patchloom.platform.dataset.prepared import open_dataset
 from patchloom.platform.files.copies import ProgressFetcher
@@ -107,9 +108,10 @@ def train(
     warning = unexpected_data(recipe, rows.card)
     if warning:
         say(f"  warning: {warning}")
+    paths = UsedPaths(read=(rows.address,), written=(out,))
     with ExitStack() as stack:
         if workers and not Folder.at(out).has(RUN_FILE):
-            stack.enter_context(room_for_workers(workers, min_workers, resources))
+            stack.enter_context(room_for_workers(workers, min_workers, resources, paths))
         folder = stack.enter_context(open_run_folder(Folder.at(out), recipe, card, rows, resume, parent_run))
         job = TrainJob(
             recipe, card, rows.address, folder.address.address, allowed_backbones(), microbatch, compile, profile
@@ -157,6 +159,7 @@ def _launch(
                 min_workers,
                 on_stop=lambda: ask_to_stop(folder.address),
                 resources=resources,
+                paths=UsedPaths(read=(job.dataset,), written=(job.folder,)),
             )
         _check_outcome(folder.address, outcome)
 

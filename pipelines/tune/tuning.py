@@ -33,6 +33,7 @@ from patchloom.pipelines.tune.trials import (
     trial_job,
 )
 from patchloom.platform.compute.resources import DEFAULT_RESOURCES, Resources
+from patchloom.platform.compute.shared_paths import UsedPaths
 from patchloom.platform.compute.tuner import EndedJob, TuneResources, room_for_trials, run_on_tune
 from patchloom.platform.dataset.prepared import Dataset, open_dataset
 from patchloom.platform.files.storage import local_path, locked, make_folder, write_atomic, write_json
@@ -122,7 +123,7 @@ def tune(
     where = TuneResources(concurrent, workers, gpus, resources)
     with ExitStack() as stack:
         if not (local_path(out) / SEARCH_FILE).is_file():
-            stack.enter_context(room_for_trials(where))
+            stack.enter_context(room_for_trials(where, UsedPaths(read=(rows.address,), written=(out,))))
         folder = make_folder(local_path(out))
         stack.enter_context(locked(folder))
         run_id = _open_folder(folder, definition, rows, restore, planned)

@@ -17,6 +17,7 @@ from patchloom.platform.compute.resources import (
     worker_shape,
 )
 from patchloom.platform.compute.session import begin_work, ray_session, session_cpus, session_gpus
+from patchloom.platform.compute.shared_paths import NO_PATHS, UsedPaths, check_shared
 
 Argument = TypeVar("Argument")
 Item = TypeVar("Item")
@@ -39,6 +40,7 @@ def map_on_actors(
     on_gpus: bool = False,
     watch: Callable[[int], None] | None = None,
     resources: Resources = DEFAULT_RESOURCES,
+    paths: UsedPaths = NO_PATHS,
 ) -> Iterator[tuple[Item, ItemResult]]:
     """Process items on a pool of actors. Each process calls `actor(argument)` once, and the result for each item.
 
@@ -55,6 +57,7 @@ def map_on_actors(
         on_gpus: give each process a GPU, if there are any.
         watch: called about once per second with the sum of what the actors reported.
         resources: the nodes that the processes may use, and how long to wait for the first one.
+        paths: local paths that all nodes must see.
 
     Yields:
         Each item with its result, in the order in which they are finished.
@@ -71,6 +74,7 @@ def map_on_actors(
         gpus = 1 if on_gpus and session_gpus() >= 1 else 0
         shape = worker_shape(resources, resources.cpus_per_worker or 1, gpus)
         wait_for_workers(1, shape, resources.wait_minutes)
+        check_shared(paths)
         with _counter(watch) as counter:
             for number, result in _map_on_ray(_Call(actor, argument, counter), items, workers, shape):
                 yield items[number], result

@@ -15,6 +15,7 @@ from patchloom.errors import UserError
 from patchloom.platform.compute.actors import map_on_actors
 from patchloom.platform.compute.resources import DEFAULT_RESOURCES, Resources
 from patchloom.platform.compute.session import begin_work
+from patchloom.platform.compute.shared_paths import NO_PATHS, UsedPaths
 from patchloom.platform.files.folder import Folder
 from patchloom.platform.files.storage import locked, make_folder, sweep_partial
 from patchloom.platform.progress import Meter, progress
@@ -47,6 +48,7 @@ class Job(ABC, Generic[UnitT, ResultT]):
             the unit first and its note last, so that a killed unit is done again.
         argument: a frozen dataclass that travels to the workers.
         on_gpus: each worker gets one GPU, if there are any.
+        paths: local paths that the workers use, which all nodes must see.
         head_start_s: seconds of work in this process before Ray starts; short jobs finish without Ray.
     """
 
@@ -56,6 +58,7 @@ class Job(ABC, Generic[UnitT, ResultT]):
     worker: ClassVar[type[Any]]
     argument: object
     on_gpus: bool = True
+    paths: UsedPaths = NO_PATHS
     head_start_s: float = 0.0
 
     def start(self) -> bool:
@@ -151,7 +154,7 @@ def _do(job: Job[UnitT, ResultT], units: list[UnitT], workers: int | None, meter
                 take(unit, worker(unit, lambda images: show(finished + images)))
     before = finished
     for unit, result in map_on_actors(
-        job.worker, job.argument, todo, workers, job.on_gpus, lambda images: show(before + images), resources
+        job.worker, job.argument, todo, workers, job.on_gpus, lambda images: show(before + images), resources, job.paths
     ):
         take(unit, result)
 

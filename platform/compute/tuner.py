@@ -16,6 +16,7 @@ from patchloom.platform.compute.resources import (
     worker_shape,
 )
 from patchloom.platform.compute.session import check_cluster, ray_session, session_cpus, session_gpus
+from patchloom.platform.compute.shared_paths import UsedPaths, check_shared
 from patchloom.platform.compute.workers import TRIAL_CPUS, train_worker_shape
 
 if TYPE_CHECKING:
@@ -115,11 +116,12 @@ class EndedJob(Generic[TrialJob]):
 
 
 @contextlib.contextmanager
-def room_for_trials(resources: TuneResources) -> Iterator[None]:
+def room_for_trials(resources: TuneResources, paths: UsedPaths) -> Iterator[None]:
     """On a cluster, a session that has room for a trial, before anything is written. Waits for nodes.
 
     Raises:
-        UserError: the cluster does not answer, has no room for a trial, or did not have it within the time.
+        UserError: the cluster does not answer, has no room for a trial, did not have it within the time, or its nodes
+            do not see the paths.
     """
     check_cluster()
     if not os.environ.get("RAY_ADDRESS"):
@@ -127,6 +129,7 @@ def room_for_trials(resources: TuneResources) -> Iterator[None]:
         return
     with ray_session():
         resources.wait_for_room()
+        check_shared(paths)
         yield
 
 

@@ -26,6 +26,7 @@ from patchloom.platform.compute.session import (
     session_cpus,
     session_gpus,
 )
+from patchloom.platform.compute.shared_paths import NO_PATHS, UsedPaths, check_shared
 from patchloom.platform.progress import say
 
 if TYPE_CHECKING:
@@ -81,6 +82,7 @@ def run_workers(
     min_workers: int | None = None,
     on_stop: Callable[[], None] | None = None,
     resources: Resources = DEFAULT_RESOURCES,
+    paths: UsedPaths = NO_PATHS,
 ) -> LoopResult:
     """Run `loop(worker, config)` on every worker. A worker that dies is restarted.
 
@@ -94,6 +96,7 @@ def run_workers(
             return. None: always `workers`.
         on_stop: called on SIGTERM instead of ending the process; it asks the loop to return.
         resources: the nodes that the workers may use, and how long to wait for them.
+        paths: local paths that all nodes must see.
 
     Returns:
         What the loop returned on rank 0.
@@ -110,7 +113,7 @@ def run_workers(
     start_timeout = {"RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "30" if is_elastic else "600"}
     # _on_sigterm comes last, because Ray sets its own signal handler
     with environment_defaults(start_timeout), ray_session(workers), _on_sigterm(on_stop):
-        return _run_on_ray_train(loop, config, workers, min_workers or workers, scratch, name, resources)
+        return _run_on_ray_train(loop, config, workers, min_workers or workers, scratch, name, resources, paths)
 
 
 @contextlib.contextmanager
@@ -134,6 +137,7 @@ def _run_on_ray_train(
     scratch: Path,
     name: str,
     resources: Resources,
+    paths: UsedPaths,
 ) -> LoopResult:
     import ray
     import ray.train
@@ -142,6 +146,7 @@ def _run_on_ray_train(
     shape, cpus = train_worker_shape(workers, resources)
     if not _is_trial():
         wait_for_workers(min_workers, shape, resources.wait_minutes)
+        check_shared(paths)
     say(f"  waiting for {workers} worker{'s' if workers > 1 else ''} of Ray Train (half a minute on a laptop) ...")
     trainer = TorchTrainer(
         _on_worker(loop, cpus),
@@ -166,11 +171,12 @@ def _run_on_ray_train(
 
 
 @contextlib.contextmanager
-def room_for_workers(workers: int, min_workers: int | None, resources: Resources) -> Iterator[None]:
+def room_for_workers(workers: int, min_workers: int | None, resources: Resources, paths: UsedPaths) -> Iterator[None]:
     """On a cluster, a session that has room for workers, before anything is written. Waits for nodes.
 
     Raises:
-        UserError: the cluster does not answer, cannot have as many workers, or did not within the time.
+        UserError: the cluster does not answer, cannot have as many workers, or did not within the time, or its nodes
+            do not see the paths.
     """
     check_cluster()
     if not workers or not os.environ.get("RAY_ADDRESS") or _is_trial():
@@ -178,6 +184,7 @@ def room_for_workers(workers: int, min_workers: int | None, resources: Resources
         return
     with ray_session():
         wait_for_workers(min_workers or workers, train_worker_shape(workers, resources)[0], resources.wait_minutes)
+        check_shared(paths)
         yield
 
 

@@ -3,6 +3,7 @@
 They are Linux namespaces joined by a bridge. Making them needs root and iproute2.
 """
 
+import contextlib
 import os
 import shutil
 import signal
@@ -140,6 +141,7 @@ class Network:
         self.machines: list[Machine] = []
 
     def __enter__(self) -> "Network":
+        _remove_leftovers()
         _ip(f"link add {BRIDGE} type bridge")
         _ip(f"addr add {GATEWAY}/24 dev {BRIDGE}")
         _ip(f"link set {BRIDGE} up")
@@ -220,6 +222,18 @@ class RayCluster:
         done = self.head.run(command, timeout_s, RAY_ADDRESS=self.address, **environment)
         assert done.returncode == 0, done.stdout
         return done.stdout
+
+
+def _remove_leftovers() -> None:
+    """Remove the machines of tests that were killed."""
+    listed = subprocess.run(["ip", "netns", "list"], capture_output=True, text=True).stdout
+    for name in [line.split()[0] for line in listed.splitlines() if line.startswith("patchloom-")]:
+        found = subprocess.run(["ip", "netns", "pids", name], capture_output=True, text=True).stdout
+        for process in found.split():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(int(process), signal.SIGKILL)
+        subprocess.run(["ip", "netns", "delete", name], check=False)
+    subprocess.run(["ip", "link", "delete", BRIDGE], capture_output=True)
 
 
 def _ip(arguments: str) -> None:

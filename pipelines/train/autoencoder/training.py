@@ -13,6 +13,7 @@ from patchloom.pipelines.train.autoencoder.quality import RECONSTRUCTIONS, measu
 from patchloom.pipelines.train.autoencoder.worker import AutoencoderJob, autoencoder_worker
 from patchloom.pipelines.train.training import resume_meter
 from patchloom.platform.compute.resources import DEFAULT_RESOURCES, Resources
+from patchloom.platform.compute.shared_paths import UsedPaths
 from patchloom.platform.compute.workers import room_for_workers, run_workers
 from patchloom.platform.dataset.prepared import Dataset, open_dataset
 from patchloom.platform.files.storage import local_path, locked, make_folder, read_json
@@ -96,9 +97,10 @@ def train_autoencoder(
     if settings.init_from is not None:
         init_from, settings = _find_init_from(settings.init_from, settings)
     _check_fit(settings, rows)
+    paths = UsedPaths(read=(rows.address,), written=(out,))
     with ExitStack() as stack:
         if workers and not (local_path(out) / RUN_FILE).is_file():
-            stack.enter_context(room_for_workers(workers, None, resources))
+            stack.enter_context(room_for_workers(workers, None, resources, paths))
         folder = make_folder(local_path(out))
         stack.enter_context(locked(folder))
         is_measured = _open_folder(folder, settings, rows).psnr_db is not None
