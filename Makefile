@@ -5,7 +5,7 @@ READY := .venv/.ready
 # For bench-gpu: GPU_PYTHON is any Python with torch, IMAGES an .npz with `images`, FEATURES the weights of Inception.
 GPU_PYTHON ?= $(if $(wildcard $(READY)),$(BIN)/python,$(PYTHON))
 
-.PHONY: demo test test-cluster test-all check bench bench-gpu schema clean
+.PHONY: demo test test-cluster test-all check bench bench-gpu schema dist clean
 
 demo: $(READY)
 	@echo "make demo: from photographs to a registered model and samples (3 to 6 minutes on two cores)"
@@ -39,6 +39,12 @@ bench-gpu:
 
 schema: $(READY)
 	@$(BIN)/python -m patchloom.platform.recipe > tune_configs/recipe.schema.json
+
+# what the nodes of a cluster install (ray_cluster.yaml, deploy/)
+dist: $(READY)
+	@rm -rf dist build
+	@$(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir dist .
+	@cp constraints.txt dist/
 
 clean:
 	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache *.egg-info

@@ -1,7 +1,6 @@
 """The structure of the repository: which folder imports which, unique names, and files that other tools read."""
 
 import ast
-import copy
 import json
 import subprocess
 import sys
@@ -10,7 +9,6 @@ from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
-import yaml
 
 ROOT = Path(__file__).parent.parent
 FOLDERS = ("models", "platform", "pipelines", "tune_configs", "benchmarks")
@@ -144,17 +142,6 @@ def test_package_consists_of_relative_links() -> None:
     for folder in FOLDERS:
         link = ROOT / "patchloom" / folder
         assert link.is_symlink() and str(link.readlink()) == f"../{folder}"
-
-
-def test_ray_accepts_the_cluster_file() -> None:
-    from ray.autoscaler._private.util import prepare_config, validate_config
-
-    cluster = yaml.safe_load((ROOT / "ray_cluster.yaml").read_text())
-    validate_config(prepare_config(copy.deepcopy(cluster)))
-    workers = cluster["available_node_types"]["gpu_worker"]
-    assert cluster["provider"]["type"] == "aws"
-    assert workers["min_workers"] == 0 < workers["max_workers"] <= cluster["max_workers"]
-    assert "min_workers" not in cluster  # Ray ignores it there
 
 
 def test_published_schema_is_that_of_recipes() -> None:
