@@ -30,7 +30,7 @@ from patchloom.benchmarks.setups import DROPOUT, Trainer, representative_steps, 
 from patchloom.models.flops import parameter_count, training_flops
 from patchloom.models.step_plan import StepSettings
 from patchloom.platform import progress
-from patchloom.platform.files.copies import cache_folder
+from patchloom.platform.files.cache import cache_folder
 from patchloom.platform.files.storage import locked, sweep_partial, whole_folder
 
 STEPS, MIXED_STEPS = 5, 10  # per round: full-size steps, and steps at p = .5 (5 full, 3 half and 2 quarter)

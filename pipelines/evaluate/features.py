@@ -40,7 +40,7 @@ from patchloom.pipelines.evaluate.image_sets import (
 from patchloom.platform.compute.jobs import Job, run_job
 from patchloom.platform.compute.resources import DEFAULT_RESOURCES, Resources
 from patchloom.platform.compute.shared_paths import UsedPaths
-from patchloom.platform.files.copies import cache_folder, cached_copy, working_copy
+from patchloom.platform.files.cache import cache_folder, cached_copy, working_copy
 from patchloom.platform.files.downloads import Download, fetch_first
 from patchloom.platform.files.folder import Folder, is_remote
 from patchloom.platform.files.storage import local_path, make_folder

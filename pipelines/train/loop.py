@@ -13,7 +13,8 @@ from patchloom.pipelines.train.monitor import STOP_FILE, Monitor, Verdict
 from patchloom.pipelines.train.profiler import Profiler
 from patchloom.pipelines.train.run import TrainingRun, TrainJob, open_run, save_run_model
 from patchloom.platform.compute.workers import Worker
-from patchloom.platform.files.copies import RemoteMirror, pull_folder, working_copy
+from patchloom.platform.files.cache import working_copy
+from patchloom.platform.files.copies import RemoteMirror, pull_folder
 from patchloom.platform.files.folder import Folder
 from patchloom.platform.records.run import ProgressLine
 

@@ -16,7 +16,8 @@ from patchloom.pipelines.train.initial_weights import copy_initial_weights
 from patchloom.pipelines.train.mlflow_run import ensure_mlflow_run
 from patchloom.pipelines.train.resuming import RECIPE_FILE, check_continues, differing_keys
 from patchloom.platform.dataset.prepared import Dataset
-from patchloom.platform.files.copies import pull_folder, working_copy
+from patchloom.platform.files.cache import working_copy
+from patchloom.platform.files.copies import pull_folder
 from patchloom.platform.files.folder import Folder
 from patchloom.platform.files.storage import locked, make_folder, write_atomic
 from patchloom.platform.progress import say

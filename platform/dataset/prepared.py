@@ -15,7 +15,7 @@ import pyarrow as pa
 
 from patchloom.errors import UserError
 from patchloom.platform.dataset.listing import is_image
-from patchloom.platform.files.copies import cached_copy
+from patchloom.platform.files.cache import cached_copy
 from patchloom.platform.files.folder import Folder, inner_name
 from patchloom.platform.files.storage import file_sha256
 from patchloom.platform.progress import progress

@@ -17,7 +17,7 @@ import pyarrow.parquet
 
 from patchloom.errors import UserError
 from patchloom.platform.dataset.labels import first_of
-from patchloom.platform.files.copies import cached_copy
+from patchloom.platform.files.cache import cached_copy
 from patchloom.platform.files.folder import COPY_BYTES, Folder
 
 # Where an input is in its source: the name of a file, then numbers such as an offset, or a column and a row.

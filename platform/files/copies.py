@@ -2,9 +2,6 @@
 
 import contextlib
 import fcntl
-import hashlib
-import os
-import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -12,26 +9,14 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from patchloom.errors import UserError
+from patchloom.platform.files.cache import working_copy
 from patchloom.platform.files.folder import Folder, is_remote
-from patchloom.platform.files.storage import local_path, make_folder, write_atomic
+from patchloom.platform.files.journal import NOT_SENT, is_hidden_name, stamps_of
+from patchloom.platform.files.storage import local_path, write_atomic
 
-CACHE, CACHE_GIB, DEFAULT_CACHE_GIB = "PATCHLOOM_CACHE", "PATCHLOOM_CACHE_GIB", 256
-COMPLETE = ".whole"  # a file in each complete copy
 SYNC_EVERY_S = 2.0
 SEND_ATTEMPTS, SEND_RETRY_S = 5, 3.0
-NOT_SENT = (-1, -1)
 GROWING = ".jsonl"  # these files only grow, and their last line may be incomplete
-
-
-def cache_folder(kind: str) -> Path:
-    """The cache folder of this node for one kind of files, in PATCHLOOM_CACHE or ~/.cache/patchloom."""
-    return make_folder(Path(os.environ.get(CACHE) or "~/.cache/patchloom").expanduser().absolute() / kind)
-
-
-def working_copy(there: Folder, role: str) -> Path:
-    """The local folder that corresponds to a remote one; each role (driver, worker) has its own."""
-    digest = hashlib.sha256(there.address.encode()).hexdigest()[:12]
-    return make_folder(cache_folder("runs") / f"{there.name}-{digest}-{role}")
 
 
 def local_copy(address: str, wanted: Callable[[str], bool] = lambda name: True) -> Path:
@@ -47,9 +32,9 @@ def local_copy(address: str, wanted: Callable[[str], bool] = lambda name: True) 
 def pull_folder(there: Folder, here: Path, wanted: Callable[[str], bool] = lambda name: True) -> None:
     """Make a local folder equal to a remote one, for the wanted files. Hidden files are ignored."""
     with _locked(here):
-        names = {name: size for name, size in there.files().items() if not _is_hidden(name)}
+        names = {name: size for name, size in there.files().items() if not is_hidden_name(name)}
         for name in Folder(str(here)).files():
-            if name not in names and not _is_hidden(name):
+            if name not in names and not is_hidden_name(name):
                 (here / name).unlink(missing_ok=True)
         cards = {name: _read(there, name) for name in names if wanted(name) and name.endswith(".json")}
         changed = {name.rpartition("/")[0] for name, card in cards.items() if _read(Folder(str(here)), name) != card}
@@ -95,9 +80,9 @@ class RemoteMirror:
         self._sent: dict[str, tuple[int, int]] = {}
 
     def __enter__(self) -> "RemoteMirror":
-        here = self._stamps()
+        here = stamps_of(self.here)
         for name, size in self.there.files().items():
-            if not _is_hidden(name):  # a file that was just fetched is not sent back
+            if not is_hidden_name(name):  # a file that was just fetched is not sent back
                 known = name.endswith(".safetensors") and here.get(name, NOT_SENT)[0] == size
                 self._sent[name] = here[name] if known else NOT_SENT
         self._thread.start()
@@ -132,17 +117,6 @@ class RemoteMirror:
         if content:
             self.there.remove(name)
 
-    def _stamps(self) -> dict[str, tuple[int, int]]:
-        stamps = {}
-        for name in Folder(str(self.here)).files():
-            if not _is_hidden(name):
-                try:
-                    status = (self.here / name).stat()
-                except FileNotFoundError:  # a checkpoint that was removed just now
-                    continue
-                stamps[name] = (status.st_size, status.st_mtime_ns)
-        return stamps
-
     @staticmethod
     def _has_card(name: str, stamps: dict[str, tuple[int, int]]) -> bool:
         """Whether the card of a tensor is here. The tensor itself may never have been fetched to this node."""
@@ -150,7 +124,7 @@ class RemoteMirror:
         return any(f"{folder}/{card}" in stamps for card in ("checkpoint.json", "model.json"))
 
     def _send(self) -> None:
-        stamps = self._stamps()
+        stamps = stamps_of(self.here)
         gone = [name for name in self._sent if name not in stamps and not self._has_card(name, stamps)]
         for name in sorted(gone, key=_send_order, reverse=True):
             self.there.remove(name)
@@ -197,7 +171,7 @@ class ProgressFetcher:
 
     def fetch(self) -> None:
         """Fetch what is new: first pictures, then the lines that name them."""
-        names = [name for name in self.there.files() if not _is_hidden(name)]
+        names = [name for name in self.there.files() if not is_hidden_name(name)]
         for name in names:
             if name.endswith(".png") and not (self.here / name).is_file():
                 self.there.fetch(name, self.here / name)
@@ -216,10 +190,6 @@ def _grow(path: Path, content: bytes) -> None:
         write_atomic(path, content)
 
 
-def _is_hidden(name: str) -> bool:
-    return any(part.startswith(".") for part in name.split("/"))
-
-
 def _send_order(name: str) -> tuple[bool, str]:
     """The order in which files are sent: cards after the files that they describe."""
     return name.endswith(".json"), name
@@ -231,67 +201,3 @@ def _locked(folder: Path) -> Iterator[None]:
     with (folder / ".copy.lock").open("a") as handle:
         fcntl.flock(handle, fcntl.LOCK_EX)
         yield
-
-
-def cached_copy(kind: str, name: str, size_bytes: int, fill: Callable[[Path], None]) -> tuple[int, Path]:
-    """A folder in the cache of this node, filled once for all processes.
-
-    Args:
-        kind: folder of the cache for files of this kind.
-        name: name of the copy, which identifies its content.
-        size_bytes: expected size. The copies with the oldest use are removed to make room.
-        fill: writes the files into the folder. It is called by one process; the others wait.
-
-    Returns:
-        A file descriptor and the folder. The copy is kept until the descriptor is closed or the process ends.
-
-    Raises:
-        UserError: the cache has no room for the copy.
-    """
-    cache = cache_folder(kind)
-    folder, lock = cache / name, cache / f"{name}.lock"
-    handle = os.open(lock, os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_SH)  # from now on, the copy is not removed
-        with (cache / f"{name}.filling").open("a") as filling:
-            fcntl.flock(filling, fcntl.LOCK_EX)  # other processes wait here, only while the copy is filled
-            if not (folder / COMPLETE).is_file():
-                _make_room(cache, size_bytes, lock)
-                fill(make_folder(folder))
-                write_atomic(folder / COMPLETE, "")
-    except BaseException:
-        os.close(handle)
-        raise
-    os.utime(lock)  # the time of its last use
-    return handle, folder
-
-
-def _make_room(cache: Path, size_bytes: int, own: Path) -> None:
-    """Remove copies that no process uses, those with the oldest use first, until there is enough room."""
-    try:
-        limit = float(os.environ.get(CACHE_GIB) or DEFAULT_CACHE_GIB) * 2**30
-    except ValueError:
-        raise UserError(
-            f"{CACHE_GIB}={os.environ[CACHE_GIB]} is not a number: give the size of the cache in GiB"
-        ) from None
-    locks = sorted((lock for lock in cache.glob("*.lock") if lock != own), key=lambda lock: lock.stat().st_mtime)
-    sizes = {lock: sum(Folder(str(lock.with_suffix(""))).files().values()) for lock in locks}
-
-    def room() -> float:
-        return min(limit - sum(sizes.values()), shutil.disk_usage(cache).free)
-
-    for lock in locks:
-        if room() >= size_bytes:
-            break
-        with lock.open("a") as handle:
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                continue  # in use
-            shutil.rmtree(lock.with_suffix(""), ignore_errors=True)
-            sizes[lock] = 0
-    if room() < size_bytes:
-        raise UserError(
-            f"{cache} has room for {room() / 2**30:.1f} GiB and the copy needs {size_bytes / 2**30:.1f}: free "
-            f"space, raise {CACHE_GIB} (now {limit / 2**30:g}) or point {CACHE} to a larger disk"
-        )

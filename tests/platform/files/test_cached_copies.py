@@ -16,17 +16,15 @@ from helpers import dataset_card, names_in, within
 
 from patchloom.errors import UserError
 from patchloom.platform.dataset.prepared import open_dataset, write_shard
-from patchloom.platform.files.copies import (
-    COMPLETE,
-    cached_copy,
-)
+from patchloom.platform.files.cache import COMPLETE, cache_entries, cached_copy, remove_entry, working_copy
 from patchloom.platform.files.folder import Folder
-from patchloom.platform.files.storage import file_sha256, write_json
+from patchloom.platform.files.journal import Journal, stamps_of
+from patchloom.platform.files.storage import file_sha256, make_folder, write_json
 
 FILLER = """
 import os, sys, time
 from pathlib import Path
-from patchloom.platform.files.copies import cached_copy
+from patchloom.platform.files.cache import cached_copy
 
 name, size, seconds = sys.argv[1], int(sys.argv[2]), float(sys.argv[3])
 
@@ -244,3 +242,43 @@ def test_a_truncated_or_missing_remote_dataset_is_refused(dataset: Path, there: 
     there.remove("dataset.json")
     with pytest.raises(UserError, match=rf"{there} .*dataset\.json"):
         open_dataset(str(there))
+
+
+def unsent_run(cache: Path, name: str, size: int) -> Path:
+    """A working copy of a remote run whose last file was never sent."""
+    run = make_folder(cache / "runs" / name)
+    (run / "model.safetensors").write_bytes(bytes(size))
+    Journal().write(run)
+    return run
+
+
+def test_working_copies_of_runs_are_removed_to_make_room(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATCHLOOM_CACHE_GIB", str(3500 / 2**30))
+    sent, unsent, finished = unsent_run(cache, "sent", 1000), unsent_run(cache, "unsent", 1000), cache / "runs" / "old"
+    Journal(sent=stamps_of(sent)).write(sent)
+    make_folder(finished / "model")
+    (finished / "model" / "model.json").write_bytes(bytes(1000))
+    os.utime(sent, (1, 1))  # used before the finished one, which still goes first
+    in_use = working_copy(Folder("s3://bucket/mine"), "worker")
+    assert all(path.is_dir() for path in (sent, unsent, finished, in_use))
+    (in_use / "state.safetensors").write_bytes(bytes(1000))
+    working_copy(Folder("s3://bucket/second"), "worker")
+    assert not finished.exists() and sent.is_dir() and unsent.is_dir() and in_use.is_dir()
+    monkeypatch.setenv("PATCHLOOM_CACHE_GIB", str(100 / 2**30))
+    working_copy(Folder("s3://bucket/third"), "worker")
+    assert not sent.exists() and unsent.is_dir() and in_use.is_dir()
+
+
+def test_entries_in_use_and_unsent_work_are_listed_and_not_removed(cache: Path) -> None:
+    unsent_run(cache, "unsent", 500)
+    handle, _ = cached_copy("kind", "a", 1000, filled_with(1000))
+    by_name = {entry.name: entry for entry in cache_entries()}
+    assert {name: (entry.kind, entry.in_use, entry.is_unsent) for name, entry in by_name.items()} == {
+        "a": ("kind", True, False),
+        "unsent": ("runs", False, True),
+    }
+    assert by_name["a"].size_bytes == 1000 and abs(by_name["a"].used_unix_s - time.time()) < 60
+    assert [entry.name for entry in cache_entries("runs")] == ["unsent"]
+    assert not remove_entry(by_name["a"]) and not remove_entry(by_name["unsent"])
+    os.close(handle)
+    assert remove_entry(by_name["a"]) and [entry.name for entry in cache_entries()] == ["unsent"]

@@ -11,13 +11,8 @@ from helpers import names_in
 
 from patchloom.errors import UserError
 from patchloom.platform.files import copies
-from patchloom.platform.files.copies import (
-    ProgressFetcher,
-    RemoteMirror,
-    local_copy,
-    pull_folder,
-    working_copy,
-)
+from patchloom.platform.files.cache import working_copy
+from patchloom.platform.files.copies import ProgressFetcher, RemoteMirror, local_copy, pull_folder
 from patchloom.platform.files.folder import Folder
 from patchloom.platform.files.storage import whole_folder
 

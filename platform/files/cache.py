@@ -1,0 +1,205 @@
+"""The cache of a node: copies of remote files, filled once for all processes and removed to make room."""
+
+import contextlib
+import fcntl
+import hashlib
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from patchloom.errors import UserError
+from patchloom.platform.files.folder import Folder
+from patchloom.platform.files.journal import has_unsent
+from patchloom.platform.files.storage import make_folder, write_atomic
+
+CACHE, CACHE_GIB, DEFAULT_CACHE_GIB = "PATCHLOOM_CACHE", "PATCHLOOM_CACHE_GIB", 256
+COMPLETE = ".whole"  # a file in each complete copy
+RUNS = "runs"  # working copies of remote runs
+
+
+@dataclass(frozen=True)
+class CacheEntry:
+    """One folder in the cache of this node.
+
+    Args:
+        kind: what it contains: `datasets`, `runs`, `features`, ...
+        name: its name.
+        path: the folder.
+        size_bytes: the size of its files.
+        used_unix_s: time of its last use.
+        in_use: whether a process uses it now.
+        is_unsent: whether it contains work of a remote run that the store does not have.
+    """
+
+    kind: str
+    name: str
+    path: Path
+    size_bytes: int
+    used_unix_s: float
+    in_use: bool
+    is_unsent: bool
+
+
+def cache_root() -> Path:
+    """The folder of the cache of this node: PATCHLOOM_CACHE or ~/.cache/patchloom. It may not exist yet."""
+    return Path(os.environ.get(CACHE) or "~/.cache/patchloom").expanduser().absolute()
+
+
+def cache_folder(kind: str) -> Path:
+    """The cache folder of this node for one kind of files, in PATCHLOOM_CACHE or ~/.cache/patchloom."""
+    return make_folder(cache_root() / kind)
+
+
+def cache_limit_bytes() -> float:
+    """The most bytes that one kind of files may have in the cache; raises UserError if PATCHLOOM_CACHE_GIB is wrong."""
+    try:
+        return float(os.environ.get(CACHE_GIB) or DEFAULT_CACHE_GIB) * 2**30
+    except ValueError:
+        raise UserError(
+            f"{CACHE_GIB}={os.environ[CACHE_GIB]} is not a number: give the size of the cache in GiB"
+        ) from None
+
+
+def cache_entries(kind: str = "*") -> list[CacheEntry]:
+    """What the cache of this node contains, sorted by kind and name.
+
+    Args:
+        kind: only entries of this kind; by default all.
+    """
+    root = cache_root()
+    return [_entry(folder) for folder in sorted(root.glob(f"{kind}/*")) if folder.is_dir()]
+
+
+def remove_entry(entry: CacheEntry) -> bool:
+    """Remove an entry of the cache. Returns False if it stays: a process uses it, or it has unsent work."""
+    with contextlib.ExitStack() as stack:
+        lock = _lock_of(entry.path)
+        if lock.is_file():
+            handle = stack.enter_context(lock.open("a"))
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return False
+        if has_unsent(entry.path):
+            return False
+        shutil.rmtree(entry.path, ignore_errors=True)
+    return True
+
+
+def _entry(folder: Path) -> CacheEntry:
+    lock = _lock_of(folder)
+    size_bytes = sum(max(0, size) for size in Folder(str(folder)).files().values())
+    try:
+        used = (lock if lock.is_file() else folder).stat().st_mtime
+    except FileNotFoundError:  # removed just now
+        used = 0.0
+    return CacheEntry(folder.parent.name, folder.name, folder, size_bytes, used, _is_locked(lock), has_unsent(folder))
+
+
+def _lock_of(folder: Path) -> Path:
+    return folder.with_name(f"{folder.name}.lock")
+
+
+def _is_locked(lock: Path) -> bool:
+    if not lock.is_file():
+        return False
+    with lock.open("a") as handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
+
+
+def cached_copy(kind: str, name: str, size_bytes: int, fill: Callable[[Path], None]) -> tuple[int, Path]:
+    """A folder in the cache of this node, filled once for all processes.
+
+    Args:
+        kind: folder of the cache for files of this kind.
+        name: name of the copy, which identifies its content.
+        size_bytes: expected size. The copies with the oldest use are removed to make room.
+        fill: writes the files into the folder. It is called by one process; the others wait.
+
+    Returns:
+        A file descriptor and the folder. The copy is kept until the descriptor is closed or the process ends.
+
+    Raises:
+        UserError: the cache has no room for the copy.
+    """
+    cache = cache_folder(kind)
+    folder = cache / name
+    handle = _hold(folder)
+    try:
+        with (cache / f"{name}.filling").open("a") as filling:
+            fcntl.flock(filling, fcntl.LOCK_EX)  # other processes wait here, only while the copy is filled
+            if not (folder / COMPLETE).is_file():
+                _make_room(cache, size_bytes)
+                fill(make_folder(folder))
+                write_atomic(folder / COMPLETE, "")
+    except BaseException:
+        os.close(handle)
+        raise
+    return handle, folder
+
+
+def _hold(folder: Path) -> int:
+    """Note the use of an entry, which is not removed until the returned file descriptor is closed."""
+    lock = _lock_of(folder)
+    handle = os.open(lock, os.O_RDWR | os.O_CREAT, 0o644)
+    fcntl.flock(handle, fcntl.LOCK_SH)
+    os.utime(lock)  # the time of its last use
+    return handle
+
+
+_working_copies: dict[Path, int] = {}  # this process keeps them until it ends
+
+
+def working_copy(there: Folder, role: str) -> Path:
+    """The local folder that corresponds to a remote one; each role (driver, worker) has its own.
+
+    It stays in the cache until this process ends. Later it is removed to make room, unless it has unsent work.
+    """
+    digest = hashlib.sha256(there.address.encode()).hexdigest()[:12]
+    folder = cache_folder(RUNS) / f"{there.name}-{digest}-{role}"
+    if folder not in _working_copies:
+        _working_copies[folder] = _hold(folder)
+        _evict(folder.parent, 0)
+    return make_folder(folder)
+
+
+def _make_room(cache: Path, size_bytes: int) -> None:
+    """Make room for a copy; raises UserError if that is not possible."""
+    room = _evict(cache, size_bytes)
+    if room < size_bytes:
+        raise UserError(
+            f"{cache} has room for {room / 2**30:.1f} GiB and the copy needs {size_bytes / 2**30:.1f}: free "
+            f"space, raise {CACHE_GIB} (now {cache_limit_bytes() / 2**30:g}) or point {CACHE} to a larger disk"
+        )
+
+
+def _evict(cache: Path, size_bytes: int) -> float:
+    """Remove copies that no process uses until there is enough room. Returns the room in bytes.
+
+    Those with the oldest use are removed first. Of runs, finished ones are removed first.
+    """
+    limit = cache_limit_bytes()
+    entries = sorted(
+        (entry for entry in cache_entries(cache.name)),
+        key=lambda entry: (
+            cache.name == RUNS and not (entry.path / "model" / "model.json").is_file(),
+            entry.used_unix_s,
+        ),
+    )
+    used = sum(entry.size_bytes for entry in entries)
+
+    def room() -> float:
+        return min(limit - used, shutil.disk_usage(cache).free)
+
+    for entry in entries:
+        if room() >= size_bytes:
+            break
+        if remove_entry(entry):
+            used -= entry.size_bytes
+    return room()
