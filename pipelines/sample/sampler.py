@@ -22,8 +22,12 @@ _one_at_a_time = threading.Lock()  # the number of torch's threads belongs to th
 
 def load_model_for_sampling(reference: str | Path) -> SamplingModel:
     """Fetch a model and load it on the GPU if there is one, else on the CPU."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    return load_sampling_model(fetch_model(str(reference)).folder, device)
+    return load_for_sampling(fetch_model(str(reference)).folder)
+
+
+def load_for_sampling(folder: Path) -> SamplingModel:
+    """Load a model folder on the GPU if there is one, else on the CPU."""
+    return load_sampling_model(folder, "cuda" if torch.cuda.is_available() else "cpu")
 
 
 def sample_rows(
@@ -48,12 +52,20 @@ def sample_rows(
     numbers = [int(seed) for seed in seeds]
     if batch < 1 or any(seed < 0 for seed in numbers):
         raise ValueError(f"seeds start at 0 and the batch at 1: found {min(numbers, default=0)} and {batch}")
-    classes = _class_numbers(numbers, labels, model.card)
+    classes = class_numbers(numbers, labels, model.card)
+    return classes, sample_classes(model, numbers, classes, sampling, batch)
+
+
+def sample_classes(
+    model: SamplingModel, seeds: list[int], classes: list[int], sampling: Sampling, batch: int
+) -> np.ndarray:
+    """Sample one image per seed and class number, as `sample_rows` does; (N, C, H, W) uint8."""
     with _one_at_a_time, one_thread():
-        return classes, generate_padded(model, numbers, classes, batch, sampling).cpu().numpy()
+        return generate_padded(model, seeds, classes, batch, sampling).cpu().numpy()
 
 
-def _class_numbers(seeds: list[int], labels: Iterable[Any] | None, card: ModelCard) -> list[int]:
+def class_numbers(seeds: list[int], labels: Iterable[Any] | None, card: ModelCard) -> list[int]:
+    """The class number of each seed; labels are as for `sample_rows`. Raises ValueError for an unknown class."""
     numbers = default_labels(seeds, card.sampled_classes)
     for row, value in enumerate(labels if labels is not None else ()):
         label = label_of(value, f"row {row}")

@@ -78,6 +78,14 @@ def _fetch_version(reference: str) -> FetchedModel:
     )
 
 
+def resolved_reference(reference: str) -> str:
+    """A reference with the number of the version instead of an alias; others unchanged."""
+    name, at, alias = reference.removeprefix("models:/").partition("@")
+    if not reference.startswith("models:/") or not at:
+        return reference
+    return f"models:/{name}/{find_version(name, alias=alias).version}"
+
+
 def find_version(name: str, alias: str | None = None, version: str | None = None) -> Any:
     """The registered version with an alias or a number; raises UserError if it does not exist."""
     from mlflow.exceptions import MlflowException
