@@ -15,8 +15,8 @@
 #   sbatch deploy/slurm.sh celeba64 --data /shared/pixels --out /shared/runs/one
 #   sbatch --nodes=4 --time=8:00:00 deploy/slurm.sh my.yaml --data s3://BUCKET/latents --out s3://BUCKET/runs/one
 #
-# Its arguments are those of `patchloom train`; it adds --workers (one per GPU) and --resume, which begins the run, or
-# continues it from its newest checkpoint. So the same command is right at any time.
+# Its arguments are those of `patchloom train`; it adds --workers (one per GPU), --wait (for nodes that start slowly) and
+# --resume, which begins the run, or continues it from its newest checkpoint. So the same command is right at any time.
 #
 #   300 s before the time limit   a checkpoint is written, and the job goes back to the queue (exit code 143 inside)
 #   --max-hours H                 the same after H hours, where a site does not send signals
@@ -72,7 +72,7 @@ for _ in {1..90}; do
     sleep 2
 done
 
-patchloom train "$@" --workers $((nodes * ${SLURM_GPUS_ON_NODE:-1})) --resume &
+patchloom train "$@" --workers $((nodes * ${SLURM_GPUS_ON_NODE:-1})) --wait 10 --resume &
 training=$!
 while :; do # a signal ends `wait` before the training ends
     wait "$training"

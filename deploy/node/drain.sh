@@ -9,17 +9,18 @@ set -uo pipefail
 
 role=${1:?worker or head}
 seconds=${2:-90}
+commands='(bin/|-m )patchloom ' # `patchloom COMMAND`, and `python -m patchloom COMMAND` of `patchloom launch`
 
 busy() {
     case $role in
-    head) pgrep -f 'bin/patchloom ' ;;
+    head) pgrep -f "$commands" ;;
     # Ray names processes by what they run; those that have nothing to do are ray::IDLE and the two agents
     worker) pgrep -fa '^ray::' | grep -v -e 'ray::IDLE' -e 'Agent' ;;
     esac >/dev/null
 }
 
 case $role in
-head) pkill -TERM -f 'bin/patchloom ' || true ;;
+head) pkill -TERM -f "$commands" || true ;;
 worker)
     ray drain-node --reason DRAIN_NODE_REASON_PREEMPTION --reason-message "the node will be removed" \
         --deadline-remaining-seconds "$seconds" || true

@@ -133,8 +133,7 @@ def parse(arguments: list[str]) -> None:
 
     group: Any = typer.main.get_command(app)
     if arguments[:2] == ["launch", "--address"]:
-        if "launch" in group.commands:
-            group.commands["launch"].make_context("launch", arguments[1:])
+        group.commands["launch"].commands["run"].make_context("run", arguments[1:])
         arguments = arguments[3:]  # the command that runs on the cluster
     while hasattr(group, "commands"):
         name, *arguments = arguments

@@ -4,7 +4,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -16,7 +15,7 @@ from typing import Any
 
 import pytest
 import yaml
-from helpers import wait_until
+from helpers import free_port, wait_until
 
 from patchloom.pipelines.registry.wheel import wheel_bytes
 
@@ -105,16 +104,19 @@ def test_nodes_join_with_the_token_only_and_leave_after_a_spot_notice(tmp_path: 
     }, done.stderr[-3000:]
 
 
-def test_head_stops_commands_of_patchloom_before_it_goes(tmp_path: Path) -> None:
+@pytest.mark.parametrize("command", ["{folder}/bin/patchloom train", "{folder}/bin/loop -m patchloom train"])
+def test_head_stops_commands_of_patchloom_before_it_goes(command: str, tmp_path: Path) -> None:
     needs_namespaces()
-    program = tmp_path / "bin/patchloom"
-    program.parent.mkdir()
-    program.write_text(
-        f"#!/bin/bash\ntrap 'sleep 1; echo saved >> {tmp_path}/log; exit 143' TERM\nwhile :; do sleep .1; done\n"
-    )
-    program.chmod(0o755)
+    (tmp_path / "bin").mkdir()
+    for name in ("patchloom", "loop"):
+        program = tmp_path / "bin" / name
+        program.write_text(
+            f"#!/bin/bash\ntrap 'sleep 1; echo saved >> {tmp_path}/log; exit 143' TERM\nwhile :; do sleep .1; done\n"
+        )
+        program.chmod(0o755)
     script = tmp_path / "script.sh"
-    script.write_text(f"{program} train & sleep 1; bash {NODE}/drain.sh head 30; echo drained >> {tmp_path}/log")
+    started = command.format(folder=tmp_path)
+    script.write_text(f"{started} & sleep 1; bash {NODE}/drain.sh head 30; echo drained >> {tmp_path}/log")
     subprocess.run([*NAMESPACE, "bash", str(script)], check=True, timeout=60)
     assert (tmp_path / "log").read_text().split() == ["saved", "drained"]
 
@@ -147,12 +149,6 @@ def postgres(tmp_path: Path) -> Iterator[str]:
     yield f"127.0.0.1:{port}"
     server.send_signal(signal.SIGINT)
     server.wait()
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def status(url: str, host: str) -> int:
