@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from patchloom.pipelines.cli.options import Json
+from patchloom.pipelines.cli.options import Json, messages_to_stderr, print_json
 
 
 def demo(
@@ -21,14 +21,36 @@ def demo(
     demo(out, pixels=pixels)
 
 
-def doctor() -> None:
+def doctor(
+    cluster: Annotated[bool, typer.Option("--cluster", help="Check every node of the cluster at RAY_ADDRESS")] = False,
+    store: Annotated[
+        str | None,
+        typer.Option(metavar="ADDRESS", help="With --cluster: check that every node can read and write here"),
+    ] = None,
+    as_json: Json = False,
+) -> None:
     """Check torch, GPUs, disk space, MLflow and Ray.
 
-    The exit code is 1 if MLflow or Ray does not work.
+    With --cluster, also compare the nodes: versions, code, clocks, cache space. The exit code is 1 if something does
+    not work.
     """
-    from patchloom.pipelines.doctor import doctor
+    if not (cluster or store):
+        from patchloom.pipelines.doctor.machine import doctor
 
-    raise typer.Exit(0 if doctor() else 1)
+        with messages_to_stderr(as_json):
+            works = doctor()
+        if as_json:
+            print_json({"works": works})
+        raise typer.Exit(0 if works else 1)
+    from patchloom.pipelines.doctor.cluster import check_nodes, show_nodes
+
+    with messages_to_stderr(as_json):
+        health = check_nodes(store)
+    if as_json:
+        print_json(health.to_json())
+    else:
+        show_nodes(health)
+    raise typer.Exit(0 if health.works else 1)
 
 
 def benchmark(

@@ -14,7 +14,9 @@ from patchloom.platform.files.folder import is_remote
 # Arguments of commands, by name. A file travels; data does not. A place is always a path or an address; a reference
 # can also be a name, such as models:/NAME@ALIAS.
 FILE_ARGUMENTS = frozenset({"recipe", "search", "labels", "seeds", "cluster"})
-PLACES = frozenset({"source", "dataset", "data", "out", "samples", "folder", "run", "snapshot", "save_reference"})
+PLACES = frozenset(
+    {"source", "dataset", "data", "out", "samples", "folder", "run", "snapshot", "save_reference", "store"}
+)
 REFERENCES = frozenset(
     {"what", "model", "one", "other", "reference", "autoencoder", "init_from", "features", "picture", "outpaint"}
 )
@@ -36,7 +38,10 @@ def pack_command(words: list[str], arguments: dict[str, Any], folder: Path) -> l
     Raises:
         UserError: a file is large, or data is on this machine.
     """
-    for name, value in arguments.items():
+    given = [
+        (name, value) for name, one in arguments.items() for value in (one if isinstance(one, list | tuple) else [one])
+    ]
+    for name, value in given:
         if not isinstance(value, str) or not value:
             continue
         if name in FILE_ARGUMENTS:

@@ -8,7 +8,7 @@ from patchloom.errors import UserError
 
 # what says where things are; PATCHLOOM_* travels too
 TRAVELLING = (
-    "MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_NAME", "MLFLOW_S3_ENDPOINT_URL",
+    "MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI", "MLFLOW_EXPERIMENT_NAME", "MLFLOW_S3_ENDPOINT_URL",
     "AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_REGION", "AWS_DEFAULT_REGION", "HF_ENDPOINT",
 )  # fmt: skip
 OF_THIS_MACHINE = ("PATCHLOOM_CACHE", "PATCHLOOM_CACHE_GIB")
@@ -28,8 +28,9 @@ def travelling_settings(names: list[str], is_this_machine: bool) -> dict[str, st
     """
     own = [name for name in os.environ if name.startswith("PATCHLOOM_") and name not in OF_THIS_MACHINE]
     settings = {name: os.environ[name] for name in (*TRAVELLING, *own) if os.environ.get(name)}
-    if not _is_server(settings.get("MLFLOW_TRACKING_URI", "")):
-        settings.pop("MLFLOW_TRACKING_URI", None)  # a file of this machine
+    for name in ("MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI"):
+        if not _is_server(settings.get(name, "")):
+            settings.pop(name, None)  # a file of this machine
     for name in names:
         if name not in os.environ:
             raise UserError(f"--env {name}: this variable is not set here")

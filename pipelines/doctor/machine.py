@@ -1,4 +1,4 @@
-"""Doctor: check what the commands need on this machine."""
+"""Doctor of one machine: check what the commands need here."""
 
 import os
 import shutil
