@@ -18,7 +18,7 @@ ORDER = (
     "models",
     *(f"platform.{part}" for part in ("progress", "files", "recipe", "records", "compute", "dataset", "tracking")),
     *(f"pipelines.{part}" for part in ("pages", "prepare", "train", "sample", "registry", "evaluate", "tune")),
-    *(f"pipelines.{part}" for part in ("pyfunc", "serve", "inspect", "launch", "doctor", "report", "demo", "cli")),
+    *(f"pipelines.{part}" for part in ("pyfunc", "serve", "inspect", "cache", "launch", "doctor", "report", "demo", "cli")),
     "benchmarks",
 )
 OUTSIDE = {"models": {"ray", "mlflow", "typer", "argparse", "pydantic"}, "platform": {"torch", "diffusers"}}

@@ -10,6 +10,7 @@ import typer
 
 from patchloom import __version__
 from patchloom.errors import Stopped, UserError
+from patchloom.pipelines.cli.cache import cache_app
 from patchloom.pipelines.cli.data import inspect, prepare
 from patchloom.pipelines.cli.launch import launch_app
 from patchloom.pipelines.cli.machine import benchmark, demo, doctor
@@ -31,6 +32,7 @@ autoencoder_app = typer.Typer(help="Train your own autoencoder.", rich_markup_mo
 app.add_typer(autoencoder_app, name="autoencoder")
 app.add_typer(models_app, name="models")
 app.add_typer(launch_app, name="launch")
+app.add_typer(cache_app, name="cache")
 
 app.command(epilog="Example: patchloom demo --out demo")(demo)
 app.command(epilog="Example: patchloom prepare photos.zip dataset --resolution 64 --crop center")(prepare)

@@ -16,7 +16,7 @@ from patchloom.errors import UserError
 from patchloom.pipelines.launch.node import code_digest
 from patchloom.platform.compute.nodes import NodeResult, address_of_host_name, ask_nodes
 from patchloom.platform.compute.session import ray_session
-from patchloom.platform.files.copies import cache_folder
+from patchloom.platform.files.cache import cache_root
 from patchloom.platform.files.folder import Folder
 from patchloom.platform.progress import say
 from patchloom.platform.tracking.client import connect, experiment_id, require_reachable
@@ -113,7 +113,7 @@ def check_node(checks: NodeChecks) -> NodeState:
     digest = code_digest(Path(patchloom.__file__).parent)
     versions = {name: version(name) for name in ("torch", "ray", "mlflow")}
     versions |= {"python": platform.python_version(), "patchloom": patchloom.__version__, "code": digest[:8]}
-    cache = cache_folder("doctor").parent
+    cache = cache_root()
     while not cache.exists():
         cache = cache.parent
     free = shutil.disk_usage(cache).free / 2**30
