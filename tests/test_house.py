@@ -18,7 +18,10 @@ ORDER = (
     "models",
     *(f"platform.{part}" for part in ("progress", "files", "recipe", "records", "compute", "dataset", "tracking")),
     *(f"pipelines.{part}" for part in ("pages", "prepare", "train", "sample", "registry", "evaluate", "tune")),
-    *(f"pipelines.{part}" for part in ("pyfunc", "serve", "inspect", "cache", "launch", "doctor", "report", "demo", "cli")),
+    *(
+        f"pipelines.{part}"
+        for part in ("pyfunc", "serve", "inspect", "cache", "launch", "doctor", "report", "demo", "cli")
+    ),
     "benchmarks",
 )
 OUTSIDE = {"models": {"ray", "mlflow", "typer", "argparse", "pydantic"}, "platform": {"torch", "diffusers"}}

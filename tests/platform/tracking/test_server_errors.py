@@ -100,4 +100,4 @@ def test_server_that_was_started_for_another_host_name(tmp_path: Path) -> None:
                 list_versions()
         finally:
             mlflow.terminate()
-    assert "--allowed-hosts 127.0.0.1" in str(said.value)
+    assert f"--allowed-hosts 127.0.0.1:{port}" in str(said.value)
