@@ -70,7 +70,7 @@ def map_on_actors(
     if workers == 0:
         yield from _map_here(actor, argument, items, watch)
         return
-    with ray_session():
+    with ray_session(object_store_gib=resources.object_store_gib):
         gpus = 1 if on_gpus and session_gpus() >= 1 else 0
         shape = worker_shape(resources, resources.cpus_per_worker or 1, gpus)
         wait_for_workers(1, shape, resources.wait_minutes)

@@ -38,7 +38,7 @@ LOCAL_ENVIRONMENT = {
     "RAY_TRAIN_METRICS_ENABLED": "0",  # there is no Prometheus server
     "RAY_enable_metrics_collection": "0",
 }
-OBJECT_STORE_BYTES = 1 << 30
+OBJECT_STORE_GIB = 1.0
 
 
 def read_environment_file() -> None:
@@ -76,7 +76,7 @@ def begin_work() -> None:
 
 
 @contextlib.contextmanager
-def ray_session(cpus: int = 1) -> Iterator[None]:
+def ray_session(cpus: int = 1, object_store_gib: float | None = None) -> Iterator[None]:
     """Make a Ray session available during the block.
 
     Uses the running session if there is one, else the cluster at RAY_ADDRESS, else starts a session on this machine.
@@ -84,6 +84,7 @@ def ray_session(cpus: int = 1) -> Iterator[None]:
     Args:
         cpus: CPUs that the work needs at once. A session on this machine offers at least that many, even with
             fewer cores.
+        object_store_gib: size of the object store of a session on this machine; 1 by default.
 
     Raises:
         UserError: no cluster answers at RAY_ADDRESS.
@@ -99,7 +100,7 @@ def ray_session(cpus: int = 1) -> Iterator[None]:
     if is_local:
         say("  starting Ray on this machine ...")
     with environment_defaults(LOCAL_ENVIRONMENT if is_local else {}):
-        _start_ray(max(os.cpu_count() or 1, cpus) if is_local else None)
+        _start_ray(max(os.cpu_count() or 1, cpus) if is_local else None, object_store_gib or OBJECT_STORE_GIB)
         try:
             yield
         finally:
@@ -140,7 +141,7 @@ def environment_defaults(defaults: dict[str, str]) -> Iterator[None]:
             os.environ.pop(name, None)
 
 
-def _start_ray(local_cpus: int | None) -> None:
+def _start_ray(local_cpus: int | None, object_store_gib: float) -> None:
     """Start Ray on this machine, or connect to the cluster at RAY_ADDRESS if `local_cpus` is None."""
     import ray
     from ray.exceptions import RayError
@@ -151,7 +152,7 @@ def _start_ray(local_cpus: int | None) -> None:
             start,
             address="local",  # not a cluster that runs, or ran, on this machine
             num_cpus=local_cpus,
-            object_store_memory=OBJECT_STORE_BYTES,
+            object_store_memory=round(object_store_gib * 2**30),
             include_dashboard=True,  # Ray Tune uses its State API when it cleans up
         )
     with warnings.catch_warnings(), _silent_stderr():

@@ -147,7 +147,7 @@ def run_on_tune(
     """
     from ray import tune
 
-    with ray_session(max(1, resources.workers)):
+    with ray_session(max(1, resources.workers), resources.nodes.object_store_gib):
         resources.wait_for_room()
         cpus, gpus = session_cpus(), session_gpus()
         trainable = tune.with_resources(_trainable(function), resources.per_trial(gpus))

@@ -112,7 +112,7 @@ def run_workers(
     is_elastic = min_workers is not None and min_workers < workers
     start_timeout = {"RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "30" if is_elastic else "600"}
     # _on_sigterm comes last, because Ray sets its own signal handler
-    with environment_defaults(start_timeout), ray_session(workers), _on_sigterm(on_stop):
+    with environment_defaults(start_timeout), ray_session(workers, resources.object_store_gib), _on_sigterm(on_stop):
         return _run_on_ray_train(loop, config, workers, min_workers or workers, scratch, name, resources, paths)
 
 

@@ -9,11 +9,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pytest
-from helpers import environment
-from machines import GATEWAY, TOKEN, Network, RayCluster, missing_tools, wait_for
+from helpers import environment, names_in
+from machines import GATEWAY, TOKEN, WITH_TESTS, Network, RayCluster, missing_tools, wait_for
+
+from patchloom.platform.files.folder import Folder
 
 S3_PORT, MLFLOW_PORT, POSTGRES_PORT = 5601, 5600, 5602
+IMAGES = 40_000
 ROOT = Path(__file__).parents[2]
 WORKERS = ("one", "two")
 
@@ -63,7 +67,7 @@ def network() -> Iterator[Network]:
 def store(network: Network, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """A bucket on an S3-compatible server."""
     log = (tmp_path_factory.mktemp("s3") / "server.log").open("w")
-    command = [sys.executable, "-m", "moto.server", "-H", GATEWAY, "-p", str(S3_PORT)]
+    command = [*WITH_TESTS, sys.executable, "-m", "moto.server", "-H", GATEWAY, "-p", str(S3_PORT)]
     server = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
     address = f"http://{GATEWAY}:{S3_PORT}"
     wait_for(lambda: _answers(address), "the S3 server")
@@ -114,7 +118,7 @@ def database(network: Network, tmp_path_factory: pytest.TempPathFactory) -> Iter
     with (data / "pg_hba.conf").open("a") as rules:
         rules.write(f"host all all {GATEWAY}/24 trust\n")
     options = ["-D", str(data), "-h", GATEWAY, "-p", str(POSTGRES_PORT), "-k", str(data)]
-    process = subprocess.Popen([server, *options], user="postgres", stderr=subprocess.DEVNULL, cwd="/")
+    process = subprocess.Popen([*WITH_TESTS, server, *options], user="postgres", stderr=subprocess.DEVNULL, cwd="/")
     create = ["createdb", "-h", GATEWAY, "-p", str(POSTGRES_PORT), "-U", "mlflow", "mlflow"]
     wait_for(lambda: subprocess.run(create, capture_output=True).returncode == 0, "PostgreSQL")
     yield f"postgresql+psycopg2://mlflow@{GATEWAY}:{POSTGRES_PORT}/mlflow"
@@ -127,8 +131,9 @@ def tracking(
     network: Network, database: str, store: str, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[TrackingServer]:
     """MLflow on PostgreSQL, with its artifacts in the store."""
-    command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", database, "--host", GATEWAY, "--port",
-               str(MLFLOW_PORT), "--workers", "1", "--artifacts-destination", "s3://artifacts"]  # fmt: skip
+    where = ["--backend-store-uri", database, "--host", GATEWAY, "--port", str(MLFLOW_PORT)]
+    options = [*where, "--workers", "1", "--artifacts-destination", "s3://artifacts"]
+    command = [*WITH_TESTS, sys.executable, "-m", "mlflow", "server", *options]
     keys = {name: value for name, value in network.environment.items() if name.startswith("AWS_")}
     keys["MLFLOW_S3_ENDPOINT_URL"] = keys["AWS_ENDPOINT_URL"]
     server = TrackingServer(command, os.environ | keys, tmp_path_factory.mktemp("mlflow") / "server.log")
@@ -148,3 +153,22 @@ def cluster(ray_nodes: RayCluster) -> RayCluster:
     """The cluster with two worker nodes."""
     ray_nodes.set_workers(*WORKERS)
     return ray_nodes
+
+
+@pytest.fixture(scope="session")
+def archive(store: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Images, also in the store."""
+    folder = tmp_path_factory.mktemp("archive")
+    pictures = np.random.default_rng(0).integers(0, 256, (IMAGES, 16, 16, 3), dtype=np.uint8)
+    np.savez(folder / "images.npz", images=pictures, labels=np.arange(IMAGES) % 3)
+    Folder.at(f"{store}/source").put(folder / "images.npz", "images.npz")
+    return folder / "images.npz"
+
+
+@pytest.fixture(scope="session")
+def dataset(pixels: Path, store: str) -> str:
+    """The tiny dataset in the store."""
+    there = Folder.at(f"{store}/pixels")
+    for name in sorted(names_in(pixels), key=lambda name: name == "dataset.json"):
+        there.put(pixels / name, name)
+    return str(there)

@@ -22,13 +22,16 @@ BRIDGE = "patchloom0"
 RAY_PORT, DASHBOARD_PORT = 6379, 8265
 START_TIMEOUT_S = 120.0
 DISK_MIB = 2048
+WITH_TESTS = ("setpriv", "--pdeathsig", "KILL")  # before a command that ends together with the tests
 OBJECT_STORE_BYTES = 150 << 20
 TOKEN = "0123456789abcdef" * 4
 
 
 def missing_tools() -> list[str]:
     """What this machine lacks to make others: names of tools, or `root`."""
-    tools = [name for name in ("ip", "unshare", "nsenter", "mount", "hostname") if shutil.which(name) is None]
+    tools = [
+        name for name in ("ip", "setpriv", "unshare", "nsenter", "mount", "hostname") if shutil.which(name) is None
+    ]
     return tools + ([] if os.geteuid() == 0 else ["root"])
 
 
@@ -76,7 +79,8 @@ class Machine:
             " && mkdir /tmp/home && echo booted && exec sleep infinity"
         )
         self._init = subprocess.Popen(
-            ["ip", "netns", "exec", self.namespace, "unshare", "--pid", "--mount", "--ipc", "--uts", "--fork",
+            [*WITH_TESTS, "ip", "netns", "exec", self.namespace,
+             "unshare", "--pid", "--mount", "--ipc", "--uts", "--fork",
              "--kill-child", "--mount-proc", "sh", "-c", setup],
             stdout=subprocess.PIPE,
         )  # fmt: skip
@@ -105,6 +109,11 @@ class Machine:
             output, _ = process.communicate()
             raise AssertionError(f"{command} took longer than {timeout_s} s:\n{output}") from None
         return subprocess.CompletedProcess(command, process.returncode, output)
+
+    def write(self, path: str, text: str) -> None:
+        """Write a file on it."""
+        done = self.run([sys.executable, "-c", "import sys; open(sys.argv[1], 'w').write(sys.argv[2])", path, text])
+        assert done.returncode == 0, done.stdout
 
     def start_ray(self, *options: str) -> None:
         """Start the processes of a node of Ray. `options` are those of `ray start`."""
@@ -168,12 +177,19 @@ def wait_for(condition: Callable[[], object], what: str, timeout_s: float = STAR
         time.sleep(0.2)
 
 
+def cpus(machine: Machine, address: str) -> int:
+    """The CPUs of the nodes that Ray considers alive, asked on a machine; -1 if it does not answer."""
+    code = "import ray; ray.init(logging_level='ERROR'); print('CPUS', int(ray.cluster_resources().get('CPU', 0)))"
+    done = machine.run([sys.executable, "-c", code], RAY_ADDRESS=address)
+    return int(done.stdout.rpartition("CPUS")[2]) if "CPUS" in done.stdout else -1
+
+
 class RayCluster:
     """A head without CPUs, and workers with one CPU each."""
 
     def __init__(self, network: Network) -> None:
         self.network = network
-        self.head = network.boot("head")
+        self.head = network.boot(f"head{len(network.machines)}")
         self.head.start_ray("--head", "--num-cpus=0", f"--port={RAY_PORT}", "--dashboard-host=0.0.0.0")
         self.workers: dict[str, Machine] = {}
 
@@ -203,13 +219,14 @@ class RayCluster:
         for name in names:
             if name not in self.workers:
                 self.add(name)
-        wait_for(lambda: self.cpus() == len(names), f"{len(names)} nodes")
+        wait_for(lambda: self._alive() and cpus(self.head, self.address) == len(names), f"{len(names)} nodes")
 
-    def cpus(self) -> int:
-        """The CPUs of the nodes that Ray considers alive; -1 if it does not answer."""
-        code = "import ray; ray.init(logging_level='ERROR'); print('CPUS', int(ray.cluster_resources().get('CPU', 0)))"
-        done = self.head.run([sys.executable, "-c", code], RAY_ADDRESS=self.address)
-        return int(done.stdout.rpartition("CPUS")[2]) if "CPUS" in done.stdout else -1
+    def _alive(self) -> bool:
+        """True; fails with the output of a node of Ray that ended."""
+        for machine in (self.head, *self.workers.values()):
+            assert machine.ray is not None
+            assert machine.ray.poll() is None, f"Ray on {machine.name} ended: {machine.ray.communicate()[0]}"
+        return True
 
     def start(self, *arguments: str, **environment: str) -> "subprocess.Popen[str]":
         """Start a command of Patchloom on the head node."""
