@@ -22,6 +22,7 @@ BRIDGE = "patchloom0"
 RAY_PORT, DASHBOARD_PORT = 6379, 8265
 START_TIMEOUT_S = 120.0
 DISK_MIB = 2048
+NO_RAY_CLIENT = "--ray-client-server-port=0"  # on a busy machine it starts too late, and ends all of Ray
 WITH_TESTS = ("setpriv", "--pdeathsig", "KILL")  # before a command that ends together with the tests
 OBJECT_STORE_BYTES = 150 << 20
 TOKEN = "0123456789abcdef" * 4
@@ -190,7 +191,7 @@ class RayCluster:
     def __init__(self, network: Network) -> None:
         self.network = network
         self.head = network.boot(f"head{len(network.machines)}")
-        self.head.start_ray("--head", "--num-cpus=0", f"--port={RAY_PORT}", "--dashboard-host=0.0.0.0")
+        self.head.start_ray("--head", "--num-cpus=0", f"--port={RAY_PORT}", "--dashboard-host=0.0.0.0", NO_RAY_CLIENT)
         self.workers: dict[str, Machine] = {}
 
     @property
