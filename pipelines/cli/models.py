@@ -118,11 +118,18 @@ def models_register(
     alias: Annotated[
         str | None, typer.Option(help="Alias to point at the new version, such as champion or candidate")
     ] = None,
+    by_reference: Annotated[
+        bool,
+        typer.Option(
+            "--by-reference",
+            help="Upload no copy: record the s3://... address and the sha256 of every file, which must stay there",
+        ),
+    ] = False,
 ) -> None:
     """Register the model of a run as a new version."""
     from patchloom.pipelines.registry.registering import register
 
-    register(run, name, alias)
+    register(run, name, alias, by_reference=by_reference)
 
 
 @models_app.command("import", epilog="Example: patchloom models import network-snapshot-200000.pkl ffhq")

@@ -13,13 +13,16 @@ from patchloom.pipelines.registry.version_card import write_card
 from patchloom.pipelines.registry.wheel import wheel_bytes, wheel_name
 from patchloom.pipelines.train.checkpointer import without_tensors
 from patchloom.platform.files.copies import local_copy
-from patchloom.platform.files.storage import file_sha256
+from patchloom.platform.files.folder import is_remote
+from patchloom.platform.files.storage import file_sha256, make_folder
 from patchloom.platform.progress import say
+from patchloom.platform.records.reference import REFERENCE_FILE
 from patchloom.platform.records.run import PROGRESS_FILE, RunCard, read_progress
 from patchloom.platform.tracking.aliases import move_alias
 from patchloom.platform.tracking.client import require_reachable
 from patchloom.platform.tracking.names import check_alias, check_name
-from patchloom.platform.tracking.registry import register_pyfunc
+from patchloom.platform.tracking.references import stored_model
+from patchloom.platform.tracking.registry import MODEL_FOLDER, register_pyfunc
 from patchloom.platform.tracking.runs import begin_run, end_run, log_artifacts, run_exists
 from patchloom.platform.tracking.store import shown_uri
 from patchloom.platform.tracking.versions import list_versions
@@ -42,6 +45,7 @@ class VersionTags:
     dataset_fingerprint: str | None = None
     recipe_sha256: str | None = None
     held_out_loss: str | None = None
+    address: str | None = None  # of the model, if the version refers to it and has no copy
     preview: str | None = None  # `version_card.PREVIEW`
 
     def as_tags(self) -> dict[str, str]:
@@ -49,7 +53,7 @@ class VersionTags:
         return {key: str(value) for key, value in asdict(self).items() if value is not None}
 
 
-def register(run: str, name: str, alias: str | None = None) -> str:
+def register(run: str, name: str, alias: str | None = None, *, by_reference: bool = False) -> str:
     """Register the model of a finished run as a new version.
 
     The second call with the same weights returns the version that exists.
@@ -58,6 +62,8 @@ def register(run: str, name: str, alias: str | None = None) -> str:
         run: the folder of a finished run, or a model folder.
         name: the registered model; it is created if it does not exist.
         alias: point this alias at the version, such as "champion" or "candidate".
+        by_reference: record the address and the sha256 of every file of a model in an object store, instead of
+            uploading a copy. The files must stay there.
 
     Returns:
         The reference of the version, `models:/NAME/VERSION`.
@@ -74,17 +80,25 @@ def register(run: str, name: str, alias: str | None = None) -> str:
     check_name(name)
     if alias is not None:
         check_alias(alias)
+    if by_reference and not is_remote(run):
+        raise UserError(
+            f"{run} cannot be registered by reference: give an address of an object store, such as s3://..."
+        )
     require_reachable()
     folder = local_copy(run, without_tensors)
     is_model = (folder / "model.json").is_file()
-    version = _register_folder(folder, name) if is_model else _register_run(folder, name)
+    address = run.rstrip("/") if by_reference else None
+    if is_model:
+        version = _register_folder(folder, name, address)
+    else:
+        version = _register_run(folder, name, f"{address}/model" if address else None)
     if alias:
         move_alias(name, alias, version, "register")
     say(f"  registered models:/{name}/{version}" + (f" as {alias}" if alias else ""))
     return f"models:/{name}/{version}"
 
 
-def _register_run(folder: Path, name: str) -> str:
+def _register_run(folder: Path, name: str, address: str | None) -> str:
     if not (folder / "run.json").is_file():
         raise UserError(f"{folder} is not a run: give the --out folder of `patchloom train`, or a model folder")
     if not (folder / "model" / "model.json").is_file():
@@ -100,7 +114,9 @@ def _register_run(folder: Path, name: str) -> str:
         previews = sorted((folder / "previews").glob("*.png"))[-1:]
         log_artifacts(run_id, *previews, folder / PROGRESS_FILE)
         preview = previews[0].name if previews else None
-        version = _create_version(folder / "model", name, run_id, _tags_of_run(folder, card, run_card, preview))
+        version = _create_version(
+            folder / "model", name, run_id, _tags_of_run(folder, card, run_card, preview), address
+        )
     return version
 
 
@@ -115,7 +131,7 @@ def _check_recorded(folder: Path, name: str, card: RunCard) -> None:
         )
 
 
-def _register_folder(folder: Path, name: str) -> str:
+def _register_folder(folder: Path, name: str, address: str | None) -> str:
     """Register a model without a training run (imported, averaged or exported), with an MLflow run of its own."""
     card = verified_card(folder)
     version = _find_version(name, card.weights_sha256)
@@ -125,17 +141,22 @@ def _register_folder(folder: Path, name: str) -> str:
             key: value for key, value in card.to_json().items() if key in ("denoiser", "imported_from", "average")
         }
         run_id = begin_run(card.name, "import", parameters, tags)
-        version = _create_version(folder, name, run_id, _tags_of_model(card))
+        version = _create_version(folder, name, run_id, _tags_of_model(card), address)
         end_run(run_id)
     return version
 
 
-def _create_version(model: Path, name: str, run_id: str, tags: VersionTags) -> str:
+def _create_version(model: Path, name: str, run_id: str, tags: VersionTags, address: str | None) -> str:
     with tempfile.TemporaryDirectory() as scratch:
         wheel = Path(scratch) / wheel_name()
         wheel.write_bytes(wheel_bytes())
-        version = register_pyfunc(model, name, run_id, ENTRY, wheel, signature(), input_example(read_card(model)))
-    write_card(name, version, tags.as_tags())
+        uploaded = model
+        if address:
+            uploaded = make_folder(Path(scratch) / MODEL_FOLDER)
+            (uploaded / REFERENCE_FILE).write_text(stored_model(address, model).to_json())
+        example = input_example(read_card(model))
+        version = register_pyfunc(uploaded, name, run_id, ENTRY, wheel, signature(), example)
+    write_card(name, version, replace(tags, address=address).as_tags())
     return version
 
 

@@ -13,7 +13,9 @@ from patchloom.errors import UserError
 from patchloom.platform.files.copies import local_copy
 from patchloom.platform.files.folder import is_remote
 from patchloom.platform.files.storage import write_atomic
+from patchloom.platform.records.reference import REFERENCE_FILE, StoredModel
 from patchloom.platform.tracking.client import connect, open_registry, open_store
+from patchloom.platform.tracking.references import fetch_stored
 from patchloom.platform.tracking.server_errors import first_line
 from patchloom.platform.tracking.store import shown_registry_uri
 from patchloom.platform.tracking.versions import RegisteredVersion, list_versions, registered_version
@@ -56,6 +58,8 @@ def fetch_model(reference: str) -> FetchedModel:
     folder = local_copy(reference, lambda name: not name.startswith(("checkpoints/", "ema/")))
     if (folder / "model" / "model.json").is_file():  # the model folder of a run folder
         folder = folder / "model"
+    if (folder / REFERENCE_FILE).is_file():  # what MLflow's pyfunc gives for a version by reference
+        folder = fetch_stored(StoredModel.from_file(folder / REFERENCE_FILE))
     if not (folder / "model.json").is_file():
         for card, advice in OTHER_FOLDERS.items():
             if (folder / card).is_file():
@@ -130,6 +134,8 @@ def _model_folder(folder: Path) -> Path:
     for candidate in (folder, folder / MODEL_FOLDER, *sorted((folder / "artifacts").glob("*/"))):
         if (candidate / "model.json").is_file():
             return candidate
+        if (candidate / REFERENCE_FILE).is_file():
+            return fetch_stored(StoredModel.from_file(candidate / REFERENCE_FILE))
     raise UserError(f"{folder} has no model.json: the version was not registered by patchloom")
 
 

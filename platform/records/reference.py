@@ -1,0 +1,20 @@
+"""The record of a model that a registered version refers to: where its files are, and their checksums."""
+
+from patchloom.platform.records.record import Record, VersionedRecord
+
+REFERENCE_FILE = "reference.json"  # instead of the files of the model
+
+
+class StoredFile(Record):
+    """One file of a model in an object store."""
+
+    size_bytes: int
+    sha256: str
+
+
+class StoredModel(VersionedRecord):
+    """A model folder in an object store, and its files by name."""
+
+    format_version: int = 1
+    address: str
+    files: dict[str, StoredFile]
