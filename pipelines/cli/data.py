@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from patchloom.models.backbones import allow_backbones
-from patchloom.pipelines.cli.options import Backbones, Cluster, FolderToWrite, Wait, chosen_resources
+from patchloom.pipelines.cli.options import Backbones, FolderToWrite, ResourceSettings, Wait, chosen_resources
 
 ImageSource = Annotated[
     str,
@@ -83,18 +83,18 @@ def prepare(
     stride: Stride = None,
     allow_backbone: Backbones = None,
     workers: PrepareWorkers = None,
-    cluster: Cluster = None,
+    resources: ResourceSettings = None,
     wait: Wait = None,
 ) -> None:
     """Turn images into an Arrow dataset of pixels or latents."""
     allow_backbones(*allow_backbone or [])
-    resources = chosen_resources(cluster, wait, workers)
+    nodes = chosen_resources(resources, wait, workers)
     from patchloom.pipelines.prepare.preparing import prepare
 
     prepare(
         source, dataset, resolution=resolution, crop=crop, resize=resize, channels=channels, min_side=min_side,
         labels=labels, image_member=image_member, autoencoder=autoencoder, precision=precision, mirror=mirror,
-        short_side=short_side, stride=stride, workers=resources.workers, resources=resources,
+        short_side=short_side, stride=stride, workers=nodes.workers, resources=nodes,
     )  # fmt: skip
 
 

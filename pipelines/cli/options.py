@@ -43,10 +43,10 @@ TrainWorkers = Annotated[
     int | None,
     typer.Option(min=0, help="Ray Train workers; 0 trains in this process, without Ray  [default: 1]"),
 ]
-Cluster = Annotated[
+ResourceSettings = Annotated[
     list[str] | None,
     typer.Option(
-        "--cluster",
+        "--resources",
         metavar="FILE|KEY=VALUE",
         help="Which nodes the workers use: a YAML file, or cpus_per_worker=4, accelerator=A100, placement=spread, ...; "
         "can be repeated",
@@ -67,9 +67,9 @@ def messages_to_stderr(as_json: bool) -> AbstractContextManager[Any]:
     return contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext()
 
 
-def chosen_resources(cluster: list[str] | None, wait: float | None, workers: int | None = None) -> Resources:
+def chosen_resources(settings: list[str] | None, wait: float | None, workers: int | None = None) -> Resources:
     """The resources that the options name. Sets the addresses of Ray and MLflow, unless they are set."""
-    resources = load_resources(cluster or [])
+    resources = load_resources(settings or [])
     resources.set_environment()
     given = {"workers": workers, "wait_minutes": wait}
     return resources.with_values(**{name: value for name, value in given.items() if value is not None})

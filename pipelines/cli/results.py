@@ -5,9 +5,9 @@ from typing import Annotated
 import typer
 
 from patchloom.pipelines.cli.options import (
-    Cluster,
     Json,
     MapWorkers,
+    ResourceSettings,
     Wait,
     chosen_resources,
     messages_to_stderr,
@@ -43,18 +43,18 @@ def evaluate(
     ] = None,
     batch: Annotated[int, typer.Option(min=1, help="Images per forward pass")] = 32,
     workers: MapWorkers = None,
-    cluster: Cluster = None,
+    resources: ResourceSettings = None,
     wait: Wait = None,
     as_json: Json = False,
 ) -> None:
     """Measure images: FID, KID, precision, recall, ..."""
-    resources = chosen_resources(cluster, wait, workers)
+    nodes = chosen_resources(resources, wait, workers)
     from patchloom.pipelines.evaluate.evaluation import evaluate
 
     with messages_to_stderr(as_json):
         result = evaluate(
             samples, reference, metrics=tuple(metrics.split(",")) if metrics else None, features=features, out=out,
-            save_reference=save_reference, workers=resources.workers, batch=batch, resources=resources,
+            save_reference=save_reference, workers=nodes.workers, batch=batch, resources=nodes,
         )  # fmt: skip
     if as_json:
         print_json(result.to_dict())

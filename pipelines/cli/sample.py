@@ -11,11 +11,11 @@ from patchloom.errors import UserError
 from patchloom.models.backbones import allow_backbones
 from patchloom.pipelines.cli.options import (
     Backbones,
-    Cluster,
     FolderToWrite,
     Json,
     MapWorkers,
     ModelReference,
+    ResourceSettings,
     Wait,
     chosen_resources,
     messages_to_stderr,
@@ -37,7 +37,7 @@ def sample(
     as_json: Json = False,
     allow_backbone: Backbones = None,
     workers: MapWorkers = None,
-    cluster: Cluster = None,
+    resources: ResourceSettings = None,
     wait: Wait = None,
     **options: Any,
 ) -> None:
@@ -47,12 +47,12 @@ def sample(
         SampleOptions(**given)  # before the imports, which take seconds
     except ValueError as error:
         raise UserError(str(error)) from None
-    resources = chosen_resources(cluster, wait, workers)
+    nodes = chosen_resources(resources, wait, workers)
     from patchloom.pipelines.sample.sampling import sample as run
 
     allow_backbones(*allow_backbone or [])
     with messages_to_stderr(as_json):
-        result = run(model, out, seeds, workers=resources.workers, resources=resources, **given)
+        result = run(model, out, seeds, workers=nodes.workers, resources=nodes, **given)
     if as_json:
         print_json(asdict(result))
 

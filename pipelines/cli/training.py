@@ -9,8 +9,8 @@ from patchloom.errors import UserError
 from patchloom.models.backbones import allow_backbones
 from patchloom.pipelines.cli.options import (
     Backbones,
-    Cluster,
     PreparedDataset,
+    ResourceSettings,
     Settings,
     TrainWorkers,
     Wait,
@@ -53,7 +53,7 @@ def autoencoder_train(
         ),
     ] = None,
     workers: TrainWorkers = None,
-    cluster: Cluster = None,
+    resources: ResourceSettings = None,
     wait: Wait = None,
     register: Annotated[
         str | None, typer.Option(metavar="NAME", help="Register the autoencoder in MLflow under this name")
@@ -64,14 +64,14 @@ def autoencoder_train(
     The network is an AutoencoderKL of diffusers. PSNR and SSIM of held-out images are printed at the end. Run the
     same command again to continue an interrupted run.
     """
-    resources = chosen_resources(cluster, wait, workers)
+    nodes = chosen_resources(resources, wait, workers)
     from patchloom.pipelines.train.autoencoder import AutoencoderSettings, train_autoencoder
 
     settings = AutoencoderSettings(
         _whole_numbers(widths), latent_channels, images, batch_size, patch,
         lr=lr if lr is not None else 1e-4 if init_from else 2e-3, init_from=init_from,
     )  # fmt: skip
-    train_autoencoder(dataset, out, settings, workers=train_workers(resources), register=register, resources=resources)
+    train_autoencoder(dataset, out, settings, workers=train_workers(nodes), register=register, resources=nodes)
 
 
 def train_workers(resources: Resources) -> int:
@@ -101,7 +101,7 @@ def train(
     set_: Settings = None,
     workers: TrainWorkers = None,
     min_workers: MinWorkers = None,
-    cluster: Cluster = None,
+    resources: ResourceSettings = None,
     wait: Wait = None,
     microbatch: Microbatch = None,
     compile_: Annotated[
@@ -133,21 +133,21 @@ def train(
     allow_backbones(*allow_backbone or [])
     if resume and out is None:
         recipe, out = None, recipe
-    resources = chosen_resources(cluster, wait, workers)
+    nodes = chosen_resources(resources, wait, workers)
     run = required_run(recipe, data, out, resume)
     loaded = load_recipe(recipe, set_ or []) if recipe else recipe_of_run(run, set_ or [])
     data = data or dataset_of_run(run)
     if dry_run:
         from patchloom.pipelines.train.dry_run import run_plan
 
-        print(run_plan(loaded, data, max(1, train_workers(resources)), measure))
+        print(run_plan(loaded, data, max(1, train_workers(nodes)), measure))
         return
     from patchloom.pipelines.train.training import train
 
     result = train(
-        loaded, data, required_out(out, "run"), workers=train_workers(resources),
-        min_workers=min_workers or resources.min_workers, microbatch=microbatch, compile=compile_, profile=profile,
-        resume=resume, resources=resources,
+        loaded, data, required_out(out, "run"), workers=train_workers(nodes),
+        min_workers=min_workers or nodes.min_workers, microbatch=microbatch, compile=compile_, profile=profile,
+        resume=resume, resources=nodes,
     )  # fmt: skip
     print(f"model: {result.model}")
     print(f"register it: patchloom models register {result.folder} NAME --alias champion")
@@ -175,7 +175,7 @@ def tune(
         int | None,
         typer.Option(min=0, help="Ray Train workers per trial; 0 trains in the trial's own process  [default: 0]"),
     ] = None,
-    cluster: Cluster = None,
+    resources: ResourceSettings = None,
     wait: Wait = None,
     gpus: Annotated[
         float | None, typer.Option(min=0, help="GPUs per trial, such as 0.25 for four trials on one GPU  [default: 1]")
@@ -192,20 +192,20 @@ def tune(
 
     The result is a ranking of the values of p, the schedule or other keys, with a page that shows it.
     """
-    resources = chosen_resources(cluster, wait, workers)
+    nodes = chosen_resources(resources, wait, workers)
     from patchloom.platform.compute.tuner import TuneResources
 
     allow_backbones(*allow_backbone or [])
     if dry_run:
         from patchloom.pipelines.tune.dry_run import search_plan
 
-        parallel = TuneResources(concurrent, resources.workers or 0, gpus).parallel_trials(os.cpu_count() or 1, 0) or 1
+        parallel = TuneResources(concurrent, nodes.workers or 0, gpus).parallel_trials(os.cpu_count() or 1, 0) or 1
         print(search_plan(search, data, parallel))
         return
     from patchloom.pipelines.tune.tuning import tune
 
     result = tune(
         search, data, required_out(out, "search"), restore=restore, concurrent=concurrent,
-        workers=resources.workers or 0, gpus=gpus, register_best=register_best, resources=resources,
+        workers=nodes.workers or 0, gpus=gpus, register_best=register_best, resources=nodes,
     )  # fmt: skip
     print(f"train the best at full length: patchloom train {result.folder / 'best.yaml'} --data {data} --out RUN")

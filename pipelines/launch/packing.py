@@ -13,7 +13,7 @@ from patchloom.platform.files.folder import is_remote
 
 # Arguments of commands, by name. A file travels; data does not. A place is always a path or an address; a reference
 # can also be a name, such as models:/NAME@ALIAS.
-FILE_ARGUMENTS = frozenset({"recipe", "search", "labels", "seeds", "cluster"})
+FILE_ARGUMENTS = frozenset({"recipe", "search", "labels", "seeds", "resources"})
 PLACES = frozenset(
     {"source", "dataset", "data", "out", "samples", "folder", "run", "snapshot", "save_reference", "store"}
 )

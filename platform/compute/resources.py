@@ -70,7 +70,7 @@ DEFAULT_RESOURCES = Resources()
 
 
 def load_resources(settings: Sequence[str]) -> Resources:
-    """Resources from the values of `--cluster`: files and `KEY=VALUE`; later ones override earlier ones.
+    """Resources from the values of `--resources`: files and `KEY=VALUE`; later ones override earlier ones.
 
     Raises:
         UserError: a file cannot be read, or a key or value is wrong.
@@ -82,7 +82,7 @@ def load_resources(settings: Sequence[str]) -> Resources:
             set_key(values, key, parse_value(text, key))
             continue
         if not Path(setting).is_file():
-            raise UserError(f"--cluster {setting}: there is no such file; give a YAML file, or KEY=VALUE")
+            raise UserError(f"--resources {setting}: there is no such file; give a YAML file, or KEY=VALUE")
         values |= read_yaml(Path(setting))
     return checked(Resources, values)
 
