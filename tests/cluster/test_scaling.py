@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import ray
 from helpers import tiny_recipe
-from machines import NO_RAY_CLIENT, RAY_PORT, Machine, Network, cpus
+from machines import RAY_PORT, Machine, Network, cpus
 
 from patchloom.platform.recipe import recipe_yaml
 
@@ -45,9 +45,8 @@ def growing(network: Network, store: str, tracking: object) -> Iterator[Machine]
     assert done.returncode == 0, done.stdout
     for path in ("/tmp/cluster.yaml", str(package / "example.yaml")):
         machine.write(path, json.dumps(CLUSTER))
-    options = ["--head", "--num-cpus=0", f"--port={RAY_PORT}", "--autoscaling-config=/tmp/cluster.yaml", NO_RAY_CLIENT]
+    options = ["--head", "--num-cpus=0", f"--port={RAY_PORT}", "--autoscaling-config=/tmp/cluster.yaml"]
     machine.start_ray(*options)
-    time.sleep(10)
     yield machine
     machine.kill()
 

@@ -22,7 +22,6 @@ BRIDGE = "patchloom0"
 RAY_PORT, DASHBOARD_PORT = 6379, 8265
 START_TIMEOUT_S = 120.0
 DISK_MIB = 2048
-NO_RAY_CLIENT = "--ray-client-server-port=0"  # on a busy machine it starts too late, and ends all of Ray
 WITH_TESTS = ("setpriv", "--pdeathsig", "KILL")  # before a command that ends together with the tests
 OBJECT_STORE_BYTES = 150 << 20
 TOKEN = "0123456789abcdef" * 4
@@ -49,7 +48,6 @@ class Machine:
     name: str
     number: int
     environment: dict[str, str] = field(default_factory=dict)
-    ray: "subprocess.Popen[str] | None" = None
     _init: "subprocess.Popen[bytes] | None" = None
 
     @property
@@ -118,9 +116,9 @@ class Machine:
 
     def start_ray(self, *options: str) -> None:
         """Start the processes of a node of Ray. `options` are those of `ray start`."""
-        ray = str(Path(sys.executable).with_name("ray"))
-        memory = f"--object-store-memory={OBJECT_STORE_BYTES}"
-        self.ray = self.popen([ray, "start", f"--node-ip-address={self.address}", "--block", memory, *options])
+        ray, memory = str(Path(sys.executable).with_name("ray")), f"--object-store-memory={OBJECT_STORE_BYTES}"
+        done = self.run([ray, "start", f"--node-ip-address={self.address}", memory, *options])
+        assert done.returncode == 0, f"Ray on {self.name} did not start: {done.stdout}"
 
     def cut_off(self) -> None:
         """Pull its network cable. It goes on running."""
@@ -191,7 +189,7 @@ class RayCluster:
     def __init__(self, network: Network) -> None:
         self.network = network
         self.head = network.boot(f"head{len(network.machines)}")
-        self.head.start_ray("--head", "--num-cpus=0", f"--port={RAY_PORT}", "--dashboard-host=0.0.0.0", NO_RAY_CLIENT)
+        self.head.start_ray("--head", "--num-cpus=0", f"--port={RAY_PORT}", "--dashboard-host=0.0.0.0")
         self.workers: dict[str, Machine] = {}
 
     @property
@@ -220,14 +218,7 @@ class RayCluster:
         for name in names:
             if name not in self.workers:
                 self.add(name)
-        wait_for(lambda: self._alive() and cpus(self.head, self.address) == len(names), f"{len(names)} nodes")
-
-    def _alive(self) -> bool:
-        """True; fails with the output of a node of Ray that ended."""
-        for machine in (self.head, *self.workers.values()):
-            assert machine.ray is not None
-            assert machine.ray.poll() is None, f"Ray on {machine.name} ended: {machine.ray.communicate()[0]}"
-        return True
+        wait_for(lambda: cpus(self.head, self.address) == len(names), f"{len(names)} nodes")
 
     def start(self, *arguments: str, **environment: str) -> "subprocess.Popen[str]":
         """Start a command of Patchloom on the head node."""
