@@ -1,4 +1,6 @@
-"""Errors: the exceptions that Patchloom raises on purpose, all below `Error`."""
+"""Errors: the exceptions that Patchloom raises on purpose, all below `Error`, except the end by SIGTERM."""
+
+import signal
 
 
 class Error(Exception):
@@ -18,3 +20,22 @@ class CheckpointError(UserError, ValueError):
 
 class Stopped(Error):
     """A job was asked to stop and has saved everything it needs to continue. The message says how to continue."""
+
+
+class WorkersFailed(Error):
+    """Workers of a training run failed too often. The command line prints the message and exits with code 1."""
+
+
+class Terminated(SystemExit):
+    """SIGTERM ends this process now. It is no `Exception`, so that no handler of errors keeps the process alive.
+
+    Args:
+        message: how to continue.
+    """
+
+    def __init__(self, message: str = "") -> None:
+        super().__init__(128 + signal.SIGTERM)
+        self.message = message
+
+    def __str__(self) -> str:
+        return self.message

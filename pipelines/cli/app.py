@@ -9,7 +9,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from patchloom import __version__
-from patchloom.errors import Stopped, UserError
+from patchloom.errors import Stopped, Terminated, UserError, WorkersFailed
 from patchloom.pipelines.cli.cache import cache_app
 from patchloom.pipelines.cli.data import inspect, prepare
 from patchloom.pipelines.cli.launch import launch_app
@@ -18,9 +18,11 @@ from patchloom.pipelines.cli.models import models_app
 from patchloom.pipelines.cli.results import evaluate, report
 from patchloom.pipelines.cli.sample import sample
 from patchloom.pipelines.cli.training import autoencoder_train, train, tune
+from patchloom.platform.compute.stopping import exit_on_sigterm
 
 INTERRUPTED = 128 + signal.SIGINT  # exit codes of a shell for Ctrl-C and for SIGTERM
 TERMINATED = 128 + signal.SIGTERM
+CONTINUE = "run the same command again to continue (train with --resume, tune with --restore)"
 
 app = typer.Typer(
     help="Train image diffusion models on patches with Ray, and keep every run and model in MLflow.",
@@ -69,6 +71,7 @@ def main() -> None:
     Exit codes: 0 done; 2 a mistake of the user, printed as one line; 1 a failure of Patchloom, with its traceback;
     130 and 143 stopped by Ctrl-C or SIGTERM.
     """
+    exit_on_sigterm()
     try:
         if os.environ.get("PATCHLOOM_ENV_FILE"):
             from patchloom.platform.compute.session import read_environment_file
@@ -79,6 +82,12 @@ def main() -> None:
         _exit_interrupted()
     except Stopped as error:
         _exit(f"stopped; {error}", TERMINATED)
+    except WorkersFailed as error:
+        _exit(str(error), 1)
+    except SystemExit as error:
+        if isinstance(error, Terminated) or error.code == signal.SIGTERM:  # the latter while Ray starts
+            _exit(f"stopped by SIGTERM; {CONTINUE}", TERMINATED)
+        raise
     except Exception as error:
         if type(error).__name__ == "Abort":  # how typer reports Ctrl-C
             _exit_interrupted()
@@ -98,7 +107,7 @@ def _exit(message: str, code: int) -> NoReturn:
 
 
 def _exit_interrupted() -> NoReturn:
-    _exit("stopped; run the same command again to continue (train with --resume, tune with --restore)", INTERRUPTED)
+    _exit(f"stopped; {CONTINUE}", INTERRUPTED)
 
 
 def _usage_error(error: Exception) -> str | None:

@@ -118,7 +118,7 @@ def _ask_for_checkpoint(server: JobServer, order: JobOrder, out: str) -> str:
     """Ask the run of a job for a checkpoint, by a small job, as only the cluster can write there."""
     if order.labels["patchloom"] not in CHECKPOINTED or not out:
         return ""
-    call = f"from patchloom.pipelines.train.monitor import ask_for_checkpoint; ask_for_checkpoint({out!r})"
+    call = f"from patchloom.pipelines.train.control import ask_for_checkpoint; ask_for_checkpoint({out!r})"
     server.submit(
         JobOrder(f"exec python -c {shlex.quote(call)}", order.folder, order.environment, {"asks": "checkpoint"})
     )

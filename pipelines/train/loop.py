@@ -9,7 +9,8 @@ from pathlib import Path
 from patchloom.models.step import StoredRows, training_step
 from patchloom.models.step_plan import CropGroup, StepPlan, plan_step
 from patchloom.pipelines.train.checkpointer import without_old_tensors, worker_lock
-from patchloom.pipelines.train.monitor import STOP_FILE, Monitor, Verdict
+from patchloom.pipelines.train.control import STOP_FILE, show_training
+from patchloom.pipelines.train.monitor import Monitor, Verdict
 from patchloom.pipelines.train.profiler import Profiler
 from patchloom.pipelines.train.run import TrainingRun, TrainJob, open_run, save_run_model
 from patchloom.platform.compute.workers import Worker
@@ -29,8 +30,12 @@ class TrainOutcome:
 
 def train_worker(worker: Worker, job: TrainJob) -> TrainOutcome:
     """Train one worker's share of a run, from its newest checkpoint to its end."""
-    with _local_run(worker, Folder(job.folder)) as folder, worker_lock(worker, folder):
-        return _train(open_run(worker, replace(job, folder=str(folder))))
+    there = Folder(job.folder)
+    with _local_run(worker, there) as folder, worker_lock(worker, folder):
+        run = open_run(worker, replace(job, folder=str(folder)))
+        if worker.rank == 0:
+            show_training(there)
+        return _train(run)
 
 
 @contextmanager

@@ -3,16 +3,12 @@
 from enum import StrEnum
 
 from patchloom.models.step_plan import StepPlan
+from patchloom.pipelines.train.control import GO_ON, VOTE_EVERY_STEPS, requested
 from patchloom.pipelines.train.hooks import HOOKS
 from patchloom.pipelines.train.hooks.hook import Due, is_due, side_product
 from patchloom.pipelines.train.progress_log import ProgressLog
 from patchloom.pipelines.train.run import TrainingRun
-from patchloom.platform.files.folder import Folder
 from patchloom.platform.records.run import LineFields, ProgressLine
-
-STOP_FILE = ".stop"  # in the run folder: a request to write a checkpoint, and to stop unless it says GO_ON
-GO_ON = "go on"
-VOTE_EVERY_STEPS = 8  # how often several workers agree on whether to stop, and on whether a node will be lost
 
 
 class Verdict(StrEnum):
@@ -61,7 +57,7 @@ class Monitor:
         train, preview = self.run.recipe.train, self.run.recipe.preview
         if self.run.state.step == self.run.settings.updates:
             self.verdict = Verdict.FINISHED
-        request = self._request()
+        request = requested(self.run.worker, self.run.folder, self.run.state.step)
         if request == "" and self.verdict == Verdict.TRAINING:
             self.verdict = Verdict.STOPPED
         ends, node_leaves = self.verdict != Verdict.TRAINING, self._loses_a_node()
@@ -69,19 +65,6 @@ class Monitor:
         held_out = previews or is_due(self.run, train.held_out_every_images, plan)
         line = ends or held_out or is_due(self.run, train.log_every_images, plan)
         return Due(plan, line, held_out, previews, checkpoint_now=ends or node_leaves or request == GO_ON, ends=ends)
-
-    def _request(self) -> str | None:
-        """What the stop file of any worker asks for: "" to stop, GO_ON for a checkpoint only, None for nothing."""
-        worker, file = self.run.worker, self.run.folder / STOP_FILE
-        if worker.count > 1 and self.run.state.step % VOTE_EVERY_STEPS:
-            return None
-        if not worker.any(file.exists()):
-            return None
-        if worker.any(file.exists() and file.read_text() != GO_ON):
-            return ""
-        if worker.rank == 0:  # after the vote: every worker has read it
-            file.unlink(missing_ok=True)
-        return GO_ON
 
     def _loses_a_node(self) -> bool:
         """Whether a node will be lost; true once. The run then continues elsewhere from the checkpoint."""
@@ -103,19 +86,3 @@ class Monitor:
             self.log.write(fields)
         for hook in self.hooks:
             hook.after_line()
-
-
-def ask_to_stop(folder: Folder) -> None:
-    """Ask the workers of the run in `folder` to write a checkpoint and stop at their next step."""
-    folder.write(STOP_FILE, "")
-
-
-def ask_for_checkpoint(run: str) -> None:
-    """Ask the workers of a run for a checkpoint at their next step, after which they go on.
-
-    Args:
-        run: its folder: a path or an address.
-    """
-    folder = Folder.at(run)
-    if not folder.has(STOP_FILE):  # a request to stop is stronger
-        folder.write(STOP_FILE, GO_ON)

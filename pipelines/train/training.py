@@ -9,10 +9,11 @@ from patchloom.errors import Stopped, UserError
 from patchloom.models.backbones import allowed_backbones
 from patchloom.models.checkpoints import read_checkpoint_card
 from patchloom.pipelines.train.checkpointer import newest_checkpoint, whole_checkpoints
+from patchloom.pipelines.train.control import prepare_control
 from patchloom.pipelines.train.loop import TrainOutcome, train_worker
 from patchloom.pipelines.train.mlflow_run import end_tracking
 from patchloom.pipelines.train.model_card import new_model_card, unexpected_data
-from patchloom.pipelines.train.monitor import STOP_FILE, Verdict, ask_to_stop
+from patchloom.pipelines.train.monitor import Verdict
 from patchloom.pipelines.train.resuming import dataset_of_run, recipe_of_run
 from patchloom.pipelines.train.run import TrainJob
 from patchloom.pipelines.train.run_folder import OpenRun, open_run_folder
@@ -90,7 +91,8 @@ def train(
 
     Raises:
         UserError: the recipe does not fit the dataset, the folder has another run in it, or the loss diverged.
-        Stopped: SIGTERM arrived; a checkpoint was written.
+        Stopped: SIGTERM arrived; a checkpoint was written if the workers were training.
+        WorkersFailed: workers failed again and again without a newer checkpoint.
 
     Example:
         run = patchloom.train("recipe.yaml", "dataset", "run", workers=0)
@@ -133,7 +135,7 @@ def _closing_run(folder: Path) -> Iterator[None]:
     try:
         yield
         status = "FINISHED"
-    except Stopped:
+    except (Stopped, SystemExit, KeyboardInterrupt):
         status = "KILLED"
         raise
     finally:
@@ -144,7 +146,7 @@ def _launch(
     job: TrainJob, folder: OpenRun, workers: int, min_workers: int | None, show: ShowLine | None, resources: Resources
 ) -> None:
     """Run the workers, and show and forward their progress lines."""
-    folder.address.remove(STOP_FILE)
+    control = prepare_control(folder.address)
     with nullcontext(show) if show else _progress_bar(job.recipe, folder.path) as show_line:
         with (
             MlflowForwarder(folder.path, folder.ensure_run, show_line, folder.mlflow_answers),
@@ -156,8 +158,8 @@ def _launch(
                 workers,
                 folder.path / ".ray",
                 "train",
+                control,
                 min_workers,
-                on_stop=lambda: ask_to_stop(folder.address),
                 resources=resources,
                 paths=UsedPaths(read=(job.dataset,), written=(job.folder,)),
             )

@@ -12,6 +12,7 @@ from pathlib import Path
 from patchloom.errors import UserError
 from patchloom.platform.compute.answering import check_ray_address
 from patchloom.platform.compute.machine import keep_freed_memory
+from patchloom.platform.compute.stopping import kept_sigterm_handler
 from patchloom.platform.progress import say
 
 # Ray and MLflow read these when they are imported or when their processes start. A value that the user set is kept.
@@ -155,7 +156,7 @@ def _start_ray(local_cpus: int | None, object_store_gib: float) -> None:
             object_store_memory=round(object_store_gib * 2**30),
             include_dashboard=True,  # Ray Tune uses its State API when it cleans up
         )
-    with warnings.catch_warnings(), _silent_stderr():
+    with warnings.catch_warnings(), _silent_stderr(), kept_sigterm_handler():
         warnings.simplefilter("ignore")
         try:
             start()

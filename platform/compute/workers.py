@@ -3,9 +3,7 @@
 import contextlib
 import os
 import shutil
-import signal
 import sys
-import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +25,7 @@ from patchloom.platform.compute.session import (
     session_gpus,
 )
 from patchloom.platform.compute.shared_paths import NO_PATHS, UsedPaths, check_shared
+from patchloom.platform.compute.stopping import RunControl, call_here, call_until_stopped
 from patchloom.platform.progress import say
 
 if TYPE_CHECKING:
@@ -79,12 +78,12 @@ def run_workers(
     workers: int,
     scratch: Path,
     name: str,
+    control: RunControl,
     min_workers: int | None = None,
-    on_stop: Callable[[], None] | None = None,
     resources: Resources = DEFAULT_RESOURCES,
     paths: UsedPaths = NO_PATHS,
 ) -> LoopResult:
-    """Run `loop(worker, config)` on every worker. A worker that dies is restarted.
+    """Run `loop(worker, config)` on every worker. Workers that fail start again, as long as there is progress.
 
     Args:
         loop: the training loop.
@@ -92,9 +91,9 @@ def run_workers(
         workers: number of workers; 0 runs the loop in this process, without Ray.
         scratch: folder for the files of Ray Train, removed at the end.
         name: name of the run in Ray Train.
+        control: how SIGTERM and a deadline stop the loop, and what counts as progress.
         min_workers: continue with fewer workers, down to this number, if nodes are lost, and with more when they
             return. None: always `workers`.
-        on_stop: called on SIGTERM instead of ending the process; it asks the loop to return.
         resources: the nodes that the workers may use, and how long to wait for them.
         paths: local paths that all nodes must see.
 
@@ -102,31 +101,21 @@ def run_workers(
         What the loop returned on rank 0.
 
     Raises:
-        UserError: the cluster cannot have as many workers, or did not within the time.
+        UserError: the cluster cannot have as many workers, or did not within the time, or a worker raised one.
+        WorkersFailed: workers failed too often without a newer checkpoint.
+        Stopped: SIGTERM arrived or the time was up, and the workers did not train or did not answer.
     """
     if workers == 0:
         begin_work()
-        with _on_sigterm(on_stop):
-            return loop(Worker(), config)
+        return call_here(lambda: loop(Worker(), config), control)
     # replacing a lost node may take minutes; an elastic run does not wait for it
     is_elastic = min_workers is not None and min_workers < workers
     start_timeout = {"RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "30" if is_elastic else "600"}
-    # _on_sigterm comes last, because Ray sets its own signal handler
-    with environment_defaults(start_timeout), ray_session(workers, resources.object_store_gib), _on_sigterm(on_stop):
-        return _run_on_ray_train(loop, config, workers, min_workers or workers, scratch, name, resources, paths)
-
-
-@contextlib.contextmanager
-def _on_sigterm(action: Callable[[], None] | None) -> Iterator[None]:
-    """Call `action` on SIGTERM during the block. Only the main thread can set signal handlers."""
-    if action is None or threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, lambda *_: action())
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    with environment_defaults(start_timeout), ray_session(workers, resources.object_store_gib):
+        least = min_workers or workers
+        return call_until_stopped(
+            lambda: _run_on_ray_train(loop, config, workers, least, scratch, name, control, resources, paths), control
+        )
 
 
 def _run_on_ray_train(
@@ -136,12 +125,15 @@ def _run_on_ray_train(
     min_workers: int,
     scratch: Path,
     name: str,
+    control: RunControl,
     resources: Resources,
     paths: UsedPaths,
 ) -> LoopResult:
     import ray
     import ray.train
     from ray.train.torch import TorchTrainer
+
+    from patchloom.platform.compute.failures import MOST_FAILURES, FailureLimit, fit
 
     shape, cpus = train_worker_shape(workers, resources)
     if not _is_trial():
@@ -162,10 +154,12 @@ def _run_on_ray_train(
         run_config=ray.train.RunConfig(
             name=name,
             storage_path=str(scratch),
-            failure_config=ray.train.FailureConfig(max_failures=3, controller_failure_limit=3),
+            # a lost spot node never counts; FailureLimit counts the other failures
+            failure_config=ray.train.FailureConfig(max_failures=-1, controller_failure_limit=MOST_FAILURES),
+            callbacks=[FailureLimit(control.newest_step, control.reset)],
         ),
     )
-    result: LoopResult = trainer.fit().return_value
+    result: LoopResult = fit(trainer, control.newest_step)
     shutil.rmtree(scratch, ignore_errors=True)
     return result
 

@@ -6,16 +6,18 @@ from functools import partial
 from pathlib import Path
 
 from patchloom import __version__
-from patchloom.errors import UserError
+from patchloom.errors import Stopped, UserError
 from patchloom.models.autoencoder import NORM_GROUPS
 from patchloom.pipelines.prepare.encoders import fetch_autoencoder
 from patchloom.pipelines.train.autoencoder.quality import RECONSTRUCTIONS, measure_autoencoder
 from patchloom.pipelines.train.autoencoder.worker import AutoencoderJob, autoencoder_worker
+from patchloom.pipelines.train.control import prepare_control
 from patchloom.pipelines.train.training import resume_meter
 from patchloom.platform.compute.resources import DEFAULT_RESOURCES, Resources
 from patchloom.platform.compute.shared_paths import UsedPaths
 from patchloom.platform.compute.workers import room_for_workers, run_workers
 from patchloom.platform.dataset.prepared import Dataset, open_dataset
+from patchloom.platform.files.folder import Folder
 from patchloom.platform.files.storage import local_path, locked, make_folder, read_json
 from patchloom.platform.progress import progress, say
 from patchloom.platform.records.autoencoder_run import AutoencoderRunCard, AutoencoderSettings
@@ -83,6 +85,8 @@ def train_autoencoder(
     Raises:
         UserError: the dataset has latents, the settings do not fit it, the folder has something else in it, or
             MLflow does not answer and `register` is given.
+        Stopped: SIGTERM arrived; the same call continues.
+        WorkersFailed: workers failed again and again.
 
     Example:
         settings = patchloom.AutoencoderSettings(widths=(8, 8), images=64, patch=8)
@@ -194,7 +198,12 @@ def _run(job: AutoencoderJob, dataset: Dataset, workers: int, is_finished: bool,
                 meter.update(line.images_seen, f"loss {line.loss:.3f}")
 
         with MlflowForwarder(job.folder, ensure, show, answers):
-            run_workers(autoencoder_worker, job, workers, job.folder / ".ray", "autoencoder", resources=resources)
+            control = prepare_control(Folder.at(job.folder))
+            is_finished = run_workers(
+                autoencoder_worker, job, workers, job.folder / ".ray", "autoencoder", control, resources=resources
+            )
+        if not is_finished:
+            raise Stopped(f"{job.folder} has a checkpoint: run the same command again to continue")
 
 
 def _measure(folder: Path, dataset: Dataset) -> AutoencoderRunCard:

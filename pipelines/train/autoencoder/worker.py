@@ -19,9 +19,11 @@ from patchloom.models.checkpoints import load_checkpoint
 from patchloom.models.random_draws import RowOrder, derive_seed
 from patchloom.models.step import Gradients, TrainingState
 from patchloom.pipelines.train.checkpointer import Checkpointer, newest_checkpoint, worker_lock
+from patchloom.pipelines.train.control import requested, show_training
 from patchloom.pipelines.train.progress_log import ProgressLog
 from patchloom.platform.compute.workers import Worker
 from patchloom.platform.dataset.prepared import Dataset, open_dataset
+from patchloom.platform.files.folder import Folder
 from patchloom.platform.files.storage import whole_folder
 from patchloom.platform.recipe.run_recipe import KeepSection
 from patchloom.platform.records.autoencoder_run import AutoencoderSettings
@@ -48,26 +50,32 @@ class AutoencoderJob:
     init_from: Path | None
 
 
-def autoencoder_worker(worker: Worker, job: AutoencoderJob) -> None:
-    """Train one worker's share of each batch. Worker 0 writes progress, checkpoints and the model."""
+def autoencoder_worker(worker: Worker, job: AutoencoderJob) -> bool:
+    """Train one worker's share of each batch. Worker 0 writes progress, checkpoints and the model.
+
+    Returns:
+        Whether the training is finished. A request to stop ends it earlier, with a checkpoint.
+    """
     with worker_lock(worker, job.folder):
         trainer = _Trainer(worker, job)
         if worker.rank > 0:
-            trainer.train()
-            return
+            return trainer.train()
+        show_training(Folder.at(job.folder))
         with _Watcher(job, trainer.state) as watcher:
-            trainer.train(watcher)
+            if not trainer.train(watcher):
+                return False
         network: Any = trainer.state.denoiser
         network.register_to_config(scaling_factor=_latent_scale(network, trainer.dataset, trainer.rows, trainer.device))
         with whole_folder(job.folder / "model") as model:
             save_autoencoder(network.cpu(), model)
+        return True
 
 
 class _Trainer:
     """One worker's share of the training. A step is a function of the weights, the settings and its number."""
 
     def __init__(self, worker: Worker, job: AutoencoderJob) -> None:
-        self.worker, self.settings = worker, job.settings
+        self.worker, self.settings, self.folder = worker, job.settings, job.folder
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.dataset = open_dataset(job.dataset)
         self.rows = self.dataset.indices("train", job.settings.held_out_fraction)
@@ -78,12 +86,17 @@ class _Trainer:
         if newest is not None:
             load_checkpoint(newest, self.state)
 
-    def train(self, watcher: "_Watcher | None" = None) -> None:
-        """Take the remaining steps."""
-        while self.state.step < self.settings.steps:
+    def train(self, watcher: "_Watcher | None" = None) -> bool:
+        """Take the remaining steps, until all are taken (True) or the run was asked to stop (False)."""
+        is_stopped = False
+        while self.state.step < self.settings.steps and not is_stopped:
             self._step()
+            ends = self.state.step == self.settings.steps
+            request = requested(self.worker, self.folder, self.state.step)
+            is_stopped = request == "" and not ends
             if watcher:
-                watcher.after_step()
+                watcher.after_step(ends or request is not None)
+        return not is_stopped
 
     def _step(self) -> None:
         state, settings, worker = self.state, self.settings, self.worker
@@ -130,9 +143,9 @@ class _Watcher:
     def __exit__(self, *_: object) -> None:
         self.checkpointer.wait()
 
-    def after_step(self) -> None:
-        """Write what is due after a step."""
-        step, ends = self.state.step, self.state.step == self.settings.steps
+    def after_step(self, ends: bool) -> None:
+        """Write what is due after a step, or after the last one of this session."""
+        step = self.state.step
         if ends or step % LOG_EVERY_STEPS == 0:
             self._write_line()
         if ends or step % self.checkpoint_every == 0:

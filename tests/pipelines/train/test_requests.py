@@ -6,7 +6,7 @@ import pytest
 from helpers import tiny_recipe
 
 from patchloom.pipelines.train import train
-from patchloom.pipelines.train.monitor import STOP_FILE, ask_for_checkpoint, ask_to_stop
+from patchloom.pipelines.train.control import STOP_FILE, ask_for_checkpoint, ask_to_stop
 from patchloom.platform.files.folder import Folder
 from patchloom.platform.records.run import ProgressLine
 

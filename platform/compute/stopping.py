@@ -1,0 +1,164 @@
+"""Stopping: how SIGTERM and a deadline end a run, with a checkpoint while its workers train, else at once."""
+
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from types import FrameType
+from typing import Any, TypeVar
+
+from patchloom.errors import Stopped, Terminated
+
+Answer = TypeVar("Answer")
+
+STOP_WAIT_S = 600.0  # how long workers that were asked to stop may take for their step and its checkpoint
+CHECK_EVERY_S = 0.2
+CONTINUE_RUN = "continue with the same command and --resume"
+
+
+@dataclass(frozen=True)
+class RunControl:
+    """What the process of a command knows of the workers of its run, and how it asks them to stop.
+
+    Args:
+        ask: asks the workers to write a checkpoint and return.
+        has_begun: whether workers train now, so that they can answer.
+        reset: notes that no workers train now.
+        newest_step: the step of the newest checkpoint; 0 if there is none. It is pickled.
+        stop_at: a time of `time.monotonic` at which the workers are asked to stop. None: never.
+    """
+
+    ask: Callable[[], None]
+    has_begun: Callable[[], bool]
+    reset: Callable[[], None]
+    newest_step: Callable[[], int]
+    stop_at: float | None = None
+
+
+@dataclass
+class _Stop:
+    """The state of a request to stop."""
+
+    control: RunControl
+    signals: int = 0
+    asked_at: float | None = field(default=None)
+
+    def on_signal(self, *_: object) -> None:
+        """Handle SIGTERM: the first one asks the workers, the second one ends the process."""
+        self.signals += 1
+        if self.signals > 1:
+            raise Terminated(f"a second SIGTERM arrived: {self._newest()}")
+
+    def check(self) -> None:
+        """Ask the workers to stop if that is due. Raises Terminated if they do not train or do not answer."""
+        if self.asked_at is None and (self.signals or _is_past(self.control.stop_at)):
+            if not self.control.has_begun():
+                raise Terminated(f"no worker was training: {self._newest()}")
+            self.asked_at = time.monotonic()
+            self.control.ask()
+        if self.asked_at is not None and time.monotonic() > self.asked_at + STOP_WAIT_S:
+            raise Terminated(f"the workers did not stop within {STOP_WAIT_S:.0f} s: {self._newest()}")
+
+    def _newest(self) -> str:
+        step = self.control.newest_step()
+        return f"the newest checkpoint is of step {step:,}; {CONTINUE_RUN}" if step else CONTINUE_RUN
+
+
+def _is_past(stop_at: float | None) -> bool:
+    return stop_at is not None and time.monotonic() >= stop_at
+
+
+def call_until_stopped(work: Callable[[], Answer], control: RunControl | None) -> Answer:
+    """Call a function that waits for workers, in a thread, so that this thread handles signals at once.
+
+    Args:
+        work: the function.
+        control: the run. None: signals have their usual effect.
+
+    Raises:
+        Stopped: SIGTERM arrived or the time is up, and the workers did not train or did not answer.
+    """
+    stop, future = _Stop(control) if control else None, _in_thread(work)
+    try:
+        with _handling_sigterm(stop.on_signal if stop else None):
+            while not future.done():
+                time.sleep(CHECK_EVERY_S)
+                if stop:
+                    stop.check()
+    except Terminated as error:
+        raise Stopped(str(error)) from None
+    return future.result()
+
+
+def call_here(work: Callable[[], Answer], control: RunControl | None) -> Answer:
+    """Call a function that trains in this thread. SIGTERM and the deadline ask it to stop, as above."""
+    if control is None:
+        return work()
+    stop, ended = _Stop(control), threading.Event()
+
+    def on_signal(*_: object) -> None:
+        stop.on_signal()
+        stop.check()
+
+    def ask_in_time() -> None:
+        if not ended.wait(max(0.0, (control.stop_at or 0) - time.monotonic())):
+            control.ask()  # if it does not train yet, it stops after its first step
+
+    if control.stop_at is not None:
+        threading.Thread(target=ask_in_time, name="deadline", daemon=True).start()
+    try:
+        with _handling_sigterm(on_signal):
+            return work()
+    except Terminated as error:
+        raise Stopped(str(error)) from None
+    finally:
+        ended.set()
+
+
+def _in_thread(work: Callable[[], Answer]) -> Future[Answer]:
+    future: Future[Answer] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(work())
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=run, name="workers", daemon=True).start()
+    return future
+
+
+@contextmanager
+def _handling_sigterm(handler: Callable[..., None] | None) -> Iterator[None]:
+    """Call `handler` on SIGTERM during the block. Only the main thread can set signal handlers."""
+    if handler is None or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    with kept_sigterm_handler():
+        signal.signal(signal.SIGTERM, handler)
+        yield
+
+
+@contextmanager
+def kept_sigterm_handler() -> Iterator[None]:
+    """Restore the handler of SIGTERM after the block, which may set another one, as the start of Ray does."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before: Any = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def exit_on_sigterm() -> None:
+    """Let SIGTERM raise Terminated in this process, so that it ends in order and within seconds."""
+    signal.signal(signal.SIGTERM, _terminate)
+
+
+def _terminate(signum: int, frame: FrameType | None) -> None:
+    raise Terminated
