@@ -14,7 +14,7 @@ from patchloom.errors import Stopped, Terminated
 
 Answer = TypeVar("Answer")
 
-STOP_WAIT_S = 600.0  # how long workers that were asked to stop may take for their step and its checkpoint
+STOPPING_WAIT_S = 600.0  # how long workers that were asked to stop may take for their step and its checkpoint
 CHECK_EVERY_S = 0.2
 CONTINUE_RUN = "continue with the same command and --resume"
 
@@ -59,8 +59,8 @@ class _Stop:
                 raise Terminated(f"no worker was training: {self._newest()}")
             self.asked_at = time.monotonic()
             self.control.ask()
-        if self.asked_at is not None and time.monotonic() > self.asked_at + STOP_WAIT_S:
-            raise Terminated(f"the workers did not stop within {STOP_WAIT_S:.0f} s: {self._newest()}")
+        if self.asked_at is not None and time.monotonic() > self.asked_at + STOPPING_WAIT_S:
+            raise Terminated(f"the workers did not stop within {STOPPING_WAIT_S:.0f} s: {self._newest()}")
 
     def _newest(self) -> str:
         step = self.control.newest_step()

@@ -105,6 +105,15 @@ def wait_until(condition: Callable[[], object], process: subprocess.Popen[str], 
         time.sleep(0.005)
 
 
+def read_output_until(process: subprocess.Popen[str], text: str) -> None:
+    """Read the output of a process until a line contains a text."""
+    assert process.stdout is not None
+    for line in process.stdout:
+        if text in line:
+            return
+    raise AssertionError(f"{text} was not printed")
+
+
 def assert_equal_models(one: Path, other: Path) -> None:
     """The models of two runs are equal, bit for bit."""
     first, second = (load_file(run / "model" / "model.safetensors") for run in (one, other))
