@@ -13,15 +13,15 @@ from machines import RAY_PORT, Machine, Network, cpus
 
 from patchloom.platform.recipe import recipe_yaml
 
-HEAD_ID = "f" * 51 + "00000"  # how the provider names the head
+HEAD_ID = "f" * 51 + "00000"  # the provider has fixed names for the head and its type
 NODE_TYPES = {
-    "head": {"resources": {"CPU": 0}, "node_config": {}, "max_workers": 0},
+    "ray.head.default": {"resources": {"CPU": 0}, "node_config": {}, "max_workers": 0},
     "worker": {"resources": {"CPU": 1}, "node_config": {}, "min_workers": 0, "max_workers": 2},
 }
 CLUSTER = {
     "cluster_name": "fake", "max_workers": 2, "upscaling_speed": 10, "idle_timeout_minutes": 1, "auth": {},
     "provider": {"type": "fake_multinode", "launch_multiple": True, "head_node_id": HEAD_ID},
-    "available_node_types": NODE_TYPES, "head_node_type": "head",
+    "available_node_types": NODE_TYPES, "head_node_type": "ray.head.default",
     **{key: [] for key in ("head_start_ray_commands", "worker_start_ray_commands", "setup_commands",
                            "head_setup_commands", "worker_setup_commands", "initialization_commands",
                            "cluster_synced_files", "rsync_exclude", "rsync_filter")},
