@@ -18,6 +18,7 @@ from patchloom.pipelines.cli.options import (
     required_out,
 )
 from patchloom.platform.compute.resources import Resources
+from patchloom.platform.files.folder import Folder
 from patchloom.platform.files.storage import whole_number
 
 RunFolder = Annotated[str | None, typer.Option(help="Run folder to write; required without --dry-run")]
@@ -149,8 +150,9 @@ def train(
         min_workers=min_workers or nodes.min_workers, microbatch=microbatch, compile=compile_, profile=profile,
         resume=resume, resources=nodes,
     )  # fmt: skip
-    print(f"model: {result.model}")
-    print(f"register it: patchloom models register {result.folder} NAME --alias champion")
+    folder = Folder.at(result.address)
+    print(f"model: {folder.folder('model')}")
+    print(f"register it: patchloom models register {folder} NAME --alias champion")
 
 
 def required_run(recipe: str | None, data: str | None, out: str | None, resume: bool) -> str:

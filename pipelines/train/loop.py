@@ -15,39 +15,47 @@ from patchloom.pipelines.train.profiler import Profiler
 from patchloom.pipelines.train.run import TrainingRun, TrainJob, open_run, save_run_model
 from patchloom.platform.compute.workers import Worker
 from patchloom.platform.files.cache import working_copy
-from patchloom.platform.files.copies import RemoteMirror, pull_folder
+from patchloom.platform.files.copies import RemoteMirror, UnsentWork, send_unsent, update_copy
 from patchloom.platform.files.folder import Folder
 from patchloom.platform.records.run import ProgressLine
 
 
 @dataclass(frozen=True)
 class TrainOutcome:
-    """How a session of training ended, and its last progress line."""
+    """How a session of training ended, its last progress line, and why work of it was not sent to the store."""
 
     verdict: Verdict
     line: ProgressLine | None
+    unsent: str | None = None
 
 
 def train_worker(worker: Worker, job: TrainJob) -> TrainOutcome:
     """Train one worker's share of a run, from its newest checkpoint to its end."""
     there = Folder(job.folder)
-    with _local_run(worker, there) as folder, worker_lock(worker, folder):
-        run = open_run(worker, replace(job, folder=str(folder)))
-        if worker.rank == 0:
-            show_training(there)
-        return _train(run)
+    try:
+        with _local_run(worker, there, job.owner) as folder, worker_lock(worker, folder):
+            run = open_run(worker, replace(job, folder=str(folder)))
+            if worker.rank == 0:
+                show_training(there)
+            outcome = _train(run)
+    except UnsentWork as error:  # not a failure, after which Ray Train would start the workers again
+        return replace(outcome, unsent=str(error))
+    return outcome
 
 
 @contextmanager
-def _local_run(worker: Worker, run: Folder) -> Iterator[Path]:
+def _local_run(worker: Worker, run: Folder, owner: str) -> Iterator[Path]:
     """The run folder on this node. Worker 0 sends what it writes to a remote one."""
     if not run.is_remote:
         yield run.path
         return
     here = working_copy(run, "worker")
     (here / STOP_FILE).unlink(missing_ok=True)
-    pull_folder(run, here, without_old_tensors(run))
-    with RemoteMirror(here, run, STOP_FILE) if worker.rank == 0 else nullcontext():
+    send_unsent(run, here, owner)  # also if this worker is not worker 0 any more
+    worker.any(False)  # waits for the other workers, so that all continue from the same checkpoint
+    update_copy(run, here, without_old_tensors(run))
+    worker.any(False)  # waits again, because worker 0 of the same node writes into the same copy
+    with RemoteMirror(here, run, STOP_FILE, owner) if worker.rank == 0 else nullcontext():
         yield here
 
 

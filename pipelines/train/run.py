@@ -45,6 +45,7 @@ class TrainJob:
         microbatch: most crops on a device at once. None: all.
         compile: compile the network with torch.compile.
         profile: write a profile of the first steps.
+        owner: who holds the fence of a remote run folder.
     """
 
     recipe: Recipe
@@ -55,6 +56,7 @@ class TrainJob:
     microbatch: int | None = None
     compile: bool = False
     profile: bool = False
+    owner: str = ""
 
 
 def step_settings(recipe: Recipe, resolution: int) -> StepSettings:

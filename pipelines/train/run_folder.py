@@ -1,6 +1,7 @@
 """The run folder: created for a new run, checked when a run is resumed."""
 
 import functools
+import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,7 +18,8 @@ from patchloom.pipelines.train.mlflow_run import ensure_mlflow_run
 from patchloom.pipelines.train.resuming import RECIPE_FILE, check_continues, differing_keys
 from patchloom.platform.dataset.prepared import Dataset
 from patchloom.platform.files.cache import working_copy
-from patchloom.platform.files.copies import pull_folder
+from patchloom.platform.files.copies import Writer, pull_folder, send_unsent
+from patchloom.platform.files.fence import fenced
 from patchloom.platform.files.folder import Folder
 from patchloom.platform.files.storage import locked, make_folder, write_atomic
 from patchloom.platform.progress import say
@@ -36,12 +38,14 @@ class OpenRun:
         address: the folder itself, which may be remote.
         ensure_run: finds or creates the MLflow run, and returns its id.
         mlflow_answers: whether the tracking store answers now.
+        owner: who holds the fence of a remote folder.
     """
 
     path: Path
     address: Folder
     ensure_run: Callable[[], str]
     mlflow_answers: bool
+    owner: str
 
     @property
     def is_finished(self) -> bool:
@@ -60,7 +64,7 @@ def open_run_folder(
         UserError: the folder contains another run or is in use, `resume` is missing, or the initial weights do
             not fit.
     """
-    with _local_folder(address) as path, locked(path):
+    with fenced(address) as owner, _local_folder(address, owner) as path, locked(path):
         is_new = not (path / RUN_FILE).is_file()
         if not is_new:
             _check_same(path, address, recipe, dataset, resume)
@@ -76,15 +80,18 @@ def open_run_folder(
             ensure_run()
         if not answers:
             say(f"  MLflow at {shown_uri()} does not answer: the run continues, and its lines are sent later")
-        yield OpenRun(path, address, ensure_run, answers)
+        yield OpenRun(path, address, ensure_run, answers, owner)
 
 
 @contextmanager
-def _local_folder(address: Folder) -> Iterator[Path]:
+def _local_folder(address: Folder, owner: str) -> Iterator[Path]:
     """The run folder, or a local copy of a remote one, updated before and after the block."""
     if not address.is_remote:
         yield make_folder(address.path)
         return
+    send_unsent(address, working_copy(address, "worker"), owner)
+    if (writer := Writer.of(address)) is not None and writer.host != socket.gethostname():
+        say(f"  {address} may lack work that is on {writer.host} in {writer.path}: a worker there sends it first")
     copy = working_copy(address, "driver")
     pull_folder(address, copy, without_tensors)
     yield copy

@@ -116,8 +116,9 @@ def train(
             stack.enter_context(room_for_workers(workers, min_workers, resources, paths))
         folder = stack.enter_context(open_run_folder(Folder.at(out), recipe, card, rows, resume, parent_run))
         job = TrainJob(
-            recipe, card, rows.address, folder.address.address, allowed_backbones(), microbatch, compile, profile
-        )
+            recipe, card, rows.address, folder.address.address, allowed_backbones(), microbatch, compile, profile,
+            folder.owner,
+        )  # fmt: skip
         with _closing_run(folder.path):
             if folder.is_finished:
                 say(f"{out} is finished: its model is {out}/model")
@@ -195,6 +196,8 @@ def resume_meter(meter: Meter, folder: Path) -> int:
 
 def _check_outcome(folder: Folder, outcome: TrainOutcome) -> None:
     """Raise Stopped or UserError unless the run is finished."""
+    if outcome.unsent:
+        raise UserError(outcome.unsent)
     complete = whole_checkpoints(folder)
     if outcome.verdict == Verdict.STOPPED:
         if not complete:  # the disk was full

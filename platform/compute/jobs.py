@@ -16,6 +16,7 @@ from patchloom.platform.compute.actors import map_on_actors
 from patchloom.platform.compute.resources import DEFAULT_RESOURCES, Resources
 from patchloom.platform.compute.session import begin_work
 from patchloom.platform.compute.shared_paths import NO_PATHS, UsedPaths
+from patchloom.platform.files.fence import fenced
 from patchloom.platform.files.folder import Folder
 from patchloom.platform.files.storage import locked, make_folder, sweep_partial
 from patchloom.platform.progress import Meter, progress
@@ -120,9 +121,13 @@ def run_job(job: Job[Any, Any], workers: int | None, resources: Resources = DEFA
 
 @contextlib.contextmanager
 def _exclusive(folder: Folder | None) -> Iterator[None]:
-    """Keep other processes out of a local folder. A remote one has no lock: two processes write the same bytes."""
-    if folder is None or folder.is_remote:
+    """Keep other processes out of a folder."""
+    if folder is None:
         yield
+        return
+    if folder.is_remote:
+        with fenced(folder):
+            yield
         return
     with locked(make_folder(folder.path)):
         for place in (folder.path, *folder.path.glob("*/"), *folder.path.glob(f"{WORK_FOLDER}/*/")):

@@ -17,6 +17,7 @@ import pyarrow as pa
 import pyarrow.fs
 
 from patchloom.errors import UserError
+from patchloom.platform.files.patience import PASSING, StoreError, patient
 from patchloom.platform.files.storage import local_path, write_atomic
 
 COPY_BYTES = 8 << 20
@@ -26,6 +27,14 @@ def is_remote(text: str | os.PathLike[str]) -> bool:
     """Whether an address is not on the file system of this machine."""
     name = os.fspath(text)
     return "://" in name and not name.startswith("file://")
+
+
+def _store_of(folder: "Folder") -> str:
+    """The bucket or server of a remote folder, for messages; empty for a local folder."""
+    return "/".join(str(folder).split("/")[:3]) if folder.is_remote else ""
+
+
+_patient = patient(_store_of)
 
 
 @dataclass(frozen=True)
@@ -67,6 +76,11 @@ class Folder:
         return is_remote(self.address)
 
     @property
+    def store(self) -> str:
+        """The bucket or server of a remote folder, for messages; empty for a local folder."""
+        return _store_of(self)
+
+    @property
     def path(self) -> Path:
         """Where it lies on this machine; ValueError for a remote one."""
         if self.is_remote:
@@ -83,6 +97,7 @@ class Folder:
         base, mark, options = self.address.partition("?") if self.is_remote else (self.address, "", "")
         return Folder(f"{base}/{name}{mark}{options}")
 
+    @_patient
     def files(self, follow_links: bool = False) -> dict[str, int]:
         """All files, also in sub-folders, with their sizes in bytes; empty if there is no folder.
 
@@ -96,17 +111,20 @@ class Folder:
         wanted = (info for info in found if info.type == pyarrow.fs.FileType.File)
         return dict(sorted((info.path.removeprefix(base).lstrip("/"), info.size) for info in wanted))
 
+    @_patient
     def has(self, name: str) -> bool:
         """Whether there is a file with this name."""
         with self._connected() as (system, base):
             return bool(system.get_file_info(f"{base}/{name}").type == pyarrow.fs.FileType.File)
 
+    @_patient
     def size(self, name: str) -> int:
         """The size of a file in bytes; -1 if unknown."""
         with self._connected() as (system, base):
             size = system.get_file_info(f"{base}/{name}").size
         return -1 if size is None else int(size)
 
+    @_patient
     def stamp(self, name: str) -> str:
         """A text that changes when the file is replaced: its size, time of modification and metadata."""
         with self._connected() as (system, base):
@@ -115,6 +133,7 @@ class Folder:
                 metadata = file.metadata()
         return f"{info.size} {info.mtime_ns} {sorted(metadata.items())}"
 
+    @_patient
     def open(self, name: str) -> BinaryIO:
         """A file for random reading; raises OSError if it cannot be opened, UserError if its name leaves the folder."""
         inner_name(name, self)
@@ -124,6 +143,7 @@ class Folder:
             opened: BinaryIO = system.open_input_file(f"{base}/{name}")
         return opened
 
+    @_patient
     def read(self, name: str) -> bytes:
         """The content of a file; raises OSError if it cannot be read."""
         with self.open(name) as file:
@@ -136,6 +156,7 @@ class Folder:
         except ValueError as error:
             raise UserError(f"{self}/{name} is not valid JSON ({error}): remove it or restore it") from None
 
+    @_patient
     def write(self, name: str, content: Any, sync: bool = True) -> None:
         """Write text or bytes to a file. `sync` is for local files, as in `write_atomic`."""
         if self.is_remote:
@@ -150,6 +171,7 @@ class Folder:
         """Write a JSON file, with the keys in the given order."""
         self.write(name, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
+    @_patient
     def put(self, file: Path, name: str) -> None:
         """Copy a local file into the folder under a name."""
         if self.is_remote:
@@ -180,6 +202,7 @@ class Folder:
         finally:
             partial.unlink(missing_ok=True)
 
+    @_patient
     def fetch(self, name: str, path: Path) -> None:
         """Copy a file to a local path."""
         partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.partial")
@@ -191,6 +214,7 @@ class Folder:
         finally:
             partial.unlink(missing_ok=True)
 
+    @_patient
     def remove(self, name: str) -> None:
         """Remove a file, if there is one."""
         if not self.is_remote:
@@ -220,7 +244,12 @@ class Folder:
         except (OSError, pa.ArrowException) as error:
             problem = " ".join(str(error).split())
             problem = problem if len(problem) <= 200 else f"{problem[:197]}..."
-            raise UserError(f"{self} cannot be reached ({problem}): check the address and its credentials") from None
+            is_passing = PASSING.search(str(error)) is not None
+            raise StoreError(
+                f"{self} cannot be reached ({problem}): "
+                + ("try again when the store answers" if is_passing else "check the address and its credentials"),
+                is_passing,
+            ) from None
 
 
 def inner_name(name: str, place: object) -> str:
@@ -271,6 +300,11 @@ def _output(system: Any, path: str) -> Any:
     if system.type_name not in ("s3", "gcs"):  # object stores have no folders
         system.create_dir(path.rpartition("/")[0], recursive=True)
     return system.open_output_stream(path, compression=None)
+
+
+def remote_system(folder: Folder) -> Any:
+    """The file system of pyarrow that a remote folder is on."""
+    return _system(folder.address)[0]
 
 
 def _system(address: str) -> tuple[Any, str]:

@@ -1,19 +1,29 @@
 """Copies of remote folders, mirrors of local ones, and the cache that the processes of a node share."""
 
-import os
+import socket
 import threading
 import time
-import urllib.request
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from faulty_proxy import FaultyProxy
 from helpers import names_in
 
 from patchloom.errors import UserError
 from patchloom.platform.files import copies
 from patchloom.platform.files.cache import working_copy
-from patchloom.platform.files.copies import ProgressFetcher, RemoteMirror, local_copy, pull_folder
+from patchloom.platform.files.copies import (
+    ProgressFetcher,
+    RemoteMirror,
+    local_copy,
+    pull_folder,
+    send_unsent,
+    update_copy,
+)
+from patchloom.platform.files.fence import FENCE_FILE
 from patchloom.platform.files.folder import Folder
+from patchloom.platform.files.journal import has_unsent
 from patchloom.platform.files.storage import whole_folder
 
 TENSORS = ("a.safetensors", "b.safetensors", "z.safetensors")
@@ -183,40 +193,89 @@ def test_the_remote_file_has_only_complete_lines(there: Folder, here: Path, monk
     assert there.read("progress.jsonl").endswith(b'9}\n{"step": 40}\n')
 
 
-def bucket(method: str, name: str) -> None:
-    """Make (PUT) or remove (DELETE) a bucket of the tests' server."""
-    request = urllib.request.Request(f"{os.environ['AWS_ENDPOINT_URL']}/{name}", method=method)
-    urllib.request.urlopen(request, timeout=5).close()
+@pytest.fixture
+def proxy(s3: str, s3_environment: str) -> Iterator[FaultyProxy]:
+    """A proxy in front of the store."""
+    with FaultyProxy(s3_environment) as started:
+        yield started
 
 
-def test_a_store_that_does_not_answer_at_the_end_raises(s3: str, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(copies, "SEND_RETRY_S", 0.01)
-    bucket("PUT", "away")
-    away = Folder.at("s3://away/run")
+def through(proxy: FaultyProxy, folder: Folder) -> Folder:
+    """The same remote folder, reached through the proxy."""
+    return Folder(f"{folder.address}?endpoint_override={proxy.address.removeprefix('http://')}&scheme=http")
+
+
+def test_a_store_that_does_not_answer_at_the_end_raises(
+    there: Folder, here: Path, proxy: FaultyProxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATCHLOOM_STORE_WAIT_S", "0.1")
+    away = through(proxy, there)
     checkpoint(here, 1)
-    with pytest.raises(UserError, match=r"s3://away/run .*--resume") as refused:  # noqa: SIM117
+    with pytest.raises(UserError, match=r"--resume") as refused:  # noqa: SIM117
         with RemoteMirror(here, away):
-            bucket("DELETE", "away")
-    assert "\n" not in str(refused.value)
-    bucket("PUT", "away")
+            proxy.set("503")
+    message = str(refused.value)
+    assert "\n" not in message and all(str(part) in message for part in (away, here, socket.gethostname()))
+    assert has_unsent(here)
+    proxy.set("ok")
+    assert send_unsent(away, here) == 4 and not has_unsent(here)
     with RemoteMirror(here, away):
         pass
-    assert list(away.files()) == names_in(here) and len(away.files()) == 4
+    assert list(there.files()) == names_in(here) and len(names_in(here)) == 4
 
 
-def test_a_store_that_answers_again_gets_all_files(s3: str, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(copies, "SEND_RETRY_S", 0.2)
+def test_a_store_that_answers_again_gets_all_files(
+    there: Folder, here: Path, proxy: FaultyProxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(copies, "SYNC_EVERY_S", 0.05)
-    bucket("PUT", "back")
-    back = Folder.at("s3://back/run")
-    timer = threading.Timer(0.8, bucket, ["PUT", "back"])
-    with RemoteMirror(here, back):
-        bucket("DELETE", "back")
+    with RemoteMirror(here, through(proxy, there)):
+        proxy.set("503")
         checkpoint(here, 1)
-        time.sleep(0.3)  # looks that fail cost nothing
+        timer = threading.Timer(1.5, proxy.set, ["ok"])
         timer.start()
     timer.join()
-    assert list(back.files()) == names_in(here) and len(back.files()) == 4
+    assert proxy.refused
+    assert list(there.files()) == names_in(here) and len(there.files()) == 4
+
+
+def test_work_that_was_not_sent_is_kept_aside_when_another_copy_continued(
+    there: Folder, here: Path, tmp_path: Path, proxy: FaultyProxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATCHLOOM_STORE_WAIT_S", "0.1")
+    away, other = through(proxy, there), tmp_path / "other"
+    with RemoteMirror(here, away):
+        checkpoint(here, 1)
+    with pytest.raises(UserError), RemoteMirror(here, away):
+        proxy.set("503")
+        checkpoint(here, 3)
+    proxy.set("ok")
+    other.mkdir()
+    update_copy(there, other, lambda name: True)
+    with RemoteMirror(other, there):
+        checkpoint(other, 2)
+    assert send_unsent(there, here) == 0
+    update_copy(there, here, lambda name: True)
+    assert names_in(here) == names_in(other) == list(there.files())
+    aside = tmp_path / "here-unsent-1"
+    assert names_in(aside) == [
+        f"checkpoints/step-3/{name}" for name in (*TENSORS[:2], "checkpoint.json", "z.safetensors")
+    ]
+    assert has_unsent(aside) and not has_unsent(here)
+
+
+def test_a_mirror_whose_fence_was_taken_over_sends_nothing_more(
+    there: Folder, here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(copies, "SYNC_EVERY_S", 0.05)
+    there.write_json(FENCE_FILE, {"owner": "mine"})
+    with pytest.raises(UserError, match="another command"), RemoteMirror(here, there, ".stop", "mine"):
+        there.write_json(FENCE_FILE, {"owner": "another"})
+        checkpoint(here, 1)
+        deadline = time.monotonic() + 5
+        while not (here / ".stop").exists() and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert (here / ".stop").exists()
+    assert not [name for name in there.files() if not name.startswith(".")] and has_unsent(here)
 
 
 def test_a_remote_signal_file_appears_here(there: Folder, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -233,6 +292,7 @@ def test_a_remote_signal_file_appears_here(there: Folder, here: Path, monkeypatc
 
 def test_a_mirror_that_cannot_send_raises(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(copies, "SEND_RETRY_S", 0.01)
+    monkeypatch.setenv("PATCHLOOM_STORE_WAIT_S", "0.1")
     there = Folder.at(f"local://{here.parent}/there")  # writes only into folders that exist, as sftp:// does
     checkpoint(here, 1)
     try:
