@@ -100,8 +100,9 @@ class RemoteMirror:
         here, sent = stamps_of(self.here), {}
         for name, size in self.there.files().items():
             if not is_hidden_name(name):  # a file that was just fetched is not sent back
-                known = name.endswith(".safetensors") and here.get(name, NOT_SENT)[0] == size
-                sent[name] = here[name] if known else NOT_SENT
+                stamp = here.get(name, NOT_SENT)
+                known = name.endswith(".safetensors") or self._journal.sent.get(name) == stamp
+                sent[name] = stamp if known and stamp[0] == size else NOT_SENT
         self._journal.sent = sent
         self._journal.write(self.here)
         self.there.write_json(WRITER_FILE, asdict(Writer(self._journal.copy_id, socket.gethostname(), str(self.here))))
@@ -246,6 +247,7 @@ def send_unsent(there: Folder, here: Path, owner: str = "") -> int:
         if names:
             journal.write(here)
             say(f"  sent {len(names)} files of {here} that {there} did not have")
+        there.remove(WRITER_FILE)  # only after everything was sent
         return len(names)
 
 

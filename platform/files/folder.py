@@ -146,7 +146,7 @@ class Folder:
     @_patient
     def read(self, name: str) -> bytes:
         """The content of a file; raises OSError if it cannot be read."""
-        with self.open(name) as file:
+        with self.open(name) as file, self._reading():
             return file.read()
 
     def read_json(self, name: str) -> Any:
@@ -208,7 +208,7 @@ class Folder:
         partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.partial")
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            with self.open(name) as source, partial.open("wb") as target:
+            with self.open(name) as source, partial.open("wb") as target, self._reading():
                 shutil.copyfileobj(source, target, COPY_BYTES)
             partial.replace(path)
         finally:
@@ -232,6 +232,16 @@ class Folder:
             self.folder(name).remove(file)
 
     @contextmanager
+    def _reading(self) -> Iterator[None]:
+        """Errors of a remote file become a UserError, those of the disk, which have a number, do not."""
+        try:
+            yield
+        except OSError as error:
+            if not self.is_remote or error.errno is not None:
+                raise
+            raise self._refusal(error) from None
+
+    @contextmanager
     def _connected(self) -> Iterator[tuple[Any, str]]:
         """The file system and the path of the folder on it. Errors of a remote one become a UserError."""
         if not self.is_remote:
@@ -242,14 +252,14 @@ class Folder:
         except FileNotFoundError:
             raise
         except (OSError, pa.ArrowException) as error:
-            problem = " ".join(str(error).split())
-            problem = problem if len(problem) <= 200 else f"{problem[:197]}..."
-            is_passing = PASSING.search(str(error)) is not None
-            raise StoreError(
-                f"{self} cannot be reached ({problem}): "
-                + ("try again when the store answers" if is_passing else "check the address and its credentials"),
-                is_passing,
-            ) from None
+            raise self._refusal(error) from None
+
+    def _refusal(self, error: Exception) -> StoreError:
+        problem = " ".join(str(error).split())
+        problem = problem if len(problem) <= 200 else f"{problem[:197]}..."
+        is_passing = PASSING.search(str(error)) is not None
+        advice = "try again when the store answers" if is_passing else "check the address and its credentials"
+        return StoreError(f"{self} cannot be reached ({problem}): {advice}", is_passing)
 
 
 def inner_name(name: str, place: object) -> str:

@@ -11,6 +11,8 @@ from patchloom.platform.files.cache import cache_entries
 from patchloom.platform.files.folder import Folder
 from patchloom.platform.recipe import recipe_yaml
 
+pytestmark = pytest.mark.slow  # test_copies.py and test_fence.py have faster tests of the parts
+
 
 @pytest.fixture
 def node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
@@ -43,6 +45,7 @@ def test_a_run_that_ends_during_an_outage_is_sent_by_resume(
         proxy.set("ok")
         again = start_cli(*command, "--resume", cwd=node)
         said = again.communicate(timeout=200)[0]
+    monkeypatch.setenv("AWS_ENDPOINT_URL", s3_environment)
     assert again.returncode == 0, said
     assert (copy / "model" / "model.safetensors").stat().st_mtime_ns == written  # sent, not trained again
     run.fetch("model/model.safetensors", node / "sent" / "model" / "model.safetensors")
