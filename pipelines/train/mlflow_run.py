@@ -9,6 +9,7 @@ from patchloom.platform.records.run import RUN_FILE, RunCard
 from patchloom.platform.tracking.runs import (
     begin_run,
     end_run,
+    failed_on_error,
     log_artifacts,
     log_dataset,
     recorded_value,
@@ -45,8 +46,9 @@ def ensure_mlflow_run(folder: Path, address: Folder, parent_run: str | None = No
         "patchloom.folder": str(address),
     }
     run_id = begin_run(recipe.name, "train", recipe.model_dump(mode="json"), tags, parent_run)
-    log_artifacts(run_id, folder / "recipe.yaml")
-    log_dataset(run_id, card.dataset or "", card.dataset_fingerprint)
+    with failed_on_error(run_id):
+        log_artifacts(run_id, folder / "recipe.yaml")
+        log_dataset(run_id, card.dataset or "", card.dataset_fingerprint)
     card.model_copy(update={"run_id": run_id, "tracking_uri": shown_uri()}).write(folder)
     if address.is_remote:
         address.put(folder / RUN_FILE, RUN_FILE)

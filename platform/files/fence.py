@@ -136,11 +136,15 @@ class _Fence:
     def _put(self, mode: Any) -> bool:
         """Write the file under a condition. Returns False if the condition does not hold."""
         import obstore
-        from obstore.exceptions import AlreadyExistsError, BaseError, NotFoundError, PreconditionError
+        from obstore.exceptions import AlreadyExistsError, BaseError, PreconditionError
 
         try:
             self.version = _condition(obstore.put(self.store, self.key, self.card.to_bytes(), mode=mode))
-        except (AlreadyExistsError, PreconditionError, NotFoundError):
+        except (AlreadyExistsError, PreconditionError):
+            return False
+        except FileNotFoundError as error:
+            if mode == "create":  # there is no such bucket
+                raise self._refused(error) from None
             return False
         except BaseError as error:
             raise self._refused(error) from None

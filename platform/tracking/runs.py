@@ -1,8 +1,9 @@
 """Runs in MLflow: create and end them, and record parameters, metrics, files and datasets."""
 
+import contextlib
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from patchloom.platform.records.record import flat_values
@@ -34,10 +35,22 @@ def begin_run(
     run_id = str(client.create_run(experiment_id(client), tags=tags).info.run_id)
     from mlflow.entities import Param
 
-    client.log_batch(
-        run_id, params=[Param(key, str(value)[:PARAM_CHARACTERS]) for key, value in flat_values(params).items()]
-    )
+    with failed_on_error(run_id):
+        client.log_batch(
+            run_id, params=[Param(key, str(value)[:PARAM_CHARACTERS]) for key, value in flat_values(params).items()]
+        )
     return run_id
+
+
+@contextlib.contextmanager
+def failed_on_error(run_id: str) -> Iterator[None]:
+    """End a run as FAILED if the block raises, so that a run which never began is not shown as running."""
+    try:
+        yield
+    except BaseException:
+        with contextlib.suppress(Exception):  # the first error is the one to report
+            end_run(run_id, "FAILED")
+        raise
 
 
 def run_status(run_id: str) -> str:

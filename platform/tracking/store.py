@@ -1,6 +1,7 @@
 """The MLflow store: its address, the file of an SQLite store, and whether it answers."""
 
 import contextlib
+import importlib
 import os
 import re
 import sqlite3
@@ -15,6 +16,12 @@ from patchloom.platform.files.storage import locked
 EXPERIMENT = "patchloom"
 SQLITE = "sqlite:///"
 ARTIFACTS = "mlruns"  # the folder of artifacts, next to the database
+# by the scheme of an artifact location: the module that MLflow imports for it, and the extra that installs it
+ARTIFACT_PACKAGES = {
+    "s3": ("boto3", "s3"),
+    "gs": ("google.cloud.storage", "gcs"),
+    "wasbs": ("azure.storage.blob", "azure"),
+}
 DATABASE_PORTS = {"postgresql": 5432, "mysql": 3306, "mssql": 1433}
 # columns that hold addresses of artifacts, by table
 ADDRESSES = {
@@ -141,6 +148,20 @@ def check_experiment(lifecycle_stage: str, identity: str, location: str) -> None
             f"{database_path()} was copied or moved: it keeps artifacts in {old}, not in the folder {ARTIFACTS} next "
             "to it: run `patchloom models relocate`, which corrects the addresses"
         )
+    _check_artifact_package(location)
+
+
+def _check_artifact_package(location: str) -> None:
+    """Raise UserError if MLflow lacks the package that writes artifacts to such an address."""
+    module, extra = ARTIFACT_PACKAGES.get(location.partition("://")[0], ("", ""))
+    try:
+        if module:
+            importlib.import_module(module)
+    except ImportError:
+        raise UserError(
+            f"MLflow at {shown_uri()} keeps artifacts at {re.sub('://[^/@]*@', '://', location)}, and the package {module} "
+            f"is not installed: run `pip install 'patchloom[{extra}]'`"
+        ) from None
 
 
 def open_database(path: Path) -> contextlib.closing[sqlite3.Connection]:

@@ -30,6 +30,7 @@ from patchloom.platform.tracking.runs import (
     FINISHED,
     begin_run,
     end_run,
+    failed_on_error,
     log_artifacts,
     log_dataset,
     log_metrics,
@@ -177,7 +178,8 @@ def ensure_autoencoder_run(folder: Path, dataset: Dataset) -> str:
         return card.run_id
     tags = {"patchloom.dataset": card.dataset_fingerprint, "patchloom.version": card.code_version}
     run_id = begin_run(folder.name, "autoencoder", asdict(card.settings), tags)
-    log_dataset(run_id, dataset.address, dataset.fingerprint)
+    with failed_on_error(run_id):
+        log_dataset(run_id, dataset.address, dataset.fingerprint)
     card.model_copy(update={"run_id": run_id, "tracking_uri": shown_uri()}).write(folder)
     return run_id
 

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import sys
 from pathlib import Path
 
 import mlflow
@@ -14,7 +15,7 @@ from patchloom.pipelines.train import train
 from patchloom.platform.records.run import RunCard
 from patchloom.platform.tracking.client import connect, experiment_id, is_reachable, require_reachable
 from patchloom.platform.tracking.registry import fetch_model
-from patchloom.platform.tracking.runs import begin_run, log_artifacts
+from patchloom.platform.tracking.runs import begin_run, failed_on_error, log_artifacts, run_status
 from patchloom.platform.tracking.store import database_path, relocate, shown_uri, tracking_uri
 from patchloom.platform.tracking.versions import list_versions
 
@@ -152,3 +153,26 @@ def test_project_behind_a_link_is_the_same_project(project: Path, monkeypatch: p
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{project / 'link' / 'mlflow.db'}")
     require_reachable()
     assert os.environ["MLFLOW_TRACKING_URI"].endswith("link/mlflow.db")
+
+
+def test_a_missing_package_for_the_artifacts_is_an_error_before_the_run(
+    project: Path, pixels: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    is_reachable()
+    connect().delete_experiment(experiment_id(connect()))
+    monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "away")
+    connect().create_experiment("away", artifact_location="s3://key:secret@bucket/artifacts")
+    monkeypatch.setitem(sys.modules, "boto3", None)  # as if it were not installed
+    with pytest.raises(UserError, match=r"patchloom\[s3\]") as refused:
+        train(tiny_recipe(), str(pixels), str(project / "run"), workers=0)
+    assert "secret" not in str(refused.value)
+    assert not (project / "run" / "run.json").exists()
+    identity = connect().get_experiment_by_name("away").experiment_id
+    assert not connect().search_runs([identity])
+
+
+def test_a_run_that_fails_before_its_first_step_is_not_left_running(project: Path) -> None:
+    run_id = begin_run("run", "train", {}, {})
+    with pytest.raises(ZeroDivisionError), failed_on_error(run_id):
+        _ = 1 / 0
+    assert run_status(run_id) == "FAILED"
