@@ -159,7 +159,8 @@ def _check_artifact_package(location: str) -> None:
             importlib.import_module(module)
     except ImportError:
         raise UserError(
-            f"MLflow at {shown_uri()} keeps artifacts at {re.sub('://[^/@]*@', '://', location)}, and the package {module} "
+            f"MLflow at {shown_uri()} keeps artifacts at "
+            f"{re.sub('://[^/@]*@', '://', location)}, and the package {module} "
             f"is not installed: run `pip install 'patchloom[{extra}]'`"
         ) from None
 
