@@ -134,6 +134,7 @@ def _run_on_ray_train(
     from ray.train.torch import TorchTrainer
 
     from patchloom.platform.compute.failures import MOST_FAILURES, FailureLimit, fit
+    from patchloom.platform.compute.interfaces import BoundTorchConfig
 
     shape, cpus = train_worker_shape(workers, resources)
     if not _is_trial():
@@ -143,6 +144,7 @@ def _run_on_ray_train(
     trainer = TorchTrainer(
         _on_worker(loop, cpus),
         train_loop_config={"config": config},
+        torch_config=BoundTorchConfig(),
         scaling_config=ray.train.ScalingConfig(
             num_workers=workers if min_workers == workers else (min_workers, workers),
             use_gpu="GPU" in shape.bundle,

@@ -6,19 +6,31 @@ import subprocess
 import sys
 import urllib.request
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import environment, names_in
-from machines import GATEWAY, TOKEN, WITH_TESTS, Network, RayCluster, missing_tools, wait_for
+from faulty_proxy import FaultyProxy
+from helpers import environment, names_in, tiny_recipe
+from machines import (
+    GATEWAY,
+    MLFLOW_PORT,
+    ROOT,
+    TOKEN,
+    WITH_TESTS,
+    Network,
+    RayCluster,
+    TrackingServer,
+    answers,
+    missing_tools,
+    wait_for,
+)
 
+from patchloom.pipelines.train import train
 from patchloom.platform.files.folder import Folder
 
-S3_PORT, MLFLOW_PORT, POSTGRES_PORT = 5601, 5600, 5602
+S3_PORT, S3_PROXY_PORT, POSTGRES_PORT = 5601, 5603, 5602
 IMAGES = 40_000
-ROOT = Path(__file__).parents[2]
 WORKERS = ("one", "two")
 
 
@@ -38,16 +50,6 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
                 item.add_marker(pytest.mark.skip(reason=f"this machine lacks: {', '.join(missing)}"))
 
 
-def _answers(url: str) -> bool:
-    try:
-        urllib.request.urlopen(url, timeout=2).close()
-    except urllib.error.HTTPError:
-        return True
-    except OSError:
-        return False
-    return True
-
-
 @pytest.fixture(scope="session")
 def network() -> Iterator[Network]:
     """The bridge that all machines and servers are connected to."""
@@ -55,7 +57,7 @@ def network() -> Iterator[Network]:
         "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests" / "support")]),
         "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": TOKEN,
         "MLFLOW_TRACKING_URI": f"http://{GATEWAY}:{MLFLOW_PORT}",
-        "AWS_ENDPOINT_URL": f"http://{GATEWAY}:{S3_PORT}",
+        "AWS_ENDPOINT_URL": f"http://{GATEWAY}:{S3_PROXY_PORT}",
         "AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret", "AWS_DEFAULT_REGION": "us-east-1",
         "OMP_NUM_THREADS": "1", "PATCHLOOM_CACHE": "/tmp/cache",
     }  # fmt: skip
@@ -64,42 +66,27 @@ def network() -> Iterator[Network]:
 
 
 @pytest.fixture(scope="session")
-def store(network: Network, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """A bucket on an S3-compatible server."""
+def s3_proxy(network: Network, tmp_path_factory: pytest.TempPathFactory) -> Iterator[FaultyProxy]:
+    """An S3-compatible server behind a proxy whose faults a test switches on and off."""
     log = (tmp_path_factory.mktemp("s3") / "server.log").open("w")
     command = [*WITH_TESTS, sys.executable, "-m", "moto.server", "-H", GATEWAY, "-p", str(S3_PORT)]
     server = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
     address = f"http://{GATEWAY}:{S3_PORT}"
-    wait_for(lambda: _answers(address), "the S3 server")
+    wait_for(lambda: answers(address), "the S3 server")
     for bucket in ("patchloom", "artifacts"):
         urllib.request.urlopen(urllib.request.Request(f"{address}/{bucket}", method="PUT")).close()
-    keys = {name: value for name, value in network.environment.items() if name.startswith("AWS_")}
-    with environment(**keys):  # the tests themselves use the bucket too
-        yield "s3://patchloom"
+    with FaultyProxy(address, GATEWAY, S3_PROXY_PORT) as proxy:
+        yield proxy
     server.terminate()
     server.wait()
 
 
-@dataclass
-class TrackingServer:
-    """An MLflow server on PostgreSQL, with artifacts in the store."""
-
-    command: list[str]
-    environment: dict[str, str]
-    log: Path
-    process: "subprocess.Popen[bytes] | None" = None
-
-    def start(self) -> None:
-        """Start the server and wait until it answers."""
-        with self.log.open("a") as log:
-            self.process = subprocess.Popen(self.command, env=self.environment, stdout=log, stderr=log)
-        wait_for(lambda: _answers(f"http://{GATEWAY}:{MLFLOW_PORT}/health"), "MLflow")
-
-    def stop(self) -> None:
-        """Stop the server, as for an upgrade."""
-        assert self.process is not None
-        self.process.terminate()
-        self.process.wait()
+@pytest.fixture(scope="session")
+def store(network: Network, s3_proxy: FaultyProxy) -> Iterator[str]:
+    """A bucket in the store."""
+    keys = {name: value for name, value in network.environment.items() if name.startswith("AWS_")}
+    with environment(**keys):  # the tests themselves use the bucket too
+        yield "s3://patchloom"
 
 
 @pytest.fixture(scope="session")
@@ -135,7 +122,7 @@ def tracking(
     options = [*where, "--workers", "1", "--artifacts-destination", "s3://artifacts"]
     command = [*WITH_TESTS, sys.executable, "-m", "mlflow", "server", *options]
     keys = {name: value for name, value in network.environment.items() if name.startswith("AWS_")}
-    keys["MLFLOW_S3_ENDPOINT_URL"] = keys["AWS_ENDPOINT_URL"]
+    keys["AWS_ENDPOINT_URL"] = keys["MLFLOW_S3_ENDPOINT_URL"] = f"http://{GATEWAY}:{S3_PORT}"
     server = TrackingServer(command, os.environ | keys, tmp_path_factory.mktemp("mlflow") / "server.log")
     server.start()
     yield server
@@ -172,3 +159,11 @@ def dataset(pixels: Path, store: str) -> str:
     for name in sorted(names_in(pixels), key=lambda name: name == "dataset.json"):
         there.put(pixels / name, name)
     return str(there)
+
+
+@pytest.fixture(scope="session")
+def run_of_one_machine(ray_cluster: None, pixels: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run of two workers on this machine."""
+    return train(
+        tiny_recipe(train__images=3000), str(pixels), str(tmp_path_factory.mktemp("one") / "run"), workers=2
+    ).folder

@@ -9,7 +9,6 @@ from machines import RayCluster, wait_for
 
 from patchloom.pipelines.prepare import prepare
 from patchloom.pipelines.sample import sample
-from patchloom.pipelines.train import train
 from patchloom.platform.files.copies import local_copy
 from patchloom.platform.files.folder import Folder
 from patchloom.platform.recipe import recipe_yaml
@@ -49,12 +48,6 @@ def test_prepare_makes_the_shards_of_a_lost_node_again(
     if fate == "cut off":
         cluster.workers["two"].reconnect()
         cluster.kill("two")
-
-
-@pytest.fixture(scope="session")
-def run_of_one_machine(ray_cluster: None, pixels: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The run of two workers on this machine."""
-    return train(RECIPE, str(pixels), str(tmp_path_factory.mktemp("one") / "run"), workers=2).folder
 
 
 def has_checkpoint(run: Folder) -> bool:

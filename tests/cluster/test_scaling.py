@@ -20,7 +20,8 @@ NODE_TYPES = {
 }
 CLUSTER = {
     "cluster_name": "fake", "max_workers": 2, "upscaling_speed": 10, "idle_timeout_minutes": 1, "auth": {},
-    "provider": {"type": "fake_multinode", "launch_multiple": True, "head_node_id": HEAD_ID},
+    "provider": {"type": "fake_multinode", "launch_multiple": True, "head_node_id": HEAD_ID,
+                 "disable_node_updaters": True, "disable_launch_config_check": True},
     "available_node_types": NODE_TYPES, "head_node_type": "ray.head.default",
     **{key: [] for key in ("head_start_ray_commands", "worker_start_ray_commands", "setup_commands",
                            "head_setup_commands", "worker_setup_commands", "initialization_commands",

@@ -18,12 +18,12 @@ class FaultyProxy:
     requests and never answers.
     """
 
-    def __init__(self, server: str) -> None:
+    def __init__(self, server: str, own_host: str = "127.0.0.1", own_port: int = 0) -> None:
         host, _, port = server.removeprefix("http://").rpartition(":")
         self.server, self.mode = (host, int(port)), "ok"
         self.refused = 0  # requests that got a 503
-        self._listener = socket.create_server(("127.0.0.1", 0))
-        self.address = f"http://127.0.0.1:{self._listener.getsockname()[1]}"
+        self._listener = socket.create_server((own_host, own_port))
+        self.address = f"http://{own_host}:{self._listener.getsockname()[1]}"
 
     def __enter__(self) -> "FaultyProxy":
         threading.Thread(target=self._accept, daemon=True).start()

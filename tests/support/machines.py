@@ -10,16 +10,19 @@ import signal
 import subprocess
 import sys
 import time
+import urllib.error
+import urllib.request
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import psutil
 
+ROOT = Path(__file__).parents[2]
 NETWORK = "10.77.0"
 GATEWAY = f"{NETWORK}.1"  # the address of this machine on the bridge
 BRIDGE = "patchloom0"
-RAY_PORT, DASHBOARD_PORT = 6379, 8265
+RAY_PORT, DASHBOARD_PORT, MLFLOW_PORT = 6379, 8265, 5600
 START_TIMEOUT_S = 120.0
 DISK_MIB = 2048
 WITH_TESTS = ("setpriv", "--pdeathsig", "KILL")  # before a command that ends together with the tests
@@ -74,7 +77,9 @@ class Machine:
                         f"route add default via {GATEWAY}"):  # fmt: skip
             _ip(f"-n {self.namespace} {command}")
         setup = (
-            f"hostname {self.name} && mount -t tmpfs -o size={DISK_MIB}m tmpfs /tmp && mount -t tmpfs tmpfs /dev/shm"
+            f"hostname {self.name} && mount --bind {ROOT} /mnt"
+            f" && mount -t tmpfs -o size={DISK_MIB}m tmpfs /tmp && mount -t tmpfs tmpfs /dev/shm"
+            f" && mkdir -p {ROOT} && mount --bind /mnt {ROOT}"  # the code may be below /tmp
             " && mkdir /tmp/home && echo booted && exec sleep infinity"
         )
         self._init = subprocess.Popen(
@@ -136,6 +141,11 @@ class Machine:
         self._init = None
         subprocess.run(["ip", "netns", "delete", self.namespace], check=False)
 
+    @property
+    def runs(self) -> bool:
+        """Whether it was booted and not killed."""
+        return self._init is not None
+
     def _running(self) -> "subprocess.Popen[bytes]":
         assert self._init is not None, f"{self.name} does not run"
         return self._init
@@ -157,7 +167,7 @@ class Network:
 
     def __exit__(self, *_: object) -> None:
         for machine in self.machines:
-            if machine._init is not None:
+            if machine.runs:
                 machine.kill()
         _ip(f"link delete {BRIDGE}")
 
@@ -181,6 +191,44 @@ def cpus(machine: Machine, address: str) -> int:
     code = "import ray; ray.init(logging_level='ERROR'); print('CPUS', int(ray.cluster_resources().get('CPU', 0)))"
     done = machine.run([sys.executable, "-c", code], RAY_ADDRESS=address)
     return int(done.stdout.rpartition("CPUS")[2]) if "CPUS" in done.stdout else -1
+
+
+def answers(url: str) -> bool:
+    """Whether a server answers a request, with whatever status."""
+    try:
+        urllib.request.urlopen(url, timeout=2).close()
+    except urllib.error.HTTPError:
+        return True
+    except OSError:
+        return False
+    return True
+
+
+@dataclass
+class TrackingServer:
+    """An MLflow server on PostgreSQL, with artifacts in the store."""
+
+    command: list[str]
+    environment: dict[str, str]
+    log: Path
+    process: "subprocess.Popen[bytes] | None" = None
+
+    @property
+    def address(self) -> str:
+        """Its address."""
+        return f"http://{GATEWAY}:{MLFLOW_PORT}"
+
+    def start(self) -> None:
+        """Start the server and wait until it answers."""
+        with self.log.open("a") as log:
+            self.process = subprocess.Popen(self.command, env=self.environment, stdout=log, stderr=log)
+        wait_for(lambda: answers(f"{self.address}/health"), "MLflow")
+
+    def stop(self) -> None:
+        """Stop the server, as for an upgrade."""
+        assert self.process is not None
+        self.process.terminate()
+        self.process.wait()
 
 
 class RayCluster:
@@ -210,6 +258,12 @@ class RayCluster:
     def kill(self, name: str) -> None:
         """Take the power of a worker node away."""
         self.workers.pop(name).kill()
+
+    def end(self) -> None:
+        """Take the power of all its machines away."""
+        for machine in (self.head, *self.workers.values()):
+            if machine.runs:
+                machine.kill()
 
     def set_workers(self, *names: str) -> None:
         """Have exactly these worker nodes alive."""
