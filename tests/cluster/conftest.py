@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import urllib.request
@@ -109,7 +110,7 @@ def database(network: Network, tmp_path_factory: pytest.TempPathFactory) -> Iter
     create = ["createdb", "-h", GATEWAY, "-p", str(POSTGRES_PORT), "-U", "mlflow", "mlflow"]
     wait_for(lambda: subprocess.run(create, capture_output=True).returncode == 0, "PostgreSQL")
     yield f"postgresql+psycopg2://mlflow@{GATEWAY}:{POSTGRES_PORT}/mlflow"
-    process.terminate()
+    process.send_signal(signal.SIGINT)  # does not wait for its clients
     process.wait()
 
 
