@@ -2,7 +2,7 @@
 
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
@@ -13,9 +13,24 @@ console = Console(highlight=False, soft_wrap=True)
 LOG_LINE_EVERY_S = 10.0
 
 
+_listeners: dict[str, Callable[[str], None]] = {}
+
+
 def say(text: str) -> None:
-    """Print a line."""
+    """Print a line, and pass it to those who listen."""
     console.print(text, markup=False)
+    for listener in list(_listeners.values()):
+        listener(text)
+
+
+def on_say(name: str, listener: Callable[[str], None]) -> None:
+    """Call a function with each line that `say` prints from now on; a new listener replaces the one of its name."""
+    _listeners[name] = listener
+
+
+def is_heard(name: str) -> bool:
+    """Whether a listener of this name is set."""
+    return name in _listeners
 
 
 def clock(seconds: float) -> str:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from patchloom.models.step import StoredRows, training_step
 from patchloom.models.step_plan import CropGroup, StepPlan, plan_step
+from patchloom.pipelines.train.agreement import check_agreement
 from patchloom.pipelines.train.checkpointer import without_old_tensors, worker_lock
 from patchloom.pipelines.train.control import STOP_FILE, show_training
 from patchloom.pipelines.train.monitor import Monitor, Verdict
@@ -17,6 +18,7 @@ from patchloom.platform.compute.workers import Worker
 from patchloom.platform.files.cache import working_copy
 from patchloom.platform.files.copies import RemoteMirror, UnsentWork, send_unsent, update_copy
 from patchloom.platform.files.folder import Folder
+from patchloom.platform.recipe.run_recipe import recipe_yaml
 from patchloom.platform.records.run import ProgressLine
 
 
@@ -35,6 +37,7 @@ def train_worker(worker: Worker, job: TrainJob) -> TrainOutcome:
     try:
         with _local_run(worker, there, job.owner) as folder, worker_lock(worker, folder):
             run = open_run(worker, replace(job, folder=str(folder)))
+            check_agreement(worker, recipe_yaml(job.recipe), run.state)
             if worker.rank == 0:
                 show_training(there)
             outcome = _train(run)

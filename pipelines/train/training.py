@@ -199,6 +199,8 @@ def _check_outcome(folder: Folder, outcome: TrainOutcome) -> None:
     if outcome.unsent:
         raise UserError(outcome.unsent)
     complete = whole_checkpoints(folder)
+    if outcome.verdict == Verdict.FINISHED and not complete:
+        say(f"  warning: {folder} has its model, but no checkpoint could be written: it cannot be made longer")
     if outcome.verdict == Verdict.STOPPED:
         if not complete:  # the disk was full
             raise Stopped(f"{folder} has no checkpoint, because none could be written: free disk space and start again")

@@ -16,8 +16,9 @@ from patchloom.pipelines.train.mlflow_run import end_tracking, ensure_mlflow_run
 from patchloom.pipelines.train.run import step_settings
 from patchloom.pipelines.train.training import ShowLine, train
 from patchloom.pipelines.tune.planning import Trial, recipe_of_setting, trial_recipe
+from patchloom.platform.compute.messages import forward_messages
 from patchloom.platform.compute.resources import Resources
-from patchloom.platform.compute.session import quiet_environment
+from patchloom.platform.compute.session import begin_work
 from patchloom.platform.compute.tuner import AshaSettings, OptunaSettings
 from patchloom.platform.dataset.prepared import Dataset, open_dataset
 from patchloom.platform.files.folder import Folder
@@ -135,7 +136,8 @@ def run_trial(job: TrialJob) -> None:
     """
     from ray import tune as ray_tune
 
-    quiet_environment()
+    begin_work()
+    forward_messages(f"trial {job.name}: ")
     os.environ.update(job.shared.stores)
     allow_backbones(*job.shared.backbones)
     folder = make_folder(job.folder)

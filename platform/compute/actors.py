@@ -18,6 +18,7 @@ from patchloom.platform.compute.resources import (
 )
 from patchloom.platform.compute.session import begin_work, ray_session, session_cpus, session_gpus
 from patchloom.platform.compute.shared_paths import NO_PATHS, UsedPaths, check_shared
+from patchloom.platform.compute.versions import COMMAND, ProcessVersions, check_versions, own_versions
 
 Argument = TypeVar("Argument")
 Item = TypeVar("Item")
@@ -76,7 +77,9 @@ def map_on_actors(
         wait_for_workers(1, shape, resources.wait_minutes)
         check_shared(paths)
         with _counter(watch) as counter:
-            for number, result in _map_on_ray(_Call(actor, argument, counter), items, workers, shape):
+            for number, result in _map_on_ray(
+                _Call(actor, argument, counter, own_versions(COMMAND)), items, workers, shape
+            ):
                 yield items[number], result
 
 
@@ -100,11 +103,12 @@ def _map_here(
 
 @dataclass(frozen=True)
 class _Call(Generic[Argument, Item, ItemResult]):
-    """What an actor's process needs: its class, the argument, and the handle of the counter."""
+    """What an actor's process needs: its class, the argument, the handle of the counter, and equal versions."""
 
     actor: Callable[[Argument], Actor[Item, ItemResult]]
     argument: Argument
     counter: Any
+    versions: ProcessVersions
 
 
 class _ActorProcess:
@@ -112,18 +116,32 @@ class _ActorProcess:
 
     def __init__(self, call: _Call[Any, Any, Any]) -> None:
         begin_work()
-        self.process, self.counter = call.actor(call.argument), call.counter
+        self.counter = call.counter
+        self.problem: UserError | None = None
+        try:
+            check_versions([call.versions, own_versions()])
+            self.process = call.actor(call.argument)
+        except UserError as error:
+            self.problem = error
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-        number = int(row["number"])
+        try:
+            result = self._result(int(row["number"]), row["item"])
+        except UserError as error:  # Ray Data would keep only its traceback
+            result = error
+        return {"number": int(row["number"]), "result": pickle.dumps(result)}
+
+    def _result(self, number: int, item: bytes) -> Any:
+        """The result of an item; raises UserError also if this process cannot work at all."""
+        if self.problem is not None:
+            raise self.problem
         attempts = self._attempt(number)
         if attempts > MAX_ATTEMPTS:
             raise UserError(
                 f"item {number} ended its process {attempts - 1} times, perhaps because memory was full: "
                 "use fewer workers per node, or smaller shards or batches"
             )
-        result = self.process(pickle.loads(row["item"]), lambda done: self.counter.set.remote(number, done))
-        return {"number": number, "result": pickle.dumps(result)}
+        return self.process(pickle.loads(item), lambda done: self.counter.set.remote(number, done))
 
     def _attempt(self, number: int) -> int:
         """How often an item was started, this time included; 1 if the counter does not answer."""
@@ -151,7 +169,10 @@ def _map_on_ray(
         num_gpus=shape.bundle.get("GPU", 0), label_selector=shape.labels or None, resources=shape.other_resources,
     )  # fmt: skip
     for row in results.iter_rows():
-        yield int(row["number"]), pickle.loads(row["result"])
+        result = pickle.loads(row["result"])
+        if isinstance(result, UserError):
+            raise result
+        yield int(row["number"]), result
 
 
 def _room(shape: WorkerShape) -> int:

@@ -12,6 +12,7 @@ from pathlib import Path
 from patchloom.errors import UserError
 from patchloom.platform.compute.answering import check_ray_address
 from patchloom.platform.compute.machine import keep_freed_memory
+from patchloom.platform.compute.messages import forward_messages, showing_messages
 from patchloom.platform.compute.stopping import kept_sigterm_handler
 from patchloom.platform.progress import say
 
@@ -74,6 +75,7 @@ def begin_work() -> None:
     read_environment_file()
     quiet_environment()
     keep_freed_memory()
+    forward_messages()
 
 
 @contextlib.contextmanager
@@ -95,7 +97,8 @@ def ray_session(cpus: int = 1, object_store_gib: float | None = None) -> Iterato
     import ray
 
     if ray.is_initialized():
-        yield
+        with showing_messages():
+            yield
         return
     is_local = not os.environ.get("RAY_ADDRESS")
     if is_local:
@@ -103,7 +106,8 @@ def ray_session(cpus: int = 1, object_store_gib: float | None = None) -> Iterato
     with environment_defaults(LOCAL_ENVIRONMENT if is_local else {}):
         _start_ray(max(os.cpu_count() or 1, cpus) if is_local else None, object_store_gib or OBJECT_STORE_GIB)
         try:
-            yield
+            with showing_messages():
+                yield
         finally:
             ray.shutdown()
 

@@ -17,6 +17,7 @@ from patchloom.platform.compute.resources import (
 )
 from patchloom.platform.compute.session import check_cluster, ray_session, session_cpus, session_gpus
 from patchloom.platform.compute.shared_paths import UsedPaths, check_shared
+from patchloom.platform.compute.versions import COMMAND, check_versions, own_versions
 from patchloom.platform.compute.workers import TRIAL_CPUS, train_worker_shape
 
 if TYPE_CHECKING:
@@ -162,7 +163,13 @@ def run_on_tune(
 
 def _trainable(function: Callable[[TrialJob], None]) -> Callable[[dict[str, TrialJob]], None]:
     """The function with the signature that Ray Tune calls."""
-    return lambda config: function(config[JOB_KEY])
+    versions = own_versions(COMMAND)
+
+    def run(config: dict[str, TrialJob]) -> None:
+        check_versions([versions, own_versions()])
+        function(config[JOB_KEY])
+
+    return run
 
 
 def _new_tuner(

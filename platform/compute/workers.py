@@ -26,6 +26,7 @@ from patchloom.platform.compute.session import (
 )
 from patchloom.platform.compute.shared_paths import NO_PATHS, UsedPaths, check_shared
 from patchloom.platform.compute.stopping import RunControl, call_here, call_until_stopped
+from patchloom.platform.compute.versions import COMMAND, ProcessVersions, check_versions, own_versions
 from patchloom.platform.progress import say
 
 if TYPE_CHECKING:
@@ -58,6 +59,16 @@ class Worker:
             import torch.distributed
 
             torch.distributed.all_reduce(tensor)
+
+    def gather(self, mine: dict[str, Any]) -> list[dict[str, Any]]:
+        """The values of all workers by rank. All workers must call it at the same step."""
+        if self.count == 1:
+            return [mine]
+        import torch.distributed
+
+        values: list[Any] = [None] * self.count
+        torch.distributed.all_gather_object(values, mine)
+        return values
 
     def any(self, mine: bool) -> bool:
         """Whether the value is true on any worker. All workers must call it at the same step."""
@@ -140,9 +151,9 @@ def _run_on_ray_train(
     if not _is_trial():
         wait_for_workers(min_workers, shape, resources.wait_minutes)
         check_shared(paths)
-    say(f"  waiting for {workers} worker{'s' if workers > 1 else ''} of Ray Train (half a minute on a laptop) ...")
+        say(f"  waiting for {workers} worker{'s' if workers > 1 else ''} of Ray Train (half a minute on a laptop) ...")
     trainer = TorchTrainer(
-        _on_worker(loop, cpus),
+        _on_worker(loop, cpus, own_versions(COMMAND)),
         train_loop_config={"config": config},
         torch_config=BoundTorchConfig(),
         scaling_config=ray.train.ScalingConfig(
@@ -198,7 +209,9 @@ def _is_trial() -> bool:
     return ray is not None and ray.is_initialized() and ray.get_runtime_context().get_actor_id() is not None
 
 
-def _on_worker(loop: Callable[[Worker, Config], LoopResult], cpus: int) -> Callable[[dict[str, Any]], LoopResult]:
+def _on_worker(
+    loop: Callable[[Worker, Config], LoopResult], cpus: int, versions: ProcessVersions
+) -> Callable[[dict[str, Any]], LoopResult]:
     """The function that Ray Train calls on each worker."""
 
     def run_loop(settings: dict[str, Any]) -> LoopResult:
@@ -207,6 +220,7 @@ def _on_worker(loop: Callable[[Worker, Config], LoopResult], cpus: int) -> Calla
         import torch
 
         context = ray.train.get_context()
+        check_versions([versions, own_versions(f"worker {context.get_world_rank()}")])
         if not torch.cuda.is_available():
             torch.set_num_threads(cpus)
         worker = Worker(

@@ -18,6 +18,7 @@ from patchloom.models.autoencoder import (
 from patchloom.models.checkpoints import load_checkpoint
 from patchloom.models.random_draws import RowOrder, derive_seed
 from patchloom.models.step import Gradients, TrainingState
+from patchloom.pipelines.train.agreement import check_agreement
 from patchloom.pipelines.train.checkpointer import Checkpointer, newest_checkpoint, worker_lock
 from patchloom.pipelines.train.control import requested, show_training
 from patchloom.pipelines.train.progress_log import ProgressLog
@@ -58,6 +59,7 @@ def autoencoder_worker(worker: Worker, job: AutoencoderJob) -> bool:
     """
     with worker_lock(worker, job.folder):
         trainer = _Trainer(worker, job)
+        check_agreement(worker, str(job.settings), trainer.state)
         if worker.rank > 0:
             return trainer.train()
         show_training(Folder.at(job.folder))
