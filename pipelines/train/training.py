@@ -165,6 +165,7 @@ def _launch(
                 paths=UsedPaths(read=(job.dataset,), written=(job.folder,)),
             )
         _check_outcome(folder.address, outcome)
+    control.reset()  # a finished run folder has no files of control
 
 
 @contextmanager
