@@ -1,22 +1,19 @@
 """The training loop of one worker: plan a step, fetch its rows, take it, and call the hooks."""
 
-from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 from patchloom.models.step import StoredRows, training_step
 from patchloom.models.step_plan import CropGroup, StepPlan, plan_step
 from patchloom.pipelines.train.agreement import check_agreement
-from patchloom.pipelines.train.checkpointer import without_old_tensors, worker_lock
-from patchloom.pipelines.train.control import STOP_FILE, show_training
+from patchloom.pipelines.train.checkpointer import worker_lock
+from patchloom.pipelines.train.control import show_training
 from patchloom.pipelines.train.monitor import Monitor, Verdict
+from patchloom.pipelines.train.node_copies import worker_copy
 from patchloom.pipelines.train.profiler import Profiler
 from patchloom.pipelines.train.run import TrainingRun, TrainJob, open_run, save_run_model
 from patchloom.platform.compute.workers import Worker
-from patchloom.platform.files.cache import working_copy
-from patchloom.platform.files.copies import RemoteMirror, UnsentWork, send_unsent, update_copy
+from patchloom.platform.files.copies import UnsentWork
 from patchloom.platform.files.folder import Folder
 from patchloom.platform.recipe.run_recipe import recipe_yaml
 from patchloom.platform.records.run import ProgressLine
@@ -35,7 +32,7 @@ def train_worker(worker: Worker, job: TrainJob) -> TrainOutcome:
     """Train one worker's share of a run, from its newest checkpoint to its end."""
     there = Folder(job.folder)
     try:
-        with _local_run(worker, there, job.owner) as folder, worker_lock(worker, folder):
+        with worker_copy(worker, there, job.owner) as folder, worker_lock(worker, folder):
             run = open_run(worker, replace(job, folder=str(folder)))
             check_agreement(worker, recipe_yaml(job.recipe), run.state)
             if worker.rank == 0:
@@ -44,22 +41,6 @@ def train_worker(worker: Worker, job: TrainJob) -> TrainOutcome:
     except UnsentWork as error:  # not a failure, after which Ray Train would start the workers again
         return replace(outcome, unsent=str(error))
     return outcome
-
-
-@contextmanager
-def _local_run(worker: Worker, run: Folder, owner: str) -> Iterator[Path]:
-    """The run folder on this node. Worker 0 sends what it writes to a remote one."""
-    if not run.is_remote:
-        yield run.path
-        return
-    here = working_copy(run, "worker")
-    (here / STOP_FILE).unlink(missing_ok=True)
-    send_unsent(run, here, owner)  # also if this worker is not worker 0 any more
-    worker.any(False)  # waits for the other workers, so that all continue from the same checkpoint
-    update_copy(run, here, without_old_tensors(run))
-    worker.any(False)  # waits again, because worker 0 of the same node writes into the same copy
-    with RemoteMirror(here, run, STOP_FILE, owner) if worker.rank == 0 else nullcontext():
-        yield here
 
 
 def _train(run: TrainingRun) -> TrainOutcome:

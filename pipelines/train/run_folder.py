@@ -1,7 +1,6 @@
 """The run folder: created for a new run, checked when a run is resumed."""
 
 import functools
-import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,16 +11,15 @@ from patchloom.errors import UserError
 from patchloom.models.cards import ModelCard
 from patchloom.models.checkpoints import check_saving
 from patchloom.models.denoiser import build_denoiser
-from patchloom.pipelines.train.checkpointer import newest_checkpoint, without_tensors
+from patchloom.pipelines.train.checkpointer import newest_checkpoint
 from patchloom.pipelines.train.initial_weights import copy_initial_weights
 from patchloom.pipelines.train.mlflow_run import ensure_mlflow_run
+from patchloom.pipelines.train.node_copies import command_copy
 from patchloom.pipelines.train.resuming import RECIPE_FILE, check_continues, differing_keys
 from patchloom.platform.dataset.prepared import Dataset
-from patchloom.platform.files.cache import working_copy
-from patchloom.platform.files.copies import Writer, pull_folder, send_unsent
 from patchloom.platform.files.fence import fenced
 from patchloom.platform.files.folder import Folder
-from patchloom.platform.files.storage import locked, make_folder, write_atomic
+from patchloom.platform.files.storage import locked, write_atomic
 from patchloom.platform.progress import say
 from patchloom.platform.recipe.run_recipe import Recipe, load_recipe, recipe_yaml
 from patchloom.platform.records.run import RUN_FILE, RunCard
@@ -64,7 +62,7 @@ def open_run_folder(
         UserError: the folder contains another run or is in use, `resume` is missing, or the initial weights do
             not fit.
     """
-    with fenced(address) as owner, _local_folder(address, owner) as path, locked(path):
+    with fenced(address) as owner, command_copy(address, owner) as path, locked(path):
         is_new = not (path / RUN_FILE).is_file()
         if not is_new:
             _check_same(path, address, recipe, dataset, resume)
@@ -81,21 +79,6 @@ def open_run_folder(
         if not answers:
             say(f"  MLflow at {shown_uri()} does not answer: the run continues, and its lines are sent later")
         yield OpenRun(path, address, ensure_run, answers, owner)
-
-
-@contextmanager
-def _local_folder(address: Folder, owner: str) -> Iterator[Path]:
-    """The run folder, or a local copy of a remote one, updated before and after the block."""
-    if not address.is_remote:
-        yield make_folder(address.path)
-        return
-    send_unsent(address, working_copy(address, "worker"), owner)
-    if (writer := Writer.of(address)) is not None and writer.host != socket.gethostname():
-        say(f"  {address} may lack work that is on {writer.host} in {writer.path}: a worker there sends it first")
-    copy = working_copy(address, "driver")
-    pull_folder(address, copy, without_tensors)
-    yield copy
-    pull_folder(address, copy, without_tensors)
 
 
 def _check_same(path: Path, address: Folder, recipe: Recipe, dataset: Dataset, resume: bool) -> None:

@@ -4,12 +4,13 @@ import json
 from pathlib import Path
 
 import pytest
-from helpers import assert_equal_models, start_cli, tiny_recipe, wait_until
+from helpers import assert_equal_models, names_in, start_cli, tiny_recipe, wait_until
 
 from patchloom.errors import UserError
 from patchloom.pipelines.registry.registering import register
 from patchloom.pipelines.report import report
 from patchloom.pipelines.train import train
+from patchloom.pipelines.train.autoencoder import AutoencoderSettings, train_autoencoder
 from patchloom.pipelines.train.checkpointer import whole_checkpoints
 from patchloom.platform.files.folder import Folder
 from patchloom.platform.recipe import recipe_yaml
@@ -67,3 +68,18 @@ def test_an_address_that_cannot_be_reached_is_said_in_a_line(s3: str, pixels: Pa
         train(tiny_recipe(), str(pixels), "s3://no-such-bucket/run", workers=0)
     with pytest.raises(UserError, match="nosuch://"):
         train(tiny_recipe(), str(pixels), "nosuch://bucket/run", workers=0)
+
+
+def test_a_remote_autoencoder_is_the_local_one(s3: str, pixels: Path, tmp_path: Path) -> None:
+    settings = AutoencoderSettings(widths=(8, 8), images=64, patch=8)
+    there = Folder.at(f"{s3}/autoencoder")
+    near = train_autoencoder(str(pixels), str(tmp_path / "near"), settings, workers=0)
+    far = train_autoencoder(str(pixels), str(there), settings, workers=0)
+    names = [f"model/{name}" for name in names_in(tmp_path / "near" / "model")]
+    assert "model/model.json" in names
+    for name in [*names, "reconstructions.png"]:
+        assert there.read(name) == (tmp_path / "near" / name).read_bytes()
+    assert there.read_json("run.json")["run_id"] == far.run_id
+    assert (far.psnr_db, far.ssim) == (near.psnr_db, near.ssim)
+    again = train_autoencoder(str(pixels), str(there), settings, workers=0)  # finished: nothing is trained again
+    assert again.run_id == far.run_id

@@ -1,6 +1,6 @@
 """Train an autoencoder on a dataset of pixels, measure it, and register it."""
 
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -11,14 +11,18 @@ from patchloom.models.autoencoder import NORM_GROUPS
 from patchloom.pipelines.prepare.encoders import fetch_autoencoder
 from patchloom.pipelines.train.autoencoder.quality import RECONSTRUCTIONS, measure_autoencoder
 from patchloom.pipelines.train.autoencoder.worker import AutoencoderJob, autoencoder_worker
+from patchloom.pipelines.train.checkpointer import without_tensors
 from patchloom.pipelines.train.control import prepare_control
+from patchloom.pipelines.train.node_copies import command_copy
 from patchloom.pipelines.train.training import resume_meter
 from patchloom.platform.compute.resources import DEFAULT_RESOURCES, Resources
 from patchloom.platform.compute.shared_paths import UsedPaths
 from patchloom.platform.compute.workers import room_for_workers, run_workers
 from patchloom.platform.dataset.prepared import Dataset, open_dataset
+from patchloom.platform.files.copies import ProgressFetcher, pull_folder
+from patchloom.platform.files.fence import fenced
 from patchloom.platform.files.folder import Folder
-from patchloom.platform.files.storage import local_path, locked, make_folder, read_json
+from patchloom.platform.files.storage import locked, read_json
 from patchloom.platform.progress import progress, say
 from patchloom.platform.records.autoencoder_run import AutoencoderRunCard, AutoencoderSettings
 from patchloom.platform.records.run import RUN_FILE, ProgressLine, RunCard
@@ -73,15 +77,16 @@ def train_autoencoder(
 
     Args:
         dataset: a prepared dataset of pixels; may be remote.
-        out: the run folder to write. A second call with the same settings continues from the newest checkpoint, or
-            returns the finished run.
+        out: the run folder to write; may be remote. A second call with the same settings continues from the newest
+            checkpoint, or returns the finished run.
         settings: the network and its training; by default `AutoencoderSettings()`.
         workers: Ray Train workers; 0 trains in this process, without Ray.
         register: register the autoencoder in MLflow under this name.
         resources: the nodes that the workers may use. By default all.
 
     Returns:
-        The model folder, PSNR (dB) and SSIM of held-out images, and the reference if it was registered.
+        The model folder (of a remote run a local copy), PSNR (dB) and SSIM of held-out images, and the reference if it
+        was registered.
 
     Raises:
         UserError: the dataset has latents, the settings do not fit it, the folder has something else in it, or
@@ -102,14 +107,17 @@ def train_autoencoder(
     if settings.init_from is not None:
         init_from, settings = _find_init_from(settings.init_from, settings)
     _check_fit(settings, rows)
-    paths = UsedPaths(read=(rows.address,), written=(out,))
+    address = Folder.at(out)
+    paths = UsedPaths(read=(rows.address, str(init_from) if init_from else None), written=(out,))
     with ExitStack() as stack:
-        if workers and not (local_path(out) / RUN_FILE).is_file():
+        if workers and not address.has(RUN_FILE):
             stack.enter_context(room_for_workers(workers, None, resources, paths))
-        folder = make_folder(local_path(out))
+        owner = stack.enter_context(fenced(address))
+        folder = stack.enter_context(command_copy(address, owner))
         stack.enter_context(locked(folder))
-        is_measured = _open_folder(folder, settings, rows).psnr_db is not None
-        _run(AutoencoderJob(folder, rows.address, settings, init_from), rows, workers, is_measured, resources)
+        is_measured = _open_folder(folder, address, settings, rows).psnr_db is not None
+        job = AutoencoderJob(address.address, rows.address, settings, init_from, owner)
+        _run(job, folder, rows, workers, is_measured, resources)
         card = AutoencoderRunCard.read(folder) if is_measured else _measure(folder, rows)
         if register and card.reference is None:
             ensure_autoencoder_run(folder, rows)
@@ -118,6 +126,7 @@ def train_autoencoder(
             card.write(folder)
         _send_quality(folder, rows)
         card = AutoencoderRunCard.read(folder)
+        _publish(folder, address)
     say(f"  reconstruction of held-out images: PSNR {card.psnr_db:.1f} dB, SSIM {card.ssim:.3f}")
     return AutoencoderResult(
         folder / "model", float(card.psnr_db or 0), float(card.ssim or 0), card.run_id, card.reference
@@ -151,14 +160,21 @@ def _check_fit(settings: AutoencoderSettings, dataset: Dataset) -> None:
         )
 
 
-def _open_folder(folder: Path, settings: AutoencoderSettings, dataset: Dataset) -> AutoencoderRunCard:
+def _publish(folder: Path, address: Folder) -> None:
+    """Send what this process wrote into its copy of a remote run."""
+    for name in (RECONSTRUCTIONS, RUN_FILE) if address.is_remote else ():
+        if (folder / name).is_file():
+            address.put(folder / name, name)
+
+
+def _open_folder(folder: Path, address: Folder, settings: AutoencoderSettings, dataset: Dataset) -> AutoencoderRunCard:
     """Check the run in the folder, or create one."""
     if (folder / RUN_FILE).is_file():
         if RunCard.read(folder).kind == "autoencoder":
             card = AutoencoderRunCard.read(folder)
             if (card.settings, card.dataset_fingerprint) == (settings, dataset.fingerprint):
                 return card
-        raise UserError(f"{folder} contains another run: choose another --out")
+        raise UserError(f"{address} contains another run: choose another --out")
     card = AutoencoderRunCard(
         format_version=AutoencoderRunCard.FORMAT,
         kind="autoencoder",
@@ -168,6 +184,7 @@ def _open_folder(folder: Path, settings: AutoencoderSettings, dataset: Dataset) 
         dataset_fingerprint=dataset.fingerprint,
     )
     card.write(folder)
+    _publish(folder, address)
     return card
 
 
@@ -184,28 +201,39 @@ def ensure_autoencoder_run(folder: Path, dataset: Dataset) -> str:
     return run_id
 
 
-def _run(job: AutoencoderJob, dataset: Dataset, workers: int, is_finished: bool, resources: Resources) -> None:
+def _run(
+    job: AutoencoderJob, folder: Path, dataset: Dataset, workers: int, is_finished: bool, resources: Resources
+) -> None:
     """Run the workers, and show and forward their progress lines. Of a finished run, send lines that wait."""
-    answers, ensure = is_reachable(), partial(ensure_autoencoder_run, job.folder, dataset)
+    answers, address = is_reachable(), Folder(job.folder)
+    ensure = partial(ensure_autoencoder_run, folder, dataset)
     if not answers:
         say(f"  MLflow at {shown_uri()} does not answer: the run continues, and its lines are sent later")
     if is_finished:
-        with MlflowForwarder(job.folder, ensure, lambda _: None):
+        with MlflowForwarder(folder, ensure, lambda _: None):
             return
+    if answers and address.is_remote:  # before a worker copies run.json, and sends it back without the run's id
+        ensure()
+        _publish(folder, address)
     with progress("training the autoencoder", job.settings.images, "patches") as meter:
-        first_step = resume_meter(meter, job.folder)
+        first_step = resume_meter(meter, folder)
 
         def show(line: ProgressLine) -> None:
             if line.step > first_step:
                 meter.update(line.images_seen, f"loss {line.loss:.3f}")
 
-        with MlflowForwarder(job.folder, ensure, show, answers):
-            control = prepare_control(Folder.at(job.folder))
+        with (
+            MlflowForwarder(folder, ensure, show, answers),
+            ProgressFetcher(address, folder) if address.is_remote else nullcontext(),
+        ):
             is_finished = run_workers(
-                autoencoder_worker, job, workers, job.folder / ".ray", "autoencoder", control, resources=resources
-            )
+                autoencoder_worker, job, workers, folder / ".ray", "autoencoder", prepare_control(address),
+                resources=resources, paths=UsedPaths(read=(job.dataset,), written=(job.folder,)),
+            )  # fmt: skip
+        if address.is_remote:
+            pull_folder(address, folder, without_tensors)
         if not is_finished:
-            raise Stopped(f"{job.folder} has a checkpoint: run the same command again to continue")
+            raise Stopped(f"{address} has a checkpoint: run the same command again to continue")
 
 
 def _measure(folder: Path, dataset: Dataset) -> AutoencoderRunCard:

@@ -21,6 +21,7 @@ from patchloom.models.step import Gradients, TrainingState
 from patchloom.pipelines.train.agreement import check_agreement
 from patchloom.pipelines.train.checkpointer import Checkpointer, newest_checkpoint, worker_lock
 from patchloom.pipelines.train.control import requested, show_training
+from patchloom.pipelines.train.node_copies import worker_copy
 from patchloom.pipelines.train.progress_log import ProgressLog
 from patchloom.platform.compute.workers import Worker
 from patchloom.platform.dataset.prepared import Dataset, open_dataset
@@ -39,16 +40,18 @@ class AutoencoderJob:
     """What a worker needs to train its share of an autoencoder.
 
     Args:
-        folder: the run folder.
+        folder: the run folder; may be remote.
         dataset: address of the dataset.
         settings: the network and its training.
         init_from: folder of the autoencoder whose weights the training starts with. None: random weights.
+        owner: who holds the fence of a remote run folder.
     """
 
-    folder: Path
+    folder: str
     dataset: str
     settings: AutoencoderSettings
     init_from: Path | None
+    owner: str = ""
 
 
 def autoencoder_worker(worker: Worker, job: AutoencoderJob) -> bool:
@@ -57,18 +60,19 @@ def autoencoder_worker(worker: Worker, job: AutoencoderJob) -> bool:
     Returns:
         Whether the training is finished. A request to stop ends it earlier, with a checkpoint.
     """
-    with worker_lock(worker, job.folder):
-        trainer = _Trainer(worker, job)
+    there = Folder(job.folder)
+    with worker_copy(worker, there, job.owner) as folder, worker_lock(worker, folder):
+        trainer = _Trainer(worker, job, folder)
         check_agreement(worker, str(job.settings), trainer.state)
         if worker.rank > 0:
             return trainer.train()
-        show_training(Folder.at(job.folder))
-        with _Watcher(job, trainer.state) as watcher:
+        show_training(there)
+        with _Watcher(folder, job.settings, trainer.state) as watcher:
             if not trainer.train(watcher):
                 return False
         network: Any = trainer.state.denoiser
         network.register_to_config(scaling_factor=_latent_scale(network, trainer.dataset, trainer.rows, trainer.device))
-        with whole_folder(job.folder / "model") as model:
+        with whole_folder(folder / "model") as model:
             save_autoencoder(network.cpu(), model)
         return True
 
@@ -76,15 +80,15 @@ def autoencoder_worker(worker: Worker, job: AutoencoderJob) -> bool:
 class _Trainer:
     """One worker's share of the training. A step is a function of the weights, the settings and its number."""
 
-    def __init__(self, worker: Worker, job: AutoencoderJob) -> None:
-        self.worker, self.settings, self.folder = worker, job.settings, job.folder
+    def __init__(self, worker: Worker, job: AutoencoderJob, folder: Path) -> None:
+        self.worker, self.settings, self.folder = worker, job.settings, folder
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.dataset = open_dataset(job.dataset)
         self.rows = self.dataset.indices("train", job.settings.held_out_fraction)
         self.order = RowOrder(len(self.rows), job.settings.seed)
         torch.manual_seed(derive_seed(job.settings.seed, "weights"))
         self.state = _new_state(_network(job).to(self.device), job.settings.lr)
-        newest = newest_checkpoint(job.folder)
+        newest = newest_checkpoint(folder)
         if newest is not None:
             load_checkpoint(newest, self.state)
 
@@ -132,11 +136,11 @@ class _Trainer:
 class _Watcher:
     """Writes the progress lines and checkpoints of worker 0."""
 
-    def __init__(self, job: AutoencoderJob, state: TrainingState) -> None:
-        self.settings, self.state = job.settings, state
-        self.log = ProgressLog(job.folder, state.step)
-        self.checkpointer = Checkpointer(job.folder, KeepSection())
-        self.checkpoint_every = max(LOG_EVERY_STEPS, job.settings.steps // CHECKPOINTS_PER_RUN)
+    def __init__(self, folder: Path, settings: AutoencoderSettings, state: TrainingState) -> None:
+        self.settings, self.state = settings, state
+        self.log = ProgressLog(folder, state.step)
+        self.checkpointer = Checkpointer(folder, KeepSection())
+        self.checkpoint_every = max(LOG_EVERY_STEPS, settings.steps // CHECKPOINTS_PER_RUN)
         self._since = (time.monotonic(), state.images_seen)
 
     def __enter__(self) -> "_Watcher":
