@@ -83,7 +83,8 @@ def main() -> None:
     except Stopped as error:
         _exit(f"stopped; {error}", TERMINATED)
     except WorkersFailed as error:
-        _exit(str(error), 1)
+        print(f"patchloom: {error}", file=sys.stderr)  # with the last lines of a log
+        sys.exit(1)
     except SystemExit as error:
         if isinstance(error, Terminated) or error.code == signal.SIGTERM:  # the latter while Ray starts
             _exit(f"stopped by SIGTERM; {CONTINUE}", TERMINATED)

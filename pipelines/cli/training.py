@@ -1,6 +1,7 @@
 """The commands that train: an autoencoder, one recipe, or a search over recipes."""
 
 import os
+import time
 from typing import Annotated
 
 import typer
@@ -32,6 +33,12 @@ Microbatch = Annotated[
         min=1, help="Most crops on a device at once, to save memory; the batch stays the same  [default: all]"
     ),
 ]
+MaxHours = Annotated[
+    float | None,
+    typer.Option(
+        min=0.001, help="Stop with a checkpoint before so many hours have passed (exit code 143)  [default: never]"
+    ),
+]
 
 
 def autoencoder_train(
@@ -56,6 +63,7 @@ def autoencoder_train(
     workers: TrainWorkers = None,
     resources: ResourceSettings = None,
     wait: Wait = None,
+    max_hours: MaxHours = None,
     register: Annotated[
         str | None, typer.Option(metavar="NAME", help="Register the autoencoder in MLflow under this name")
     ] = None,
@@ -72,7 +80,22 @@ def autoencoder_train(
         _whole_numbers(widths), latent_channels, images, batch_size, patch,
         lr=lr if lr is not None else 1e-4 if init_from else 2e-3, init_from=init_from,
     )  # fmt: skip
-    train_autoencoder(dataset, out, settings, workers=train_workers(nodes), register=register, resources=nodes)
+    train_autoencoder(
+        dataset,
+        out,
+        settings,
+        workers=train_workers(nodes),
+        register=register,
+        resources=nodes,
+        max_hours=_remaining(max_hours),
+    )
+
+
+def _remaining(max_hours: float | None) -> float | None:
+    """The part of --max-hours that is left of a command that has begun with this process."""
+    import psutil
+
+    return None if max_hours is None else max_hours - (time.time() - psutil.Process().create_time()) / 3600
 
 
 def train_workers(resources: Resources) -> int:
@@ -104,6 +127,7 @@ def train(
     min_workers: MinWorkers = None,
     resources: ResourceSettings = None,
     wait: Wait = None,
+    max_hours: MaxHours = None,
     microbatch: Microbatch = None,
     compile_: Annotated[
         bool,
@@ -148,7 +172,7 @@ def train(
     result = train(
         loaded, data, required_out(out, "run"), workers=train_workers(nodes),
         min_workers=min_workers or nodes.min_workers, microbatch=microbatch, compile=compile_, profile=profile,
-        resume=resume, resources=nodes,
+        resume=resume, resources=nodes, max_hours=_remaining(max_hours),
     )  # fmt: skip
     folder = Folder.at(result.address)
     print(f"model: {folder.folder('model')}")

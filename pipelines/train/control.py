@@ -24,6 +24,7 @@ def prepare_control(run: Folder, stop_at: float | None = None) -> RunControl:
         reset=partial(run.remove, TRAINING_FILE),
         newest_step=partial(newest_step, run),
         stop_at=stop_at,
+        run=run,
     )
 
 

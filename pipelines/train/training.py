@@ -19,6 +19,7 @@ from patchloom.pipelines.train.run import TrainJob
 from patchloom.pipelines.train.run_folder import OpenRun, open_run_folder
 from patchloom.platform.compute.resources import DEFAULT_RESOURCES, Resources
 from patchloom.platform.compute.shared_paths import UsedPaths
+from patchloom.platform.compute.stopping import stop_time
 from patchloom.platform.compute.workers import room_for_workers, run_workers
 from patchloom.platform.dataset.prepared import open_dataset
 from patchloom.platform.files.copies import ProgressFetcher
@@ -67,6 +68,7 @@ def train(
     parent_run: str | None = None,
     show: ShowLine | None = None,
     resources: Resources = DEFAULT_RESOURCES,
+    max_hours: float | None = None,
 ) -> TrainResult:
     """Train a recipe on a prepared dataset. The model is in `out/model` when the function returns.
 
@@ -85,13 +87,14 @@ def train(
         parent_run: the id of the MLflow run that this run is a trial of.
         show: called with each progress line, instead of showing a progress bar.
         resources: the nodes that the workers may use. By default all.
+        max_hours: stop with a checkpoint before so many hours have passed since the call. By default never.
 
     Returns:
         The run folder, its model and its last progress line.
 
     Raises:
         UserError: the recipe does not fit the dataset, the folder has another run in it, or the loss diverged.
-        Stopped: SIGTERM arrived; a checkpoint was written if the workers were training.
+        Stopped: SIGTERM arrived or `max_hours` are over; a checkpoint was written if the workers were training.
         WorkersFailed: workers failed again and again without a newer checkpoint.
 
     Example:
@@ -99,6 +102,7 @@ def train(
         print(run.model, run.last.loss)
         patchloom.train(None, None, "run", resume=True, workers=0)  # continues it, if it was stopped
     """
+    stop_at = stop_time(max_hours)
     if not resume and (recipe is None or dataset is None):
         raise UserError("recipe and dataset: one is missing; only a run that is resumed knows them")
     if not isinstance(recipe, Recipe):
@@ -125,7 +129,7 @@ def train(
                 with MlflowForwarder(folder.path, folder.ensure_run, lambda _: None):
                     pass  # sends lines that MLflow has not received yet
             else:
-                _launch(job, folder, workers, min_workers, show, resources)
+                _launch(job, folder, workers, min_workers, show, resources, stop_at)
     return TrainResult(folder.path, RunCard.read(folder.path).run_id, read_progress(folder.path)[-1], out)
 
 
@@ -144,10 +148,16 @@ def _closing_run(folder: Path) -> Iterator[None]:
 
 
 def _launch(
-    job: TrainJob, folder: OpenRun, workers: int, min_workers: int | None, show: ShowLine | None, resources: Resources
+    job: TrainJob,
+    folder: OpenRun,
+    workers: int,
+    min_workers: int | None,
+    show: ShowLine | None,
+    resources: Resources,
+    stop_at: float | None,
 ) -> None:
     """Run the workers, and show and forward their progress lines."""
-    control = prepare_control(folder.address)
+    control = prepare_control(folder.address, stop_at)
     with nullcontext(show) if show else _progress_bar(job.recipe, folder.path) as show_line:
         with (
             MlflowForwarder(folder.path, folder.ensure_run, show_line, folder.mlflow_answers),

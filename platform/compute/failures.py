@@ -8,6 +8,10 @@ import ray.train
 from ray.train.v2._internal.exceptions import WorkerGroupStartupFailedError, WorkerGroupStartupTimeoutError
 
 from patchloom.errors import UserError, WorkersFailed
+from patchloom.platform.compute.messages import forward_messages
+from patchloom.platform.compute.worker_log import end_of_log
+from patchloom.platform.files.folder import Folder
+from patchloom.platform.progress import say
 
 MOST_FAILURES = 3  # in a row, without a newer checkpoint between them
 START_FAILURES = (WorkerGroupStartupFailedError, WorkerGroupStartupTimeoutError)
@@ -22,10 +26,11 @@ class FailureLimit(ray.train.UserCallback):
     Args:
         newest_step: the step of the newest checkpoint.
         reset: called at each failure, when no workers train.
+        run: the run folder with the logs of the workers, if there is one.
     """
 
-    def __init__(self, newest_step: Callable[[], int], reset: Callable[[], None]) -> None:
-        self.newest_step, self.reset = newest_step, reset
+    def __init__(self, newest_step: Callable[[], int], reset: Callable[[], None], run: Folder | None) -> None:
+        self.newest_step, self.reset, self.run = newest_step, reset, run
         self._step, self._failures = -1, 0
 
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
@@ -36,15 +41,18 @@ class FailureLimit(ray.train.UserCallback):
                 raise mistake
         if any(_is_preempted(error) for error in worker_exceptions.values()):
             return
+        title, lines = describe_failure(worker_exceptions, self.run)
         step = self.newest_step()
         self._failures = self._failures + 1 if step <= self._step else 1
         self._step = max(step, self._step)
         if self._failures > MOST_FAILURES:
+            newer = f"than that of step {step:,}" if step else "(there is none yet)"
             raise WorkersFailed(
-                f"{describe_failure(worker_exceptions)}; this was failure {self._failures} without a newer checkpoint "
-                + (f"than that of step {step:,}" if step else "(there is none yet)")
-                + ": remove the cause and continue with --resume"
+                f"{title}; this was failure {self._failures} without a newer checkpoint {newer}: remove the cause and "
+                f"continue with --resume\n{lines}".strip()
             )
+        forward_messages()
+        say(f"  {title}; the workers start again from step {step:,}, failure {self._failures} at this step")
 
 
 def fit(trainer: Any, newest_step: Callable[[], int]) -> Any:
@@ -75,7 +83,7 @@ def _reported(error: Exception) -> Exception:
     if isinstance(cause, WorkersFailed):
         return cause
     failures = getattr(error, "worker_failures", None)
-    return user_error(error) or WorkersFailed(describe_failure(failures) if failures else _reason(cause or error))
+    return user_error(error) or WorkersFailed(describe_failure(failures)[0] if failures else _reason(cause or error))
 
 
 def user_error(error: BaseException | None) -> UserError | None:
@@ -88,10 +96,11 @@ def user_error(error: BaseException | None) -> UserError | None:
     return None
 
 
-def describe_failure(errors: Mapping[int, Exception]) -> str:
-    """The failure of the worker that failed first, in one line."""
+def describe_failure(errors: Mapping[int, Exception], run: Folder | None = None) -> tuple[str, str]:
+    """The failure of the worker that failed first: in one line, and the last lines of its log."""
     rank = min(errors, key=lambda rank: (_is_consequence(errors[rank]), rank))
-    return f"worker {rank} failed ({_reason(errors[rank])})"
+    host, lines = end_of_log(run, rank) if run else ("", "")
+    return f"worker {rank}{f' on {host}' if host else ''} failed ({_reason(errors[rank])})", lines
 
 
 def _is_consequence(error: Exception) -> bool:

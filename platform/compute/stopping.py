@@ -11,11 +11,14 @@ from types import FrameType
 from typing import Any, TypeVar
 
 from patchloom.errors import Stopped, Terminated
+from patchloom.platform.files.folder import Folder
+from patchloom.platform.progress import say
 
 Answer = TypeVar("Answer")
 
 STOPPING_WAIT_S = 600.0  # how long workers that were asked to stop may take for their step and its checkpoint
 CHECK_EVERY_S = 0.2
+MARGIN_SHARE, MAX_MARGIN_S = 0.05, 300.0  # of a limit of hours, for the last step and its checkpoint
 CONTINUE_RUN = "continue with the same command and --resume"
 
 
@@ -29,6 +32,7 @@ class RunControl:
         reset: notes that no workers train now.
         newest_step: the step of the newest checkpoint; 0 if there is none. It is pickled.
         stop_at: a time of `time.monotonic` at which the workers are asked to stop. None: never.
+        run: the run folder, which gets the logs of the workers. None: no logs.
     """
 
     ask: Callable[[], None]
@@ -36,6 +40,7 @@ class RunControl:
     reset: Callable[[], None]
     newest_step: Callable[[], int]
     stop_at: float | None = None
+    run: Folder | None = None
 
 
 @dataclass
@@ -58,6 +63,7 @@ class _Stop:
             if not self.control.has_begun():
                 raise Terminated(f"no worker was training: {self._newest()}")
             self.asked_at = time.monotonic()
+            say("  stopping: the workers write a checkpoint ...")
             self.control.ask()
         if self.asked_at is not None and time.monotonic() > self.asked_at + STOPPING_WAIT_S:
             raise Terminated(f"the workers did not stop within {STOPPING_WAIT_S:.0f} s: {self._newest()}")
@@ -65,6 +71,14 @@ class _Stop:
     def _newest(self) -> str:
         step = self.control.newest_step()
         return f"the newest checkpoint is of step {step:,}; {CONTINUE_RUN}" if step else CONTINUE_RUN
+
+
+def stop_time(max_hours: float | None) -> float | None:
+    """When a run that begins now is asked to stop, so that its checkpoint is written before the hours are over."""
+    if max_hours is None:
+        return None
+    seconds = 3600 * max_hours
+    return time.monotonic() + seconds - min(MARGIN_SHARE * seconds, MAX_MARGIN_S)
 
 
 def _is_past(stop_at: float | None) -> bool:

@@ -27,6 +27,8 @@ from patchloom.platform.compute.session import (
 from patchloom.platform.compute.shared_paths import NO_PATHS, UsedPaths, check_shared
 from patchloom.platform.compute.stopping import RunControl, call_here, call_until_stopped
 from patchloom.platform.compute.versions import COMMAND, ProcessVersions, check_versions, own_versions
+from patchloom.platform.compute.worker_log import WorkerLog
+from patchloom.platform.files.folder import Folder
 from patchloom.platform.progress import say
 
 if TYPE_CHECKING:
@@ -153,7 +155,7 @@ def _run_on_ray_train(
         check_shared(paths)
         say(f"  waiting for {workers} worker{'s' if workers > 1 else ''} of Ray Train (half a minute on a laptop) ...")
     trainer = TorchTrainer(
-        _on_worker(loop, cpus, own_versions(COMMAND)),
+        _on_worker(loop, cpus, own_versions(COMMAND), control.run),
         train_loop_config={"config": config},
         torch_config=BoundTorchConfig(),
         scaling_config=ray.train.ScalingConfig(
@@ -169,7 +171,7 @@ def _run_on_ray_train(
             storage_path=str(scratch),
             # a lost spot node never counts; FailureLimit counts the other failures
             failure_config=ray.train.FailureConfig(max_failures=-1, controller_failure_limit=MOST_FAILURES),
-            callbacks=[FailureLimit(control.newest_step, control.reset)],
+            callbacks=[FailureLimit(control.newest_step, control.reset, control.run)],
         ),
     )
     result: LoopResult = fit(trainer, control.newest_step)
@@ -210,7 +212,7 @@ def _is_trial() -> bool:
 
 
 def _on_worker(
-    loop: Callable[[Worker, Config], LoopResult], cpus: int, versions: ProcessVersions
+    loop: Callable[[Worker, Config], LoopResult], cpus: int, versions: ProcessVersions, run: Folder | None
 ) -> Callable[[dict[str, Any]], LoopResult]:
     """The function that Ray Train calls on each worker."""
 
@@ -226,6 +228,7 @@ def _on_worker(
         worker = Worker(
             context.get_world_rank(), context.get_world_size(), lambda: ray.train.get_preemption_info() is not None
         )
-        return loop(worker, settings["config"])
+        with WorkerLog(run, worker.rank, worker.count) if run else contextlib.nullcontext():
+            return loop(worker, settings["config"])
 
     return run_loop

@@ -11,6 +11,7 @@ from patchloom.platform.files.storage import write_json
 JOURNAL_FILE = ".sent.json"
 JOURNAL_FORMAT = 1
 Stamp = tuple[int, int]  # size in bytes and time of modification in ns
+LOG_FOLDER = "logs"  # of the workers of a run
 NOT_SENT: Stamp = (-1, -1)
 
 
@@ -65,5 +66,5 @@ def stamps_of(here: Path) -> dict[str, Stamp]:
 
 
 def is_hidden_name(name: str) -> bool:
-    """Whether a file, or a folder above it, has a name that starts with a dot."""
-    return any(part.startswith(".") for part in name.split("/"))
+    """Whether a file is not copied: a hidden one, or a log, which each worker sends itself."""
+    return name.startswith(f"{LOG_FOLDER}/") or any(part.startswith(".") for part in name.split("/"))

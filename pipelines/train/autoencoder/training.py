@@ -17,6 +17,7 @@ from patchloom.pipelines.train.node_copies import command_copy
 from patchloom.pipelines.train.training import resume_meter
 from patchloom.platform.compute.resources import DEFAULT_RESOURCES, Resources
 from patchloom.platform.compute.shared_paths import UsedPaths
+from patchloom.platform.compute.stopping import stop_time
 from patchloom.platform.compute.workers import room_for_workers, run_workers
 from patchloom.platform.dataset.prepared import Dataset, open_dataset
 from patchloom.platform.files.copies import ProgressFetcher, pull_folder
@@ -72,6 +73,7 @@ def train_autoencoder(
     workers: int = 1,
     register: str | None = None,
     resources: Resources = DEFAULT_RESOURCES,
+    max_hours: float | None = None,
 ) -> AutoencoderResult:
     """Train or fine-tune an autoencoder (diffusers' `AutoencoderKL`) and measure it on held-out images.
 
@@ -83,6 +85,7 @@ def train_autoencoder(
         workers: Ray Train workers; 0 trains in this process, without Ray.
         register: register the autoencoder in MLflow under this name.
         resources: the nodes that the workers may use. By default all.
+        max_hours: stop with a checkpoint before so many hours have passed since the call. By default never.
 
     Returns:
         The model folder (of a remote run a local copy), PSNR (dB) and SSIM of held-out images, and the reference if it
@@ -91,7 +94,7 @@ def train_autoencoder(
     Raises:
         UserError: the dataset has latents, the settings do not fit it, the folder has something else in it, or
             MLflow does not answer and `register` is given.
-        Stopped: SIGTERM arrived; the same call continues.
+        Stopped: SIGTERM arrived or `max_hours` are over; the same call continues.
         WorkersFailed: workers failed again and again.
 
     Example:
@@ -99,7 +102,7 @@ def train_autoencoder(
         trained = patchloom.train_autoencoder("dataset", "autoencoder", settings, workers=0)
         print(trained.model, trained.psnr_db)
     """
-    settings, init_from = settings or AutoencoderSettings(), None
+    settings, init_from, stop_at = settings or AutoencoderSettings(), None, stop_time(max_hours)
     if register is not None:
         check_name(register)
         require_reachable()
@@ -117,7 +120,7 @@ def train_autoencoder(
         stack.enter_context(locked(folder))
         is_measured = _open_folder(folder, address, settings, rows).psnr_db is not None
         job = AutoencoderJob(address.address, rows.address, settings, init_from, owner)
-        _run(job, folder, rows, workers, is_measured, resources)
+        _run(job, folder, rows, workers, is_measured, resources, stop_at)
         card = AutoencoderRunCard.read(folder) if is_measured else _measure(folder, rows)
         if register and card.reference is None:
             ensure_autoencoder_run(folder, rows)
@@ -202,7 +205,13 @@ def ensure_autoencoder_run(folder: Path, dataset: Dataset) -> str:
 
 
 def _run(
-    job: AutoencoderJob, folder: Path, dataset: Dataset, workers: int, is_finished: bool, resources: Resources
+    job: AutoencoderJob,
+    folder: Path,
+    dataset: Dataset,
+    workers: int,
+    is_finished: bool,
+    resources: Resources,
+    stop_at: float | None,
 ) -> None:
     """Run the workers, and show and forward their progress lines. Of a finished run, send lines that wait."""
     answers, address = is_reachable(), Folder(job.folder)
@@ -227,7 +236,7 @@ def _run(
             ProgressFetcher(address, folder) if address.is_remote else nullcontext(),
         ):
             is_finished = run_workers(
-                autoencoder_worker, job, workers, folder / ".ray", "autoencoder", prepare_control(address),
+                autoencoder_worker, job, workers, folder / ".ray", "autoencoder", prepare_control(address, stop_at),
                 resources=resources, paths=UsedPaths(read=(job.dataset,), written=(job.folder,)),
             )  # fmt: skip
         if address.is_remote:

@@ -17,6 +17,7 @@ from patchloom.errors import UserError, WorkersFailed
 from patchloom.pipelines.train.checkpointer import newest_checkpoint
 from patchloom.platform.compute.stopping import RunControl
 from patchloom.platform.compute.workers import Worker, run_workers
+from patchloom.platform.files.folder import Folder
 from patchloom.platform.files.storage import read_json, read_json_lines
 from patchloom.platform.recipe import recipe_yaml
 
@@ -124,7 +125,11 @@ def control_of(folder: Path) -> RunControl:
     step = folder / "step"
     step.write_text("0")
     return RunControl(
-        ask=lambda: None, has_begun=lambda: True, reset=lambda: None, newest_step=lambda: int(step.read_text())
+        ask=lambda: None,
+        has_begun=lambda: True,
+        reset=lambda: None,
+        newest_step=lambda: int(step.read_text()),
+        run=Folder.at(folder),
     )
 
 
@@ -142,6 +147,7 @@ def dying_loop(worker: Worker, deaths: Deaths) -> str:
     if died == deaths.count:
         return "finished"
     (deaths.folder / f"died-{died}").touch()
+    print(f"the loop starts {died}")
     if deaths.makes_progress:
         (deaths.folder / "step").write_text(str(died + 1))
         os.kill(os.getpid(), signal.SIGKILL)
@@ -160,8 +166,13 @@ def test_deaths_with_progress_between_them_do_not_end_a_run(ray_cluster: None, t
 @pytest.mark.slow
 def test_fourth_failure_without_progress_ends_a_run(ray_cluster: None, tmp_path: Path) -> None:
     control = control_of(tmp_path)
-    with pytest.raises(WorkersFailed, match=r"worker 0.*broken at start 3"):
+    with pytest.raises(WorkersFailed, match=r"worker 0 on \S+ failed.*broken at start 3") as caught:
         run_workers(dying_loop, Deaths(tmp_path, 9, False), 1, tmp_path / "ray", "failures", control)
+    logs = sorted((tmp_path / "logs").iterdir())
+    assert [log.name for log in logs] == [f"worker-000-000{number}.log" for number in range(1, 5)]
+    assert str(logs[-1]) in str(caught.value) and "in dying_loop" in str(caught.value)
+    for number, log in enumerate(logs):
+        assert f"the loop starts {number}" in log.read_text() and "Traceback" in log.read_text()
     assert len(list(tmp_path.glob("died-*"))) == 4
 
 
@@ -176,3 +187,15 @@ def test_mistake_of_the_user_in_a_worker_is_not_tried_again(ray_cluster: None, t
     with pytest.raises(UserError, match="the recipe is wrong"):
         run_workers(mistaken_loop, tmp_path, 1, tmp_path / "ray", "mistake", control_of(tmp_path))
     assert len(list(tmp_path.glob("call-*"))) == 1
+
+
+@pytest.mark.parametrize("workers", ["0", pytest.param("2", marks=[pytest.mark.ray, pytest.mark.slow])])
+def test_max_hours_ends_with_a_checkpoint_in_time(pixels: Path, tmp_path: Path, workers: str) -> None:
+    hours = 0.006 if workers == "0" else 0.03
+    began = time.time()
+    process = start_endless(pixels, tmp_path, "--workers", workers, "--max-hours", str(hours))
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == TERMINATED, output
+    newest = newest_checkpoint(tmp_path / "run")
+    assert newest is not None and newest.stat().st_mtime < began + 3600 * hours + 5  # on a busy machine
+    assert f"step {read_json(newest / 'checkpoint.json')['step']:,}" in output.splitlines()[-1]
