@@ -83,11 +83,17 @@ def s3_proxy(network: Network, tmp_path_factory: pytest.TempPathFactory) -> Iter
 
 
 @pytest.fixture(scope="session")
-def store(network: Network, s3_proxy: FaultyProxy) -> Iterator[str]:
-    """A bucket in the store."""
+def s3_environment(network: Network, s3_proxy: FaultyProxy) -> Iterator[str]:
+    """The address of the store, also for the tests themselves and for Ray on this machine."""
     keys = {name: value for name, value in network.environment.items() if name.startswith("AWS_")}
-    with environment(**keys):  # the tests themselves use the bucket too
-        yield "s3://patchloom"
+    with environment(**keys):
+        yield s3_proxy.address
+
+
+@pytest.fixture(scope="session")
+def store(s3_environment: str) -> str:
+    """A bucket in the store."""
+    return "s3://patchloom"
 
 
 @pytest.fixture(scope="session")
