@@ -2,9 +2,11 @@
 
 import inspect
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -16,6 +18,8 @@ from patchloom.models.generate import Sampling, check_fit, class_number, default
 from patchloom.pipelines.sample.options import SampleOptions, sampler_parameters
 from patchloom.platform.dataset.labels import label_of
 from patchloom.platform.tracking.registry import fetch_model
+
+ERROR_CHOICES = ("raise", "column")
 
 _one_at_a_time = threading.Lock()  # the number of torch's threads belongs to the process
 
@@ -46,14 +50,63 @@ def sample_rows(
         The class number of every image, and the images as (N, C, H, W) uint8.
 
     Raises:
-        ValueError: an option does not fit the model, or the model does not know a class.
+        ValueError: an option does not fit the model, a seed is not a whole number, or the model does not know a class.
     """
+    rows = checked_rows(seeds, labels, model.card)
+    for number, row in enumerate(rows):
+        if row.error:
+            raise ValueError(f"row {number}: {row.error}")
+    return [row.label for row in rows], sample_checked(model, rows, sampling, batch)
+
+
+@dataclass(frozen=True)
+class CheckedRow:
+    """The seed and the class number of an image, or what is wrong with them."""
+
+    seed: int = -1
+    label: int = -1
+    error: str = ""
+
+
+def checked_rows(seeds: Iterable[Any], labels: Iterable[Any] | None, card: ModelCard) -> list[CheckedRow]:
+    """Check seeds and labels, which are as for `sample_rows`, one by one."""
+    pairs, sampled = zip_longest(seeds, labels if labels is not None else ()), card.sampled_classes
+    return [_checked_row(seed, label, card, sampled) for seed, label in pairs]
+
+
+def _checked_row(value: Any, label: Any, card: ModelCard, sampled: Sequence[int]) -> CheckedRow:
+    try:
+        seed = whole_seed(value)
+    except ValueError as error:
+        return CheckedRow(error=str(error))
+    try:
+        return CheckedRow(seed, _class_of(label, "this row", default_labels([seed], sampled)[0], card))
+    except (ValueError, UserError) as error:
+        return CheckedRow(error=f"seed {seed}: {error}")
+
+
+def whole_seed(value: Any) -> int:
+    """A seed of a table. Raises ValueError unless it is a whole number from 0 to 2^64 - 1."""
+    try:
+        seed = int(value)
+        if (seed == value or isinstance(value, str)) and 0 <= seed < 2**64:
+            return seed
+    except (TypeError, ValueError, OverflowError):  # None, a text, infinity
+        pass
+    raise ValueError(f"seed {value} is not a whole number from 0 to 2^64 - 1")
+
+
+def sample_checked(model: SamplingModel, rows: list[CheckedRow], sampling: Sampling, batch: int) -> np.ndarray:
+    """Sample one image per row; (N, C, H, W) uint8, black for a row with an error."""
     check_fit(sampling, model.card)
-    numbers = [int(seed) for seed in seeds]
-    if batch < 1 or any(seed < 0 for seed in numbers):
-        raise ValueError(f"seeds start at 0 and the batch at 1: found {min(numbers, default=0)} and {batch}")
-    classes = class_numbers(numbers, labels, model.card)
-    return classes, sample_classes(model, numbers, classes, sampling, batch)
+    if batch < 1:
+        raise ValueError(f"batch: {batch} is less than 1")
+    good = [number for number, row in enumerate(rows) if not row.error]
+    seeds, classes = [rows[number].seed for number in good], [rows[number].label for number in good]
+    sampled = sample_classes(model, seeds, classes, sampling, batch)
+    images = np.zeros((len(rows), *sampled.shape[1:]), np.uint8)
+    images[good] = sampled
+    return images
 
 
 def sample_classes(
@@ -68,14 +121,18 @@ def class_numbers(seeds: list[int], labels: Iterable[Any] | None, card: ModelCar
     """The class number of each seed; labels are as for `sample_rows`. Raises ValueError for an unknown class."""
     numbers = default_labels(seeds, card.sampled_classes)
     for row, value in enumerate(labels if labels is not None else ()):
-        label = label_of(value, f"row {row}")
-        if label is None:
-            continue
-        try:
-            numbers[row] = class_number(label, card.class_names)
-        except ValueError as error:
-            raise ValueError(f"label {label} {error}") from None
+        numbers[row] = _class_of(value, f"row {row}", numbers[row], card)
     return numbers
+
+
+def _class_of(value: Any, where: str, default: int, card: ModelCard) -> int:
+    label = label_of(value, where)
+    if label is None:
+        return default
+    try:
+        return class_number(label, card.class_names)
+    except ValueError as error:
+        raise ValueError(f"label {label} {error}") from None
 
 
 class Sampler:
@@ -88,6 +145,9 @@ class Sampler:
         model: `models:/NAME@ALIAS`, `models:/NAME/VERSION`, `runs:/ID/model` or a folder. Every worker fetches it.
             Set `MLFLOW_TRACKING_URI` for the workers if it is not the default.
         batch: images per network batch.
+        on_error: what happens to a row with a wrong seed or a class that the model does not know. "raise" ends the
+            pipeline. "column" adds the column `error`: what is wrong, or an empty text. The image of a wrong row is
+            black.
         **options: options of the sampler, as for `patchloom.sample`: steps, sampler, ladder, churn, churn_between,
             churn_noise, guidance, guidance_between, size, canvas.
 
@@ -108,9 +168,18 @@ class Sampler:
         first = images.take(1)[0]["image"]
     """
 
-    def __init__(self, model: str | Path, *, batch: int = SampleOptions.batch, **options: Any) -> None:
+    def __init__(
+        self,
+        model: str | Path,
+        *,
+        batch: int = SampleOptions.batch,
+        on_error: Literal["raise", "column"] = "raise",
+        **options: Any,
+    ) -> None:
         try:
-            self._sampling, self._batch = Sampling(**options), batch
+            if on_error not in ERROR_CHOICES:
+                raise ValueError(f"on_error: {on_error!r} is not one of {', '.join(ERROR_CHOICES)}")
+            self._sampling, self._batch, self._on_error = Sampling(**options), batch, on_error
             self._model = load_model_for_sampling(model)
             check_fit(self._sampling, self._model.card)
         except ValueError as error:
@@ -124,21 +193,26 @@ class Sampler:
                 Other columns are kept.
 
         Returns:
-            The columns of the batch and `image`: (N, H, W, C) uint8.
+            The columns of the batch, `image` as (N, H, W, C) uint8 and, with `on_error="column"`, `error`.
 
         Raises:
-            UserError: the column `seed` is missing, or the model does not know a class.
+            UserError: the column `seed` is missing, or a row is wrong and `on_error` is "raise".
         """
         if "seed" not in batch:
             raise UserError(f"seed: this column is missing; the batch has {', '.join(batch) or 'no columns'}")
+        rows = checked_rows(batch["seed"], batch.get("label"), self._model.card)
+        errors = [row.error for row in rows]
+        if self._on_error == "raise" and any(errors):
+            raise UserError(next(filter(None, errors)))
         try:
-            _, images = sample_rows(self._model, batch["seed"], batch.get("label"), self._sampling, self._batch)
+            images = sample_checked(self._model, rows, self._sampling, self._batch)
         except ValueError as error:
             raise UserError(str(error)) from None
-        return {**batch, "image": np.ascontiguousarray(images.transpose(0, 2, 3, 1))}
+        found = {"error": np.array(errors, dtype=object)} if self._on_error == "column" else {}
+        return {**batch, "image": np.ascontiguousarray(images.transpose(0, 2, 3, 1)), **found}
 
 
-_first, _model, *_ = inspect.signature(Sampler.__init__).parameters.values()
+_own = inspect.signature(Sampler.__init__).parameters
 Sampler.__init__.__signature__ = inspect.Signature(  # type: ignore[attr-defined]  # help() shows the options
-    [_first, _model, *sampler_parameters()]
+    [_own["self"], _own["model"], *sampler_parameters(), _own["on_error"]]
 )

@@ -62,7 +62,10 @@ def test_ray_data_gives_the_images_of_patchloom_sample(champion: str, pngs: np.n
     [
         ({"sampler": "magic"}, {}, r"sampler.*magic"),
         ({"size": (17, 16)}, {}, r"multiples of 2"),
-        ({}, {"seed": np.array([0]), "label": np.array(["tea"])}, r"tea.*chelsea, coffee"),
+        ({"on_error": "drop"}, {}, r"on_error.*drop.*raise, column"),
+        ({}, {"seed": np.array([0, 7]), "label": np.array(["coffee", "tea"])}, r"^seed 7.*tea.*chelsea, coffee$"),
+        ({}, {"seed": np.array([0.5])}, r"0\.5"),
+        ({}, {"seed": np.array([0, None])}, r"None"),
         ({}, {"seed": np.array([-1])}, r"-1"),
         ({}, {"number": np.array([0])}, r"seed.*number"),
     ],
@@ -74,11 +77,23 @@ def test_wrong_options_and_rows_are_user_errors(
         Sampler(champion, **options)(rows)
 
 
+def test_wrong_rows_are_marked_and_others_keep_their_bytes(champion: str, pngs: np.ndarray) -> None:
+    seeds = np.array([4, 1, np.nan, 3, 2**65, 2])
+    labels = np.array([None, "tea", None, ["chelsea"], None, 0], dtype=object)
+    rows = Sampler(champion, **OPTIONS, on_error="column")({"seed": seeds, "label": labels})
+    assert [bool(error) for error in rows["error"]] == [False, True, True, True, True, False]
+    assert all(shown in rows["error"][1] for shown in ("seed 1", "tea", "chelsea, coffee"))
+    assert "nan" in rows["error"][2] and str(2.0**65) in rows["error"][4]
+    assert (rows["image"][[0, 5]] == pngs[[4, 2]]).all() and not rows["image"][1:5].any()
+    assert rows["image"].shape == (6, *pngs.shape[1:]) and rows["label"] is labels
+
+
 def test_signatures_show_the_options() -> None:
     shown = inspect.signature(sample).parameters
-    assert {"model", "out", "seeds", "workers", *SampleOptions.__dataclass_fields__} == shown.keys()
+    assert {"model", "out", "seeds", "workers", "resources", *SampleOptions.__dataclass_fields__} == shown.keys()
     assert shown["steps"].default == 18 and shown["guidance"].default == 1.0
     assert inspect.signature(Sampler).parameters["batch"].default == 8
+    assert inspect.signature(Sampler).parameters["on_error"].default == "raise"
     assert not {"out", "format", "labels"} & inspect.signature(Sampler).parameters.keys()
 
 
