@@ -132,9 +132,10 @@ def parse(arguments: list[str]) -> None:
     import typer
 
     group: Any = typer.main.get_command(app)
-    if arguments[:2] == ["launch", "--address"]:
-        group.commands["launch"].commands["run"].make_context("run", arguments[1:])
-        arguments = arguments[3:]  # the command that runs on the cluster
+    launch = group.commands["launch"]
+    if arguments[0] == "launch" and arguments[1] not in launch.commands:
+        launch.commands["run"].make_context("run", arguments[1:])
+        arguments = arguments[3 if arguments[1] == "--address" else 1 :]  # the command that runs on the cluster
     while hasattr(group, "commands"):
         name, *arguments = arguments
         group = group.commands[name]
