@@ -17,7 +17,7 @@ from patchloom.pipelines.train.run import step_settings
 from patchloom.pipelines.train.training import ShowLine, train
 from patchloom.pipelines.tune.planning import Trial, recipe_of_setting, trial_recipe
 from patchloom.platform.compute.messages import forward_messages
-from patchloom.platform.compute.resources import Resources
+from patchloom.platform.compute.resources import DEFAULT_RESOURCES, Resources
 from patchloom.platform.compute.session import begin_work
 from patchloom.platform.compute.tuner import AshaSettings, OptunaSettings
 from patchloom.platform.dataset.prepared import Dataset, open_dataset
@@ -77,7 +77,13 @@ class TrialJob:
 
 
 def search_job(
-    search: Search, base: Recipe, dataset: Dataset, folder: Path, run_id: str, workers: int, resources: Resources
+    search: Search,
+    base: Recipe,
+    dataset: Dataset,
+    folder: Path,
+    run_id: str,
+    workers: int,
+    resources: Resources = DEFAULT_RESOURCES,
 ) -> SearchJob:
     """What all trials of a search in `folder` share."""
     return SearchJob(

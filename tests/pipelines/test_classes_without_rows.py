@@ -130,5 +130,5 @@ def test_rows_of_a_sampler_follow_the_same_rules(numerals: Path) -> None:
     images = sampler({"seed": np.array([5] * 3), "label": np.array([2, 2, 2])})["image"]
     for labels in (np.array(["1", "1", "1"]), np.array([2.0, 2.0, 2.0]), np.array(["1", 2, 2.0], dtype=object)):
         assert np.array_equal(sampler({"seed": np.array([5] * 3), "label": labels})["image"], images)
-    with pytest.raises(UserError, match="row 1"):
+    with pytest.raises(UserError, match="seed 1"):
         sampler({"seed": np.array([0, 1]), "label": np.array([0.0, 0.5])})

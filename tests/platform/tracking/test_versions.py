@@ -128,7 +128,7 @@ def test_limited_list_reads_as_much_of_a_large_registry_as_of_a_small_one(
     fill_registry(sqlite_store, f"more-{len(str(search))}", MANY)
     with counted() as second:
         search_versions(limit=10, **search)  # type: ignore[arg-type]
-    assert second["statements"] == first["statements"]
+    assert second["statements"] <= first["statements"]  # the first call also opens the store
     assert second["rows"] <= first["rows"] + 10 and first["rows"] < 1000
 
 
