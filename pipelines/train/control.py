@@ -20,6 +20,7 @@ def prepare_control(run: Folder, stop_at: float | None = None) -> RunControl:
         run.remove(name)
     return RunControl(
         ask=partial(ask_to_stop, run),
+        save=partial(ask_for_checkpoint, run.address),
         has_begun=partial(run.has, TRAINING_FILE),
         reset=partial(run.remove, TRAINING_FILE),
         newest_step=partial(newest_step, run),

@@ -28,6 +28,7 @@ class RunControl:
 
     Args:
         ask: asks the workers to write a checkpoint and return.
+        save: asks the workers to write a checkpoint and go on.
         has_begun: whether workers train now, so that they can answer.
         reset: notes that no workers train now.
         newest_step: the step of the newest checkpoint; 0 if there is none. It is pickled.
@@ -36,6 +37,7 @@ class RunControl:
     """
 
     ask: Callable[[], None]
+    save: Callable[[], None]
     has_begun: Callable[[], bool]
     reset: Callable[[], None]
     newest_step: Callable[[], int]

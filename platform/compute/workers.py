@@ -148,6 +148,7 @@ def _run_on_ray_train(
 
     from patchloom.platform.compute.failures import MOST_FAILURES, FailureLimit, fit
     from patchloom.platform.compute.interfaces import BoundTorchConfig
+    from patchloom.platform.compute.resizing import CheckpointBeforeResize
 
     shape, cpus = train_worker_shape(workers, resources)
     if not _is_trial():
@@ -171,7 +172,10 @@ def _run_on_ray_train(
             storage_path=str(scratch),
             # a lost spot node never counts; FailureLimit counts the other failures
             failure_config=ray.train.FailureConfig(max_failures=-1, controller_failure_limit=MOST_FAILURES),
-            callbacks=[FailureLimit(control.newest_step, control.reset, control.run)],
+            callbacks=[
+                FailureLimit(control.newest_step, control.reset, control.run),
+                CheckpointBeforeResize(control),
+            ],
         ),
     )
     result: LoopResult = fit(trainer, control.newest_step)
