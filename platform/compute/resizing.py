@@ -4,6 +4,7 @@ import time
 from typing import Any
 
 from ray.train.v2._internal.execution.callback import ControllerCallback
+from ray.train.v2._internal.execution.controller.state import ResizingState
 
 from patchloom.platform.compute.stopping import RunControl
 
@@ -23,9 +24,9 @@ class CheckpointBeforeResize(ControllerCallback):
     def __init__(self, control: RunControl) -> None:
         self.control = control
 
-    def before_controller_execute_resize_decision(self, resize_decision: Any) -> None:
-        """Called before workers start, and before they are replaced. Only the latter have something to save."""
-        if not self.control.has_begun():
+    def after_controller_state_update(self, previous_state: Any, current_state: Any) -> None:
+        """Called when Ray Train has decided to replace the workers, which still run."""
+        if not isinstance(current_state, ResizingState) or not self.control.has_begun():
             return
         step, deadline = self.control.newest_step(), time.monotonic() + CHECKPOINT_WAIT_S
         self.control.save()
