@@ -14,7 +14,7 @@ from patchloom.benchmarks.machine import busy_share, code_digest, describe_machi
 from patchloom.benchmarks.result_file import BenchmarkResult, SuiteResults
 from patchloom.errors import UserError
 from patchloom.platform.compute.machine import keep_freed_memory
-from patchloom.platform.files.storage import make_folder, write_atomic
+from patchloom.platform.files.storage import local_path, make_folder, write_atomic
 from patchloom.platform.progress import clock, say
 
 BUSY = 0.15  # share of all cores used by other processes: above it, a warning
@@ -99,7 +99,7 @@ def run_benchmarks(
     """
     selected = select_benchmarks(names)
     if out is not None:
-        make_folder(Path(out))  # fail before the measurement, not after it
+        make_folder(local_path(out))  # fail before the measurement, not after it
     scale = TINY if tiny else Scale()
     scale = scale if rounds is None else replace(scale, rounds=rounds)
     keep_freed_memory()  # as commands do; it applies to the plain loops in this process too
@@ -116,7 +116,7 @@ def run_benchmarks(
         say(f"\n{name}: {BENCHMARKS[name].description} ({number} of {len(selected)})")
         results.subjects[name] = _measure(name, scale, code)
         if out is not None:
-            path = keep_results(results, Path(out))
+            path = keep_results(results, local_path(out))
     if out is not None:
         from patchloom.benchmarks.plots import plot_results
 

@@ -12,12 +12,13 @@ from patchloom.pipelines.evaluate.page import (
     samples_section,
     sampling_text,
 )
-from patchloom.pipelines.pages.html import Number, Picture, document, render
-from patchloom.pipelines.train.checkpointer import without_tensors
+from patchloom.pipelines.pages.html import Number, Picture, document, is_for_pages, render
 from patchloom.pipelines.train.page import run_section
 from patchloom.pipelines.tune.page import search_section, search_title
+from patchloom.platform.files.cache import working_copy
 from patchloom.platform.files.copies import local_copy
-from patchloom.platform.files.storage import local_path, make_folder, write_atomic
+from patchloom.platform.files.folder import Folder
+from patchloom.platform.files.storage import make_folder, write_atomic
 from patchloom.platform.recipe.run_recipe import load_recipe
 from patchloom.platform.records.autoencoder_run import AutoencoderRunCard
 from patchloom.platform.records.dataset import DatasetCard
@@ -32,10 +33,10 @@ def report(folder: str, out: str) -> Path:
 
     Args:
         folder: the folder; may be remote.
-        out: the HTML file to write.
+        out: the HTML file to write; may be remote.
 
     Returns:
-        The path of the page.
+        The path of the page; for a remote page of a local copy.
 
     Raises:
         UserError: the folder is none of these, or `out` is a folder.
@@ -43,13 +44,15 @@ def report(folder: str, out: str) -> Path:
     Example:
         page = patchloom.report("run", "report.html")
     """
-    title, body = _title_and_body(local_copy(folder, without_tensors))
-    page = local_path(out)
-    make_folder(page.parent)
-    if page.is_dir():
-        raise UserError(f"{page} is a folder: give the name of a file, such as {page}/report.html")
-    write_atomic(page, document(title, body))
-    return page
+    place, name = Folder.of_file(out)
+    here = working_copy(place, "page") if place.is_remote else make_folder(place.path)
+    if not name or (here / name).is_dir():
+        raise UserError(f"{out} is a folder: give the name of a file, such as {out.rstrip('/')}/report.html")
+    title, body = _title_and_body(local_copy(folder, is_for_pages))
+    write_atomic(here / name, document(title, body))
+    if place.is_remote:
+        place.put(here / name, name)
+    return here / name
 
 
 def _title_and_body(folder: Path) -> tuple[str, Markup]:

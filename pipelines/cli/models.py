@@ -17,6 +17,7 @@ from patchloom.pipelines.cli.options import (
     messages_to_stderr,
     print_json,
 )
+from patchloom.platform.files.folder import is_remote
 
 MovedAlias = Annotated[str, typer.Option(help="The alias")]
 
@@ -149,7 +150,8 @@ def models_import(
     """Turn an EDM snapshot into a model folder."""
     from patchloom.pipelines.registry.convert import import_model
 
-    _print_sample_command(import_model(snapshot, out, autoencoder))
+    path = import_model(snapshot, out, autoencoder)
+    _print_sample_command(out if is_remote(out) else path)
 
 
 @models_app.command("export", epilog="Example: patchloom models export models:/my-model@champion my-model")
@@ -171,7 +173,8 @@ def models_average(
     from patchloom.pipelines.registry.convert import average_model
 
     allow_backbones(*allow_backbone or [])
-    _print_sample_command(average_model(run, out, sigma_rel))
+    path = average_model(run, out, sigma_rel)
+    _print_sample_command(out if is_remote(out) else path)
 
 
 @models_app.command("promote", epilog="Example: patchloom models promote my-model 3 --alias champion --if-better fid")

@@ -13,6 +13,7 @@ from patchloom.pipelines.cli.options import (
     messages_to_stderr,
     print_json,
 )
+from patchloom.platform.files.folder import is_remote
 
 
 def evaluate(
@@ -67,4 +68,5 @@ def report(
     """Write an HTML page about a run, search or samples."""
     from patchloom.pipelines.report import report
 
-    print(f"open {report(folder, out)}")
+    page = report(folder, out)
+    print(f"open {out if is_remote(out) else page}")

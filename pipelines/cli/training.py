@@ -234,4 +234,6 @@ def tune(
         search, data, required_out(out, "search"), restore=restore, concurrent=concurrent,
         workers=nodes.workers or 0, gpus=gpus, register_best=register_best, resources=nodes,
     )  # fmt: skip
-    print(f"train the best at full length: patchloom train {result.folder / 'best.yaml'} --data {data} --out RUN")
+    print(
+        f"train the best at full length: patchloom train {Folder.at(result.address)}/best.yaml --data {data} --out RUN"
+    )

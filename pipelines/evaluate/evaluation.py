@@ -53,7 +53,7 @@ def evaluate(
             reference allow, except psnr and ssim.
         features: `inception`, `colours` (no network), `dinov2`, a file of Inception weights or TorchScript, or the
             folder of a transformers Dinov2Model.
-        out: the JSON file to write. Default: `metrics.json` in the folder of the samples.
+        out: the JSON file to write; may be remote. Default: `metrics.json` in the folder of the samples.
         save_reference: also write the statistics of the reference to this `.npz`.
         workers: processes that compute features. Default: all CPUs or GPUs; 0 is this process, without Ray.
         batch: images per forward pass.

@@ -3,6 +3,7 @@
 import base64
 import functools
 import io
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from jinja2 import Environment
 
 TEMPLATES = Path(__file__).parent / "templates"
+SINGLE_SAMPLE = re.compile(r"(^|/)\d{6}/\d{6}\.png$")  # in a folder of samples
 LINE_COLOURS = ("#b3541e", "#2f6690", "#81a4cd", "#7a9e7e", "#9b7ede")
 
 
@@ -62,6 +64,11 @@ def _environment() -> "Environment":
 def render(template: str, **values: Any) -> Markup:
     """Fill in a template of `pages/templates`; text is escaped, `Markup` (other parts, plots) is not."""
     return Markup(_environment().get_template(template).render(**values))
+
+
+def is_for_pages(name: str) -> bool:
+    """Whether a page may need this file of a run, search, samples or demo: not tensors, shards and single samples."""
+    return name.endswith((".json", ".jsonl", ".yaml", ".png")) and SINGLE_SAMPLE.search(name) is None
 
 
 def document(title: str, body: Markup) -> str:

@@ -87,9 +87,10 @@ def compare_models(
         found = patchloom.compare_models("models:/my-model@champion", "models:/my-model/1", picture=None)
         print(found.text())
     """
+    place = local_path(picture) if picture else None
     fetched = fetch_model(one), fetch_model(other)
     cards = verified_card(fetched[0].folder), verified_card(fetched[1].folder)
-    if picture:
+    if place:
         _check_one_size(*cards)
     first, second = (_evaluations(model) for model in fetched)
     pairs = comparable(first, second)
@@ -98,7 +99,7 @@ def compare_models(
         recipe=_different_images(*cards) | _different_keys(*(recipe_of(model) for model in fetched)),
         metrics=[_compared_metrics(*pair) for pair in pairs],
         not_comparable=[] if pairs else why_not_comparable(first, second),
-        picture=_sample_both(fetched, local_path(picture), seeds, steps) if picture else None,
+        picture=_sample_both(fetched, place, seeds, steps) if place else None,
     )
 
 

@@ -1,6 +1,8 @@
 """Convert: import and export models, and make averages of weights after a run."""
 
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,12 +24,15 @@ from patchloom.models.ema import PowerProfile, combine, reconstruction
 from patchloom.models.normalisation import pixel_normalisation
 from patchloom.pipelines.prepare.encoders import fetch_autoencoder
 from patchloom.pipelines.train.checkpointer import without_tensors
+from patchloom.platform.files.cache import working_copy
 from patchloom.platform.files.copies import local_copy
+from patchloom.platform.files.folder import Folder
 from patchloom.platform.files.storage import file_sha256, local_path, make_folder, whole_folder
 from patchloom.platform.progress import say
 from patchloom.platform.tracking.registry import fetch_model
 
 PIXEL_CHANNELS = (1, 3)
+MODEL_CARD = "model.json"
 
 
 def import_model(snapshot: str, out: str, autoencoder: str | None = None) -> Path:
@@ -35,12 +40,12 @@ def import_model(snapshot: str, out: str, autoencoder: str | None = None) -> Pat
 
     Args:
         snapshot: the file, or a folder that `export_model` wrote, which is verified and copied.
-        out: the new model folder.
+        out: the new model folder; may be remote.
         autoencoder: for a model of latents, its autoencoder: a diffusers folder, `models:/NAME/VERSION` or a Hugging
             Face name.
 
     Returns:
-        The model folder.
+        The model folder; for a remote one a local copy.
 
     Raises:
         UserError: the file is missing, the autoencoder is missing or does not fit, or the folder is not empty.
@@ -55,8 +60,8 @@ def import_model(snapshot: str, out: str, autoencoder: str | None = None) -> Pat
         return export_model(snapshot, out)
     if not path.is_file():
         raise UserError(f"{path} is not a file: give an EDM snapshot (network-snapshot-*.pkl) or a model folder")
-    denoiser, config = read_edm_snapshot(path)
     folder = _new_folder(out)
+    denoiser, config = read_edm_snapshot(path)
     normalisation, encoder, card = pixel_normalisation(denoiser.channels), None, None
     if autoencoder is not None:
         encoder, card = _fitting_autoencoder(autoencoder, path, denoiser.channels)
@@ -66,7 +71,7 @@ def import_model(snapshot: str, out: str, autoencoder: str | None = None) -> Pat
             f"{path} has {denoiser.channels} channels, so it is a model of latents: give --autoencoder, the "
             "autoencoder that encoded them"
         )
-    with whole_folder(folder) as partial:
+    with _written(folder) as partial:
         if encoder is not None:
             shutil.copytree(encoder, partial / "autoencoder", ignore=_pickles)
         model_card = ModelCard(
@@ -81,7 +86,7 @@ def import_model(snapshot: str, out: str, autoencoder: str | None = None) -> Pat
         )
         save_model(partial, denoiser, model_card)
     say(f"  {path.name}: {config.network}, {denoiser.resolution} pixels, {denoiser.channels} channels -> {folder}")
-    return folder
+    return _place_of(folder)
 
 
 def _fitting_autoencoder(reference: str, snapshot: Path, channels: int) -> tuple[Path, AutoencoderCard]:
@@ -100,10 +105,10 @@ def export_model(model: str, out: str) -> Path:
 
     Args:
         model: `models:/NAME@ALIAS`, `models:/NAME/VERSION`, `runs:/ID/model`, or a model or run folder.
-        out: the new folder.
+        out: the new folder; may be remote.
 
     Returns:
-        The new folder.
+        The new folder; for a remote one a local copy.
 
     Raises:
         UserError: there is no such model, or the folder is not empty.
@@ -112,13 +117,13 @@ def export_model(model: str, out: str) -> Path:
     Example:
         folder = patchloom.export_model("models:/my-model@champion", "exported")
     """
+    folder = _new_folder(out)
     fetched = fetch_model(model)
     card = verified_card(fetched.folder)
-    folder = _new_folder(out)
-    with whole_folder(folder) as partial:
+    with _written(folder) as partial:
         shutil.copytree(fetched.folder, partial, dirs_exist_ok=True)
-    say(f"  {card.name} -> {folder / 'model.safetensors'}; read it with safetensors.torch.load_file")
-    return folder
+    say(f"  {card.name} -> {folder}/model.safetensors; read it with safetensors.torch.load_file")
+    return _place_of(folder)
 
 
 def average_model(run: str, out: str, sigma_rel: float) -> Path:
@@ -126,11 +131,11 @@ def average_model(run: str, out: str, sigma_rel: float) -> Path:
 
     Args:
         run: the folder of a finished run whose recipe has `snapshot_every_images` in `ema`; may be remote.
-        out: the new model folder.
+        out: the new model folder; may be remote.
         sigma_rel: width of the average relative to the length of the run, between 0 and 0.288.
 
     Returns:
-        The model folder.
+        The model folder; for a remote one a local copy.
 
     Raises:
         UserError: the run is not finished or kept no averages, the width is out of range, or the folder is not empty.
@@ -138,6 +143,7 @@ def average_model(run: str, out: str, sigma_rel: float) -> Path:
     Example:
         folder = patchloom.average_model("run", "wider", sigma_rel=0.15)
     """
+    folder = _new_folder(out)
     source = local_copy(run, without_tensors)
     if not (source / "model" / "model.json").is_file():
         raise UserError(f"{source} is not a finished run: give the --out folder of `patchloom train`")
@@ -153,14 +159,13 @@ def average_model(run: str, out: str, sigma_rel: float) -> Path:
     denoiser = load_model(source / "model")
     # not strict: the snapshots have parameters only, and the model has the newest buffers
     denoiser.load_state_dict(combine((load_file(file) for file in files), shares), strict=False)
-    folder = _new_folder(out)
-    with whole_folder(folder) as partial:
+    with _written(folder) as partial:
         for name in ("recipe.yaml", "autoencoder"):
             _copy_if_present(source / "model" / name, partial / name)
         average = AverageCard(sigma_rel=sigma_rel, snapshots=len(files))
         save_model(partial, denoiser, replace(card, average=average))
     say(f"  average of width {sigma_rel:g}, from {len(files)} snapshots -> {folder}")
-    return folder
+    return _place_of(folder)
 
 
 def _pickles(folder: str, names: list[str]) -> list[str]:
@@ -176,10 +181,30 @@ def _copy_if_present(source: Path, target: Path) -> None:
         shutil.copy(source, target)
 
 
-def _new_folder(out: str) -> Path:
-    """The path of a missing or empty folder, whose parent is created; raises UserError for another one."""
-    folder = local_path(out)
-    make_folder(folder.parent)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+def _new_folder(out: str) -> Folder:
+    """A missing or empty folder; raises UserError for another one."""
+    folder = Folder.at(out)
+    if folder.is_remote:
+        is_taken = bool(folder.files())
+    else:
+        is_taken = folder.path.exists() and (not folder.path.is_dir() or any(folder.path.iterdir()))
+    if is_taken:
         raise UserError(f"{folder} is not empty: choose a new folder")
     return folder
+
+
+def _place_of(folder: Folder) -> Path:
+    """A model folder on this machine; for a remote one a copy."""
+    return working_copy(folder, "model") if folder.is_remote else folder.path
+
+
+@contextmanager
+def _written(folder: Folder) -> Iterator[Path]:
+    """A temporary folder that becomes the model folder at the end of the block. A remote one gets its card last."""
+    here = Folder(str(_place_of(folder)))
+    make_folder(here.path.parent)
+    with whole_folder(here.path) as partial:
+        yield partial
+    if folder.is_remote:
+        for name in sorted(here.files(), key=lambda name: (name == MODEL_CARD, name)):
+            folder.put(here.path / name, name)

@@ -114,6 +114,7 @@ def show_model(reference: str, picture: str | None = None) -> str:
         reference: as for `describe_model`.
         picture: a file to save the preview grid of its run in.
     """
+    place = None if picture is None else local_path(picture)
     model = describe_model(reference)
     lines = [model.reference + (f"  ({', '.join(model.aliases)})" if model.aliases else "")]
     for name in ("kind", "resolution", "network", "images_seen", "held_out_loss"):
@@ -125,7 +126,7 @@ def show_model(reference: str, picture: str | None = None) -> str:
     ]
     for found in model.evaluations:
         lines += [f"  evaluation {found.digest}: {found.numbers()}", f"    {found.circumstances()}"]
-    if picture is not None:
-        saved = fetch_preview(fetch_model(reference), local_path(picture))
+    if place is not None:
+        saved = fetch_preview(fetch_model(reference), place)
         lines += [f"  preview: {saved or 'the run has no preview'}"]
     return "\n".join([*lines, f"  folder: {model.folder}", f"  sample from it: {model.sample}"])

@@ -21,6 +21,7 @@ from patchloom.pipelines.tune.frontier import (
     held_out_curve,
 )
 from patchloom.pipelines.tune.ranking import HELD_OUT_LOSS, RankedSetting, mean_of, ranked, setting_title, short_value
+from patchloom.platform.files.folder import Folder
 from patchloom.platform.files.storage import write_atomic
 from patchloom.platform.progress import clock
 from patchloom.platform.recipe.search import Search
@@ -76,12 +77,12 @@ def write_search_page(folder: Path, page: Path) -> Path:
 
 def search_title(folder: Path) -> str:
     """The title of the page of a search folder."""
-    return f"Search {SearchCard.read(folder).search.name}"
+    return f"Search {SearchCard.read(Folder.at(folder)).search.name}"
 
 
 def search_section(folder: Path) -> Markup:
     """The body of the page of a search folder; raises UserError where no trial has finished."""
-    search, trials = SearchCard.read(folder).search, read_trials(folder)
+    search, trials = SearchCard.read(Folder.at(folder)).search, read_trials(Folder.at(folder))
     order = ranked(trials, search.metric)
     if not order:
         raise UserError(f"{folder} has no finished trial: wait for `patchloom tune`, or continue it with --restore")

@@ -2,7 +2,6 @@
 
 import functools
 import os
-import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,9 +9,11 @@ from typing import Any, Literal
 
 from pydantic import JsonValue
 
-from patchloom.errors import UserError
+from patchloom.errors import UserError, WorkersFailed
 from patchloom.models.backbones import allow_backbones, allowed_backbones
+from patchloom.pipelines.train.checkpointer import whole_checkpoints, without_tensors
 from patchloom.pipelines.train.mlflow_run import end_tracking, ensure_mlflow_run
+from patchloom.pipelines.train.resuming import RECIPE_FILE
 from patchloom.pipelines.train.run import step_settings
 from patchloom.pipelines.train.training import ShowLine, train
 from patchloom.pipelines.tune.planning import Trial, recipe_of_setting, trial_recipe
@@ -21,15 +22,17 @@ from patchloom.platform.compute.resources import DEFAULT_RESOURCES, Resources
 from patchloom.platform.compute.session import begin_work
 from patchloom.platform.compute.tuner import AshaSettings, OptunaSettings
 from patchloom.platform.dataset.prepared import Dataset, open_dataset
+from patchloom.platform.files.copies import local_copy
 from patchloom.platform.files.folder import Folder
-from patchloom.platform.files.storage import locked, make_folder, write_json
+from patchloom.platform.files.storage import locked
 from patchloom.platform.recipe.run_recipe import Recipe, load_recipe
 from patchloom.platform.recipe.search import Search
-from patchloom.platform.records.run import ProgressLine, RunCard, read_progress
+from patchloom.platform.records.run import RUN_FILE, ProgressLine, RunCard, read_progress
 from patchloom.platform.records.search import TrialRow
 from patchloom.platform.tracking.forwarder import MlflowForwarder
 from patchloom.platform.tracking.store import store_environment
 
+TRIALS_FOLDER = "trials"
 TRIAL_FILE = "trial.json"  # in the run folder of a trial that finished or failed: its row of the table
 TABLE_FIELDS = {
     "updates", "images_seen", "full_size_images", "flops", "loss", "held_out_loss", "held_out_loss_by_sigma",
@@ -47,7 +50,7 @@ class SearchJob:
     search: Search
     base: Recipe
     dataset: str
-    trials_folder: Path
+    trials_folder: Folder
     parent_run: str  # the MLflow run of the search
     stores: dict[str, str]  # environment variables of the MLflow stores
     backbones: tuple[str, ...]
@@ -67,9 +70,9 @@ class TrialJob:
     problem: str = ""
 
     @property
-    def folder(self) -> Path:
+    def folder(self) -> Folder:
         """The run folder of the trial."""
-        return self.shared.trials_folder / self.name
+        return self.shared.trials_folder.folder(self.name)
 
     def row(self, status: Literal["finished", "stopped", "failed"], **fields: Any) -> TrialRow:
         """The trial's row of the table."""
@@ -80,7 +83,7 @@ def search_job(
     search: Search,
     base: Recipe,
     dataset: Dataset,
-    folder: Path,
+    folder: Folder,
     run_id: str,
     workers: int,
     resources: Resources = DEFAULT_RESOURCES,
@@ -90,7 +93,7 @@ def search_job(
         search,
         base,
         dataset.address,
-        folder / "trials",
+        folder.folder(TRIALS_FOLDER),
         run_id,
         store_environment(),
         allowed_backbones(),
@@ -146,77 +149,82 @@ def run_trial(job: TrialJob) -> None:
     forward_messages(f"trial {job.name}: ")
     os.environ.update(job.shared.stores)
     allow_backbones(*job.shared.backbones)
-    folder = make_folder(job.folder)
-    if not is_finished(folder, job.settings):
+    if not is_finished(job):
         try:
-            row = _trained(job, folder)
-        except UserError as error:
+            row = _trained(job)
+        except (UserError, WorkersFailed) as error:
             row = job.row("failed", error=str(error))
-        write_json(folder / TRIAL_FILE, row.to_dict())
-    row = read_trial(folder)
+        job.folder.write_json(TRIAL_FILE, row.to_dict())
+    row = read_trial(job.folder)
     reported = {key: row.value_of(key) for key in (job.shared.search.metric, "flops")}
     numbers = {key: value for key, value in reported.items() if value is not None}
     ray_tune.report({**numbers, BUDGET_PERCENT: BEFORE_END_PERCENT})
 
 
-def read_trial(folder: Path) -> TrialRow:
+def read_trial(folder: Folder) -> TrialRow:
     """The row in the run folder of a trial that finished or failed."""
-    return TrialRow.from_file(folder / TRIAL_FILE)
+    return TrialRow.parse(folder.read(TRIAL_FILE), f"{folder}/{TRIAL_FILE}")
 
 
-def is_finished(folder: Path, settings: dict[str, JsonValue]) -> bool:
-    """Whether a trial's folder has the result of these settings."""
-    if not (folder / TRIAL_FILE).is_file():
+def is_finished(job: TrialJob) -> bool:
+    """Whether a trial's folder has the result of its settings."""
+    if not job.folder.has(TRIAL_FILE):
         return False
-    row = read_trial(folder)
-    return row.status == "finished" and row.settings == settings
+    row = read_trial(job.folder)
+    return row.status == "finished" and row.settings == job.settings
+
+
+def newest_step(job: TrialJob) -> int:
+    """The step of the newest checkpoint of a trial; 0 without one."""
+    complete = whole_checkpoints(job.folder)
+    return int(complete[-1].rsplit("-", 1)[-1]) if complete else 0
 
 
 def row_of_ended_trial(job: TrialJob, problem: str | None) -> TrialRow:
     """The row of a trial that has ended: finished, failed with its reason, or stopped early with its last numbers."""
-    folder = job.folder
-    if is_finished(folder, job.settings) or (problem is None and (folder / TRIAL_FILE).is_file()):
-        return read_trial(folder)
+    if is_finished(job) or (problem is None and job.folder.has(TRIAL_FILE)):
+        return read_trial(job.folder)
     if problem is not None:
         return job.row("failed", error=problem)
-    if _took_all_steps(job):
-        return _finish(job)
-    find_run = functools.partial(ensure_mlflow_run, folder, Folder.at(folder), job.shared.parent_run)
-    with MlflowForwarder(folder, find_run, lambda _: None):
+    here = local_copy(job.folder.address, without_tensors)
+    if _took_all_steps(job, here):
+        return _finish(job, here)
+    find_run = functools.partial(ensure_mlflow_run, here, job.folder, job.shared.parent_run)
+    with MlflowForwarder(here, find_run, lambda _: None):
         pass  # sends the lines that were left when the process was stopped
-    end_tracking(folder, "KILLED")
-    return job.row("stopped", **last_numbers(folder), run_id=RunCard.read(folder).run_id)
+    end_tracking(here, "KILLED")
+    return job.row("stopped", **last_numbers(here), run_id=RunCard.read(here).run_id)
 
 
-def _took_all_steps(job: TrialJob) -> bool:
+def _took_all_steps(job: TrialJob, here: Path) -> bool:
     """Whether a trial was stopped after its last step, when only its model and its row were left to write."""
-    lines = read_progress(job.folder)
+    lines = read_progress(here)
     if not lines:
         return False
-    recipe, resolution = load_recipe(job.folder / "recipe.yaml"), open_dataset(job.shared.dataset).card.resolution
+    recipe, resolution = load_recipe(here / RECIPE_FILE), open_dataset(job.shared.dataset).card.resolution
     return lines[-1].step >= step_settings(recipe, resolution).updates
 
 
-def _finish(job: TrialJob) -> TrialRow:
+def _finish(job: TrialJob, here: Path) -> TrialRow:
     """Write what a trial left to write: its model and its row."""
-    folder = job.folder
     try:
-        with locked(folder, wait_s=STOPPED_PROCESS_WAIT_S):
-            pass  # its process has ended
-        row = _row_of_training(job, load_recipe(folder / "recipe.yaml"), lambda _: None)
+        if not job.folder.is_remote:  # a remote folder has a fence, for which `train` waits
+            with locked(here, wait_s=STOPPED_PROCESS_WAIT_S):
+                pass  # its process has ended
+        row = _row_of_training(job, load_recipe(here / RECIPE_FILE), lambda _: None)
     except UserError as error:
         row = job.row("failed", error=str(error))
-    write_json(folder / TRIAL_FILE, row.to_dict())
+    job.folder.write_json(TRIAL_FILE, row.to_dict())
     return row
 
 
-def _trained(job: TrialJob, folder: Path) -> TrialRow:
+def _trained(job: TrialJob) -> TrialRow:
     from ray import tune as ray_tune
 
     search = job.shared.search
     if job.problem:
         raise UserError(job.problem)
-    recipe = job.recipe or _adaptive_recipe(job, folder)
+    recipe = job.recipe or _adaptive_recipe(job)
 
     def show(line: ProgressLine) -> None:
         if search.stops_early and line.get(search.metric) is not None:
@@ -232,7 +240,7 @@ def _row_of_training(job: TrialJob, recipe: Recipe, show: ShowLine) -> TrialRow:
     result = train(
         recipe,
         shared.dataset,
-        str(job.folder),
+        job.folder.address,
         workers=shared.workers,
         resources=shared.resources,
         resume=True,
@@ -240,27 +248,27 @@ def _row_of_training(job: TrialJob, recipe: Recipe, show: ShowLine) -> TrialRow:
         show=show,
     )
     seconds = time.monotonic() - began
-    row = job.row("finished", **last_numbers(job.folder), seconds=seconds, run_id=result.run_id)
+    row = job.row("finished", **last_numbers(result.folder), seconds=seconds, run_id=result.run_id)
     if row.value_of(shared.search.metric) is None:
         raise UserError(f"{shared.search.metric} was not measured in {job.folder}; its messages say why")
     return row
 
 
-def _adaptive_recipe(job: TrialJob, folder: Path) -> Recipe:
+def _adaptive_recipe(job: TrialJob) -> Recipe:
     """The recipe of a suggested setting. A resumed trial keeps its length.
 
     After a kill, Optuna may give the number of a forgotten trial again. The folder of that trial is then removed.
     """
     search, dataset = job.shared.search, open_dataset(job.shared.dataset)
     wanted = recipe_of_setting(search, job.shared.base, job.settings)
-    if (folder / "recipe.yaml").is_file():
-        found = load_recipe(folder / "recipe.yaml")
+    if job.folder.has(RECIPE_FILE):
+        here = local_copy(job.folder.address, lambda name: name in (RECIPE_FILE, RUN_FILE))
+        found = load_recipe(here / RECIPE_FILE)
         if trial_recipe(search, wanted, dataset, job.settings, length=found.train.images) == found:
             return found
-        if (folder / "run.json").is_file():
-            end_tracking(folder, "KILLED")
-        shutil.rmtree(folder)
-        make_folder(folder)
+        if (here / RUN_FILE).is_file():
+            end_tracking(here, "KILLED")
+        job.shared.trials_folder.remove_folder(job.name)
     return trial_recipe(search, wanted, dataset, job.settings)
 
 

@@ -1,11 +1,10 @@
 """Tune: many short runs of one recipe on Ray Tune, with equal budgets, ranked by one number."""
 
 import contextlib
-import shutil
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +13,7 @@ import yaml
 from patchloom import __version__
 from patchloom.errors import UserError
 from patchloom.pipelines.evaluate.evaluation import evaluate
+from patchloom.pipelines.pages.html import is_for_pages
 from patchloom.pipelines.registry.registering import register
 from patchloom.pipelines.sample.sampling import sample
 from patchloom.pipelines.train.mlflow_run import end_tracking
@@ -23,9 +23,11 @@ from patchloom.pipelines.tune.planning import Trial, check_space, full_length_re
 from patchloom.pipelines.tune.ranking import RankedSetting, ranked, setting_title
 from patchloom.pipelines.tune.trials import (
     TRIAL_FILE,
+    TRIALS_FOLDER,
     SearchJob,
     asha_settings,
     is_finished,
+    newest_step,
     optuna_settings,
     row_of_ended_trial,
     run_trial,
@@ -36,11 +38,14 @@ from patchloom.platform.compute.resources import DEFAULT_RESOURCES, Resources
 from patchloom.platform.compute.shared_paths import UsedPaths
 from patchloom.platform.compute.tuner import EndedJob, TuneResources, room_for_trials, run_on_tune
 from patchloom.platform.dataset.prepared import Dataset, open_dataset
-from patchloom.platform.files.storage import local_path, locked, make_folder, write_atomic, write_json
+from patchloom.platform.files.copies import ProgressFetcher, local_copy
+from patchloom.platform.files.fence import fenced, holds_fence
+from patchloom.platform.files.folder import Folder
+from patchloom.platform.files.storage import locked, make_folder
 from patchloom.platform.progress import Meter, progress, say
 from patchloom.platform.recipe.run_recipe import Recipe, recipe_yaml
 from patchloom.platform.recipe.search import FinalEvaluation, Search, load_search
-from patchloom.platform.records.run import PROGRESS_FILE
+from patchloom.platform.records.run import PROGRESS_FILE, RUN_FILE
 from patchloom.platform.records.search import (
     SEARCH_FILE,
     TRIALS_FILE,
@@ -62,17 +67,29 @@ from patchloom.platform.tracking.runs import (
 )
 
 STATUS_ORDER = ("finished", "stopped", "failed")
+PAGE_FILE, BEST_FILE = "report.html", "best.yaml"
+RAY_FOLDER = ".ray"  # the state of Ray Tune, from which a killed search continues
 PROGRESS_INTERVAL_S = 1.0
+FETCH_INTERVAL_S = 5.0  # of progress files of a remote search
 
 
 @dataclass(frozen=True)
 class TuneResult:
-    """A finished search: its trials, best first, and the recipe of the best one at full length."""
+    """A finished search.
+
+    Args:
+        folder: the search folder; for a remote search a local copy of what its page shows.
+        run_id: id of the MLflow run.
+        trials: best first.
+        best: the recipe of the best trial at full length.
+        address: the search folder as other commands take it.
+    """
 
     folder: Path
     run_id: str
     trials: list[TrialRow]
     best: Recipe
+    address: str
 
 
 def tune(
@@ -94,7 +111,7 @@ def tune(
     Args:
         search: the path of a YAML file, or the name of a shipped search.
         dataset: a prepared dataset; may be remote.
-        out: the search folder to write.
+        out: the search folder to write; may be remote.
         restore: continue a stopped search: finished trials are kept, others resume from their checkpoints.
         concurrent: trials that run in parallel. By default as many as fit.
         workers: Ray Train workers per trial; 0 trains in the trial's own process.
@@ -119,13 +136,13 @@ def tune(
     rows = open_dataset(dataset)
     if not len(rows.indices("held_out", base.data.held_out_fraction)):
         raise UserError("data.held_out_fraction leaves no held-out row, so trials cannot be compared: raise it")
-    planned = _planned_trials(definition, base, rows, local_path(out))
+    folder = Folder.at(out)
+    planned = _planned_trials(definition, base, rows, folder)
     where = TuneResources(concurrent, workers, gpus, resources)
     with ExitStack() as stack:
-        if not (local_path(out) / SEARCH_FILE).is_file():
+        if not folder.has(SEARCH_FILE):
             stack.enter_context(room_for_trials(where, UsedPaths(read=(rows.address,), written=(out,))))
-        folder = make_folder(local_path(out))
-        stack.enter_context(locked(folder))
+        owner = stack.enter_context(_only_user(folder))
         run_id = _open_folder(folder, definition, rows, restore, planned)
         with _mlflow_run(folder, run_id):
             started = time.monotonic()
@@ -135,32 +152,48 @@ def tune(
             if definition.final is not None:
                 trials = measure_final_distances(folder, trials, definition.final, rows)
             order = ranked(trials, definition.metric)
+            if not holds_fence(folder, owner):
+                raise UserError(f"{folder} was taken over by another command: wait until that one ends")
             table, best = _write_results(folder, base, trials, order)
             spent = {"trials": len(trials), "seconds": time.monotonic() - started}
             log_metrics(run_id, {definition.metric: order[0].mean, **spent})
-            page = write_search_page(folder, folder / "report.html")
-            log_artifacts(run_id, folder / TRIALS_FILE, folder / "best.yaml", page)
+            here = local_copy(folder.address, is_for_pages)
+            page = write_search_page(here, here / PAGE_FILE)
+            if folder.is_remote:
+                folder.put(page, PAGE_FILE)
+            log_artifacts(run_id, here / TRIALS_FILE, here / BEST_FILE, page)
     say(f"  best of {len(order)} settings: {order[0].title}, {definition.metric} {order[0].value_of_n()}")
     if cost := cost_of_best(order):
         say(f"  {cost}")
-    say(f"  open {page}")
+    say(f"  open {folder}/{PAGE_FILE}")
     if register_best:
-        register(str(folder / "trials" / order[0].best.name), register_best)
-    return TuneResult(folder, run_id, table, best)
+        register(_trial_folder(folder, order[0].best).address, register_best)
+    return TuneResult(here, run_id, table, best, out)
 
 
-def _planned_trials(search: Search, base: Recipe, dataset: Dataset, folder: Path) -> list[Trial]:
+@contextmanager
+def _only_user(folder: Folder) -> Iterator[str]:
+    """Keep other commands out of a search folder during the block. Yields the owner of the fence of a remote one."""
+    with fenced(folder) as owner, nullcontext() if folder.is_remote else locked(make_folder(folder.path)):
+        yield owner
+
+
+def _trial_folder(folder: Folder, trial: TrialRow) -> Folder:
+    return folder.folder(TRIALS_FOLDER).folder(trial.name)
+
+
+def _planned_trials(search: Search, base: Recipe, dataset: Dataset, folder: Folder) -> list[Trial]:
     """The trials of a grid search. An adaptive search has none yet; a few of its settings are tried instead."""
     if search.is_adaptive:
         check_space(search, base, dataset)
         return []
-    known = SearchCard.read(folder).images if (folder / SEARCH_FILE).is_file() else None
+    known = SearchCard.read(folder).images if folder.has(SEARCH_FILE) else None
     return plan_trials(search, base, dataset, known)
 
 
-def _open_folder(folder: Path, search: Search, dataset: Dataset, restore: bool, planned: list[Trial]) -> str:
+def _open_folder(folder: Folder, search: Search, dataset: Dataset, restore: bool, planned: list[Trial]) -> str:
     """Start the folder of a search, or check that it has the same search; returns the MLflow run."""
-    if (folder / SEARCH_FILE).is_file():
+    if folder.has(SEARCH_FILE):
         if not restore:
             raise UserError(f"{folder} has a search in it: pass --restore to continue it, or choose another folder")
         card = SearchCard.read(folder)
@@ -172,13 +205,13 @@ def _open_folder(folder: Path, search: Search, dataset: Dataset, restore: bool, 
         card.write(folder)
         return card.run_id
     run_id = _begin_mlflow_run(folder, search, dataset)
-    write_atomic(folder / "search.yaml", yaml.safe_dump(search.model_dump(mode="json"), sort_keys=False))
+    folder.write("search.yaml", yaml.safe_dump(search.model_dump(mode="json"), sort_keys=False))
     lengths = [trial.recipe.train.images if trial.recipe else None for trial in planned if trial.repeat == 0]
     SearchCard(run_id=run_id, images=lengths, search=search, dataset_fingerprint=dataset.fingerprint).write(folder)
     return run_id
 
 
-def _begin_mlflow_run(folder: Path, search: Search, dataset: Dataset) -> str:
+def _begin_mlflow_run(folder: Folder, search: Search, dataset: Dataset) -> str:
     values = search.model_dump(mode="json")
     tags = {"patchloom.dataset": dataset.fingerprint, "patchloom.version": __version__, "patchloom.folder": str(folder)}
     run_id = begin_run(search.name, "search", values, tags)
@@ -187,44 +220,52 @@ def _begin_mlflow_run(folder: Path, search: Search, dataset: Dataset) -> str:
 
 
 @contextmanager
-def _mlflow_run(folder: Path, run_id: str) -> Iterator[None]:
+def _mlflow_run(folder: Folder, run_id: str) -> Iterator[None]:
     """End the MLflow run of the search after the block, and those of trials that the block left unfinished."""
     try:
         yield
     except BaseException as error:
         with contextlib.suppress(Exception):  # the error of the block is the one to report
-            for run in sorted((folder / "trials").glob("*/run.json")):
-                if not (run.parent / TRIAL_FILE).is_file():
-                    end_tracking(run.parent, "KILLED")
+            _end_tracking_of_trials(folder)
             end_run(run_id, "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
         raise
     end_run(run_id)
 
 
+def _end_tracking_of_trials(folder: Folder) -> None:
+    """End the MLflow runs of trials without a result as killed."""
+    names = folder.folder(TRIALS_FOLDER).files()
+    for name in [name.partition("/")[0] for name in names if name.endswith(f"/{RUN_FILE}") and name.count("/") == 1]:
+        if f"{name}/{TRIAL_FILE}" not in names:
+            trial = folder.folder(TRIALS_FOLDER).folder(name)
+            end_tracking(local_copy(trial.address, lambda file: file == RUN_FILE), "KILLED")
+
+
 def _run_trials(
-    folder: Path, shared: SearchJob, planned: list[Trial], resources: TuneResources, flops: float
+    folder: Folder, shared: SearchJob, planned: list[Trial], resources: TuneResources, flops: float
 ) -> list[TrialRow]:
     """Run the trials that are not finished; returns the rows of all in order. flops: expected for all together."""
     search = shared.search
     is_dynamic = search.is_adaptive or search.stops_early
-    if is_dynamic and (folder / TRIALS_FILE).is_file():
+    if is_dynamic and folder.has(TRIALS_FILE):
         return sorted(read_trials(folder), key=lambda row: row.name)
     jobs = [trial_job(shared, number, trial) for number, trial in enumerate(planned)]
     # asha compares all trials, so all run again; a finished one returns at once
-    done = [] if is_dynamic else [job for job in jobs if is_finished(job.folder, job.settings)]
+    done = [] if is_dynamic else [job for job in jobs if is_finished(job)]
     todo = [job for job in jobs if job not in done]
     ended = [EndedJob(job) for job in done]
-    with progress(f"searching {search.name}", flops / 1e9, "GFLOP") as meter, _watched(folder / "trials", meter):
+    with progress(f"searching {search.name}", flops / 1e9, "GFLOP") as meter, _watched(folder, meter):
         if todo or search.is_adaptive:
             source = todo or optuna_settings(shared)
-            ended += run_on_tune(run_trial, source, folder / ".ray", resources, asha_settings(search))
-    shutil.rmtree(folder / ".ray", ignore_errors=True)
+            state = folder.folder(RAY_FOLDER)
+            ended += run_on_tune(run_trial, source, state, resources, newest_step, asha_settings(search))
+    folder.remove_folder(RAY_FOLDER)
     rows = [row_of_ended_trial(found.job, found.problem) for found in ended]
     return sorted(rows, key=lambda row: row.name)
 
 
 def _write_results(
-    folder: Path, base: Recipe, trials: list[TrialRow], order: list[RankedSetting]
+    folder: Folder, base: Recipe, trials: list[TrialRow], order: list[RankedSetting]
 ) -> tuple[list[TrialRow], Recipe]:
     """Write the table and the best recipe; returns the trials, best first, and that recipe."""
     for trial in trials:
@@ -237,13 +278,34 @@ def _write_results(
     if not order:
         raise UserError(f"all {len(trials)} trials failed; the first one: {trials[0].error}")
     best = full_length_recipe(base, order[0].settings)
-    write_atomic(folder / "best.yaml", recipe_yaml(best))
+    folder.write(BEST_FILE, recipe_yaml(best))
     return table, best
 
 
 @contextmanager
-def _watched(trials: Path, meter: Meter) -> Iterator[None]:
-    """Show the progress of many runs while the block runs, from their progress files."""
+def _watched(folder: Folder, meter: Meter) -> Iterator[None]:
+    """Show the progress of all trials of a search while the block runs, from their progress files."""
+    with _progress_files(folder) as here, _shown_progress(here / TRIALS_FOLDER, meter):
+        yield
+
+
+@contextmanager
+def _progress_files(folder: Folder) -> Iterator[Path]:
+    """A search folder on this machine. For a remote one a copy, into which progress files are fetched."""
+    if not folder.is_remote:
+        yield folder.path
+        return
+    here = local_copy(folder.address, _is_progress)
+    with ProgressFetcher(folder, here, _is_progress, FETCH_INTERVAL_S):
+        yield here
+
+
+def _is_progress(name: str) -> bool:
+    return name.startswith(f"{TRIALS_FOLDER}/") and name.endswith(f"/{PROGRESS_FILE}")
+
+
+@contextmanager
+def _shown_progress(trials: Path, meter: Meter) -> Iterator[None]:
     stop = threading.Event()
     tails: dict[Path, JsonLinesTail] = {}
     gflops: dict[Path, float] = {}
@@ -270,29 +332,30 @@ def _watched(trials: Path, meter: Meter) -> Iterator[None]:
 
 
 def measure_final_distances(
-    folder: Path, trials: list[TrialRow], final: FinalEvaluation, dataset: Dataset
+    folder: Folder, trials: list[TrialRow], final: FinalEvaluation, dataset: Dataset
 ) -> list[TrialRow]:
     """Sample the model of every finished trial and measure the distance of its samples to the dataset.
 
     Distances from an earlier call are kept. Returns the rows with their `final_distance`.
     """
     return [
-        _with_final_distance(folder / "trials" / trial.name, trial, final, dataset)
+        _with_final_distance(_trial_folder(folder, trial), trial, final, dataset)
         if trial.status == "finished" and trial.final_distance is None
         else trial
         for trial in trials
     ]
 
 
-def _with_final_distance(run: Path, trial: TrialRow, final: FinalEvaluation, dataset: Dataset) -> TrialRow:
+def _with_final_distance(run: Folder, trial: TrialRow, final: FinalEvaluation, dataset: Dataset) -> TrialRow:
     say(f"  trial {trial.name}: {final.samples} samples for the final distance")
-    sample(str(run), str(run / "samples"), f"0-{final.samples - 1}", steps=final.steps)
+    samples = run.folder("samples").address
+    sample(run.address, samples, f"0-{final.samples - 1}", steps=final.steps)
     metric, name = ("fid", "fid") if final.features == "inception" else ("fd", "frechet_distance")
-    measured = evaluate(str(run / "samples"), dataset.address, metrics=(metric,), features=final.features)
+    measured = evaluate(samples, dataset.address, metrics=(metric,), features=final.features)
     distance = measured.metrics[name]
     assert isinstance(distance, float)
     row = trial.model_copy(update={"final_distance": distance})
-    write_json(run / TRIAL_FILE, row.to_dict())
+    run.write_json(TRIAL_FILE, row.to_dict())
     if row.run_id is not None:
         log_metrics(row.run_id, {"final_distance": distance})
     return row

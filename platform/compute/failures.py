@@ -79,11 +79,11 @@ def _reported(error: Exception) -> Exception:
     """The error that the user sees."""
     cause = getattr(error, "controller_failure", None)
     if isinstance(cause, START_FAILURES):
-        return WorkersFailed(f"the workers could not be started again ({_reason(cause)}): continue with --resume")
+        return WorkersFailed(f"the workers could not be started again ({reason(cause)}): continue with --resume")
     if isinstance(cause, WorkersFailed):
         return cause
     failures = getattr(error, "worker_failures", None)
-    return user_error(error) or WorkersFailed(describe_failure(failures)[0] if failures else _reason(cause or error))
+    return user_error(error) or WorkersFailed(describe_failure(failures)[0] if failures else reason(cause or error))
 
 
 def user_error(error: BaseException | None) -> UserError | None:
@@ -100,7 +100,7 @@ def describe_failure(errors: Mapping[int, Exception], run: Folder | None = None)
     """The failure of the worker that failed first: in one line, and the last lines of its log."""
     rank = min(errors, key=lambda rank: (_is_consequence(errors[rank]), rank))
     host, lines = end_of_log(run, rank) if run else ("", "")
-    return f"worker {rank}{f' on {host}' if host else ''} failed ({_reason(errors[rank])})", lines
+    return f"worker {rank}{f' on {host}' if host else ''} failed ({reason(errors[rank])})", lines
 
 
 def _is_consequence(error: Exception) -> bool:
@@ -109,7 +109,8 @@ def _is_consequence(error: Exception) -> bool:
     return not is_dead and any(word in str(error).lower() for word in OF_ANOTHER_WORKER)
 
 
-def _reason(error: Exception) -> str:
+def reason(error: Exception) -> str:
+    """Why a worker or a trial failed, in a few words."""
     inner = _inner(error)
     text = str(inner)
     if "OOM" in text or "out of memory" in text.lower() or "low on memory" in text.lower():

@@ -5,9 +5,9 @@ import os
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
+from patchloom.errors import UserError
 from patchloom.platform.compute.resources import (
     DEFAULT_RESOURCES,
     Resources,
@@ -19,6 +19,7 @@ from patchloom.platform.compute.session import check_cluster, ray_session, sessi
 from patchloom.platform.compute.shared_paths import UsedPaths, check_shared
 from patchloom.platform.compute.versions import COMMAND, check_versions, own_versions
 from patchloom.platform.compute.workers import TRIAL_CPUS, train_worker_shape
+from patchloom.platform.files.folder import Folder
 
 if TYPE_CHECKING:
     from optuna import Trial
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
 TrialJob = TypeVar("TrialJob")
 EXPERIMENT_NAME = "tune"
 JOB_KEY = "planned"  # the key of a job in the configuration that Ray Tune keeps
-RETRIES = 1  # of a trial whose process died
 ALL_PERCENT = 100
 MAX_RANDOM_TRIALS = 10  # before Optuna uses earlier results
 
@@ -137,28 +137,65 @@ def room_for_trials(resources: TuneResources, paths: UsedPaths) -> Iterator[None
 def run_on_tune(
     function: Callable[[TrialJob], None],
     source: list[TrialJob] | OptunaSettings[TrialJob],
-    scratch: Path,
+    scratch: Folder,
     resources: TuneResources,
+    newest_step: Callable[[TrialJob], int],
     asha: AshaSettings | None = None,
 ) -> list[EndedJob[TrialJob]]:
     """Run a function for every job on Ray Tune.
 
-    A job whose process died runs once more. A search with Optuna or ASHA that was killed continues from its state in
-    `scratch`; the function may then be called again with a job that it has finished.
+    A job whose process or node died runs again, unless that happens again and again without a newer checkpoint. A
+    search with Optuna or ASHA that was killed continues from its state in `scratch`; the function may then be called
+    again with a job that it has finished.
+
+    Args:
+        function: called in a process of its own with each job.
+        source: the jobs, or how Optuna makes them.
+        scratch: folder for the state of Ray Tune; may be remote.
+        resources: what the trials run on.
+        newest_step: the step of the newest checkpoint of a job; an error counts as no checkpoint.
+        asha: how jobs are stopped early.
     """
     from ray import tune
+
+    from patchloom.platform.compute.trial_failures import TrialFailures, describe_problem
 
     with ray_session(max(1, resources.workers), resources.nodes.object_store_gib):
         resources.wait_for_room()
         cpus, gpus = session_cpus(), session_gpus()
         trainable = tune.with_resources(_trainable(function), resources.per_trial(gpus))
-        place = str(scratch / EXPERIMENT_NAME)
-        if (isinstance(source, OptunaSettings) or asha) and tune.Tuner.can_restore(place):
-            tuner = tune.Tuner.restore(place, trainable, resume_unfinished=True, restart_errored=True)
+        system, path = scratch.system()
+        place = f"{path}/{EXPERIMENT_NAME}"
+        if (isinstance(source, OptunaSettings) or asha) and tune.Tuner.can_restore(place, system):
+            tuner = tune.Tuner.restore(
+                place, trainable, resume_unfinished=True, restart_errored=True, storage_filesystem=system
+            )
         else:
             parallel = resources.parallel_trials(cpus, gpus, autoscaler_state().exists)
-            tuner = _new_tuner(trainable, source, scratch, parallel, asha)
-        return [EndedJob(result.config[JOB_KEY], _last_line(result.error)) for result in tuner.fit()]
+            failures = TrialFailures(_StepOfConfig(newest_step))
+            run = tune.RunConfig(
+                name=EXPERIMENT_NAME,
+                storage_path=path,
+                storage_filesystem=system,
+                verbose=0,
+                failure_config=tune.FailureConfig(max_failures=-1),  # TrialFailures sets the limit
+                callbacks=[failures],
+            )
+            tuner = _new_tuner(trainable, source, run, parallel, asha)
+        return [EndedJob(result.config[JOB_KEY], describe_problem(result.error)) for result in tuner.fit()]
+
+
+@dataclass(frozen=True)
+class _StepOfConfig(Generic[TrialJob]):
+    """The step of the newest checkpoint of a trial, from the configuration that Ray Tune keeps."""
+
+    newest_step: Callable[[TrialJob], int]
+
+    def __call__(self, config: dict[str, TrialJob]) -> int:
+        try:
+            return self.newest_step(config[JOB_KEY])
+        except (UserError, OSError):  # an error here would end the search
+            return 0
 
 
 def _trainable(function: Callable[[TrialJob], None]) -> Callable[[dict[str, TrialJob]], None]:
@@ -175,7 +212,7 @@ def _trainable(function: Callable[[TrialJob], None]) -> Callable[[dict[str, Tria
 def _new_tuner(
     trainable: Any,
     source: list[TrialJob] | OptunaSettings[TrialJob],
-    scratch: Path,
+    run: Any,
     parallel: int | None,
     asha: AshaSettings | None,
 ) -> Any:
@@ -194,11 +231,8 @@ def _new_tuner(
             search_alg=searcher,
             scheduler=_scheduler(asha) if asha else None,
         ),
-        run_config=tune.RunConfig(
-            name=EXPERIMENT_NAME, storage_path=str(scratch), verbose=0,
-            failure_config=tune.FailureConfig(max_failures=RETRIES),
-        ),
-    )  # fmt: skip
+        run_config=run,
+    )
 
 
 def _scheduler(asha: AshaSettings) -> Any:
@@ -244,8 +278,3 @@ class _DefineByRun(Generic[TrialJob]):
 
     def __call__(self, optuna_trial: "Trial") -> dict[str, TrialJob]:
         return {JOB_KEY: self.suggest(optuna_trial)}
-
-
-def _last_line(error: BaseException | None) -> str | None:
-    """The last line of a traceback."""
-    return None if error is None else str(error).strip().split("\n")[-1]

@@ -283,10 +283,23 @@ def _move_aside(there: Folder, here: Path, names: list[str]) -> None:
 
 
 class ProgressFetcher:
-    """Fetches the progress lines and pictures of a remote run into a local folder during the block."""
+    """Fetches the progress lines and pictures of a remote run, or of many, into a local folder during the block.
 
-    def __init__(self, there: Folder, here: Path) -> None:
-        self.there, self.here = there, here
+    Args:
+        there: the remote folder.
+        here: the local folder.
+        wanted: which files to fetch, of lines and pictures.
+        every_s: seconds between two looks.
+    """
+
+    def __init__(
+        self,
+        there: Folder,
+        here: Path,
+        wanted: Callable[[str], bool] = lambda name: True,
+        every_s: float = SYNC_EVERY_S,
+    ) -> None:
+        self.there, self.here, self.wanted, self.every_s = there, here, wanted, every_s
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="fetcher", daemon=True)
 
@@ -301,7 +314,7 @@ class ProgressFetcher:
             self.fetch()
 
     def _run(self) -> None:
-        while not self._stop.wait(SYNC_EVERY_S):
+        while not self._stop.wait(self.every_s):
             try:
                 self.fetch()
             except (UserError, OSError):
@@ -309,17 +322,23 @@ class ProgressFetcher:
 
     def fetch(self) -> None:
         """Fetch what is new: first pictures, then the lines that name them."""
-        names = [name for name in self.there.files() if not is_hidden_name(name)]
+        files = self.there.files()
+        names = [name for name in files if not is_hidden_name(name) and self.wanted(name)]
         for name in names:
             if name.endswith(".png") and not (self.here / name).is_file():
                 self.there.fetch(name, self.here / name)
         for name in names:
-            if name.endswith(GROWING):
+            if name.endswith(GROWING) and files[name] != _size(self.here / name):
                 _grow(self.here / name, self.there.read(name))
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.is_file() else -1
 
 
 def _grow(path: Path, content: bytes) -> None:
     """Append new lines to a file, so that its readers continue. If the file was restarted, replace it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     known = path.read_bytes() if path.is_file() else b""
     if content.startswith(known):
         with path.open("ab") as file:

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qs, unquote
 
 from patchloom.errors import UserError
-from patchloom.platform.files.folder import Folder, remote_system
+from patchloom.platform.files.folder import Folder
 from patchloom.platform.progress import say
 
 if TYPE_CHECKING:
@@ -230,7 +230,7 @@ def _object_store(folder: Folder) -> "tuple[ObjectStore, str] | None":
     host, _, prefix = place.partition("/")
     options = {name: values[-1] for name, values in parse_qs(text).items()}
     if scheme == "s3":
-        system = remote_system(folder)
+        system = folder.system()[0]
         return _s3_store(host, options, str(system.region or "")), prefix
     if scheme in ("gs", "gcs"):
         return obstore.store.GCSStore(host.rpartition("@")[2], client_options=CLIENT), prefix

@@ -92,6 +92,10 @@ class Folder:
         """The last part of its address."""
         return str(self).rsplit("/", 1)[-1]
 
+    def system(self) -> tuple[Any, str]:
+        """The file system of pyarrow that the folder is on, and its path there; None for a local one."""
+        return _system(self.address) if self.is_remote else (None, self.address)
+
     def folder(self, name: str) -> "Folder":
         """A sub-folder."""
         base, mark, options = self.address.partition("?") if self.is_remote else (self.address, "", "")
@@ -310,11 +314,6 @@ def _output(system: Any, path: str) -> Any:
     if system.type_name not in ("s3", "gcs"):  # object stores have no folders
         system.create_dir(path.rpartition("/")[0], recursive=True)
     return system.open_output_stream(path, compression=None)
-
-
-def remote_system(folder: Folder) -> Any:
-    """The file system of pyarrow that a remote folder is on."""
-    return _system(folder.address)[0]
 
 
 def _system(address: str) -> tuple[Any, str]:

@@ -94,7 +94,11 @@ def read_json(path: Path) -> Any:
 
 def complete_lines(path: Path) -> list[bytes]:
     """The lines of a file, without an incomplete last line and empty lines; empty if there is no file."""
-    content = path.read_bytes() if path.is_file() else b""
+    return whole_lines(path.read_bytes() if path.is_file() else b"")
+
+
+def whole_lines(content: bytes) -> list[bytes]:
+    """The lines of the content of a file, without an incomplete last line and empty lines."""
     return [line for line in content[: content.rfind(b"\n") + 1].splitlines() if line]
 
 
@@ -108,7 +112,12 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
 
 def write_json_lines(path: Path, rows: list[dict[str, Any]]) -> None:
     """Write a JSON-lines file whole."""
-    write_atomic(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    write_atomic(path, json_lines(rows))
+
+
+def json_lines(rows: list[dict[str, Any]]) -> str:
+    """The content of a JSON-lines file."""
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
 @contextmanager

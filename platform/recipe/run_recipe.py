@@ -10,6 +10,8 @@ from pydantic import BeforeValidator, Field, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
 
 from patchloom.errors import UserError
+from patchloom.platform.files.cache import working_copy
+from patchloom.platform.files.folder import Folder, is_remote
 from patchloom.platform.files.storage import existing_file
 from patchloom.platform.recipe.sections import (
     Count,
@@ -289,7 +291,9 @@ class Recipe(Section):
 
 
 def find_config(name: str) -> Path:
-    """The path of a YAML file, given by its path or by its name in tune_configs/."""
+    """The path of a YAML file, given by its path, its address or its name in tune_configs/."""
+    if is_remote(name):
+        return _fetched(name)
     for place in (name, str(SHIPPED / name), str(SHIPPED / f"{name}.yaml")):
         path = existing_file(place)
         if path is not None:
@@ -298,11 +302,22 @@ def find_config(name: str) -> Path:
     raise UserError(f"{name} is not a file and not a shipped recipe; give a path, or one of {shipped}")
 
 
+def _fetched(address: str) -> Path:
+    """A local copy of a remote file."""
+    folder, name = Folder.of_file(address)
+    path = working_copy(folder, "recipe") / name
+    try:
+        folder.fetch(name, path)
+    except FileNotFoundError:
+        raise UserError(f"{folder}/{name} does not exist: check the address") from None
+    return path
+
+
 def load_recipe(name: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """Read a recipe.
 
     Args:
-        name: the path of a YAML file, or the name of a shipped recipe such as "demo_pixels".
+        name: path or address of a YAML file, or the name of a shipped recipe such as "demo_pixels".
         overrides: changes, such as ["patches.p=0.25", "train.images=10000"].
 
     Returns:

@@ -1,12 +1,12 @@
 """Records of a search folder: `search.json`, which says what the search is, and the rows of `trials.jsonl`."""
 
-from pathlib import Path
 from typing import ClassVar, Literal, Self
 
 from pydantic import Field, JsonValue
 
 from patchloom.errors import UserError
-from patchloom.platform.files.storage import complete_lines, write_json, write_json_lines
+from patchloom.platform.files.folder import Folder
+from patchloom.platform.files.storage import json_lines, whole_lines
 from patchloom.platform.recipe.search import Search
 from patchloom.platform.records.record import FormatVersion, Record, VersionedRecord
 
@@ -25,17 +25,16 @@ class SearchCard(VersionedRecord):
     dataset_fingerprint: str
 
     @classmethod
-    def read(cls, folder: Path) -> Self:
+    def read(cls, folder: Folder) -> Self:
         """The card of a search folder; raises UserError where another version wrote it."""
-        path = folder / SEARCH_FILE
-        content = path.read_bytes()
+        path, content = f"{folder}/{SEARCH_FILE}", folder.read(SEARCH_FILE)
         if FormatVersion.parse(content, path).format_version < cls.FORMAT:  # before the fields, which differ there
             raise UserError(f"{folder} was written by an older version: run the search again")
         return cls.parse(content, path)
 
-    def write(self, folder: Path) -> None:
+    def write(self, folder: Folder) -> None:
         """Write `search.json`, whole or not at all."""
-        write_json(folder / SEARCH_FILE, self.to_dict())
+        folder.write_json(SEARCH_FILE, self.to_dict())
 
 
 class TrialRow(Record):
@@ -69,12 +68,12 @@ class TrialRow(Record):
         return self.model_dump(mode="json", exclude_unset=True)
 
 
-def read_trials(folder: Path) -> list[TrialRow]:
-    """The table of a search folder; raises UserError where a line is damaged."""
-    path = folder / TRIALS_FILE
-    return [TrialRow.parse(line, path) for line in complete_lines(path)]
+def read_trials(folder: Folder) -> list[TrialRow]:
+    """The table of a search folder, empty if there is none yet; raises UserError where a line is damaged."""
+    content = folder.read(TRIALS_FILE) if folder.has(TRIALS_FILE) else b""
+    return [TrialRow.parse(line, f"{folder}/{TRIALS_FILE}") for line in whole_lines(content)]
 
 
-def write_trials(folder: Path, trials: list[TrialRow]) -> None:
+def write_trials(folder: Folder, trials: list[TrialRow]) -> None:
     """Write the table of a search folder, whole or not at all."""
-    write_json_lines(folder / TRIALS_FILE, [trial.to_dict() for trial in trials])
+    folder.write(TRIALS_FILE, json_lines([trial.to_dict() for trial in trials]))

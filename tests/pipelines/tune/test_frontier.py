@@ -24,6 +24,7 @@ from patchloom.pipelines.tune.frontier import (
 )
 from patchloom.pipelines.tune.page import search_section
 from patchloom.pipelines.tune.ranking import ranked
+from patchloom.platform.files.folder import Folder
 from patchloom.platform.files.storage import write_json
 from patchloom.platform.records.run import ProgressLine, write_progress
 from patchloom.platform.records.search import TrialRow, write_trials
@@ -142,7 +143,7 @@ def test_recommendation_states_its_cost_and_the_page_what_each_trial_spent(tmp_p
               "recipe": "base.yaml"}  # fmt: skip
     write_json(tmp_path / "search.json", {"format_version": 2, "kind": "search", "run_id": "0", "images": [],
                                           "search": search, "dataset_fingerprint": "a"})  # fmt: skip
-    write_trials(tmp_path, rows)
+    write_trials(Folder.at(tmp_path), rows)
     for row in rows:
         (tmp_path / "trials" / row.name).mkdir(parents=True)
         write_progress(tmp_path / "trials" / row.name, [line(row.images_seen, row.held_out_loss or 0.0)])
@@ -176,7 +177,7 @@ def test_page_shows_finished_stopped_and_failed_trials(tmp_path: Path) -> None:
     ]
     rows.append(trial("004", {"patches.p": 0.5, "optimizer.lr": 1e-4}, 0.9, status="stopped"))
     rows.append(TrialRow(name="005", settings={"patches.p": 1.0}, status="failed", error="<bad> & so"))
-    write_trials(tmp_path, rows)
+    write_trials(Folder.at(tmp_path), rows)
     for row in rows[:5]:
         (tmp_path / "trials" / row.name).mkdir(parents=True)
         points = [line(images, (row.held_out_loss or 0.0) + 10 / images) for images in (25, 50, 100)]
@@ -189,7 +190,7 @@ def test_page_shows_finished_stopped_and_failed_trials(tmp_path: Path) -> None:
     assert len(headings) == 7  # frontier, equal cost, curves, importance, proxies, settings, not tried
     for text in ("0.9000", "equal FLOPs", "equal updates", "equal counted images"):
         assert text in page
-    write_trials(tmp_path, rows[5:])
+    write_trials(Folder.at(tmp_path), rows[5:])
     with pytest.raises(UserError, match=re.escape(str(tmp_path))):
         search_section(tmp_path)
 

@@ -21,6 +21,7 @@ from patchloom.pipelines.train.checkpointer import newest_checkpoint
 from patchloom.pipelines.tune import planning, trials, tune
 from patchloom.pipelines.tune.planning import plan_trials
 from patchloom.platform.dataset import open_dataset
+from patchloom.platform.files.folder import Folder
 from patchloom.platform.files.storage import read_json, read_json_lines
 from patchloom.platform.recipe import load_recipe, recipe_yaml
 from patchloom.platform.recipe.search import load_search
@@ -203,18 +204,18 @@ def test_advice_and_early_stops_end_in_time(ray_cluster: None, pixels: Path, tmp
 def test_a_forgotten_trials_folder_does_not_answer_for_another_setting(pixels: Path, tmp_path: Path) -> None:
     space = {"patches.p": {"uniform": [0, 1]}}
     search, base = load_search(write_search(tmp_path, space=space, searcher="tpe", trials=2))
-    shared = trials.search_job(search, base, open_dataset(pixels), tmp_path, "no-run", 0)
+    shared = trials.search_job(search, base, open_dataset(pixels), Folder.at(tmp_path), "no-run", 0)
     one, other = (trials.TrialJob(shared, "000", {"patches.p": p}) for p in (0.25, 0.75))
-    folder = one.folder
+    folder = one.folder.path
     folder.mkdir(parents=True)
-    recipe = trials._adaptive_recipe(one, folder)
+    recipe = trials._adaptive_recipe(one)
     assert recipe.patches.p == 0.25
     (folder / "recipe.yaml").write_text(recipe_yaml(recipe))
     (folder / "trial.json").write_text(json.dumps(one.row("finished").to_dict()))
-    assert trials.is_finished(folder, one.settings) and not trials.is_finished(folder, other.settings)
-    assert trials._adaptive_recipe(one, folder) == recipe and (folder / "trial.json").is_file()
-    assert trials._adaptive_recipe(other, folder).patches.p == 0.75
-    assert not list(folder.iterdir())
+    assert trials.is_finished(one) and not trials.is_finished(other)
+    assert trials._adaptive_recipe(one) == recipe and (folder / "trial.json").is_file()
+    assert trials._adaptive_recipe(other).patches.p == 0.75
+    assert not folder.exists()
 
 
 @pytest.mark.slow
