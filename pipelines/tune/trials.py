@@ -11,7 +11,8 @@ from pydantic import JsonValue
 
 from patchloom.errors import UserError, WorkersFailed
 from patchloom.models.backbones import allow_backbones, allowed_backbones
-from patchloom.pipelines.train.checkpointer import whole_checkpoints, without_tensors
+from patchloom.pipelines.train.checkpointer import without_tensors
+from patchloom.pipelines.train.control import newest_step
 from patchloom.pipelines.train.mlflow_run import end_tracking, ensure_mlflow_run
 from patchloom.pipelines.train.resuming import RECIPE_FILE
 from patchloom.pipelines.train.run import step_settings
@@ -174,10 +175,9 @@ def is_finished(job: TrialJob) -> bool:
     return row.status == "finished" and row.settings == job.settings
 
 
-def newest_step(job: TrialJob) -> int:
+def step_of_trial(job: TrialJob) -> int:
     """The step of the newest checkpoint of a trial; 0 without one."""
-    complete = whole_checkpoints(job.folder)
-    return int(complete[-1].rsplit("-", 1)[-1]) if complete else 0
+    return newest_step(job.folder)
 
 
 def row_of_ended_trial(job: TrialJob, problem: str | None) -> TrialRow:

@@ -27,11 +27,11 @@ from patchloom.pipelines.tune.trials import (
     SearchJob,
     asha_settings,
     is_finished,
-    newest_step,
     optuna_settings,
     row_of_ended_trial,
     run_trial,
     search_job,
+    step_of_trial,
     trial_job,
 )
 from patchloom.platform.compute.resources import DEFAULT_RESOURCES, Resources
@@ -258,7 +258,7 @@ def _run_trials(
         if todo or search.is_adaptive:
             source = todo or optuna_settings(shared)
             state = folder.folder(RAY_FOLDER)
-            ended += run_on_tune(run_trial, source, state, resources, newest_step, asha_settings(search))
+            ended += run_on_tune(run_trial, source, state, resources, step_of_trial, asha_settings(search))
     folder.remove_folder(RAY_FOLDER)
     rows = [row_of_ended_trial(found.job, found.problem) for found in ended]
     return sorted(rows, key=lambda row: row.name)
