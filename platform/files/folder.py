@@ -8,6 +8,7 @@ import re
 import shutil
 import uuid
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,7 @@ from patchloom.platform.files.patience import PASSING, StoreError, patient
 from patchloom.platform.files.storage import local_path, write_atomic
 
 COPY_BYTES = 8 << 20
+REMOVED_AT_ONCE = 8
 
 
 def is_remote(text: str | os.PathLike[str]) -> bool:
@@ -232,8 +234,8 @@ class Folder:
         if not self.is_remote:
             shutil.rmtree(self.path / name, ignore_errors=True)
             return
-        for file in self.folder(name).files():
-            self.folder(name).remove(file)
+        with ThreadPoolExecutor(REMOVED_AT_ONCE) as pool:
+            list(pool.map(self.folder(name).remove, self.folder(name).files()))
 
     @contextmanager
     def _reading(self) -> Iterator[None]:
