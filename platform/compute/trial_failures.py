@@ -1,7 +1,9 @@
 """Failures of trials: which of them end a trial. Imported only where Ray is in use."""
 
+import pickle
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import ray.exceptions
@@ -12,6 +14,7 @@ from patchloom.platform.compute.failures import MOST_FAILURES, reason
 if TYPE_CHECKING:
     from ray.tune.experiment import Trial
 
+MOST_ERRORS = 1  # of a trial whose function raises an exception
 LOOK_EVERY_S = 5.0
 
 
@@ -33,7 +36,8 @@ class TrialFailures(Callback):
         """Limit the failures of a trial that just failed and will run again."""
         self._forget_failures([trial])
         if trial.max_failures < 0:
-            trial.max_failures = max(0, trial.num_failures - 1) + MOST_FAILURES
+            most = MOST_ERRORS if _raised(trial) else MOST_FAILURES
+            trial.max_failures = max(0, trial.num_failures - 1) + most
             self._steps[trial.trial_id] = self.newest_step(trial.config)
 
     def on_step_begin(self, iteration: int, trials: "list[Trial]", **info: Any) -> None:
@@ -50,12 +54,21 @@ class TrialFailures(Callback):
                     trial.max_failures = -1
 
 
+def _raised(trial: "Trial") -> bool:
+    """Whether the function of a trial raised an exception, so that its process did not die."""
+    try:
+        error = pickle.loads(Path(trial.pickled_error_file).read_bytes())
+    except Exception:  # there is no such file, or it cannot be read here
+        return False
+    # another process may have died, which raises an exception in this one
+    return isinstance(error, ray.exceptions.RayTaskError) and not isinstance(error.cause, ray.exceptions.RayError)
+
+
 def describe_problem(error: Exception | str | None) -> str | None:
     """Why a trial failed, in one line: the last line of a traceback, or how its process ended."""
     if error is None:
         return None
     if isinstance(error, ray.exceptions.RayActorError) or "low on memory" in str(error):
-        return (
-            f"{reason(Exception(str(error)) if isinstance(error, str) else error)}, {MOST_FAILURES + 1} times in a row"
-        )
+        failure = Exception(error) if isinstance(error, str) else error
+        return f"{reason(failure)}, again and again without a newer checkpoint"
     return str(error).strip().split("\n")[-1]

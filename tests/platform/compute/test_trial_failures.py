@@ -15,5 +15,5 @@ def test_a_trial_ends_after_four_deaths_without_progress(ray_cluster: None, tmp_
     steady, stuck = Deaths(tmp_path / "steady", 6, True), Deaths(tmp_path / "stuck", 100, False)
     ended = run_on_tune(die, [steady, stuck], Folder.at(tmp_path / "ray"), TuneResources(2), newest_step)
     problems = {found.job: found.problem for found in ended}
-    assert problems == {steady: None, stuck: "its process was killed, 4 times in a row"}
+    assert problems == {steady: None, stuck: "its process was killed, again and again without a newer checkpoint"}
     assert (calls(steady), calls(stuck)) == (7, 4)
