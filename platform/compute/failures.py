@@ -15,6 +15,8 @@ from patchloom.platform.progress import say
 
 MOST_FAILURES = 3  # in a row, without a newer checkpoint between them
 START_FAILURES = (WorkerGroupStartupFailedError, WorkerGroupStartupTimeoutError)
+OUT_OF_MEMORY = ("out of memory", "out_of_memory", "low on memory")
+GUESSES = "Some common causes"  # where Ray begins to list what may have killed a process; memory is always in the list
 OF_ANOTHER_WORKER = ("gloo", "nccl", "connection", "broken pipe")  # how workers fail after one of them died
 
 
@@ -112,8 +114,8 @@ def _is_consequence(error: Exception) -> bool:
 def reason(error: Exception) -> str:
     """Why a worker or a trial failed, in a few words."""
     inner = _inner(error)
-    text = str(inner)
-    if "OOM" in text or "out of memory" in text.lower() or "low on memory" in text.lower():
+    text = str(inner).partition(GUESSES)[0]
+    if "OOM" in text or any(words in text.lower() for words in OUT_OF_MEMORY):
         return "out of memory"
     if isinstance(inner, ray.exceptions.RayActorError):
         return "its node was lost" if "node" in text.lower() and "died" in text.lower() else "its process was killed"
