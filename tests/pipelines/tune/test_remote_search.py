@@ -9,6 +9,7 @@ import psutil
 import pytest
 import yaml
 from helpers import start_cli, tiny_recipe, wait_until
+from ray.tune import Tuner
 
 from patchloom.errors import UserError
 from patchloom.pipelines.registry.registering import register
@@ -94,6 +95,8 @@ def test_a_remote_search_whose_driver_was_killed_continues_on_another_node(
     process.communicate()
     before = {name: there.read(name) for name in there.files() if name.endswith("/trial.json")}
     assert 1 <= len(before) < 4
+    system, state = there.folder(".ray/tune").system()
+    assert Tuner.can_restore(state, system)
     monkeypatch.setenv("PATCHLOOM_CACHE", str(tmp_path / "another node"))
     ended = start_cli(*command, "--restore", cwd=tmp_path)
     output, _ = ended.communicate(timeout=600)
