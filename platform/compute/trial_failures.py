@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from ray.tune.experiment import Trial
 
 MOST_ERRORS = 1  # of a trial whose function raises an exception
-LOOK_EVERY_S = 5.0
+PROGRESS_EVERY_S = 5.0
 
 
 class TrialFailures(Callback):
@@ -44,7 +44,7 @@ class TrialFailures(Callback):
         """Lift the limit from trials that have a newer checkpoint now."""
         if time.monotonic() >= self._look_at:
             self._forget_failures(trials)
-            self._look_at = time.monotonic() + LOOK_EVERY_S
+            self._look_at = time.monotonic() + PROGRESS_EVERY_S
 
     def _forget_failures(self, trials: "Sequence[Trial]") -> None:
         for trial in trials:
