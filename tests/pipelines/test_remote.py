@@ -7,13 +7,15 @@ import pytest
 from helpers import assert_equal_models, names_in, start_cli, tiny_recipe, wait_until
 
 from patchloom.errors import UserError
+from patchloom.pipelines.registry.comparing import compare_models
+from patchloom.pipelines.registry.convert import export_model
 from patchloom.pipelines.registry.registering import register
 from patchloom.pipelines.report import report
 from patchloom.pipelines.train import train
 from patchloom.pipelines.train.autoencoder import AutoencoderSettings, train_autoencoder
 from patchloom.pipelines.train.checkpointer import whole_checkpoints
 from patchloom.platform.files.folder import Folder
-from patchloom.platform.recipe import recipe_yaml
+from patchloom.platform.recipe import load_recipe, recipe_yaml
 
 pytestmark = pytest.mark.ray
 
@@ -83,3 +85,19 @@ def test_a_remote_autoencoder_is_the_local_one(s3: str, pixels: Path, tmp_path: 
     assert (far.psnr_db, far.ssim) == (near.psnr_db, near.ssim)
     again = train_autoencoder(str(pixels), str(there), settings, workers=0)  # finished: nothing is trained again
     assert again.run_id == far.run_id
+
+
+def test_models_pages_and_recipes_can_be_remote(s3: str, trained: Path, tmp_path: Path) -> None:
+    there = Folder.at(f"{s3}/exported")
+    here = export_model(str(trained), str(there))
+    for name in names_in(trained / "model"):
+        assert there.read(name) == (trained / "model" / name).read_bytes() == (here / name).read_bytes()
+    with pytest.raises(UserError, match="not empty"):
+        export_model(str(trained), str(there))
+    page = report(str(trained), f"{s3}/pages/run.html")
+    assert Folder.at(f"{s3}/pages").read("run.html") == page.read_bytes()
+    assert load_recipe(f"{there}/recipe.yaml", ["patches.p=0.25"]).patches.p == 0.25
+    with pytest.raises(UserError, match="no-file does not exist"):
+        load_recipe(f"{there}/no-file")
+    with pytest.raises(UserError, match="local path"):
+        compare_models("no-such-model", "nor-this", picture=f"{s3}/picture.png")

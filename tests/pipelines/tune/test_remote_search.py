@@ -42,6 +42,7 @@ def numbers(rows: list[TrialRow]) -> list[dict[str, Any]]:
     return [{key: value for key, value in row.to_dict().items() if key not in BY_CHANCE} for row in rows]
 
 
+@pytest.mark.slow
 def test_a_remote_search_gives_what_a_local_one_gives(ray_cluster: None, s3: str, pixels: Path, tmp_path: Path) -> None:
     path, there = write_search(tmp_path), Folder.at(f"{s3}/search")
     local = tune(path, str(pixels), str(tmp_path / "search"))
