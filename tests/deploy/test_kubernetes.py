@@ -1,6 +1,7 @@
 """Kubernetes manifests: the schemas of KubeRay and Kubernetes, and what Ray's autoscaler reads in them."""
 
 import copy
+import importlib
 import json
 import lzma
 from pathlib import Path
@@ -13,7 +14,7 @@ import yaml
 
 HERE = Path(__file__).parent
 FOLDER = HERE.parents[1] / "deploy/kubernetes"
-CLUSTERS = ("cluster", "train", "nightly-raycronjob")
+CLUSTERS = ("cluster", "train", "nightly-raycronjob", "serve")
 GRACE_S = 120
 
 
@@ -46,7 +47,7 @@ def check(manifest: dict[str, Any], schema: dict[str, Any]) -> None:
 def cluster_spec(name: str) -> dict[str, Any]:
     spec = read(name)["spec"]
     spec = spec.get("jobTemplate", spec)
-    return dict(spec.get("rayClusterSpec", spec))
+    return dict(spec.get("rayClusterSpec", spec.get("rayClusterConfig", spec)))
 
 
 @pytest.mark.parametrize("name", [path.stem for path in sorted(FOLDER.glob("*.yaml"))])
@@ -107,7 +108,9 @@ def test_nodes_have_the_token_time_for_a_checkpoint_and_no_secret_in_the_file(na
 
 
 def test_all_manifests_describe_the_same_cluster() -> None:
-    assert cluster_spec("cluster") == cluster_spec("train") == cluster_spec("nightly-raycronjob")
+    assert (
+        cluster_spec("cluster") == cluster_spec("train") == cluster_spec("nightly-raycronjob") == cluster_spec("serve")
+    )
     settings = read("settings")
     (worker,) = cluster_spec("cluster")["workerGroupSpecs"]
     address = worker["template"]["spec"]["containers"][0]["env"][1]["valueFrom"]["configMapKeyRef"]
@@ -120,3 +123,18 @@ def test_a_failed_training_job_is_tried_again_and_its_cluster_deleted() -> None:
     assert job["spec"]["shutdownAfterJobFinishes"] is True  # Kueue admits no other jobs
     for name in ("cluster", "train"):
         assert read(name)["metadata"]["labels"]["kueue.x-k8s.io/queue-name"]
+
+
+def test_serve_config_fits_the_schema_of_serve_and_the_arguments_of_the_application() -> None:
+    from ray.serve.schema import ServeDeploySchema
+
+    from patchloom.pipelines.serve import app
+    from patchloom.pipelines.serve.application import ServeArguments
+
+    texts = ((FOLDER.parent / "serve.yaml").read_text(), read("serve")["spec"]["serveConfigV2"])
+    own, kubernetes = (ServeDeploySchema.model_validate(yaml.safe_load(text)).applications[0] for text in texts)
+    for application in (own, kubernetes):
+        module, _, name = application.import_path.partition(":")
+        assert getattr(importlib.import_module(module), name) is app
+        assert ServeArguments.model_validate(application.args).max_replicas == 4
+    assert kubernetes.args == own.args | {"num_cpus": 4, "num_gpus": 1}
