@@ -26,6 +26,7 @@ from patchloom.pipelines.sample import sample
 from patchloom.pipelines.train import train
 from patchloom.platform.dataset import open_dataset
 from patchloom.platform.recipe import load_recipe
+from patchloom.platform.tracking.client import connect
 
 FIXTURES = [Path(__file__).parent / "fixtures" / name for name in ("version_0_1.tar.xz", "version_0_1_more.tar.xz")]
 # where they were made; the MLflow stores and some cards hold these paths
@@ -46,6 +47,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         for store in (folder, folder / "store"):
             _move_store(store / "mlflow.db", place, str(folder))
     with environment(MLFLOW_TRACKING_URI=f"sqlite:///{folder / 'mlflow.db'}"), contextlib.chdir(folder):
+        connect()  # MLflow itself keeps the store of the last test of this process otherwise
         yield folder
 
 
