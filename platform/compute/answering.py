@@ -13,7 +13,8 @@ from urllib.parse import urlsplit
 
 from patchloom.errors import UserError
 
-ANSWER_WAIT_S = 5.0
+CONNECT_WAIT_S = 5.0
+ANSWER_WAIT_S = 10.0  # a busy server may take long
 RAY_CLIENT_PORT = 10001  # of `ray://HOST`
 GCS_METHOD = "/ray.rpc.NodeInfoGcsService/CheckAlive"
 TOKEN_SOURCES = "set RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH, or write the token to ~/.ray/auth_token"
@@ -23,7 +24,7 @@ CLIENT_METHOD = "/ray.rpc.RayletDriver/ClusterInfo"
 def accepts(host: str, port: int) -> bool:
     """Whether something listens at a port."""
     try:
-        socket.create_connection((host, port), ANSWER_WAIT_S).close()
+        socket.create_connection((host, port), CONNECT_WAIT_S).close()
     except OSError:
         return False
     return True
@@ -62,22 +63,24 @@ def ask_ray(host: str, port: int, method: str = GCS_METHOD) -> ClusterAnswer:
     """
     import grpc
 
+    if not accepts(host, port):
+        return ClusterAnswer.SILENT
     with grpc.insecure_channel(_place(host, port), [("grpc.enable_http_proxy", 0)]) as channel:
         try:
             metadata = [(name.lower(), value) for name, value in token_headers().items()]
             channel.unary_unary(method)(b"", timeout=ANSWER_WAIT_S, metadata=metadata)
         except grpc.RpcError as error:
-            return _meaning(error.code(), accepts(host, port))
+            return _meaning(error.code())
     return ClusterAnswer.READY
 
 
-def _meaning(code: Any, is_open: bool) -> ClusterAnswer:
+def _meaning(code: Any) -> ClusterAnswer:
     import grpc
 
     if code == grpc.StatusCode.UNAUTHENTICATED:
         return ClusterAnswer.REFUSED
     if code in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.UNIMPLEMENTED):
-        return ClusterAnswer.FOREIGN if is_open else ClusterAnswer.SILENT
+        return ClusterAnswer.FOREIGN
     return ClusterAnswer.READY  # such as NOT_FOUND from a Ray Client server, which wants a client's number
 
 

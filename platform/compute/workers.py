@@ -148,7 +148,7 @@ def _run_on_ray_train(
 
     from patchloom.platform.compute.failures import MOST_FAILURES, FailureLimit, fit
     from patchloom.platform.compute.interfaces import BoundTorchConfig
-    from patchloom.platform.compute.resizing import CheckpointBeforeResize
+    from patchloom.platform.compute.worker_groups import CheckpointBeforeResize, GroupNotice
 
     shape, cpus = train_worker_shape(workers, resources)
     if not _is_trial():
@@ -175,6 +175,7 @@ def _run_on_ray_train(
             callbacks=[
                 FailureLimit(control.newest_step, control.reset, control.run),
                 CheckpointBeforeResize(control),
+                GroupNotice(workers),
             ],
         ),
     )

@@ -62,6 +62,7 @@ def test_growth_of_an_elastic_run_loses_few_steps(pixels: Path, tmp_path: Path) 
         [sys.executable, "-c", SCRIPT, json.dumps(arguments)], capture_output=True, text=True, timeout=420, cwd=tmp_path
     )
     assert done.returncode == 0 and "STOPPED" in done.stdout, done.stdout + done.stderr
+    assert "1 of 2 workers" in done.stdout + done.stderr and "2 of 2 workers" in done.stdout + done.stderr
     line = next(line for line in done.stdout.splitlines() if line.startswith("WENT BACK"))
     print(line)
     before, after = json.loads(line.removeprefix("WENT BACK"))
