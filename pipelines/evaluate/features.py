@@ -269,6 +269,7 @@ class FeatureMaker:
 class FeatureJob(Job[RowRange, dict[str, bytes]]):
     """The job of `extract`: its units are ranges of rows."""
 
+    command = "evaluate"
     worker = FeatureMaker
     folder = None  # not locked: two evaluations may use the same reference
 

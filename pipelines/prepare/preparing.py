@@ -113,6 +113,7 @@ def prepare(
 class PrepareJob(Job[PlannedShard, None]):
     """The job of `prepare`: its units are shards."""
 
+    command = "prepare"
     worker: ClassVar[type[Any]] = ShardMaker
     folder: Folder
 

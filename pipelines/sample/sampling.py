@@ -156,7 +156,7 @@ sample.__signature__ = inspect.Signature(  # type: ignore[attr-defined]  # help(
 class SampleJob(Job[SeedShard, SampledShard]):
     """The job of `sample`: its units are shards of seeds."""
 
-    title = "sampling"
+    command, title = "sample", "sampling"
     worker = ShardSampler
     folder: Folder
 

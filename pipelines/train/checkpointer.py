@@ -1,6 +1,7 @@
 """The checkpoints of a run: where it continues, how they are written, and which are kept."""
 
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -67,6 +68,7 @@ class Checkpointer:
     def __init__(self, folder: Path, keep: KeepSection) -> None:
         self.folder, self.keep = folder / CHECKPOINTS, keep
         self.failed = 0
+        self.written_unix_s: float | None = None  # when the newest checkpoint was complete
         self._writer = ThreadPoolExecutor(1, "checkpoint")
         self._pending: Future[None] | None = None
 
@@ -86,6 +88,7 @@ class Checkpointer:
             self.folder.mkdir(exist_ok=True)
             with whole_folder(self.folder / f"step-{card.step:08d}") as folder:
                 write_checkpoint(folder, tensors, card)
+            self.written_unix_s = time.time()
             self._remove_old()
         except (OSError, SafetensorError) as error:
             self.failed += 1

@@ -33,7 +33,7 @@ def train_worker(worker: Worker, job: TrainJob) -> TrainOutcome:
     there = Folder(job.folder)
     try:
         with worker_copy(worker, there, job.owner) as folder, worker_lock(worker, folder):
-            run = open_run(worker, replace(job, folder=str(folder)))
+            run = open_run(worker, replace(job, folder=str(folder), address=job.folder))
             check_agreement(worker, recipe_yaml(job.recipe), run.state)
             if worker.rank == 0:
                 show_training(there)

@@ -85,4 +85,5 @@ class Monitor:
                     fields |= hook.measure(due)
             self.log.write(fields)
         for hook in self.hooks:
+            hook.publish(fields)
             hook.after_line()

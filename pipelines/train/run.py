@@ -26,6 +26,7 @@ from patchloom.models.transfer import transfer
 from patchloom.pipelines.train.checkpointer import newest_checkpoint
 from patchloom.pipelines.train.initial_weights import load_initial_weights
 from patchloom.pipelines.train.timer import WaitTimer
+from patchloom.platform.compute.metrics import MetricRecorder
 from patchloom.platform.compute.workers import Worker
 from patchloom.platform.dataset.prepared import Dataset, open_dataset
 from patchloom.platform.files.storage import whole_folder
@@ -46,6 +47,7 @@ class TrainJob:
         compile: compile the network with torch.compile.
         profile: write a profile of the first steps.
         owner: who holds the fence of a remote run folder.
+        address: address of the run folder, also on a worker.
     """
 
     recipe: Recipe
@@ -57,6 +59,7 @@ class TrainJob:
     compile: bool = False
     profile: bool = False
     owner: str = ""
+    address: str = ""
 
 
 def step_settings(recipe: Recipe, resolution: int) -> StepSettings:
@@ -120,9 +123,11 @@ class TrainingRun:
     worker: Worker
     device: torch.device
     timer: WaitTimer = field(init=False)
+    metrics: MetricRecorder = field(init=False)
 
     def __post_init__(self) -> None:
         self.timer = WaitTimer(self.device)
+        self.metrics = MetricRecorder("train", self.recipe.name, self.job.address, str(self.worker.rank))
 
     @property
     def folder(self) -> Path:

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from patchloom.errors import Stopped, UserError
@@ -17,6 +18,7 @@ from patchloom.pipelines.train.monitor import Verdict
 from patchloom.pipelines.train.resuming import dataset_of_run, recipe_of_run
 from patchloom.pipelines.train.run import TrainJob
 from patchloom.pipelines.train.run_folder import OpenRun, open_run_folder
+from patchloom.platform.compute.metrics import UNSENT_LINES, MetricRecorder
 from patchloom.platform.compute.resources import DEFAULT_RESOURCES, Resources
 from patchloom.platform.compute.shared_paths import UsedPaths
 from patchloom.platform.compute.stopping import stop_time
@@ -158,9 +160,10 @@ def _launch(
 ) -> None:
     """Run the workers, and show and forward their progress lines."""
     control = prepare_control(folder.address, stop_at)
+    watch_unsent = partial(MetricRecorder("train", job.recipe.name, job.folder).record, UNSENT_LINES)
     with nullcontext(show) if show else _progress_bar(job.recipe, folder.path) as show_line:
         with (
-            MlflowForwarder(folder.path, folder.ensure_run, show_line, folder.mlflow_answers),
+            MlflowForwarder(folder.path, folder.ensure_run, show_line, folder.mlflow_answers, watch_unsent),
             ProgressFetcher(folder.address, folder.path) if folder.address.is_remote else nullcontext(),
         ):
             outcome = run_workers(

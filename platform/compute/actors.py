@@ -3,11 +3,13 @@
 import contextlib
 import pickle
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 from patchloom.errors import UserError
+from patchloom.platform.compute.metrics import JOB_ATTEMPTS, JOB_UNIT_SECONDS, NO_COMMAND, MetricRecorder
 from patchloom.platform.compute.resources import (
     DEFAULT_RESOURCES,
     Resources,
@@ -42,6 +44,7 @@ def map_on_actors(
     watch: Callable[[int], None] | None = None,
     resources: Resources = DEFAULT_RESOURCES,
     paths: UsedPaths = NO_PATHS,
+    metrics: MetricRecorder = NO_COMMAND,
 ) -> Iterator[tuple[Item, ItemResult]]:
     """Process items on a pool of actors. Each process calls `actor(argument)` once, and the result for each item.
 
@@ -59,6 +62,7 @@ def map_on_actors(
         watch: called about once per second with the sum of what the actors reported.
         resources: the nodes that the processes may use, and how long to wait for the first one.
         paths: local paths that all nodes must see.
+        metrics: records the attempts at items, and their durations.
 
     Yields:
         Each item with its result, in the order in which they are finished.
@@ -78,7 +82,7 @@ def map_on_actors(
         check_shared(paths)
         with _counter(watch) as counter:
             for number, result in _map_on_ray(
-                _Call(actor, argument, counter, own_versions(COMMAND)), items, workers, shape
+                _Call(actor, argument, counter, own_versions(COMMAND), metrics), items, workers, shape
             ):
                 yield items[number], result
 
@@ -103,12 +107,13 @@ def _map_here(
 
 @dataclass(frozen=True)
 class _Call(Generic[Argument, Item, ItemResult]):
-    """What an actor's process needs: its class, the argument, the handle of the counter, and equal versions."""
+    """What an actor's process needs: its class, the argument, the counter's handle, equal versions, and metrics."""
 
     actor: Callable[[Argument], Actor[Item, ItemResult]]
     argument: Argument
     counter: Any
     versions: ProcessVersions
+    metrics: MetricRecorder
 
 
 class _ActorProcess:
@@ -116,7 +121,7 @@ class _ActorProcess:
 
     def __init__(self, call: _Call[Any, Any, Any]) -> None:
         begin_work()
-        self.counter = call.counter
+        self.counter, self.metrics = call.counter, call.metrics
         self.problem: UserError | None = None
         try:
             check_versions([call.versions, own_versions()])
@@ -141,7 +146,11 @@ class _ActorProcess:
                 f"item {number} ended its process {attempts - 1} times, perhaps because memory was full: "
                 "use fewer workers per node, or smaller shards or batches"
             )
-        return self.process(pickle.loads(item), lambda done: self.counter.set.remote(number, done))
+        self.metrics.record(JOB_ATTEMPTS, 1, attempt=str(attempts))
+        began = time.monotonic()
+        result = self.process(pickle.loads(item), lambda done: self.counter.set.remote(number, done))
+        self.metrics.record(JOB_UNIT_SECONDS, time.monotonic() - began)
+        return result
 
     def _attempt(self, number: int) -> int:
         """How often an item was started, this time included; 1 if the counter does not answer."""

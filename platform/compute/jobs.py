@@ -13,6 +13,7 @@ from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
 from patchloom.errors import UserError
 from patchloom.platform.compute.actors import map_on_actors
+from patchloom.platform.compute.metrics import MetricRecorder
 from patchloom.platform.compute.resources import DEFAULT_RESOURCES, Resources
 from patchloom.platform.compute.session import begin_work
 from patchloom.platform.compute.shared_paths import NO_PATHS, UsedPaths
@@ -42,6 +43,7 @@ class Job(ABC, Generic[UnitT, ResultT]):
     """A resumable job. `run_job` calls `start`, `missing`, the workers, `keep` and `finish`, in this order.
 
     Attributes:
+        command: the command that the job belongs to, for metrics.
         title: what the progress line says.
         total: number of images of the whole job.
         folder: locked while the job runs, if it is local. None: nothing is locked.
@@ -53,6 +55,7 @@ class Job(ABC, Generic[UnitT, ResultT]):
         head_start_s: seconds of work in this process before Ray starts; short jobs finish without Ray.
     """
 
+    command: ClassVar[str] = ""
     title: str
     total: int
     folder: Folder | None
@@ -137,15 +140,17 @@ def _exclusive(folder: Folder | None) -> Iterator[None]:
 
 def _do(job: Job[UnitT, ResultT], units: list[UnitT], workers: int | None, meter: Meter, resources: Resources) -> None:
     """Do units in this process (all, or during the head start), and the others on Ray."""
-    start, finished, todo = meter.done, 0, list(units)
+    start, finished, todo, remaining = meter.done, 0, list(units), len(units)
+    metrics = MetricRecorder(job.command, job.title, str(job.folder or ""))
 
     def show(images: int) -> None:
         meter.update(max(meter.done, start + images))
+        metrics.record_job(meter.done, job.total, meter.rate, remaining)
 
     def take(unit: UnitT, result: ResultT) -> None:
-        nonlocal finished
+        nonlocal finished, remaining
         job.keep(unit, result)
-        finished += unit.size
+        finished, remaining = finished + unit.size, remaining - 1
         show(finished)
 
     if todo and (workers == 0 or (workers is None and job.head_start_s)):
@@ -159,8 +164,9 @@ def _do(job: Job[UnitT, ResultT], units: list[UnitT], workers: int | None, meter
                 take(unit, worker(unit, lambda images: show(finished + images)))
     before = finished
     for unit, result in map_on_actors(
-        job.worker, job.argument, todo, workers, job.on_gpus, lambda images: show(before + images), resources, job.paths
-    ):
+        job.worker, job.argument, todo, workers, job.on_gpus, lambda images: show(before + images), resources,
+        job.paths, metrics,
+    ):  # fmt: skip
         take(unit, result)
 
 

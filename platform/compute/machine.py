@@ -9,6 +9,7 @@ from typing import Any
 import psutil
 
 MEGABYTE = 1e6
+MOST_GPUS = 16  # of a node, whose load is measured
 # Parameters of mallopt (malloc.h): a request above the first is mapped from the kernel and returned when it is freed;
 # free memory at the end of the heap is returned if it is more than the second.
 M_MMAP_THRESHOLD, M_TRIM_THRESHOLD = -3, -1
@@ -30,6 +31,23 @@ def keep_freed_memory() -> None:
         # with the second alone, pages of larger tensors would still be cleared
         if libc.mallopt(M_MMAP_THRESHOLD, KEPT_BYTES) or libc.mallopt(M_MMAP_THRESHOLD, KEPT_BYTES_BEFORE_2_35):
             libc.mallopt(M_TRIM_THRESHOLD, KEPT_BYTES)
+
+
+# what `system_load` can return, so that the loads of nodes fill tensors of one shape
+LOAD_NAMES = (
+    "cpu_utilization_percentage",
+    "system_memory_usage_megabytes",
+    "system_memory_usage_percentage",
+    "disk_usage_percentage",
+    "disk_available_megabytes",
+    "network_receive_megabytes",
+    "network_transmit_megabytes",
+    *(
+        f"gpu_{number}_{what}"
+        for number in range(MOST_GPUS)
+        for what in ("utilization_percentage", "memory_usage_percentage", "power_usage_watts")
+    ),
+)
 
 
 def system_load() -> dict[str, float]:
@@ -89,6 +107,8 @@ def _handles() -> list[Any]:
         import pynvml
 
         pynvml.nvmlInit()
-        return [pynvml.nvmlDeviceGetHandleByIndex(number) for number in range(pynvml.nvmlDeviceGetCount())]
+        return [
+            pynvml.nvmlDeviceGetHandleByIndex(number) for number in range(min(pynvml.nvmlDeviceGetCount(), MOST_GPUS))
+        ]
     except Exception:
         return []

@@ -49,11 +49,15 @@ class Worker:
         count: number of workers.
         loses_a_node: returns whether the cluster announced that it will take away a node of any worker. All workers
             must call it at the same step.
+        node: number of its node, from 0.
+        rank_on_node: number of this worker on its node, from 0.
     """
 
     rank: int = 0
     count: int = 1
     loses_a_node: Callable[[], bool] = lambda: False
+    node: int = 0
+    rank_on_node: int = 0
 
     def reduce(self, tensor: "Tensor") -> None:
         """Sum a tensor over all workers, in place."""
@@ -231,7 +235,11 @@ def _on_worker(
         if not torch.cuda.is_available():
             torch.set_num_threads(cpus)
         worker = Worker(
-            context.get_world_rank(), context.get_world_size(), lambda: ray.train.get_preemption_info() is not None
+            context.get_world_rank(),
+            context.get_world_size(),
+            lambda: ray.train.get_preemption_info() is not None,
+            context.get_node_rank(),
+            context.get_local_rank(),
         )
         with WorkerLog(run, worker.rank, worker.count) if run else contextlib.nullcontext():
             return loop(worker, settings["config"])

@@ -65,6 +65,7 @@ class MlflowForwarder:
         show: called with each line.
         creates_run: call `find_run` also before the first line, so that MLflow soon shows the run. This happens
             after some seconds, because importing the client is slow and would delay the first steps.
+        watch_unsent: called with the number of lines that MLflow has not received, every half second.
     """
 
     def __init__(
@@ -73,8 +74,10 @@ class MlflowForwarder:
         find_run: Callable[[], str],
         show: Callable[[ProgressLine], None],
         creates_run: bool = False,
+        watch_unsent: Callable[[int], None] = lambda lines: None,
     ) -> None:
         self.folder, self.find_run, self.show, self.creates_run = folder, find_run, show, creates_run
+        self.watch_unsent = watch_unsent
         self._create_run_at = time.monotonic() + CREATE_RUN_AFTER_S
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._follow, name="mlflow-forwarder", daemon=True)
@@ -102,6 +105,7 @@ class MlflowForwarder:
     def _follow(self) -> None:
         while not self._stop.wait(READ_EVERY_S):
             self._forward()
+            self.watch_unsent(len(self._unsent))
 
     def _forward(self) -> None:
         """Show the new lines, and send all lines that wait, unless the store failed a moment ago."""

@@ -9,6 +9,7 @@ from patchloom.pipelines.train.hooks.counts import CountHook
 from patchloom.pipelines.train.hooks.held_out import HeldOutHook
 from patchloom.pipelines.train.hooks.hook import Hook
 from patchloom.pipelines.train.hooks.losses import LossHook
+from patchloom.pipelines.train.hooks.metrics import MetricsHook
 from patchloom.pipelines.train.hooks.previews import PreviewHook
 from patchloom.pipelines.train.hooks.speed import SpeedHook
 from patchloom.pipelines.train.hooks.system import SystemHook
@@ -23,4 +24,5 @@ HOOKS: tuple[type[Hook], ...] = (
     HeldOutHook,
     AverageHook,
     CheckpointHook,
+    MetricsHook,
 )

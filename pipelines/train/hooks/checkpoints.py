@@ -3,7 +3,8 @@
 from patchloom.pipelines.train.checkpointer import Checkpointer
 from patchloom.pipelines.train.hooks.hook import Due, Hook, is_due
 from patchloom.pipelines.train.run import TrainingRun
-from patchloom.platform.records.run import ProgressLine
+from patchloom.platform.compute.metrics import CHECKPOINT_TIME, FAILED_CHECKPOINTS
+from patchloom.platform.records.run import LineFields, ProgressLine
 
 
 class CheckpointHook(Hook):
@@ -18,6 +19,13 @@ class CheckpointHook(Hook):
         if due.checkpoint_now or is_due(self.run, self.run.recipe.train.checkpoint_every_images, due.plan):
             self.checkpointer.save(self.run.state, self.run.recipe.name, line.held_out_loss if line else None)
 
+    def publish(self, fields: LineFields) -> None:
+        """Record the newest checkpoint, and those that failed."""
+        if self.run.worker.rank == 0:
+            self.run.metrics.record(CHECKPOINT_TIME, self.checkpointer.written_unix_s)
+            self.run.metrics.record(FAILED_CHECKPOINTS, self.checkpointer.failed)
+
     def close(self) -> None:
         """Wait for the last checkpoint."""
         self.checkpointer.wait()
+        self.publish({})

@@ -43,9 +43,9 @@ def side_product(name: str) -> Iterator[None]:
 class Hook:
     """A part of the monitor. A subclass overrides the methods that it needs.
 
-    The monitor calls each method for all hooks, in the order of `hooks.HOOKS`. `after_step`, `line_fields` and
-    `after_line` run on every worker, so they may reduce tensors over the workers. `measure` and `save` run on
-    worker 0 only.
+    The monitor calls each method for all hooks, in the order of `hooks.HOOKS`. `after_step`, `line_fields`,
+    `publish` and `after_line` run on every worker, so they may reduce tensors over the workers. `measure` and `save`
+    run on worker 0 only.
     """
 
     product = "a measurement"  # what `measure` makes, for messages
@@ -64,6 +64,9 @@ class Hook:
     def measure(self, due: Due) -> LineFields:
         """Further fields that are expensive. Not called once the run has diverged. An error is only reported."""
         return {}
+
+    def publish(self, fields: LineFields) -> None:
+        """Show the fields of a progress line elsewhere. On worker 0 these are all fields, on others their own."""
 
     def after_line(self) -> None:
         """Start to count for the next line."""

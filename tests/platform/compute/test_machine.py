@@ -17,7 +17,7 @@ from own_workers import Together
 
 from patchloom.pipelines.train.hooks.speed import SpeedHook
 from patchloom.pipelines.train.timer import WaitTimer
-from patchloom.platform.compute.machine import system_load
+from patchloom.platform.compute.machine import LOAD_NAMES, system_load
 
 OF_ALL = {
     "cpu_utilization_percentage",
@@ -127,3 +127,7 @@ def test_the_memory_of_freed_tensors_is_reused() -> None:
     if given_back == 0:
         pytest.skip("this kernel counts no page faults")
     assert kept < given_back / 10  # of a usual round; its tensors have 32,000 pages of 4 KiB, or 64 huge ones
+
+
+def test_every_load_has_a_place_among_those_of_all_nodes() -> None:
+    assert set(system_load()) <= set(LOAD_NAMES)
