@@ -15,7 +15,7 @@ from typing import Any
 
 from patchloom.platform.records.run import LineFields, ProgressLine
 
-LABELS = ("command", "name", "run", "rank", "host")  # of every metric
+METRIC_LABELS = ("command", "name", "run", "rank", "host")  # of every metric
 SWITCH = "RAY_enable_metrics_collection"  # of Ray, for all its metrics
 
 
@@ -34,7 +34,7 @@ class MetricDefinition:
     Args:
         name: its name, with the unit. Ray adds `ray_`, and `_total` to that of a counter.
         meaning: what it measures.
-        labels: its labels, besides `LABELS`.
+        labels: its labels, besides `METRIC_LABELS`.
         kind: how it changes.
         buckets: upper limits of the buckets of a histogram.
     """
@@ -62,7 +62,7 @@ WAIT_SHARE = MetricDefinition(
 )
 PEAK_MEMORY = MetricDefinition("patchloom_train_peak_memory_bytes", "Most memory that this worker used")
 # of worker 0, for all workers
-WORKERS = MetricDefinition("patchloom_train_workers", "Workers that train")
+TRAINING_WORKERS = MetricDefinition("patchloom_train_workers", "Workers that train")
 STRAGGLER_LOSS = MetricDefinition(
     "patchloom_train_straggler_loss_share", "Share of the time lost to the slowest worker of each step"
 )
@@ -74,7 +74,7 @@ LOSS = MetricDefinition("patchloom_train_loss", "Mean loss since the last progre
 LOSS_BY_PATCH_SIZE = MetricDefinition(
     "patchloom_train_loss_by_patch_size", "Mean loss since the last progress line", ("patch_pixels",)
 )
-HELD_OUT_LOSS = MetricDefinition("patchloom_train_held_out_loss", "Loss of the averaged weights on held-out images")
+LOSS_ON_HELD_OUT = MetricDefinition("patchloom_train_held_out_loss", "Loss of the averaged weights on held-out images")
 UTILISATION = MetricDefinition(
     "patchloom_train_model_flops_utilisation", "Share of the peak FLOP/s of all devices that the network uses"
 )
@@ -131,7 +131,7 @@ class MetricRecorder:
         """Set a gauge, add to a counter, or add a value to a histogram. None and 0 of a counter are ignored."""
         if value is None or not metrics_are_on():
             return
-        own = {label: getattr(self, label) for label in LABELS} | labels
+        own = {label: getattr(self, label) for label in METRIC_LABELS} | labels
         with contextlib.suppress(Exception):  # a metric must not end a run
             if metric.kind == MetricKind.GAUGE:
                 _of_ray(metric).set(value, own)
@@ -151,7 +151,7 @@ class MetricRecorder:
     def record_line(self, fields: LineFields, workers: int) -> None:
         """Record the fields of a progress line that hold for all workers."""
         line = ProgressLine.model_construct(None, **fields)
-        self.record(WORKERS, workers)
+        self.record(TRAINING_WORKERS, workers)
         for metric, value in {
             STRAGGLER_LOSS: line.straggler_loss,
             IMAGES_PER_SECOND: line.images_per_second,
@@ -159,7 +159,7 @@ class MetricRecorder:
             STEP: line.step,
             ETA: line.eta_seconds,
             LOSS: line.loss,
-            HELD_OUT_LOSS: line.held_out_loss,
+            LOSS_ON_HELD_OUT: line.held_out_loss,
             UTILISATION: line.model_flops_utilisation or None,
             BAD_CROPS: line.bad_crops,
         }.items():
@@ -189,7 +189,7 @@ def _of_ray(metric: MetricDefinition) -> Any:
     """The metric of Ray, one per process."""
     from ray.util import metrics
 
-    labels = (*LABELS, *metric.labels)
+    labels = (*METRIC_LABELS, *metric.labels)
     if metric.kind == MetricKind.HISTOGRAM:
         return metrics.Histogram(metric.name, metric.meaning, list(metric.buckets), labels)
     kind = metrics.Counter if metric.kind == MetricKind.COUNTER else metrics.Gauge

@@ -9,7 +9,7 @@ from typing import Any
 import promql_parser
 import pytest
 
-from patchloom.platform.compute.metrics import LABELS, METRIC_DEFINITIONS
+from patchloom.platform.compute.metrics import METRIC_LABELS, METRIC_DEFINITIONS
 
 BOARD: dict[str, Any] = json.loads((Path(__file__).parents[2] / "deploy/grafana/patchloom.json").read_text())
 QUERIES = [target["expr"] for panel in BOARD["panels"] for target in panel.get("targets", ())]
@@ -65,7 +65,7 @@ def test_queries_name_metrics_that_exist(query: str) -> None:
         assert selector.name in OWN or selector.name in metrics_of_ray(), selector.name
         if selector.name in OWN:
             labels = {matcher.name for matcher in selector.matchers.matchers} - {"ray_io_cluster"}
-            assert labels <= {*LABELS, *OWN[selector.name].labels}
+            assert labels <= {*METRIC_LABELS, *OWN[selector.name].labels}
 
 
 def test_every_metric_is_shown() -> None:
