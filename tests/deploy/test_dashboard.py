@@ -9,7 +9,7 @@ from typing import Any
 import promql_parser
 import pytest
 
-from patchloom.platform.compute.metrics import METRIC_LABELS, METRIC_DEFINITIONS
+from patchloom.platform.compute.metrics import METRIC_DEFINITIONS, METRIC_LABELS
 
 BOARD: dict[str, Any] = json.loads((Path(__file__).parents[2] / "deploy/grafana/patchloom.json").read_text())
 QUERIES = [target["expr"] for panel in BOARD["panels"] for target in panel.get("targets", ())]
