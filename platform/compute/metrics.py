@@ -142,7 +142,7 @@ class MetricRecorder:
 
     def record_worker(self, fields: LineFields, share: float) -> None:
         """Record what a worker measured itself: fields of the progress line, and its share of the crops."""
-        line = ProgressLine.model_construct(None, **fields)
+        line = _line(fields)
         self.record(WORKER_IMAGES_PER_SECOND, share * line.images_per_second)
         self.record(WAIT_SHARE, line.data_wait_share, wait="data")
         self.record(WAIT_SHARE, line.reduce_wait_share, wait="workers")
@@ -150,7 +150,7 @@ class MetricRecorder:
 
     def record_line(self, fields: LineFields, workers: int) -> None:
         """Record the fields of a progress line that hold for all workers."""
-        line = ProgressLine.model_construct(None, **fields)
+        line = _line(fields)
         self.record(TRAINING_WORKERS, workers)
         for metric, value in {
             STRAGGLER_LOSS: line.straggler_loss,
@@ -182,6 +182,11 @@ def metrics_are_on() -> bool:
     """Whether this process has a Ray session whose metrics are collected. A session on this machine has none."""
     ray: Any = sys.modules.get("ray")
     return ray is not None and ray.is_initialized() and os.environ.get(SWITCH, "1").lower() not in ("0", "false")
+
+
+def _line(fields: dict[str, Any]) -> ProgressLine:
+    """The fields as a line, which may lack those that only worker 0 knows."""
+    return ProgressLine.model_construct(None, **fields)
 
 
 @cache
