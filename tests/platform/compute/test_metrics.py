@@ -1,4 +1,4 @@
-"""Metrics: off in a session on this machine; a cluster offers the numbers of the progress lines at its metrics ports."""
+"""Metrics: off in a session on this machine; a cluster has the numbers of the progress lines at its metrics ports."""
 
 import json
 import os
