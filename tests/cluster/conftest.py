@@ -56,6 +56,7 @@ def network() -> Iterator[Network]:
     """The bridge that all machines and servers are connected to."""
     environment = {
         "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests" / "support")]),
+        "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),  # jobs run `python`
         "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": TOKEN,
         "MLFLOW_TRACKING_URI": f"http://{GATEWAY}:{MLFLOW_PORT}",
         "AWS_ENDPOINT_URL": f"http://{GATEWAY}:{S3_PROXY_PORT}",
