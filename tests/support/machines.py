@@ -296,6 +296,9 @@ def _remove_leftovers() -> None:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(int(process), signal.SIGKILL)
         subprocess.run(["ip", "netns", "delete", name], check=False)
+    listed = subprocess.run(["ip", "-brief", "link"], capture_output=True, text=True).stdout
+    for wire in [line.split("@")[0] for line in listed.splitlines() if line.startswith("plw")]:
+        subprocess.run(["ip", "link", "delete", wire], check=False)
     subprocess.run(["ip", "link", "delete", BRIDGE], capture_output=True)
 
 
