@@ -10,6 +10,7 @@ from typing import Any
 from patchloom.errors import UserError
 from patchloom.pipelines.registry.wheel import wheel_bytes
 from patchloom.platform.files.folder import is_remote
+from patchloom.platform.recipe.sections import read_yaml
 
 # Arguments of commands, by name. A file travels; data does not. A place is always a path or an address; a reference
 # can also be a name, such as models:/NAME@ALIAS.
@@ -46,6 +47,8 @@ def pack_command(words: list[str], arguments: dict[str, Any], folder: Path) -> l
             continue
         if name in FILE_ARGUMENTS:
             packed = _pack_file(value, folder)
+            if (folder / packed).is_file():
+                _pack_named(name, Path(value), Path(packed), folder)
             words = [_renamed(word, value, packed) for word in words]
         elif name in PLACES | REFERENCES:
             _check_place(value, name in PLACES)
@@ -64,16 +67,47 @@ def _pack_file(text: str, folder: Path) -> str:
     path = Path(text)
     if is_remote(text) or not path.is_file():
         return text  # a recipe that ships with Patchloom, a list of seeds, or a file of the nodes
+    inside = Path(os.path.relpath(path))
+    target = inside if _is_inside(inside) else Path(FILES) / path.name
+    _copy(path, folder / target)
+    return target.as_posix()
+
+
+def _pack_named(name: str, file: Path, packed: Path, folder: Path) -> None:
+    """Copy the recipe that a search names, and check the initial weights that a recipe names."""
+    if name == "recipe":
+        _check_recipe(file)
+    if name != "search":
+        return
+    recipe = read_yaml(file).get("recipe")
+    if not isinstance(recipe, str) or not (file.parent / recipe).is_file():
+        return  # the name of a shipped recipe
+    target = Path(os.path.normpath(packed.parent / recipe))
+    if not _is_inside(target):
+        raise UserError(f"{file} names the recipe {recipe}, which cannot travel: put it in the folder of the search")
+    _check_recipe(file.parent / recipe)
+    _copy(file.parent / recipe, folder / target)
+
+
+def _check_recipe(recipe: Path) -> None:
+    train = read_yaml(recipe).get("train")
+    weights = train.get("init_from") if isinstance(train, dict) else None
+    if isinstance(weights, str):
+        _check_place(weights, False)
+
+
+def _is_inside(path: Path) -> bool:
+    return not path.is_absolute() and ".." not in path.parts
+
+
+def _copy(path: Path, target: Path) -> None:
     if path.stat().st_size > MOST_BYTES:
         raise UserError(
-            f"{text} has {path.stat().st_size / 1e6:.0f} MB, and files of up to 10 MB travel with a job: copy it to an "
+            f"{path} has {path.stat().st_size / 1e6:.0f} MB, and files of up to 10 MB travel with a job: copy it to an "
             "object store or to a file system that every node mounts"
         )
-    inside = Path(os.path.relpath(path))
-    target = inside if not inside.is_absolute() and ".." not in inside.parts else Path(FILES) / path.name
-    (folder / target).parent.mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(path, folder / target)
-    return target.as_posix()
+    target.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(path, target)
 
 
 def _check_place(text: str, is_always_path: bool) -> None:

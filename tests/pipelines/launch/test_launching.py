@@ -174,9 +174,38 @@ def test_small_files_travel_under_a_path_of_the_job(tmp_path: Path, monkeypatch:
     packed = pack_command(words, {"recipe": "my.yaml", "seeds": str(tmp_path / "seeds.txt")}, job)
     assert packed == ["train", "my.yaml", "--seeds=files/seeds.txt"]
     assert (job / "my.yaml").read_text() == "name: a" and (job / "files" / "seeds.txt").read_text() == "1\n"
-    (here / "large.yaml").write_bytes(b"x" * 11_000_000)
+    (here / "large.csv").write_bytes(b"x" * 11_000_000)
     with pytest.raises(UserError, match="11 MB"):
-        pack_command(["train"], {"recipe": "large.yaml"}, job)
+        pack_command(["prepare"], {"labels": "large.csv"}, job)
+
+
+def test_the_recipe_of_a_search_travels_with_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    here, job = tmp_path / "here", tmp_path / "job"
+    for file, text in {"a/search.yaml": "recipe: ../b/mine.yaml", "b/mine.yaml": "name: mine"}.items():
+        (here / file).parent.mkdir(parents=True)
+        (here / file).write_text(text)
+    monkeypatch.chdir(here)
+    assert pack_command(["a/search.yaml"], {"search": "a/search.yaml"}, job) == ["a/search.yaml"]
+    assert (job / "a/../b/mine.yaml").read_text() == "name: mine"
+    monkeypatch.chdir(here / "b")  # the search is not below the working directory, so it gets another path
+    assert pack_command(["../a/search.yaml"], {"search": "../a/search.yaml"}, job) == ["files/search.yaml"]
+    assert (job / "files/../b/mine.yaml").is_file()
+    (here.parent / "far.yaml").write_text("name: far")
+    (here / "a/search.yaml").write_text("recipe: ../../far.yaml")
+    with pytest.raises(UserError, match="far"):
+        pack_command(["../a/search.yaml"], {"search": "../a/search.yaml"}, job)
+
+
+def test_initial_weights_of_a_recipe_do_not_travel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "old").mkdir()
+    for weights, fits in {"old": False, "s3://bucket/old": True, "models:/old/1": True}.items():
+        (tmp_path / "mine.yaml").write_text(f"name: mine\ntrain: {{init_from: '{weights}'}}")
+        if fits:
+            pack_command(["mine.yaml"], {"recipe": "mine.yaml"}, tmp_path / "job")
+            continue
+        with pytest.raises(UserError, match="old"):
+            pack_command(["mine.yaml"], {"recipe": "mine.yaml"}, tmp_path / "job")
 
 
 def test_every_argument_that_can_be_a_path_is_known() -> None:
