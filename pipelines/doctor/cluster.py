@@ -14,7 +14,7 @@ from typing import Any
 import patchloom
 from patchloom.errors import UserError
 from patchloom.pipelines.launch.node import code_digest
-from patchloom.platform.compute.nodes import NodeResult, address_of_host_name, ask_nodes
+from patchloom.platform.compute.nodes import NodeResult, ask_nodes
 from patchloom.platform.compute.session import ray_session
 from patchloom.platform.files.cache import cache_root
 from patchloom.platform.files.folder import Folder
@@ -45,7 +45,6 @@ class NodeState:
         cpus: cores of the machine.
         gpus: names of the GPUs that torch sees.
         cache_free_gib: free space where the cache is.
-        host_address: what its own host name resolves to.
         problems: what does not work, one line each.
     """
 
@@ -53,7 +52,6 @@ class NodeState:
     cpus: int
     gpus: list[str]
     cache_free_gib: float
-    host_address: str | None
     problems: list[str] = field(default_factory=list)
 
 
@@ -121,7 +119,7 @@ def check_node(checks: NodeChecks) -> NodeState:
     if free < LEAST_FREE_GIB:
         problems.append(f"the cache at {cache} has {free:.1f} GiB free: free space, or set PATCHLOOM_CACHE")
     gpus = [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())]
-    return NodeState(versions, os.cpu_count() or 1, gpus, free, address_of_host_name(), problems)
+    return NodeState(versions, os.cpu_count() or 1, gpus, free, problems)
 
 
 def _failures(checks: list[Callable[[], None]]) -> list[str]:
@@ -165,12 +163,6 @@ def _problems(result: NodeResult[NodeState], states: dict[str, NodeState]) -> li
             found.append(f"{name} is {result.answer.versions[name]}, and {usual} on most nodes: use one image")
     if result.clock_offset_s is not None and abs(result.clock_offset_s) > CLOCK_TOLERANCE_S:
         found.append(f"its clock differs by {result.clock_offset_s:.1f} s: synchronise the clocks (NTP)")
-    address = result.answer.host_address
-    if len(states) > 1 and (address is None or address.startswith("127.")):
-        found.append(
-            f"its host name resolves to {address or 'nothing'}, so other nodes cannot reach gloo's workers: add its "
-            "address to /etc/hosts, or set GLOO_SOCKET_IFNAME on the node"
-        )
     return found
 
 

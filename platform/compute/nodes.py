@@ -1,6 +1,5 @@
 """Nodes: ask every node of a cluster the same question."""
 
-import socket
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -97,11 +96,3 @@ def _clock_offset(process: Any) -> float:
         took = time.time() - began
         rounds.append((took, there - began - took / 2))
     return min(rounds)[1]
-
-
-def address_of_host_name() -> str | None:
-    """The address that this machine's host name resolves to; None if it does not."""
-    try:
-        return socket.gethostbyname(socket.gethostname())
-    except OSError:
-        return None

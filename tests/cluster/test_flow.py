@@ -98,3 +98,9 @@ def test_an_autoencoder_and_a_search_on_the_cluster(
 def test_exit_codes_travel(cluster: RayCluster, laptop: Machine, store: str) -> None:
     output = launch(laptop, cluster, "inspect", f"{store}/nowhere", code=2)
     assert f"{store}/nowhere" in output.splitlines()[-1]
+
+
+def test_the_doctor_checks_every_node(cluster: RayCluster, laptop: Machine, store: str) -> None:
+    machines = [cluster.head, *cluster.workers.values()]
+    output = launch(laptop, cluster, "doctor", "--cluster", "--store", f"{store}/doctor")
+    assert all(machine.address in output for machine in machines)

@@ -9,9 +9,7 @@ from patchloom.errors import UserError
 from patchloom.pipelines.doctor.cluster import NodeState, _problems, check_nodes, show_nodes
 from patchloom.platform.compute.nodes import NodeResult, ask_nodes
 
-STATE = NodeState(
-    dict.fromkeys(("python", "torch", "ray", "mlflow", "patchloom", "code"), "1"), 2, [], 100.0, "10.0.0.1"
-)
+STATE = NodeState(dict.fromkeys(("python", "torch", "ray", "mlflow", "patchloom", "code"), "1"), 2, [], 100.0)
 
 
 @pytest.mark.ray
@@ -51,8 +49,6 @@ def test_node_without_the_function_has_a_problem() -> None:
     [
         ({"versions": {**STATE.versions, "torch": "2"}}, 0.0, "torch"),
         ({"versions": {**STATE.versions, "code": "2"}}, 0.0, "code"),
-        ({"host_address": "127.0.1.1"}, 0.0, "127.0.1.1"),
-        ({"host_address": None}, 0.0, "host name"),
         ({"problems": ["store"]}, 0.0, "store"),
         ({}, 9.0, "9.0 s"),
     ],
