@@ -113,7 +113,8 @@ def database(network: Network, tmp_path_factory: pytest.TempPathFactory) -> Iter
     with (data / "pg_hba.conf").open("a") as rules:
         rules.write(f"host all all {GATEWAY}/24 trust\n")
     options = ["-D", str(data), "-h", GATEWAY, "-p", str(POSTGRES_PORT), "-k", str(data)]
-    process = subprocess.Popen([*WITH_TESTS, server, *options], user="postgres", stderr=subprocess.DEVNULL, cwd="/")
+    log = (folder / "server.log").open("w")
+    process = subprocess.Popen([*WITH_TESTS, server, *options], user="postgres", stderr=log, cwd="/")
     create = ["createdb", "-h", GATEWAY, "-p", str(POSTGRES_PORT), "-U", "mlflow", "mlflow"]
     wait_for(lambda: subprocess.run(create, capture_output=True).returncode == 0, "PostgreSQL")
     yield f"postgresql+psycopg2://mlflow@{GATEWAY}:{POSTGRES_PORT}/mlflow"
