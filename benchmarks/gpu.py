@@ -251,7 +251,7 @@ def quality_curve(
             plan = plan_step(settings, state.step, state.images_seen)
             work = []
             for group in plan.share():
-                rows = torch.tensor([order[crop] for crop in group.crops], device=trainer.device)
+                rows = torch.from_numpy(order.at(group.crops)).to(trainer.device)
                 work.append((group, StoredRows(pixels[rows], labels[rows])))
             training_step(state, settings, plan, work, trainer.normalisation, lambda _: None)
         spent, average = spent + now() - start, state.emas[0].module

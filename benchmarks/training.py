@@ -20,7 +20,7 @@ from patchloom.models.flops import training_flops
 from patchloom.models.loss import denoising_loss
 from patchloom.models.noise import training_sigmas
 from patchloom.models.patches import crop, offsets
-from patchloom.models.random_draws import RandomDraws, concatenate_draws, draws_of_block
+from patchloom.models.random_draws import CropBatch, RandomDraws
 from patchloom.models.step import StoredRows, seeded_dropout
 from patchloom.models.step_plan import StepSettings, plan_step
 from patchloom.platform.dataset.prepared import Dataset, write_shard
@@ -153,7 +153,8 @@ class StepParts:
         state, settings = self.trainer.state, self.trainer.settings
         state.gradients.flat.zero_()
         sigma = training_sigmas(self.draws.sigma, settings.noise_mean, settings.noise_std)
-        with seeded_dropout(state.denoiser, 0, 0, self.group.blocks, CPU):
+        masks = settings.random.masks(0, self.group.blocks, settings.block_size, CPU)
+        with seeded_dropout(state.denoiser, masks, 0, CPU):
             denoising_loss(state.denoiser, self.clean, self.draws.noise, sigma, self.coordinates).mean().backward()
         return 1
 
@@ -187,10 +188,8 @@ class StepParts:
 
     def _draw(self) -> RandomDraws:
         settings, channels = self.trainer.settings, self.trainer.channels
-        return concatenate_draws([
-            draws_of_block(settings.seed, 0, block, settings.block_size, channels, self.side, self.side, False, CPU)
-            for block in self.group.blocks
-        ])  # fmt: skip
+        blocks, side = self.group.blocks, self.side
+        return settings.random.crops(CropBatch(0, blocks, settings.block_size, channels, side, side, False, CPU))
 
 
 def by_precision(scale: Scale, say: Say) -> list[Finding]:

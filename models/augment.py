@@ -11,37 +11,37 @@ from patchloom.models.patches import coordinate_grid
 LABELS = 9
 SCALE = 2**0.2  # of isotropic and anisotropic scaling, per standard deviation
 SHIFT = 1 / 8  # of the image's side, per standard deviation
+AUGMENTATION_UNIFORMS, AUGMENTATION_NORMALS = 10, 4  # random numbers per image
 
 
-def draw_parameters(count: int, probability: float, generator: torch.Generator) -> Tensor:
-    """Draw the parameters a0 ... a7 of EDM, Table 6.
+def augmentation_parameters(uniforms: Tensor, normals: Tensor, probability: float) -> Tensor:
+    """The parameters a0 ... a7 of EDM, Table 6, from random numbers.
 
     They are flips (2), scale, rotation, anisotropy (2) and translation (2). The horizontal flip is always drawn with
-    probability 0.5, as in EDM's runs.
+    probability 0.5, as in EDM's runs. The angle of the anisotropy is 0 in half of the cases, as in EDM's pipeline.
 
     Args:
-        count: number of images B.
+        uniforms: (B, 10) in [0, 1).
+        normals: (B, 4) standard normal.
         probability: probability of each other transformation; otherwise its parameters are 0.
-        generator: source of the random numbers, on the device of the result.
 
     Returns:
         (B, 8) float32.
     """
-    device = generator.device
-    used = torch.rand(count, 5, generator=generator, device=device) < probability
-    flips = (torch.rand(count, 2, generator=generator, device=device) < 0.5).float()
-    angles = (torch.rand(count, 2, generator=generator, device=device) * 2 - 1) * math.pi
-    normals = torch.randn(count, 4, generator=generator, device=device)
-    vertical, scaled, rotated, stretched, shifted = used.float().unbind(1)
+    used, coins, turns = uniforms.split([5, 3, 2], dim=1)
+    vertical, scaled, rotated, stretched, shifted = (used < probability).float().unbind(1)
+    mirrored, flipped, turned = (coins < 0.5).float().unbind(1)
+    angle, axis = ((turns * 2 - 1) * math.pi).unbind(1)
+    scale, stretch, x, y = normals.unbind(1)
     return torch.stack([
-        flips[:, 0],
-        flips[:, 1] * vertical,
-        normals[:, 0] * scaled,
-        angles[:, 0] * rotated,
-        angles[:, 1] * stretched,
-        normals[:, 1] * stretched,
-        normals[:, 2] * shifted,
-        normals[:, 3] * shifted,
+        mirrored,
+        flipped * vertical,
+        scale * scaled,
+        angle * rotated,
+        axis * turned * stretched,
+        stretch * stretched,
+        x * shifted,
+        y * shifted,
     ], dim=1)  # fmt: skip
 
 
@@ -59,7 +59,7 @@ def augment(images: Tensor, parameters: Tensor) -> tuple[Tensor, Tensor]:
 
     Args:
         images: (B, C, R, R) of any dtype.
-        parameters: (B, 8), from `draw_parameters`.
+        parameters: (B, 8), from `augmentation_parameters`.
 
     Returns:
         The images (B, C, R, R) float32 and their coordinates (B, 2, R, R).

@@ -3,9 +3,8 @@
 Written from Karras et al. 2022 ("EDM", appendix F.2), Song et al. 2021 and Dhariwal & Nichol 2021.
 """
 
-import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -141,56 +140,27 @@ class Convolution(nn.Module):
         return F.conv_transpose2d(x, 4 * taps, groups=channels, stride=2, padding=padding)
 
 
-class Dropout(nn.Module):
-    """Dropout with a mask per block of the batch, so that masks do not depend on how workers share the batch.
+class DropoutMasks(Protocol):
+    """The dropout masks of a batch, which do not depend on how workers share the batch."""
 
-    `generators`, one per block, are set before a training step; without them torch draws. Compiled graphs cannot use
-    generators, so they hash the masks from `seeds`: other masks with the same distribution.
-    """
+    def kept(self, x: Tensor, rate: float, layer: int) -> Tensor:
+        """A mask of 0 and 1 in the shape of x (B, C, H, W), from the number of the layer; a share `rate` of it is 0."""
+
+
+class Dropout(nn.Module):
+    """Dropout whose masks are set before a training step. Without them torch draws."""
 
     def __init__(self, rate: float) -> None:
         super().__init__()
         self.rate = rate
-        self.generators: list[torch.Generator] = []
-        self.seeds: Tensor | None = None  # (blocks,) int64, the same for all layers
+        self.masks: DropoutMasks | None = None
         self.number = 0  # number of the layer, so that masks of layers differ
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, C, H, W); in training a share of the values is 0 and the others are scaled up."""
-        if not self.training or not self.rate or self.seeds is None:
+        if not self.training or not self.rate or self.masks is None:
             return F.dropout(x, self.rate, self.training)
-        keep = 1 - self.rate
-        if torch.compiler.is_compiling():
-            shape = (len(x) // len(self.seeds), *x.shape[1:])
-            return x * (hashed_uniforms(self.seeds + 0x85EBCA77 * self.number, shape) >= self.rate) / keep
-        return (x * self._drawn_like(x)).div_(keep)
-
-    def _drawn_like(self, x: Tensor) -> Tensor:
-        """A mask of 0 and 1, each block from its generator, with 16 random bits per value.
-
-        Floats would take four times as many random bits, and torch's own masks are slower on a CPU.
-        """
-        kept, blocks = torch.empty_like(x), len(self.generators)
-        values = x.numel() // blocks
-        words = torch.empty(blocks, -(-values // 4), dtype=torch.int64, device=x.device)
-        for block, generator in zip(words, self.generators, strict=True):
-            block.random_(-(2**63), None, generator=generator)  # all 64 bits
-        words_as_int16 = words.view(torch.int16)[:, :values].reshape(-1).as_strided(kept.shape, kept.stride())
-        return torch.ge(words_as_int16, round(self.rate * 2**16) - 2**15, out=kept)
-
-
-def hashed_uniforms(seeds: Tensor, shape: Sequence[int]) -> Tensor:
-    """Uniforms in [0, 1) as a pure function of seeds and position: (blocks,) int64 -> (blocks * shape[0], *shape[1:]).
-
-    Positions are mixed by the finaliser of MurmurHash3 (Appleby 2011), in 32 bits.
-    """
-    low = 0xFFFFFFFF
-    positions = torch.arange(math.prod(shape), device=seeds.device)
-    bits = (positions[None] * 0x9E3779B1 + seeds[:, None]) & low
-    for multiplier, shift in ((0x85EBCA6B, 16), (0xC2B2AE35, 13)):
-        bits = ((bits ^ (bits >> shift)) * multiplier) & low
-    bits = bits ^ (bits >> 16)
-    return (bits.float() / 2**32).clamp(max=1 - 2**-24).view(-1, *shape[1:])
+        return (x * self.masks.kept(x, self.rate, self.number)).div_(1 - self.rate)
 
 
 class Block(nn.Module):

@@ -1,19 +1,43 @@
-"""Random draws: the random numbers of a run, each a pure function of (seed, step, block), and the order of its rows.
+"""Random draws: the random numbers of a run, each a pure function of the seed, its position and what it is for.
 
-The noise is drawn last, because its size is that of the patch. So two runs that differ only in p or schedule have the
-same rows, labels, noise levels and crop positions.
+The numbers of a training step depend on the seed, the step and the number of the crop in the step. They do not depend
+on how crops are shared among workers. All but the noise do not depend on the patch size either, so two runs that differ
+only in p or schedule have the same dropped labels, mirrored images, noise levels and crop positions in a step. They
+rarely have the same rows, because rows are counted in crops, and smaller patches come in larger batches.
 """
 
 import hashlib
-from dataclasses import dataclass, fields
+import math
+from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from patchloom.models.augment import draw_parameters
+from patchloom.models.augment import AUGMENTATION_NORMALS, AUGMENTATION_UNIFORMS, augmentation_parameters
+from patchloom.models.layers import DropoutMasks
+from patchloom.models.random_words import (
+    GAMMA,
+    Key,
+    draw_words,
+    key_of,
+    normals,
+    numpy_words,
+    signed,
+    uniforms,
+    words_from,
+)
 
 TWISTER_AT, TWISTER_WORDS = 24, 624  # bytes before the words of the Mersenne Twister in a CPU generator's state
+CURRENT_DRAWS = 2  # version of the draws of new runs
+KIND_BITS = 48  # the counters of a step: the kind of number, then 48 bits for the position
+SCALARS, POSTERIOR, NOISE, DROPOUT = 0, 1, 2, 16  # kinds; each dropout layer has the next one
+UNIFORM_WORDS = (4 + AUGMENTATION_UNIFORMS) // 2  # per crop, of the kind SCALARS; then words of normals
+SCALAR_NORMALS = 2 + AUGMENTATION_NORMALS
+SCALAR_WORDS = UNIFORM_WORDS + SCALAR_NORMALS // 2
+MIXING_ROUNDS = 8  # of the order of rows
 
 
 def sampling_generator(seed: int) -> torch.Generator:
@@ -39,8 +63,45 @@ def derive_seed(*parts: int | str) -> int:
 
 
 @dataclass(frozen=True)
+class CropBatch:
+    """Some crops of a step that are drawn together.
+
+    Args:
+        step: number of the step.
+        blocks: numbers of their blocks in the step.
+        block_size: crops per block.
+        channels: channels of the stored images.
+        resolution: side of the full image.
+        size: side of the patch.
+        latent: whether a posterior is drawn.
+        device: device of the numbers.
+        augmentation: probability of EDM's augmentations.
+    """
+
+    step: int
+    blocks: range
+    block_size: int
+    channels: int
+    resolution: int
+    size: int
+    latent: bool
+    device: torch.device
+    augmentation: float = 0.0
+
+    @property
+    def first(self) -> int:
+        """Number of the first crop in the step."""
+        return self.blocks.start * self.block_size
+
+    @property
+    def count(self) -> int:
+        """Number of crops."""
+        return len(self.blocks) * self.block_size
+
+
+@dataclass(frozen=True)
 class RandomDraws:
-    """The random numbers of B crops, in the order of drawing.
+    """The random numbers of B crops.
 
     Args:
         label_kept: (B,) uniform; the label is kept if it is not below the label dropout.
@@ -49,7 +110,7 @@ class RandomDraws:
         corner: (B, 2) uniform, for the position of the crop.
         posterior: (B, C, R, R) standard normal, for the latents; empty for pixels.
         noise: (B, C, s, s) standard normal.
-        augmentation: (B, 8) parameters, from a separate generator; (B, 0) without augmentation.
+        augmentation: (B, 8) parameters; (B, 0) without augmentation.
     """
 
     label_kept: Tensor
@@ -61,64 +122,152 @@ class RandomDraws:
     augmentation: Tensor
 
 
-def draws_of_block(
-    seed: int, step: int, block: int, count: int, channels: int, resolution: int, size: int,
-    latent: bool, device: torch.device, augmentation: float = 0.0,
-) -> RandomDraws:  # fmt: skip
-    """Draw the random numbers of one block. The block has its own generator, so that any worker can draw them.
+class Rows(Protocol):
+    """The order in which a run reads the rows of its dataset."""
+
+    def at(self, crops: range) -> npt.NDArray[np.int64]:
+        """The rows of these crops, by their numbers in the run."""
+
+
+class DrawSource(Protocol):
+    """The random numbers of a run. Each version of the draws is one such class."""
+
+    def crops(self, batch: CropBatch) -> RandomDraws:
+        """The numbers of some crops."""
+
+    def masks(self, step: int, blocks: range, block_size: int, device: torch.device) -> DropoutMasks:
+        """The dropout masks of the crops of some blocks."""
+
+    def size_uniform(self, step: int, rank: int = 0) -> float:
+        """The uniform in [0, 1) that decides the patch size of a step, or of one of its emulated ranks."""
+
+    def row_order(self, rows: int) -> Rows:
+        """The order of the rows of a dataset."""
+
+
+@dataclass(frozen=True)
+class Draws:
+    """The random numbers of a run, by `random_words`.
 
     Args:
         seed: seed of the run.
-        step: number of the step.
-        block: number of the block in the step.
-        count: crops in the block.
-        channels: channels of the stored images.
-        resolution: side of the full image.
-        size: side of the patch.
-        latent: whether a posterior is drawn.
-        device: device of the numbers.
-        augmentation: probability of EDM's augmentations.
     """
-    generator = torch.Generator(device).manual_seed(derive_seed(seed, step, block))
-    posterior = (count, channels, resolution, resolution) if latent else (count, 0)
-    parameters = torch.zeros(count, 0, device=device)
-    if augmentation:
-        geometric = torch.Generator(device).manual_seed(derive_seed(seed, step, block, "augmentation"))
-        parameters = draw_parameters(count, augmentation, geometric)
-    return RandomDraws(
-        torch.rand(count, generator=generator, device=device),
-        torch.rand(count, generator=generator, device=device),
-        torch.randn(count, generator=generator, device=device),
-        torch.rand(count, 2, generator=generator, device=device),
-        torch.randn(posterior, generator=generator, device=device),
-        torch.randn(count, channels, size, size, generator=generator, device=device),
-        parameters,
-    )
+
+    seed: int
+
+    def crops(self, batch: CropBatch) -> RandomDraws:
+        """The numbers of some crops. The number of operations does not depend on how many crops there are."""
+        image = (batch.channels, batch.resolution, batch.resolution) if batch.latent else (0,)
+        patch = (batch.channels, batch.size, batch.size)
+        key, lengths = key_of(self.seed, batch.step), (math.prod(image), math.prod(patch))
+        words = _words_of(key, SCALARS, batch, SCALAR_WORDS)
+        fields = [_words_of(key, kind, batch, -(-n // 2)) for kind, n in ((POSTERIOR, lengths[0]), (NOISE, lengths[1]))]
+        uniform = uniforms(words[:, :UNIFORM_WORDS])
+        normal = normals(torch.cat([words[:, UNIFORM_WORDS:], *fields], dim=1))
+        scalars, posterior, noise = normal.split([SCALAR_NORMALS, *(2 * field.shape[1] for field in fields)], dim=1)
+        parameters = uniform[:, :0]
+        if batch.augmentation:
+            parameters = augmentation_parameters(uniform[:, 4:], scalars[:, 2:], batch.augmentation)
+        return RandomDraws(
+            label_kept=uniform[:, 0],
+            mirrored=uniform[:, 1],
+            sigma=scalars[:, 0],
+            corner=uniform[:, 2:4],
+            posterior=posterior[:, : lengths[0]].unflatten(1, image),
+            noise=noise[:, : lengths[1]].unflatten(1, patch),
+            augmentation=parameters,
+        )
+
+    def masks(self, step: int, blocks: range, block_size: int, device: torch.device) -> "CounterMasks":
+        """The dropout masks of the crops of some blocks."""
+        return CounterMasks(key_of(self.seed, step), blocks.start * block_size, device)
+
+    def size_uniform(self, step: int, rank: int = 0) -> float:
+        """The uniform in [0, 1) that decides the patch size of a step, or of one of its emulated ranks."""
+        return float(key_of(self.seed, step, "size").at(rank) >> 11) * 2.0**-53
+
+    def row_order(self, rows: int) -> "RowOrder":
+        """The order of the rows of a dataset."""
+        return RowOrder(rows, self.seed)
 
 
-def concatenate_draws(blocks: list[RandomDraws]) -> RandomDraws:
-    """Join the draws of several blocks to one batch."""
-    return RandomDraws(*(torch.cat([getattr(block, field.name) for block in blocks]) for field in fields(RandomDraws)))
+def _words_of(key: Key, kind: int, batch: CropBatch, words: int) -> Tensor:
+    """Words of one kind: (B, words) int64."""
+    start = (kind << KIND_BITS) + batch.first * words
+    return draw_words(key, start, batch.count * words, batch.device).view(batch.count, words)
 
 
-def size_uniform(seed: int, step: int, rank: int = 0) -> float:
-    """The uniform in [0, 1) that decides the patch size of a step, or of one of its emulated ranks."""
-    generator = torch.Generator().manual_seed(derive_seed(seed, step, "size", rank))
-    return float(torch.rand((), generator=generator))
+class CounterMasks:
+    """Dropout masks of the crops of a step, with 16 random bits per value. Eager and compiled networks have the same.
+
+    Args:
+        key: key of the step.
+        first: number of the first crop in the step.
+        device: device of the masks.
+    """
+
+    def __init__(self, key: Key, first: int, device: torch.device) -> None:
+        self.key, self.first = key, first
+        # compiled graphs take tensors, because numbers would make a graph per step
+        self.inputs = torch.tensor([signed(key.low), signed(key.high), first]).to(device, non_blocking=True)
+
+    def kept(self, x: Tensor, rate: float, layer: int) -> Tensor:
+        """A mask of 0 and 1 in the shape of x (B, C, H, W); a share `rate` of it is 0."""
+        values = x[0].numel()
+        words = self._words(len(x), -(-values // 4), layer, x.device)
+        lanes = words.view(torch.int16)[:, :values].reshape(x.shape)
+        threshold = round(rate * 2**16) - 2**15
+        if torch.compiler.is_compiling():
+            return lanes >= threshold
+        return torch.ge(lanes, threshold, out=torch.empty_like(x))
+
+    def _words(self, crops: int, words: int, layer: int, device: torch.device) -> Tensor:
+        start = (DROPOUT + layer) << KIND_BITS
+        if torch.compiler.is_compiling():
+            low, high, first = self.inputs.unbind()
+            low = low + signed(GAMMA * (start + 1)) + first * signed(GAMMA * words)
+            found = words_from(torch.arange(crops * words, device=device), low, high)
+        else:
+            found = draw_words(self.key, start + self.first * words, crops * words, device)
+        return found.view(crops, words)
 
 
 class RowOrder:
-    """The row of the k-th crop of a run: entry k mod N of the permutation of N rows seeded by (seed, k div N)."""
+    """The row of the k-th crop of a run: entry k mod N of a permutation of N rows, another one in each epoch.
+
+    The permutation is a Feistel network on the numbers below a x b, where a x b is just above N, with cycle walking
+    (Black and Rogaway 2002). It needs no memory and no set-up.
+
+    Args:
+        rows: number of rows N.
+        seed: seed of the run.
+    """
 
     def __init__(self, rows: int, seed: int) -> None:
         self.rows, self.seed = rows, seed
-        self._permutations: dict[int, Tensor] = {}
+        self._key = key_of(seed, "rows")
+        # with an even number of columns, a round can be an odd permutation
+        self._columns = 2 * math.ceil(math.sqrt(rows) / 2)
+        self._lines = -(-rows // self._columns)
 
-    def __getitem__(self, k: int) -> int:
-        epoch, entry = divmod(k, self.rows)
-        if epoch not in self._permutations:
-            # keep the previous epoch: a step may cross the end of an epoch
-            self._permutations = {e: p for e, p in self._permutations.items() if e == epoch - 1}
-            generator = torch.Generator().manual_seed(derive_seed(self.seed, "rows", epoch))
-            self._permutations[epoch] = torch.randperm(self.rows, generator=generator)
-        return int(self._permutations[epoch][entry])
+    def at(self, crops: range) -> npt.NDArray[np.int64]:
+        """The rows of these crops, by their numbers in the run: (B,)."""
+        epoch, row = np.divmod(np.arange(crops.start, crops.stop, crops.step, dtype=np.uint64), np.uint64(self.rows))
+        row = self._permuted(row, epoch)
+        while (outside := row >= self.rows).any():  # walk along the cycle, back to the rows
+            row[outside] = self._permuted(row[outside], epoch[outside])
+        return row.astype(np.int64)
+
+    def _permuted(self, row: npt.NDArray[np.uint64], epoch: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
+        """A permutation of the numbers below lines x columns."""
+        columns, lines = np.uint64(self._columns), np.uint64(self._lines)
+        line, column = np.divmod(row, columns)
+        for number in range(MIXING_ROUNDS):
+            counters = epoch * np.uint64(MIXING_ROUNDS) + np.uint64(number)
+            keys = numpy_words(self._key, counters)
+            if number % 2:
+                line = (line + numpy_words(Key(0, self._key.high), column ^ keys) % lines) % lines
+            else:
+                column = (column + numpy_words(Key(0, self._key.high), line ^ keys) % columns) % columns
+        found: npt.NDArray[np.uint64] = line * columns + column
+        return found

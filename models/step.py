@@ -15,12 +15,12 @@ from torch import Tensor, nn
 from patchloom.models.augment import augment, augmentation_labels
 from patchloom.models.denoiser import Denoiser
 from patchloom.models.ema import WeightAverage
-from patchloom.models.layers import Dropout
+from patchloom.models.layers import Dropout, DropoutMasks
 from patchloom.models.loss import SIGMA_BINS, denoising_loss, losses_by_sigma
 from patchloom.models.noise import training_sigmas
 from patchloom.models.normalisation import Normalisation
 from patchloom.models.patches import PatchSchedule, crop, offsets
-from patchloom.models.random_draws import RandomDraws, concatenate_draws, derive_seed, draws_of_block
+from patchloom.models.random_draws import CropBatch, RandomDraws, derive_seed
 from patchloom.models.step_plan import CropGroup, StepPlan, StepSettings
 from patchloom.models.unet import UNet
 
@@ -175,31 +175,27 @@ def new_state(
 
 
 @contextmanager
-def seeded_dropout(network: nn.Module, seed: int, step: int, blocks: range, device: torch.device) -> Iterator[None]:
-    """Draw dropout masks from one generator per block, so that they do not depend on the worker that owns a block.
+def seeded_dropout(network: nn.Module, masks: DropoutMasks, seed: int, device: torch.device) -> Iterator[None]:
+    """Set the dropout masks of a network inside a `with` block.
 
     Backbones from other packages draw from torch's global generator. It is seeded here, and restored at the end.
 
     Args:
-        network: the network, whose `Dropout` layers get the generators.
-        seed: seed of the run.
-        step: number of the step.
-        blocks: numbers of the blocks in the batch.
+        network: the network, whose `Dropout` layers get the masks.
+        masks: masks that do not depend on how workers share the batch.
+        seed: seed of torch's global generator.
         device: device of the masks.
     """
     layers = [layer for layer in network.modules() if isinstance(layer, Dropout) and layer.rate]
-    seeds = [derive_seed(seed, step, block, "dropout") for block in blocks] if layers else []
-    generators = [torch.Generator(device).manual_seed(number) for number in seeds]
-    numbers = torch.tensor([number & 0xFFFFFFFF for number in seeds], device=device) if layers else None
     for number, layer in enumerate(layers):
-        layer.generators, layer.seeds, layer.number = generators, numbers, number
+        layer.masks, layer.number = masks, number
     is_unet = any(isinstance(module, UNet) for module in network.modules())
     with torch.random.fork_rng([device] if device.type == "cuda" else [], enabled=not is_unet):
         if not is_unet:
-            torch.manual_seed(derive_seed(seed, step, blocks.start, "dropout"))
+            torch.manual_seed(seed)
         yield
     for layer in layers:
-        layer.generators, layer.seeds = [], None
+        layer.masks = None
 
 
 def learning_rate(settings: StepSettings, images_seen: int) -> float:
@@ -256,17 +252,16 @@ def _add_gradients(
 ) -> None:
     """Add the gradients of a group of crops, and record their losses by patch size and noise level."""
     size, device = group.size, rows.image.device
-    channels, resolution = rows.image.shape[1], rows.image.shape[-1]
-    draws = concatenate_draws([
-        draws_of_block(
-            settings.seed, plan.step, block, plan.block_size, channels, resolution, size.pixels,
-            rows.std is not None, device, settings.augmentation,
-        )
-        for block in group.blocks
-    ])  # fmt: skip
+    batch = CropBatch(
+        plan.step, group.blocks, plan.block_size, rows.image.shape[1], rows.image.shape[-1], size.pixels,
+        rows.std is not None, device, settings.augmentation,
+    )  # fmt: skip
+    draws = settings.random.crops(batch)
+    masks = settings.random.masks(plan.step, group.blocks, plan.block_size, device)
+    dropout_seed = derive_seed(settings.seed, plan.step, group.blocks.start, "dropout")
     half = HALF_PRECISIONS.get(settings.precision)
     with (
-        seeded_dropout(state.denoiser, settings.seed, plan.step, group.blocks, device),
+        seeded_dropout(state.denoiser, masks, dropout_seed, device),
         torch.autocast(device.type, half, enabled=half is not None),
     ):
         losses, sigma = crop_losses(state.denoiser, rows, draws, size.pixels, settings, normalisation)

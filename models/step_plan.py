@@ -2,8 +2,9 @@
 
 from dataclasses import dataclass
 
+from patchloom.models.old_draws import OldDraws
 from patchloom.models.patches import PatchSchedule, PatchSize
-from patchloom.models.random_draws import size_uniform
+from patchloom.models.random_draws import CURRENT_DRAWS, Draws, DrawSource
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,7 @@ class StepSettings:
         draw: how the patch sizes of a step are drawn: "shared", "stratified" or "independent".
         emulated_ranks: groups that draw a size each, for "independent".
         precision: "fp32", "tf32", "bf16" or "fp16".
+        draws_version: version of the random draws and the order of rows; runs keep the one that they began with.
     """
 
     seed: int
@@ -45,6 +47,17 @@ class StepSettings:
     draw: str = "shared"
     emulated_ranks: int = 1
     precision: str = "fp32"
+    draws_version: int = CURRENT_DRAWS
+
+    @property
+    def random(self) -> DrawSource:
+        """The random numbers of the run."""
+        return draw_source(self.seed, self.draws_version)
+
+
+def draw_source(seed: int, version: int = CURRENT_DRAWS) -> DrawSource:
+    """The random numbers of a run of this seed, in the version of its `run.json`."""
+    return Draws(seed) if version >= CURRENT_DRAWS else OldDraws(seed)
 
 
 @dataclass(frozen=True)
@@ -131,7 +144,7 @@ def plan_step(settings: StepSettings, step: int, crops_consumed: int) -> StepPla
         blocks = [round((step + 1) * share) - round(step * share) for share in due]
     else:
         ranks = settings.emulated_ranks if settings.draw == "independent" else 1
-        uniforms = [size_uniform(settings.seed, step, rank) for rank in range(ranks)]
+        uniforms = [settings.random.size_uniform(step, rank) for rank in range(ranks)]
         sizes = tuple(schedule.size_at(step, settings.updates, uniform) for uniform in uniforms)
         blocks = [settings.batch_size * size.batch_multiplier // (ranks * block_size) for size in sizes]
     whole_groups = settings.draw == "independent"

@@ -19,9 +19,9 @@ from patchloom.models.ema import HalfLifeEMA, PowerEMA, WeightAverage
 from patchloom.models.flops import training_flops
 from patchloom.models.normalisation import Normalisation
 from patchloom.models.patches import patch_schedule
-from patchloom.models.random_draws import RowOrder, derive_seed
+from patchloom.models.random_draws import CURRENT_DRAWS, derive_seed
 from patchloom.models.step import StoredRows, TrainingState, compile_network, new_state, set_rounding
-from patchloom.models.step_plan import StepSettings
+from patchloom.models.step_plan import StepSettings, draw_source
 from patchloom.models.transfer import transfer
 from patchloom.pipelines.train.checkpointer import newest_checkpoint
 from patchloom.pipelines.train.initial_weights import load_initial_weights
@@ -48,6 +48,7 @@ class TrainJob:
         profile: write a profile of the first steps.
         owner: who holds the fence of a remote run folder.
         address: address of the run folder, also on a worker.
+        draws_version: version of the random draws and the order of rows, which a run keeps.
     """
 
     recipe: Recipe
@@ -60,10 +61,11 @@ class TrainJob:
     profile: bool = False
     owner: str = ""
     address: str = ""
+    draws_version: int = CURRENT_DRAWS
 
 
-def step_settings(recipe: Recipe, resolution: int) -> StepSettings:
-    """The settings of a training step, from the recipe."""
+def step_settings(recipe: Recipe, resolution: int, draws_version: int = CURRENT_DRAWS) -> StepSettings:
+    """The settings of a training step, from the recipe and the version of the run's draws."""
     sizes = [(size.fraction, size.weight, size.batch_multiplier) for size in recipe.patches.sizes]
     patches = recipe.patches
     schedule = patch_schedule(resolution, patches.p, patches.schedule, sizes, patches.shares_of)
@@ -84,21 +86,22 @@ def step_settings(recipe: Recipe, resolution: int) -> StepSettings:
         draw=patches.draw,
         emulated_ranks=recipe.train.emulated_ranks,
         precision=recipe.train.precision,
+        draws_version=draws_version,
     )
 
 
 class RowReader:
     """Reads rows of the dataset as tensors on the device."""
 
-    def __init__(self, dataset: Dataset, recipe: Recipe, device: torch.device) -> None:
+    def __init__(self, dataset: Dataset, recipe: Recipe, device: torch.device, draws_version: int) -> None:
         self.dataset, self.device = dataset, device
         self.train = dataset.indices("train", recipe.data.held_out_fraction)
         self.held_out = dataset.indices("held_out", recipe.data.held_out_fraction)
-        self.order = RowOrder(len(self.train), recipe.seed)
+        self.order = draw_source(recipe.seed, draws_version).row_order(len(self.train))
 
     def rows(self, crops: range) -> StoredRows:
         """The rows for these crops, by their numbers in the run."""
-        return self.at(self.train[[self.order[k] for k in crops]])
+        return self.at(self.train[self.order.at(crops)])
 
     def at(self, indices: np.ndarray) -> StoredRows:
         """The rows at these indices of the dataset."""
@@ -164,7 +167,7 @@ def open_run(worker: Worker, job: TrainJob) -> TrainingRun:
     allow_backbones(*job.backbones)
     recipe, folder = job.recipe, Path(job.folder)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    settings = step_settings(recipe, job.card.denoiser.resolution)
+    settings = step_settings(recipe, job.card.denoiser.resolution, job.draws_version)
     set_rounding(recipe.train.precision)
     torch.manual_seed(derive_seed(recipe.seed, "weights"))
     denoiser = build_denoiser(job.card.denoiser)
@@ -179,7 +182,7 @@ def open_run(worker: Worker, job: TrainJob) -> TrainingRun:
         load_checkpoint(newest, state)
     if job.compile:  # after the averages were copied, which sample without compiling
         compile_network(denoiser, settings.schedule)
-    reader = RowReader(open_dataset(job.dataset), recipe, device)
+    reader = RowReader(open_dataset(job.dataset), recipe, device, job.draws_version)
     return TrainingRun(job, settings, reader, state, worker, device)
 
 

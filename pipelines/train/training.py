@@ -123,7 +123,7 @@ def train(
         folder = stack.enter_context(open_run_folder(Folder.at(out), recipe, card, rows, resume, parent_run))
         job = TrainJob(
             recipe, card, rows.address, folder.address.address, allowed_backbones(), microbatch, compile, profile,
-            folder.owner,
+            folder.owner, draws_version=RunCard.read(folder.path).format_version,
         )  # fmt: skip
         with _closing_run(folder.path):
             if folder.is_finished:

@@ -148,7 +148,8 @@ def _range(low: str, high: str) -> str:
 def _method(search: Search) -> list[str]:
     """How trials were chosen and compared, in sentences."""
     sentences = [
-        "All trials use the same rows, noise and crop positions, which reduces chance differences between them."
+        "All trials of a seed draw the same noise levels and crop positions in a step, which reduces random differences. "
+        "Trials of different p rarely see the same rows, because rows are counted in crops."
     ]
     if search.metric == HELD_OUT_LOSS:
         sentences.append("The held-out loss is that of the averaged weights on full-size images.")

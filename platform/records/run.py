@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Self
+from typing import ClassVar, Self
 
 from pydantic import Field, JsonValue
 
@@ -16,8 +16,13 @@ LineFields = dict[str, int | float | str | dict[str, float] | None]  # part of a
 
 
 class RunCard(VersionedRecord):
-    """`run.json`: which dataset and code a run uses, and the MLflow run that mirrors it."""
+    """`run.json`: which dataset and code a run uses, and the MLflow run that mirrors it.
 
+    The format is also the version of the random draws and of the order of rows: a run of format 1 keeps those of
+    version 0.1.0 when it is continued.
+    """
+
+    FORMAT: ClassVar[int] = 2
     format_version: int = 1
     kind: str = "train"
     run_id: str | None = None  # of MLflow; None until the tracking store has answered

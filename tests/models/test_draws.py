@@ -17,7 +17,7 @@ from patchloom.models.ema import HalfLifeEMA
 from patchloom.models.loss import SIGMA_BINS, losses_by_sigma
 from patchloom.models.normalisation import pixel_normalisation
 from patchloom.models.patches import PatchSchedule, patch_schedule
-from patchloom.models.random_draws import concatenate_draws, draws_of_block, size_uniform
+from patchloom.models.random_draws import CropBatch, Draws
 from patchloom.models.step import StoredRows, crop_losses, new_state, training_step
 from patchloom.models.step_plan import StepPlan, StepSettings, plan_step
 
@@ -162,9 +162,9 @@ def test_a_rank_belongs_to_one_worker_whole(workers: int) -> None:
 
 
 def test_ranks_have_different_draws_and_the_first_is_that_of_a_shared_step() -> None:
-    uniforms = [size_uniform(3, 7, rank) for rank in range(50)]
+    uniforms = [Draws(3).size_uniform(7, rank) for rank in range(50)]
     assert len(set(uniforms)) == 50
-    assert uniforms[0] == size_uniform(3, 7)
+    assert uniforms[0] == Draws(3).size_uniform(7)
 
 
 # What they minimise
@@ -224,9 +224,7 @@ def test_the_gradient_of_a_mixed_step_is_the_weighted_sum_of_its_sizes(
     wanted, first = torch.zeros(sum(p.numel() for p in parameters)), 0
     for size, count in zip(plan.sizes, plan.blocks, strict=True):
         blocks = range(first, first + count)
-        draws = concatenate_draws([
-            draws_of_block(5, step, block, 4, 3, 16, size.pixels, False, torch.device("cpu")) for block in blocks
-        ])  # fmt: skip
+        draws = Draws(5).crops(CropBatch(step, blocks, 4, 3, 16, size.pixels, False, torch.device("cpu")))
         rows = rows_of(range(40 + 4 * blocks.start, 40 + 4 * blocks.stop))
         losses, _ = crop_losses(denoiser, rows, draws, size.pixels, method, pixel_normalisation())
         gradients = torch.autograd.grad(losses.mean(), parameters)

@@ -1,58 +1,46 @@
-"""Hashed dropout is as good as drawn, and a compiled network has one graph a patch size."""
+"""Dropout masks belong to crops, and a compiled network has one graph per patch size and the same masks."""
 
 from collections.abc import Callable
 
-import numpy as np
 import pytest
 import torch
 import torch._dynamo
 from scipy import stats
 
 from patchloom.models.denoiser import Denoiser
-from patchloom.models.layers import Dropout, hashed_uniforms
+from patchloom.models.layers import Dropout
 from patchloom.models.normalisation import pixel_normalisation
 from patchloom.models.patches import patch_schedule
+from patchloom.models.random_draws import Draws
 from patchloom.models.step import StoredRows, new_state, training_step
 from patchloom.models.step_plan import StepSettings, plan_step
 
 
-def test_hashed_uniforms_are_uniform_and_independent() -> None:
-    seeds = torch.tensor([0, 1, 2, 4_294_967_295])
-    draws = hashed_uniforms(seeds, (200, 5, 10, 10)).numpy()
-    assert draws.shape == (800, 5, 10, 10)
-    assert draws.min() >= 0 and draws.max() < 1
-    blocks = draws.reshape(4, -1)
-    for block in blocks:
-        assert stats.kstest(block, "uniform").pvalue > 1e-4
-        pairs, _, _ = np.histogram2d(block[:-1], block[1:], bins=8, range=[[0, 1], [0, 1]])
-        assert stats.chisquare(pairs.flatten()).pvalue > 1e-4
-    correlation = np.corrcoef(blocks) - np.eye(4)
-    assert abs(correlation).max() < 5 / blocks.shape[1] ** 0.5
-
-
 @pytest.mark.parametrize("shape", [(6, 32, 16, 16), (6, 3, 5, 5)])  # the second fills no whole number of words
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-def test_drawn_masks_belong_to_blocks_and_keep_the_mean(shape: tuple[int, ...], layout: torch.memory_format) -> None:
+def test_masks_belong_to_crops_and_keep_the_mean(shape: tuple[int, ...], layout: torch.memory_format) -> None:
     layer = Dropout(0.13).train()
 
-    def dropped(x: torch.Tensor, blocks: list[int]) -> torch.Tensor:
-        layer.generators = [torch.Generator().manual_seed(block) for block in blocks]
-        layer.seeds = torch.tensor(blocks)
+    def dropped(x: torch.Tensor, blocks: range) -> torch.Tensor:
+        layer.masks = Draws(0).masks(0, blocks, 2, torch.device("cpu"))
         return layer(x)
 
     x = torch.ones(shape).to(memory_format=layout)
-    out = dropped(x, [5, 6, 7])
+    out = dropped(x, range(5, 8))
     assert out.is_contiguous(memory_format=layout)
-    assert torch.equal(out[2:4], dropped(x[2:4], [6]))  # whoever owns a block draws the same
+    assert torch.equal(out, dropped(torch.ones(shape), range(5, 8)))  # in any layout
+    assert torch.equal(out[2:4], dropped(x[2:4], range(6, 7)))  # whoever owns a block draws the same
     assert set(out.unique().tolist()) == {0.0, torch.tensor(1 / 0.87).item()}
     share = (out == 0).double().mean().item()
     assert abs(share - 0.13) < 5 * (0.13 * 0.87 / x.numel()) ** 0.5
     assert not torch.equal(out[:2] == 0, out[2:4] == 0)
+    layer.number = 1
+    assert not torch.equal(out == 0, dropped(x, range(5, 8)) == 0)
 
 
-def test_neighbouring_drawn_masks_are_independent() -> None:
+def test_neighbouring_masks_are_independent() -> None:
     layer = Dropout(0.5).train()
-    layer.generators, layer.seeds = [torch.Generator().manual_seed(0)], torch.tensor([0])
+    layer.masks = Draws(0).masks(0, range(1), 1, torch.device("cpu"))
     kept = (layer(torch.ones(1, 1, 1, 80_000)) > 0).flatten().reshape(-1, 4)  # the four lanes of a word
     counts = (kept.long() * torch.tensor([1, 2, 4, 8])).sum(1).bincount(minlength=16)
     assert stats.chisquare(counts.numpy()).pvalue > 1e-4
@@ -86,5 +74,4 @@ def test_a_compiled_network_has_one_graph_per_patch_size(
     sizes = {plan_step(method, step, 0).sizes[0].pixels for step in range(8)}
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == len(sizes) == 3
     assert not torch._dynamo.utils.counters["graph_break"]
-    if not dropout:  # with dropout the masks are others
-        torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-3, atol=1e-4 * float(gradients[0].abs().max()))
+    torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-3, atol=1e-4 * float(gradients[0].abs().max()))

@@ -56,7 +56,7 @@ def overfitted() -> tuple[Denoiser, Tensor]:
     order = RowOrder(8, seed=1)
     for step in range(UPDATES):
         plan = plan_step(method, step, state.images_seen)
-        numbers = [torch.tensor([order[k] for k in group.crops]) for group in plan.share(0, 1)]
+        numbers = [torch.from_numpy(order.at(group.crops)) for group in plan.share(0, 1)]
         rows = [StoredRows(images[number], number) for number in numbers]
         falling = replace(method, lr=method.lr * min(1.0, 2.5 * (1 - step / UPDATES)))
         training_step(state, falling, plan, zip(plan.share(), rows, strict=True), pixel_normalisation(), lambda _: None)

@@ -6,12 +6,12 @@ import torch
 from scipy import stats
 
 from patchloom.models.patches import coordinate_grid, crop, offsets, patch_schedule, patch_side
-from patchloom.models.random_draws import size_uniform
+from patchloom.models.random_draws import Draws
 
 
 def test_a_hundred_thousand_draws_of_sizes_follow_equation_5() -> None:
     schedule, draws = patch_schedule(64, p=0.5), 100_000
-    drawn = np.array([schedule.size_at(step, draws, size_uniform(0, step)).pixels for step in range(draws)])
+    drawn = np.array([schedule.size_at(step, draws, Draws(0).size_uniform(step)).pixels for step in range(draws)])
     counts = [(drawn == pixels).sum() for pixels in (64, 32, 16)]
     assert sum(counts) == draws
     assert stats.chisquare(counts, [0.5 * draws, 0.3 * draws, 0.2 * draws]).pvalue > 1e-4
@@ -25,7 +25,7 @@ def test_p_of_0_and_1_leave_no_room_for_chance(p: float, wanted: set[int]) -> No
 
 
 def test_a_larger_p_only_turns_small_patches_into_full_images() -> None:
-    uniforms = [size_uniform(3, step) for step in range(500)]
+    uniforms = [Draws(3).size_uniform(step) for step in range(500)]
     fewer, more = (
         {
             step

@@ -1,20 +1,27 @@
-"""Luck is a pure function of its names and numbers, and does not depend on patch size before the noise."""
+"""Draws are pure functions of their names and numbers, and do not depend on the patch size before the noise."""
+
+import math
+from collections import Counter
+from itertools import permutations
 
 import numpy as np
 import pytest
 import torch
+from scipy import stats
 
-from patchloom.models.random_draws import (
-    RowOrder,
-    concatenate_draws,
-    derive_seed,
-    draws_of_block,
-    sampling_generator,
-    size_uniform,
-)
+from patchloom.models.random_draws import CropBatch, Draws, RandomDraws, RowOrder, derive_seed, sampling_generator
+from patchloom.models.random_words import draw_words, key_of, normals, uniforms
 from patchloom.models.samplers import SeededNoise
 
 CPU = torch.device("cpu")
+FIELDS = ("label_kept", "mirrored", "sigma", "corner", "posterior", "noise", "augmentation")
+
+
+def drawn(
+    blocks: range, size: int = 16, *, seed: int = 3, step: int = 8, latent: bool = False, block_size: int = 8,
+    augmentation: float = 0.0,
+) -> RandomDraws:  # fmt: skip
+    return Draws(seed).crops(CropBatch(step, blocks, block_size, 4, 16, size, latent, CPU, augmentation))
 
 
 def test_a_seed_is_the_same_on_every_machine() -> None:
@@ -30,24 +37,12 @@ def test_seeds_of_neighbouring_steps_and_blocks_differ() -> None:
     assert all(0 <= seed < 2**63 for seed in seeds)
 
 
-def test_every_epoch_is_a_permutation_and_each_is_another() -> None:
-    order = RowOrder(50, seed=4)
-    epochs = [[order[50 * epoch + entry] for entry in range(50)] for epoch in range(4)]
-    assert all(sorted(epoch) == list(range(50)) for epoch in epochs)
-    assert len({tuple(epoch) for epoch in epochs}) == 4
-
-
-def test_a_row_does_not_depend_on_which_rows_were_asked_before() -> None:
-    one, other = RowOrder(20, seed=1), RowOrder(20, seed=1)
-    forwards = [one[k] for k in range(100)]
-    jumping = {k: other[k] for k in (99, 0, 41, 39, 40, 80, 20, 99, 5)}
-    assert all(forwards[k] == row for k, row in jumping.items())
-    assert [RowOrder(20, seed=2)[k] for k in range(100)] != forwards
+# Crops
 
 
 @pytest.mark.parametrize("latent", [False, True])
 def test_runs_that_differ_only_in_patch_size_share_all_draws_up_to_the_noise(latent: bool) -> None:
-    large, small = (draws_of_block(3, 8, 2, 8, 4, 16, size, latent, CPU) for size in (16, 4))
+    large, small = (drawn(range(2, 3), size, latent=latent) for size in (16, 4))
     for name in ("label_kept", "mirrored", "sigma", "corner", "posterior"):
         assert torch.equal(getattr(large, name), getattr(small, name))
     assert large.noise.shape == (8, 4, 16, 16)
@@ -55,37 +50,124 @@ def test_runs_that_differ_only_in_patch_size_share_all_draws_up_to_the_noise(lat
     assert small.posterior.shape == ((8, 4, 16, 16) if latent else (8, 0))
 
 
-def test_a_block_is_drawn_in_the_stated_order_from_its_own_generator() -> None:
-    block = draws_of_block(3, 8, 2, count=5, channels=4, resolution=8, size=4, latent=True, device=CPU)
-    generator = torch.Generator().manual_seed(derive_seed(3, 8, 2))
-    assert torch.equal(block.label_kept, torch.rand(5, generator=generator))
-    assert torch.equal(block.mirrored, torch.rand(5, generator=generator))
-    assert torch.equal(block.sigma, torch.randn(5, generator=generator))
-    assert torch.equal(block.corner, torch.rand(5, 2, generator=generator))
-    assert torch.equal(block.posterior, torch.randn(5, 4, 8, 8, generator=generator))
-    assert torch.equal(block.noise, torch.randn(5, 4, 4, 4, generator=generator))
+def test_the_numbers_of_a_crop_are_words_at_its_place() -> None:
+    batch, key = drawn(range(2, 5), 5, latent=True), key_of(3, 8)
+    for number in (0, 7, 23):
+        crop = 16 + number
+        words = draw_words(key, 10 * crop, 10, CPU)
+        values = uniforms(words[:7])
+        assert batch.label_kept[number] == values[0]
+        assert batch.mirrored[number] == values[1]
+        assert torch.equal(batch.corner[number], values[2:4])
+        assert batch.sigma[number] == normals(words[7:])[0]
+        posterior = normals(draw_words(key, (1 << 48) + 512 * crop, 512, CPU))
+        assert torch.equal(batch.posterior[number].flatten(), posterior)
+        noise = normals(draw_words(key, (2 << 48) + 50 * crop, 50, CPU))
+        assert torch.equal(batch.noise[number].flatten(), noise)
 
 
-def test_blocks_differ_and_are_joined_in_order() -> None:
-    first, second = (draws_of_block(0, 0, block, 8, 3, 8, 8, False, CPU) for block in (0, 1))
-    assert not torch.equal(first.noise, second.noise)
-    assert torch.equal(concatenate_draws([first, second]).corner, torch.cat([first.corner, second.corner]))
+@pytest.mark.parametrize("size", [16, 5])
+def test_draws_do_not_depend_on_how_a_batch_is_split(size: int) -> None:
+    options = {"latent": True, "augmentation": 0.5}
+    whole = drawn(range(12), size, **options)
+    for blocks in (range(1), range(3, 4), range(5, 12)):
+        part = drawn(blocks, size, **options)
+        for name in FIELDS:
+            assert torch.equal(getattr(part, name), getattr(whole, name)[8 * blocks.start : 8 * blocks.stop])
+    for name in FIELDS:  # nor on the size of blocks
+        assert torch.equal(getattr(drawn(range(48), size, block_size=2, **options), name), getattr(whole, name))
+
+
+def test_crops_steps_and_seeds_have_other_numbers() -> None:
+    batches = [drawn(range(20), 4), drawn(range(20), 4, step=9), drawn(range(20), 4, seed=4)]
+    sigmas = torch.cat([batch.sigma for batch in batches])
+    assert len(sigmas.unique()) == 480
+    noise = torch.cat([batch.noise.flatten(1) for batch in batches]).numpy()
+    assert np.abs(np.corrcoef(noise) - np.eye(480)).max() < 6 / 64**0.5
+
+
+def test_scalars_are_uniform_and_normal_and_independent() -> None:
+    batch = drawn(range(2500), 1)
+    for values in (batch.label_kept, batch.mirrored, *batch.corner.unbind(1)):
+        assert stats.kstest(values.numpy(), "uniform").pvalue > 1e-4
+    assert stats.kstest(batch.sigma.numpy(), "norm").pvalue > 1e-4
+    table = torch.stack([batch.label_kept, batch.mirrored, *batch.corner.unbind(1), batch.sigma], 1).numpy()
+    assert np.abs(np.corrcoef(table.T) - np.eye(5)).max() < 4.5 / len(table) ** 0.5
 
 
 def test_the_global_generator_does_not_change() -> None:
     before = torch.get_rng_state()
-    draws_of_block(0, 0, 0, 8, 3, 8, 8, True, CPU)
-    size_uniform(0, 0)
-    assert RowOrder(10, 0)[3] in range(10)
+    drawn(range(2), latent=True, augmentation=0.5)
+    Draws(0).size_uniform(0)
+    assert RowOrder(10, 0).at(range(3, 4))[0] in range(10)
     assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_draws_of_sizes_are_uniform_and_repeatable() -> None:
-    uniforms = torch.tensor([size_uniform(0, step) for step in range(4000)])
-    assert uniforms.mean().item() == pytest.approx(0.5, abs=4 * (1 / 12 / 4000) ** 0.5)
-    assert uniforms.min() >= 0 and uniforms.max() < 1
-    assert size_uniform(0, 17) == uniforms[17]
-    assert size_uniform(1, 17) != uniforms[17]
+    uniform = np.array([Draws(0).size_uniform(step) for step in range(4000)])
+    assert stats.kstest(uniform, "uniform").pvalue > 1e-4
+    assert uniform.min() >= 0 and uniform.max() < 1
+    assert Draws(0).size_uniform(17) == uniform[17]
+    assert Draws(1).size_uniform(17) != uniform[17]
+
+
+# Rows
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3, 4, 5, 7, 9, 16, 17, 50, 99, 1000, 10_007, 65_536])
+def test_every_epoch_visits_every_row_once(rows: int) -> None:
+    order = RowOrder(rows, seed=4)
+    epochs = [order.at(range(rows * epoch, rows * (epoch + 1))) for epoch in range(3)]
+    assert all(np.array_equal(np.sort(epoch), np.arange(rows)) for epoch in epochs)
+    assert rows < 7 or len({tuple(epoch) for epoch in epochs}) == 3
+
+
+def test_a_row_does_not_depend_on_which_rows_are_asked_with_it() -> None:
+    whole = RowOrder(20, seed=1).at(range(100))
+    for crops in (range(99, 100), range(13, 62), range(5, 95, 7), range(40, 40)):
+        assert np.array_equal(RowOrder(20, seed=1).at(crops), whole[crops.start : crops.stop : crops.step])
+    assert not np.array_equal(RowOrder(20, seed=2).at(range(100)), whole)
+
+
+def test_orders_of_four_rows_are_equally_frequent() -> None:
+    epochs = RowOrder(4, seed=0).at(range(4 * 24_000)).reshape(-1, 4)
+    counts = Counter(map(tuple, epochs.tolist()))
+    assert counts.keys() == set(permutations(range(4)))
+    assert stats.chisquare(list(counts.values())).pvalue > 1e-4
+
+
+@pytest.mark.parametrize("rows", [10, 37, 100])
+def test_every_row_is_as_likely_at_every_place_and_after_every_row(rows: int) -> None:
+    count = 200 * rows
+    epochs = RowOrder(rows, seed=5).at(range(rows * count)).reshape(count, rows)
+    places = [np.bincount(epochs[:, place], minlength=rows) for place in range(0, rows, 7)]
+    assert min(stats.chisquare(counts).pvalue for counts in places) > 1e-5
+    distances = (epochs[:, 1:] - epochs[:, :-1]) % rows  # 1 ... rows - 1, each as likely for a random permutation
+    assert stats.chisquare(np.bincount(distances.flatten(), minlength=rows)[1:]).pvalue > 1e-4
+    moved = (epochs == np.arange(rows)).sum(1)  # fixed points: mean 1 and variance 1
+    assert moved.mean() == pytest.approx(1, abs=5 / count**0.5)
+    assert moved.var() == pytest.approx(1, abs=5 * 2 / count**0.5)
+
+
+def test_neighbouring_epochs_are_not_correlated() -> None:
+    epochs = RowOrder(10_000, seed=0).at(range(200_000)).reshape(20, 10_000)
+    places = np.argsort(epochs, axis=1)
+    correlations = np.corrcoef(places)[np.triu_indices(20, 1)]
+    assert np.abs(correlations).max() < 4.5 / 10_000**0.5
+
+
+@pytest.mark.parametrize("rows", [100_000_000, 3_000_000_019])
+def test_orders_of_many_rows_need_no_memory(rows: int) -> None:
+    order, crops = RowOrder(rows, seed=0), range(7 * rows - 2000, 7 * rows + 2000)
+    found = order.at(crops)
+    assert found.min() >= 0 and found.max() < rows
+    assert len(set(found[:2000].tolist())) == len(set(found[2000:].tolist())) == 2000
+    assert stats.kstest(found / rows, "uniform").pvalue > 1e-4
+    kept = sum(getattr(value, "nbytes", 0) for value in vars(order).values())
+    assert math.isclose(kept, 0, abs_tol=64)
+
+
+# Sampling
 
 
 @pytest.mark.parametrize("seed", [0, 5, 2**32 - 1])

@@ -12,7 +12,7 @@ from patchloom.models.denoiser import build_denoiser
 from patchloom.models.ema import HalfLifeEMA
 from patchloom.models.normalisation import Normalisation, pixel_normalisation
 from patchloom.models.patches import coordinate_grid, patch_schedule
-from patchloom.models.random_draws import RowOrder, concatenate_draws, draws_of_block
+from patchloom.models.random_draws import CropBatch, Draws
 from patchloom.models.step import Gradients, StoredRows, TrainingState, learning_rate, new_state, one_hot, training_step
 from patchloom.models.step_plan import StepPlan, StepSettings, plan_step
 
@@ -59,9 +59,7 @@ def test_at_p_of_1_a_step_equals_edm() -> None:
         plan = plan_step(method, step, step * 8)
         training_step(state, method, plan, zip(plan.share(), [rows], strict=True), SPACE, lambda _: None)
 
-        draws = concatenate_draws(
-            [draws_of_block(5, step, block, 4, 2, R, R, True, torch.device("cpu")) for block in range(2)]
-        )
+        draws = Draws(5).crops(CropBatch(step, range(2), 4, 2, R, R, True, torch.device("cpu")))
         images = rows.image + rows.std * draws.posterior
         images = (images - torch.tensor([0.1, -0.2])[:, None, None]) * torch.tensor([2.0, 0.5])[:, None, None]
         sigma = (1.2 * draws.sigma - 1.2).exp()[:, None, None, None]
@@ -114,22 +112,6 @@ def test_every_block_belongs_to_one_worker(workers: int, whole_groups: bool) -> 
     assert sorted(block for group in groups for block in group.blocks) == list(range(48))
     if whole_groups:
         assert [len(group.blocks) for group in groups] == [3, 24, 12, 2, 7]
-
-
-def test_settings_share_all_draws_except_the_noise() -> None:
-    large, small = (draws_of_block(1, 2, 3, 4, 2, 16, size, True, torch.device("cpu")) for size in (16, 4))
-    for name in ("label_kept", "mirrored", "sigma", "corner", "posterior"):
-        assert torch.equal(getattr(large, name), getattr(small, name))
-    other = draws_of_block(1, 2, 4, 4, 2, 16, 16, True, torch.device("cpu"))
-    assert not torch.equal(large.sigma, other.sigma)
-
-
-def test_rows_come_in_a_new_order_every_epoch() -> None:
-    order = RowOrder(50, seed=1)
-    epochs = [[order[k] for k in range(start, start + 50)] for start in (0, 50, 100)]
-    assert all(sorted(epoch) == list(range(50)) for epoch in epochs)
-    assert epochs[0] != epochs[1] != epochs[2]
-    assert [RowOrder(50, seed=1)[k] for k in range(50, 100)] == epochs[1]  # whatever was asked before
 
 
 def test_minus_one_is_no_class() -> None:

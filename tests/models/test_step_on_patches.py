@@ -14,7 +14,7 @@ from patchloom.models.denoiser import Denoiser
 from patchloom.models.ema import HalfLifeEMA
 from patchloom.models.normalisation import pixel_normalisation
 from patchloom.models.patches import patch_schedule
-from patchloom.models.random_draws import derive_seed
+from patchloom.models.random_draws import CropBatch, Draws
 from patchloom.models.step import StoredRows, TrainingState, new_state, training_step
 from patchloom.models.step_plan import CropGroup, StepPlan, StepSettings
 
@@ -77,12 +77,9 @@ def test_a_step_on_patches_is_the_loss_of_python_slices(
     plain = copy.deepcopy(denoiser).train()
     axis, total = torch.linspace(-1, 1, 16), torch.zeros(())
     for block in range(4):
-        generator = torch.Generator().manual_seed(derive_seed(7, 3, block))
-        torch.rand(4, generator=generator)  # whether the label is kept
-        mirrored, sigmas = torch.rand(4, generator=generator), torch.randn(4, generator=generator)
-        corners = (torch.rand(4, 2, generator=generator) * 9).long()  # 9 positions of an 8-pixel patch in 16
-        torch.randn(4, 0, generator=generator)  # pixels have no posterior
-        noise = torch.randn(4, 3, 8, 8, generator=generator)
+        draws = Draws(7).crops(CropBatch(3, range(block, block + 1), 4, 3, 16, 8, False, torch.device("cpu")))
+        mirrored, sigmas, noise = draws.mirrored, draws.sigma, draws.noise
+        corners = (draws.corner * 9).long()  # 9 positions of an 8-pixel patch in 16
         for number in range(4):
             image = rows.image[4 * block + number].float() / 127.5 - 1
             image = image if mirrored[number] < 0.5 else image.flip(-1)

@@ -15,7 +15,7 @@ from patchloom.models.denoiser import Denoiser
 from patchloom.models.ema import HalfLifeEMA
 from patchloom.models.normalisation import pixel_normalisation
 from patchloom.models.patches import crop, offsets, patch_schedule
-from patchloom.models.random_draws import RowOrder, draws_of_block
+from patchloom.models.random_draws import CropBatch, Draws, RowOrder
 from patchloom.models.step import StoredRows, TrainingState, new_state, training_step
 from patchloom.models.step_plan import StepSettings, plan_step
 
@@ -50,8 +50,9 @@ def test_any_number_of_workers_sees_the_same_rows_crops_sigmas_and_noise(draw: s
                 for group in plan.share(worker, workers):
                     for number, block in enumerate(group.blocks):
                         size = group.size.pixels
-                        draws = draws_of_block(3, step, block, 2, 3, 16, size, False, torch.device("cpu"))
-                        rows = torch.tensor([order[k] for k in group.crops[2 * number : 2 * number + 2]])
+                        batch = CropBatch(step, range(block, block + 1), 2, 3, 16, size, False, torch.device("cpu"))
+                        draws = Draws(3).crops(batch)
+                        rows = torch.from_numpy(order.at(group.crops[2 * number : 2 * number + 2]))
                         patches, where = crop(images[rows], offsets(draws.corner, 16, size), size)
                         blocks[block] = [rows, patches, where, draws.sigma, draws.noise, draws.mirrored]
             seen.append(blocks)
@@ -75,7 +76,7 @@ def train_on(states: list[TrainingState], method: StepSettings, images: Tensor, 
         while state.step < until:
             plan = plan_step(method, state.step, state.images_seen)
             groups = plan.share(rank, len(states))
-            numbers = [torch.tensor([order[k] for k in group.crops]) for group in groups]
+            numbers = [torch.from_numpy(order.at(group.crops)) for group in groups]
             rows = [StoredRows(images[number], torch.full((len(number),), -1)) for number in numbers]
             training_step(state, method, plan, zip(groups, rows, strict=True), pixel_normalisation(), reduce)
             total, crops = state.gradients.loss_and_crops.sum((0, 1)).tolist()

@@ -118,8 +118,9 @@ def train_autoencoder(
         owner = stack.enter_context(fenced(address))
         folder = stack.enter_context(command_copy(address, owner))
         stack.enter_context(locked(folder))
-        is_measured = _open_folder(folder, address, settings, rows).psnr_db is not None
-        job = AutoencoderJob(address.address, rows.address, settings, init_from, owner)
+        begun = _open_folder(folder, address, settings, rows)
+        is_measured = begun.psnr_db is not None
+        job = AutoencoderJob(address.address, rows.address, settings, init_from, owner, begun.format_version)
         _run(job, folder, rows, workers, is_measured, resources, stop_at)
         card = AutoencoderRunCard.read(folder) if is_measured else _measure(folder, rows)
         if register and card.reference is None:

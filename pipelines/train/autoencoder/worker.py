@@ -16,8 +16,9 @@ from patchloom.models.autoencoder import (
     save_autoencoder,
 )
 from patchloom.models.checkpoints import load_checkpoint
-from patchloom.models.random_draws import RowOrder, derive_seed
+from patchloom.models.random_draws import CURRENT_DRAWS, derive_seed
 from patchloom.models.step import Gradients, TrainingState
+from patchloom.models.step_plan import draw_source
 from patchloom.pipelines.train.agreement import check_agreement
 from patchloom.pipelines.train.checkpointer import Checkpointer, newest_checkpoint, worker_lock
 from patchloom.pipelines.train.control import requested, show_training
@@ -45,6 +46,7 @@ class AutoencoderJob:
         settings: the network and its training.
         init_from: folder of the autoencoder whose weights the training starts with. None: random weights.
         owner: who holds the fence of a remote run folder.
+        draws_version: version of the order of rows, which a run keeps.
     """
 
     folder: str
@@ -52,6 +54,7 @@ class AutoencoderJob:
     settings: AutoencoderSettings
     init_from: Path | None
     owner: str = ""
+    draws_version: int = CURRENT_DRAWS
 
 
 def autoencoder_worker(worker: Worker, job: AutoencoderJob) -> bool:
@@ -85,7 +88,7 @@ class _Trainer:
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.dataset = open_dataset(job.dataset)
         self.rows = self.dataset.indices("train", job.settings.held_out_fraction)
-        self.order = RowOrder(len(self.rows), job.settings.seed)
+        self.order = draw_source(job.settings.seed, job.draws_version).row_order(len(self.rows))
         torch.manual_seed(derive_seed(job.settings.seed, "weights"))
         self.state = _new_state(_network(job).to(self.device), job.settings.lr)
         newest = newest_checkpoint(folder)
@@ -122,7 +125,7 @@ class _Trainer:
         if not patches:
             return
         state, settings = self.state, self.settings
-        rows = self.dataset.rows(self.rows[[self.order[k] for k in patches]])["image"]
+        rows = self.dataset.rows(self.rows[self.order.at(patches)])["image"]
         seed = derive_seed(settings.seed, state.step, self.worker.rank)
         generator = torch.Generator(self.device).manual_seed(seed)
         images = _random_patch(torch.from_numpy(rows).to(self.device), settings.patch, generator).float() / 127.5 - 1
