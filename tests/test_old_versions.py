@@ -26,6 +26,7 @@ from patchloom.pipelines.sample import sample
 from patchloom.pipelines.train import train
 from patchloom.platform.dataset import open_dataset
 from patchloom.platform.recipe import load_recipe
+from patchloom.platform.records.run import RunCard
 from patchloom.platform.tracking.client import connect
 
 FIXTURES = [Path(__file__).parent / "fixtures" / name for name in ("version_0_1.tar.xz", "version_0_1_more.tar.xz")]
@@ -127,6 +128,11 @@ def test_a_killed_run_continues_to_the_same_weights(world: Path) -> None:
     assert resumed.keys() == whole.keys()
     for name, weights in whole.items():  # another processor than the one that made the fixture may round otherwise
         torch.testing.assert_close(resumed[name], weights, rtol=0, atol=1e-4)
+    assert RunCard.read(world / "run_unfinished").format_version == 1  # it keeps its draws and its order of rows
+    train(load_recipe(world / "recipe.yaml"), "pixels", "run_new", workers=0)
+    assert RunCard.read(world / "run_new").format_version == 2
+    new = load_file(world / "run_new" / "model" / "model.safetensors")
+    assert max(float((new[name] - weights).abs().max()) for name, weights in whole.items()) > 1e-3
 
 
 def test_models_load(world: Path) -> None:

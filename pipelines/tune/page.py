@@ -148,7 +148,7 @@ def _range(low: str, high: str) -> str:
 def _method(search: Search) -> list[str]:
     """How trials were chosen and compared, in sentences."""
     sentences = [
-        "All trials of a seed draw the same noise levels and crop positions in a step, which reduces random differences. "
+        "All trials of a seed draw the same noise levels and crop positions in a step, which makes them comparable. "
         "Trials of different p rarely see the same rows, because rows are counted in crops."
     ]
     if search.metric == HELD_OUT_LOSS:
