@@ -5,6 +5,7 @@ import contextlib
 import hashlib
 import json
 import os
+import shutil
 import sqlite3
 import subprocess
 import sys
@@ -285,3 +286,23 @@ def test_an_interrupted_search_is_finished(world: Path) -> None:
     rows = [json.loads(line) for line in (world / "search_unfinished" / "trials.jsonl").read_text().splitlines()]
     assert sorted((row["name"], row["status"]) for row in rows) == [("000", "finished"), ("001", "finished")]
     assert trial.stat().st_mtime_ns == before
+
+
+@pytest.mark.slow
+def test_an_autoencoder_trained_again_under_its_card_has_the_same_weights(world: Path) -> None:
+    shutil.copytree(world / "autoencoder", world / "autoencoder_again")
+    for name in ("model", "checkpoints"):
+        shutil.rmtree(world / "autoencoder_again" / name, ignore_errors=True)
+    card = json.loads((world / "autoencoder_again" / "run.json").read_text())
+    assert card["format_version"] == 1
+    (world / "autoencoder_again" / "run.json").write_text(
+        json.dumps({name: value for name, value in card.items() if name not in ("psnr_db", "ssim", "measured_images")})
+    )
+    settings = ["--widths", "8,16", "--images", "200", "--batch-size", "4", "--patch", "16", "--workers", "0"]
+    patchloom("autoencoder", "train", "pixels", "--out", "autoencoder_again", *settings)
+    weights, again = (
+        load_file(world / run / "model" / "diffusion_pytorch_model.safetensors")
+        for run in ("autoencoder", "autoencoder_again")
+    )
+    for name, values in weights.items():
+        torch.testing.assert_close(again[name], values, rtol=0, atol=1e-3)

@@ -95,6 +95,15 @@ def test_scalars_are_uniform_and_normal_and_independent() -> None:
     assert np.abs(np.corrcoef(table.T) - np.eye(5)).max() < 4.5 / len(table) ** 0.5
 
 
+def test_draws_stay_on_their_device() -> None:
+    meta = torch.device("meta")
+    batch = Draws(0).crops(CropBatch(0, range(4), 8, 3, 16, 8, True, meta, 0.5))
+    assert all(getattr(batch, name).is_meta for name in FIELDS)
+    assert batch.noise.shape == (32, 3, 8, 8) and batch.posterior.shape == (32, 3, 16, 16)
+    mask = Draws(0).masks(0, range(4), 8, meta).kept(torch.empty(32, 3, 5, 5, device=meta), 0.1, layer=2)
+    assert mask.is_meta and mask.shape == (32, 3, 5, 5)
+
+
 def test_the_global_generator_does_not_change() -> None:
     before = torch.get_rng_state()
     drawn(range(2), latent=True, augmentation=0.5)
