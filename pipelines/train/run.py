@@ -29,6 +29,7 @@ from patchloom.pipelines.train.timer import WaitTimer
 from patchloom.platform.compute.metrics import MetricRecorder
 from patchloom.platform.compute.workers import Worker
 from patchloom.platform.dataset.prepared import Dataset, open_dataset
+from patchloom.platform.files.folder import Folder
 from patchloom.platform.files.storage import whole_folder
 from patchloom.platform.recipe.run_recipe import AverageSection, Recipe, recipe_yaml
 
@@ -130,7 +131,7 @@ class TrainingRun:
 
     def __post_init__(self) -> None:
         self.timer = WaitTimer(self.device)
-        self.metrics = MetricRecorder("train", self.recipe.name, self.job.address, str(self.worker.rank))
+        self.metrics = MetricRecorder("train", self.recipe.name, Folder(self.job.address), str(self.worker.rank))
 
     @property
     def folder(self) -> Path:

@@ -160,7 +160,7 @@ def _launch(
 ) -> None:
     """Run the workers, and show and forward their progress lines."""
     control = prepare_control(folder.address, stop_at)
-    watch_unsent = partial(MetricRecorder("train", job.recipe.name, job.folder).record, UNSENT_LINES)
+    watch_unsent = partial(MetricRecorder("train", job.recipe.name, folder.address).record, UNSENT_LINES)
     with nullcontext(show) if show else _progress_bar(job.recipe, folder.path) as show_line:
         with (
             MlflowForwarder(folder.path, folder.ensure_run, show_line, folder.mlflow_answers, watch_unsent),

@@ -141,7 +141,7 @@ def _exclusive(folder: Folder | None) -> Iterator[None]:
 def _do(job: Job[UnitT, ResultT], units: list[UnitT], workers: int | None, meter: Meter, resources: Resources) -> None:
     """Do units in this process (all, or during the head start), and the others on Ray."""
     start, finished, todo, remaining = meter.done, 0, list(units), len(units)
-    metrics = MetricRecorder(job.command, job.title, str(job.folder or ""))
+    metrics = MetricRecorder(job.command, job.title, job.folder)
 
     def show(images: int) -> None:
         meter.update(max(meter.done, start + images))

@@ -13,6 +13,7 @@ from enum import StrEnum
 from functools import cache
 from typing import Any
 
+from patchloom.platform.files.folder import Folder
 from patchloom.platform.records.run import LineFields, ProgressLine
 
 METRIC_LABELS = ("command", "name", "run", "rank", "host")  # of every metric
@@ -113,13 +114,13 @@ class MetricRecorder:
     Args:
         command: the command, such as `train`.
         name: the name of what it makes, such as that of the recipe.
-        run: the address of the folder that it writes.
+        run: the folder that it writes; its label has no keys of the address.
         rank: number of the worker; empty for the process of the command.
     """
 
     command: str
     name: str = ""
-    run: str = ""
+    run: Folder | None = None
     rank: str = ""
 
     @property
@@ -127,11 +128,16 @@ class MetricRecorder:
         """The name of this machine, also where the recorder came from another one."""
         return socket.gethostname()
 
+    @property
+    def labels(self) -> dict[str, str]:
+        """The labels of every metric."""
+        return {label: str(getattr(self, label) or "") for label in METRIC_LABELS}
+
     def record(self, metric: MetricDefinition, value: float | None, **labels: str) -> None:
         """Set a gauge, add to a counter, or add a value to a histogram. None and 0 of a counter are ignored."""
         if value is None or not metrics_are_on():
             return
-        own = {label: getattr(self, label) for label in METRIC_LABELS} | labels
+        own = self.labels | labels
         with contextlib.suppress(Exception):  # a metric must not end a run
             if metric.kind == MetricKind.GAUGE:
                 _of_ray(metric).set(value, own)

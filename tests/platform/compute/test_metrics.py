@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 from helpers import tiny_recipe
 
-from patchloom.platform.compute.metrics import SWITCH, metrics_are_on
+from patchloom.platform.compute.metrics import SWITCH, MetricRecorder, metrics_are_on
+from patchloom.platform.files.folder import Folder
 from patchloom.platform.records.run import read_progress
 
 # scrapes both nodes twice per second while commands run
@@ -53,6 +54,15 @@ SAMPLE = re.compile(r"^(\w+)\{(.*)\} (\S+)$")
 
 def test_metrics_are_off_in_a_session_on_this_machine(ray_cluster: None) -> None:
     assert os.environ[SWITCH] == "0" and not metrics_are_on()
+
+
+@pytest.mark.parametrize(
+    "address", ["s3://bucket/run?access_key=KEY&secret_key=SECRET", "s3://KEY:SECRET@bucket/run", "s3://bucket/run"]
+)
+def test_labels_have_no_keys_of_the_address(address: str) -> None:
+    labels = MetricRecorder("train", "tiny", Folder.at(address), "0").labels
+    assert labels["run"] == "s3://bucket/run" and labels["rank"] == "0" and labels["name"] == "tiny"
+    assert "KEY" not in "".join(labels.values()) and MetricRecorder("prepare").labels["run"] == ""
 
 
 @pytest.mark.slow
