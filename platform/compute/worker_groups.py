@@ -67,7 +67,7 @@ class GroupNotice(WorkerGroupCallback):
         forward_messages()
         self._starting, since = worker_group_context.num_workers, time.strftime("%H:%M:%S")
         text = f"  waiting since {since} for nodes for {self._starting} workers: nodes are missing or busy"
-        self._timer = Timer(NOTICE_AFTER_S, say, [text])
+        self._timer = Timer(NOTICE_AFTER_S, _say_if_pending, [text, self._starting])
         self._timer.daemon = True
         self._timer.start()
 
@@ -76,3 +76,12 @@ class GroupNotice(WorkerGroupCallback):
         if self._starting != self._training:
             say(f"  {self._starting} of {self.workers} workers train since {time.strftime('%H:%M:%S')}")
         self._training = self._starting
+
+
+def _say_if_pending(text: str, workers: int) -> None:
+    """Say it, unless the nodes are there and the processes of the workers merely start slowly."""
+    from ray.util import placement_group_table
+
+    groups = placement_group_table().values()
+    if any(group["state"] == "PENDING" and len(group["bundles"]) == workers for group in groups):
+        say(text)

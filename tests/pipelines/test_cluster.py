@@ -48,7 +48,8 @@ while fate != "spared" and training.is_alive():
     time.sleep(0.1)
     if newest_checkpoint(Path(out)) is not None:
         cluster.remove_node(nodes[1], allow_graceful=False)
-        if fate in ("replaced", "noticed"):
+        time.sleep(60 if fate == "replaced late" else 0)
+        if fate in ("replaced", "replaced late", "noticed"):
             cluster.add_node(num_cpus=1, **small)
         print("LOST A NODE")
         break
@@ -64,7 +65,7 @@ def one_node(ray_cluster: None, pixels: Path, tmp_path_factory: pytest.TempPathF
     return train(RECIPE, str(pixels), str(folder / "run"), workers=2).folder
 
 
-@pytest.mark.parametrize("fate", ["spared", "replaced", "noticed", "gone"])
+@pytest.mark.parametrize("fate", ["spared", "replaced", "replaced late", "noticed", "gone"])
 def test_two_nodes_train_the_model_of_one(one_node: Path, pixels: Path, tmp_path: Path, fate: str) -> None:
     recipe = RECIPE  # whose only checkpoint before the end is that of the notice, where there is one
     if fate == "noticed":
@@ -75,6 +76,7 @@ def test_two_nodes_train_the_model_of_one(one_node: Path, pixels: Path, tmp_path
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert ("LOST A NODE" in done.stdout) is (fate != "spared")
+    assert ("waiting since" in done.stdout + done.stderr) is (fate == "replaced late")
     one, two = (load_file(run / "model" / "model.safetensors") for run in (one_node, tmp_path / "two"))
     for name in one:
         if fate == "gone":  # one worker adds up in another order than two
