@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from helpers import environment, start_cli
 
 from patchloom.errors import UserError
 from patchloom.platform.compute.answering import ANSWER_WAIT_S, answers_http, check_ray_address
@@ -101,26 +102,29 @@ def test_doctor_names_both_services(kind: str, request: pytest.FixtureRequest, t
     assert [line.split(":")[0] for line in failed] == ["MLflow", "Ray"] and all(address in line for line in failed)
 
 
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        ["models", "list"],
-        ["models", "show", "models:/a/1"],
-        ["models", "register", "RUN", "a"],
-        ["models", "promote", "a", "1"],
-        ["sample", "models:/a@champion", "samples", "--workers", "0"],
-        ["tune", "demo_pixels_search", "--data", "DATA", "--out", "search"],
-    ],
-    ids=lambda arguments: "-".join(arguments[:2]),
+NEED_MLFLOW = (
+    "models list",
+    "models show models:/a/1",
+    "models register RUN a",
+    "models promote a 1",
+    "sample models:/a@champion samples --workers 0",
+    "tune demo_pixels_search --data DATA --out search",
 )
-def test_command_that_needs_mlflow_names_it(
-    arguments: list[str], silent: str, trained: Path, pixels: Path, tmp_path: Path
-) -> None:
-    given = [{"RUN": str(trained), "DATA": str(pixels)}.get(argument, argument) for argument in arguments]
-    code, said, seconds = run_cli(tmp_path, *given, MLFLOW_TRACKING_URI=f"http://{silent}")
-    assert code == 2 and seconds < START_S
-    assert len(said.splitlines()) == 1 and silent in said
-    assert not list(tmp_path.iterdir())
+
+
+def test_commands_that_need_mlflow_name_it(silent: str, trained: Path, pixels: Path, tmp_path: Path) -> None:
+    given = {"RUN": str(trained), "DATA": str(pixels)}
+    folders = [tmp_path / str(number) for number, _ in enumerate(NEED_MLFLOW)]
+    began, processes = time.monotonic(), []
+    with environment(MLFLOW_TRACKING_URI=f"http://{silent}"):  # all at once, as each of them waits for an answer
+        for command, folder in zip(NEED_MLFLOW, folders, strict=True):
+            folder.mkdir()
+            processes.append(start_cli(*(given.get(word, word) for word in command.split()), cwd=folder))
+    for command, folder, process in zip(NEED_MLFLOW, folders, processes, strict=True):
+        said, _ = process.communicate(timeout=2 * START_S)
+        assert process.returncode == 2 and len(said.splitlines()) == 1 and silent in said, (command, said)
+        assert not list(folder.iterdir()), command
+    assert time.monotonic() - began < 2 * START_S
 
 
 def test_training_goes_on_without_mlflow(silent: str, pixels: Path, tmp_path: Path) -> None:
