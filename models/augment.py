@@ -86,7 +86,7 @@ def _output_to_input(parameters: Tensor) -> Tensor:
         @ _scaling(SCALE**a2, SCALE**a2)
         @ _scaling(1 - 2 * a0, 1 - 2 * a1)
     )  # fmt: skip
-    inverse: Tensor = torch.linalg.inv(forward)
+    inverse: Tensor = torch.linalg.inv_ex(forward).inverse  # `inv` waits for the device to check for singular matrices
     return inverse[:, :2]
 
 

@@ -67,7 +67,9 @@ class Denoiser(nn.Module):
         """
         noisy = noisy.to(torch.float32)
         batch = len(noisy)
-        sigma = torch.as_tensor(sigma, dtype=torch.float32, device=noisy.device).expand(batch)
+        if not isinstance(sigma, Tensor):  # filled on the device: a copy from the host would wait for it
+            sigma = torch.full((), sigma, device=noisy.device)
+        sigma = sigma.to(noisy.device, torch.float32).expand(batch)
         spread = sigma[:, None, None, None]
         total = (spread**2 + self.sigma_data**2).sqrt()
         c_skip = (self.sigma_data / total) ** 2

@@ -57,16 +57,16 @@ class Sampling(SamplingOptions):
         sampler, sigmas = SAMPLERS[self.sampler], self.sigmas()
         if "noise" in signature(sampler).parameters:
             options["noise"] = noise
-        return sampler(denoise, noise().double() * sigmas[0], sigmas, **options)
+        return sampler(denoise, noise().double() * float(sigmas[0]), sigmas, **options)
 
     @property
     def network_evaluations(self) -> int:
         """Network evaluations per image, counted by sampling an empty image."""
         count = 0
 
-        def counted(x: Tensor, sigma: Tensor) -> Tensor:
+        def counted(x: Tensor, sigma: float) -> Tensor:
             nonlocal count
-            count += 2 if guides_at(float(sigma), self.guidance, self.guidance_between or EVERYWHERE) else 1
+            count += 2 if guides_at(sigma, self.guidance, self.guidance_between or EVERYWHERE) else 1
             return x
 
         self(counted, lambda: torch.zeros(1, 1, 1, 1))
@@ -136,14 +136,18 @@ def generate(
     downscale = model.autoencoder.downscale if model.autoencoder else 1
     height, width = (side // downscale for side in image_size(model, sampling))
     noise = SeededNoise(seeds, (denoiser.channels, height, width))
-    classes = one_hot(torch.tensor(labels), denoiser.classes).to(device) if denoiser.classes else None
+    classes = (
+        one_hot(torch.tensor(labels).to(device, non_blocking=True), denoiser.classes) if denoiser.classes else None
+    )
     coordinates = None
     if denoiser.coordinates != "none" and sampling.canvas == "extrapolate":
         coordinates = extended_grid(height, width, denoiser.resolution, device)
     denoise = guided(denoiser, classes, sampling.guidance, sampling.guidance_between or EVERYWHERE, coordinates)
     if centre is not None:
-        denoise = keep_centre(denoise, from_pixels(centre[None].to(device), model.normalisation, model.autoencoder))
-    x = sampling(denoise, lambda: noise().to(device))
+        denoise = keep_centre(
+            denoise, from_pixels(centre[None].to(device, non_blocking=True), model.normalisation, model.autoencoder)
+        )
+    x = sampling(denoise, lambda: noise().to(device, non_blocking=True))
     return to_pixels(x, model.normalisation, model.autoencoder)
 
 

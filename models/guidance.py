@@ -27,10 +27,10 @@ def guided(
         coordinates: (2, H, W). Default: the full grid of the input's size.
     """
 
-    def denoise(x: Tensor, sigma: Tensor) -> Tensor:
+    def denoise(x: Tensor, sigma: float) -> Tensor:
         grid = None if coordinates is None else coordinates.expand(len(x), -1, -1, -1)
         estimate: Tensor = denoiser(x, sigma, grid, labels)
-        if labels is None or not guides_at(float(sigma), guidance, interval):
+        if labels is None or not guides_at(sigma, guidance, interval):
             return estimate
         unconditional: Tensor = denoiser(x, sigma, grid)
         return unconditional + guidance * (estimate - unconditional)
@@ -54,7 +54,7 @@ def keep_centre(denoise: Denoise, centre: Tensor) -> Denoise:
     """
     height, width = centre.shape[2:]
 
-    def with_centre(x: Tensor, sigma: Tensor) -> Tensor:
+    def with_centre(x: Tensor, sigma: float) -> Tensor:
         estimate = denoise(x, sigma).clone()
         top, left = (x.shape[2] - height) // 2, (x.shape[3] - width) // 2
         estimate[:, :, top : top + height, left : left + width] = centre.to(estimate)

@@ -64,7 +64,7 @@ def losses_by_sigma(losses: Tensor, sigma: Tensor) -> Tensor:
     Returns:
         (5, 2): the sum and the count in each of `SIGMA_BINS`.
     """
-    bins = torch.bucketize(sigma, torch.tensor(SIGMA_EDGES, device=sigma.device))
+    bins = torch.bucketize(sigma, torch.tensor(SIGMA_EDGES).to(sigma.device, non_blocking=True))
     good = losses.isfinite()
     sums = torch.zeros(len(SIGMA_BINS), 2, device=losses.device)
     return sums.index_add_(0, bins, torch.stack([losses.detach().where(good, 0), good.float()], dim=1))

@@ -42,8 +42,9 @@ class Normalisation:
     def _columns(self, device: torch.device) -> tuple[Tensor, Tensor]:
         import torch  # not at the top: cards are read without torch
 
-        mean = torch.tensor(self.mean, dtype=torch.float32, device=device)[:, None, None]
-        return mean, torch.tensor(self.scale, dtype=torch.float32, device=device)[:, None, None]
+        columns = torch.tensor([self.mean, self.scale], dtype=torch.float32)[:, :, None, None]
+        mean, scale = columns.to(device, non_blocking=True)
+        return mean, scale
 
     @classmethod
     def from_json(cls, content: object) -> Normalisation:

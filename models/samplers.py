@@ -2,16 +2,17 @@
 
 All samplers use EDM's variables, x = clean + sigma * noise. Their common arguments:
 
-    denoise: denoise(x, sigma) -> clean estimate, called with (B, C, H, W) float64 x and a 0-dim float64 sigma.
+    denoise: denoise(x, sigma) -> clean estimate, called with (B, C, H, W) float64 x and a float sigma.
     start: (B, C, H, W) noise, already scaled by sigmas[0].
     sigmas: (steps + 1,) decreasing noise levels; the last one is usually 0.
     noise: noise() -> (B, C, H, W) standard normal, for the samplers that add noise.
 
-All samplers return (B, C, H, W) float64.
+All samplers return (B, C, H, W) float64. What depends only on the noise levels is computed on the CPU before the first
+step, as Python numbers, so that no step waits for a GPU.
 """
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 
 import torch
@@ -19,7 +20,7 @@ from torch import Tensor
 
 from patchloom.models.random_draws import sampling_generator
 
-Denoise = Callable[[Tensor, Tensor], Tensor]
+Denoise = Callable[[Tensor, float], Tensor]
 Noise = Callable[[], Tensor]
 
 
@@ -63,13 +64,14 @@ def heun(
         noise = patchloom.SeededNoise(seeds=[0, 1], shape=(3, 8, 8))
         images = patchloom.heun(denoise, noise() * sigmas[0], sigmas)
     """
-    x, sigmas = _begin(start, sigmas)
-    gamma = min(churn / (len(sigmas) - 1), 2**0.5 - 1)
-    for sigma, lower in pairwise(sigmas):
+    x, ladder = start.to(torch.float64), _on_cpu(sigmas)
+    gamma = min(churn / (len(ladder) - 1), 2**0.5 - 1)
+    raised = ladder * (1 + gamma)
+    added = (raised**2 - ladder**2).sqrt() * churn_noise
+    for sigma, lower, higher, spread in _steps(ladder[:-1], ladder[1:], raised, added):
         if gamma and churn_min <= sigma <= churn_max:
-            raised = sigma * (1 + gamma)
-            x = x + (raised**2 - sigma**2).sqrt() * churn_noise * _drawn(noise, x)
-            sigma = raised
+            x = x + spread * _drawn(noise, x)
+            sigma = higher
         slope = (x - _estimate(denoise, x, sigma)) / sigma
         predicted = x + (lower - sigma) * slope
         if lower > 0:
@@ -93,8 +95,8 @@ def euler(denoise: Denoise, start: Tensor, sigmas: Tensor) -> Tensor:
         noise = patchloom.SeededNoise(seeds=[0, 1], shape=(3, 8, 8))
         images = patchloom.euler(denoise, noise() * sigmas[0], sigmas)
     """
-    x, sigmas = _begin(start, sigmas)
-    for sigma, lower in pairwise(sigmas):
+    x = start.to(torch.float64)
+    for sigma, lower in pairwise(_on_cpu(sigmas).tolist()):
         x = x + (lower - sigma) * (x - _estimate(denoise, x, sigma)) / sigma
     return x
 
@@ -126,13 +128,15 @@ def ddim(denoise: Denoise, start: Tensor, sigmas: Tensor, *, eta: float = 0.0, n
     """
     if not 0 <= eta <= 1:
         raise ValueError(f"eta: {eta:g} is not between 0 and 1")
-    x, sigmas = _begin(start, sigmas)
-    for sigma, lower in pairwise(sigmas):
+    x, ladder = start.to(torch.float64), _on_cpu(sigmas)
+    lower = ladder[1:]
+    renewed = eta * lower * (1 - (lower / ladder[:-1]) ** 2).sqrt()
+    kept = (lower**2 - renewed**2).sqrt()
+    for sigma, remaining, added in _steps(ladder[:-1], kept, renewed):
         clean = _estimate(denoise, x, sigma)
-        renewed = eta * lower * (1 - (lower / sigma) ** 2).sqrt()
-        x = clean + (lower**2 - renewed**2).sqrt() * (x - clean) / sigma
-        if renewed > 0:
-            x = x + renewed * _drawn(noise, x)
+        x = clean + remaining * (x - clean) / sigma
+        if added > 0:
+            x = x + added * _drawn(noise, x)
     return x
 
 
@@ -193,21 +197,23 @@ def dpmpp_2m_sde(denoise: Denoise, start: Tensor, sigmas: Tensor, *, noise: Nois
 @torch.no_grad()
 def _multistep(denoise: Denoise, start: Tensor, sigmas: Tensor, eta: float, noise: Noise | None) -> Tensor:
     """Exponential integrator in -ln(sigma), with linear extrapolation of the clean estimate (Lu et al. 2022)."""
-    x, sigmas = _begin(start, sigmas)
+    x, ladder = start.to(torch.float64), _on_cpu(sigmas)
+    widths = (ladder[:-1] / ladder[1:]).log()
+    factors = ladder[1:] / ladder[:-1] * (-eta * widths).exp()
+    shares = 1 - (-(1 + eta) * widths).exp()
+    added = ladder[1:] * (-torch.expm1(-2 * eta * widths)).sqrt()
     previous: Tensor | None = None
-    previous_width = sigmas.new_zeros(())
-    for sigma, lower in pairwise(sigmas):
+    previous_width = 0.0
+    for sigma, lower, width, factor, share, spread in _steps(ladder[:-1], ladder[1:], widths, factors, shares, added):
         clean = _estimate(denoise, x, sigma)
         if lower == 0:
             return clean
-        width = (sigma / lower).log()
         middle = clean
         if previous is not None:  # extrapolate to the middle of the step
             middle = clean + (clean - previous) * width / (2 * previous_width)
-        kept = (-(1 + eta) * width).exp()
-        x = lower / sigma * (-eta * width).exp() * x + (1 - kept) * middle
+        x = factor * x + share * middle
         if eta:
-            x = x + lower * (-torch.expm1(-2 * eta * width)).sqrt() * _drawn(noise, x)
+            x = x + spread * _drawn(noise, x)
         previous, previous_width = clean, width
     return x
 
@@ -231,9 +237,9 @@ def plms(denoise: Denoise, start: Tensor, sigmas: Tensor) -> Tensor:
         noise = patchloom.SeededNoise(seeds=[0, 1], shape=(3, 8, 8))
         images = patchloom.plms(denoise, noise() * sigmas[0], sigmas)
     """
-    x, sigmas = _begin(start, sigmas)
+    x = start.to(torch.float64)
     slopes: deque[Tensor] = deque(maxlen=4)
-    for number, (sigma, lower) in enumerate(pairwise(sigmas)):
+    for number, (sigma, lower) in enumerate(pairwise(_on_cpu(sigmas).tolist())):
         slopes.appendleft((x - _estimate(denoise, x, sigma)) / sigma)
         slope = _weighted(slopes, ADAMS_BASHFORTH[len(slopes) - 1])
         if number == 0 and lower > 0:
@@ -250,18 +256,23 @@ def _weighted(slopes: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
     return total
 
 
-def _begin(start: Tensor, sigmas: Tensor) -> tuple[Tensor, Tensor]:
-    return start.to(torch.float64), sigmas.to(device=start.device, dtype=torch.float64)
+def _on_cpu(sigmas: Tensor) -> Tensor:
+    return sigmas.to("cpu", torch.float64)
 
 
-def _estimate(denoise: Denoise, x: Tensor, sigma: Tensor) -> Tensor:
+def _steps(*columns: Tensor) -> Iterator[tuple[float, ...]]:
+    """The numbers of one step after the other, as long as every column has one."""
+    return zip(*(column.tolist() for column in columns), strict=False)
+
+
+def _estimate(denoise: Denoise, x: Tensor, sigma: float) -> Tensor:
     return denoise(x, sigma).to(torch.float64)
 
 
 def _drawn(noise: Noise | None, x: Tensor) -> Tensor:
     if noise is None:
         raise ValueError("noise: missing, and this sampler adds noise; pass SeededNoise(seeds, shape)")
-    return noise().to(x)
+    return noise().to(x, non_blocking=True)
 
 
 class SeededNoise:

@@ -5,11 +5,10 @@ A step is a pure function of the settings, the data, the number of the step and 
 
 import math
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from patchloom.models.augment import augment, augmentation_labels
@@ -57,7 +56,7 @@ class StoredRows:
 
 def one_hot(labels: Tensor, classes: int) -> Tensor:
     """(B,) class numbers -> (B, K) float32; -1 (no class) gives the zero vector."""
-    return F.one_hot(labels.long() + 1, classes + 1)[:, 1:].float()
+    return (labels[:, None] == torch.arange(classes, device=labels.device)).float()
 
 
 def crop_losses(
@@ -262,7 +261,7 @@ def _add_gradients(
     half = HALF_PRECISIONS.get(settings.precision)
     with (
         seeded_dropout(state.denoiser, masks, dropout_seed, device),
-        torch.autocast(device.type, half, enabled=half is not None),
+        torch.autocast(device.type, half) if half else nullcontext(),
     ):
         losses, sigma = crop_losses(state.denoiser, rows, draws, size.pixels, settings, normalisation)
     loss = losses.sum() / (settings.batch_size * size.batch_multiplier)

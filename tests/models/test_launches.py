@@ -1,4 +1,4 @@
-"""A training step dispatches the same operations for any batch, and reads no number from the device."""
+"""A training step and sampling dispatch the same operations for any batch, and read no number from the device."""
 
 from collections import Counter
 from collections.abc import Callable
@@ -9,8 +9,11 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from patchloom.models import random_words
+from patchloom.models.cards import DenoiserConfig, ModelCard
+from patchloom.models.checkpoints import SamplingModel
 from patchloom.models.denoiser import build_denoiser
 from patchloom.models.ema import HalfLifeEMA
+from patchloom.models.generate import SAMPLERS, Sampling, generate
 from patchloom.models.normalisation import pixel_normalisation
 from patchloom.models.patches import patch_schedule
 from patchloom.models.step import StoredRows, new_state, training_step
@@ -18,6 +21,7 @@ from patchloom.models.step_plan import StepSettings, plan_step
 
 EARLIER = 2277  # operations at batch 8 when each block had generators of its own, and 3,858 at batch 256
 SCALAR_READ = "aten._local_scalar_dense.default"
+OF_SEEDS = "aten.randn.generator"  # on the CPU, one per image and draw of noise
 
 
 class CountedOperations(TorchDispatchMode):
@@ -32,10 +36,10 @@ class CountedOperations(TorchDispatchMode):
         return operation(*args, **(kwargs or {}))
 
 
-def operations(tiny_config: Callable[..., Any], batch: int, **changes: Any) -> Counter[str]:
+def operations(tiny_config: Callable[..., Any], batch: int, classes: int = 0, **changes: Any) -> Counter[str]:
     """The operations of one step: DDPM++ of width 16 with dropout, on blocks of 8."""
     options = {"width": 16, "width_multipliers": [1, 2], "blocks": 2, "attention": [16], "dropout": 0.1}
-    denoiser = build_denoiser(tiny_config(network_options=options)).train()
+    denoiser = build_denoiser(tiny_config(network_options=options, classes=classes)).train()
     settings = StepSettings(
         seed=0, schedule=patch_schedule(16, 1.0), updates=10, batch_size=batch, block_size=8, lr=1e-3,
         lr_rampup_images=0, **changes,
@@ -60,7 +64,35 @@ def test_the_number_of_operations_does_not_depend_on_the_batch(
     assert small[SCALAR_READ] == 0
 
 
-def test_augmentation_and_mirroring_read_no_numbers_either(tiny_config: Callable[..., Any]) -> None:
-    small, large = (operations(tiny_config, batch, augmentation=0.12, mirror=True) for batch in (8, 64))
+@pytest.mark.parametrize("classes", [0, 5])
+def test_labels_augmentation_and_mirroring_read_no_numbers_either(
+    tiny_config: Callable[..., Any], classes: int
+) -> None:
+    options = {"augmentation": 0.12, "mirror": True, "label_dropout": 0.1}
+    small, large = (operations(tiny_config, batch, classes=classes, **options) for batch in (8, 64))
     assert small == large
     assert small[SCALAR_READ] == 0
+
+
+def sampling_operations(config: DenoiserConfig, batch: int, sampling: Sampling) -> Counter[str]:
+    """The operations of one batch of samples."""
+    normalisation = pixel_normalisation()
+    card = ModelCard(denoiser=config, normalisation=normalisation)
+    model = SamplingModel(build_denoiser(config).eval(), normalisation, None, card)
+    with CountedOperations() as counted:
+        generate(model, list(range(batch)), [number % 3 for number in range(batch)], sampling)
+    return counted.counts
+
+
+@pytest.mark.parametrize("sampler", list(SAMPLERS))
+def test_sampling_dispatches_the_same_operations_for_any_batch(tiny_config: Callable[..., Any], sampler: str) -> None:
+    sampling = Sampling(sampler, 3, guidance=1.3, guidance_between=(0.01, 20.0))
+    small, large = (sampling_operations(tiny_config(classes=3), batch, sampling) for batch in (2, 16))
+    assert large.pop(OF_SEEDS) == 8 * small.pop(OF_SEEDS)
+    assert small == large
+    assert small[SCALAR_READ] <= 1  # the first noise level, on the CPU
+
+
+def test_operations_of_sampling_grow_with_the_evaluations_of_the_network(tiny_config: Callable[..., Any]) -> None:
+    totals = [sampling_operations(tiny_config(), 2, Sampling("heun", steps)).total() for steps in (2, 3, 4)]
+    assert totals[2] - totals[1] == totals[1] - totals[0]
