@@ -37,6 +37,7 @@ from patchloom.pipelines.evaluate.image_sets import (
     SampleImages,
     open_images,
 )
+from patchloom.platform.compute.devices import own_device
 from patchloom.platform.compute.jobs import Job, run_job
 from patchloom.platform.compute.resources import DEFAULT_RESOURCES, Resources
 from patchloom.platform.compute.shared_paths import UsedPaths
@@ -240,7 +241,7 @@ class FeatureMaker:
     def __init__(self, argument: FeatureMakerArgument) -> None:
         allow_backbones(*argument.backbones)
         self.argument, self.images = argument, open_images(argument.images, argument.skipped)
-        self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.device = own_device()
         self.features = load_features(argument.features, self.device)
         if self.features.sha256 != argument.sha256:
             raise UserError(

@@ -12,6 +12,7 @@ import torch
 from patchloom.errors import UserError
 from patchloom.pipelines.prepare.images import decode, is_grey
 from patchloom.pipelines.sample.folder import SAMPLING_CARD, read_entries, read_samples, read_sampling_card
+from patchloom.platform.compute.devices import own_device
 from patchloom.platform.dataset.listing import is_hidden, is_image
 from patchloom.platform.dataset.prepared import CARD as DATASET_CARD
 from patchloom.platform.dataset.prepared import open_dataset
@@ -112,7 +113,7 @@ class DatasetImages(ImageSet):
         if card["mirror"]:
             raise UserError(f"{address} contains mirror images: use latents that were prepared without --mirror")
         self._autoencoder: Any = None
-        self._device = "cuda" if torch.cuda.is_available() else "cpu"
+        self._device = own_device()
         start, self.ranges = 0, []
         for shard in card["shards"]:
             for first in range(0, shard["rows"], RANGE_ROWS):

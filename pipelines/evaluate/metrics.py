@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from patchloom.errors import UserError
@@ -23,6 +22,7 @@ from patchloom.models.metrics import (
 from patchloom.models.neighbours import Neighbourhood, neighbourhood
 from patchloom.pipelines.evaluate.features import Extracted
 from patchloom.pipelines.evaluate.image_sets import DatasetImages
+from patchloom.platform.compute.devices import own_device
 from patchloom.platform.records.evaluation import MetricValue
 
 NEIGHBOURS = 3  # Kynkäänniemi et al. 2019
@@ -60,7 +60,7 @@ class ComparedSets:
     @cached_property
     def neighbours(self) -> Neighbourhood:
         """Nearest neighbours among the pool features."""
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+        device = own_device()
         return neighbourhood(self.reference_rows.to(device), self.sample_rows.to(device), NEIGHBOURS)
 
 

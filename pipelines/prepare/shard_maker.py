@@ -16,6 +16,7 @@ import pyarrow.compute as pc
 from patchloom.errors import UserError
 from patchloom.models.backbones import allow_backbones
 from patchloom.pipelines.prepare.images import Transform, decode
+from patchloom.platform.compute.devices import own_device
 from patchloom.platform.compute.jobs import NOTES_FOLDER, WORK_FOLDER
 from patchloom.platform.dataset.prepared import MIRRORED, open_dataset, shard_bytes
 from patchloom.platform.dataset.readers import SourceReader
@@ -87,20 +88,19 @@ class ShardMaker:
         is_dataset = self.plan.source_kind == "dataset"
         self.pixels = open_dataset(self.plan.source) if is_dataset else None
         self.reader = None if is_dataset else SourceReader(self.plan.source_kind, self.plan.source)
-        self.autoencoder, self.device, threads = None, "cpu", 1
+        self.autoencoder, threads = None, 1
         if self.plan.autoencoder:
-            self.autoencoder, self.device = self._load_autoencoder(self.plan.autoencoder)
-            threads = max(1, (os.cpu_count() or 1) // 2) if self.device == "cuda" else 1
+            self.autoencoder = self._load_autoencoder(self.plan.autoencoder)
+            threads = max(1, (os.cpu_count() or 1) // 2) if own_device().type == "cuda" else 1
         self.decoders = Decoders(threads)
 
-    def _load_autoencoder(self, card: DatasetAutoencoder) -> "tuple[Autoencoder, str]":
+    def _load_autoencoder(self, card: DatasetAutoencoder) -> "Autoencoder":
         import torch
 
         from patchloom.models.autoencoder import load_autoencoder
 
-        device = "cuda" if torch.cuda.is_available() else "cpu"
         dtype = torch.bfloat16 if card.precision == "bf16" else torch.float32
-        return load_autoencoder(local_copy(self.folder.folder("autoencoder").address), device, dtype), device
+        return load_autoencoder(local_copy(self.folder.folder("autoencoder").address), own_device(), dtype)
 
     def __call__(self, shard: PlannedShard, report: Callable[[int], None]) -> None:
         """Write the Arrow file of a shard, then its note."""
@@ -222,7 +222,7 @@ class ShardMaker:
         for start in range(0, len(images), ENCODE_BATCH):
             batch = images[start : start + ENCODE_BATCH]
             padded = np.concatenate([batch, np.repeat(batch[-1:], ENCODE_BATCH - len(batch), axis=0)])
-            mean, std = self.autoencoder.encode(torch.from_numpy(padded).to(self.device))
+            mean, std = self.autoencoder.encode(torch.from_numpy(padded).to(own_device()))
             for name, moment in (("mean", mean), ("std", std)):
                 if moment is not None:  # a deterministic autoencoder has no std
                     moments.setdefault(name, []).append(moment[: len(batch)].cpu().to(torch.float16).numpy())

@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import torch
 
 from patchloom.errors import UserError
 from patchloom.models.cards import ModelCard
 from patchloom.models.checkpoints import SamplingModel, load_sampling_model
 from patchloom.models.generate import Sampling, check_fit, class_number, default_labels, generate_padded, one_thread
 from patchloom.pipelines.sample.options import SampleOptions, sampler_parameters
+from patchloom.platform.compute.devices import own_device
 from patchloom.platform.dataset.labels import label_of
 from patchloom.platform.tracking.registry import fetch_model
 
@@ -25,13 +25,13 @@ _one_at_a_time = threading.Lock()  # the number of torch's threads belongs to th
 
 
 def load_model_for_sampling(reference: str | Path) -> SamplingModel:
-    """Fetch a model and load it on the GPU if there is one, else on the CPU."""
+    """Fetch a model and load it on the device of this process."""
     return load_for_sampling(fetch_model(str(reference)).folder)
 
 
 def load_for_sampling(folder: Path) -> SamplingModel:
-    """Load a model folder on the GPU if there is one, else on the CPU."""
-    return load_sampling_model(folder, "cuda" if torch.cuda.is_available() else "cpu")
+    """Load a model folder on the device of this process."""
+    return load_sampling_model(folder, own_device())
 
 
 def sample_rows(

@@ -3,8 +3,6 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-import torch
-
 from patchloom.models.cost import Gain, estimated_gain, measured_seconds_of_crop
 from patchloom.models.denoiser import build_denoiser, skeleton
 from patchloom.models.flops import parameter_count, training_flops
@@ -12,6 +10,7 @@ from patchloom.models.normalisation import identity_normalisation
 from patchloom.models.step_plan import StepSettings
 from patchloom.pipelines.train.model_card import new_model_card
 from patchloom.pipelines.train.run import step_settings
+from patchloom.platform.compute.devices import own_device
 from patchloom.platform.dataset.prepared import open_dataset
 from patchloom.platform.recipe.run_recipe import BLOCK_TOLERANCE, Recipe
 
@@ -100,8 +99,7 @@ def describe_plan(recipe: Recipe, dataset: str, workers: int = 1, measure: bool 
         for size in settings.schedule.sizes
     )
     if measure:
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        denoiser = build_denoiser(network).to(device).train()
+        denoiser = build_denoiser(network).to(own_device()).train()
         cost_of_crop = measured_seconds_of_crop(denoiser, settings, identity_normalisation(denoiser.channels), workers)
     return RunEstimate(
         parameters=parameters,

@@ -1,6 +1,6 @@
 """The training loop of one worker: plan a step, fetch its rows, take it, and call the hooks."""
 
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass, replace
 
 from patchloom.models.step import StoredRows, training_step
@@ -12,6 +12,7 @@ from patchloom.pipelines.train.monitor import Monitor, Verdict
 from patchloom.pipelines.train.node_copies import worker_copy
 from patchloom.pipelines.train.profiler import Profiler
 from patchloom.pipelines.train.run import TrainingRun, TrainJob, open_run, save_run_model
+from patchloom.platform.compute.devices import device_thread
 from patchloom.platform.compute.workers import Worker
 from patchloom.platform.files.copies import UnsentWork
 from patchloom.platform.files.folder import Folder
@@ -53,6 +54,7 @@ def _train(run: TrainingRun) -> TrainOutcome:
             training_step(state, settings, plan, prefetcher.fetch(plan), run.normalisation, reduce)
             monitor.after_step(plan)
             profiler.after_step()
+        run.worker.meet()  # after the same step on every verdict: none leaves while another still needs it
     if is_first and monitor.verdict == Verdict.FINISHED:
         save_run_model(run)
     return TrainOutcome(monitor.verdict, monitor.last_line)
@@ -63,7 +65,7 @@ class Prefetcher:
 
     def __init__(self, run: TrainingRun) -> None:
         self.run = run
-        self._executor = ThreadPoolExecutor(1, "rows")
+        self._executor = device_thread("rows")
         self._next: Future[list[tuple[CropGroup, StoredRows]]] | None = None
 
     def __enter__(self) -> "Prefetcher":

@@ -39,8 +39,8 @@ def worker_copy(worker: Worker, run: Folder, owner: str) -> Iterator[Path]:
     here = working_copy(run, "worker")
     (here / STOP_FILE).unlink(missing_ok=True)
     send_unsent(run, here, owner)  # also if this worker is not worker 0 any more
-    worker.any(False)  # waits for the other workers, so that all continue from the same checkpoint
+    worker.meet()  # so that all continue from the same checkpoint
     update_copy(run, here, without_old_tensors(run))
-    worker.any(False)  # waits again, because worker 0 of the same node writes into the same copy
+    worker.meet()  # again, because worker 0 of the same node writes into the same copy
     with RemoteMirror(here, run, STOP_FILE, owner) if worker.rank == 0 else nullcontext():
         yield here

@@ -4,9 +4,9 @@ import os
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch.profiler import ProfilerActivity, profile, schedule
 
+from patchloom.platform.compute.devices import own_device
 from patchloom.platform.progress import say
 
 SKIPPED_STEPS, PROFILED_STEPS = 4, 8
@@ -21,7 +21,7 @@ class Profiler:
         if off:
             return
         os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # no messages when it starts and stops
-        activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if torch.cuda.is_available() else [])]
+        activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if own_device().type == "cuda" else [])]
         self._profile = profile(
             activities=activities,
             schedule=schedule(wait=SKIPPED_STEPS - 1, warmup=1, active=PROFILED_STEPS, repeat=1),
@@ -58,4 +58,4 @@ class Profiler:
 
 def _own_time(event: Any) -> float:
     """Time in an operation without the operations it calls, on the GPU if there is one."""
-    return float(event.self_device_time_total if torch.cuda.is_available() else event.self_cpu_time_total)
+    return float(event.self_device_time_total if own_device().type == "cuda" else event.self_cpu_time_total)

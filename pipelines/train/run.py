@@ -23,7 +23,7 @@ from patchloom.models.random_draws import CURRENT_DRAWS, derive_seed
 from patchloom.models.step import StoredRows, TrainingState, compile_network, new_state, set_rounding
 from patchloom.models.step_plan import StepSettings, draw_source
 from patchloom.models.transfer import transfer
-from patchloom.pipelines.train.checkpointer import newest_checkpoint
+from patchloom.pipelines.train.agreement import share_initial_weights, starting_checkpoint
 from patchloom.pipelines.train.initial_weights import load_initial_weights
 from patchloom.pipelines.train.timer import WaitTimer
 from patchloom.platform.compute.metrics import MetricRecorder
@@ -167,15 +167,17 @@ def open_run(worker: Worker, job: TrainJob) -> TrainingRun:
     """Build the network, its averages and the optimiser, and load the newest checkpoint if there is one."""
     allow_backbones(*job.backbones)
     recipe, folder = job.recipe, Path(job.folder)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = worker.device
     settings = step_settings(recipe, job.card.denoiser.resolution, job.draws_version)
     set_rounding(recipe.train.precision)
     torch.manual_seed(derive_seed(recipe.seed, "weights"))
     denoiser = build_denoiser(job.card.denoiser)
-    newest = newest_checkpoint(folder)
+    newest = starting_checkpoint(worker, folder)
     if newest is None and recipe.train.init_from is not None:
         transfer(denoiser, load_initial_weights(folder))
     denoiser = denoiser.to(device).train()
+    if newest is None:
+        share_initial_weights(worker, denoiser)
     emas = [new_average(denoiser, average) for average in recipe.ema]
     optimizer = recipe.optimizer
     state = new_state(denoiser, emas, settings, (optimizer.beta1, optimizer.beta2), optimizer.eps)

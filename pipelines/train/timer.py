@@ -21,7 +21,7 @@ class WaitTimer:
         """The current time of the device. Does not wait for a GPU."""
         if self.device.type == "cuda":
             event = torch.cuda.Event(enable_timing=True)
-            event.record()
+            event.record(torch.cuda.current_stream(self.device))
             return event
         return time.perf_counter()
 

@@ -3,7 +3,6 @@
 import random
 from dataclasses import dataclass
 
-import torch
 from pydantic import JsonValue
 
 from patchloom.errors import UserError
@@ -19,6 +18,7 @@ from patchloom.pipelines.train.hooks.held_out import HELD_OUT_IMAGES
 from patchloom.pipelines.train.model_card import new_model_card
 from patchloom.pipelines.train.run import step_settings
 from patchloom.pipelines.tune.ranking import setting_title
+from patchloom.platform.compute.devices import own_device
 from patchloom.platform.dataset.prepared import Dataset
 from patchloom.platform.recipe.run_recipe import Recipe, with_values
 from patchloom.platform.recipe.search import BUDGET_SHARE, Search, TrialBudget
@@ -181,7 +181,6 @@ def seconds_of_trial(recipe: Recipe, dataset: Dataset) -> float:
 
 def _measured_crops(recipe: Recipe, dataset: Dataset) -> tuple[StepSettings, dict[int, float]]:
     denoiser, settings = _denoiser_and_settings(recipe, dataset)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with one_thread():
-        network = build_denoiser(denoiser).to(device).train()
+        network = build_denoiser(denoiser).to(own_device()).train()
         return settings, measured_seconds_of_crop(network, settings, identity_normalisation(network.channels))

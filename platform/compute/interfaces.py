@@ -1,5 +1,6 @@
 """Interfaces: over which network interface the workers of a training run reach each other."""
 
+import math
 import os
 import socket
 from dataclasses import dataclass
@@ -8,6 +9,8 @@ from typing import Any
 import psutil
 from ray.train.torch import TorchConfig
 from ray.train.torch.config import _TorchBackend
+
+from patchloom.platform.compute.devices import DEVICE_VARIABLE
 
 INTERFACE = "GLOO_SOCKET_IFNAME"  # gloo reads it, and so does torch's own rendezvous
 
@@ -32,6 +35,16 @@ class BoundTorchConfig(TorchConfig):
     def backend_cls(self) -> type[_BoundTorchBackend]:
         """What sets up the process group."""
         return _BoundTorchBackend
+
+
+def torch_config(collective_minutes: float) -> BoundTorchConfig:
+    """The process group of a run: NCCL if Ray reserves GPUs for its workers and they use them, otherwise gloo.
+
+    Args:
+        collective_minutes: how long a worker waits for another one in an operation of all workers.
+    """
+    uses_cpu = os.environ.get(DEVICE_VARIABLE, "").startswith("cpu")
+    return BoundTorchConfig(backend="gloo" if uses_cpu else None, timeout_s=math.ceil(60 * collective_minutes))
 
 
 def use_interface_of_ray() -> None:

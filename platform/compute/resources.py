@@ -16,6 +16,7 @@ from patchloom.platform.progress import clock, say
 from patchloom.platform.recipe.sections import Count, Positive, Section, checked, parse_value, read_yaml, set_key
 
 AUTOSCALER_WAIT_MINUTES = 30.0  # a cloud may need this long for a node with a GPU
+COLLECTIVE_MINUTES = 30.0  # torch's own limit
 POLL_S = 1.0
 SAY_EVERY_S = 60.0
 AUTOSCALER_TIMEOUT_S = 10
@@ -33,6 +34,7 @@ class Resources(Section):
         labels: labels that the nodes must have, such as `{region: eu}`.
         placement: `pack` puts workers on few nodes, `spread` on many.
         wait_minutes: how long to wait for nodes. By default 30 minutes if the cluster has an autoscaler, otherwise 0.
+        collective_minutes: how long a worker of a training run waits for another one before it fails.
         object_store_gib: size of Ray's object store, for a session on this machine.
         address: the Ray cluster, unless RAY_ADDRESS is set.
         mlflow: the MLflow server, unless MLFLOW_TRACKING_URI is set.
@@ -45,6 +47,7 @@ class Resources(Section):
     labels: dict[str, str] = Field(default_factory=dict)
     placement: Literal["pack", "spread"] = "pack"
     wait_minutes: Annotated[float, Field(ge=0)] | None = None
+    collective_minutes: Positive = COLLECTIVE_MINUTES
     object_store_gib: Positive | None = None
     address: str | None = None
     mlflow: str | None = None

@@ -27,10 +27,12 @@ class WorkerLog:
         run: the run folder. A remote one gets the file every few seconds and at the end.
         rank: number of this worker.
         count: number of workers.
+        device: what it computes on, such as `cuda:1`.
     """
 
-    def __init__(self, run: Folder, rank: int, count: int) -> None:
-        self.run, self.title = run, f"worker {rank} of {count} on {socket.gethostname()}, process {os.getpid()}"
+    def __init__(self, run: Folder, rank: int, count: int, device: str) -> None:
+        self.run = run
+        self.title = f"worker {rank} of {count} on {socket.gethostname()}, process {os.getpid()}, device {device}"
         earlier = logs_of_worker(run, rank)
         for name in earlier[: 1 - KEPT_STARTS]:
             run.remove(name)

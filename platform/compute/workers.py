@@ -9,7 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from patchloom.errors import WorkersFailed
+from patchloom.platform.compute.devices import own_device, use_device
 from patchloom.platform.compute.resources import (
+    COLLECTIVE_MINUTES,
     DEFAULT_RESOURCES,
     Resources,
     WorkerShape,
@@ -32,11 +35,14 @@ from patchloom.platform.files.folder import Folder
 from patchloom.platform.progress import say
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 Config = TypeVar("Config")
 LoopResult = TypeVar("LoopResult")
+Value = TypeVar("Value")
 
+TIMED_OUT = ("timed out", "timeout")  # in the errors of gloo and NCCL
 TRIAL_CPUS = 0.01  # reserved for the process of a trial that waits for its own workers
 
 
@@ -51,6 +57,7 @@ class Worker:
             must call it at the same step.
         node: number of its node, from 0.
         rank_on_node: number of this worker on its node, from 0.
+        collective_minutes: the longest wait for another worker, for messages.
     """
 
     rank: int = 0
@@ -58,22 +65,40 @@ class Worker:
     loses_a_node: Callable[[], bool] = lambda: False
     node: int = 0
     rank_on_node: int = 0
+    collective_minutes: float = COLLECTIVE_MINUTES
+
+    @property
+    def device(self) -> "torch.device":
+        """The device of this worker, with its index."""
+        return own_device()
 
     def reduce(self, tensor: "Tensor") -> None:
         """Sum a tensor over all workers, in place."""
         if self.count > 1:
             import torch.distributed
 
-            torch.distributed.all_reduce(tensor)
+            with self._waiting():
+                torch.distributed.all_reduce(tensor)
 
-    def gather(self, mine: dict[str, Any]) -> list[dict[str, Any]]:
+    def share(self, tensor: "Tensor") -> None:
+        """Replace the values of a tensor by those of worker 0, in place. All workers must call it at the same step."""
+        if self.count > 1:
+            import torch.distributed
+
+            values = tensor.contiguous()
+            with self._waiting():
+                torch.distributed.broadcast(values, 0)
+            tensor.copy_(values)
+
+    def gather(self, mine: Value) -> list[Value]:
         """The values of all workers by rank. All workers must call it at the same step."""
         if self.count == 1:
             return [mine]
         import torch.distributed
 
         values: list[Any] = [None] * self.count
-        torch.distributed.all_gather_object(values, mine)
+        with self._waiting():
+            torch.distributed.all_gather_object(values, mine)
         return values
 
     def any(self, mine: bool) -> bool:
@@ -81,12 +106,28 @@ class Worker:
         if self.count == 1:
             return mine
         import torch
-        import torch.distributed
 
-        device = "cuda" if torch.distributed.get_backend() == "nccl" else "cpu"
-        votes = torch.tensor([float(mine)], device=device)
-        torch.distributed.all_reduce(votes)
+        votes = torch.tensor([float(mine)], device=self.device)
+        self.reduce(votes)
         return votes.item() > 0
+
+    def meet(self) -> None:
+        """Wait until all workers are here."""
+        self.any(False)
+
+    @contextlib.contextmanager
+    def _waiting(self) -> Iterator[None]:
+        """Say what it means that a collective operation timed out."""
+        try:
+            yield
+        except RuntimeError as error:
+            if not any(words in str(error).lower() for words in TIMED_OUT):
+                raise
+            raise WorkersFailed(
+                f"worker {self.rank} waited for another worker for longer than {self.collective_minutes:g} minutes: "
+                "one hangs, or the network between them fails; a slow cluster can wait longer with --resources "
+                "collective_minutes=MINUTES"
+            ) from error
 
 
 def run_workers(
@@ -151,7 +192,7 @@ def _run_on_ray_train(
     from ray.train.torch import TorchTrainer
 
     from patchloom.platform.compute.failures import MOST_FAILURES, FailureLimit, fit
-    from patchloom.platform.compute.interfaces import BoundTorchConfig
+    from patchloom.platform.compute.interfaces import torch_config
     from patchloom.platform.compute.worker_groups import CheckpointBeforeResize, GroupNotice
 
     shape, cpus = train_worker_shape(workers, resources)
@@ -160,9 +201,9 @@ def _run_on_ray_train(
         check_shared(paths)
         say(f"  waiting for {workers} worker{'s' if workers > 1 else ''} of Ray Train (half a minute on a laptop) ...")
     trainer = TorchTrainer(
-        _on_worker(loop, cpus, own_versions(COMMAND), control.run),
+        _on_worker(loop, cpus, own_versions(COMMAND), control.run, resources.collective_minutes),
         train_loop_config={"config": config},
-        torch_config=BoundTorchConfig(),
+        torch_config=torch_config(resources.collective_minutes),
         scaling_config=ray.train.ScalingConfig(
             num_workers=workers if min_workers == workers else (min_workers, workers),
             use_gpu="GPU" in shape.bundle,
@@ -221,7 +262,11 @@ def _is_trial() -> bool:
 
 
 def _on_worker(
-    loop: Callable[[Worker, Config], LoopResult], cpus: int, versions: ProcessVersions, run: Folder | None
+    loop: Callable[[Worker, Config], LoopResult],
+    cpus: int,
+    versions: ProcessVersions,
+    run: Folder | None,
+    collective_minutes: float,
 ) -> Callable[[dict[str, Any]], LoopResult]:
     """The function that Ray Train calls on each worker."""
 
@@ -230,9 +275,10 @@ def _on_worker(
         import ray.train
         import torch
 
+        use_device(own_device())
         context = ray.train.get_context()
         check_versions([versions, own_versions(f"worker {context.get_world_rank()}")])
-        if not torch.cuda.is_available():
+        if own_device().type == "cpu":
             torch.set_num_threads(cpus)
         worker = Worker(
             context.get_world_rank(),
@@ -240,8 +286,9 @@ def _on_worker(
             lambda: ray.train.get_preemption_info() is not None,
             context.get_node_rank(),
             context.get_local_rank(),
+            collective_minutes,
         )
-        with WorkerLog(run, worker.rank, worker.count) if run else contextlib.nullcontext():
+        with WorkerLog(run, worker.rank, worker.count, str(worker.device)) if run else contextlib.nullcontext():
             return loop(worker, settings["config"])
 
     return run_loop

@@ -19,8 +19,8 @@ from patchloom.models.checkpoints import load_checkpoint
 from patchloom.models.random_draws import CURRENT_DRAWS, derive_seed
 from patchloom.models.step import Gradients, TrainingState
 from patchloom.models.step_plan import draw_source
-from patchloom.pipelines.train.agreement import check_agreement
-from patchloom.pipelines.train.checkpointer import Checkpointer, newest_checkpoint, worker_lock
+from patchloom.pipelines.train.agreement import check_agreement, share_initial_weights, starting_checkpoint
+from patchloom.pipelines.train.checkpointer import Checkpointer, worker_lock
 from patchloom.pipelines.train.control import requested, show_training
 from patchloom.pipelines.train.node_copies import worker_copy
 from patchloom.pipelines.train.progress_log import ProgressLog
@@ -85,13 +85,15 @@ class _Trainer:
 
     def __init__(self, worker: Worker, job: AutoencoderJob, folder: Path) -> None:
         self.worker, self.settings, self.folder = worker, job.settings, folder
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.device = worker.device
         self.dataset = open_dataset(job.dataset)
         self.rows = self.dataset.indices("train", job.settings.held_out_fraction)
         self.order = draw_source(job.settings.seed, job.draws_version).row_order(len(self.rows))
         torch.manual_seed(derive_seed(job.settings.seed, "weights"))
-        self.state = _new_state(_network(job).to(self.device), job.settings.lr)
-        newest = newest_checkpoint(folder)
+        network, newest = _network(job).to(self.device), starting_checkpoint(worker, folder)
+        if newest is None:
+            share_initial_weights(worker, network)
+        self.state = _new_state(network, job.settings.lr)
         if newest is not None:
             load_checkpoint(newest, self.state)
 
@@ -105,6 +107,7 @@ class _Trainer:
             is_stopped = request == "" and not ends
             if watcher:
                 watcher.after_step(ends or request is not None)
+        self.worker.meet()
         return not is_stopped
 
     def _step(self) -> None:

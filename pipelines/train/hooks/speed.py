@@ -79,7 +79,7 @@ class SpeedHook(Hook):
         all-reduce itself takes as long as the wait of the worker that arrived last.
         """
         if self.run.device.type == "cuda":
-            torch.cuda.synchronize()
+            torch.cuda.synchronize(self.run.device)
         worker, own = self.run.worker, self.run.timer.take("reduce")
         waits = torch.zeros(worker.count, len(own), device=self.run.device)
         waits[worker.rank] = torch.tensor(own)
@@ -100,7 +100,7 @@ class SpeedHook(Hook):
 
     def _peak_memory(self) -> int:
         if self.run.device.type == "cuda":
-            return int(torch.cuda.max_memory_allocated())
+            return int(torch.cuda.max_memory_allocated(self.run.device))
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 

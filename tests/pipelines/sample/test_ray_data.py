@@ -171,11 +171,12 @@ def test_killed_pipeline_continues_and_writes_each_row_once(
 
 @pytest.mark.slow
 def test_pool_on_gpus(champion: str, pngs: list[bytes], tmp_path: Path) -> None:
-    """The GPU exists for Ray only; PyTorch sees none, so the images are those of the CPU."""
+    """The GPU exists for Ray only, so the images are computed on the CPU."""
     code = "\n".join(CODE[title] for title in ("", CLUSTER, PIPELINES[0], GPUS))
     code = code.replace("images.write", "# images.write")
     save = "import numpy\nnumpy.savez('images.npz', **{str(row['seed']): row['image'] for row in on_gpus.take_all()})"
-    program = start(f"{code}\n{save}", tmp_path, RAY_ADDRESS="local", RAY_OVERRIDE_RESOURCES='{"CPU": 2, "GPU": 1}')
+    fake_gpu = {"RAY_OVERRIDE_RESOURCES": '{"CPU": 2, "GPU": 1}', "PATCHLOOM_DEVICE": "cpu"}
+    program = start(f"{code}\n{save}", tmp_path, RAY_ADDRESS="local", **fake_gpu)
     output, _ = program.communicate(timeout=300)
     assert program.returncode == 0, output
     expected = Sampler("models:/my-model/1", steps=18, guidance=1.3, batch=64)({"seed": np.arange(COUNT)})["image"]

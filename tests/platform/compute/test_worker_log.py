@@ -11,7 +11,7 @@ from patchloom.platform.files.folder import Folder
 
 
 def write_log(run: Folder, lines: int) -> None:
-    with WorkerLog(run, 1, 2):
+    with WorkerLog(run, 1, 2, "cpu"):
         os.write(2, b"from a library in C\n")
         for number in range(lines):
             print(f"line {number}", flush=True)
@@ -19,7 +19,7 @@ def write_log(run: Folder, lines: int) -> None:
 
 def test_log_has_all_output_and_the_traceback(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     run = Folder.at(tmp_path)
-    with pytest.raises(ValueError, match="broken"), WorkerLog(run, 0, 1):
+    with pytest.raises(ValueError, match="broken"), WorkerLog(run, 0, 1, "cpu"):
         os.write(2, b"from a library in C\n")
         raise ValueError("broken")
     (name,) = logs_of_worker(run, 0)
