@@ -2,10 +2,11 @@
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
+FAKE_CUDA := .venv-fake-cuda
 # For bench-gpu: GPU_PYTHON is any Python with torch, IMAGES an .npz with `images`, FEATURES the weights of Inception.
 GPU_PYTHON ?= $(if $(wildcard $(READY)),$(BIN)/python,$(PYTHON))
 
-.PHONY: demo test test-cluster test-all check bench bench-gpu schema dist clean
+.PHONY: demo test test-cluster test-fake-cuda test-all check bench bench-gpu schema dist clean
 
 demo: $(READY)
 	@echo "make demo: from photographs to a registered model and samples (3 to 6 minutes on two cores)"
@@ -13,11 +14,15 @@ demo: $(READY)
 
 test: $(READY)
 	@echo "make test: all tests except the slow ones"
-	@$(BIN)/python -m pytest -q -n 2 --dist loadgroup -m "not slow and not cluster"
+	@$(BIN)/python -m pytest -q -n 2 --dist loadgroup -m "not slow and not cluster and not fake_cuda"
 
 test-cluster: $(READY)
 	@echo "make test-cluster: commands and faults on a cluster of separate machines (Linux, root, iproute2 and PostgreSQL)"
 	@$(BIN)/python -m pytest -q -rs tests/cluster
+
+test-fake-cuda: $(FAKE_CUDA)/.ready
+	@echo "make test-fake-cuda: steps and sampling on GPUs that are not there, in all precisions (2 to 4 minutes)"
+	@$(FAKE_CUDA)/bin/python -m pytest -q tests/fake_cuda
 
 test-all: $(READY)
 	@echo "make test-all: all tests, including the slow ones"
@@ -47,7 +52,7 @@ dist: $(READY)
 	@cp constraints.txt dist/
 
 clean:
-	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache *.egg-info
+	rm -rf .venv $(FAKE_CUDA) .mypy_cache .pytest_cache .ruff_cache *.egg-info
 
 $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "$(PYTHON) is Python " + sys.version.split()[0] + ", and Patchloom needs 3.11 or newer: run make PYTHON=python3.11 ...")'
@@ -55,3 +60,10 @@ $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -m venv .venv
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
 	@touch $(READY)
+
+$(FAKE_CUDA)/.ready: pyproject.toml constraints.txt
+	@echo "setting up $(FAKE_CUDA) (once; a download of about 3 GB: torch with CUDA, which needs no GPU)"
+	@$(PYTHON) -m venv $(FAKE_CUDA)
+	@$(FAKE_CUDA)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e . pytest
+	@$(FAKE_CUDA)/bin/python -c 'import sys, torch; sys.exit(None if torch.version.cuda else "torch " + torch.__version__ + " was built without CUDA: run this on Linux, with the torch of PyPI")'
+	@touch $(FAKE_CUDA)/.ready

@@ -93,10 +93,13 @@ def crop_losses(
         kept = draws.label_kept >= settings.label_dropout
         labels = one_hot(torch.where(kept, rows.label, -1), denoiser.classes)
     sigma = training_sigmas(draws.sigma, settings.noise_mean, settings.noise_std)
-    losses = denoising_loss(
-        denoiser, normalisation.normalise(patches), draws.noise, sigma,
-        coordinates if denoiser.coordinates != "none" else None, labels, settings.reduction, augmentation,
-    )  # fmt: skip
+    half = HALF_PRECISIONS.get(settings.precision)
+    # only here: the augmentation is matrix products, and half precision would move its coordinates by a pixel
+    with torch.autocast(images.device.type, half) if half else nullcontext():
+        losses = denoising_loss(
+            denoiser, normalisation.normalise(patches), draws.noise, sigma,
+            coordinates if denoiser.coordinates != "none" else None, labels, settings.reduction, augmentation,
+        )  # fmt: skip
     return losses, sigma
 
 
@@ -258,11 +261,7 @@ def _add_gradients(
     draws = settings.random.crops(batch)
     masks = settings.random.masks(plan.step, group.blocks, plan.block_size, device)
     dropout_seed = derive_seed(settings.seed, plan.step, group.blocks.start, "dropout")
-    half = HALF_PRECISIONS.get(settings.precision)
-    with (
-        seeded_dropout(state.denoiser, masks, dropout_seed, device),
-        torch.autocast(device.type, half) if half else nullcontext(),
-    ):
+    with seeded_dropout(state.denoiser, masks, dropout_seed, device):
         losses, sigma = crop_losses(state.denoiser, rows, draws, size.pixels, settings, normalisation)
     loss = losses.sum() / (settings.batch_size * size.batch_multiplier)
     state.scaler.scale(loss).backward()

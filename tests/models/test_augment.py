@@ -295,11 +295,12 @@ class Witness(nn.Module):
         return torch.zeros_like(noisy)
 
 
-def seen_by_the_network(augmentation: float) -> tuple[Witness, Tensor]:
+def seen_by_the_network(augmentation: float, precision: str = "fp32") -> tuple[Witness, Tensor]:
     """What a network sees of 32 crops, without noise, of images whose content is their coordinates."""
     method = StepSettings(
         seed=1, schedule=patch_schedule(R - 1, 0.5), updates=1, batch_size=32, block_size=32, lr=1.0,
         lr_rampup_images=0, noise_mean=-20.0, noise_std=1e-3, augmentation=augmentation,
+        precision=precision,
     )  # fmt: skip
     draws = Draws(1).crops(CropBatch(0, range(1), 32, 2, R - 1, 8, False, CPU, augmentation))
     rows = StoredRows(coordinate_grid(R - 1, R - 1).expand(32, -1, -1, -1), torch.zeros(32))
@@ -308,8 +309,9 @@ def seen_by_the_network(augmentation: float) -> tuple[Witness, Tensor]:
     return witness, draws.augmentation
 
 
-def test_an_augmented_crop_has_the_coordinates_of_its_content() -> None:
-    seen, chosen = seen_by_the_network(0.8)
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_an_augmented_crop_has_the_coordinates_of_its_content(precision: str) -> None:
+    seen, chosen = seen_by_the_network(0.8, precision)
     whole = (seen.where.abs() < 1 - 2.5 * PIXEL).all(1, keepdim=True).expand_as(seen.where)
     assert whole.float().mean() > 0.5
     assert float((seen.noisy - seen.where)[whole].abs().max()) < 0.06 * PIXEL
