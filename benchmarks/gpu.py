@@ -253,7 +253,7 @@ def quality_curve(
             for group in plan.share():
                 rows = torch.from_numpy(order.at(group.crops)).to(trainer.device)
                 work.append((group, StoredRows(pixels[rows], labels[rows])))
-            training_step(state, settings, plan, work, trainer.normalisation, lambda _: None)
+            training_step(state, settings, plan, work, trainer.normalisation, None)
         spent, average = spent + now() - start, state.emas[0].module
         distance = frechet_distance(features_of(features, sampled(average, trainer, samples)), reference)
         curve.append(QualityPoint(spent, distance, state.step, state.images_seen))

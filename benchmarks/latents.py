@@ -77,7 +77,7 @@ def _latent_step(trainer: Trainer, settings: StepSettings) -> int:
         shape = (len(group.crops), trainer.channels, trainer.resolution, trainer.resolution)
         rows = StoredRows(torch.randn(shape), torch.full((shape[0],), -1), torch.full(shape, 0.1))
         work.append((group, rows))
-    training_step(trainer.state, settings, plan, work, trainer.normalisation, lambda _: None)
+    training_step(trainer.state, settings, plan, work, trainer.normalisation, None)
     return plan.crops
 
 

@@ -1,7 +1,8 @@
 """Calculated scaling: steps on up to 1,024 GPUs for each draw of patch sizes, and the data that they read.
 
-The run is the paper's largest: ADM on latents of 32, p = .5, one all-reduce of float32 gradients after the backward
-pass. The constants below are assumptions. A test compares `models/scaling.py` with measured steps of up to 4 workers.
+The run is the paper's largest: ADM on latents of 32, p = .5, float32 gradients that are summed in buckets during the
+backward pass. The constants below are assumptions. A test compares `models/scaling.py` with measured steps of up to 4
+workers.
 """
 
 from collections.abc import Iterator
@@ -12,7 +13,8 @@ import torch
 from patchloom.benchmarks.findings import Finding, Say, Scale, exact
 from patchloom.benchmarks.setups import adm_config
 from patchloom.models.denoiser import build_denoiser
-from patchloom.models.flops import PEAK_FLOPS, parameter_count, training_flops
+from patchloom.models.flops import PEAK_FLOPS, training_flops
+from patchloom.models.gradients import FLOAT_BYTES, bucket_starts
 from patchloom.models.patches import PatchSchedule, patch_schedule
 from patchloom.models.scaling import Workers, images_per_second, step_seconds
 
@@ -60,12 +62,21 @@ class StepCosts:
         sizes = SETTINGS[1].schedule.sizes
         self.seconds_of_crop = {size.pixels: training_flops(config, size.pixels) / flops for size in sizes}
         with torch.device("meta"):
-            self.gradient_bytes = 4.0 * parameter_count(build_denoiser(config))
+            numels = [parameter.numel() for parameter in build_denoiser(config).parameters()]
+        self.gradient_bytes = FLOAT_BYTES * sum(numels)
+        self.buckets = len(bucket_starts(numels))
 
-    def step(self, setting: PatchSetting, gpus: int, gpu_batch: int) -> float:
-        """Seconds per step."""
-        seconds, workers = self.seconds_of_crop, ring(gpus)
-        return step_seconds(setting.schedule, setting.draw, gpu_batch, seconds, self.gradient_bytes, workers)
+    def step(self, setting: PatchSetting, gpus: int, gpu_batch: int, *, overlaps: bool = True) -> float:
+        """Seconds per step. Without `overlaps`, the gradients are summed after the backward pass."""
+        return step_seconds(
+            setting.schedule, setting.draw, gpu_batch, self.seconds_of_crop, self.gradient_bytes, ring(gpus),
+            self.buckets if overlaps else 1,
+        )  # fmt: skip
+
+    def waiting_share(self, setting: PatchSetting, gpus: int, gpu_batch: int, *, overlaps: bool = True) -> float:
+        """The share of a step that waits for the gradients of other GPUs."""
+        alone = self.step(setting, 1, gpu_batch)
+        return 1 - alone / self.step(setting, gpus, gpu_batch, overlaps=overlaps)
 
     def rate(self, setting: PatchSetting, gpus: int, gpu_batch: int) -> float:
         """Counted images per second of all GPUs."""
@@ -86,10 +97,12 @@ def up_to_1024_gpus(scale: Scale, say: Say) -> list[Finding]:
             found.append(Finding(f"  {name} over p = 1", exact(rate / rates["p = 1"]), "x per counted image"))
     for gpus in (64, 1024):
         share = PAPER_BATCH // gpus
-        seconds = costs.step(SETTINGS[1], gpus, share)
-        reduction = ring(gpus).reduce_seconds(costs.gradient_bytes)
-        what = f"{gpus:,} GPUs, {share} images per GPU (the paper's batch of {PAPER_BATCH:,}): all-reduce"
-        found.append(Finding(what, exact(100 * reduction / seconds), "% of a step"))
+        waits, waited = (
+            100 * costs.waiting_share(SETTINGS[1], gpus, share, overlaps=overlaps) for overlaps in (True, False)
+        )
+        what = f"{gpus:,} GPUs, {share} images per GPU (the paper's batch of {PAPER_BATCH:,}): waiting for gradients"
+        found.append(Finding(what, exact(waits), "% of a step", is_cost=True))
+        found.append(Finding("  if summed after the backward pass", exact(waited), "% of a step", is_cost=True))
     return [*found, *_data(costs)]
 
 

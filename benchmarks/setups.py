@@ -7,7 +7,6 @@ from itertools import product
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from patchloom.benchmarks.findings import Scale
 from patchloom.models.cards import DenoiserConfig
@@ -90,12 +89,8 @@ class Trainer:
         """Take these steps on one worker. Returns the number of counted crops."""
         for plan in plans:
             work = [(group, self.rows(len(group.crops))) for group in plan.share()]
-            training_step(self.state, settings or self.settings, plan, work, self.normalisation, no_reduction)
+            training_step(self.state, settings or self.settings, plan, work, self.normalisation, None)
         return sum(plan.crops for plan in plans)
-
-
-def no_reduction(_: Tensor) -> None:
-    """The all-reduce of a single worker, which changes nothing."""
 
 
 def only(settings: StepSettings, pixels: int) -> StepSettings:

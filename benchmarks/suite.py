@@ -46,6 +46,7 @@ BENCHMARKS = {
     "train.precision": Benchmark("training:by_precision", 3.5, "bfloat16 compared with float32"),
     "train.compile": Benchmark("training:compiled", 3.0, "compiled steps compared with eager steps"),
     "train.workers": Benchmark("workers:by_draw", 5.0, "1, 2 and 4 workers, for each draw of patch sizes"),
+    "train.overlap": Benchmark("overlap:slow_network", 1.0, "sums over a slow network during the backward pass"),
     "train.latents": Benchmark("latents:precomputed", 5.0, "stored latents compared with encoding in every step"),
     "train.platform": Benchmark("platform_cost:against_bare_steps", 11.0, "the time `patchloom train` adds to a step"),
     "train.peers": Benchmark("peers:against_peers", 5.0, "training loops of other packages, at equal size"),

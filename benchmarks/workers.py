@@ -7,6 +7,7 @@ steps of a setting are the first of its run that together have exactly the share
 import os
 import socket
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -43,13 +44,18 @@ def by_draw(scale: Scale, say: Say) -> list[Finding]:
     """Gains of patches on 1, 2 and 4 workers for each draw, and steps compared with the scaling model."""
     with TemporaryDirectory() as folder:
         path = Path(folder) / "timings.pt"
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
         say("four workers")
-        spawn(_work, (scale, port, str(path)), nprocs=max(COUNTS))
+        spawn(_work, (scale, free_port(), str(path)), nprocs=max(COUNTS))
         measured = WorkerTimings(**torch.load(path, weights_only=True))
     return _findings(scale, measured)
+
+
+def free_port() -> int:
+    """A TCP port of this machine that nothing uses."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+    return port
 
 
 @dataclass
@@ -134,14 +140,21 @@ class _WorkerProcess:
             [(group, trainer.rows(len(group.crops))) for group in plan.share(self.rank, count)] for plan in own_plans
         ]
 
-        def reduce(tensor: Tensor) -> None:
-            if is_joint:
-                dist.all_reduce(tensor, group=self.groups[count])
+        def start_sum(bucket: Tensor) -> Callable[[], object]:
+            wait: Callable[[], object] = dist.all_reduce(bucket, group=self.groups[count], async_op=True).wait
+            return wait
 
         dist.barrier()
         start = time.perf_counter()
         for plan, groups in zip(own_plans, work, strict=True):
-            training_step(trainer.state, settings, plan, groups, trainer.normalisation, reduce)
+            training_step(
+                trainer.state,
+                settings,
+                plan,
+                groups,
+                trainer.normalisation,
+                start_sum if is_joint and count > 1 else None,
+            )
         dist.barrier()
         return time.perf_counter() - start
 

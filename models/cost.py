@@ -5,7 +5,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
 
 from patchloom.models.denoiser import Denoiser
 from patchloom.models.normalisation import Normalisation
@@ -96,14 +95,10 @@ def measured_seconds_of_crop(
             shape = (len(group.crops), denoiser.channels, resolution, resolution)
             rows = StoredRows(torch.randn(shape, device=device), torch.full((shape[0],), -1, device=device))
             started = _now(device)
-            training_step(state, single_size, plan, [(group, rows)], normalisation, _no_reduction)
+            training_step(state, single_size, plan, [(group, rows)], normalisation, None)
             if number:
                 seconds[size.pixels] = min(seconds[size.pixels], (_now(device) - started) / len(group.crops))
     return seconds
-
-
-def _no_reduction(_: Tensor) -> None:
-    pass
 
 
 def _now(device: torch.device) -> float:

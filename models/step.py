@@ -3,8 +3,7 @@
 A step is a pure function of the settings, the data, the number of the step and the crops consumed before it.
 """
 
-import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 from patchloom.models.augment import augment, augmentation_labels
 from patchloom.models.denoiser import Denoiser
 from patchloom.models.ema import WeightAverage
+from patchloom.models.gradients import Gradients, StartSum
 from patchloom.models.layers import Dropout, DropoutMasks
 from patchloom.models.loss import SIGMA_BINS, denoising_loss, losses_by_sigma
 from patchloom.models.noise import training_sigmas
@@ -103,40 +103,6 @@ def crop_losses(
     return losses, sigma
 
 
-class Gradients:
-    """All gradients in one flat tensor, followed by sums of losses and counts of crops.
-
-    One tensor needs one all-reduce. Its layout never changes, so a restarted run sums in the same order as an
-    uninterrupted one.
-
-    Args:
-        module: the network; its gradients become views of the tensor.
-        record: shape of the loss record: (patch sizes, sigma bins) in training.
-    """
-
-    def __init__(self, module: nn.Module, record: tuple[int, ...]) -> None:
-        parameters = [p for p in module.parameters() if p.requires_grad]
-        self.length = sum(p.numel() for p in parameters)
-        self._record_shape = (*record, 2)
-        self.flat = torch.zeros(self.length + math.prod(self._record_shape), device=parameters[0].device)
-        start = 0
-        for parameter in parameters:
-            flat = self.flat[start : start + parameter.numel()]
-            parameter.grad = flat.as_strided(
-                parameter.shape, parameter.stride()
-            )  # in the memory layout of the parameter
-            start += parameter.numel()
-
-    @property
-    def loss_and_crops(self) -> Tensor:
-        """(*record, 2): sum of the losses and number of crops."""
-        return self.flat[self.length :].view(self._record_shape)
-
-    def clean(self) -> None:
-        """Replace NaN by 0 and infinity by 1e5 (EDM), so that one bad crop does not end a run."""
-        torch.nan_to_num(self.flat[: self.length], nan=0, posinf=1e5, neginf=-1e5, out=self.flat[: self.length])
-
-
 @dataclass
 class TrainingState:
     """The state of a run: what a checkpoint holds, and the gradients.
@@ -211,7 +177,7 @@ def training_step(
     plan: StepPlan,
     work: Iterable[tuple[CropGroup, StoredRows]],
     normalisation: Normalisation,
-    reduce: Callable[[Tensor], object],
+    start_sum: StartSum | None,
 ) -> None:
     """Take one step on this worker's share of the batch, and update `state`.
 
@@ -224,12 +190,15 @@ def training_step(
         plan: the plan of this step.
         work: the groups of `plan.share(...)`, each with the rows of its crops.
         normalisation: the map from stored values to the network's.
-        reduce: sums a tensor (any shape) over all workers, in place.
+        start_sum: starts to sum a part of the gradients over all workers; None for one worker.
     """
     state.gradients.flat.zero_()
-    for group, rows in work:
+    groups = list(work)
+    for group, rows in groups[:-1]:
         _add_gradients(state, settings, plan, group, rows, normalisation)
-    reduce(state.gradients.flat)
+    with state.gradients.summed(start_sum):
+        for group, rows in groups[-1:]:  # a worker may have no group
+            _add_gradients(state, settings, plan, group, rows, normalisation)
     state.scaler.unscale_(state.optimizer)
     state.gradients.clean()
 
@@ -264,5 +233,6 @@ def _add_gradients(
     with seeded_dropout(state.denoiser, masks, dropout_seed, device):
         losses, sigma = crop_losses(state.denoiser, rows, draws, size.pixels, settings, normalisation)
     loss = losses.sum() / (settings.batch_size * size.batch_multiplier)
-    state.scaler.scale(loss).backward()
+    # before the backward pass, which starts to sum them
     state.gradients.loss_and_crops[settings.schedule.sizes.index(size)] += losses_by_sigma(losses, sigma)
+    state.scaler.scale(loss).backward()

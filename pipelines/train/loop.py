@@ -1,7 +1,11 @@
 """The training loop of one worker: plan a step, fetch its rows, take it, and call the hooks."""
 
+from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
+from functools import partial
+
+from torch import Tensor
 
 from patchloom.models.step import StoredRows, training_step
 from patchloom.models.step_plan import CropGroup, StepPlan, plan_step
@@ -46,18 +50,23 @@ def train_worker(worker: Worker, job: TrainJob) -> TrainOutcome:
 
 def _train(run: TrainingRun) -> TrainOutcome:
     state, settings, is_first = run.state, run.settings, run.worker.rank == 0
-    reduce = run.timer.timed("reduce", run.worker.reduce)
+    start_sum = partial(_start_sum, run) if run.worker.count > 1 else None
     profiler = Profiler(run.folder, off=not (run.job.profile and is_first))
     with Prefetcher(run) as prefetcher, Monitor(run) as monitor, profiler:
         while monitor.verdict == Verdict.TRAINING:
             plan = plan_step(settings, state.step, state.images_seen)
-            training_step(state, settings, plan, prefetcher.fetch(plan), run.normalisation, reduce)
+            training_step(state, settings, plan, prefetcher.fetch(plan), run.normalisation, start_sum)
             monitor.after_step(plan)
             profiler.after_step()
         run.worker.meet()  # after the same step on every verdict: none leaves while another still needs it
     if is_first and monitor.verdict == Verdict.FINISHED:
         save_run_model(run)
     return TrainOutcome(monitor.verdict, monitor.last_line)
+
+
+def _start_sum(run: TrainingRun, bucket: Tensor) -> Callable[[], object]:
+    """Start to sum a part of the gradients over the workers. The time spent waiting for it is measured."""
+    return run.timer.timed("reduce", run.worker.start_sum(bucket))
 
 
 class Prefetcher:

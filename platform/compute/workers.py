@@ -80,6 +80,21 @@ class Worker:
             with self._waiting():
                 torch.distributed.all_reduce(tensor)
 
+    def start_sum(self, tensor: "Tensor") -> Callable[[], object]:
+        """Start to sum a tensor over several workers, in place; returns a function that waits for it.
+
+        All workers must start their sums in the same order.
+        """
+        import torch.distributed
+
+        work: Any = torch.distributed.all_reduce(tensor, async_op=True)
+
+        def wait() -> None:
+            with self._waiting():
+                work.wait()
+
+        return wait
+
     def share(self, tensor: "Tensor") -> None:
         """Replace the values of a tensor by those of worker 0, in place. All workers must call it at the same step."""
         if self.count > 1:

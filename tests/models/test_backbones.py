@@ -251,7 +251,7 @@ def train(state: TrainingState, method: StepSettings, steps: int) -> None:
             StoredRows(rows.image[[crop % 16 for crop in group.crops]], rows.label[: len(group.crops)])
             for group in plan.share(0, 1)
         ]
-        training_step(state, method, plan, zip(plan.share(), parts, strict=True), pixel_normalisation(), lambda _: None)
+        training_step(state, method, plan, zip(plan.share(), parts, strict=True), pixel_normalisation(), None)
 
 
 @pytest.mark.parametrize("draw", ["shared", "stratified"])

@@ -40,7 +40,7 @@ def advance(state: TrainingState, steps: int) -> None:
     for _ in range(steps):
         plan = plan_step(method, state.step, state.images_seen)
         work = [(group, make_rows(plan.crops)) for group in plan.share()]
-        training_step(state, method, plan, work, SPACE, lambda _: None)
+        training_step(state, method, plan, work, SPACE, None)
 
 
 def test_a_run_continues_from_its_checkpoint_bit_for_bit(tmp_path: Path) -> None:

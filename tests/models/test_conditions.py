@@ -290,7 +290,7 @@ def test_a_training_step_reaches_the_weights_of_every_condition(
     images = torch.randint(0, 256, (8, 3, 16, 16), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
     plan = StepPlan(0, 0, 4, (schedule.sizes[1],), (2,))
     rows = StoredRows(images, torch.full((8,), -1))
-    training_step(state, method, plan, zip(plan.share(), [rows], strict=True), pixel_normalisation(), lambda _: None)
+    training_step(state, method, plan, zip(plan.share(), [rows], strict=True), pixel_normalisation(), None)
     for name in ("map_augment", "map_size"):
         gradient = denoiser.model.get_parameter(f"{name}.weight").grad
         assert gradient is not None and gradient.abs().max() > 0

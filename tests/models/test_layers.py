@@ -67,9 +67,7 @@ def test_a_compiled_network_has_one_graph_per_patch_size(
             plan = plan_step(method, step, state.images_seen)
             images = torch.randint(0, 256, (plan.crops, 3, 16, 16), generator=generator, dtype=torch.uint8)
             rows = StoredRows(images, torch.full((plan.crops,), -1))
-            training_step(
-                state, method, plan, zip(plan.share(), [rows], strict=True), pixel_normalisation(), lambda _: None
-            )
+            training_step(state, method, plan, zip(plan.share(), [rows], strict=True), pixel_normalisation(), None)
         gradients.append(state.gradients.flat[: state.gradients.length].clone())
     sizes = {plan_step(method, step, 0).sizes[0].pixels for step in range(8)}
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == len(sizes) == 3

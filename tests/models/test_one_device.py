@@ -16,10 +16,11 @@ from patchloom.models.checkpoints import SamplingModel
 from patchloom.models.denoiser import Denoiser, skeleton
 from patchloom.models.ema import HalfLifeEMA, PowerEMA, WeightAverage
 from patchloom.models.generate import SAMPLERS, Sampling, generate
+from patchloom.models.gradients import Gradients
 from patchloom.models.loss import SIGMA_BINS
 from patchloom.models.normalisation import Normalisation, pixel_normalisation
 from patchloom.models.patches import COORDINATE_CHANNELS, patch_schedule
-from patchloom.models.step import Gradients, StoredRows, TrainingState, training_step
+from patchloom.models.step import StoredRows, TrainingState, training_step
 from patchloom.models.step_plan import StepSettings, plan_step
 
 META = torch.device("meta")

@@ -59,7 +59,7 @@ def overfitted() -> tuple[Denoiser, Tensor]:
         numbers = [torch.from_numpy(order.at(group.crops)) for group in plan.share(0, 1)]
         rows = [StoredRows(images[number], number) for number in numbers]
         falling = replace(method, lr=method.lr * min(1.0, 2.5 * (1 - step / UPDATES)))
-        training_step(state, falling, plan, zip(plan.share(), rows, strict=True), pixel_normalisation(), lambda _: None)
+        training_step(state, falling, plan, zip(plan.share(), rows, strict=True), pixel_normalisation(), None)
     average = state.emas[0].module
     assert isinstance(average, Denoiser)
     return average, images

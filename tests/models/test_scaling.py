@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from patchloom.models.cost import estimated_gain
-from patchloom.models.patches import patch_schedule
-from patchloom.models.scaling import Workers, expected_slowest, images_per_second, step_seconds
+from patchloom.models.patches import PatchSchedule, PatchSize, patch_schedule
+from patchloom.models.scaling import Workers, expected_slowest, images_per_second, step_seconds, waiting_seconds
 from patchloom.models.step_plan import StepSettings
 
 RESULTS = Path(__file__).parent.parent.parent / "benchmarks" / "results"
@@ -18,7 +18,42 @@ def test_a_ring_sends_the_gradients_once_each_way_between_two_and_twice_among_ma
     assert Workers(1, 1e9).reduce_seconds(1e9) == 0
     assert Workers(2, 1e9).reduce_seconds(1e9) == pytest.approx(1.0)
     assert Workers(1000, 1e9).reduce_seconds(1e9) == pytest.approx(2.0, rel=2e-3)
-    assert Workers(4, 1e9, latency_s=0.5).reduce_seconds(0) == pytest.approx(3.0)
+
+
+def test_messages_pass_a_tree_up_and_down_for_each_bucket() -> None:
+    assert Workers(1, 1e9, latency_s=0.5).reduce_seconds(0, buckets=8) == 0
+    assert Workers(8, 1e9, latency_s=0.5).reduce_seconds(0) == pytest.approx(3.0)
+    assert Workers(5, 1e9, latency_s=0.5).reduce_seconds(0, buckets=4) == pytest.approx(12.0)
+
+
+def test_a_step_waits_for_what_the_backward_pass_does_not_hide() -> None:
+    assert waiting_seconds(6.0, 10.0, 1) == 6.0  # all after the backward pass
+    assert waiting_seconds(6.0, 10.0, 3) == pytest.approx(2.0)  # the last of three buckets
+    assert waiting_seconds(30.0, 9.0, 3) == pytest.approx(24.0)  # sending starts after the first third of 9 s
+    for reduce_s, backward_s, buckets in ((1.0, 5.0, 4), (5.0, 5.0, 4), (9.0, 5.0, 8)):  # bucket by bucket
+        end = 0.0
+        for bucket in range(buckets):
+            ready = (bucket + 1) * backward_s / buckets
+            end = max(end, ready) + reduce_s / buckets
+        assert waiting_seconds(reduce_s, backward_s, buckets) == pytest.approx(end - backward_s)
+
+
+@pytest.mark.parametrize(
+    ("draw", "waits"),
+    [
+        ("shared", (max(0.5, 4 - 16 / 3 * 7 / 8) + (4 - 8 / 3 * 7 / 8)) / 2),  # backward passes of 16/3 or 8/3 s
+        ("stratified", 4 - 4 / 3 * 7 / 8),  # of the smallest size, with half of the blocks
+        ("independent", max(0.5, 4 - 16 / 3 * 7 / 8) * 3 / 4 + (4 - 8 / 3 * 7 / 8) / 4),  # of the slower worker
+    ],
+)
+def test_steps_overlap_the_sums_of_their_last_group(draw: str, waits: float) -> None:
+    full, half = (PatchSize(pixels, 0.5, 1) for pixels in (64, 32))
+    schedule = PatchSchedule((full, half))
+    cost, workers = {64: 8.0, 32: 4.0}, Workers(2, 1.0)
+    alone = step_seconds(schedule, draw, 1, cost, 0.0, workers)
+    assert alone == pytest.approx(7.0 if draw == "independent" else 6.0)
+    assert step_seconds(schedule, draw, 1, cost, 4.0, workers) == pytest.approx(alone + 4)
+    assert step_seconds(schedule, draw, 1, cost, 4.0, workers, buckets=8) == pytest.approx(alone + waits)
 
 
 def test_the_slowest_of_many_draws() -> None:

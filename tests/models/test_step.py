@@ -10,10 +10,11 @@ from patchloom.models.cards import DenoiserConfig
 from patchloom.models.codec import to_pixels
 from patchloom.models.denoiser import build_denoiser
 from patchloom.models.ema import HalfLifeEMA
+from patchloom.models.gradients import Gradients
 from patchloom.models.normalisation import Normalisation, pixel_normalisation
 from patchloom.models.patches import coordinate_grid, patch_schedule
 from patchloom.models.random_draws import CropBatch, Draws
-from patchloom.models.step import Gradients, StoredRows, TrainingState, learning_rate, new_state, one_hot, training_step
+from patchloom.models.step import StoredRows, TrainingState, learning_rate, new_state, one_hot, training_step
 from patchloom.models.step_plan import StepPlan, StepSettings, plan_step
 
 R = 8
@@ -57,7 +58,7 @@ def test_at_p_of_1_a_step_equals_edm() -> None:
     for step in range(3):
         rows = make_rows(8)
         plan = plan_step(method, step, step * 8)
-        training_step(state, method, plan, zip(plan.share(), [rows], strict=True), SPACE, lambda _: None)
+        training_step(state, method, plan, zip(plan.share(), [rows], strict=True), SPACE, None)
 
         draws = Draws(5).crops(CropBatch(step, range(2), 4, 2, R, R, True, torch.device("cpu")))
         images = rows.image + rows.std * draws.posterior

@@ -54,12 +54,13 @@ def step_of(denoiser: Denoiser, rows: StoredRows, workers: int, method: StepSett
             state_of(denoiser, method), method, PLAN, parts_of(rows, worker, workers), pixel_normalisation(),
             lambda flat: flats.append(flat.clone()),
         )  # fmt: skip
+
+    def add_flats(flat: Tensor) -> None:
+        flat.copy_(torch.stack(flats).sum(0))
+
     states = [state_of(denoiser, method) for _ in range(workers)]
     for worker, state in enumerate(states):
-        training_step(
-            state, method, PLAN, parts_of(rows, worker, workers), pixel_normalisation(),
-            lambda flat: flat.copy_(torch.stack(flats).sum(0)),
-        )  # fmt: skip
+        training_step(state, method, PLAN, parts_of(rows, worker, workers), pixel_normalisation(), add_flats)
     return states
 
 
@@ -72,7 +73,7 @@ def test_a_step_on_patches_is_the_loss_of_python_slices(
 ) -> None:
     denoiser = tiny_denoiser()
     state = state_of(denoiser)
-    training_step(state, METHOD, PLAN, parts_of(rows, 0, 1), pixel_normalisation(), lambda _: None)
+    training_step(state, METHOD, PLAN, parts_of(rows, 0, 1), pixel_normalisation(), None)
 
     plain = copy.deepcopy(denoiser).train()
     axis, total = torch.linspace(-1, 1, 16), torch.zeros(())
@@ -121,7 +122,7 @@ def test_microbatches_add_up_to_the_batch(
     denoiser, flats = tiny_denoiser(), []
     for most in (None, microbatch):
         state = state_of(denoiser)
-        training_step(state, METHOD, PLAN, parts_of(rows, 0, 1, most), pixel_normalisation(), lambda _: None)
+        training_step(state, METHOD, PLAN, parts_of(rows, 0, 1, most), pixel_normalisation(), None)
         flats.append(state.gradients.flat)
     torch.testing.assert_close(flats[1], flats[0], rtol=1e-4, atol=1e-5 * float(flats[0].abs().max()))
     blocks = [len(group.blocks) for group in PLAN.share(0, 1, microbatch)]
@@ -135,7 +136,7 @@ def test_half_precision_comes_near_the_gradients_of_single(
     denoiser, flats = tiny_denoiser(), []
     for method in (METHOD, replace(METHOD, precision=precision)):
         state = state_of(denoiser, method)
-        training_step(state, method, PLAN, parts_of(rows, 0, 1), pixel_normalisation(), lambda _: None)
+        training_step(state, method, PLAN, parts_of(rows, 0, 1), pixel_normalisation(), None)
         flats.append(state.gradients.flat[: state.gradients.length])
         assert next(state.denoiser.parameters()).dtype == torch.float32
     assert 0 < float((flats[1] - flats[0]).norm() / flats[0].norm()) < tolerance
@@ -148,7 +149,7 @@ def test_an_overflow_in_fp16_skips_the_step_and_halves_the_scale(
     state = state_of(tiny_denoiser(), method)
     state.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40)
     before = flat_weights(state).clone()
-    training_step(state, method, PLAN, parts_of(rows, 0, 1), pixel_normalisation(), lambda _: None)
+    training_step(state, method, PLAN, parts_of(rows, 0, 1), pixel_normalisation(), None)
     assert torch.equal(flat_weights(state), before)
     assert state.scaler.get_scale() == 2.0**39
     assert state.images_seen == 16  # the crops were seen all the same
@@ -185,7 +186,7 @@ def test_one_bad_crop_does_not_end_a_run(tiny_denoiser: Callable[..., Denoiser],
     state = state_of(tiny_denoiser())
     broken = StoredRows(rows.image.float(), rows.label)
     broken.image[5] = float("nan")
-    training_step(state, METHOD, PLAN, parts_of(broken, 0, 1), pixel_normalisation(), lambda _: None)
+    training_step(state, METHOD, PLAN, parts_of(broken, 0, 1), pixel_normalisation(), None)
     assert flat_weights(state).isfinite().all()
     loss, crops = state.gradients.loss_and_crops[1].sum(0).tolist()
     assert crops == 15 and loss > 0  # and the record says so

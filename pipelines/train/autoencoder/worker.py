@@ -16,8 +16,9 @@ from patchloom.models.autoencoder import (
     save_autoencoder,
 )
 from patchloom.models.checkpoints import load_checkpoint
+from patchloom.models.gradients import Gradients
 from patchloom.models.random_draws import CURRENT_DRAWS, derive_seed
-from patchloom.models.step import Gradients, TrainingState
+from patchloom.models.step import TrainingState
 from patchloom.models.step_plan import draw_source
 from patchloom.pipelines.train.agreement import check_agreement, share_initial_weights, starting_checkpoint
 from patchloom.pipelines.train.checkpointer import Checkpointer, worker_lock
@@ -114,8 +115,8 @@ class _Trainer:
         state, settings, worker = self.state, self.settings, self.worker
         batch = range(state.step * settings.batch_size, (state.step + 1) * settings.batch_size)
         state.gradients.flat.zero_()
-        self._add_gradients(batch[worker.rank :: worker.count], len(batch))
-        worker.reduce(state.gradients.flat)
+        with state.gradients.summed(worker.start_sum if worker.count > 1 else None):
+            self._add_gradients(batch[worker.rank :: worker.count], len(batch))
         state.gradients.clean()
         torch.nn.utils.clip_grad_norm_(state.denoiser.parameters(), 1.0)
         state.optimizer.param_groups[0]["lr"] = settings.lr * _ramp(state.step, settings.steps)
@@ -134,9 +135,9 @@ class _Trainer:
         images = _random_patch(torch.from_numpy(rows).to(self.device), settings.patch, generator).float() / 127.5 - 1
         network: Any = state.denoiser
         loss = autoencoder_loss(network, images, settings.kl_weight, generator)
-        (loss * len(patches) / batch_size).backward()
         sums = torch.stack([loss.detach() * len(patches), loss.new_tensor(len(patches))])
-        state.gradients.loss_and_crops[0] += sums
+        state.gradients.loss_and_crops[0] += sums  # before the backward pass, which starts to sum them
+        (loss * len(patches) / batch_size).backward()
 
 
 class _Watcher:

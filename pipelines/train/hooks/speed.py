@@ -75,17 +75,19 @@ class SpeedHook(Hook):
     def _waits(self) -> dict[str, float]:
         """Seconds of the interval spent waiting. All workers must call this together.
 
-        "straggler" is the time spent waiting for the slowest worker of each step, as the mean over workers. The
-        all-reduce itself takes as long as the wait of the worker that arrived last.
+        "reduce" is the time spent waiting for sums of gradients after the backward pass. "straggler" is the part spent
+        waiting for the slowest worker of each step, as the mean over workers. The worker that arrived last waits for
+        the sums alone.
         """
         if self.run.device.type == "cuda":
             torch.cuda.synchronize(self.run.device)
-        worker, own = self.run.worker, self.run.timer.take("reduce")
+        worker, of_buckets = self.run.worker, torch.tensor(self.run.timer.take("reduce"))
+        own = of_buckets.view(-1, len(self.run.state.gradients.buckets)).sum(1)  # by step
         waits = torch.zeros(worker.count, len(own), device=self.run.device)
-        waits[worker.rank] = torch.tensor(own)
+        waits[worker.rank] = own
         worker.reduce(waits)
-        lost = (waits - waits.min(0).values).mean(0).sum() if own else torch.zeros(())
-        return {"data": sum(self.run.timer.take("data")), "reduce": sum(own), "straggler": float(lost)}
+        lost = (waits - waits.min(0).values).mean(0).sum()
+        return {"data": sum(self.run.timer.take("data")), "reduce": float(own.sum()), "straggler": float(lost)}
 
     def _rates_by_size(self) -> dict[str, float]:
         """Crops per second of each patch size, over the steps with only one size."""
