@@ -205,21 +205,18 @@ def load_sampling_model(folder: Path | str, device: torch.device | str = "cpu") 
     return SamplingModel(denoiser, card.normalisation, autoencoder, card)
 
 
-def save_checkpoint(folder: Path, state: TrainingState, recipe: str = "", held_out_loss: float | None = None) -> None:
+def save_checkpoint(folder: Path, state: TrainingState, recipe: str = "") -> None:
     """Write weights, averages and optimiser into an existing folder, then `checkpoint.json`.
 
     Args:
         folder: an existing folder.
         state: the state of the run.
         recipe: name of the recipe, for the card.
-        held_out_loss: the last measured one, for the card.
     """
-    write_checkpoint(folder, *checkpoint_content(state, recipe, held_out_loss))
+    write_checkpoint(folder, *checkpoint_content(state, recipe))
 
 
-def checkpoint_content(
-    state: TrainingState, recipe: str = "", held_out_loss: float | None = None
-) -> tuple[dict[str, Tensor], CheckpointCard]:
+def checkpoint_content(state: TrainingState, recipe: str = "") -> tuple[dict[str, Tensor], CheckpointCard]:
     """Copy all that a run needs to continue: tensors on the CPU and a card. Training can go on meanwhile."""
     tensors = {f"denoiser/{name}": tensor for name, tensor in state.denoiser.state_dict().items()}
     for index, ema in enumerate(state.emas):
@@ -232,7 +229,6 @@ def checkpoint_content(
         crops_by_size=tuple(state.crops_by_size),
         grad_scaler=state.scaler.state_dict(),
         recipe=recipe,
-        held_out_loss=held_out_loss,
     )
     return {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}, card
 

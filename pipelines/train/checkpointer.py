@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -19,6 +20,7 @@ from patchloom.platform.files.folder import Folder
 from patchloom.platform.files.storage import locked, sweep_partial, whole_folder
 from patchloom.platform.progress import say
 from patchloom.platform.recipe.run_recipe import KeepSection
+from patchloom.platform.records.run import ProgressLine
 
 CHECKPOINTS = "checkpoints"
 OLD_WORKER_WAIT_S = 60.0  # a worker of a killed session may still be writing
@@ -72,10 +74,17 @@ class Checkpointer:
         self._writer = ThreadPoolExecutor(1, "checkpoint")
         self._pending: Future[None] | None = None
 
-    def save(self, state: TrainingState, recipe: str, held_out_loss: float | None) -> None:
-        """Copy the state and start to write `checkpoints/step-...`. Waits for the previous checkpoint."""
+    def save(self, state: TrainingState, recipe: str, line: Future[ProgressLine | None] | None) -> None:
+        """Copy the state and start to write `checkpoints/step-...`. Waits for the previous checkpoint.
+
+        Args:
+            state: the state of the run.
+            recipe: name of its recipe.
+            line: its newest progress line. The checkpoint is complete after it, so that a run that continues from the
+                checkpoint lacks no line. None: there is no line.
+        """
         self.wait()
-        self._pending = self._writer.submit(self._write, *checkpoint_content(state, recipe, held_out_loss))
+        self._pending = self._writer.submit(self._write, *checkpoint_content(state, recipe), line)
 
     def wait(self) -> None:
         """Wait until the checkpoint is written."""
@@ -83,8 +92,12 @@ class Checkpointer:
             self._pending.result()
             self._pending = None
 
-    def _write(self, tensors: dict[str, Tensor], card: CheckpointCard) -> None:
+    def _write(
+        self, tensors: dict[str, Tensor], card: CheckpointCard, line: Future[ProgressLine | None] | None
+    ) -> None:
         try:
+            newest = line.result() if line else None
+            card = replace(card, held_out_loss=newest.held_out_loss if newest else None)
             self.folder.mkdir(exist_ok=True)
             with whole_folder(self.folder / f"step-{card.step:08d}") as folder:
                 write_checkpoint(folder, tensors, card)

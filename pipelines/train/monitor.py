@@ -1,13 +1,16 @@
 """The monitor of a run: it calls the hooks after each step, writes the progress lines and decides when to stop."""
 
+import time
 from enum import StrEnum
+from functools import partial
 
 from patchloom.models.step_plan import StepPlan
 from patchloom.pipelines.train.control import GO_ON, VOTE_EVERY_STEPS, requested
 from patchloom.pipelines.train.hooks import HOOKS
 from patchloom.pipelines.train.hooks.hook import Due, is_due, side_product
-from patchloom.pipelines.train.progress_log import ProgressLog
+from patchloom.pipelines.train.progress_log import LineWriter, ProgressLog
 from patchloom.pipelines.train.run import TrainingRun
+from patchloom.pipelines.train.snapshot import Snapshot
 from patchloom.platform.records.run import LineFields, ProgressLine
 
 
@@ -26,7 +29,10 @@ class Monitor:
     def __init__(self, run: TrainingRun) -> None:
         self.run = run
         self.hooks = [hook(run) for hook in HOOKS]
-        self.log = ProgressLog(run.folder, run.state.step) if run.worker.rank == 0 else None
+        self.measures_in_background = run.worker.count > 1  # a worker alone would only share its own processor
+        self.lines: LineWriter | None = None
+        if run.worker.rank == 0:
+            self.lines = LineWriter(ProgressLog(run.folder, run.state.step), self.measures_in_background)
         self.verdict = Verdict.TRAINING if run.state.step < run.settings.updates else Verdict.FINISHED
         self._node_notice_seen = False
 
@@ -34,13 +40,15 @@ class Monitor:
         return self
 
     def __exit__(self, *_: object) -> None:
+        if self.lines:
+            self.lines.close()
         for hook in self.hooks:
             hook.close()
 
     @property
     def last_line(self) -> ProgressLine | None:
-        """The newest progress line, on worker 0."""
-        return self.log.last if self.log else None
+        """The newest progress line, on worker 0. Waits for it."""
+        return self.lines.newest.result() if self.lines else None
 
     def after_step(self, plan: StepPlan) -> None:
         """Count the step, write what is due after it, and set the verdict."""
@@ -49,9 +57,9 @@ class Monitor:
         due = self._due(plan)
         if due.line:
             self._write_line(due)
-        if self.log and self.verdict != Verdict.DIVERGED:
+        if self.lines and self.verdict != Verdict.DIVERGED:
             for hook in self.hooks:
-                hook.save(due, self.log.last)
+                hook.save(due, self.lines.newest)
 
     def _due(self, plan: StepPlan) -> Due:
         train, preview = self.run.recipe.train, self.run.recipe.preview
@@ -79,11 +87,27 @@ class Monitor:
             fields |= hook.line_fields()
         if any(hook.has_diverged for hook in self.hooks):
             self.verdict = Verdict.DIVERGED
-        if self.log:
-            for hook in self.hooks if self.verdict != Verdict.DIVERGED else ():
-                with side_product(hook.product):
-                    fields |= hook.measure(due)
-            self.log.write(fields)
+        if self.lines:
+            fields["time_unix_s"] = time.time()
+            snapshot = self._snapshot() if due.held_out and self.verdict != Verdict.DIVERGED else None
+            self.lines.write(partial(self._complete, fields, due, snapshot))
+        for hook in self.hooks:
+            if not self.lines:
+                hook.publish(fields)
+            hook.after_line()
+
+    def _snapshot(self) -> Snapshot:
+        """The weights to measure. Waits for the previous measurement, so that there is at most one copy."""
+        if self.lines:
+            self.lines.wait()
+        return Snapshot(self.run, is_copied=self.measures_in_background)
+
+    def _complete(self, fields: LineFields, due: Due, snapshot: Snapshot | None) -> LineFields:
+        """Add the measured fields of a line on worker 0, and publish all of them."""
+        if snapshot is not None:
+            for hook in self.hooks:
+                with side_product(hook.product), snapshot.in_use():
+                    fields |= hook.measure(due, snapshot)
         for hook in self.hooks:
             hook.publish(fields)
-            hook.after_line()
+        return fields

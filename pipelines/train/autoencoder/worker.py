@@ -24,13 +24,14 @@ from patchloom.pipelines.train.agreement import check_agreement, share_initial_w
 from patchloom.pipelines.train.checkpointer import Checkpointer, worker_lock
 from patchloom.pipelines.train.control import requested, show_training
 from patchloom.pipelines.train.node_copies import worker_copy
-from patchloom.pipelines.train.progress_log import ProgressLog
+from patchloom.pipelines.train.progress_log import LineWriter, ProgressLog
 from patchloom.platform.compute.workers import Worker
 from patchloom.platform.dataset.prepared import Dataset, open_dataset
 from patchloom.platform.files.folder import Folder
 from patchloom.platform.files.storage import whole_folder
 from patchloom.platform.recipe.run_recipe import KeepSection
 from patchloom.platform.records.autoencoder_run import AutoencoderSettings
+from patchloom.platform.records.run import LineFields
 
 LOG_EVERY_STEPS = 10
 CHECKPOINTS_PER_RUN = 20  # a killed run repeats at most this part of its steps
@@ -145,7 +146,7 @@ class _Watcher:
 
     def __init__(self, folder: Path, settings: AutoencoderSettings, state: TrainingState) -> None:
         self.settings, self.state = settings, state
-        self.log = ProgressLog(folder, state.step)
+        self.lines = LineWriter(ProgressLog(folder, state.step), in_background=False)
         self.checkpointer = Checkpointer(folder, KeepSection())
         self.checkpoint_every = max(LOG_EVERY_STEPS, settings.steps // CHECKPOINTS_PER_RUN)
         self._since = (time.monotonic(), state.images_seen)
@@ -162,15 +163,16 @@ class _Watcher:
         if ends or step % LOG_EVERY_STEPS == 0:
             self._write_line()
         if ends or step % self.checkpoint_every == 0:
-            self.checkpointer.save(self.state, "autoencoder", None)
+            self.checkpointer.save(self.state, "autoencoder", self.lines.newest)
 
     def _write_line(self) -> None:
         losses, patches = self.state.gradients.loss_and_crops[0].tolist()
         seen, (start, before) = self.state.images_seen, self._since
         rate = (seen - before) / max(time.monotonic() - start, 1e-9)
-        self.log.write({
+        fields: LineFields = {
             "step": self.state.step, "images_seen": seen, "loss": losses / patches, "images_per_second": rate,
-        })  # fmt: skip
+        }  # fmt: skip
+        self.lines.write(lambda: fields)
         self._since = (time.monotonic(), seen)
 
 

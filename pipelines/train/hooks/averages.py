@@ -1,5 +1,7 @@
 """Snapshots of power-function averages, from which other averages are made after training (EDM2, section 3.2)."""
 
+from concurrent.futures import Future
+
 from safetensors import SafetensorError
 
 from patchloom.models.checkpoints import save_average
@@ -12,7 +14,7 @@ from patchloom.platform.records.run import ProgressLine
 class AverageHook(Hook):
     """Writes `ema/sigma-rel-0.1/step-00001000.safetensors`."""
 
-    def save(self, due: Due, line: ProgressLine | None) -> None:
+    def save(self, due: Due, line: Future[ProgressLine | None]) -> None:
         """Write the snapshots that are due."""
         for average, settings in zip(self.run.state.emas, self.run.recipe.ema, strict=True):
             every = settings.snapshot_every_images

@@ -1,5 +1,7 @@
 """Checkpoints at the intervals of the recipe, at the end of a session, and before a node is lost."""
 
+from concurrent.futures import Future
+
 from patchloom.pipelines.train.checkpointer import Checkpointer
 from patchloom.pipelines.train.hooks.hook import Due, Hook, is_due
 from patchloom.pipelines.train.run import TrainingRun
@@ -14,10 +16,10 @@ class CheckpointHook(Hook):
         super().__init__(run)
         self.checkpointer = Checkpointer(run.folder, run.recipe.train.keep)
 
-    def save(self, due: Due, line: ProgressLine | None) -> None:
+    def save(self, due: Due, line: Future[ProgressLine | None]) -> None:
         """Start to write a checkpoint if one is due."""
         if due.checkpoint_now or is_due(self.run, self.run.recipe.train.checkpoint_every_images, due.plan):
-            self.checkpointer.save(self.run.state, self.run.recipe.name, line.held_out_loss if line else None)
+            self.checkpointer.save(self.run.state, self.run.recipe.name, line)
 
     def publish(self, fields: LineFields) -> None:
         """Record the newest checkpoint, and those that failed."""

@@ -1,12 +1,11 @@
 """The held-out loss: that of the averaged weights on full-size images that are not trained on."""
 
-from typing import Any
-
 import numpy as np
 
 from patchloom.models.loss import held_out_loss
 from patchloom.models.step import one_hot
 from patchloom.pipelines.train.hooks.hook import Due, Hook
+from patchloom.pipelines.train.snapshot import Snapshot
 from patchloom.platform.records.run import LineFields
 
 HELD_OUT_IMAGES = 64
@@ -17,7 +16,7 @@ class HeldOutHook(Hook):
 
     product = "the held-out loss"
 
-    def measure(self, due: Due) -> LineFields:
+    def measure(self, due: Due, snapshot: Snapshot) -> LineFields:
         """The loss on up to `HELD_OUT_IMAGES` images, always the same ones."""
         run = self.run
         indices = run.reader.held_out
@@ -25,7 +24,7 @@ class HeldOutHook(Hook):
             return {}
         spread = np.linspace(0, len(indices) - 1, min(HELD_OUT_IMAGES, len(indices))).astype(int)
         rows = run.reader.at(indices[spread])
-        denoiser: Any = run.state.emas[0].module
+        denoiser = snapshot.denoiser
         labels = one_hot(rows.label, denoiser.classes) if denoiser.classes else None
         by_sigma = held_out_loss(denoiser, run.normalisation.normalise(rows.image), labels)
         return {

@@ -1,11 +1,13 @@
 """The base class of hooks: what is done after the steps of a run, and what its progress lines contain."""
 
 from collections.abc import Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 from patchloom.models.step_plan import StepPlan
 from patchloom.pipelines.train.run import TrainingRun
+from patchloom.pipelines.train.snapshot import Snapshot
 from patchloom.platform.progress import say
 from patchloom.platform.records.run import LineFields, ProgressLine
 
@@ -43,9 +45,10 @@ def side_product(name: str) -> Iterator[None]:
 class Hook:
     """A part of the monitor. A subclass overrides the methods that it needs.
 
-    The monitor calls each method for all hooks, in the order of `hooks.HOOKS`. `after_step`, `line_fields`,
-    `publish` and `after_line` run on every worker, so they may reduce tensors over the workers. `measure` and `save`
-    run on worker 0 only.
+    The monitor calls each method for all hooks, in the order of `hooks.HOOKS`. `after_step`, `line_fields` and
+    `after_line` run on every worker, so they may reduce tensors over the workers. `publish` runs on every worker, on
+    worker 0 after `measure`. `measure` and `save` run on worker 0 only. With several workers, `measure` and the
+    `publish` of worker 0 run in a thread while training goes on.
     """
 
     product = "a measurement"  # what `measure` makes, for messages
@@ -61,8 +64,11 @@ class Hook:
         """Fields of the progress line that is written now."""
         return {}
 
-    def measure(self, due: Due) -> LineFields:
-        """Further fields that are expensive. Not called once the run has diverged. An error is only reported."""
+    def measure(self, due: Due, snapshot: Snapshot) -> LineFields:
+        """Further fields that are expensive, if held-out images or a preview are due. An error is only reported.
+
+        It must not use the state of the run, which may be some steps later.
+        """
         return {}
 
     def publish(self, fields: LineFields) -> None:
@@ -71,8 +77,8 @@ class Hook:
     def after_line(self) -> None:
         """Start to count for the next line."""
 
-    def save(self, due: Due, line: ProgressLine | None) -> None:
-        """Write files that are due after a step. `line` is the newest progress line."""
+    def save(self, due: Due, line: Future[ProgressLine | None]) -> None:
+        """Write files that are due after a step. `line` is the newest progress line, once it is written."""
 
     def close(self) -> None:
         """Finish what runs in the background."""

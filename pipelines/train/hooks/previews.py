@@ -1,17 +1,16 @@
 """Previews: a grid of samples of the averaged weights, and their Fréchet distance to the training images."""
 
-from typing import Any
-
 import numpy as np
 import torch
 
-from patchloom.models.autoencoder import load_autoencoder
+from patchloom.models.autoencoder import Autoencoder, load_autoencoder
 from patchloom.models.checkpoints import SamplingModel
 from patchloom.models.generate import Sampling, default_labels, generate
 from patchloom.models.metrics import colour_layout, frechet_distance
 from patchloom.pipelines.pages.pictures import contact_sheet, save_png
 from patchloom.pipelines.train.hooks.hook import Due, Hook, side_product
 from patchloom.pipelines.train.run import TrainingRun
+from patchloom.pipelines.train.snapshot import Snapshot
 from patchloom.platform.records.run import LineFields
 
 REFERENCE_IMAGES = 1024
@@ -25,52 +24,49 @@ class PreviewHook(Hook):
 
     def __init__(self, run: TrainingRun) -> None:
         super().__init__(run)
-        self._model: SamplingModel | None = None
+        self._autoencoder: Autoencoder | None = None  # of latents, loaded for the first preview
         self._reference: torch.Tensor | None = None  # features of training images
 
-    def measure(self, due: Due) -> LineFields:
+    def measure(self, due: Due, snapshot: Snapshot) -> LineFields:
         """Sample and save `previews/step-00001000.png`."""
         preview = self.run.recipe.preview
         if not due.preview or not preview.every_images:
             return {}
-        name = f"previews/step-{self.run.state.step:08d}.png"
-        save_png(contact_sheet(self._sample(preview.count).numpy()), self.run.folder / name)
+        model, name = self._sampling_model(snapshot), f"previews/step-{snapshot.step:08d}.png"
+        save_png(contact_sheet(self._sample(model, preview.count).numpy()), self.run.folder / name)
         fields: LineFields = {"preview": name}
         if preview.frechet_samples:
             with side_product("the Fréchet distance of the preview"):  # the picture is made already
-                fields["preview_frechet_distance"] = self._frechet_distance(preview.frechet_samples)
+                fields["preview_frechet_distance"] = self._frechet_distance(model, preview.frechet_samples)
         return fields
 
-    def _sample(self, count: int) -> torch.Tensor:
+    def _sample(self, model: SamplingModel, count: int) -> torch.Tensor:
         """(count, C, H, W) uint8 images of the averaged weights, from the seeds 0, 1, ..."""
-        model, sampling, images = self._sampling_model(), Sampling(steps=self.run.recipe.preview.steps), []
+        sampling, images = Sampling(steps=self.run.recipe.preview.steps), []
         for start in range(0, count, SAMPLE_BATCH):
             seeds = list(range(start, min(start + SAMPLE_BATCH, count)))
             images.append(generate(model, seeds, default_labels(seeds, self.run.card.sampled_classes), sampling).cpu())
         return torch.cat(images)
 
-    def _sampling_model(self) -> SamplingModel:
-        """The averaged weights as a model. The autoencoder of latents is loaded for the first preview."""
-        if self._model is None:
-            run, autoencoder = self.run, None
-            if run.normalisation.kind == "latents":
-                autoencoder = load_autoencoder(run.reader.dataset.path / "autoencoder", run.device)
-            average: Any = run.state.emas[0].module
-            self._model = SamplingModel(average, run.normalisation, autoencoder, run.card)
-        return self._model
+    def _sampling_model(self, snapshot: Snapshot) -> SamplingModel:
+        """The averaged weights as a model."""
+        run = self.run
+        if run.normalisation.kind == "latents" and self._autoencoder is None:
+            self._autoencoder = load_autoencoder(run.reader.dataset.path / "autoencoder", run.device)
+        return SamplingModel(snapshot.denoiser, run.normalisation, self._autoencoder, run.card)
 
-    def _frechet_distance(self, count: int) -> float:
+    def _frechet_distance(self, model: SamplingModel, count: int) -> float:
         """The distance of `count` samples to training images, on mean colours of tiles.
 
         It shows the progress of a run. Compare models with `patchloom evaluate` instead.
         """
         if self._reference is None:
-            self._reference = self._training_features(max(count, REFERENCE_IMAGES))
-        return frechet_distance(colour_layout(self._sample(count)), self._reference)
+            self._reference = self._training_features(model, max(count, REFERENCE_IMAGES))
+        return frechet_distance(colour_layout(self._sample(model, count)), self._reference)
 
-    def _training_features(self, count: int) -> torch.Tensor:
+    def _training_features(self, model: SamplingModel, count: int) -> torch.Tensor:
         """Features of up to `count` training images, spread over the rows."""
-        rows, model = self.run.reader.train, self._sampling_model()
+        rows = self.run.reader.train
         chosen = rows[np.linspace(0, len(rows) - 1, min(len(rows), count)).astype(int)]
         features = []
         for start in range(0, len(chosen), SAMPLE_BATCH):

@@ -267,7 +267,10 @@ def assert_ended_the_same(run: Path, wanted: Path, killed_at: float, at_least: i
     lines, wanted_lines = (read_json_lines(folder / "progress.jsonl") for folder in (run, wanted))
     kept = [line["images_seen"] for line in lines if line["time_unix_s"] < killed_at]
     assert len(kept) < len(lines) and max(kept, default=0) >= at_least
-    assert [(line["step"], line["loss"]) for line in lines] == [(line["step"], line["loss"]) for line in wanted_lines]
+    compared = ("step", "loss", "held_out_loss", "preview")
+    assert [[line.get(key) for key in compared] for line in lines] == [
+        [line.get(key) for key in compared] for line in wanted_lines
+    ]
     assert not half_written(run)
     assert_equal_models(run, wanted)
 
