@@ -19,8 +19,9 @@ from patchloom.models.cards import DenoiserConfig, ModelCard
 from patchloom.models.checkpoints import SamplingModel, load_sampling_model, save_model
 from patchloom.models.denoiser import build_denoiser
 from patchloom.models.flops import training_flops
-from patchloom.models.generate import Sampling, generate, generate_padded, one_thread
+from patchloom.models.generate import Sampling, generate, generate_padded
 from patchloom.models.normalisation import pixel_normalisation
+from patchloom.models.precision import one_thread
 from patchloom.pipelines.sample.shard_sampler import SampledShard, SeedShard, ShardSampler, ShardSamplerArgument
 from patchloom.platform.compute.jobs import Job, run_job
 from patchloom.platform.compute.session import ray_session

@@ -129,9 +129,11 @@ class DiffusersAutoencoder(Autoencoder):
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
-        """(B, C, h, w) latents -> (B, 3, H, W) uint8 images."""
-        images: Tensor = self.network.decode(latents.to(self.network.dtype)).sample.float()
-        return (images * 127.5 + 128).clamp(0, 255).to(torch.uint8)
+        """(B, C, h, w) latents -> (B, 3, H, W) uint8 images; raises ValueError if half precision overflows."""
+        images: Tensor = self.network.decode(latents.to(self.network.dtype)).sample
+        if images.dtype != torch.float32 and not images.isfinite().all():
+            raise ValueError(f"precision: the decoded images are not finite in {images.dtype}; use fp32")
+        return (images.float() * 127.5 + 128).clamp(0, 255).to(torch.uint8)
 
 
 def _floats(values: Any, count: int) -> tuple[float, ...] | None:

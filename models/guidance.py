@@ -1,5 +1,6 @@
 """Guidance: estimates moved away from the unconditional one, and estimates with a fixed centre."""
 
+import torch
 from torch import Tensor
 
 from patchloom.models.denoiser import Denoiser
@@ -14,6 +15,8 @@ def guided(
     guidance: float = 1.0,
     interval: tuple[float, float] = EVERYWHERE,
     coordinates: Tensor | None = None,
+    *,
+    in_one_batch: bool = False,
 ) -> Denoise:
     """The denoiser as a sampler calls it, with classifier-free guidance (Ho & Salimans 2022).
 
@@ -25,14 +28,22 @@ def guided(
         guidance: the strength. 1 is no guidance and one evaluation per call, any other value two.
         interval: guidance acts at noise levels above the first and up to the second (Kynkäänniemi et al. 2024).
         coordinates: (2, H, W). Default: the full grid of the input's size.
+        in_one_batch: both evaluations are one batch of twice the size.
     """
 
-    def denoise(x: Tensor, sigma: float) -> Tensor:
+    def evaluate(x: Tensor, sigma: float, classes: Tensor | None) -> Tensor:
         grid = None if coordinates is None else coordinates.expand(len(x), -1, -1, -1)
-        estimate: Tensor = denoiser(x, sigma, grid, labels)
+        estimate: Tensor = denoiser(x, sigma, grid, classes)
+        return estimate
+
+    def denoise(x: Tensor, sigma: float) -> Tensor:
         if labels is None or not guides_at(sigma, guidance, interval):
-            return estimate
-        unconditional: Tensor = denoiser(x, sigma, grid)
+            return evaluate(x, sigma, labels)
+        if in_one_batch:
+            pair = evaluate(torch.cat([x, x]), sigma, torch.cat([labels, torch.zeros_like(labels)]))
+            estimate, unconditional = pair.chunk(2)
+        else:
+            estimate, unconditional = evaluate(x, sigma, labels), evaluate(x, sigma, None)
         return unconditional + guidance * (estimate - unconditional)
 
     return denoise

@@ -9,6 +9,7 @@ from typing import Any
 SAMPLER_NAMES = ("heun", "euler", "ddim", "ancestral", "dpmpp-2m", "dpmpp-2m-sde", "plms")
 LADDER_NAMES = ("karras", "vp", "ve", "linear", "iddpm")
 CANVASES = ("rescale", "extrapolate")
+PRECISIONS = ("fp32", "bf16", "fp16")
 
 
 def option(default: Any, help: str, choices: Collection[str] = (), minimum: float | None = None) -> Any:
@@ -48,6 +49,9 @@ class SamplingOptions:
         "Coordinates at another --size: rescale spans [-1, 1] again (Patch Diffusion, section 4.5), extrapolate "
         "continues the trained spacing beyond it",
         choices=CANVASES,
+    )
+    precision: str = option(
+        "fp32", "Arithmetic of the network and the autoencoder; the others are faster on GPUs", choices=PRECISIONS
     )
 
     def __post_init__(self) -> None:

@@ -30,7 +30,9 @@ def samples_section(folder: Path) -> Markup:
 def sampling_text(options: Record) -> str:
     """How samples were made: `heun, 18 steps (35 network evaluations), guidance 1.3`."""
     steps = f"{options['steps']} steps ({options['network_evaluations']} network evaluations)"
-    return f"{options['sampler']}, {steps}, guidance {options['guidance']:g}"
+    precision = options.get("precision", "fp32")
+    half = f", {precision}" if precision != "fp32" else ""
+    return f"{options['sampler']}, {steps}, guidance {options['guidance']:g}{half}"
 
 
 def metrics_section(path: Path) -> Markup:

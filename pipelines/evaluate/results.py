@@ -23,12 +23,17 @@ PICTURED_IMAGES = 16
 # options of the samples that are not part of the identity: the model is what is compared, the others change only the
 # last bits or the file format
 NOT_IN_IDENTITY = ("model", "batch", "threads", "format", "shard_size")
+DEFAULTS_NOT_IN_IDENTITY = {"precision": "fp32"}  # results of versions without these options stay comparable
 
 
 def identity_of(sets: ComparedSets, network: Features, reference: str) -> EvaluationIdentity:
     """Everything that the metrics depend on, except the measured images."""
     images = sets.samples.images
-    options = {key: value for key, value in images.details.items() if key not in NOT_IN_IDENTITY}
+    options = {
+        key: value
+        for key, value in images.details.items()
+        if key not in NOT_IN_IDENTITY and (key, value) not in DEFAULTS_NOT_IN_IDENTITY.items()
+    }
     seeds = seed_ranges([entry.seed for entry in images.entries]) if isinstance(images, SampleImages) else None
     return EvaluationIdentity.model_validate({
         **network.describe().to_json(),

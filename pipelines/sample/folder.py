@@ -17,6 +17,7 @@ from patchloom.platform.records.samples import ManifestEntry, SamplingCard
 SAMPLING_CARD, MANIFEST, CONTACT_SHEET, JOINED_NPZ = (
     "sampling.json", "manifest.jsonl", "contact_sheet.png", "samples.npz",
 )  # fmt: skip
+LATER_OPTIONS = {"precision": "fp32"}  # what earlier versions did without these options
 SHEET_IMAGES = 64
 READERS, ARCHIVE_READERS = 16, 2  # an archive is held in memory while it is verified
 
@@ -35,7 +36,10 @@ def write_or_check_card(folder: Folder, card: SamplingCard) -> None:
         UserError: the folder contains other files, or samples with other options.
     """
     if folder.has(SAMPLING_CARD):
-        check_same(folder, "samples", read_sampling_card(folder), card, ignored=("model.reference", "lineage"))
+        found = read_sampling_card(folder)
+        later = {name: value for name, value in LATER_OPTIONS.items() if name not in found}
+        found = found.model_copy(update=later)
+        check_same(folder, "samples", found, card, ignored=("model.reference", "lineage"))
     else:
         check_empty(folder, "samples")
         folder.write_json(SAMPLING_CARD, card.to_dict())

@@ -13,7 +13,8 @@ import numpy as np
 from patchloom.errors import UserError
 from patchloom.models.cards import ModelCard
 from patchloom.models.checkpoints import SamplingModel, load_sampling_model
-from patchloom.models.generate import Sampling, check_fit, class_number, default_labels, generate_padded, one_thread
+from patchloom.models.generate import Sampling, check_fit, class_number, default_labels, generate_padded
+from patchloom.models.precision import fixed_arithmetic
 from patchloom.pipelines.sample.options import SampleOptions, sampler_parameters
 from patchloom.platform.compute.devices import own_device
 from patchloom.platform.dataset.labels import label_of
@@ -21,7 +22,7 @@ from patchloom.platform.tracking.registry import fetch_model
 
 ERROR_CHOICES = ("raise", "column")
 
-_one_at_a_time = threading.Lock()  # the number of torch's threads belongs to the process
+_one_at_a_time = threading.Lock()  # the settings of torch belong to the process
 
 
 def load_model_for_sampling(reference: str | Path) -> SamplingModel:
@@ -113,7 +114,7 @@ def sample_classes(
     model: SamplingModel, seeds: list[int], classes: list[int], sampling: Sampling, batch: int
 ) -> np.ndarray:
     """Sample one image per seed and class number, as `sample_rows` does; (N, C, H, W) uint8."""
-    with _one_at_a_time, one_thread():
+    with _one_at_a_time, fixed_arithmetic():
         return generate_padded(model, seeds, classes, batch, sampling).cpu().numpy()
 
 
@@ -149,7 +150,7 @@ class Sampler:
             pipeline. "column" adds the column `error`: what is wrong, or an empty text. The image of a wrong row is
             black.
         **options: options of the sampler, as for `patchloom.sample`: steps, sampler, ladder, churn, churn_between,
-            churn_noise, guidance, guidance_between, size, canvas.
+            churn_noise, guidance, guidance_between, size, canvas, precision.
 
     Raises:
         UserError: there is no such model, or the options do not fit it.

@@ -2,7 +2,6 @@
 
 import inspect
 import time
-from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from itertools import groupby
 from typing import Any
@@ -11,7 +10,7 @@ from patchloom.errors import UserError
 from patchloom.models.backbones import allowed_backbones
 from patchloom.models.cards import ModelCard
 from patchloom.models.checkpoints import verified_card
-from patchloom.models.generate import check_fit, one_thread
+from patchloom.models.generate import check_fit
 from patchloom.pipelines.pages.pictures import png_bytes
 from patchloom.pipelines.sample.folder import (
     CONTACT_SHEET,
@@ -108,6 +107,7 @@ def sample(
         labels: a file with the class of each seed: .csv, .jsonl or .parquet with columns seed and label, or .txt.
         size: (height, width) in pixels. Default: the trained size.
         canvas: coordinates at another size: rescale or extrapolate. Default: rescale.
+        precision: arithmetic of the network and the autoencoder: fp32, bf16 or fp16. Default: fp32.
         outpaint: an image file that fills the center of a larger size.
         format: png, zip, webdataset, parquet or npz. Default: png.
         shard_size: images per archive, and per unit of work. Default: 1000 per archive.
@@ -222,10 +222,6 @@ class SampleJob(Job[SeedShard, SampledShard]):
 
     def _shard(self, number: int, seeds: list[int], existing: tuple[ManifestEntry, ...] = ()) -> SeedShard:
         return SeedShard(f"{number:06d}", {seed: self.classes[seed] for seed in seeds}, existing)
-
-    def in_process(self) -> AbstractContextManager[None]:
-        """One thread: their number changes the last bits of an image."""
-        return one_thread()
 
     def finish(self) -> None:
         """Complete the manifest and draw the contact sheet."""

@@ -10,8 +10,10 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from patchloom.errors import UserError
 from patchloom.models.backbones import allow_backbones
 from patchloom.models.generate import Sampling, generate_padded
+from patchloom.models.precision import fixed_arithmetic
 from patchloom.pipelines.pages.pictures import png_pixels
 from patchloom.pipelines.sample.formats import FORMATS, EncodedImage, content_sha256, read_contents
 from patchloom.pipelines.sample.sampler import load_model_for_sampling
@@ -72,7 +74,6 @@ class ShardSampler:
     """Loads a model once, and samples shards of seeds into a folder."""
 
     def __init__(self, argument: ShardSamplerArgument) -> None:
-        torch.set_num_threads(1)  # another number changes the order of sums, and so the last bit of an image
         if store_environment() != argument.stores:  # the worker may have another working directory
             os.environ.update(argument.stores)
         allow_backbones(*argument.backbones)
@@ -86,6 +87,7 @@ class ShardSampler:
         local = 1 if on_cpu else max(1, (os.cpu_count() or 1) // 2)
         self.writers = ThreadPoolExecutor(REMOTE_WRITERS if self.folder.is_remote else local, "writer")
 
+    @fixed_arithmetic()
     def __call__(self, shard: SeedShard, report: Callable[[int], None]) -> SampledShard:
         """Sample and write the images of a shard, then its note."""
         began = time.process_time()
@@ -95,8 +97,7 @@ class ShardSampler:
         for start in range(0, len(todo), batch):
             seeds = todo[start : start + batch]
             labels = [shard.labels[seed] for seed in seeds]
-            sampled = generate_padded(self.model, seeds, labels, batch, self.argument.sampling, self.center)
-            for seed, label, image in zip(seeds, labels, sampled.cpu().numpy(), strict=True):
+            for seed, label, image in zip(seeds, labels, self._sample(seeds, labels), strict=True):
                 pending.append(self.writers.submit(self._encode, seed, label, image))
             while len(pending) > 4 * batch:  # wait for a slow disk before memory fills up
                 self._collect(pending, images)
@@ -105,6 +106,15 @@ class ShardSampler:
             self._collect(pending, images)
         self._write(shard.name, [images[seed] for seed in sorted(images)])
         return SampledShard(len(todo), time.process_time() - began, time.time())
+
+    def _sample(self, seeds: list[int], labels: list[int]) -> np.ndarray:
+        """One batch of images, (N, C, H, W) uint8."""
+        argument = self.argument
+        try:
+            images = generate_padded(self.model, seeds, labels, argument.batch, argument.sampling, self.center)
+        except ValueError as error:
+            raise UserError(str(error)) from None
+        return images.cpu().numpy()
 
     def _existing(self, shard: SeedShard) -> dict[int, EncodedImage]:
         """The intact images of an archive that is extended."""

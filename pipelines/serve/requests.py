@@ -52,6 +52,7 @@ class SampleRequest(BaseModel):
     guidance_between: tuple[float, float] | None = None
     size: tuple[StrictInt, StrictInt] | None = None
     canvas: str = "rescale"
+    precision: str = "fp32"
 
     def sampling(self) -> Sampling:
         """The options of the sampler; raises ValueError if they contradict each other."""

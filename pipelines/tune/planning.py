@@ -10,9 +10,9 @@ from patchloom.models.cards import DenoiserConfig
 from patchloom.models.cost import measured_seconds_of_crop, step_cost
 from patchloom.models.denoiser import build_denoiser
 from patchloom.models.flops import training_flops
-from patchloom.models.generate import one_thread
 from patchloom.models.loss import HELD_OUT_SIGMAS
 from patchloom.models.normalisation import identity_normalisation
+from patchloom.models.precision import one_thread
 from patchloom.models.step_plan import StepSettings
 from patchloom.pipelines.train.hooks.held_out import HELD_OUT_IMAGES
 from patchloom.pipelines.train.model_card import new_model_card

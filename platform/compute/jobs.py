@@ -83,10 +83,6 @@ class Job(ABC, Generic[UnitT, ResultT]):
     def finish(self) -> None:
         """Combine the notes into the final files."""
 
-    def in_process(self) -> contextlib.AbstractContextManager[None]:
-        """A context for the units that this process does itself."""
-        return contextlib.nullcontext()
-
 
 @dataclass(frozen=True)
 class JobResult:
@@ -156,12 +152,11 @@ def _do(job: Job[UnitT, ResultT], units: list[UnitT], workers: int | None, meter
     if todo and (workers == 0 or (workers is None and job.head_start_s)):
         end = time.monotonic() + (job.head_start_s if workers is None else inf)
         begin_work()
-        with job.in_process():
-            worker = job.worker(job.argument)
-            meter.start()
-            while todo and time.monotonic() < end:
-                unit = todo.pop(0)
-                take(unit, worker(unit, lambda images: show(finished + images)))
+        worker = job.worker(job.argument)
+        meter.start()
+        while todo and time.monotonic() < end:
+            unit = todo.pop(0)
+            take(unit, worker(unit, lambda images: show(finished + images)))
     before = finished
     for unit, result in map_on_actors(
         job.worker, job.argument, todo, workers, job.on_gpus, lambda images: show(before + images), resources,

@@ -1,6 +1,7 @@
 """Pixels survive the way to the network and back, and latents are those of diffusers."""
 
 from collections.abc import Iterator
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +82,33 @@ def test_decoding_gives_bytes_of_the_images_size(network: Any, images: Tensor) -
     assert decoded.dtype == torch.uint8
     exact = network.decode(mean).sample.double() * 127.5 + 128
     assert float((decoded.double() + 0.5 - exact.clamp(0, 255.5)).abs().max()) <= 0.501
+
+
+@pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])
+def test_half_precision_encodes_and_decodes_in_it(network: Any, images: Tensor, half: torch.dtype) -> None:
+    autoencoder, computed = DiffusersAutoencoder(network), set[torch.dtype]()
+    mean, std = autoencoder.encode(images)
+    convolutions = [module for module in network.modules() if isinstance(module, torch.nn.Conv2d)]
+    hooks = [each.register_forward_hook(lambda _, __, out: computed.add(out.dtype)) for each in convolutions]
+    with torch.autocast("cpu", half):
+        moments, decoded = autoencoder.encode(images), autoencoder.decode(mean)
+    for hook in hooks:
+        hook.remove()
+    assert computed == {half}
+    for found, wanted in zip(moments, (mean, std), strict=True):
+        assert found is not None and wanted is not None and found.dtype == torch.float32
+        torch.testing.assert_close(found, wanted, rtol=0.05, atol=0.05)
+    assert float((decoded.float() - autoencoder.decode(mean).float()).abs().mean()) < 1
+
+
+def test_a_decoder_that_overflows_in_half_precision_is_an_error(network: Any, images: Tensor) -> None:
+    network = deepcopy(network)
+    network.decoder.conv_out.weight.mul_(1e6)
+    autoencoder = DiffusersAutoencoder(network)
+    mean, _ = autoencoder.encode(images)
+    assert autoencoder.decode(mean).shape == images.shape  # clipped to 0..255 in float32
+    with torch.autocast("cpu", torch.float16), pytest.raises(ValueError, match="not finite in torch.float16; use fp32"):
+        autoencoder.decode(mean)
 
 
 def test_latents_go_back_to_pixels_through_the_space_and_the_decoder(network: Any, images: Tensor) -> None:

@@ -1,6 +1,7 @@
 """Generation turns seeds into images that no neighbour, order or padding can change."""
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 
 import pytest
 import torch
@@ -16,9 +17,11 @@ from patchloom.models.generate import (
     default_labels,
     generate,
     generate_padded,
-    one_thread,
 )
+from patchloom.models.guidance import guided
+from patchloom.models.layers import Convolution
 from patchloom.models.noise import karras_sigmas
+from patchloom.models.precision import fixed_arithmetic, one_thread
 from patchloom.models.samplers import SeededNoise
 
 SEEDS = [3, 14, 15, 92, 65, 35, 89]
@@ -96,9 +99,65 @@ def test_a_class_is_known_by_its_name_or_its_number() -> None:
         class_number(0, [])
 
 
-def test_one_thread_is_restored_at_the_end() -> None:
+@pytest.mark.parametrize("settings", [one_thread, fixed_arithmetic])
+def test_one_thread_is_restored_at_the_end(settings: Callable[[], AbstractContextManager[None]]) -> None:
     before = torch.get_num_threads()
-    with pytest.raises(KeyError), one_thread():
+    with pytest.raises(KeyError), settings():
         assert torch.get_num_threads() == 1
         raise KeyError
     assert torch.get_num_threads() == before
+
+
+def test_fixed_arithmetic_has_no_tf32_and_no_choice_by_speed() -> None:
+    def settings() -> list[object]:
+        cudnn = torch.backends.cudnn
+        return [torch.get_float32_matmul_precision(), cudnn.allow_tf32, cudnn.benchmark, cudnn.deterministic]
+
+    before = settings()
+    torch.backends.cudnn.benchmark = True
+    with fixed_arithmetic():
+        assert settings() == ["highest", False, False, True]
+    assert torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = False
+    assert settings() == before
+
+
+@pytest.mark.parametrize(("precision", "dtype"), [("bf16", torch.bfloat16), ("fp16", torch.float16)])
+def test_half_precision_computes_in_it_and_changes_few_grey_levels(
+    model: SamplingModel, precision: str, dtype: torch.dtype
+) -> None:
+    computed = set[torch.dtype]()
+    hooks = [
+        module.register_forward_hook(lambda _, __, out: computed.add(out.dtype))
+        for module in model.denoiser.modules()
+        if isinstance(module, Convolution) and module.kernel
+    ]
+    made = [generate(model, SEEDS, [0] * 7, Sampling(steps=4, precision=chosen)) for chosen in ("fp32", precision)]
+    for hook in hooks:
+        hook.remove()
+    assert computed == {torch.float32, dtype}
+    assert not torch.equal(*made)
+    assert float((made[0].float() - made[1].float()).abs().mean()) < 1
+
+
+def test_values_that_overflow_in_half_precision_are_an_error(tiny_denoiser: Callable[..., Denoiser]) -> None:
+    denoiser = tiny_denoiser()
+    with torch.no_grad():
+        next(denoiser.model.parameters()).fill_(1e6)
+    with pytest.raises(ValueError, match=r"precision.*fp16.*fp32"):
+        generate(pixel_model(denoiser), [1], [-1], Sampling(steps=2, precision="fp16"))
+
+
+@torch.no_grad()
+def test_guidance_in_one_batch_gives_the_same_estimate(model: SamplingModel) -> None:
+    x, sigma = torch.randn(3, 3, 16, 16, dtype=torch.float64), 0.7
+    batches: list[int] = []
+    hook = model.denoiser.model.register_forward_hook(lambda _, inputs, __: batches.append(len(inputs[0])))
+    grid = torch.zeros(2, 16, 16)
+    one, two = (
+        guided(model.denoiser, torch.eye(3), 1.3, coordinates=grid, in_one_batch=together)(x, sigma)
+        for together in (True, False)
+    )
+    hook.remove()
+    assert batches == [6, 3, 3]
+    torch.testing.assert_close(one, two, rtol=1e-5, atol=1e-5)

@@ -84,6 +84,7 @@ def test_a_result_carries_what_it_depends_on(samples: Path, pixels: Path, tmp_pa
     assert identity["reference"] == open_dataset(pixels).fingerprint
     assert (identity["features"], identity["resize"], identity["quantisation"]) == ("colour-layout-48", "none", "uint8")
     assert identity["reference_transform"]["resolution"] == 16 and identity["guidance"] == 1
+    assert "precision" not in identity  # as in results of versions without this option
     assert any("biased upwards" in note for note in result["notes"])
     low, high = result["metrics"]["frechet_distance_interval_95"]
     assert low < result["metrics"]["frechet_distance"] < high

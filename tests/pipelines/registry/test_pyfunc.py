@@ -32,6 +32,7 @@ CASES: dict[str, dict[str, Any]] = {
     "churned": {"steps": 3, "churn": 10.0, "churn_between": (0.05, 50.0), "churn_noise": 1.003},
     "another sampler": {"steps": 3, "sampler": "dpmpp-2m-sde", "batch": 3},
     "a larger canvas": {"steps": 2, "size": (24, 32), "canvas": "extrapolate"},
+    "half precision": {"steps": 2, "precision": "bf16"},
 }
 
 
@@ -81,6 +82,7 @@ def test_labels_are_class_names_or_numbers(given: list[Any], numbers: list[int],
         ({}, {"size": [17, 16]}, "multiples of 2"),
         ({}, {"sampler": "magic"}, "sampler.*magic"),
         ({}, {"batch": 0}, "batch"),
+        ({}, {"precision": "fp8"}, "precision.*fp8.*fp32, bf16, fp16"),
     ],
 )
 def test_options_that_do_not_fit_are_invalid_parameters(
@@ -97,7 +99,8 @@ def test_version_has_a_signature_and_a_working_input_example(champion: str, load
     assert [column.name for column in signature.outputs] == ["seed", "label", "png"]
     assert {spec.name: spec.default for spec in signature.params} == {
         "sampler": "heun", "steps": 18, "ladder": "karras", "churn": 0.0, "churn_between": [], "churn_noise": 1.0,
-        "guidance": 1.0, "guidance_between": [], "size": [], "canvas": "rescale", "batch": 8,
+        "guidance": 1.0, "guidance_between": [], "size": [], "canvas": "rescale", "precision": "fp32",
+        "batch": 8,
     }  # fmt: skip
     version = fetch_model(champion).folder.parents[1]
     example, params = (

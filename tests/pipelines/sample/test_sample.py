@@ -70,6 +70,30 @@ def test_other_options_in_the_same_folder_are_an_error(champion: str, samples: P
         sample(champion, str(samples), "0-9", label="dog", **OPTIONS)
 
 
+def test_precision_is_recorded_and_never_mixed(champion: str, samples: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "half"
+    sample(champion, str(folder), "0-3", precision="bf16", workers=0, **OPTIONS)
+    assert json.loads((folder / "sampling.json").read_text())["precision"] == "bf16"
+    half, full = png_bytes(folder), png_bytes(samples)
+    assert all(half[name] != full[name] for name in half)
+    with pytest.raises(UserError, match=r"precision.*bf16.*fp32"):
+        sample(champion, str(folder), "0-3", workers=0, **OPTIONS)
+
+
+def test_folder_of_a_version_without_precision_is_extended_in_fp32(
+    champion: str, samples: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "old"
+    sample(champion, str(folder), "0-1", workers=0, **OPTIONS)
+    card = json.loads((folder / "sampling.json").read_text())
+    assert card.pop("precision") == "fp32"
+    (folder / "sampling.json").write_text(json.dumps(card))
+    assert sample(champion, str(folder), "0-3", workers=0, **OPTIONS).made == 2
+    assert png_bytes(folder) == {name: png_bytes(samples)[name] for name in png_bytes(folder)}
+    with pytest.raises(UserError, match=r"precision.*fp32.*fp16"):
+        sample(champion, str(folder), "0-3", precision="fp16", workers=0, **OPTIONS)
+
+
 def test_json_option_prints_one_object(
     champion: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -62,6 +62,9 @@ def test_images_have_the_bytes_of_sample(address: str, champion: str, tmp_path: 
     assert max(int(headers["x-batch-images"]) for _, _, headers in answers) > 1
     status, png, headers = ask(f"{address}/sample", {"seeds": [4], "steps": 3, "format": "png"})
     assert status == 200 and png == expected[4] and headers["content-type"] == "image/png"
+    sample(champion, str(tmp_path / "half"), "4", steps=3, precision="bf16", workers=0)
+    half = {"seeds": [4], "steps": 3, "format": "png", "precision": "bf16"}
+    assert ask(f"{address}/sample", half)[1] == (tmp_path / "half/000000/000004.png").read_bytes() != png
 
 
 def test_server_says_which_model_it_serves(address: str, champion: str, trained: Path) -> None:

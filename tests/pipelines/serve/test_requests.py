@@ -30,6 +30,7 @@ LIMITS = ServerLimits(max_images=4, max_side=32, max_steps=20)
         ({"seeds": [1], "size": [0, 16]}, 422, "0x16"),
         ({"seeds": [1], "sampler": "magic"}, 422, "magic"),
         ({"seeds": [1], "guidance": 1e999}, 422, "guidance"),
+        ({"seeds": [1], "precision": "fp8"}, 422, "fp8"),
         ({"seeds": [1], "labels": ["dog"]}, 422, "dog"),
         ({"seeds": [1], "labels": ["coffee", "coffee"]}, 422, "labels"),
         ({"seeds": [1, 2], "format": "png"}, 422, "png"),
@@ -46,10 +47,12 @@ def test_wrong_request_is_refused(body: object, status: int, named: str, trained
 
 
 def test_request_has_class_numbers_and_options(trained: Path) -> None:
-    body = {"seeds": [0, 3, 2**64 - 1], "labels": ["coffee", None, 0], "steps": 4, "guidance": 1.5, "size": [32, 16]}
+    body = {"seeds": [0, 3, 2**64 - 1], "labels": ["coffee", None, 0], "steps": 4, "guidance": 1.5, "size": [32, 16],
+            "precision": "bf16"}  # fmt: skip
     found = checked_request(json.dumps(body).encode(), read_card(trained / "model"), LIMITS)
     assert found.classes == [1, 1, 0] and found.seeds == [0, 3, 2**64 - 1]
     assert found.sampling.steps == 4 and found.sampling.guidance == 1.5 and found.sampling.size == (32, 16)
+    assert found.sampling.precision == "bf16"
 
 
 def test_arguments_of_serve_run_are_texts(champion: str) -> None:
