@@ -149,6 +149,15 @@ def _build_network(config: DenoiserConfig) -> nn.Module:
     raise ValueError(f"network {config.network!r} is unknown: choose one of {known}, or package.module:Class")
 
 
+def to_channels_last(denoiser: Denoiser) -> None:
+    """Store the weights of a `UNet` with their channels last, so that its activations have this layout too.
+
+    The weights of other networks keep their layout, which their code may need.
+    """
+    if isinstance(denoiser.model, UNet):
+        denoiser.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+
 def skeleton(config: DenoiserConfig) -> Denoiser:
     """A denoiser whose weights have shapes but no memory (torch's `meta` device).
 

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 from torch import Tensor
 
@@ -15,6 +16,7 @@ from patchloom.pipelines.train.control import show_training
 from patchloom.pipelines.train.monitor import Monitor, Verdict
 from patchloom.pipelines.train.node_copies import worker_copy
 from patchloom.pipelines.train.profiler import Profiler
+from patchloom.pipelines.train.row_copies import CopyStream
 from patchloom.pipelines.train.run import TrainingRun, TrainJob, open_run, save_run_model
 from patchloom.platform.compute.devices import device_thread
 from patchloom.platform.compute.workers import Worker
@@ -69,13 +71,22 @@ def _start_sum(run: TrainingRun, bucket: Tensor) -> Callable[[], object]:
     return run.timer.timed("reduce", run.worker.start_sum(bucket))
 
 
+@dataclass(frozen=True)
+class FetchedRows:
+    """The groups of a step with their rows, and the mark after their copies."""
+
+    groups: list[tuple[CropGroup, StoredRows]]
+    mark: Any
+
+
 class Prefetcher:
     """Fetches the rows of the next step while the current step is taken."""
 
     def __init__(self, run: TrainingRun) -> None:
         self.run = run
         self._executor = device_thread("rows")
-        self._next: Future[list[tuple[CropGroup, StoredRows]]] | None = None
+        self._copies = CopyStream(run.device)
+        self._next: Future[FetchedRows] | None = None
 
     def __enter__(self) -> "Prefetcher":
         return self
@@ -86,14 +97,21 @@ class Prefetcher:
     def fetch(self, plan: StepPlan) -> list[tuple[CropGroup, StoredRows]]:
         """This worker's groups of a step, with their rows. Starts to fetch those of the next step."""
         fetched = self._next or self._executor.submit(self._read, plan)
-        groups = self.run.timer.timed("data", fetched.result)()
+        groups = self.run.timer.timed("data", self._use)(fetched)
         settings = self.run.settings
         if plan.step + 1 < settings.updates:
             following = plan_step(settings, plan.step + 1, plan.first_crop + plan.crops)
             self._next = self._executor.submit(self._read, following)
         return groups
 
-    def _read(self, plan: StepPlan) -> list[tuple[CropGroup, StoredRows]]:
+    def _read(self, plan: StepPlan) -> "FetchedRows":
         worker = self.run.worker
         groups = plan.share(worker.rank, worker.count, self.run.job.microbatch)
-        return [(group, self.run.reader.rows(group.crops)) for group in groups]
+        with self._copies.copying():
+            fetched = [(group, self.run.reader.rows(group.crops)) for group in groups]
+        return FetchedRows(fetched, self._copies.copied_so_far())
+
+    def _use(self, future: "Future[FetchedRows]") -> list[tuple[CropGroup, StoredRows]]:
+        fetched = future.result()
+        self._copies.use((rows for _, rows in fetched.groups), fetched.mark)
+        return fetched.groups

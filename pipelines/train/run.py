@@ -14,7 +14,7 @@ from patchloom.errors import UserError
 from patchloom.models.backbones import allow_backbones
 from patchloom.models.cards import ModelCard
 from patchloom.models.checkpoints import load_checkpoint, save_model
-from patchloom.models.denoiser import Denoiser, build_denoiser
+from patchloom.models.denoiser import Denoiser, build_denoiser, to_channels_last
 from patchloom.models.ema import HalfLifeEMA, PowerEMA, WeightAverage
 from patchloom.models.flops import training_flops
 from patchloom.models.normalisation import Normalisation
@@ -25,6 +25,7 @@ from patchloom.models.step_plan import StepSettings, draw_source
 from patchloom.models.transfer import transfer
 from patchloom.pipelines.train.agreement import share_initial_weights, starting_checkpoint
 from patchloom.pipelines.train.initial_weights import load_initial_weights
+from patchloom.pipelines.train.row_copies import copied
 from patchloom.pipelines.train.timer import WaitTimer
 from patchloom.platform.compute.metrics import MetricRecorder
 from patchloom.platform.compute.workers import Worker
@@ -107,12 +108,10 @@ class RowReader:
     def at(self, indices: np.ndarray) -> StoredRows:
         """The rows at these indices of the dataset."""
         columns = self.dataset.rows(indices)
-        label = torch.from_numpy(columns["label"]).to(self.device)
+        label = copied(columns["label"], self.device)
         if self.dataset.kind == "pixels":
-            return StoredRows(torch.from_numpy(columns["image"]).to(self.device), label)
-        moments = {
-            name: torch.from_numpy(columns[name]).to(self.device).float() for name in ("mean", "std") if name in columns
-        }
+            return StoredRows(copied(columns["image"], self.device), label)
+        moments = {name: copied(columns[name], self.device).float() for name in ("mean", "std") if name in columns}
         return StoredRows(moments["mean"], label, moments.get("std"))  # a deterministic autoencoder has no std
 
 
@@ -178,6 +177,9 @@ def open_run(worker: Worker, job: TrainJob) -> TrainingRun:
     denoiser = denoiser.to(device).train()
     if newest is None:
         share_initial_weights(worker, denoiser)
+    if device.type == "cuda":
+        to_channels_last(denoiser)
+        torch.backends.cudnn.benchmark = True  # a run has one shape per patch size and microbatch
     emas = [new_average(denoiser, average) for average in recipe.ema]
     optimizer = recipe.optimizer
     state = new_state(denoiser, emas, settings, (optimizer.beta1, optimizer.beta2), optimizer.eps)

@@ -11,6 +11,7 @@ from patchloom.models.backbones import allowed_backbones
 from patchloom.models.checkpoints import read_checkpoint_card
 from patchloom.pipelines.train.checkpointer import newest_checkpoint, whole_checkpoints
 from patchloom.pipelines.train.control import prepare_control
+from patchloom.pipelines.train.hooks.loss_scale import LEAST_LOSS_SCALE
 from patchloom.pipelines.train.loop import TrainOutcome, train_worker
 from patchloom.pipelines.train.mlflow_run import end_tracking
 from patchloom.pipelines.train.model_card import new_model_card, unexpected_data
@@ -225,6 +226,11 @@ def _check_outcome(folder: Folder, outcome: TrainOutcome) -> None:
         line = outcome.line
         assert line is not None  # worker 0 wrote it
         loss = "not finite" if line.loss is None else f"{line.loss:g}"
+        if line.loss_scale is not None and line.loss_scale < LEAST_LOSS_SCALE:
+            raise UserError(
+                f"{folder}: the gradients of fp16 overflow at every loss scale, which fell to {line.loss_scale:.0e} by "
+                f"step {line.step:,} (loss {loss}), and {checkpoint}: start again with train.precision bf16 or fp32"
+            )
         raise UserError(
             f"{folder}: the loss diverged by step {line.step:,} (loss {loss}), and {checkpoint}: "
             "start again with a lower optimizer.lr or a longer optimizer.lr_rampup_images"

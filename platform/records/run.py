@@ -66,6 +66,7 @@ class ProgressLine(Record):
     loss_by_patch_size: dict[str, float] = Field(default_factory=dict)
     loss_by_sigma: dict[str, float] = Field(default_factory=dict)
     bad_crops: int = 0  # crops whose loss was not finite
+    loss_scale: float | None = None  # of fp16
     images_per_second: float = 0.0
     updates_per_second: float = 0.0
     flops_per_second: float = 0.0

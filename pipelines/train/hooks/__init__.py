@@ -8,6 +8,7 @@ from patchloom.pipelines.train.hooks.checkpoints import CheckpointHook
 from patchloom.pipelines.train.hooks.counts import CountHook
 from patchloom.pipelines.train.hooks.held_out import HeldOutHook
 from patchloom.pipelines.train.hooks.hook import Hook
+from patchloom.pipelines.train.hooks.loss_scale import LossScaleHook
 from patchloom.pipelines.train.hooks.losses import LossHook
 from patchloom.pipelines.train.hooks.metrics import MetricsHook
 from patchloom.pipelines.train.hooks.previews import PreviewHook
@@ -18,6 +19,7 @@ from patchloom.pipelines.train.hooks.system import SystemHook
 HOOKS: tuple[type[Hook], ...] = (
     CountHook,
     LossHook,
+    LossScaleHook,
     SpeedHook,
     SystemHook,
     PreviewHook,

@@ -11,6 +11,7 @@ from subprocess import PIPE, STDOUT, Popen
 
 import psutil
 import pytest
+import torch
 from helpers import assert_equal_models, start_cli, tiny_recipe, wait_until
 
 from patchloom.errors import UserError
@@ -107,6 +108,27 @@ def test_nan_losses_end_the_run(trained: Path, pixels: Path, tmp_path: Path) -> 
         train(recipe, str(pixels), str(tmp_path / "run"), workers=0)
     (line,) = read_json_lines(tmp_path / "run" / "progress.jsonl")
     assert line["loss"] is None and line["bad_crops"] == line["images_seen"] > 0
+
+
+def test_fp16_whose_loss_scale_keeps_falling_ends_the_run(
+    pixels: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Overflowing(torch.amp.GradScaler):
+        """Every step overflows, and the scale is small after many of them."""
+
+        def __init__(self, device: str, enabled: bool) -> None:
+            super().__init__(device, init_scale=2.0**-13, enabled=enabled)
+
+        def unscale_(self, optimizer: torch.optim.Optimizer) -> None:
+            for parameter in optimizer.param_groups[0]["params"]:
+                parameter.grad.fill_(math.inf)
+            super().unscale_(optimizer)
+
+    monkeypatch.setattr(torch.amp, "GradScaler", Overflowing)
+    with pytest.raises(UserError, match=r"fp16.*step \d+ \(loss [\d.]+\).*bf16 or fp32"):
+        train(tiny_recipe(train__precision="fp16"), str(pixels), str(tmp_path / "run"), workers=0)
+    (line,) = read_json_lines(tmp_path / "run" / "progress.jsonl")
+    assert line["loss_scale"] == 2.0 ** (-13 - line["step"])
 
 
 def test_keep_rules_choose_the_checkpoints(pixels: Path, tmp_path: Path) -> None:
