@@ -22,7 +22,7 @@ from patchloom.platform.records.evaluation import EvaluationIdentity, Evaluation
 PICTURED_IMAGES = 16
 # options of the samples that are not part of the identity: the model is what is compared, the others change only the
 # last bits or the file format
-NOT_IN_IDENTITY = ("model", "batch", "threads", "format", "shard_size")
+NOT_IN_IDENTITY = ("model", "batch", "threads", "device", "format", "shard_size")
 DEFAULTS_NOT_IN_IDENTITY = {"precision": "fp32"}  # results of versions without these options stay comparable
 
 

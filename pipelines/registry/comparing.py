@@ -14,7 +14,7 @@ from patchloom.models.generate import Sampling, default_labels, generate_padded
 from patchloom.pipelines.pages.pictures import save_png, side_by_side
 from patchloom.pipelines.registry.describing import recipe_of, version_of
 from patchloom.pipelines.registry.quality import TITLES, Evaluation, comparable, differences, evaluations_of
-from patchloom.pipelines.sample.options import SampleOptions
+from patchloom.pipelines.sample.options import DEFAULT_BATCH
 from patchloom.platform.files.storage import local_path, make_folder
 from patchloom.platform.progress import progress
 from patchloom.platform.recipe.run_recipe import Recipe
@@ -167,7 +167,7 @@ def _sample_both(models: tuple[FetchedModel, FetchedModel], place: Path, seeds: 
         for fetched in models:
             model = load_sampling_model(fetched.folder)
             labels = default_labels(numbers, model.card.sampled_classes)
-            rows.append(generate_padded(model, numbers, labels, SampleOptions.batch, Sampling(steps=steps)).numpy())
+            rows.append(generate_padded(model, numbers, labels, DEFAULT_BATCH, Sampling(steps=steps)).numpy())
             meter.update(meter.done + seeds)
     save_png(side_by_side(rows, scale=1 if rows[0].shape[-1] >= 64 else 2), place)
     return str(place)

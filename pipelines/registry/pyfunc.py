@@ -12,7 +12,7 @@ from mlflow.types.schema import AnyType, ColSpec, DataType, ParamSchema, ParamSp
 from patchloom.errors import UserError
 from patchloom.models.cards import ModelCard
 from patchloom.pipelines.pages.pictures import png_bytes
-from patchloom.pipelines.sample.options import SampleOptions, sampler_parameters
+from patchloom.pipelines.sample.options import DEFAULT_BATCH, SampleOptions, sampler_parameters
 from patchloom.pipelines.sample.sampler import load_model_for_sampling, sample_rows
 from patchloom.platform.tracking.registry import MODEL_FOLDER
 
@@ -83,7 +83,8 @@ class SamplerModel(PythonModel):
         labels = [None if label is pd.NA or label is pd.NaT else label for label in columns.get("label", [])]
         try:
             options = SampleOptions(**{name: _value(name, value) for name, value in (params or {}).items()})
-            classes, images = sample_rows(self.model, columns["seed"], labels, options.sampling(), options.batch)
+            batch = options.batch or DEFAULT_BATCH
+            classes, images = sample_rows(self.model, columns["seed"], labels, options.sampling(), batch)
         except (UserError, ValueError) as error:
             raise MlflowException.invalid_parameter_value(str(error)) from None
         pngs = [base64.b64encode(png_bytes(image)).decode() for image in images]

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
 # declared here because `formats.py` imports numpy and pyarrow
 FORMAT_NAMES = ("png", "zip", "webdataset", "parquet", "npz")
+DEFAULT_BATCH = 8  # on CPUs, and wherever requests are small
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,12 @@ class SampleOptions(SamplingOptions):
     outpaint: str | None = option(None, "An image file that fills the center; the rest of a larger --size is sampled")
     format: str = option("png", "File format", choices=FORMAT_NAMES)
     shard_size: int | None = option(None, "Images per archive (default 1000) and per unit of work", minimum=1)
-    batch: int = option(8, "Images per network batch; the bytes of the images depend on it", minimum=1)
+    batch: int | None = option(
+        None,
+        "Images per network batch; the bytes of the images depend on it. By default that of the folder, and of a new "
+        "folder 8 on CPUs and up to 64 on GPUs, by their memory",
+        minimum=1,
+    )
 
     def sampling(self) -> "Sampling":
         """The options of the sampler alone."""
@@ -48,7 +54,8 @@ def option_parameters() -> list[Parameter]:
 
 def sampler_parameters() -> list[Parameter]:
     """The options of the sampler and `batch`, as parameters: all that images depend on, with model, seed and class."""
-    return [parameter for parameter in option_parameters() if parameter.name in SAMPLER_OPTIONS | {"batch"}]
+    options = [parameter for parameter in option_parameters() if parameter.name in SAMPLER_OPTIONS]
+    return [*options, Parameter("batch", Parameter.KEYWORD_ONLY, default=DEFAULT_BATCH, annotation=int)]
 
 
 def parse_size(text: str, name: str = "--size") -> tuple[int, int]:

@@ -15,7 +15,7 @@ from patchloom.models.cards import ModelCard
 from patchloom.models.checkpoints import SamplingModel, load_sampling_model
 from patchloom.models.generate import Sampling, check_fit, class_number, default_labels, generate_padded
 from patchloom.models.precision import fixed_arithmetic
-from patchloom.pipelines.sample.options import SampleOptions, sampler_parameters
+from patchloom.pipelines.sample.options import DEFAULT_BATCH, sampler_parameters
 from patchloom.platform.compute.devices import own_device
 from patchloom.platform.dataset.labels import label_of
 from patchloom.platform.tracking.registry import fetch_model
@@ -173,7 +173,7 @@ class Sampler:
         self,
         model: str | Path,
         *,
-        batch: int = SampleOptions.batch,
+        batch: int = DEFAULT_BATCH,
         on_error: Literal["raise", "column"] = "raise",
         **options: Any,
     ) -> None:

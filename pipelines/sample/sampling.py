@@ -10,14 +10,17 @@ from patchloom.errors import UserError
 from patchloom.models.backbones import allowed_backbones
 from patchloom.models.cards import ModelCard
 from patchloom.models.checkpoints import verified_card
-from patchloom.models.generate import check_fit
+from patchloom.models.generate import Sampling, check_fit
 from patchloom.pipelines.pages.pictures import png_bytes
+from patchloom.pipelines.sample.batches import default_batch
 from patchloom.pipelines.sample.folder import (
     CONTACT_SHEET,
     MANIFEST,
+    SAMPLING_CARD,
     check_classes,
     complete_folder,
     intact_entries,
+    read_sampling_card,
     write_or_check_card,
 )
 from patchloom.pipelines.sample.formats import FORMATS
@@ -31,9 +34,10 @@ from patchloom.pipelines.sample.shard_sampler import (
     ShardSampler,
     ShardSamplerArgument,
 )
-from patchloom.platform.compute.jobs import Job, run_job
+from patchloom.platform.compute.jobs import Job, check_empty, run_job
 from patchloom.platform.compute.resources import DEFAULT_RESOURCES, Resources
 from patchloom.platform.compute.shared_paths import UsedPaths
+from patchloom.platform.compute.work_devices import job_device
 from patchloom.platform.files.folder import Folder
 from patchloom.platform.progress import say
 from patchloom.platform.records.samples import (
@@ -111,7 +115,8 @@ def sample(
         outpaint: an image file that fills the center of a larger size.
         format: png, zip, webdataset, parquet or npz. Default: png.
         shard_size: images per archive, and per unit of work. Default: 1000 per archive.
-        batch: images per network batch. Default: 8.
+        batch: images per network batch. Default: that of the folder; for a new folder 8 on CPUs, and on GPUs up to 64,
+            by their memory.
         workers: parallel processes. None: all GPUs or CPUs. 0: this process, without Ray.
         resources: the nodes that the workers may use. By default all.
 
@@ -129,7 +134,7 @@ def sample(
     began = time.monotonic()
     try:
         chosen = SampleOptions(**options)
-        job = SampleJob(model, Folder.at(out), seeds, chosen)
+        job = SampleJob(model, Folder.at(out), seeds, chosen, workers, resources)
     except ValueError as error:
         raise UserError(str(error)) from None
     result = run_job(job, workers, resources)
@@ -160,7 +165,15 @@ class SampleJob(Job[SeedShard, SampledShard]):
     worker = ShardSampler
     folder: Folder
 
-    def __init__(self, model: str, folder: Folder, seeds: str | list[int], options: SampleOptions) -> None:
+    def __init__(
+        self,
+        model: str,
+        folder: Folder,
+        seeds: str | list[int],
+        options: SampleOptions,
+        workers: int | None,
+        resources: Resources,
+    ) -> None:
         """Check the options against the model; raises UserError or ValueError if they do not fit."""
         wanted = parse_seeds(seeds) if isinstance(seeds, str) else sorted(set(seeds))
         fetched, sampling = fetch_model(model), options.sampling()
@@ -172,6 +185,7 @@ class SampleJob(Job[SeedShard, SampledShard]):
             downscale = card.autoencoder.downscale if card.autoencoder else 1
             is_grey = card.normalisation.kind == "pixels" and card.denoiser.channels == 1
             self.center, center_sha256 = read_center(options.outpaint, options.size, downscale, is_grey)
+        batch, device = _batch_and_device(folder, fetched, sampling, options.batch, workers, resources)
         is_archive = FORMATS[options.format].pack is not None
         self.folder, self.total, self.images, self.shard_size = folder, len(self.classes), 0, options.shard_size
         self.card = SamplingCard(
@@ -185,14 +199,15 @@ class SampleJob(Job[SeedShard, SampledShard]):
             outpaint=OutpaintedImage(sha256=center_sha256) if center_sha256 else None,
             format=options.format,
             shard_size=(options.shard_size or ARCHIVE_IMAGES) if is_archive else None,
-            batch=options.batch,
+            batch=batch,
             threads=1,
+            **({"device": device} if device else {}),
             lineage=ModelLineage(run_id=fetched.run_id, name=fetched.name, version=fetched.version),
         )
         self.paths = UsedPaths(read=(fetched.reference,), written=(folder.address,))
         self.argument = ShardSamplerArgument(
-            fetched.reference, folder.address, store_environment(), tuple(allowed_backbones()), sampling, options.batch,
-            options.format, self.card.shard_size, self.center is not None,
+            fetched.reference, folder.address, store_environment(), tuple(allowed_backbones()), sampling, batch,
+            options.format, self.card.shard_size, self.center is not None, device,
         )  # fmt: skip
 
     def start(self) -> bool:
@@ -226,6 +241,23 @@ class SampleJob(Job[SeedShard, SampledShard]):
     def finish(self) -> None:
         """Complete the manifest and draw the contact sheet."""
         self.images = complete_folder(self.folder, self.card.format)
+
+
+def _batch_and_device(
+    folder: Folder,
+    model: FetchedModel,
+    sampling: Sampling,
+    batch: int | None,
+    workers: int | None,
+    resources: Resources,
+) -> tuple[int, str | None]:
+    """The batch and the kind of device: those of the folder, or for a new folder those of the workers."""
+    if folder.has(SAMPLING_CARD):
+        found = read_sampling_card(folder)
+        return batch or found.batch, found.device
+    check_empty(folder, "samples")
+    device = job_device(workers, resources)
+    return batch or default_batch(model.folder, sampling, device), device.kind
 
 
 def _sampled_model(fetched: FetchedModel, card: ModelCard) -> SampledModel:

@@ -48,7 +48,10 @@ class SeedShard:
 
 @dataclass(frozen=True)
 class ShardSamplerArgument:
-    """What a worker needs to sample shards. `model`, `folder` and `stores` are addresses that work on any node."""
+    """What a worker needs to sample shards. `model`, `folder` and `stores` are addresses that work on any node.
+
+    `device` is the kind of device that the images in the folder were sampled on; None if it is unknown.
+    """
 
     model: str
     folder: str
@@ -59,6 +62,7 @@ class ShardSamplerArgument:
     format: str
     shard_size: int | None
     has_center: bool
+    device: str | None = None
 
 
 @dataclass(frozen=True)
@@ -83,8 +87,13 @@ class ShardSampler:
         self.center = None
         if argument.has_center:
             self.center = torch.from_numpy(png_pixels(self.folder.read(CENTER_IMAGE)).copy())
-        on_cpu = next(self.model.denoiser.parameters()).device.type == "cpu"
-        local = 1 if on_cpu else max(1, (os.cpu_count() or 1) // 2)
+        kind = next(self.model.denoiser.parameters()).device.type
+        if argument.device not in (None, kind):
+            raise UserError(
+                f"{self.folder} contains samples of the device {argument.device}, and this worker computes on {kind}, "
+                f"which gives other bytes: choose another folder, or a machine with {argument.device}"
+            )
+        local = 1 if kind == "cpu" else max(1, (os.cpu_count() or 1) // 2)
         self.writers = ThreadPoolExecutor(REMOTE_WRITERS if self.folder.is_remote else local, "writer")
 
     @fixed_arithmetic()

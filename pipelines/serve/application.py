@@ -16,6 +16,7 @@ from patchloom.errors import UserError
 from patchloom.models.backbones import allow_backbones
 from patchloom.models.generate import Sampling
 from patchloom.pipelines.pages.pictures import png_bytes
+from patchloom.pipelines.sample.options import DEFAULT_BATCH
 from patchloom.pipelines.sample.sampler import load_for_sampling, sample_classes
 from patchloom.pipelines.serve.requests import CheckedRequest, RefusedRequest, ServerLimits, checked_request
 from patchloom.platform.tracking.registry import fetch_model, resolved_reference
@@ -38,7 +39,9 @@ class ServeArguments(ServerLimits):
     """The arguments of `app`, as `serve run` and a Serve config file give them."""
 
     model: str = Field(description="models:/NAME@ALIAS, models:/NAME/VERSION, runs:/ID/model or a folder")
-    batch: int = Field(8, ge=1, description="images per network batch; the bytes of the images depend on it")
+    batch: int = Field(
+        DEFAULT_BATCH, ge=1, description="images per network batch; the bytes of the images depend on it"
+    )
     max_batch_images: int = Field(32, ge=1, description="images of waiting requests that are sampled together")
     batch_wait_s: float = Field(0.05, ge=0, description="seconds that a request waits for others")
     max_queued_requests: int = Field(64, ge=1, description="requests that may wait; more are answered with 503")

@@ -76,8 +76,7 @@ def map_on_actors(
         yield from _map_here(actor, argument, items, watch)
         return
     with ray_session(object_store_gib=resources.object_store_gib):
-        gpus = 1 if on_gpus and session_gpus() >= 1 else 0
-        shape = worker_shape(resources, resources.cpus_per_worker or 1, gpus)
+        shape = actor_shape(on_gpus, resources)
         wait_for_workers(1, shape, resources.wait_minutes)
         check_shared(paths)
         with _counter(watch) as counter:
@@ -85,6 +84,12 @@ def map_on_actors(
                 _Call(actor, argument, counter, own_versions(COMMAND), metrics), items, workers, shape
             ):
                 yield items[number], result
+
+
+def actor_shape(on_gpus: bool, resources: Resources) -> WorkerShape:
+    """What each actor reserves, in the current session. The arguments are those of `map_on_actors`."""
+    gpus = 1 if on_gpus and session_gpus() >= 1 else 0
+    return worker_shape(resources, resources.cpus_per_worker or 1, gpus)
 
 
 def _map_here(

@@ -36,7 +36,8 @@ class SamplingCard(VersionedRecord):
     """How a folder of samples was made: `sampling.json`.
 
     The options of the sampler (`steps`, `sampler`, ...) are declared in `models/sampling_options.py`. The card keeps
-    them as further fields, and writes them after `model`.
+    them as further fields, and writes them after `model`. `device` is the kind of device of the workers, "cpu" or
+    "cuda"; None in folders of earlier versions.
     """
 
     FORMAT: ClassVar[int] = 1
@@ -51,6 +52,7 @@ class SamplingCard(VersionedRecord):
     shard_size: int | None
     batch: int
     threads: int
+    device: str | None = None
     lineage: ModelLineage
 
     def to_dict(self) -> dict[str, Any]:

@@ -86,7 +86,7 @@ def test_folder_of_a_version_without_precision_is_extended_in_fp32(
     folder = tmp_path / "old"
     sample(champion, str(folder), "0-1", workers=0, **OPTIONS)
     card = json.loads((folder / "sampling.json").read_text())
-    assert card.pop("precision") == "fp32"
+    assert card.pop("precision") == "fp32" and card.pop("device") == "cpu"
     (folder / "sampling.json").write_text(json.dumps(card))
     assert sample(champion, str(folder), "0-3", workers=0, **OPTIONS).made == 2
     assert png_bytes(folder) == {name: png_bytes(samples)[name] for name in png_bytes(folder)}

@@ -1,0 +1,92 @@
+"""The estimated memory is within 15 % of the peak of live bytes that torch's tracker counts while images are sampled."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from sampling_models import pixel_model
+from torch import Tensor
+from torch.distributed._tools.mem_tracker import MemTracker
+
+from patchloom.models.autoencoder import DiffusersAutoencoder, new_autoencoder
+from patchloom.models.cards import DenoiserConfig, ModelCard
+from patchloom.models.checkpoints import SamplingModel
+from patchloom.models.denoiser import build_denoiser, skeleton
+from patchloom.models.generate import Sampling, generate
+from patchloom.models.memory import LiveBytes, largest_batch, sampling_bytes
+from patchloom.models.normalisation import Normalisation
+
+CPU = torch.device("cpu")
+
+
+class Work(torch.nn.Module):
+    """The tracker counts repeated calls of a network only inside another module."""
+
+    def __init__(self, work: Callable[[], Tensor]) -> None:
+        super().__init__()
+        self.work = work
+
+    def forward(self, _: Tensor) -> Tensor:
+        return self.work()
+
+
+def tracked_peak(work: Callable[[], Tensor], model: SamplingModel) -> int:
+    """The peak of live bytes that torch's tracker counts. It needs weights with gradients."""
+    tracker = MemTracker()
+    tracker.track_external(model.denoiser)
+    if isinstance(model.autoencoder, DiffusersAutoencoder):
+        tracker.track_external(model.autoencoder.network)
+    with tracker:
+        Work(work)(torch.zeros(1))
+    return int(tracker.get_tracker_snapshot("peak")[CPU]["Total"])
+
+
+def latent_model(config: DenoiserConfig, device: str) -> SamplingModel:
+    with torch.device(device):
+        coder = DiffusersAutoencoder(new_autoencoder((16, 32), config.channels).eval())
+    normalisation = Normalisation("latents", (0.0,) * config.channels, (1.0,) * config.channels)
+    denoiser = skeleton(config) if device == "meta" else build_denoiser(config)
+    return SamplingModel(
+        denoiser.eval(),
+        normalisation,
+        coder,
+        ModelCard(denoiser=config, normalisation=normalisation),
+    )
+
+
+@pytest.mark.parametrize(("precision", "guidance", "batch"), [("fp32", 1.0, 8), ("bf16", 1.3, 3)])
+@pytest.mark.parametrize("network", ["song", "ncsn", "dhariwal", "latents"])
+def test_sampling_needs_what_is_estimated(
+    network: str, precision: str, guidance: float, batch: int, tiny_config: Callable[..., DenoiserConfig]
+) -> None:
+    options = {"width": 32, "width_multipliers": [1, 2], "blocks": 1, "attention": [8], "dropout": 0.0}
+    ncsn = {"embedding": "fourier", "residual_input": True, "filter_taps": [1, 3, 3, 1]} if network == "ncsn" else {}
+    kind = "dhariwal" if network == "dhariwal" else "song"
+    sampling = Sampling(steps=2, guidance=guidance, precision=precision)
+    if network == "latents":
+        config = tiny_config(network_options=options, classes=3, channels=4)
+        real, empty = latent_model(config, "cpu"), latent_model(config, "meta")
+    else:
+        config = tiny_config(network=kind, network_options=options | ncsn, classes=3)
+        real, empty = (pixel_model(made(config).eval()) for made in (build_denoiser, skeleton))
+    peak = tracked_peak(lambda: generate(real, list(range(batch)), [0] * batch, sampling), real)
+    assert sampling_bytes(empty, sampling, batch, "cpu") == pytest.approx(peak, rel=0.15)
+
+
+def test_live_bytes_are_counted_by_storage() -> None:
+    with LiveBytes() as live:
+        first = torch.zeros(1000)
+        view = first[10:]
+        second = first + 1
+        del first
+        assert live.now == 8000  # the view keeps the first storage
+        del view
+        assert live.now == 4000
+        second.add_(1)
+        torch.empty(250)
+    assert (live.now, live.peak) == (4000, 8000)
+
+
+@pytest.mark.parametrize(("limit", "batch"), [(0, 8), (159, 8), (160, 16), (639, 32), (10**9, 64)])
+def test_the_largest_batch_within_a_limit(limit: int, batch: int) -> None:
+    assert largest_batch(limit, lambda images: 10 * images, 8, 64) == batch
