@@ -10,9 +10,10 @@ from patchloom.models.denoiser import Denoiser
 from patchloom.models.normalisation import Normalisation
 from patchloom.models.patches import PatchSchedule, PatchSize
 from patchloom.models.step import StoredRows, new_state, training_step
-from patchloom.models.step_plan import StepPlan, StepSettings, plan_step
+from patchloom.models.step_plan import CropGroup, StepPlan, StepSettings, plan_step
 
 PLANNED_STEPS = 4000
+LOOKED_AT_STEPS = 64  # for the largest group
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,22 @@ def step_cost(settings: StepSettings, cost_of_crop: Mapping[int, float], workers
         plans = [(1 / PLANNED_STEPS, plan_step(settings, step, 0)) for step in range(PLANNED_STEPS)]
     cost = sum(share * _slowest(plan, cost_of_crop, workers) for share, plan in plans)
     return cost, sum(share * plan.crops for share, plan in plans)
+
+
+def largest_group(settings: StepSettings, workers: int = 1, microbatch: int | None = None) -> CropGroup:
+    """The crops with the most pixels that a worker trains on at the same time.
+
+    Args:
+        settings: the settings of the run.
+        workers: number of workers.
+        microbatch: largest number of crops per group. Default: no limit.
+    """
+    if settings.draw == "shared":
+        plans = [plan_step(_only(settings, size), 0, 0) for size in settings.schedule.sizes]
+    else:
+        plans = [plan_step(settings, step, 0) for step in range(LOOKED_AT_STEPS)]
+    groups = [group for plan in plans for worker in range(workers) for group in plan.share(worker, workers, microbatch)]
+    return max(groups, key=lambda group: (len(group.crops) * group.size.pixels**2, len(group.crops)))
 
 
 def _only(settings: StepSettings, size: PatchSize) -> StepSettings:

@@ -12,14 +12,19 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from patchloom.models.cards import DenoiserConfig
 from patchloom.models.checkpoints import SamplingModel
 from patchloom.models.codec import to_pixels
+from patchloom.models.denoiser import skeleton
 from patchloom.models.generate import Sampling, image_size
 from patchloom.models.guidance import guided
-from patchloom.models.step import HALF_PRECISIONS
+from patchloom.models.normalisation import identity_normalisation
+from patchloom.models.random_draws import CropBatch
+from patchloom.models.step import HALF_PRECISIONS, StoredRows, crop_losses, seeded_dropout
+from patchloom.models.step_plan import CropGroup, StepSettings
 
-Arguments = tuple[Any, ...]
-Keywords = Mapping[str, Any] | None
+_Arguments = tuple[Any, ...]
+_Keywords = Mapping[str, Any] | None
 
 
 class LiveBytes(TorchDispatchMode):
@@ -34,7 +39,7 @@ class LiveBytes(TorchDispatchMode):
         self.now = self.peak = 0
         self._alive: dict[int, weakref.ref[torch.UntypedStorage]] = {}
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Arguments = (), kwargs: Keywords = None) -> Any:
+    def __torch_dispatch__(self, func: Any, types: Any, args: _Arguments = (), kwargs: _Keywords = None) -> Any:
         """Run an operation and count the tensors that it returns."""
         result = func(*args, **(kwargs or {}))
         for value in tree_leaves(result):
@@ -84,7 +89,7 @@ class MetaOperations(TorchFunctionMode):
         if half is not None:
             self.dtypes = dict.fromkeys(HALVED, half) | dict.fromkeys(WIDENED[device], torch.float32)
 
-    def __torch_function__(self, func: Any, types: Any, args: Arguments = (), kwargs: Keywords = None) -> Any:
+    def __torch_function__(self, func: Any, types: Any, args: _Arguments = (), kwargs: _Keywords = None) -> Any:
         """Call a function, or what the other device calls instead."""
         if dtype := self.dtypes.get(func):
             args, kwargs = tree_map_only(Tensor, lambda value: _converted(value, dtype), (args, kwargs))
@@ -115,9 +120,40 @@ def sampling_bytes(model: SamplingModel, sampling: Sampling, batch: int, device:
         x, slope, predicted = torch.empty(3, batch, denoiser.channels, height, width, dtype=torch.float64, device=meta)
         classes = torch.empty(batch, denoiser.classes, device=meta) if denoiser.classes else None
         denoise = guided(denoiser, classes, sampling.guidance, in_one_batch=in_one_batch)
-        slope = slope - denoise(predicted, torch.tensor(1.0, dtype=torch.float64))
+        slope = slope - denoise(predicted, 1.0)
         to_pixels(x, model.normalisation, model.autoencoder)
     return weight_bytes(model) + int(live.peak)
+
+
+def training_bytes(config: DenoiserConfig, settings: StepSettings, group: CropGroup, device: str, has_std: bool) -> int:
+    """The peak of live bytes of a step, without weights, gradients, averages and the state of the optimiser.
+
+    Args:
+        config: the network.
+        settings: the settings of the run.
+        group: the largest group of crops that are trained on at the same time.
+        device: type of the device that will train, "cpu" or "cuda".
+        has_std: whether rows are latents with standard deviations.
+
+    Raises:
+        NotImplementedError: the network of another package does not support the meta device.
+    """
+    meta, resolution, channels = torch.device("meta"), settings.schedule.sizes[0].pixels, config.channels
+    denoiser, normalisation = skeleton(config).train(), identity_normalisation(channels)
+    for parameter in denoiser.parameters():
+        parameter.grad = torch.empty_like(parameter)
+    with MetaOperations(device, HALF_PRECISIONS.get(settings.precision)), LiveBytes() as live:
+        image = torch.empty(len(group.crops), channels, resolution, resolution, device=meta)
+        rows = StoredRows(image, image.new_empty(len(image), dtype=torch.int64), image.clone() if has_std else None)
+        batch = CropBatch(
+            0, group.blocks, settings.block_size, channels, resolution, group.size.pixels, has_std, meta,
+            settings.augmentation,
+        )  # fmt: skip
+        draws = settings.random.crops(batch)
+        with seeded_dropout(denoiser, settings.random.masks(0, group.blocks, settings.block_size, meta), 0, meta):
+            losses, _ = crop_losses(denoiser, rows, draws, group.size.pixels, settings, normalisation)
+        losses.sum().backward()
+    return int(live.peak)
 
 
 def weight_bytes(model: SamplingModel) -> int:

@@ -9,7 +9,7 @@ from typing import Any
 SAMPLER_NAMES = ("heun", "euler", "ddim", "ancestral", "dpmpp-2m", "dpmpp-2m-sde", "plms")
 LADDER_NAMES = ("karras", "vp", "ve", "linear", "iddpm")
 CANVASES = ("rescale", "extrapolate")
-PRECISIONS = ("fp32", "bf16", "fp16")
+SAMPLING_PRECISIONS = ("fp32", "bf16", "fp16")
 
 
 def option(default: Any, help: str, choices: Collection[str] = (), minimum: float | None = None) -> Any:
@@ -51,7 +51,9 @@ class SamplingOptions:
         choices=CANVASES,
     )
     precision: str = option(
-        "fp32", "Arithmetic of the network and the autoencoder; the others are faster on GPUs", choices=PRECISIONS
+        "fp32",
+        "Arithmetic of the network and the autoencoder; the others are faster on GPUs",
+        choices=SAMPLING_PRECISIONS,
     )
 
     def __post_init__(self) -> None:

@@ -165,7 +165,7 @@ def train(
     if dry_run:
         from patchloom.pipelines.train.dry_run import run_plan
 
-        print(run_plan(loaded, data, max(1, train_workers(nodes)), measure))
+        print(run_plan(loaded, data, max(1, train_workers(nodes)), measure, microbatch))
         return
     from patchloom.pipelines.train.training import train
 

@@ -3,10 +3,13 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from patchloom.models.cost import Gain, estimated_gain, measured_seconds_of_crop
+from patchloom.models.cards import DenoiserConfig
+from patchloom.models.cost import Gain, estimated_gain, largest_group, measured_seconds_of_crop
 from patchloom.models.denoiser import build_denoiser, skeleton
 from patchloom.models.flops import parameter_count, training_flops
+from patchloom.models.memory import training_bytes
 from patchloom.models.normalisation import identity_normalisation
+from patchloom.models.step import HALF_PRECISIONS
 from patchloom.models.step_plan import StepSettings
 from patchloom.pipelines.train.model_card import new_model_card
 from patchloom.pipelines.train.run import step_settings
@@ -44,6 +47,7 @@ class RunEstimate:
         updates: optimisation steps.
         sizes: per patch size, full images first.
         state_bytes: memory per worker of weights, gradients, optimiser and averages, without activations.
+        step_bytes: further memory per worker at the peak of a step; None if the network cannot be simulated.
         gains: by draw of patch sizes, the gain over training on full images only.
         cost_of_crop: by side of the patch, what the gains were computed from: FLOPs, or measured seconds.
     """
@@ -53,6 +57,7 @@ class RunEstimate:
     updates: int
     sizes: tuple[SizeEstimate, ...]
     state_bytes: int
+    step_bytes: int | None
     gains: Mapping[str, Gain]
     cost_of_crop: Mapping[int, float]
 
@@ -72,7 +77,9 @@ class RunEstimate:
         return sum(size.crops * size.flops_per_crop for size in self.sizes)
 
 
-def describe_plan(recipe: Recipe, dataset: str, workers: int = 1, measure: bool = False) -> RunEstimate:
+def describe_plan(
+    recipe: Recipe, dataset: str, workers: int = 1, measure: bool = False, microbatch: int | None = None
+) -> RunEstimate:
     """Estimate a run without starting it.
 
     Args:
@@ -80,6 +87,7 @@ def describe_plan(recipe: Recipe, dataset: str, workers: int = 1, measure: bool 
         dataset: a prepared dataset.
         workers: number of workers that the gains are for.
         measure: measure some steps of each patch size here, and compute the gains from seconds instead of FLOPs.
+        microbatch: largest number of crops that a worker trains on at the same time.
 
     Raises:
         UserError: the recipe does not fit the dataset.
@@ -108,9 +116,21 @@ def describe_plan(recipe: Recipe, dataset: str, workers: int = 1, measure: bool 
         sizes=sizes,
         # weights, gradients, Adam's two moments and the averages
         state_bytes=parameters * FLOAT32_BYTES * (4 + len(recipe.ema)),
+        step_bytes=_step_bytes(network, settings, workers, microbatch, rows.kind == "latents"),
         gains={draw: estimated_gain(drawn, cost_of_crop, workers) for draw, drawn in _draws(settings, workers).items()},
         cost_of_crop=cost_of_crop,
     )
+
+
+def _step_bytes(
+    network: DenoiserConfig, settings: StepSettings, workers: int, microbatch: int | None, is_latent: bool
+) -> int | None:
+    group = largest_group(settings, workers, microbatch)
+    device = "cuda" if settings.precision in HALF_PRECISIONS else "cpu"  # which autocast; they differ in half precision
+    try:
+        return training_bytes(network, settings, group, device, is_latent)
+    except NotImplementedError:  # a backbone may not support the meta device
+        return None
 
 
 def _draws(settings: StepSettings, workers: int) -> dict[str, StepSettings]:
@@ -129,9 +149,19 @@ def _draws(settings: StepSettings, workers: int) -> dict[str, StepSettings]:
     return draws
 
 
-def run_plan(recipe: Recipe, dataset: str, workers: int = 1, measure: bool = False) -> str:
+def _memory_text(plan: RunEstimate) -> str:
+    state = f"{plan.state_bytes / 2**20:,.0f} MiB for weights, gradients, optimiser and averages"
+    if plan.step_bytes is None:
+        return f"  {state} per worker, and unknown memory for activations"
+    peak = (plan.state_bytes + plan.step_bytes) / 2**20
+    return f"  {peak:,.0f} MiB per worker at the peak: {state}, and {plan.step_bytes / 2**20:,.0f} MiB for activations"
+
+
+def run_plan(
+    recipe: Recipe, dataset: str, workers: int = 1, measure: bool = False, microbatch: int | None = None
+) -> str:
     """The text of `patchloom train --dry-run`. The arguments are those of `describe_plan`."""
-    plan = describe_plan(recipe, dataset, workers, measure)
+    plan = describe_plan(recipe, dataset, workers, measure, microbatch)
     sizes = [
         f"  {size.pixels:>4}px  {size.share_of_updates:>16.1%}  {size.crops:>12,}  {size.flops_per_crop / 1e9:>14.3f}"
         for size in plan.sizes
@@ -147,8 +177,7 @@ def run_plan(recipe: Recipe, dataset: str, workers: int = 1, measure: bool = Fal
         f"  {plan.updates:,} updates, {plan.crops:,} counted images (crops), "
         f"{plan.full_size_images:,} full-size images",
         f"  {plan.flops / 1e12:,.2f} TFLOP in total (forward and backward)",
-        f"  {plan.state_bytes / 2**20:,.0f} MiB per worker for weights, gradients, optimiser and averages, "
-        "without activations",
+        _memory_text(plan),
         f"  gain over p = 1 with {workers} worker{'s' if workers > 1 else ''}, "
         + ("from measured seconds:" if measure else "from FLOPs (--measure uses seconds measured here):"),
         *gains,

@@ -1,6 +1,7 @@
-"""The estimated memory is within 15 % of the peak of live bytes that torch's tracker counts while images are sampled."""
+"""The estimated memory is within 15 % of the peak of live bytes that torch's tracker and a counter of ours see."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,10 +12,15 @@ from torch.distributed._tools.mem_tracker import MemTracker
 from patchloom.models.autoencoder import DiffusersAutoencoder, new_autoencoder
 from patchloom.models.cards import DenoiserConfig, ModelCard
 from patchloom.models.checkpoints import SamplingModel
+from patchloom.models.cost import largest_group
 from patchloom.models.denoiser import build_denoiser, skeleton
+from patchloom.models.ema import HalfLifeEMA
 from patchloom.models.generate import Sampling, generate
-from patchloom.models.memory import LiveBytes, largest_batch, sampling_bytes
-from patchloom.models.normalisation import Normalisation
+from patchloom.models.memory import LiveBytes, largest_batch, sampling_bytes, training_bytes
+from patchloom.models.normalisation import Normalisation, pixel_normalisation
+from patchloom.models.patches import patch_schedule
+from patchloom.models.step import StoredRows, new_state, training_step
+from patchloom.models.step_plan import StepSettings, plan_step
 
 CPU = torch.device("cpu")
 
@@ -71,6 +77,47 @@ def test_sampling_needs_what_is_estimated(
         real, empty = (pixel_model(made(config).eval()) for made in (build_denoiser, skeleton))
     peak = tracked_peak(lambda: generate(real, list(range(batch)), [0] * batch, sampling), real)
     assert sampling_bytes(empty, sampling, batch, "cpu") == pytest.approx(peak, rel=0.15)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize(("network", "draw", "batch"), [("song", "shared", 16), ("dhariwal", "stratified", 32)])
+def test_training_needs_what_is_estimated(
+    network: str, draw: str, batch: int, precision: str, tiny_config: Callable[..., DenoiserConfig]
+) -> None:
+    options = {"width": 32, "width_multipliers": [1, 2], "blocks": 1, "attention": [8], "dropout": 0.1}
+    config = tiny_config(network=network, network_options=options, classes=3)
+    settings = StepSettings(
+        seed=5, schedule=patch_schedule(16, 0.5), updates=99, batch_size=batch, block_size=4, lr=1e-3,
+        lr_rampup_images=1, label_dropout=0.1, precision=precision, draw=draw,
+    )  # fmt: skip
+    denoiser = build_denoiser(config).train()
+    state, peak = new_state(denoiser, [HalfLifeEMA(denoiser, 50.0)], settings, (0.9, 0.999), 1e-8), 0
+    for _ in range(5):
+        plan = plan_step(settings, state.step, state.images_seen)
+        images = [torch.zeros(len(group.crops), 3, 16, 16) for group in plan.share()]
+        work = [
+            (group, StoredRows(image, torch.zeros(len(image))))
+            for group, image in zip(plan.share(), images, strict=True)
+        ]
+        with LiveBytes() as live:
+            training_step(state, settings, plan, work, pixel_normalisation(), lambda _: None)
+        if state.step > 1:  # the first one makes the state of the optimiser
+            peak = max(peak, live.peak)
+    weights = sum(parameter.nbytes for parameter in denoiser.parameters())
+    estimated = training_bytes(config, settings, largest_group(settings), "cpu", False)
+    assert estimated == pytest.approx(peak, rel=0.15)
+    assert estimated + 5 * weights == pytest.approx(peak + 5 * weights, rel=0.15)
+
+
+def test_half_precision_of_gpus_normalises_in_float32(tiny_config: Callable[..., DenoiserConfig]) -> None:
+    settings = StepSettings(
+        seed=5, schedule=patch_schedule(16, 1.0), updates=9, batch_size=16, block_size=4, lr=1e-3, lr_rampup_images=1
+    )
+    full, cpu, gpu = (
+        training_bytes(tiny_config(), replace(settings, precision=precision), largest_group(settings), device, False)
+        for precision, device in (("fp32", "cuda"), ("bf16", "cpu"), ("bf16", "cuda"))
+    )
+    assert cpu < gpu < full
 
 
 def test_live_bytes_are_counted_by_storage() -> None:
