@@ -35,6 +35,9 @@ def sample(
     out: FolderToWrite,
     seeds: Annotated[str, typer.Option(help="Seeds: 0-63, or 0,5,9, or a file with one seed per line")] = "0-63",
     as_json: Json = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the number of images, the batch and the memory, then exit")
+    ] = False,
     allow_backbone: Backbones = None,
     workers: MapWorkers = None,
     resources: ResourceSettings = None,
@@ -49,8 +52,12 @@ def sample(
         raise UserError(str(error)) from None
     nodes = chosen_resources(resources, wait, workers)
     from patchloom.pipelines.sample.sampling import sample as run
+    from patchloom.pipelines.sample.sampling import sample_plan
 
     allow_backbones(*allow_backbone or [])
+    if dry_run:
+        print(sample_plan(model, out, seeds, workers=nodes.workers, resources=nodes, **given))
+        return
     with messages_to_stderr(as_json):
         result = run(model, out, seeds, workers=nodes.workers, resources=nodes, **given)
     if as_json:

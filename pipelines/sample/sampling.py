@@ -9,8 +9,9 @@ from typing import Any
 from patchloom.errors import UserError
 from patchloom.models.backbones import allowed_backbones
 from patchloom.models.cards import ModelCard
-from patchloom.models.checkpoints import verified_card
+from patchloom.models.checkpoints import sampling_skeleton, verified_card
 from patchloom.models.generate import Sampling, check_fit
+from patchloom.models.memory import sampling_bytes
 from patchloom.pipelines.pages.pictures import png_bytes
 from patchloom.pipelines.sample.batches import default_batch
 from patchloom.pipelines.sample.folder import (
@@ -132,11 +133,7 @@ def sample(
         print(result.contact_sheet)
     """
     began = time.monotonic()
-    try:
-        chosen = SampleOptions(**options)
-        job = SampleJob(model, Folder.at(out), seeds, chosen, workers, resources)
-    except ValueError as error:
-        raise UserError(str(error)) from None
+    chosen, job = _planned_job(model, out, seeds, workers, resources, options)
     result = run_job(job, workers, resources)
     say(f"  {job.images} images and {CONTACT_SHEET} in {job.folder}")
     return SampleResult(
@@ -152,6 +149,45 @@ def sample(
     )
 
 
+def sample_plan(
+    model: str,
+    out: str,
+    seeds: str | list[int] = "0-63",
+    *,
+    workers: int | None = None,
+    resources: Resources = DEFAULT_RESOURCES,
+    **options: Any,
+) -> str:
+    """The text of `patchloom sample --dry-run`; nothing is written. The arguments are those of `sample`."""
+    _, job = _planned_job(model, out, seeds, workers, resources, options)
+    card, sampling = job.card, job.argument.sampling
+    try:
+        skeleton = sampling_skeleton(job.model_folder)
+        needed = sampling_bytes(skeleton, sampling, card.batch, card.device or "cpu")
+        memory = f"{needed / 2**20:,.0f} MiB per worker at the peak: weights and activations"
+    except NotImplementedError:  # a backbone may not support the meta device
+        memory = "unknown memory"
+    return (
+        f"{job.total:,} images with {card.network_evaluations} network evaluations each, in batches of {card.batch} "
+        f"in {sampling.precision} on {card.device or 'the device of the folder'}\n  {memory}"
+    )
+
+
+def _planned_job(
+    model: str,
+    out: str,
+    seeds: str | list[int],
+    workers: int | None,
+    resources: Resources,
+    options: dict[str, Any],
+) -> tuple[SampleOptions, "SampleJob"]:
+    try:
+        chosen = SampleOptions(**options)
+        return chosen, SampleJob(model, Folder.at(out), seeds, chosen, workers, resources)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+
+
 _model, _out, _seeds, _workers, _resources, _ = inspect.signature(sample).parameters.values()
 sample.__signature__ = inspect.Signature(  # type: ignore[attr-defined]  # help() shows the options
     [_model, _out, _seeds, *option_parameters(), _workers, _resources], return_annotation=SampleResult
@@ -164,6 +200,7 @@ class SampleJob(Job[SeedShard, SampledShard]):
     command, title = "sample", "sampling"
     worker = ShardSampler
     folder: Folder
+    argument: ShardSamplerArgument
 
     def __init__(
         self,
@@ -177,7 +214,7 @@ class SampleJob(Job[SeedShard, SampledShard]):
         """Check the options against the model; raises UserError or ValueError if they do not fit."""
         wanted = parse_seeds(seeds) if isinstance(seeds, str) else sorted(set(seeds))
         fetched, sampling = fetch_model(model), options.sampling()
-        card = verified_card(fetched.folder)
+        self.model_folder, card = fetched.folder, verified_card(fetched.folder)
         self.classes, labels, label = choose_labels(wanted, card, options.label, options.labels)
         check_fit(sampling, card)
         self.center, center_sha256 = None, None

@@ -1,6 +1,7 @@
 """The default batch: by the memory of the device, recorded with the first image, and kept by later calls."""
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from patchloom.errors import UserError
 from patchloom.models.checkpoints import sampling_skeleton
 from patchloom.models.generate import Sampling
 from patchloom.models.memory import sampling_bytes
+from patchloom.pipelines.cli import main
 from patchloom.pipelines.sample import sample, sampling
 from patchloom.pipelines.sample.batches import default_batch
 from patchloom.platform.compute import work_devices
@@ -59,6 +61,18 @@ def test_later_calls_use_the_batch_of_the_folder(
             np.asarray(Image.open(tmp_path / f"{name}/000000/00000{seed}.png")) for name in ("samples", "same")
         )
         assert np.array_equal(first, second)
+
+
+def test_dry_run_estimates_the_memory_and_writes_nothing(
+    champion: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["sample", champion, str(tmp_path / "samples"), "--seeds", "0-99", "--batch", "32", "--dry-run"]
+    monkeypatch.setattr(sys, "argv", ["patchloom", *arguments])
+    with pytest.raises(SystemExit) as left:
+        main()
+    printed = capsys.readouterr().out
+    assert left.value.code == 0 and not (tmp_path / "samples").exists()
+    assert all(words in printed for words in ("100 images", "35 network evaluations", "batches of 32", "fp32", "MiB"))
 
 
 def test_images_of_two_kinds_of_devices_are_never_mixed(champion: str, tmp_path: Path) -> None:
