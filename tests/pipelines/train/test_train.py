@@ -94,9 +94,11 @@ def test_dry_run_estimates_the_counts_of_the_run(trained: Path, pixels: Path) ->
     assert plan.updates == last.updates
     assert plan.crops == pytest.approx(last.images_seen, rel=0.25)  # 39 random draws of the patch size
     assert plan.parameters == sum(p.numel() for p in load_model(trained / "model").parameters())
-    halved = describe_plan(tiny_recipe(), str(pixels), microbatch=16)
-    assert plan.step_bytes is not None and halved.step_bytes is not None
-    assert halved.step_bytes < plan.step_bytes  # 32 crops of a quarter were the largest group
+    large = tiny_recipe(train__batch_size=32)
+    whole, parts = describe_plan(large, str(pixels)), describe_plan(large, str(pixels), microbatch=8)
+    assert whole.step_bytes is not None and plan.step_bytes is not None
+    assert whole.step_bytes > 3 * plan.step_bytes  # activations of 32 images instead of 8
+    assert parts.step_bytes == plan.step_bytes
     small = {size.pixels: size.flops_per_crop for size in plan.sizes}
     assert small[16] / small[8] == pytest.approx(4, rel=0.1)  # the cost of convolutions is proportional to the pixels
 
