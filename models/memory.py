@@ -2,6 +2,7 @@
 
 import weakref
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from itertools import chain
 from typing import Any
 
@@ -151,7 +152,8 @@ def training_bytes(config: DenoiserConfig, settings: StepSettings, group: CropGr
         )  # fmt: skip
         draws = settings.random.crops(batch)
         with seeded_dropout(denoiser, settings.random.masks(0, group.blocks, settings.block_size, meta), 0, meta):
-            losses, _ = crop_losses(denoiser, rows, draws, group.size.pixels, settings, normalisation)
+            plain = replace(settings, precision="fp32")  # the mode converts instead of autocast
+            losses, _ = crop_losses(denoiser, rows, draws, group.size.pixels, plain, normalisation)
         losses.sum().backward()
     return int(live.peak)
 
