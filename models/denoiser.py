@@ -67,8 +67,8 @@ class Denoiser(nn.Module):
         """
         noisy = noisy.to(torch.float32)
         batch = len(noisy)
-        if not isinstance(sigma, Tensor):  # filled on the device: a copy from the host would wait for it
-            sigma = torch.full((), sigma, device=noisy.device)
+        if not isinstance(sigma, Tensor) or (sigma.ndim == 0 and sigma.device.type == "cpu"):
+            sigma = torch.full((), float(sigma), device=noisy.device)  # a copy from the host would wait for the device
         sigma = sigma.to(noisy.device, torch.float32).expand(batch)
         spread = sigma[:, None, None, None]
         total = (spread**2 + self.sigma_data**2).sqrt()

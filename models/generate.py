@@ -64,9 +64,9 @@ class Sampling(SamplingOptions):
         """Network evaluations per image, counted by sampling an empty image."""
         count = 0
 
-        def counted(x: Tensor, sigma: float) -> Tensor:
+        def counted(x: Tensor, sigma: Tensor) -> Tensor:
             nonlocal count
-            count += 2 if guides_at(sigma, self.guidance, self.guidance_between or EVERYWHERE) else 1
+            count += 2 if guides_at(float(sigma), self.guidance, self.guidance_between or EVERYWHERE) else 1
             return x
 
         self(counted, lambda: torch.zeros(1, 1, 1, 1))

@@ -31,13 +31,13 @@ def guided(
         in_one_batch: both evaluations are one batch of twice the size.
     """
 
-    def evaluate(x: Tensor, sigma: float, classes: Tensor | None) -> Tensor:
+    def evaluate(x: Tensor, sigma: Tensor, classes: Tensor | None) -> Tensor:
         grid = None if coordinates is None else coordinates.expand(len(x), -1, -1, -1)
         estimate: Tensor = denoiser(x, sigma, grid, classes)
         return estimate
 
-    def denoise(x: Tensor, sigma: float) -> Tensor:
-        if labels is None or not guides_at(sigma, guidance, interval):
+    def denoise(x: Tensor, sigma: Tensor) -> Tensor:
+        if labels is None or not guides_at(float(sigma), guidance, interval):
             return evaluate(x, sigma, labels)
         if in_one_batch:
             pair = evaluate(torch.cat([x, x]), sigma, torch.cat([labels, torch.zeros_like(labels)]))
@@ -65,7 +65,7 @@ def keep_centre(denoise: Denoise, centre: Tensor) -> Denoise:
     """
     height, width = centre.shape[2:]
 
-    def with_centre(x: Tensor, sigma: float) -> Tensor:
+    def with_centre(x: Tensor, sigma: Tensor) -> Tensor:
         estimate = denoise(x, sigma).clone()
         top, left = (x.shape[2] - height) // 2, (x.shape[3] - width) // 2
         estimate[:, :, top : top + height, left : left + width] = centre.to(estimate)

@@ -121,7 +121,7 @@ def sampling_bytes(model: SamplingModel, sampling: Sampling, batch: int, device:
         x, slope, predicted = torch.empty(3, batch, denoiser.channels, height, width, dtype=torch.float64, device=meta)
         classes = torch.empty(batch, denoiser.classes, device=meta) if denoiser.classes else None
         denoise = guided(denoiser, classes, sampling.guidance, in_one_batch=in_one_batch)
-        slope = slope - denoise(predicted, 1.0)
+        slope = slope - denoise(predicted, torch.tensor(1.0, dtype=torch.float64))
         to_pixels(x, model.normalisation, model.autoencoder)
     return weight_bytes(model) + int(live.peak)
 

@@ -2,7 +2,8 @@
 
 All samplers use EDM's variables, x = clean + sigma * noise. Their common arguments:
 
-    denoise: denoise(x, sigma) -> clean estimate, called with (B, C, H, W) float64 x and a float sigma.
+    denoise: denoise(x, sigma) -> clean estimate, called with (B, C, H, W) float64 x and a 0-dim float64 sigma,
+        which is on the CPU.
     start: (B, C, H, W) noise, already scaled by sigmas[0].
     sigmas: (steps + 1,) decreasing noise levels; the last one is usually 0.
     noise: noise() -> (B, C, H, W) standard normal, for the samplers that add noise.
@@ -20,7 +21,7 @@ from torch import Tensor
 
 from patchloom.models.random_draws import sampling_generator
 
-Denoise = Callable[[Tensor, float], Tensor]
+Denoise = Callable[[Tensor, Tensor], Tensor]
 Noise = Callable[[], Tensor]
 
 
@@ -266,7 +267,7 @@ def _steps(*columns: Tensor) -> Iterator[tuple[float, ...]]:
 
 
 def _estimate(denoise: Denoise, x: Tensor, sigma: float) -> Tensor:
-    return denoise(x, sigma).to(torch.float64)
+    return denoise(x, torch.tensor(sigma, dtype=torch.float64)).to(torch.float64)
 
 
 def _drawn(noise: Noise | None, x: Tensor) -> Tensor:

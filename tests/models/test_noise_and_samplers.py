@@ -16,7 +16,7 @@ from patchloom.models.samplers import SeededNoise, heun
 SPREAD = 0.5  # of the Gaussian data
 
 
-def ideal(x: Tensor, sigma: float) -> Tensor:
+def ideal(x: Tensor, sigma: Tensor) -> Tensor:
     """The mean of x0 ~ N(0, SPREAD^2) given x = x0 + sigma * noise."""
     return x * SPREAD**2 / (SPREAD**2 + sigma**2)
 
@@ -82,9 +82,9 @@ def test_heun_ends_at_the_ideal_estimate_of_the_last_level() -> None:
 
 @pytest.mark.parametrize("steps", [1, 2, 18])
 def test_heun_evaluates_twice_a_step_but_once_in_the_last(steps: int) -> None:
-    calls: list[tuple[Tensor, float]] = []
+    calls: list[tuple[Tensor, Tensor]] = []
 
-    def recorded(x: Tensor, sigma: float) -> Tensor:
+    def recorded(x: Tensor, sigma: Tensor) -> Tensor:
         calls.append((x, sigma))
         return ideal(x, sigma).float()
 
@@ -93,8 +93,9 @@ def test_heun_evaluates_twice_a_step_but_once_in_the_last(steps: int) -> None:
     assert len(calls) == 2 * steps - 1
     for x, sigma in calls:
         assert x.dtype == torch.float64
-        assert isinstance(sigma, float)
-    assert [sigma for _, sigma in calls[::2]] == karras_sigmas(steps)[:-1].tolist()
+        assert sigma.dtype == torch.float64
+        assert sigma.shape == ()
+    assert [float(sigma) for _, sigma in calls[::2]] == karras_sigmas(steps)[:-1].tolist()
 
 
 def test_a_seeds_noise_is_unit_and_does_not_depend_on_its_neighbours() -> None:
@@ -118,14 +119,14 @@ def test_guidance_of_1_costs_one_evaluation_and_any_other_two(
 ) -> None:
     images_evaluated: list[int] = []
     hook = conditional.model.register_forward_hook(lambda _, inputs, __: images_evaluated.append(len(inputs[0])))
-    guided(conditional, torch.eye(3), guidance)(torch.randn(3, 3, 16, 16), 1.0)
+    guided(conditional, torch.eye(3), guidance)(torch.randn(3, 3, 16, 16), torch.tensor(1.0))
     hook.remove()
     assert sum(images_evaluated) == 3 * evaluations
 
 
 @torch.no_grad()
 def test_guidance_moves_away_from_the_estimate_without_a_class(conditional: Denoiser) -> None:
-    x, sigma, labels = torch.randn(3, 3, 16, 16), 0.7, torch.eye(3)
+    x, sigma, labels = torch.randn(3, 3, 16, 16), torch.tensor(0.7), torch.eye(3)
     with_class = conditional(x, sigma, labels=labels)
     without = conditional(x, sigma, labels=torch.zeros(3, 3))
     assert (with_class - without).abs().max() > 1e-3

@@ -42,7 +42,7 @@ def each(samplers: dict[str, Sampler]) -> pytest.MarkDecorator:
     return pytest.mark.parametrize("sampler", list(samplers.values()), ids=list(samplers))
 
 
-def ideal(x: Tensor, sigma: float) -> Tensor:
+def ideal(x: Tensor, sigma: Tensor) -> Tensor:
     """The mean of x0 ~ N(0, SPREAD^2) given x = x0 + sigma * noise."""
     return x * SPREAD**2 / (SPREAD**2 + sigma**2)
 
@@ -56,7 +56,7 @@ def drawn(seed: int, *shape: int) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def sampled(sampler: Sampler, denoise: Callable[[Tensor, float], Tensor], start: Tensor, sigmas: Tensor) -> Tensor:
+def sampled(sampler: Sampler, denoise: Callable[[Tensor, Tensor], Tensor], start: Tensor, sigmas: Tensor) -> Tensor:
     """What the sampler makes, with seeded noise where it takes any."""
     options = {"noise": SeededNoise(list(range(len(start))), tuple(start.shape[1:]))}
     takes_noise = sampler in STOCHASTIC.values() or sampler is heun
@@ -66,19 +66,19 @@ def sampled(sampler: Sampler, denoise: Callable[[Tensor, float], Tensor], start:
 class Recorded:
     """A denoiser that keeps what it was given and what it said."""
 
-    def __init__(self, denoise: Callable[[Tensor, float], Tensor] = ideal) -> None:
+    def __init__(self, denoise: Callable[[Tensor, Tensor], Tensor] = ideal) -> None:
         self.denoise = denoise
-        self.calls: list[tuple[Tensor, float]] = []
+        self.calls: list[tuple[Tensor, Tensor]] = []
         self.estimates: list[Tensor] = []
 
-    def __call__(self, x: Tensor, sigma: float) -> Tensor:
-        self.calls.append((x.clone(), sigma))
+    def __call__(self, x: Tensor, sigma: Tensor) -> Tensor:
+        self.calls.append((x.clone(), sigma.clone()))
         self.estimates.append(self.denoise(x, sigma))
         return self.estimates[-1]
 
     @property
     def levels(self) -> list[float]:
-        return [sigma for _, sigma in self.calls]
+        return [float(sigma) for _, sigma in self.calls]
 
 
 class Counted:
@@ -153,7 +153,7 @@ class UnitDraws:
         return next(self.units)[:, None, None, None]
 
 
-def exact_variance(sampler: Sampler, sigmas: Tensor, denoise: Callable[[Tensor, float], Tensor] = ideal) -> float:
+def exact_variance(sampler: Sampler, sigmas: Tensor, denoise: Callable[[Tensor, Tensor], Tensor] = ideal) -> float:
     """The variance of what the sampler makes from N(0, SPREAD^2 + sigma_max^2), without sampling error."""
     noise = UnitDraws(len(sigmas))
     return float((sampler(denoise, noise() * marginal(sigmas[0]) ** 0.5, sigmas, noise=noise) ** 2).sum())
@@ -268,8 +268,9 @@ def test_a_sampler_makes_the_documented_number_of_float64_calls(name: str, steps
     assert made.dtype == torch.float64
     assert made.shape == (2, 1, 3, 4)
     for x, sigma in recorded.calls:
-        assert (x.dtype, x.shape) == (torch.float64, (2, 1, 3, 4))
-        assert isinstance(sigma, float) and sigma > 0
+        assert (x.dtype, sigma.dtype) == (torch.float64, torch.float64)
+        assert (x.shape, sigma.shape) == ((2, 1, 3, 4), ())
+        assert sigma > 0
 
 
 @pytest.mark.parametrize("name", ["euler", "ddim", "dpmpp-2m", "ancestral", "ddim-eta-0.5", "dpmpp-2m-sde"])
@@ -355,7 +356,7 @@ CANVAS, MIDDLE = (2, 3, 9, 8), (..., slice(3, 6), slice(2, 6))
 @pytest.mark.parametrize("ladder", [karras_sigmas, linear_sigmas], ids=["karras", "linear"])
 @pytest.mark.parametrize("surroundings", [ideal, lambda x, sigma: torch.sin(7 * x)], ids=["ideal", "wild"])
 def test_every_sampler_leaves_the_given_centre_in_the_middle(
-    sampler: Sampler, ladder: Callable[[int], Tensor], surroundings: Callable[[Tensor, float], Tensor]
+    sampler: Sampler, ladder: Callable[[int], Tensor], surroundings: Callable[[Tensor, Tensor], Tensor]
 ) -> None:
     centre, sigmas = drawn(1, 2, 3, 3, 4), ladder(18)
     made = sampled(sampler, keep_centre(surroundings, centre), 80 * drawn(0, *CANVAS), sigmas)
@@ -406,23 +407,23 @@ def evaluations(denoiser: Denoiser, work: Callable[[], object]) -> int:
 def test_guidance_acts_above_the_lower_level_and_up_to_the_upper(
     conditional: Denoiser, sigma: float, acts: bool
 ) -> None:
-    x, labels = drawn(0, 3, 3, 16, 16), torch.eye(3)
+    x, level, labels = drawn(0, 3, 3, 16, 16), torch.tensor(sigma, dtype=torch.float64), torch.eye(3)
     denoise = guided(conditional, labels, 1.3, (0.5, 5.0))
-    assert evaluations(conditional, lambda: denoise(x, sigma)) == 1 + acts
-    with_class = conditional(x, sigma, labels=labels)
+    assert evaluations(conditional, lambda: denoise(x, level)) == 1 + acts
+    with_class = conditional(x, level, labels=labels)
     if acts:
-        torch.testing.assert_close(denoise(x, sigma), 1.3 * with_class - 0.3 * conditional(x, sigma))
-        assert not torch.equal(denoise(x, sigma), with_class)
+        torch.testing.assert_close(denoise(x, level), 1.3 * with_class - 0.3 * conditional(x, level))
+        assert not torch.equal(denoise(x, level), with_class)
     else:
-        assert torch.equal(denoise(x, sigma), with_class)
+        assert torch.equal(denoise(x, level), with_class)
 
 
 @torch.no_grad()
 def test_guidance_without_labels_has_no_effect(conditional: Denoiser) -> None:
-    x, sigma = drawn(0, 1, 3, 16, 16), 1.0
+    x, level = drawn(0, 1, 3, 16, 16), torch.tensor(1.0)
     denoise = guided(conditional, None, 1.3)
-    assert evaluations(conditional, lambda: denoise(x, sigma)) == 1
-    assert torch.equal(denoise(x, sigma), conditional(x, sigma))
+    assert evaluations(conditional, lambda: denoise(x, level)) == 1
+    assert torch.equal(denoise(x, level), conditional(x, level))
 
 
 # Sampling, the description of all this

@@ -27,9 +27,9 @@ SPREADS = torch.tensor([0.1, 0.3, 0.6], dtype=torch.float64)[:, None, None]  # o
 SIGMA_DATA = 0.5
 
 
-def ideal(x: Tensor, sigma: Tensor | float) -> Tensor:
+def ideal(x: Tensor, sigma: Tensor) -> Tensor:
     """The mean of x0 given x = x0 + sigma * noise, where x0 is near one of five points, by SPREADS."""
-    x, sigma = x.double(), torch.as_tensor(sigma).double()
+    x, sigma = x.double(), sigma.double()
     total = SPREADS**2 + sigma**2
     distances = ((x[:, None] - POINTS) ** 2 / total).sum(dim=(2, 3, 4))
     weights = (-distances / 2).softmax(dim=1)[:, :, None, None, None]
