@@ -5,12 +5,12 @@ tensor, stream and event gets the device with its index, and every thread that c
 """
 
 import os
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from typing import TYPE_CHECKING
 
 from patchloom.errors import UserError
+from patchloom.platform.compute.messages import connected_ray
 
 if TYPE_CHECKING:
     import torch
@@ -67,5 +67,5 @@ def device_thread(name: str) -> ThreadPoolExecutor:
 
 
 def _is_started_by_ray() -> bool:
-    ray = sys.modules.get("ray")
-    return ray is not None and ray.is_initialized() and ray.get_runtime_context().worker.mode == ray.WORKER_MODE
+    ray = connected_ray()
+    return ray is not None and ray.get_runtime_context().worker.mode == ray.WORKER_MODE

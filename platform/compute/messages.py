@@ -89,10 +89,17 @@ def forward_messages(prefix: str | None = None) -> None:
         on_say(LISTENER, lambda text: _send(f"  {prefix}{text.strip()}" if prefix else text))
 
 
+def connected_ray() -> Any:
+    """The module of Ray if this process has a session of it; otherwise None, also while another thread imports it."""
+    ray = sys.modules.get("ray")
+    is_initialized = getattr(ray, "is_initialized", None)  # missing while Ray is imported
+    return ray if is_initialized is not None and is_initialized() else None
+
+
 def is_in_worker() -> bool:
     """Whether this process is an actor of Ray, which a command started."""
-    ray: Any = sys.modules.get("ray")
-    return ray is not None and ray.is_initialized() and ray.get_runtime_context().get_actor_id() is not None
+    ray = connected_ray()
+    return ray is not None and ray.get_runtime_context().get_actor_id() is not None
 
 
 def _send(text: str) -> None:

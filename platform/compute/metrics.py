@@ -7,12 +7,12 @@ shows them.
 import contextlib
 import os
 import socket
-import sys
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import cache
 from typing import Any
 
+from patchloom.platform.compute.messages import connected_ray
 from patchloom.platform.files.folder import Folder
 from patchloom.platform.records.run import LineFields, ProgressLine
 
@@ -186,8 +186,7 @@ NO_COMMAND = MetricRecorder("")
 
 def metrics_are_on() -> bool:
     """Whether this process has a Ray session whose metrics are collected. A session on this machine has none."""
-    ray: Any = sys.modules.get("ray")
-    return ray is not None and ray.is_initialized() and os.environ.get(SWITCH, "1").lower() not in ("0", "false")
+    return connected_ray() is not None and os.environ.get(SWITCH, "1").lower() not in ("0", "false")
 
 
 def _line(fields: dict[str, Any]) -> ProgressLine:

@@ -3,7 +3,6 @@
 import contextlib
 import os
 import shutil
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from patchloom.errors import WorkersFailed
 from patchloom.platform.compute.devices import own_device, use_device
+from patchloom.platform.compute.messages import is_in_worker
 from patchloom.platform.compute.resources import (
     COLLECTIVE_MINUTES,
     DEFAULT_RESOURCES,
@@ -183,8 +183,11 @@ def run_workers(
         return call_here(lambda: loop(Worker(), config), control)
     # replacing a lost node may take minutes; an elastic run does not wait for it
     is_elastic = min_workers is not None and min_workers < workers
-    start_timeout = {"RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "30" if is_elastic else "600"}
-    with environment_defaults(start_timeout), ray_session(workers, resources.object_store_gib):
+    defaults = {
+        "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "30" if is_elastic else "600",
+        "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # else lines of `print` are twice in the logs of workers
+    }
+    with environment_defaults(defaults), ray_session(workers, resources.object_store_gib):
         least = min_workers or workers
         return call_until_stopped(
             lambda: _run_on_ray_train(loop, config, workers, least, scratch, name, control, resources, paths), control
@@ -211,7 +214,7 @@ def _run_on_ray_train(
     from patchloom.platform.compute.worker_groups import CheckpointBeforeResize, GroupNotice
 
     shape, cpus = train_worker_shape(workers, resources)
-    if not _is_trial():
+    if not is_in_worker():
         wait_for_workers(min_workers, shape, resources.wait_minutes)
         check_shared(paths)
         say(f"  waiting for {workers} worker{'s' if workers > 1 else ''} of Ray Train (half a minute on a laptop) ...")
@@ -253,7 +256,7 @@ def room_for_workers(workers: int, min_workers: int | None, resources: Resources
             do not see the paths.
     """
     check_cluster()
-    if not workers or not os.environ.get("RAY_ADDRESS") or _is_trial():
+    if not workers or not os.environ.get("RAY_ADDRESS") or is_in_worker():
         yield  # a session on this machine has room
         return
     with ray_session():
@@ -264,16 +267,10 @@ def room_for_workers(workers: int, min_workers: int | None, resources: Resources
 
 def train_worker_shape(workers: int, resources: Resources) -> tuple[WorkerShape, int]:
     """What one worker reserves, and the number of its threads."""
-    own_session = not os.environ.get("RAY_ADDRESS") and not _is_trial()
+    own_session = not os.environ.get("RAY_ADDRESS") and not is_in_worker()
     cpus = resources.cpus_per_worker or (max(1, session_cpus() // workers) if own_session else 1)
-    reserved = cpus - TRIAL_CPUS if _is_trial() else cpus  # a trial shares the CPUs with other trials
+    reserved = cpus - TRIAL_CPUS if is_in_worker() else cpus  # a trial shares the CPUs with other trials
     return worker_shape(resources, reserved, 1 if session_gpus() >= workers else 0), cpus
-
-
-def _is_trial() -> bool:
-    """Whether this process is a trial of a search."""
-    ray = sys.modules.get("ray")
-    return ray is not None and ray.is_initialized() and ray.get_runtime_context().get_actor_id() is not None
 
 
 def _on_worker(

@@ -1,7 +1,9 @@
 """Messages: what workers say is shown by the command, once, also by the workers of trials and pools."""
 
+import sys
 import time
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 from helpers import start_cli, tiny_recipe
@@ -9,6 +11,7 @@ from helpers import start_cli, tiny_recipe
 from patchloom.errors import UserError
 from patchloom.pipelines.train.checkpointer import newest_checkpoint
 from patchloom.platform.compute.actors import map_on_actors
+from patchloom.platform.compute.messages import connected_ray, is_in_worker
 from patchloom.platform.progress import say
 from patchloom.platform.recipe import recipe_yaml
 
@@ -22,6 +25,11 @@ class SayingActor:
     def __call__(self, item: int, report: object) -> int:
         say(f"  item {item} has a problem")
         return item
+
+
+def test_a_process_that_still_imports_ray_has_no_session(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "ray", ModuleType("ray"))  # as other threads see it meanwhile
+    assert connected_ray() is None and not is_in_worker()
 
 
 @pytest.mark.ray
