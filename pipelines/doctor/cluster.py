@@ -18,7 +18,7 @@ from patchloom.platform.compute.nodes import NodeResult, ask_nodes
 from patchloom.platform.compute.session import ray_session
 from patchloom.platform.files.cache import cache_root
 from patchloom.platform.files.folder import Folder
-from patchloom.platform.progress import say
+from patchloom.platform.progress import aligned, say
 from patchloom.platform.tracking.client import connect, experiment_id, require_reachable
 from patchloom.platform.tracking.store import database_path, shown_uri, tracking_uri
 
@@ -44,6 +44,8 @@ class NodeState:
         versions: by name; `code` is the start of the digest of Patchloom's code.
         cpus: cores of the machine.
         gpus: names of the GPUs that torch sees.
+        ray_cpus: CPUs that Ray may use, such as 0 on a head node.
+        ray_gpus: GPUs that Ray may use.
         cache_free_gib: free space where the cache is.
         problems: what does not work, one line each.
     """
@@ -51,16 +53,22 @@ class NodeState:
     versions: dict[str, str]
     cpus: int
     gpus: list[str]
+    ray_cpus: float
+    ray_gpus: float
     cache_free_gib: float
     problems: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
 class ClusterHealth:
-    """The result of a check of all nodes: the state of each that answered, and all problems by node."""
+    """The result of a check of all nodes: the state of each that answered, and all problems by node.
+
+    `store` is the address that was checked too, if one was given.
+    """
 
     nodes: dict[str, NodeState]
     problems: dict[str, list[str]]
+    store: str | None = None
 
     @property
     def works(self) -> bool:
@@ -99,8 +107,9 @@ def check_nodes(store: str | None = None) -> ClusterHealth:
     finally:
         if store:
             Folder.at(store).remove(marker)
+    shown = str(Folder.at(store)) if store else None  # without keys
     states = {result.name: result.answer for result in results if result.answer is not None}
-    return ClusterHealth(states, {result.name: _problems(result, states) for result in results})
+    return ClusterHealth(states, {result.name: _problems(result, states) for result in results}, shown)
 
 
 def check_node(checks: NodeChecks) -> NodeState:
@@ -119,7 +128,16 @@ def check_node(checks: NodeChecks) -> NodeState:
     if free < LEAST_FREE_GIB:
         problems.append(f"the cache at {cache} has {free:.1f} GiB free: free space, or set PATCHLOOM_CACHE")
     gpus = [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())]
-    return NodeState(versions, os.cpu_count() or 1, gpus, free, problems)
+    offered = _ray_resources()
+    return NodeState(versions, os.cpu_count() or 1, gpus, offered.get("CPU", 0), offered.get("GPU", 0), free, problems)
+
+
+def _ray_resources() -> dict[str, float]:
+    """What Ray may use of this node."""
+    import ray
+
+    own = ray.get_runtime_context().get_node_id()
+    return next((dict(node["Resources"]) for node in ray.nodes() if node["NodeID"] == own), {})
 
 
 def _failures(checks: list[Callable[[], None]]) -> list[str]:
@@ -169,13 +187,14 @@ def _problems(result: NodeResult[NodeState], states: dict[str, NodeState]) -> li
 def show_nodes(health: ClusterHealth) -> None:
     """Print a table of the nodes, and the problems of each."""
     say(f"MLflow: {shown_uri()}")
-    rows = [["node", "cpus", "gpus", "cache free", *SAME]]
+    if health.store:
+        say(f"store: {health.store}")
+    rows = [["node", "cpus", "for Ray", "gpus", "for Ray", "cache free", *SAME]]
     for name, state in health.nodes.items():
         versions = [state.versions[what] for what in SAME]
-        rows.append([name, str(state.cpus), str(len(state.gpus)), f"{state.cache_free_gib:.0f} GiB", *versions])
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for row in rows:
-        say("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+        cpus, gpus = (str(state.cpus), f"{state.ray_cpus:g}"), (str(len(state.gpus)), f"{state.ray_gpus:g}")
+        rows.append([name, *cpus, *gpus, f"{state.cache_free_gib:.0f} GiB", *versions])
+    say(aligned(rows))
     for name, problems in health.problems.items():
         for problem in problems:
             say(f"{name}: FAILED, {problem}")

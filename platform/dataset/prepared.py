@@ -229,7 +229,10 @@ def _read_card(folder: Folder) -> DatasetCard:
         for name, advice in NOT_DATASETS.items():
             if folder.has(name):
                 raise UserError(f"{folder} has no {CARD}: it is not a prepared dataset but {advice}")
-        if any(is_image(name) for name in folder.files()):
+        names = folder.files()
+        if not names:
+            raise UserError(f"{folder} is empty or does not exist: check the address, or make a dataset there first")
+        if any(map(is_image, names)):
             raise UserError(f"{folder} has no {CARD}, and it contains images: run `patchloom prepare {folder} DATASET`")
         raise UserError(f"{folder} has no {CARD}: it is not a dataset, or it is incomplete; run prepare again")
     content = folder.read(CARD)

@@ -4,13 +4,16 @@ import functools
 import os
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from threading import Timer
 from typing import Any, ParamSpec, TypeVar
 
 from patchloom.errors import UserError
 from patchloom.platform.progress import say
 
 STORE_WAIT_S, DEFAULT_STORE_WAIT_S = "PATCHLOOM_STORE_WAIT_S", 120.0
+NOTICE_AFTER_S = 10.0
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.5, 10.0
 # how pyarrow and fsspec report a store that is down, busy or not reached, not one that refuses
 PASSING = re.compile(
@@ -76,7 +79,8 @@ def _repeat(store: str, ask: Callable[[], Answer]) -> Answer:
     outage, pause = _outages.setdefault(store, _Outage()), FIRST_PAUSE_S
     while True:
         try:
-            answer = ask()
+            with _notice(store, outage):
+                answer = ask()
         except StoreError as error:
             wait = store_wait_s()
             if not (error.is_passing and outage.has_answered):
@@ -93,6 +97,21 @@ def _repeat(store: str, ask: Callable[[], Answer]) -> Answer:
             say(f"  {store} answers again")
         outage.has_answered, outage.began = True, None
         return answer
+
+
+@contextmanager
+def _notice(store: str, outage: _Outage) -> Iterator[None]:
+    """Say during a long operation that a store has not answered yet. Its own client may try for minutes."""
+    if outage.has_answered:
+        yield
+        return
+    timer = Timer(NOTICE_AFTER_S, say, [f"  {store} has not answered yet; check its address and AWS_ENDPOINT_URL"])
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def begin_to_wait(store: str) -> None:

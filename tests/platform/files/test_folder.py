@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from patchloom.errors import UserError
+from patchloom.platform.files import patience
 from patchloom.platform.files.folder import Folder, is_remote
 
 NAMES = ("with space", "Läufe/ε 日本", "run#2", "a?b", "a%20b", "a+b&c=d")
@@ -197,3 +198,18 @@ def test_the_s3_server_of_the_tests_answers_as_s3_does(s3: str, tmp_path: Path) 
     with pytest.raises(urllib.error.HTTPError, match="404") as refused:
         urllib.request.urlopen(f"{url}/b", timeout=5)
     refused.value.close()
+
+
+def test_a_store_that_has_not_answered_yet_is_named_while_it_is_waited_for(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class SlowStore:
+        @patience.patient(lambda _: "s3://slow")
+        def ask(self) -> None:
+            time.sleep(0.5)
+
+    monkeypatch.setattr(patience, "NOTICE_AFTER_S", 0.05)
+    SlowStore().ask()
+    assert "s3://slow" in capsys.readouterr().out
+    SlowStore().ask()  # it has answered
+    assert capsys.readouterr().out == ""
