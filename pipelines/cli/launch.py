@@ -20,15 +20,21 @@ class LaunchGroup(TyperGroup):
     """A group whose default command is `run`, so that `launch train ...` works."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Insert `run` before the words of another command."""
-        if args and args[0] not in self.commands and args[0] != "--help":
+        """Insert `run` before the words of another command, and take `--address URL` before each."""
+        given = args[:2] if args[:1] == ["--address"] else args[: bool(args) and args[0].startswith("--address=")]
+        rest = args[len(given) :]
+        if rest and rest[0] in self.commands:
+            args = [rest[0], *given, *rest[1:]]
+        elif args and args[0] != "--help":
             args = ["run", *args]
         return super().parse_args(ctx, args)
 
 
 launch_app = typer.Typer(
     cls=LaunchGroup,
-    help="Run a command as a job on a Ray cluster: patchloom launch COMMAND... Or list, follow and stop jobs.",
+    help="Run a command as a job on a Ray cluster: patchloom launch [--address URL] COMMAND... Or list, follow and "
+    "stop jobs. All options: patchloom launch run --help",
+    epilog="Example: patchloom launch --address http://head:8265 train my.yaml --data s3://b/data --out s3://b/run",
     rich_markup_mode=None,
     no_args_is_help=True,
 )
@@ -61,7 +67,7 @@ def launch_run(
     arguments = parsed_arguments(context, command)
     from patchloom.pipelines.launch.launching import LaunchOptions, launch
 
-    raise typer.Exit(launch(command, arguments, LaunchOptions(address, detach, env or [], env_file, ship)))
+    raise SystemExit(launch(command, arguments, LaunchOptions(address, detach, env or [], env_file, ship)))
 
 
 def parsed_arguments(context: Any, words: list[str]) -> dict[str, Any]:
@@ -100,7 +106,7 @@ def launch_logs(
     """
     from patchloom.pipelines.launch.launching import job_logs
 
-    raise typer.Exit(job_logs(job, follow, address))
+    raise SystemExit(job_logs(job, follow, address))
 
 
 @launch_app.command("stop", epilog="Example: patchloom launch stop patchloom-train-1126-101500-1a2b")

@@ -20,15 +20,16 @@ import patchloom
 from patchloom.errors import UserError
 from patchloom.pipelines.launch import node
 from patchloom.pipelines.launch.following import exit_code_of, show_logs
-from patchloom.pipelines.launch.packing import pack_code, pack_command
+from patchloom.pipelines.launch.packing import absolute_paths, pack_code, pack_command
 from patchloom.pipelines.launch.settings import LOOPBACK, travelling_settings
 from patchloom.platform.compute.job_server import JobOrder, JobReport, JobServer, JobState
-from patchloom.platform.progress import clock, say
+from patchloom.platform.progress import aligned, clock, say
 
 STOP_WAIT_S = 600  # Ray kills a job that has not ended so long after SIGTERM; its own default is 3
 PROBE_WAIT_S = 120.0
 NEED_MLFLOW = ("train", "tune", "autoencoder", "models", "demo")
 CHECKPOINTED = ("train", "autoencoder")  # commands whose run can be asked for a checkpoint
+JOB_HEADER = ("JOB", "STATE", "STARTED", "DURATION", "COMMAND")
 DETACHED = 130  # the exit code after Ctrl-C
 
 
@@ -69,7 +70,7 @@ def launch(words: list[str], arguments: dict[str, Any], options: LaunchOptions) 
         packed = pack_command(words, arguments, folder)
         server = JobServer(options.address)
         settings = travelling_settings(options.env, urlsplit(server.address).hostname in LOOPBACK)
-        found = ask_node(server)
+        found = ask_node(server, absolute_paths(arguments))
         _check_node(found, words[0], settings, options)
         if options.ship or found.digest != own_digest():
             pack_code(folder)
@@ -133,12 +134,16 @@ class NodeAnswer:
         digest: of the code of Patchloom; None without it.
         versions: of the packages that Patchloom requires, by name; None for those that are missing.
         python: version of Python.
+        host: its host name.
+        missing: paths of this machine that it does not have.
         tracking_uri: whether the node sets MLFLOW_TRACKING_URI.
     """
 
     digest: str | None
     versions: dict[str, str | None]
     python: str
+    host: str
+    missing: list[str]
     tracking_uri: bool
 
 
@@ -147,12 +152,17 @@ def own_digest() -> str:
     return node.code_digest(Path(patchloom.__file__).parent)
 
 
-def ask_node(server: JobServer) -> NodeAnswer:
-    """Ask the node that runs the commands of jobs what it has installed, by a job of seconds."""
-    names = [requirement.name for requirement in _requirements()]
+def ask_node(server: JobServer, paths: list[str]) -> NodeAnswer:
+    """Ask the node that runs the commands of jobs what it has, by a job of seconds.
+
+    Args:
+        server: of the cluster.
+        paths: absolute paths that exist on this machine.
+    """
+    asked = json.dumps({"packages": [need.name for need in _requirements()], "paths": paths})
     with _temporary_folder() as folder:
         shutil.copyfile(node.__file__, folder / "node.py")
-        job = server.submit(JobOrder(shlex.join(["python", "node.py", *names]), folder, labels={"asks": "versions"}))
+        job = server.submit(JobOrder(shlex.join(["python", "node.py", asked]), folder, labels={"asks": "versions"}))
     report = server.wait(job, PROBE_WAIT_S)
     if not report.state.is_over:
         raise UserError(
@@ -176,6 +186,11 @@ def _requirements() -> list[Requirement]:
 
 def _check_node(found: NodeAnswer, command: str, settings: dict[str, str], options: LaunchOptions) -> None:
     """Raise UserError if a node lacks what a command needs."""
+    if found.missing:
+        raise UserError(
+            f"{found.missing[0]} exists on this machine and not on the node {found.host}, and data does not travel: "
+            "give an address such as s3://bucket/folder, or a path on a file system that every node mounts"
+        )
     lacks = [
         f"{need.name}{need.specifier} (has {found.versions.get(need.name) or 'none'})"
         for need in _requirements()
@@ -200,20 +215,25 @@ def _check_node(found: NodeAnswer, command: str, settings: dict[str, str], optio
 
 
 def job_table(address: str | None = None) -> str:
-    """All jobs of Patchloom on a cluster, one per line: id, state, age, command."""
+    """All jobs of Patchloom on a cluster as a table: id, state, start, duration and command."""
     jobs = [job for job in JobServer(address).reports() if "patchloom" in job.labels]
-    return "\n".join(_row(job) for job in jobs) or "no job"
+    return _table(jobs) if jobs else "no job"
 
 
 def job_status(job: str, address: str | None = None) -> str:
-    """The state of one job, in words."""
-    return _row(JobServer(address).report(job))
+    """The row of one job in the table."""
+    return _table([JobServer(address).report(job)])
 
 
-def _row(job: JobReport) -> str:
-    age = clock((job.ended or time.time()) - job.started) if job.started else ""
-    state = f"{job.state.lower()}" + (f" ({job.exit_code})" if job.exit_code else "")
-    return f"{job.name}  {state:<14}{age:>8}  {job.entrypoint.removeprefix('exec python -m ')}"
+def _table(jobs: list[JobReport]) -> str:
+    return aligned([JOB_HEADER, *map(_row, jobs)])
+
+
+def _row(job: JobReport) -> tuple[str, ...]:
+    started = time.strftime("%m-%d %H:%M:%S", time.localtime(job.started)) if job.started else ""
+    duration = clock((job.ended or time.time()) - job.started) if job.started else ""
+    state = job.state.lower() + (f", exit code {job.exit_code}" if job.exit_code else "")
+    return job.name, state, started, duration, job.entrypoint.removeprefix("exec python -m ")
 
 
 def job_logs(job: str, follow: bool, address: str | None = None) -> int:

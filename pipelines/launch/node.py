@@ -4,6 +4,7 @@ import hashlib
 import importlib.util
 import json
 import os
+import socket
 import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -36,13 +37,19 @@ def code_digest(package: str | os.PathLike[str]) -> str:
 
 
 def main() -> None:
-    """Print the versions of the packages that the arguments name, as JSON, and the digest of Patchloom's code."""
+    """Print, as JSON, the versions of packages, the digest of Patchloom's code, and which paths do not exist here.
+
+    The argument is a JSON object with `packages` and `paths`.
+    """
+    asked = json.loads(sys.argv[1])
     spec = importlib.util.find_spec("patchloom")
     places = list(spec.submodule_search_locations or []) if spec else []
     answer = {
         "digest": code_digest(places[0]) if places else None,
-        "versions": installed_versions(sys.argv[1:]),
+        "versions": installed_versions(asked["packages"]),
         "python": ".".join(map(str, sys.version_info[:3])),
+        "host": socket.gethostname(),
+        "missing": [path for path in asked["paths"] if not Path(path).exists()],
         "tracking_uri": bool(os.environ.get("MLFLOW_TRACKING_URI")),
     }
     print(MARK + json.dumps(answer))

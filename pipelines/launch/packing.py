@@ -21,6 +21,8 @@ PLACES = frozenset(
 REFERENCES = frozenset(
     {"what", "model", "one", "other", "reference", "autoencoder", "init_from", "features", "picture", "outpaint"}
 )
+YAML = (".yaml", ".yml")
+WRITTEN = {"out", "save_reference", "store"}  # places that a command may make
 MOST_BYTES = 10 << 20  # of a file that travels
 FILES = "files"  # the folder of files that are not below the working directory
 
@@ -37,7 +39,7 @@ def pack_command(words: list[str], arguments: dict[str, Any], folder: Path) -> l
         The words for the job; they differ for files that have another path there.
 
     Raises:
-        UserError: a file is large, or data is on this machine.
+        UserError: a file is large or does not exist, or data is on this machine.
     """
     given = [
         (name, value) for name, one in arguments.items() for value in (one if isinstance(one, list | tuple) else [one])
@@ -65,6 +67,8 @@ def _renamed(word: str, old: str, new: str) -> str:
 def _pack_file(text: str, folder: Path) -> str:
     """Copy a file if there is one; returns its path for the job."""
     path = Path(text)
+    if text.endswith(YAML) and not (is_remote(text) or path.is_absolute() or path.is_file()):
+        raise UserError(f"{text} does not exist here: correct the path, or give an absolute path that all nodes have")
     if is_remote(text) or not path.is_file():
         return text  # a recipe that ships with Patchloom, a list of seeds, or a file of the nodes
     inside = Path(os.path.relpath(path))
@@ -108,6 +112,13 @@ def _copy(path: Path, target: Path) -> None:
         )
     target.parent.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(path, target)
+
+
+def absolute_paths(arguments: dict[str, Any]) -> list[str]:
+    """The absolute paths that a command reads and that exist on this machine, perhaps on it alone."""
+    values = [value for name, value in arguments.items() if name in (PLACES | REFERENCES) - WRITTEN]
+    paths = [Path(value) for value in values if isinstance(value, str) and value]
+    return [str(path) for path in paths if path.is_absolute() and path.exists()]
 
 
 def _check_place(text: str, is_always_path: bool) -> None:

@@ -3,6 +3,7 @@
 import time
 
 from patchloom.pipelines.registry.quality import evaluations_of
+from patchloom.platform.progress import aligned
 from patchloom.platform.tracking.store import shown_registry_uri
 from patchloom.platform.tracking.versions import RegisteredVersion
 
@@ -12,9 +13,7 @@ AGE_UNITS = (("d", 86_400), ("h", 3_600), ("m", 60), ("s", 1))  # and their seco
 
 def models_table(versions: list[RegisteredVersion]) -> str:
     """Registered versions as a table: aliases, kind, resolution, p, images seen, quality and age."""
-    lines = [HEADER, *(_table_line(version) for version in versions)]
-    widths = [max(len(line[column]) for line in lines) for column in range(len(HEADER))]
-    return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)
+    return aligned([HEADER, *(_table_line(version) for version in versions)])
 
 
 def empty_list(is_filtered: bool) -> str:

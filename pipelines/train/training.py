@@ -192,7 +192,7 @@ def _progress_bar(recipe: Recipe, folder: Path) -> Iterator[ShowLine]:
             if line.step > first_step:
                 sizes = "  ".join(f"{size}px {loss:.3f}" for size, loss in line.loss_by_patch_size.items())
                 loss = "not finite" if line.loss is None else f"{line.loss:.3f}"
-                share = f"  {line.model_flops_utilisation:.0%} of peak" if line.has_utilisation else ""
+                share = f"  {line.model_flops_utilisation:.0%} of peak FLOP/s" if line.has_utilisation else ""
                 meter.update(line.images_seen, f"loss {loss} ({sizes}){share}")
 
         yield show

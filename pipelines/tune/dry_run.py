@@ -21,7 +21,7 @@ from patchloom.pipelines.tune.planning import (
 )
 from patchloom.pipelines.tune.ranking import setting_title
 from patchloom.platform.dataset.prepared import Dataset, open_dataset
-from patchloom.platform.progress import clock
+from patchloom.platform.progress import clock, say
 from patchloom.platform.recipe.run_recipe import Recipe
 from patchloom.platform.recipe.search import Search, load_search
 
@@ -95,6 +95,7 @@ def _trial_cost(trial: Trial, dataset: str, seconds: float) -> _TrialCost:
 
 def _measure_in_parallel(recipes: Sequence[Recipe | None], dataset: str, concurrent: int) -> list[float]:
     """Seconds per trial, measured in as many processes as trials run in parallel, because these slow each other."""
+    say("  measuring some steps of each trial on this machine ...")
     job = _MeasurementJob(recipes, dataset, allowed_backbones())
     with ProcessPoolExecutor(concurrent, get_context("spawn")) as pool:
         measured = list(pool.map(_measure, [job] * concurrent))

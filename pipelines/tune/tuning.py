@@ -165,7 +165,10 @@ def tune(
     say(f"  best of {len(order)} settings: {order[0].title}, {definition.metric} {order[0].value_of_n()}")
     if cost := cost_of_best(order):
         say(f"  {cost}")
-    say(f"  open {folder}/{PAGE_FILE}")
+    if folder.is_remote:
+        say(f"  its page: {folder}/{PAGE_FILE}; to see it here: patchloom report {folder} {PAGE_FILE}")
+    else:
+        say(f"  open {folder}/{PAGE_FILE}")
     if register_best:
         register(_trial_folder(folder, order[0].best).address, register_best)
     return TuneResult(here, run_id, table, best, out)
@@ -285,19 +288,10 @@ def _write_results(
 @contextmanager
 def _watched(folder: Folder, meter: Meter) -> Iterator[None]:
     """Show the progress of all trials of a search while the block runs, from their progress files."""
-    with _progress_files(folder) as here, _shown_progress(here / TRIALS_FOLDER, meter):
+    here = local_copy(folder.address, _is_progress) if folder.is_remote else folder.path
+    fetcher = ProgressFetcher(folder, here, _is_progress, FETCH_INTERVAL_S) if folder.is_remote else nullcontext()
+    with _shown_progress(here / TRIALS_FOLDER, meter), fetcher:  # fetches the last lines before they are shown
         yield
-
-
-@contextmanager
-def _progress_files(folder: Folder) -> Iterator[Path]:
-    """A search folder on this machine. For a remote one a copy, into which progress files are fetched."""
-    if not folder.is_remote:
-        yield folder.path
-        return
-    here = local_copy(folder.address, _is_progress)
-    with ProgressFetcher(folder, here, _is_progress, FETCH_INTERVAL_S):
-        yield here
 
 
 def _is_progress(name: str) -> bool:
@@ -315,7 +309,7 @@ def _shown_progress(trials: Path, meter: Meter) -> Iterator[None]:
             for line in tails.setdefault(path, JsonLinesTail(path)).new_lines():
                 gflops[path] = line.flops / 1e9
         if gflops:
-            meter.update(sum(gflops.values()), f"{len(gflops)} trials started")
+            meter.update(sum(gflops.values()), f"{len(gflops)} trial{'s' if len(gflops) > 1 else ''} started")
 
     def watch() -> None:
         while not stop.wait(PROGRESS_INTERVAL_S):

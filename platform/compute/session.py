@@ -12,7 +12,7 @@ from pathlib import Path
 from patchloom.errors import UserError
 from patchloom.platform.compute.answering import check_ray_address
 from patchloom.platform.compute.machine import keep_freed_memory
-from patchloom.platform.compute.messages import forward_messages, showing_messages
+from patchloom.platform.compute.messages import connected_ray, forward_messages, showing_messages
 from patchloom.platform.compute.stopping import kept_sigterm_handler
 from patchloom.platform.progress import say
 
@@ -101,8 +101,7 @@ def ray_session(cpus: int = 1, object_store_gib: float | None = None) -> Iterato
             yield
         return
     is_local = not os.environ.get("RAY_ADDRESS")
-    if is_local:
-        say("  starting Ray on this machine ...")
+    say("  starting Ray on this machine ..." if is_local else "  connecting to the Ray cluster ...")
     with environment_defaults(LOCAL_ENVIRONMENT if is_local else {}):
         _start_ray(max(os.cpu_count() or 1, cpus) if is_local else None, object_store_gib or OBJECT_STORE_GIB)
         try:
@@ -114,8 +113,7 @@ def ray_session(cpus: int = 1, object_store_gib: float | None = None) -> Iterato
 
 def check_cluster() -> None:
     """Raise UserError if this process has no Ray session and no cluster answers at RAY_ADDRESS."""
-    ray = sys.modules.get("ray")
-    if ray is None or not ray.is_initialized():
+    if connected_ray() is None:
         quiet_environment()  # the check can import Ray
         check_ray_address()
 
@@ -168,7 +166,8 @@ def _start_ray(local_cpus: int | None, object_store_gib: float) -> None:
             problem = str(error).strip().split("\n")[0]
             raise UserError(
                 f"RAY_ADDRESS={os.environ.get('RAY_ADDRESS')}: Ray cannot connect ({problem}): check that the cluster "
-                "runs and that this machine is one of its nodes, or unset RAY_ADDRESS to run on this machine"
+                "runs; on a machine that is none of its nodes, use `patchloom launch COMMAND...`, or unset RAY_ADDRESS "
+                "to run on this machine"
             ) from None
     _quiet_loggers()
 

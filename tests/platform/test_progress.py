@@ -6,7 +6,7 @@ import time
 import pytest
 
 from patchloom.platform import progress
-from patchloom.platform.progress import Meter, clock, say
+from patchloom.platform.progress import Meter, aligned, clock, say
 from patchloom.platform.progress import progress as show_progress
 
 
@@ -25,6 +25,10 @@ from patchloom.platform.progress import progress as show_progress
 )
 def test_durations_are_short_and_rounded_minutes_are_minutes(seconds: float, text: str) -> None:
     assert clock(seconds) == text
+
+
+def test_columns_of_a_table_are_as_wide_as_their_longest_cell() -> None:
+    assert aligned([("JOB", "STATE"), ("a", "running"), ("longer", "")]) == "JOB     STATE\na       running\nlonger"
 
 
 def test_the_rate_counts_only_the_work_of_this_call(monkeypatch: pytest.MonkeyPatch) -> None:

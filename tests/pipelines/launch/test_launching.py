@@ -65,7 +65,7 @@ def test_prepare_as_a_job_gives_the_same_bytes(head: Head, images: Path, pixels:
 
     job = re.search(r"patchloom-prepare-\S+", said)[0]  # type: ignore[index]
     with environment(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=TOKEN):
-        code, listed = run("status", "--address", head.jobs, folder=tmp_path)
+        code, listed = run("--address", head.jobs, "status", folder=tmp_path)
         assert code == 0 and job in listed and "succeeded" in listed
         code, logged = run("logs", job, "--address", head.jobs, folder=tmp_path)
         assert code == 0 and str(out) in logged
@@ -127,7 +127,7 @@ def test_stop_leaves_a_checkpoint_and_ctrl_c_leaves_the_job(head: Head, pixels: 
     wait_until(lambda: (out / "progress.jsonl").exists() and (out / "progress.jsonl").stat().st_size > 0)
     process.send_signal(signal.SIGINT)
     said, _ = process.communicate(timeout=100)
-    assert process.returncode == 130, said
+    assert process.returncode == 130 and "--resume" not in said, said  # it was not stopped
     job = re.search(r"patchloom-train-\S+", said)[0]  # type: ignore[index]
     wait_until(lambda: checkpoints(out))
     (asked,) = checkpoints(out)
@@ -174,6 +174,9 @@ def test_small_files_travel_under_a_path_of_the_job(tmp_path: Path, monkeypatch:
     packed = pack_command(words, {"recipe": "my.yaml", "seeds": str(tmp_path / "seeds.txt")}, job)
     assert packed == ["train", "my.yaml", "--seeds=files/seeds.txt"]
     assert (job / "my.yaml").read_text() == "name: a" and (job / "files" / "seeds.txt").read_text() == "1\n"
+    with pytest.raises(UserError, match=r"mine\.yaml"):
+        pack_command(["train"], {"recipe": "mine.yaml"}, job)
+    assert pack_command(["train", "/on/nodes.yaml"], {"recipe": "/on/nodes.yaml"}, job) == ["train", "/on/nodes.yaml"]
     (here / "large.csv").write_bytes(b"x" * 11_000_000)
     with pytest.raises(UserError, match="11 MB"):
         pack_command(["prepare"], {"labels": "large.csv"}, job)
