@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from patchloom.models.backbones import allow_backbones
-from patchloom.pipelines.cli.options import Backbones, FolderToWrite, ResourceSettings, Wait, chosen_resources
+from patchloom.pipelines.cli.options import Backbones, FolderToWrite, Gpus, ResourceSettings, Wait, chosen_resources
 
 ImageSource = Annotated[
     str,
@@ -83,12 +83,13 @@ def prepare(
     stride: Stride = None,
     allow_backbone: Backbones = None,
     workers: PrepareWorkers = None,
+    gpus: Gpus = None,
     resources: ResourceSettings = None,
     wait: Wait = None,
 ) -> None:
     """Turn images into an Arrow dataset of pixels or latents."""
     allow_backbones(*allow_backbone or [])
-    nodes = chosen_resources(resources, wait, workers)
+    nodes = chosen_resources(resources, wait, workers, gpus)
     from patchloom.pipelines.prepare.preparing import prepare
 
     prepare(

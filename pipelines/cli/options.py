@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from patchloom.errors import UserError
+from patchloom.platform.compute.devices import DEVICE_VARIABLE
 from patchloom.platform.compute.resources import Resources, load_resources
 
 ModelReference = Annotated[
@@ -52,6 +53,15 @@ ResourceSettings = Annotated[
         "can be repeated",
     ),
 ]
+Gpus = Annotated[
+    float | None,
+    typer.Option(
+        min=0,
+        max=1,
+        help="GPUs of each worker; workers that do not train can share one, such as 0.5  "
+        "[default: 1 if the cluster has or can start GPUs, otherwise 0]",
+    ),
+]
 Wait = Annotated[
     float | None,
     typer.Option(
@@ -67,12 +77,24 @@ def messages_to_stderr(as_json: bool) -> AbstractContextManager[Any]:
     return contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext()
 
 
-def chosen_resources(settings: list[str] | None, wait: float | None, workers: int | None = None) -> Resources:
-    """The resources that the options name. Sets the addresses of Ray and MLflow, unless they are set."""
+def chosen_resources(
+    settings: list[str] | None, wait: float | None, workers: int | None, gpus: float | None, for_trials: bool = False
+) -> Resources:
+    """The resources that the options name. Sets the addresses of Ray and MLflow, unless they are set.
+
+    Raises:
+        UserError: an option is wrong.
+    """
     resources = load_resources(settings or [])
     resources.set_environment()
-    given = {"workers": workers, "wait_minutes": wait}
-    return resources.with_values(**{name: value for name, value in given.items() if value is not None})
+    given = {"workers": workers, "wait_minutes": wait, "gpus_per_worker": gpus}
+    resources = resources.with_values(**{name: value for name, value in given.items() if value is not None})
+    if gpus is not None and resources.workers == 0 and not for_trials:
+        raise UserError(
+            f"--gpus {gpus:g} is for workers, and --workers 0 has none: leave --gpus out. This process uses the first "
+            f"GPU, or the device in {DEVICE_VARIABLE}"
+        )
+    return resources
 
 
 def print_json(value: Any) -> None:

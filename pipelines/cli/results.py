@@ -5,6 +5,7 @@ from typing import Annotated
 import typer
 
 from patchloom.pipelines.cli.options import (
+    Gpus,
     Json,
     MapWorkers,
     ResourceSettings,
@@ -44,12 +45,13 @@ def evaluate(
     ] = None,
     batch: Annotated[int, typer.Option(min=1, help="Images per forward pass")] = 32,
     workers: MapWorkers = None,
+    gpus: Gpus = None,
     resources: ResourceSettings = None,
     wait: Wait = None,
     as_json: Json = False,
 ) -> None:
     """Measure images: FID, KID, precision, recall, ..."""
-    nodes = chosen_resources(resources, wait, workers)
+    nodes = chosen_resources(resources, wait, workers, gpus)
     from patchloom.pipelines.evaluate.evaluation import evaluate
 
     with messages_to_stderr(as_json):

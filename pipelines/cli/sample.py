@@ -12,6 +12,7 @@ from patchloom.models.backbones import allow_backbones
 from patchloom.pipelines.cli.options import (
     Backbones,
     FolderToWrite,
+    Gpus,
     Json,
     MapWorkers,
     ModelReference,
@@ -40,6 +41,7 @@ def sample(
     ] = False,
     allow_backbone: Backbones = None,
     workers: MapWorkers = None,
+    gpus: Gpus = None,
     resources: ResourceSettings = None,
     wait: Wait = None,
     **options: Any,
@@ -50,7 +52,7 @@ def sample(
         SampleOptions(**given)  # before the imports, which take seconds
     except ValueError as error:
         raise UserError(str(error)) from None
-    nodes = chosen_resources(resources, wait, workers)
+    nodes = chosen_resources(resources, wait, workers, gpus)
     from patchloom.pipelines.sample.sampling import sample as run
     from patchloom.pipelines.sample.sampling import sample_plan
 

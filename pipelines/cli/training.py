@@ -10,6 +10,7 @@ from patchloom.errors import UserError
 from patchloom.models.backbones import allow_backbones
 from patchloom.pipelines.cli.options import (
     Backbones,
+    Gpus,
     PreparedDataset,
     ResourceSettings,
     Settings,
@@ -61,6 +62,7 @@ def autoencoder_train(
         ),
     ] = None,
     workers: TrainWorkers = None,
+    gpus: Gpus = None,
     resources: ResourceSettings = None,
     wait: Wait = None,
     max_hours: MaxHours = None,
@@ -73,7 +75,7 @@ def autoencoder_train(
     The network is an AutoencoderKL of diffusers. PSNR and SSIM of held-out images are printed at the end. Run the
     same command again to continue an interrupted run.
     """
-    nodes = chosen_resources(resources, wait, workers)
+    nodes = chosen_resources(resources, wait, workers, gpus)
     from patchloom.pipelines.train.autoencoder import AutoencoderSettings, train_autoencoder
 
     settings = AutoencoderSettings(
@@ -124,6 +126,7 @@ def train(
     out: RunFolder = None,
     set_: Settings = None,
     workers: TrainWorkers = None,
+    gpus: Gpus = None,
     min_workers: MinWorkers = None,
     resources: ResourceSettings = None,
     wait: Wait = None,
@@ -158,7 +161,7 @@ def train(
     allow_backbones(*allow_backbone or [])
     if resume and out is None:
         recipe, out = None, recipe
-    nodes = chosen_resources(resources, wait, workers)
+    nodes = chosen_resources(resources, wait, workers, gpus)
     run = required_run(recipe, data, out, resume)
     loaded = load_recipe(recipe, set_ or []) if recipe else recipe_of_run(run, set_ or [])
     data = data or dataset_of_run(run)
@@ -204,7 +207,13 @@ def tune(
     resources: ResourceSettings = None,
     wait: Wait = None,
     gpus: Annotated[
-        float | None, typer.Option(min=0, help="GPUs per trial, such as 0.25 for four trials on one GPU  [default: 1]")
+        float | None,
+        typer.Option(
+            min=0,
+            max=1,
+            help="GPUs per trial, such as 0.25 for four trials on one GPU, or per worker of a trial  "
+            "[default: 1 if the cluster has or can start GPUs, otherwise 0]",
+        ),
     ] = None,
     register_best: Annotated[
         str | None, typer.Option(metavar="NAME", help="Register the model of the best trial under this name")
@@ -218,21 +227,21 @@ def tune(
 
     The result is a ranking of the values of p, the schedule or other keys, with a page that shows it.
     """
-    nodes = chosen_resources(resources, wait, workers)
+    nodes = chosen_resources(resources, wait, workers, gpus, for_trials=True)
     from patchloom.platform.compute.tuner import TuneResources
 
     allow_backbones(*allow_backbone or [])
     if dry_run:
         from patchloom.pipelines.tune.dry_run import search_plan
 
-        parallel = TuneResources(concurrent, nodes.workers or 0, gpus).parallel_trials(os.cpu_count() or 1, 0) or 1
+        parallel = TuneResources(concurrent, nodes.workers or 0).parallel_trials(os.cpu_count() or 1) or 1
         print(search_plan(search, data, parallel))
         return
     from patchloom.pipelines.tune.tuning import tune
 
     result = tune(
         search, data, required_out(out, "search"), restore=restore, concurrent=concurrent,
-        workers=nodes.workers or 0, gpus=gpus, register_best=register_best, resources=nodes,
+        workers=nodes.workers or 0, register_best=register_best, resources=nodes,
     )  # fmt: skip
     print(
         f"train the best at full length: patchloom train {Folder.at(result.address)}/best.yaml --data {data} --out RUN"

@@ -120,7 +120,7 @@ def train(
     paths = UsedPaths(read=(rows.address,), written=(out,))
     with ExitStack() as stack:
         if workers and not Folder.at(out).has(RUN_FILE):
-            stack.enter_context(room_for_workers(workers, min_workers, resources, paths))
+            resources = stack.enter_context(room_for_workers(workers, min_workers, resources, paths))
         folder = stack.enter_context(open_run_folder(Folder.at(out), recipe, card, rows, resume, parent_run))
         job = TrainJob(
             recipe, card, rows.address, folder.address.address, allowed_backbones(), microbatch, compile, profile,

@@ -115,7 +115,8 @@ def tune(
         restore: continue a stopped search: finished trials are kept, others resume from their checkpoints.
         concurrent: trials that run in parallel. By default as many as fit.
         workers: Ray Train workers per trial; 0 trains in the trial's own process.
-        gpus: GPUs per trial, such as 0.25 for four trials on one GPU. By default 1 if there are GPUs.
+        gpus: GPUs per trial, such as 0.25 for four trials on one GPU, or per worker of a trial: `gpus_per_worker` of
+            the resources. By default 1 if there are GPUs.
         register_best: register the model of the best trial under this name.
         resources: the nodes that the trials may use. By default all.
 
@@ -138,15 +139,17 @@ def tune(
         raise UserError("data.held_out_fraction leaves no held-out row, so trials cannot be compared: raise it")
     folder = Folder.at(out)
     planned = _planned_trials(definition, base, rows, folder)
-    where = TuneResources(concurrent, workers, gpus, resources)
+    if gpus is not None:
+        resources = resources.with_values(gpus_per_worker=gpus)
+    where = TuneResources(concurrent, workers, resources)
     with ExitStack() as stack:
         if not folder.has(SEARCH_FILE):
-            stack.enter_context(room_for_trials(where, UsedPaths(read=(rows.address,), written=(out,))))
+            where = stack.enter_context(room_for_trials(where, UsedPaths(read=(rows.address,), written=(out,))))
         owner = stack.enter_context(_only_user(folder))
         run_id = _open_folder(folder, definition, rows, restore, planned)
         with _mlflow_run(folder, run_id):
             started = time.monotonic()
-            shared = search_job(definition, base, rows, folder, run_id, workers, resources)
+            shared = search_job(definition, base, rows, folder, run_id, workers, where.nodes)
             flops = search_flops(definition, base, rows, planned)
             trials = _run_trials(folder, shared, planned, where, flops)
             if definition.final is not None:

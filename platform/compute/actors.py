@@ -1,6 +1,7 @@
 """Actors: a pool of processes of Ray Data that do the same work on many items."""
 
 import contextlib
+import os
 import pickle
 import threading
 import time
@@ -16,10 +17,11 @@ from patchloom.platform.compute.resources import (
     WorkerShape,
     autoscaler_state,
     wait_for_workers,
-    worker_shape,
+    workers_that_fit,
 )
-from patchloom.platform.compute.session import begin_work, ray_session, session_cpus, session_gpus
+from patchloom.platform.compute.session import begin_work, ray_session
 from patchloom.platform.compute.shared_paths import NO_PATHS, UsedPaths, check_shared
+from patchloom.platform.compute.supply import session_shape
 from patchloom.platform.compute.versions import COMMAND, ProcessVersions, check_versions, own_versions
 
 Argument = TypeVar("Argument")
@@ -56,9 +58,9 @@ def map_on_actors(
             is done, in any unit.
         argument: the argument of its constructor; pickled.
         items: what to process; pickled.
-        workers: the largest number of processes. None: one per CPU of the session, or, with `on_gpus`, one per GPU if
-            there are any, and of a cluster with an autoscaler as many as it can have. 0: this process, without Ray.
-        on_gpus: give each process a GPU, if there are any.
+        workers: the largest number of processes. None: as many as fit on the nodes, and of a cluster with an
+            autoscaler as many as it can have. 0: this process, without Ray.
+        on_gpus: give each process the GPUs that `resources` names.
         watch: called about once per second with the sum of what the actors reported.
         resources: the nodes that the processes may use, and how long to wait for the first one.
         paths: local paths that all nodes must see.
@@ -88,8 +90,27 @@ def map_on_actors(
 
 def actor_shape(on_gpus: bool, resources: Resources) -> WorkerShape:
     """What each actor reserves, in the current session. The arguments are those of `map_on_actors`."""
-    gpus = 1 if on_gpus and session_gpus() >= 1 else 0
-    return worker_shape(resources, resources.cpus_per_worker or 1, gpus)
+    return session_shape(resources, resources.cpus_per_worker or 1, uses_gpus=on_gpus)
+
+
+@contextlib.contextmanager
+def room_for_pool(workers: int | None, on_gpus: bool, resources: Resources) -> Iterator[Resources]:
+    """A session that has room for one process of a pool, before anything is written. On a cluster, waits for a node.
+
+    Yields:
+        The resources, with the number of GPUs of each process if it was decided.
+
+    Raises:
+        UserError: the cluster does not answer, or has no room for a process.
+    """
+    needs_gpus = on_gpus and bool(resources.gpus_per_worker)
+    if workers == 0 or not (os.environ.get("RAY_ADDRESS") or needs_gpus):
+        yield resources  # a session on this machine has room
+        return
+    with ray_session(object_store_gib=resources.object_store_gib):
+        shape = actor_shape(on_gpus, resources)
+        wait_for_workers(1, shape, resources.wait_minutes)
+        yield resources.with_values(gpus_per_worker=shape.bundle.get("GPU", 0)) if on_gpus else resources
 
 
 def _map_here(
@@ -193,7 +214,7 @@ def _room(shape: WorkerShape) -> int:
     """How many actors a pool has by default."""
     if autoscaler_state().exists:
         return MAX_REQUESTED
-    return int(session_gpus()) if "GPU" in shape.bundle else session_cpus()
+    return workers_that_fit(shape)
 
 
 class ItemCounts:

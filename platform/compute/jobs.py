@@ -12,7 +12,7 @@ from math import inf
 from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
 from patchloom.errors import UserError
-from patchloom.platform.compute.actors import map_on_actors
+from patchloom.platform.compute.actors import map_on_actors, room_for_pool
 from patchloom.platform.compute.metrics import MetricRecorder
 from patchloom.platform.compute.resources import DEFAULT_RESOURCES, Resources
 from patchloom.platform.compute.session import begin_work
@@ -50,7 +50,7 @@ class Job(ABC, Generic[UnitT, ResultT]):
         worker: `worker(argument)` is built once per process and called with each unit. It writes the output of
             the unit first and its note last, so that a killed unit is done again.
         argument: a frozen dataclass that travels to the workers.
-        on_gpus: each worker gets one GPU, if there are any.
+        on_gpus: whether the workers can use GPUs.
         paths: local paths that the workers use, which all nodes must see.
         head_start_s: seconds of work in this process before Ray starts; short jobs finish without Ray.
     """
@@ -103,7 +103,10 @@ def run_job(job: Job[Any, Any], workers: int | None, resources: Resources = DEFA
     Raises:
         UserError: another process uses the folder, or the folder contains something else.
     """
-    with _exclusive(job.folder):
+    with contextlib.ExitStack() as stack:
+        if job.folder is not None and not job.folder.files():
+            resources = stack.enter_context(room_for_pool(workers, job.on_gpus, resources))
+        stack.enter_context(_exclusive(job.folder))
         if not job.start():
             return JobResult()
         units = job.missing()

@@ -30,6 +30,8 @@ class Resources(Section):
         workers: number of workers, unless the command line gives it.
         min_workers: continue a training run with at least this many workers after a node is lost.
         cpus_per_worker: CPUs of each worker. By default one on a cluster; on this machine, the CPUs are divided.
+        gpus_per_worker: GPUs of each worker, or of each trial without workers: 0, 1, or a fraction with which several
+            processes share one. By default 1 if a node has a GPU or an autoscaler can start one with a GPU, else 0.
         accelerator: type of accelerator that the nodes must have, as Ray names it, such as `A100`.
         labels: labels that the nodes must have, such as `{region: eu}`.
         placement: `pack` puts workers on few nodes, `spread` on many.
@@ -43,6 +45,7 @@ class Resources(Section):
     workers: Annotated[int, Field(ge=0)] | None = None
     min_workers: Count | None = None
     cpus_per_worker: Count | None = None
+    gpus_per_worker: Annotated[float, Field(ge=0, le=1)] | None = None
     accelerator: str | None = None
     labels: dict[str, str] = Field(default_factory=dict)
     placement: Literal["pack", "spread"] = "pack"
@@ -123,7 +126,7 @@ class WorkerShape:
 
 def worker_shape(resources: Resources, cpus: float, gpus: float = 0) -> WorkerShape:
     """The shape of a worker with so many CPUs and GPUs on the nodes that `resources` names."""
-    bundle = {"CPU": cpus} | ({"GPU": gpus} if gpus else {})
+    bundle = ({"CPU": cpus} if cpus else {}) | ({"GPU": gpus} if gpus else {})
     if resources.accelerator:
         bundle[f"accelerator_type:{resources.accelerator}"] = 0.001  # as Ray reserves a type
     return WorkerShape(bundle, dict(resources.labels), resources.placement.upper())
@@ -156,7 +159,7 @@ def wait_for_workers(workers: int, shape: WorkerShape, wait_minutes: float | Non
 def _wait_for_group(group: Any, workers: int, shape: WorkerShape, wait_minutes: float | None) -> None:
     started, since, spoke = time.monotonic(), datetime.now().strftime("%H:%M:%S"), -SAY_EVERY_S
     while not group.wait(POLL_S):
-        fit, waited = sum(map(shape.fits, _nodes(shape, "total"))), time.monotonic() - started
+        fit, waited = workers_that_fit(shape), time.monotonic() - started
         wanted = f"{workers} worker{'s' if workers > 1 else ''} with {shape} each"
         autoscaler = autoscaler_state(group.id.hex())
         if autoscaler.cannot and autoscaler.exists:
@@ -164,7 +167,8 @@ def _wait_for_group(group: Any, workers: int, shape: WorkerShape, wait_minutes: 
         if fit < workers and not autoscaler.exists and wait_minutes is None:
             raise UserError(
                 f"this cluster has room for {fit} of {wanted}, and it has no autoscaler: choose --workers {max(fit, 1)}"
-                " or fewer, add nodes, or wait for them with --wait MINUTES"
+                f" or fewer{', or --gpus 0' if 'GPU' in shape.bundle else ''}, add nodes, or wait for them with --wait "
+                "MINUTES"
             )
         if waited > 60 * (AUTOSCALER_WAIT_MINUTES if wait_minutes is None else wait_minutes):
             raise UserError(
@@ -182,6 +186,11 @@ def _state(fit: int, workers: int, autoscaler: "AutoscalerState") -> str:
         return "its nodes are busy"
     launching = ", ".join(f"{count} {name}" for name, count in autoscaler.launching.items())
     return f"its nodes can have {fit}" + (f"; it starts {launching}" if launching else "")
+
+
+def workers_that_fit(shape: WorkerShape) -> int:
+    """How many workers of a shape fit on the nodes that run, busy or not."""
+    return sum(map(shape.fits, _nodes(shape, "total")))
 
 
 def _nodes(shape: WorkerShape, amounts: Literal["total", "available"]) -> list[dict[str, float]]:
@@ -204,11 +213,13 @@ class AutoscalerState:
         exists: whether the cluster has an autoscaler that starts nodes.
         cannot: whether it said that no node type provides the workers that are waited for.
         launching: the nodes that it starts, by type.
+        says_cannot: whether it says what it cannot provide.
     """
 
     exists: bool
     cannot: bool = False
     launching: dict[str, int] = field(default_factory=dict)
+    says_cannot: bool = True
 
 
 def autoscaler_state(group_id: str | None = None) -> AutoscalerState:
@@ -239,7 +250,7 @@ def _first_autoscaler_state() -> AutoscalerState:
     text = _internal_kv_get(DEBUG_AUTOSCALING_STATUS)
     report = (json.loads(text).get("autoscaler_report") or {}) if text else {}
     types = (report.get("node_type_mapping") or {}).values()
-    return AutoscalerState(_starts_nodes(types), False, report.get("pending_launches") or {})
+    return AutoscalerState(_starts_nodes(types), False, report.get("pending_launches") or {}, says_cannot=False)
 
 
 def _starts_nodes(node_types: Iterable[str]) -> bool:

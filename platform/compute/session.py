@@ -125,13 +125,6 @@ def session_cpus() -> int:
     return int(ray.cluster_resources().get("CPU", 0))
 
 
-def session_gpus() -> float:
-    """The number of GPUs of all nodes of the session."""
-    import ray
-
-    return float(ray.cluster_resources().get("GPU", 0))
-
-
 @contextlib.contextmanager
 def environment_defaults(defaults: dict[str, str]) -> Iterator[None]:
     """Set environment variables during the block, except those that the user has set."""

@@ -4,19 +4,21 @@ import contextlib
 import os
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from patchloom.errors import UserError
 from patchloom.platform.compute.resources import (
     DEFAULT_RESOURCES,
     Resources,
+    WorkerShape,
     autoscaler_state,
     wait_for_workers,
-    worker_shape,
+    workers_that_fit,
 )
-from patchloom.platform.compute.session import check_cluster, ray_session, session_cpus, session_gpus
+from patchloom.platform.compute.session import check_cluster, ray_session
 from patchloom.platform.compute.shared_paths import UsedPaths, check_shared
+from patchloom.platform.compute.supply import may_need_session, session_shape
 from patchloom.platform.compute.versions import COMMAND, check_versions, own_versions
 from patchloom.platform.compute.workers import TRIAL_CPUS, train_worker_shape
 from patchloom.platform.files.folder import Folder
@@ -38,40 +40,43 @@ class TuneResources:
     Args:
         concurrent: trials that run in parallel; as many as fit by default.
         workers: Ray Train workers per trial; 0 trains in the trial's own process.
-        gpus: GPUs per trial; a fraction lets several trials share one.
         nodes: the nodes that the trials may use, and how long to wait for them.
     """
 
     concurrent: int | None = None
     workers: int = 0
-    gpus: float | None = None
     nodes: Resources = DEFAULT_RESOURCES
 
-    def per_trial(self, available_gpus: float) -> dict[str, float]:
-        """What Ray reserves for the process of a trial; its workers reserve their own."""
-        if self.workers:
-            return {"cpu": TRIAL_CPUS}
-        return {"cpu": 1, "gpu": (1 if self.gpus is None else self.gpus) if available_gpus else 0}
+    def shape(self) -> WorkerShape:
+        """What the process of a trial reserves, or each of its workers.
 
-    def parallel_trials(self, cpus: int, available_gpus: float, grows: bool = False) -> int | None:
+        Raises:
+            UserError: the nodes can never have as many GPUs.
+        """
+        if self.workers:
+            return train_worker_shape(self.workers, self.nodes, in_trial=True)[0]
+        return session_shape(self.nodes, self.nodes.cpus_per_worker or 1)
+
+    def parallel_trials(self, room: int, grows: bool = False) -> int | None:
         """How many trials run in parallel; no more than fit, so that no trial waits for the workers of another.
 
-        On a cluster that grows, trials without workers wait for nodes. None: as many as nodes come.
+        Args:
+            room: how many of the shapes of a trial fit on the nodes.
+            grows: whether an autoscaler adds nodes, for which trials without workers wait.
+
+        Returns:
+            The number. None: as many as nodes come.
         """
-        room = cpus // max(1, self.workers)
-        if available_gpus and self.workers:
-            room = min(room, int(available_gpus) // self.workers)
+        room //= max(1, self.workers)
         if grows and (self.concurrent or not self.workers):
             return self.concurrent
         return max(1, min(self.concurrent or room, room))
 
-    def wait_for_room(self) -> None:
-        """Wait until the session has room for one trial."""
-        amounts = self.per_trial(session_gpus())
-        if self.workers:
-            wait_for_workers(self.workers, train_worker_shape(self.workers, self.nodes)[0], self.nodes.wait_minutes)
-        else:
-            wait_for_workers(1, worker_shape(self.nodes, amounts["cpu"], amounts["gpu"]), self.nodes.wait_minutes)
+    def wait_for_room(self) -> WorkerShape:
+        """Wait until the session has room for one trial; returns the shape of its process or workers."""
+        shape = self.shape()
+        wait_for_workers(max(1, self.workers), shape, self.nodes.wait_minutes)
+        return shape
 
 
 @dataclass(frozen=True)
@@ -117,21 +122,24 @@ class EndedJob(Generic[TrialJob]):
 
 
 @contextlib.contextmanager
-def room_for_trials(resources: TuneResources, paths: UsedPaths) -> Iterator[None]:
-    """On a cluster, a session that has room for a trial, before anything is written. Waits for nodes.
+def room_for_trials(resources: TuneResources, paths: UsedPaths) -> Iterator[TuneResources]:
+    """A session that has room for a trial, before anything is written. On a cluster, waits for nodes.
+
+    Yields:
+        The resources, with the number of GPUs of each trial or worker if it was decided.
 
     Raises:
         UserError: the cluster does not answer, has no room for a trial, did not have it within the time, or its nodes
             do not see the paths.
     """
     check_cluster()
-    if not os.environ.get("RAY_ADDRESS"):
-        yield  # a session on this machine has room
+    if not os.environ.get("RAY_ADDRESS") and not may_need_session(resources.nodes):
+        yield resources  # a session on this machine has room
         return
-    with ray_session():
-        resources.wait_for_room()
+    with ray_session(max(1, resources.workers), resources.nodes.object_store_gib):
+        gpus = resources.wait_for_room().bundle.get("GPU", 0)
         check_shared(paths)
-        yield
+        yield replace(resources, nodes=resources.nodes.with_values(gpus_per_worker=gpus))
 
 
 def run_on_tune(
@@ -161,9 +169,8 @@ def run_on_tune(
     from patchloom.platform.compute.trial_failures import TrialFailures, describe_problem
 
     with ray_session(max(1, resources.workers), resources.nodes.object_store_gib):
-        resources.wait_for_room()
-        cpus, gpus = session_cpus(), session_gpus()
-        trainable = tune.with_resources(_trainable(function), resources.per_trial(gpus))
+        shape = resources.wait_for_room()
+        trainable = tune.with_resources(_trainable(function), _placement(shape, resources.workers))
         system, path = scratch.system()
         place = f"{path}/{EXPERIMENT_NAME}"
         if (isinstance(source, OptunaSettings) or asha) and tune.Tuner.can_restore(place, system):
@@ -171,7 +178,7 @@ def run_on_tune(
                 place, trainable, resume_unfinished=True, restart_errored=True, storage_filesystem=system
             )
         else:
-            parallel = resources.parallel_trials(cpus, gpus, autoscaler_state().exists)
+            parallel = resources.parallel_trials(workers_that_fit(shape), autoscaler_state().exists)
             failures = TrialFailures(_StepOfConfig(newest_step))
             run = tune.RunConfig(
                 name=EXPERIMENT_NAME,
@@ -183,6 +190,15 @@ def run_on_tune(
             )
             tuner = _new_tuner(trainable, source, run, parallel, asha)
         return [EndedJob(result.config[JOB_KEY], describe_problem(result.error)) for result in tuner.fit()]
+
+
+def _placement(shape: WorkerShape, workers: int) -> Any:
+    """What Ray reserves for the process of a trial, and where; its workers reserve their own."""
+    from ray import tune
+
+    if workers:
+        return tune.PlacementGroupFactory([{"CPU": TRIAL_CPUS}])
+    return tune.PlacementGroupFactory([shape.bundle], bundle_label_selector=[shape.labels])
 
 
 @dataclass(frozen=True)

@@ -43,7 +43,7 @@ def job_device(workers: int | None, resources: Resources) -> WorkDevice:
         UserError: the cluster has no room for a worker.
     """
     if workers == 0 or not os.environ.get("RAY_ADDRESS"):  # a session on this machine has the devices of this process
-        return process_device()
+        return WorkDevice() if workers != 0 and resources.gpus_per_worker == 0 else process_device()
     with ray_session():
         import ray
 

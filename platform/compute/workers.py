@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from patchloom.errors import WorkersFailed
+from patchloom.errors import UserError, WorkersFailed
 from patchloom.platform.compute.devices import own_device, use_device
 from patchloom.platform.compute.messages import is_in_worker
 from patchloom.platform.compute.resources import (
@@ -17,7 +17,6 @@ from patchloom.platform.compute.resources import (
     Resources,
     WorkerShape,
     wait_for_workers,
-    worker_shape,
 )
 from patchloom.platform.compute.session import (
     begin_work,
@@ -25,10 +24,10 @@ from patchloom.platform.compute.session import (
     environment_defaults,
     ray_session,
     session_cpus,
-    session_gpus,
 )
 from patchloom.platform.compute.shared_paths import NO_PATHS, UsedPaths, check_shared
 from patchloom.platform.compute.stopping import RunControl, call_here, call_until_stopped
+from patchloom.platform.compute.supply import may_need_session, session_shape
 from patchloom.platform.compute.versions import COMMAND, ProcessVersions, check_versions, own_versions
 from patchloom.platform.compute.worker_log import WorkerLog
 from patchloom.platform.files.folder import Folder
@@ -213,11 +212,12 @@ def _run_on_ray_train(
     from patchloom.platform.compute.interfaces import torch_config
     from patchloom.platform.compute.worker_groups import CheckpointBeforeResize, GroupNotice
 
-    shape, cpus = train_worker_shape(workers, resources)
+    shape, cpus = train_worker_shape(workers, resources, min_workers)
     if not is_in_worker():
         wait_for_workers(min_workers, shape, resources.wait_minutes)
         check_shared(paths)
-        say(f"  waiting for {workers} worker{'s' if workers > 1 else ''} of Ray Train (half a minute on a laptop) ...")
+        plural = "s" if workers > 1 else ""
+        say(f"  waiting for {workers} worker{plural} of Ray Train with {shape} (half a minute on a laptop) ...")
     trainer = TorchTrainer(
         _on_worker(loop, cpus, own_versions(COMMAND), control.run, resources.collective_minutes),
         train_loop_config={"config": config},
@@ -248,29 +248,58 @@ def _run_on_ray_train(
 
 
 @contextlib.contextmanager
-def room_for_workers(workers: int, min_workers: int | None, resources: Resources, paths: UsedPaths) -> Iterator[None]:
-    """On a cluster, a session that has room for workers, before anything is written. Waits for nodes.
+def room_for_workers(
+    workers: int, min_workers: int | None, resources: Resources, paths: UsedPaths
+) -> Iterator[Resources]:
+    """A session that has room for workers, before anything is written. On a cluster, waits for nodes.
+
+    Yields:
+        The resources, with the number of GPUs of each worker if it was decided.
 
     Raises:
         UserError: the cluster does not answer, cannot have as many workers, or did not within the time, or its nodes
             do not see the paths.
     """
     check_cluster()
-    if not workers or not os.environ.get("RAY_ADDRESS") or is_in_worker():
-        yield  # a session on this machine has room
+    is_cluster = bool(os.environ.get("RAY_ADDRESS"))
+    if not workers or is_in_worker() or not (is_cluster or may_need_session(resources)):
+        yield resources  # a session on this machine has room
         return
-    with ray_session():
-        wait_for_workers(min_workers or workers, train_worker_shape(workers, resources)[0], resources.wait_minutes)
+    _check_whole_gpus(resources)
+    with ray_session(workers, resources.object_store_gib):
+        least = min_workers or workers
+        shape, _ = train_worker_shape(workers, resources, least)
+        wait_for_workers(least, shape, resources.wait_minutes)
         check_shared(paths)
-        yield
+        yield resources.with_values(gpus_per_worker=shape.bundle.get("GPU", 0))
 
 
-def train_worker_shape(workers: int, resources: Resources) -> tuple[WorkerShape, int]:
-    """What one worker reserves, and the number of its threads."""
-    own_session = not os.environ.get("RAY_ADDRESS") and not is_in_worker()
+def train_worker_shape(
+    workers: int, resources: Resources, min_workers: int | None = None, in_trial: bool | None = None
+) -> tuple[WorkerShape, int]:
+    """What one worker reserves, and the number of its threads.
+
+    Args:
+        workers: number of workers.
+        resources: what the user chose.
+        min_workers: how many must run at once. None: all.
+        in_trial: whether they are those of a trial of a search. None: whether this process is one.
+
+    Raises:
+        UserError: the GPUs are a fraction, or the nodes can never have as many.
+    """
+    _check_whole_gpus(resources)
+    in_trial = is_in_worker() if in_trial is None else in_trial
+    own_session = not os.environ.get("RAY_ADDRESS") and not in_trial
     cpus = resources.cpus_per_worker or (max(1, session_cpus() // workers) if own_session else 1)
-    reserved = cpus - TRIAL_CPUS if is_in_worker() else cpus  # a trial shares the CPUs with other trials
-    return worker_shape(resources, reserved, 1 if session_gpus() >= workers else 0), cpus
+    reserved = cpus - TRIAL_CPUS if in_trial else cpus  # a trial shares the CPUs with other trials
+    return session_shape(resources, reserved, min_workers or workers), cpus
+
+
+def _check_whole_gpus(resources: Resources) -> None:
+    gpus = resources.gpus_per_worker
+    if gpus not in (None, 0, 1):
+        raise UserError(f"--gpus {gpus:g}: a worker of a training run uses a whole GPU or none: choose 1 or 0")
 
 
 def _on_worker(

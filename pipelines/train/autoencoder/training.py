@@ -114,7 +114,7 @@ def train_autoencoder(
     paths = UsedPaths(read=(rows.address, str(init_from) if init_from else None), written=(out,))
     with ExitStack() as stack:
         if workers and not address.has(RUN_FILE):
-            stack.enter_context(room_for_workers(workers, None, resources, paths))
+            resources = stack.enter_context(room_for_workers(workers, None, resources, paths))
         owner = stack.enter_context(fenced(address))
         folder = stack.enter_context(command_copy(address, owner))
         stack.enter_context(locked(folder))
