@@ -61,8 +61,8 @@ def test_the_cpu_load_is_measured_since_the_last_call() -> None:
     assert system_load()["cpu_utilization_percentage"] > 0.3 * share
 
 
-def waits_of(reduce_waits: list[list[float]]) -> list[dict[str, float]]:
-    """What the speed hooks of so many workers make of these seconds, asked twice."""
+def waits_of(reduce_waits: list[list[float]], buckets: int) -> list[dict[str, float]]:
+    """What the speed hooks of so many workers make of these seconds, asked twice. A step waits once for each bucket."""
 
     def work(rank: int, reduce: Any) -> list[dict[str, float]]:
         timer = WaitTimer(torch.device("cpu"))
@@ -70,7 +70,8 @@ def waits_of(reduce_waits: list[list[float]]) -> list[dict[str, float]]:
         timer._waits["data"] = [(1.0, 1.25), (2.0, 2.5)]
         hook = SpeedHook.__new__(SpeedHook)
         worker: Any = SimpleNamespace(rank=rank, count=len(reduce_waits), reduce=reduce)
-        run: Any = SimpleNamespace(device=timer.device, timer=timer, worker=worker)
+        state = SimpleNamespace(gradients=SimpleNamespace(buckets=[torch.zeros(1)] * buckets))
+        run: Any = SimpleNamespace(device=timer.device, timer=timer, worker=worker, state=state)
         hook.run = run
         first, second = hook._waits(), hook._waits()
         assert second == {"data": 0.0, "reduce": 0.0, "straggler": 0.0}
@@ -80,17 +81,21 @@ def waits_of(reduce_waits: list[list[float]]) -> list[dict[str, float]]:
 
 
 @pytest.mark.parametrize(
-    ("waits", "lost"),
+    ("waits", "buckets", "lost"),
     [
-        ([[0.1, 0.3], [0.3, 0.1]], 0.2),  # 0.1 a step: one of two waits 0.2 s for the other
-        ([[0.2, 0.2], [0.2, 0.2]], 0.0),  # as long for all: the all-reduce itself
-        ([[0.0, 0.0], [0.4, 0.2], [0.2, 0.4]], 0.4),  # the first is late twice
-        ([[0.5, 0.7]], 0.0),  # nobody to wait for
-        ([[], []], 0.0),
+        ([[0.1, 0.3], [0.3, 0.1]], 1, 0.2),  # 0.1 a step: one of two waits 0.2 s for the other
+        ([[0.1, 0.3], [0.3, 0.1]], 2, 0.0),  # as long for both in their only step
+        ([[0.1, 0.1, 0.2, 0.0], [0.3, 0.3, 0.0, 0.2]], 2, 0.2),  # one waits 0.4 s in the first of two steps
+        ([[0.2, 0.2], [0.2, 0.2]], 1, 0.0),  # as long for all: the all-reduce itself
+        ([[0.0, 0.0], [0.4, 0.2], [0.2, 0.4]], 1, 0.4),  # the first is late twice
+        ([[0.5, 0.7]], 1, 0.0),  # nobody to wait for
+        ([[], []], 1, 0.0),
     ],
 )
-def test_straggler_loss_is_the_wait_beyond_that_of_the_slowest_worker(waits: list[list[float]], lost: float) -> None:
-    reported = waits_of(waits)
+def test_straggler_loss_is_the_wait_beyond_that_of_the_slowest_worker(
+    waits: list[list[float]], buckets: int, lost: float
+) -> None:
+    reported = waits_of(waits, buckets)
     for mine, said in zip(waits, reported, strict=True):
         assert said["straggler"] == pytest.approx(lost, abs=1e-6)
         assert said["reduce"] == pytest.approx(sum(mine)) and said["data"] == pytest.approx(0.75)
