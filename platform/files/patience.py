@@ -13,7 +13,7 @@ from patchloom.errors import UserError
 from patchloom.platform.progress import say
 
 STORE_WAIT_S, DEFAULT_STORE_WAIT_S = "PATCHLOOM_STORE_WAIT_S", 120.0
-NOTICE_AFTER_S = 10.0
+STORE_NOTICE_AFTER_S = 10.0
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.5, 10.0
 # how pyarrow and fsspec report a store that is down, busy or not reached, not one that refuses
 PASSING = re.compile(
@@ -105,7 +105,9 @@ def _notice(store: str, outage: _Outage) -> Iterator[None]:
     if outage.has_answered:
         yield
         return
-    timer = Timer(NOTICE_AFTER_S, say, [f"  {store} has not answered yet; check its address and AWS_ENDPOINT_URL"])
+    timer = Timer(
+        STORE_NOTICE_AFTER_S, say, [f"  {store} has not answered yet; check its address and AWS_ENDPOINT_URL"]
+    )
     timer.daemon = True
     timer.start()
     try:

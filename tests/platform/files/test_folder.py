@@ -208,7 +208,7 @@ def test_a_store_that_has_not_answered_yet_is_named_while_it_is_waited_for(
         def ask(self) -> None:
             time.sleep(0.5)
 
-    monkeypatch.setattr(patience, "NOTICE_AFTER_S", 0.05)
+    monkeypatch.setattr(patience, "STORE_NOTICE_AFTER_S", 0.05)
     SlowStore().ask()
     assert "s3://slow" in capsys.readouterr().out
     SlowStore().ask()  # it has answered
