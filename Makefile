@@ -3,10 +3,10 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 FAKE_CUDA := .venv-fake-cuda
-# For bench-gpu: GPU_PYTHON is any Python with torch, IMAGES an .npz with `images`, FEATURES the weights of Inception.
+# For test-gpu and bench-gpu: GPU_PYTHON is any Python with torch, IMAGES an .npz with `images`, FEATURES the weights of Inception.
 GPU_PYTHON ?= $(if $(wildcard $(READY)),$(BIN)/python,$(PYTHON))
 
-.PHONY: demo test test-cluster test-fake-cuda test-all check bench bench-gpu schema dist clean
+.PHONY: demo test test-cluster test-gpu test-fake-cuda test-all check bench bench-gpu schema dist clean
 
 demo: $(READY)
 	@echo "make demo: from photographs to a registered model and samples (3 to 6 minutes on two cores)"
@@ -14,11 +14,16 @@ demo: $(READY)
 
 test: $(READY)
 	@echo "make test: all tests except the slow ones"
-	@$(BIN)/python -m pytest -q -n 2 --dist loadgroup -m "not slow and not cluster and not fake_cuda"
+	@$(BIN)/python -m pytest -q -n 2 --dist loadgroup -m "not slow and not cluster and not gpu and not fake_cuda"
 
 test-cluster: $(READY)
 	@echo "make test-cluster: commands and faults on a cluster of separate machines (Linux, root, iproute2 and PostgreSQL)"
 	@$(BIN)/python -m pytest -q -rs tests/cluster
+
+# without the fixtures of the other tests, which need Ray and MLflow
+test-gpu:
+	@echo "make test-gpu: a GPU compared with the CPU, within ten minutes; needs torch, numpy, safetensors and pytest"
+	@$(GPU_PYTHON) -m pytest -q -m gpu --confcutdir=tests/gpu tests/gpu
 
 test-fake-cuda: $(FAKE_CUDA)/.ready
 	@echo "make test-fake-cuda: steps and sampling on GPUs that are not there, in all precisions (2 to 4 minutes)"
@@ -64,6 +69,6 @@ $(READY): pyproject.toml constraints.txt
 $(FAKE_CUDA)/.ready: pyproject.toml constraints.txt
 	@echo "setting up $(FAKE_CUDA) (once; a download of about 3 GB: torch with CUDA, which needs no GPU)"
 	@$(PYTHON) -m venv $(FAKE_CUDA)
-	@$(FAKE_CUDA)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e . pytest
+	@$(FAKE_CUDA)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e . pytest pytest-xdist
 	@$(FAKE_CUDA)/bin/python -c 'import sys, torch; sys.exit(None if torch.version.cuda else "torch " + torch.__version__ + " was built without CUDA: run this on Linux, with the torch of PyPI")'
 	@touch $(FAKE_CUDA)/.ready

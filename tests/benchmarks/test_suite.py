@@ -85,8 +85,10 @@ def test_the_command_prints_one_json_object_and_an_error_is_one_line() -> None:
 ONLY_TORCH = """
 import sys
 for name in ("ray", "mlflow", "pydantic", "yaml", "rich", "typer", "matplotlib", "pyarrow", "pandas", "diffusers",
-             "psutil", "PIL", "skimage", "optuna", "fsspec"):
+             "psutil", "PIL", "skimage", "optuna", "fsspec", "scipy"):
     sys.modules[name] = None  # import fails as if it were not installed
+"""
+GPU_BENCHMARK = f"""{ONLY_TORCH}
 sys.argv = ["gpu", "--tiny", *sys.argv[1:]]
 from patchloom.benchmarks.gpu import main
 sys.exit(main())
@@ -99,7 +101,7 @@ def test_the_gpu_benchmark_needs_only_torch_numpy_and_safetensors(tmp_path: Path
 
     images = np.random.default_rng(0).integers(0, 256, (64, 16, 16, 3), np.uint8)
     np.savez(tmp_path / "images.npz", images=images)
-    command = [sys.executable, "-c", ONLY_TORCH, "--images", str(tmp_path / "images.npz"), "--out", str(tmp_path)]
+    command = [sys.executable, "-c", GPU_BENCHMARK, "--images", str(tmp_path / "images.npz"), "--out", str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=240)
     assert done.returncode == 0, done.stderr
     (path,) = tmp_path.glob("gpu-*.json")
@@ -115,6 +117,26 @@ def test_the_gpu_benchmark_needs_only_torch_numpy_and_safetensors(tmp_path: Path
     assert drawn.returncode == 0, drawn.stderr
     assert all(Path(name).read_text().startswith("<?xml") for name in drawn.stdout.split())
     assert len(drawn.stdout.split()) == 3
+
+
+def test_the_gpu_tests_need_only_torch_numpy_safetensors_and_pytest() -> None:
+    arguments = [
+        "-q",
+        "--confcutdir=tests/gpu",
+        "-p",
+        "no:xdist",
+        "tests/gpu",
+        "-m",
+        "not gpu and not slow",
+        "-k",
+        "memory",
+    ]
+    done = subprocess.run(
+        [sys.executable, "-c", f"{ONLY_TORCH}import pytest\nsys.exit(pytest.main({arguments}))"],
+        capture_output=True, text=True, cwd=ROOT,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout
+    assert "1 passed" in done.stdout
 
 
 def test_the_gpu_benchmark_without_a_gpu_exits_with_code_2(tmp_path: Path) -> None:
