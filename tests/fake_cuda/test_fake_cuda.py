@@ -116,6 +116,8 @@ def test_features_are_computed_on_their_gpu() -> None:
 
 def test_rows_are_read_to_their_gpu(pixels: Path) -> None:
     reader = RowReader(open_dataset(str(pixels)), tiny_recipe(), GPU, 2)
-    for rows in (reader.rows(range(5)), reader.at(np.arange(3))):
+    with OneDevice(GPU):
+        read = reader.rows(range(5)), reader.at(np.arange(3))
+    for rows in read:
         assert {rows.image.device, rows.label.device} == {GPU}
         assert rows.image.shape[1:] == (3, 16, 16)

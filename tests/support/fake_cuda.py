@@ -41,6 +41,7 @@ def fake_gpus() -> Iterator[None]:
         mock.patch("torch.cuda.is_bf16_supported", return_value=True),
         mock.patch.object(FakeTensorMode, "__deepcopy__", lambda mode, _: mode, create=True),  # copies stay in it
         mock.patch.object(Tensor, "backward", lambda loss: None),
+        mock.patch.object(Tensor, "pin_memory", lambda tensor: tensor),  # asks for a driver
         FakeGpus(),
     ):
         yield
