@@ -10,6 +10,7 @@ from typing import Any
 from patchloom.errors import UserError
 from patchloom.pipelines.registry.wheel import wheel_bytes
 from patchloom.platform.files.folder import is_remote
+from patchloom.platform.recipe.run_recipe import find_config
 from patchloom.platform.recipe.sections import read_yaml
 
 # Arguments of commands, by name. A file travels; data does not. A place is always a path or an address; a reference
@@ -39,7 +40,7 @@ def pack_command(words: list[str], arguments: dict[str, Any], folder: Path) -> l
         The words for the job; they differ for files that have another path there.
 
     Raises:
-        UserError: a file is large or does not exist, or data is on this machine.
+        UserError: a file is large, a recipe or search does not exist, or data is on this machine.
     """
     given = [
         (name, value) for name, one in arguments.items() for value in (one if isinstance(one, list | tuple) else [one])
@@ -48,6 +49,8 @@ def pack_command(words: list[str], arguments: dict[str, Any], folder: Path) -> l
         if not isinstance(value, str) or not value:
             continue
         if name in FILE_ARGUMENTS:
+            if name in ("recipe", "search") and value.endswith(YAML) and not Path(value).is_absolute():
+                find_config(value)  # a mistake is refused here, before the job
             packed = _pack_file(value, folder)
             if (folder / packed).is_file():
                 _pack_named(name, Path(value), Path(packed), folder)
@@ -67,8 +70,6 @@ def _renamed(word: str, old: str, new: str) -> str:
 def _pack_file(text: str, folder: Path) -> str:
     """Copy a file if there is one; returns its path for the job."""
     path = Path(text)
-    if text.endswith(YAML) and not (is_remote(text) or path.is_absolute() or path.is_file()):
-        raise UserError(f"{text} does not exist here: correct the path, or give an absolute path that all nodes have")
     if is_remote(text) or not path.is_file():
         return text  # a recipe that ships with Patchloom, a list of seeds, or a file of the nodes
     inside = Path(os.path.relpath(path))

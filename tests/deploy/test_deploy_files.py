@@ -17,6 +17,7 @@ from docker.utils.build import exclude_paths
 from pydantic import ValidationError
 
 from patchloom.pipelines.cli.app import app
+from patchloom.platform.recipe.run_recipe import find_config
 
 ROOT = Path(__file__).parents[2]
 DEPLOY = ROOT / "deploy"
@@ -128,7 +129,7 @@ def command_lines(text: str) -> Iterator[list[str]]:
 
 
 def parse(arguments: list[str]) -> None:
-    """Raise a usage error if the command line would."""
+    """Raise an error if the command line would, or if it names a recipe or a search that does not ship."""
     import typer
 
     group: Any = typer.main.get_command(app)
@@ -139,7 +140,10 @@ def parse(arguments: list[str]) -> None:
     while hasattr(group, "commands"):
         name, *arguments = arguments
         group = group.commands[name]
-    group.make_context(name, arguments)
+    values = group.make_context(name, arguments).params
+    for named in (values.get("recipe"), values.get("search")):
+        if named and re.fullmatch(r"[a-z0-9_]+", named):  # not a file or a placeholder
+            find_config(named)
 
 
 def test_commands_in_files_and_docs_exist_with_their_options() -> None:

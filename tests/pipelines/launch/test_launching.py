@@ -176,7 +176,8 @@ def test_small_files_travel_under_a_path_of_the_job(tmp_path: Path, monkeypatch:
     assert (job / "my.yaml").read_text() == "name: a" and (job / "files" / "seeds.txt").read_text() == "1\n"
     with pytest.raises(UserError, match=r"mine\.yaml"):
         pack_command(["train"], {"recipe": "mine.yaml"}, job)
-    assert pack_command(["train", "/on/nodes.yaml"], {"recipe": "/on/nodes.yaml"}, job) == ["train", "/on/nodes.yaml"]
+    for elsewhere in ("/on/nodes.yaml", "celeba64.yaml", "celeba64"):  # on the nodes, or shipped
+        assert pack_command(["train", elsewhere], {"recipe": elsewhere}, job) == ["train", elsewhere]
     (here / "large.csv").write_bytes(b"x" * 11_000_000)
     with pytest.raises(UserError, match="11 MB"):
         pack_command(["prepare"], {"labels": "large.csv"}, job)
