@@ -1,6 +1,7 @@
 """The monitor of a run: it calls the hooks after each step, writes the progress lines and decides when to stop."""
 
 import time
+from contextlib import ExitStack
 from enum import StrEnum
 from functools import partial
 
@@ -40,10 +41,11 @@ class Monitor:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self.lines:
-            self.lines.close()
-        for hook in self.hooks:
-            hook.close()
+        with ExitStack() as stack:  # closes the lines first, then the hooks, also after an error of one
+            for hook in reversed(self.hooks):
+                stack.callback(hook.close)
+            if self.lines:
+                stack.callback(self.lines.close)
 
     @property
     def last_line(self) -> ProgressLine | None:

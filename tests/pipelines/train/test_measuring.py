@@ -183,6 +183,21 @@ def test_a_line_that_cannot_be_written_ends_the_run(tmp_path: Path) -> None:
         lines.write(lambda: {"step": 2})
 
 
+def test_hooks_are_closed_after_a_line_that_cannot_be_written(watch: Callable[..., Watched]) -> None:
+    class ClosedHook(Hook):
+        closed = False
+
+        def close(self) -> None:
+            ClosedHook.closed = True
+
+    run, watcher = watch(Worker(0, 2), ClosedHook, recipe=measured_once())
+    (run.folder / "progress.jsonl").unlink()
+    (run.folder / "progress.jsonl").mkdir()
+    with pytest.raises(OSError), watcher:
+        take_steps(run, watcher, 1)
+    assert ClosedHook.closed
+
+
 def test_checkpoint_has_the_held_out_loss_of_its_line(watch: Callable[..., Watched], tmp_path: Path) -> None:
     run, _ = watch(Worker(0, 1), recipe=measured_once())
     line: Future[ProgressLine | None] = Future()
