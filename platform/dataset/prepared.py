@@ -231,7 +231,8 @@ def _read_card(folder: Folder) -> DatasetCard:
                 raise UserError(f"{folder} has no {CARD}: it is not a prepared dataset but {advice}")
         names = folder.files()
         if not names:
-            raise UserError(f"{folder} is empty or does not exist: check the address, or make a dataset there first")
+            advice = "check the address, or make a dataset there with `patchloom prepare`"
+            raise UserError(f"{folder} is empty or does not exist: {advice}")
         if any(map(is_image, names)):
             raise UserError(f"{folder} has no {CARD}, and it contains images: run `patchloom prepare {folder} DATASET`")
         raise UserError(f"{folder} has no {CARD}: it is not a dataset, or it is incomplete; run prepare again")

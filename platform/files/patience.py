@@ -105,9 +105,8 @@ def _notice(store: str, outage: _Outage) -> Iterator[None]:
     if outage.has_answered:
         yield
         return
-    timer = Timer(
-        STORE_NOTICE_AFTER_S, say, [f"  {store} has not answered yet; check its address and AWS_ENDPOINT_URL"]
-    )
+    advice = "check its address" + (" and AWS_ENDPOINT_URL" if store.startswith("s3://") else "")
+    timer = Timer(STORE_NOTICE_AFTER_S, say, [f"  {store} has not answered yet; {advice}"])
     timer.daemon = True
     timer.start()
     try:
