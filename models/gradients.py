@@ -44,9 +44,7 @@ class Gradients:
         start = 0
         for name, parameter in parameters.items():
             flat = self.flat[start : start + parameter.numel()]
-            parameter.grad = flat.as_strided(
-                parameter.shape, parameter.stride()
-            )  # in the memory layout of the parameter
+            parameter.grad = flat.as_strided(parameter.shape, parameter.stride())  # in the layout of the parameter
             self._buckets_of[name] = next(number for number, first in enumerate(starts) if first <= start)
             start += parameter.numel()
         self._parameters = parameters

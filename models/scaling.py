@@ -6,9 +6,8 @@ from dataclasses import dataclass
 
 from patchloom.models.patches import PatchSchedule
 
-BACKWARD_SHARE = (
-    2 / 3
-)  # of the computation of a step: the FLOPs of the backward pass are twice those of the forward pass
+# of the computation of a step: the FLOPs of the backward pass are twice those of the forward pass
+BACKWARD_SHARE = 2 / 3
 
 
 @dataclass(frozen=True)
