@@ -4,13 +4,14 @@ import contextlib
 import json
 import sys
 from contextlib import AbstractContextManager
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from patchloom.errors import UserError
-from patchloom.platform.compute.devices import DEVICE_VARIABLE
-from patchloom.platform.compute.resources import Resources, load_resources
+
+if TYPE_CHECKING:
+    from patchloom.platform.compute.resources import Resources
 
 ModelReference = Annotated[
     str, typer.Argument(help="models:/NAME@ALIAS, models:/NAME/VERSION, runs:/ID/model, or a model or run folder")
@@ -79,12 +80,15 @@ def messages_to_stderr(as_json: bool) -> AbstractContextManager[Any]:
 
 def chosen_resources(
     settings: list[str] | None, wait: float | None, workers: int | None, gpus: float | None, for_trials: bool = False
-) -> Resources:
+) -> "Resources":
     """The resources that the options name. Sets the addresses of Ray and MLflow, unless they are set.
 
     Raises:
         UserError: an option is wrong.
     """
+    from patchloom.platform.compute.devices import DEVICE_VARIABLE  # here: these imports take longer than --help
+    from patchloom.platform.compute.resources import load_resources
+
     resources = load_resources(settings or [])
     resources.set_environment()
     given = {"workers": workers, "wait_minutes": wait, "gpus_per_worker": gpus}

@@ -2,7 +2,7 @@
 
 import os
 import time
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -19,9 +19,11 @@ from patchloom.pipelines.cli.options import (
     chosen_resources,
     required_out,
 )
-from patchloom.platform.compute.resources import Resources
 from patchloom.platform.files.folder import Folder
 from patchloom.platform.files.storage import whole_number
+
+if TYPE_CHECKING:
+    from patchloom.platform.compute.resources import Resources
 
 RunFolder = Annotated[str | None, typer.Option(help="Run folder to write; required without --dry-run")]
 MinWorkers = Annotated[
@@ -100,7 +102,7 @@ def _remaining(max_hours: float | None) -> float | None:
     return None if max_hours is None else max_hours - (time.time() - psutil.Process().create_time()) / 3600
 
 
-def train_workers(resources: Resources) -> int:
+def train_workers(resources: "Resources") -> int:
     """The number of Ray Train workers; 1 by default."""
     return 1 if resources.workers is None else resources.workers
 

@@ -1,4 +1,7 @@
-"""Local and remote folders with the same methods: a path, s3://, gs://, hdfs://, and all that fsspec supports."""
+"""Local and remote folders with the same methods: a path, s3://, gs://, hdfs://, and all that fsspec supports.
+
+pyarrow is imported where it is used, because `patchloom --help` imports this module.
+"""
 
 import contextlib
 import functools
@@ -13,9 +16,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
-
-import pyarrow as pa
-import pyarrow.fs
 
 from patchloom.errors import UserError
 from patchloom.platform.files.patience import PASSING, StoreError, patient
@@ -111,6 +111,8 @@ class Folder:
         """
         if not self.is_remote:
             return dict(sorted(_local_files(self.path, "", follow_links, frozenset())))
+        import pyarrow.fs
+
         with self._connected() as (system, base):
             selector = pyarrow.fs.FileSelector(base, recursive=True, allow_not_found=True)
             found = system.get_file_info(selector)
@@ -120,6 +122,8 @@ class Folder:
     @_patient
     def has(self, name: str) -> bool:
         """Whether there is a file with this name."""
+        import pyarrow.fs
+
         with self._connected() as (system, base):
             return bool(system.get_file_info(f"{base}/{name}").type == pyarrow.fs.FileType.File)
 
@@ -250,6 +254,8 @@ class Folder:
     @contextmanager
     def _connected(self) -> Iterator[tuple[Any, str]]:
         """The file system and the path of the folder on it. Errors of a remote one become a UserError."""
+        import pyarrow.fs
+
         if not self.is_remote:
             yield pyarrow.fs.LocalFileSystem(), self.address
             return
@@ -257,7 +263,7 @@ class Folder:
             yield _system(self.address)
         except FileNotFoundError:
             raise
-        except (OSError, pa.ArrowException) as error:
+        except (OSError, pyarrow.ArrowException) as error:
             raise self._refusal(error) from None
 
     def _refusal(self, error: Exception) -> StoreError:
@@ -330,9 +336,11 @@ def _system(address: str) -> tuple[Any, str]:
 @functools.lru_cache(64)
 def _store(address: str) -> tuple[Any, str]:
     """The file system of a bucket or server, of pyarrow or fsspec, and the path of its root."""
+    import pyarrow.fs
+
     try:
         system, path = pyarrow.fs.FileSystem.from_uri(address)
-    except pa.ArrowInvalid as invalid:
+    except pyarrow.ArrowInvalid as invalid:
         import fsspec
 
         scheme = address.split("://")[0]
