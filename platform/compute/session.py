@@ -101,7 +101,8 @@ def ray_session(cpus: int = 1, object_store_gib: float | None = None) -> Iterato
             yield
         return
     is_local = not os.environ.get("RAY_ADDRESS")
-    say("  starting Ray on this machine ..." if is_local else "  connecting to the Ray cluster ...")
+    starts_here = os.environ.get("RAY_ADDRESS") in (None, "", "local")
+    say("  starting Ray on this machine ..." if starts_here else "  connecting to the Ray cluster ...")
     with environment_defaults(LOCAL_ENVIRONMENT if is_local else {}):
         _start_ray(max(os.cpu_count() or 1, cpus) if is_local else None, object_store_gib or OBJECT_STORE_GIB)
         try:

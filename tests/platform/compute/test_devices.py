@@ -59,7 +59,7 @@ def test_a_process_of_ray_without_a_gpu_uses_the_cpu() -> None:
 
 FAKE_GPUS = """
 import json, sys
-from pathlib import Path
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 def loop(config):
@@ -76,20 +76,29 @@ def loop(config):
     current = threading.local()
     torch.cuda.is_available = lambda: True
     torch.cuda.set_device = lambda device: setattr(current, "device", device.index)
+    streams = []  # the devices of the streams that are made or waited for
+    stream = SimpleNamespace(record_event=lambda: "mark", wait_event=lambda mark: None)
+    torch.cuda.Stream = torch.cuda.current_stream = lambda device: streams.append(device.index) or stream
+    torch.cuda.stream = lambda stream: nullcontext()
     context = ray.train.get_context()
     worker = Worker(context.get_world_rank(), context.get_world_size())
     use_device(worker.device)
+
+    def rows_of(crops):
+        where = {"thread": threading.current_thread().name, "rows": current.device}
+        return SimpleNamespace(image=None, label=None, std=None, where=where)
+
     run = SimpleNamespace(
-        worker=worker, settings=SimpleNamespace(updates=1), job=SimpleNamespace(microbatch=None),
+        worker=worker, device=worker.device, settings=SimpleNamespace(updates=1), job=SimpleNamespace(microbatch=None),
         timer=SimpleNamespace(timed=lambda name, function: function),
-        reader=SimpleNamespace(rows=lambda crops: (threading.current_thread().name, current.device)),
+        reader=SimpleNamespace(rows=rows_of),
     )
     group = SimpleNamespace(crops=range(8))
     plan = SimpleNamespace(step=0, share=lambda rank, count, microbatch: [group])
     with Prefetcher(run) as prefetcher:
-        ((_, (thread, rows)),) = prefetcher.fetch(plan)
-    record = {"rank": worker.rank, "device": str(worker.device), "loop": current.device, "rows": rows, "thread": thread}
-    return worker.gather(record | {"refused": refused})
+        ((_, rows),) = prefetcher.fetch(plan)
+    record = {"rank": worker.rank, "device": str(worker.device), "loop": current.device, "streams": streams}
+    return worker.gather(record | rows.where | {"refused": refused})
 
 if __name__ == "__main__":
     from patchloom.platform.compute.session import ray_session
@@ -116,6 +125,7 @@ def test_workers_of_a_node_use_their_own_gpus_in_all_threads(tmp_path: object) -
     for record in records:
         index = int(record["device"].removeprefix("cuda:"))
         assert (record["loop"], record["rows"], record["thread"]) == (index, index, "rows_0")
+        assert record["streams"] == [index, index]  # of the copies, and of the steps that wait for them
         assert f"GPU {index}" in record["refused"] and DEVICE_VARIABLE in record["refused"]
 
 
