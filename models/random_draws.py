@@ -241,11 +241,12 @@ class RowOrder:
     Args:
         rows: number of rows N.
         seed: seed of the run.
+        stream: name of the stream of random words, for the permutations of a run that must differ.
     """
 
-    def __init__(self, rows: int, seed: int) -> None:
+    def __init__(self, rows: int, seed: int, stream: str = "rows") -> None:
         self.rows, self.seed = rows, seed
-        self._key = key_of(seed, "rows")
+        self._key = key_of(seed, stream)
         # with an even number of columns, a round can be an odd permutation
         self._columns = 2 * math.ceil(math.sqrt(rows) / 2)
         self._lines = -(-rows // self._columns)
@@ -271,3 +272,93 @@ class RowOrder:
                 column = (column + numpy_words(Key(0, self._key.high), line ^ keys) % columns) % columns
         found: npt.NDArray[np.uint64] = line * columns + column
         return found
+
+
+@dataclass(frozen=True)
+class Window:
+    """The crops of a run that read the same shards.
+
+    Args:
+        number: its number in the run.
+        crops: numbers of its crops in the run.
+        shards: (n,) numbers of the shards of its rows.
+    """
+
+    number: int
+    crops: range
+    shards: npt.NDArray[np.int64]
+
+
+class WindowedOrder:
+    """The order of rows for a dataset that a node cannot hold: it reads few shards at a time, and every row per epoch.
+
+    In each epoch the shards are permuted anew. Consecutive ones make windows of about the same number of rows, and the
+    rows of a window are permuted among themselves. All permutations are those of `RowOrder`. The order is a pure
+    function of the seed and the number of the crop, and needs memory for each shard, not for each row.
+
+    Args:
+        rows_of_shards: rows of each shard, in the order of the dataset; rows are numbered in this order.
+        window_rows: most rows of a window, up to the rows of a shard.
+        seed: seed of the run.
+    """
+
+    def __init__(self, rows_of_shards: npt.ArrayLike, window_rows: int, seed: int) -> None:
+        self.seed = seed
+        self._shard_rows = np.asarray(rows_of_shards, np.int64)
+        self._shard_starts = np.cumsum(self._shard_rows) - self._shard_rows
+        self.rows = int(self._shard_rows.sum())
+        self.windows = -(-self.rows // window_rows)  # per epoch
+        self._layouts: dict[int, _ShardLayout] = {}
+
+    def at(self, crops: range) -> npt.NDArray[np.int64]:
+        """The rows of these crops, by their numbers in the run: (B,)."""
+        found = []
+        while crops:
+            window = self.window_at(crops.start)
+            here = range(crops.start, min(crops.stop, window.crops.stop), crops.step)
+            found.append(self._rows_in(window, here))
+            crops = crops[len(here) :]
+        return np.concatenate(found) if found else np.empty(0, np.int64)
+
+    def window_at(self, crop: int) -> Window:
+        """The window of a crop."""
+        epoch, place = divmod(crop, self.rows)
+        layout = self._layout(epoch)
+        window = int(np.searchsorted(layout.bounds, place, side="right")) - 1  # the last one: others there are empty
+        begin, end = (epoch * self.rows + int(bound) for bound in layout.bounds[window : window + 2])
+        first, last = np.searchsorted(layout.starts, layout.bounds[window : window + 2])
+        return Window(epoch * self.windows + window, range(begin, end), layout.shards[first:last])
+
+    def _rows_in(self, window: Window, crops: range) -> npt.NDArray[np.int64]:
+        """The rows of crops of one window."""
+        count, first_place = len(window.crops), window.crops.start % self.rows
+        shift = window.number * count - window.crops.start  # the windows of a run are the epochs of `RowOrder`
+        inside = range(crops.start + shift, crops.stop + shift, crops.step)
+        places = first_place + RowOrder(count, self.seed, "windows").at(inside)
+        layout = self._layout(crops.start // self.rows)
+        which = np.searchsorted(layout.starts, places, side="right") - 1
+        rows: npt.NDArray[np.int64] = self._shard_starts[layout.shards[which]] + places - layout.starts[which]
+        return rows
+
+    def _layout(self, epoch: int) -> "_ShardLayout":
+        """The order of the shards in an epoch. Those of two epochs are kept, because steps alternate between them."""
+        if epoch not in self._layouts:
+            used = np.flatnonzero(self._shard_rows)
+            order = RowOrder(len(used), self.seed, "shards").at(range(epoch * len(used), (epoch + 1) * len(used)))
+            shards = used[order]
+            starts = np.cumsum(self._shard_rows[shards]) - self._shard_rows[shards]
+            # a window begins with the first shard that starts at or after its share of the rows
+            shares = np.arange(self.windows + 1) * self.rows // self.windows
+            bounds = np.append(starts, self.rows)[np.searchsorted(starts, shares)]
+            self._layouts = {kept: self._layouts[kept] for kept in list(self._layouts)[-1:]}
+            self._layouts[epoch] = _ShardLayout(shards, starts, bounds)
+        return self._layouts[epoch]
+
+
+@dataclass(frozen=True)
+class _ShardLayout:
+    """The shards of an epoch in their order, where each starts, and where each window starts and the last one ends."""
+
+    shards: npt.NDArray[np.int64]
+    starts: npt.NDArray[np.int64]
+    bounds: npt.NDArray[np.int64]

@@ -9,7 +9,15 @@ import pytest
 import torch
 from scipy import stats
 
-from patchloom.models.random_draws import CropBatch, Draws, RandomDraws, RowOrder, derive_seed, sampling_generator
+from patchloom.models.random_draws import (
+    CropBatch,
+    Draws,
+    RandomDraws,
+    RowOrder,
+    WindowedOrder,
+    derive_seed,
+    sampling_generator,
+)
 from patchloom.models.random_words import draw_words, key_of, normals, uniforms
 from patchloom.models.samplers import SeededNoise
 
@@ -174,6 +182,69 @@ def test_orders_of_many_rows_need_no_memory(rows: int) -> None:
     assert stats.kstest(found / rows, "uniform").pvalue > 1e-4
     kept = sum(getattr(value, "nbytes", 0) for value in vars(order).values())
     assert math.isclose(kept, 0, abs_tol=64)
+
+
+# Windows
+
+UNEVEN = [5, 0, 3, 20, 7, 1, 9]  # rows of shards, one of them without any and one larger than a window
+
+
+@pytest.mark.parametrize(("shards", "window"), [(UNEVEN, 8), (UNEVEN, 1000), ([1], 1), ([64] * 40, 200), ([3] * 50, 1)])
+def test_every_epoch_of_windows_visits_every_row_once(shards: list[int], window: int) -> None:
+    order, rows = WindowedOrder(shards, window, seed=4), sum(shards)
+    epochs = [order.at(range(rows * epoch, rows * (epoch + 1))) for epoch in range(3)]
+    assert all(np.array_equal(np.sort(epoch), np.arange(rows)) for epoch in epochs)
+    assert rows < 7 or len({tuple(epoch) for epoch in epochs}) == 3
+
+
+def test_a_row_of_a_window_does_not_depend_on_what_was_asked_before() -> None:
+    whole = WindowedOrder(UNEVEN, 8, seed=1).at(range(200))
+    asked_before = WindowedOrder(UNEVEN, 8, seed=1)
+    for crops in (range(199, 200), range(13, 162), range(5, 195, 7), range(40, 40), range(60)):
+        wanted = whole[crops.start : crops.stop : crops.step]
+        assert np.array_equal(WindowedOrder(UNEVEN, 8, seed=1).at(crops), wanted)
+        assert np.array_equal(asked_before.at(crops), wanted)
+    assert not np.array_equal(WindowedOrder(UNEVEN, 8, seed=2).at(range(200)), whole)
+
+
+def test_windows_follow_each_other_and_read_their_shards_whole() -> None:
+    shards = np.random.default_rng(0).integers(0, 40, 60)
+    order, starts = WindowedOrder(shards, 300, seed=2), np.cumsum(shards) - shards
+    crop, seen, numbers = 0, [], []
+    while crop < 2 * order.rows:
+        window = order.window_at(crop)
+        assert window.crops.start == crop and window.crops == order.window_at(window.crops[-1]).crops
+        assert abs(len(window.crops) - order.rows / order.windows) < 40  # the rows of a shard
+        rows = [range(starts[shard], starts[shard] + shards[shard]) for shard in window.shards]
+        assert sorted(order.at(window.crops)) == sorted(row for shard in rows for row in shard)
+        crop, seen, numbers = window.crops.stop, [*seen, *window.shards], [*numbers, window.number]
+    assert numbers == sorted(set(numbers)) and numbers[-1] == 2 * order.windows - 1
+    assert sorted(seen) == sorted([*np.flatnonzero(shards)] * 2)
+    assert seen[: len(seen) // 2] != seen[len(seen) // 2 :]
+
+
+def test_rows_of_a_window_are_as_likely_at_every_place_and_shards_in_every_window() -> None:
+    order, epochs = WindowedOrder([8] * 12, 32, seed=3), 600  # 3 windows of 4 shards
+    found = order.at(range(96 * epochs)).reshape(epochs, 96)
+    for place in (0, 17, 31, 32, 95):
+        assert stats.chisquare(np.bincount(found[:, place], minlength=96)).pvalue > 1e-4
+    first = np.zeros((epochs, 12))  # whether a shard is in the first window
+    np.put_along_axis(first, found[:, :32] // 8, 1, axis=1)
+    together = first.T @ first / epochs
+    wanted = np.where(np.eye(12), 4 / 12, 4 * 3 / (12 * 11))
+    assert np.abs(together - wanted).max() < 5 * (wanted.max() / epochs) ** 0.5
+    same_shard = (found[:, :31] // 8 == found[:, 1:32] // 8).mean()  # of neighbours in a window: 7 of 31 others
+    assert same_shard == pytest.approx(7 / 31, abs=0.02)
+
+
+def test_windows_of_many_rows_need_memory_only_for_their_shards() -> None:
+    shards = np.full(200_000, 500)
+    order = WindowedOrder(shards, 262_144, seed=0)
+    found = order.at(range(7 * order.rows - 2000, 7 * order.rows + 2000))
+    assert len(set(found[:2000].tolist())) == len(set(found[2000:].tolist())) == 2000
+    assert len(np.unique(found[2000:] // 500)) <= len(order.window_at(7 * order.rows).shards) == 524
+    layouts = [array.nbytes for layout in order._layouts.values() for array in vars(layout).values()]
+    assert sum(layouts) < 2 * 20 * len(shards)
 
 
 # Sampling
