@@ -133,13 +133,13 @@ def _read_all_rows(dataset: Dataset) -> _RowFigures:
     classes: Counter[int] = Counter()
     totals: dict[str, np.ndarray] = {}
     with progress("verifying", len(dataset), "rows") as meter:
-        for shard in dataset.shards:
-            columns = dataset.rows(np.arange(meter.done, meter.done + shard.rows))
+        for rows in dataset.shards.rows.tolist():
+            columns = dataset.rows(np.arange(meter.done, meter.done + rows))
             keys.update(columns["key"])
             classes.update(int(label) for label in columns["label"])
             for name, values in sums({name: columns[name] for name in TENSORS if name in columns}).items():
                 totals[name] = totals.get(name, 0) + np.array(values, dtype=np.float64)
-            meter.update(meter.done + shard.rows)
+            meter.update(meter.done + rows)
     mean = totals["sum"] / totals["count"]
     std = np.sqrt(np.maximum(totals["squares"] / totals["count"] - mean**2, 0))
     return _RowFigures(len(keys), [classes[number] for number in range(len(dataset.card.classes))], mean, std)

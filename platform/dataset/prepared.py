@@ -15,6 +15,7 @@ import pyarrow as pa
 
 from patchloom.errors import UserError
 from patchloom.platform.dataset.listing import is_image
+from patchloom.platform.dataset.shards import LocalShards, ShardFiles, ShardReader, ShardTable
 from patchloom.platform.files.cache import cached_copy
 from patchloom.platform.files.folder import Folder, inner_name
 from patchloom.platform.files.storage import file_sha256
@@ -59,46 +60,6 @@ def write_shard(path: Path, keys: Sequence[str], labels: Sequence[int], tensors:
     return ShardFile(file=f"shards/{path.name}", rows=len(keys), bytes=size_bytes, sha256=sha256)
 
 
-class Shard:
-    """One memory-mapped Arrow file. Its checksum is verified before its rows are first read."""
-
-    def __init__(self, path: Path, rows: int, size_bytes: int, sha256: str) -> None:
-        self.path, self.rows, self.size_bytes, self.sha256 = path, rows, size_bytes, sha256
-        self._columns: dict[str, np.ndarray] | None = None
-        if not path.is_file():
-            raise UserError(f"{path} is missing: copy the dataset again, or prepare it again in an empty folder")
-        if path.stat().st_size != size_bytes:
-            raise UserError(
-                f"{path} has {path.stat().st_size} bytes, and dataset.json says {size_bytes}: "
-                "copy the dataset again, or prepare it again in an empty folder"
-            )
-
-    def verify(self) -> None:
-        """Raise UserError if the checksum differs from the card."""
-        found = file_sha256(self.path)
-        if found != self.sha256:
-            raise UserError(
-                f"{self.path} was changed: its sha256 is {found[:12]}, and dataset.json says {self.sha256[:12]}; "
-                "copy the dataset again, or prepare it again in an empty folder"
-            )
-
-    def columns(self) -> dict[str, np.ndarray]:
-        """All columns by name; tensors are read-only views of the memory map."""
-        if self._columns is None:
-            self.verify()
-            table = pa.ipc.open_file(pa.memory_map(str(self.path))).read_all()
-            self._columns = {}
-            for name in table.column_names:
-                column = table.column(name).chunk(0)  # a shard is one batch; combining chunks would copy it
-                if isinstance(column, pa.FixedShapeTensorArray):
-                    self._columns[name] = column.to_numpy_ndarray()
-                elif pa.types.is_string(column.type):  # to_numpy would import pandas, which takes a second
-                    self._columns[name] = np.array(column.to_pylist(), dtype=object)
-                else:
-                    self._columns[name] = np.from_dlpack(column)
-        return self._columns
-
-
 class Dataset:
     """A prepared dataset: `len()`, `.card`, `.rows(indices)`, `.indices(split)`.
 
@@ -106,19 +67,20 @@ class Dataset:
         path: its local folder.
         card: what `dataset.json` contains.
         address: where other nodes open it; by default the local folder.
+        files: where its shards are on this node; by default in the local folder.
     """
 
-    def __init__(self, path: Path, card: DatasetCard, address: str | None = None) -> None:
+    def __init__(
+        self, path: Path, card: DatasetCard, address: str | None = None, files: ShardFiles | None = None
+    ) -> None:
         self.path, self.card = path, card
         self.address = address or str(path)
-        self.shards = [
-            Shard(path / inner_name(shard.file, path / CARD), shard.rows, shard.bytes, shard.sha256)
-            for shard in card.shards
-        ]
-        self._starts = np.cumsum([0] + [shard.rows for shard in self.shards])
+        self.shards = _shard_table(path, card)
+        identity = hashlib.sha256(f"{path}\n{card.to_json()}".encode()).hexdigest()
+        self.reader = ShardReader(self.shards, files or LocalShards(path, self.shards), identity[:32])
 
     def __len__(self) -> int:
-        return int(self._starts[-1])
+        return int(self.reader.starts[-1])
 
     @property
     def kind(self) -> str:
@@ -135,11 +97,12 @@ class Dataset:
         """The sha256 of the card, which contains the checksum of each shard."""
         return file_sha256(self.path / CARD)
 
-    def rows(self, indices: Sequence[int] | np.ndarray) -> dict[str, np.ndarray]:
+    def rows(self, indices: Sequence[int] | np.ndarray, columns: Sequence[str] | None = None) -> dict[str, np.ndarray]:
         """Read rows.
 
         Args:
             indices: positions of the rows, in any order; a position may occur more than once.
+            columns: the columns to read; by default all.
 
         Returns:
             The columns by name, as numpy arrays of len(indices) rows in the given order.
@@ -155,15 +118,7 @@ class Dataset:
         wanted = np.asarray(indices, dtype=np.int64)
         if wanted.size and (wanted.min() < 0 or wanted.max() >= len(self)):
             raise IndexError(f"rows {wanted.min()} to {wanted.max()} are not within 0 to {len(self) - 1}")
-        which = np.searchsorted(self._starts, wanted, side="right") - 1
-        out: dict[str, np.ndarray] = {}
-        for number in np.unique(which) if wanted.size else [0]:
-            here = which == number
-            for name, values in self.shards[number].columns().items():
-                if name not in out:
-                    out[name] = np.empty((len(wanted), *values.shape[1:]), dtype=values.dtype)
-                out[name][here] = values[wanted[here] - self._starts[number]]
-        return out
+        return self.reader.read(wanted, columns)
 
     def indices(self, split: str, held_out_fraction: float = 0.05) -> np.ndarray:
         """The positions of the rows of a split, in ascending order. They depend only on the keys.
@@ -179,7 +134,7 @@ class Dataset:
             raise UserError(f"split {split!r} is unknown; choose train, held_out or all")
         if split == "all":
             return np.arange(len(self))
-        keys = [key for shard in self.shards for key in shard.columns()["key"]]
+        keys = self.rows(np.arange(len(self)), ["key"])["key"]
         held_out = np.array([self._is_held_out(key, held_out_fraction) for key in keys], dtype=bool)
         return np.flatnonzero(held_out if split == "held_out" else ~held_out)
 
@@ -191,8 +146,18 @@ class Dataset:
 
     def verify(self) -> None:
         """Read all shards; raises UserError at the first damaged one."""
-        for shard in self.shards:
-            shard.verify()
+        for number in range(len(self.shards)):
+            self.reader.verify(number)
+
+
+def _shard_table(path: Path, card: DatasetCard) -> ShardTable:
+    """The shards that the card lists."""
+    return ShardTable(
+        rows=np.array([shard.rows for shard in card.shards], np.int64),
+        sizes=np.array([shard.bytes for shard in card.shards], np.int64),
+        sha256=np.frombuffer(b"".join(bytes.fromhex(shard.sha256) for shard in card.shards), np.uint8).reshape(-1, 32),
+        names=[inner_name(shard.file, path / CARD) for shard in card.shards],
+    )
 
 
 def is_dataset(folder: Folder) -> bool:
@@ -219,7 +184,10 @@ def open_dataset(path: str | Path) -> Dataset:
     """
     folder = Folder.at(path)
     card = _read_card(folder)
-    return Dataset(_local_copy(folder, card) if folder.is_remote else folder.path, card, folder.address)
+    dataset = Dataset(_local_copy(folder, card) if folder.is_remote else folder.path, card, folder.address)
+    for number in range(len(card.shards)):  # a long list is not checked before its shards are read
+        dataset.reader.files.path_of(number)
+    return dataset
 
 
 def _read_card(folder: Folder) -> DatasetCard:

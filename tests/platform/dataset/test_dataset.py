@@ -51,7 +51,7 @@ def test_any_arrow_reader_finds_native_tensors(folder: Path) -> None:
     assert table.schema.field("image").type == pa.fixed_shape_tensor(pa.uint8(), (3, 4, 4))
     assert table.schema.field("key").type == pa.string()
     assert np.array_equal(table.column("image").combine_chunks().to_numpy_ndarray(), IMAGES[4:])
-    mapped = open_dataset(folder).shards[1].columns()["image"]
+    mapped = open_dataset(folder).reader.mapped(1).tensor("image")
     assert not mapped.flags.writeable and not mapped.flags.owndata  # the memory map itself
 
 

@@ -229,7 +229,7 @@ def test_damaged_bytes_on_the_server_are_refused_and_not_kept(dataset: Path, the
     there.write(name, right[:-200] + bytes([right[-200] ^ 1]) + right[-199:])
     with pytest.raises(UserError, match=r"part-00001\.arrow .*sha256"):
         open_dataset(str(there))
-    assert not list(cache.rglob(COMPLETE))
+    assert not list((cache / "datasets").rglob(COMPLETE))
     there.write(name, right)
     assert np.array_equal(within(4, lambda: open_dataset(str(there))).rows([9])["image"], IMAGES[9:])
 
@@ -238,7 +238,7 @@ def test_a_truncated_or_missing_remote_dataset_is_refused(dataset: Path, there: 
     there.write("shards/part-00000.arrow", there.read("shards/part-00000.arrow")[:-1])
     with pytest.raises(UserError, match=r"part-00000\.arrow .*\d+ bytes"):
         open_dataset(str(there))
-    assert not list(cache.rglob(COMPLETE))
+    assert not list((cache / "datasets").rglob(COMPLETE))
     there.remove("dataset.json")
     with pytest.raises(UserError, match=rf"{there} .*dataset\.json"):
         open_dataset(str(there))
