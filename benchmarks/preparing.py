@@ -47,11 +47,12 @@ def against_pillow(scale: Scale, say: Say) -> list[Finding]:
         shard_rows = min(SHARD_ROWS, max(1, COPIES * scale.images // MIN_SHARDS))
         alone = TimedPreparation(archive, scratch / "alone", shard_rows)
         alone.start()
+        planned = alone.missing()
         maker = ShardMaker(ShardMakerArgument(alone.folder.address))
         ray_preparation = RayPreparation(copies, scratch / "copies", shard_rows)
 
         def worker_alone() -> int:
-            for shard in alone.shards():
+            for shard in planned:
                 maker(shard, ignore)
             return alone.total
 
@@ -204,7 +205,7 @@ class RayPreparation:
         """Decode the images with the plain loop. Returns their number."""
         with zipfile.ZipFile(self.archive) as opened:
             images = len(opened.namelist())
-        shards = [PlannedShard(number, self.shard_rows) for number in range(-(-images // self.shard_rows))]
+        shards = [PlannedShard(number, self.shard_rows, "", 0, 0) for number in range(-(-images // self.shard_rows))]
         made = [timed for _, timed in map_on_actors(PillowLoop, (str(self.archive), self.shard_rows), shards, None)]
         self.cpu_rates["loops"].append(warm_rate(made))
         return images

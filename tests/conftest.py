@@ -87,9 +87,15 @@ def s3_environment() -> Iterator[str]:
 
 
 @pytest.fixture(scope="session")
-def s3(s3_environment: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def s3_log(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What the S3 server of the tests reports: a line for each request, such as `"PUT /patchloom/a HTTP/1.1" 200`."""
+    return tmp_path_factory.mktemp("s3") / "server.log"
+
+
+@pytest.fixture(scope="session")
+def s3(s3_environment: str, s3_log: Path) -> Iterator[str]:
     """A bucket on a real S3-compatible server (moto's, in a process of its own)."""
-    log = (tmp_path_factory.mktemp("s3") / "server.log").open("w")
+    log = s3_log.open("w")
     command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", s3_environment.rpartition(":")[2]]
     server = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
     for _ in range(300):

@@ -4,17 +4,17 @@ The unit of work is a shard: a fixed range of the inputs of the source. Its byte
 killed preparation keeps its finished shards and makes the others again.
 """
 
-import hashlib
+import itertools
 import os
 from collections import Counter
+from collections.abc import Iterator
 from typing import Any, ClassVar
-
-import numpy as np
 
 from patchloom.errors import UserError
 from patchloom.models.backbones import allowed_backbones
 from patchloom.models.checkpoints import is_pickle
 from patchloom.pipelines.prepare.images import Transform
+from patchloom.pipelines.prepare.notes import ShardNotes, dataset_card, gather, note_name
 from patchloom.pipelines.prepare.planning import (
     Preparation,
     check_transform,
@@ -35,10 +35,10 @@ from patchloom.platform.compute.shared_paths import UsedPaths
 from patchloom.platform.dataset.prepared import CARD, Dataset, is_dataset, open_dataset
 from patchloom.platform.files.folder import Folder
 from patchloom.platform.progress import say
-from patchloom.platform.records.dataset import ClassRows, DatasetCard, ShardFile, SkippedInputs
-from patchloom.platform.records.prepare import PlanFile, PreparationPlan, ShardNote, SkippedInput, input_lines
+from patchloom.platform.records.prepare import PlanFile, input_lines
 
 HEAD_START_S = 10.0  # about as long as the start of Ray
+LIST_BYTES = 4 << 20  # of inputs, after which a new file begins: few requests, and little to keep in memory
 
 
 def prepare(
@@ -110,7 +110,7 @@ def prepare(
     return open_dataset(dataset)
 
 
-class PrepareJob(Job[PlannedShard, None]):
+class PrepareJob(Job[PlannedShard, str]):
     """The job of `prepare`: its units are shards."""
 
     command = "prepare"
@@ -125,15 +125,10 @@ class PrepareJob(Job[PlannedShard, None]):
         self.head_start_s = 0.0 if self.on_gpus or os.environ.get("RAY_ADDRESS") else HEAD_START_S
         self.paths = UsedPaths(read=(self.plan.source,), written=(folder.address,))
         self.argument = ShardMakerArgument(folder.address, allowed_backbones())
-
-    def shards(self) -> list[PlannedShard]:
-        """All shards. The last one may have fewer inputs than the others."""
-        rows = self.plan.shard_rows
-        starts = range(0, self.total, rows)
-        return [PlannedShard(number, min(rows, self.total - start)) for number, start in enumerate(starts)]
+        self.notes = ShardNotes(folder, -(-self.total // self.plan.shard_rows))
 
     def start(self) -> bool:
-        """Write the inputs, the plan and the encoder; False if the dataset is complete."""
+        """Write the plan and the encoder; False if the dataset is complete."""
         if self.folder.has(CARD):
             if self.folder.read_json(CARD).get("preparation") != self.plan.identity():
                 raise UserError(f"{self.folder} contains another dataset: choose an empty folder, or remove it")
@@ -145,17 +140,10 @@ class PrepareJob(Job[PlannedShard, None]):
             check_same(self.folder, "an unfinished preparation", found.plan, self.plan, ignored=("source",))
         else:
             check_empty(self.folder, "preparation")
-            self._write_plan()
+            plan_file = PlanFile(identity=self.plan.identity(), plan=self.plan)
+            self.folder.write_json(PLAN_FILE, plan_file.to_dict())
         self._write_encoder()
         return True
-
-    def _write_plan(self) -> None:
-        inputs, start = self.preparation.inputs, 0
-        for shard in self.shards():
-            lines = input_lines(inputs[start : start + shard.size])
-            self.folder.write(f"{INPUTS_FOLDER}/{shard.name}.jsonl", lines)
-            start += shard.size
-        self.folder.write_json(PLAN_FILE, PlanFile(identity=self.plan.identity(), plan=self.plan).to_dict())
 
     def _write_encoder(self) -> None:
         encoder = self.preparation.encoder
@@ -167,78 +155,57 @@ class PrepareJob(Job[PlannedShard, None]):
                 self.folder.put(encoder / name, f"autoencoder/{name}")
 
     def missing(self) -> list[PlannedShard]:
-        """Shards without a note."""
-        notes = self.folder.folder(NOTES_FOLDER).files()
-        return [shard for shard in self.shards() if f"{shard.name}.json" not in notes]
+        """Shards without a note. Their inputs are written, those of many shards into one file."""
+        noted = {f"{NOTES_FOLDER}/{name}" for name in self.folder.folder(NOTES_FOLDER).files()}
+        missing = list[PlannedShard]()
+        if len(noted) < self.notes.shards:
+            for _ in self.folder.at_once(lambda one: self.folder.write(*one), self._lists(noted, missing)):
+                pass
+        return missing
+
+    def _lists(self, noted: set[str], missing: list[PlannedShard]) -> Iterator[tuple[str, bytes]]:
+        """The name and content of each list of inputs that has a missing shard; adds the missing shards to a list.
+
+        The layout depends on the inputs only, so that a worker of an earlier call, which may still be alive, reads
+        what it expects.
+        """
+        inputs, number = iter(self.preparation.inputs), 0
+        for name in map("list-{:05d}.jsonl".format, itertools.count()):
+            lines, known = bytearray(), len(missing)
+            while len(lines) < LIST_BYTES and (batch := list(itertools.islice(inputs, self.plan.shard_rows))):
+                first = len(lines)
+                lines += input_lines(batch)
+                shard = PlannedShard(number, len(batch), name, first, len(lines) - first)
+                if note_name(number) not in noted:
+                    missing.append(shard)
+                number += 1
+            if not lines:
+                return
+            if len(missing) > known:
+                yield f"{INPUTS_FOLDER}/{name}", bytes(lines)
+
+    def keep(self, unit: PlannedShard, result: str) -> None:
+        """Keep the note of a shard."""
+        self.notes.keep(unit.number, result)
 
     def finish(self) -> None:
         """Combine the notes into `skipped.jsonl` and `dataset.json`, which completes the dataset."""
-        names = [
-            f"{NOTES_FOLDER}/{name}" for name in self.folder.folder(NOTES_FOLDER).files() if name.endswith(".json")
-        ]
-        notes = [ShardNote.parse(self.folder.read(name), f"{self.folder}/{name}") for name in names]
-        skipped = [entry for note in notes for entry in note.skipped]
-        rows = sum(note.rows for note in notes)
-        if not rows:
-            self._refuse(skipped)
-        self.folder.write("skipped.jsonl", "".join(f"{entry.to_json()}\n" for entry in skipped))
-        self.folder.write_json(CARD, dataset_card(self.plan, notes).to_dict())
+        found = gather(self.notes)
+        if not found.rows:
+            self._refuse(found.reasons)
+        self.folder.write_json(CARD, dataset_card(self.plan, found).to_dict())
         self.folder.remove_folder(WORK_FOLDER)
         others = self.preparation.other_files
         not_read = f" (other files, not read: {others})" if others else ""
-        say(f"{rows:,} rows + {len(skipped):,} skipped = {self.total:,} inputs in {self.folder}{not_read}")
+        skipped = found.reasons.total()
+        say(f"{found.rows:,} rows + {skipped:,} skipped = {self.total:,} inputs in {self.folder}{not_read}")
 
-    def _refuse(self, skipped: list[SkippedInput]) -> None:
+    def _refuse(self, reasons: Counter[str]) -> None:
         """Remove what was written; raises UserError with the most common reasons."""
         for name in (WORK_FOLDER, "shards", "autoencoder"):
             self.folder.remove_folder(name)
-        reasons = Counter(entry.error for entry in skipped).most_common(2)
-        found = "; ".join(f"{count} x {reason}" for reason, count in reasons)
+        found = "; ".join(f"{count} x {reason}" for reason, count in reasons.most_common(2))
         raise UserError(
             f"none of the {self.total} inputs in {self.preparation.source_name} can be used ({found}): "
             "give readable images"
         )
-
-
-def dataset_card(plan: PreparationPlan, notes: list[ShardNote]) -> DatasetCard:
-    """The card of a dataset from the notes of all its shards."""
-    filled = [note for note in notes if note.rows]
-    mean, std = _statistics(filled)
-    skipped = [entry.error for note in notes for entry in note.skipped]
-    classes: Counter[int] = Counter()
-    for note in filled:
-        classes.update(note.classes)
-    parent = open_dataset(plan.source).card if plan.source_kind == "dataset" else None
-    transform = parent.transform if parent else plan.transform
-    by_region = transform is not None and transform.crop == "windows"
-    digests = "".join(note.source_sha256 for note in notes)
-    shape = filled[0].shape or []
-    return DatasetCard(
-        format_version=DatasetCard.FORMAT,
-        kind="latents" if plan.autoencoder else "pixels",
-        resolution=shape[-1],
-        channels=shape[0],
-        dtype="float16" if plan.autoencoder else "uint8",
-        rows=sum(note.rows for note in filled),
-        inputs=sum(note.inputs for note in notes),
-        skipped=SkippedInputs(count=len(skipped), reasons=dict(Counter(skipped))),
-        classes=[ClassRows(name=name, rows=classes[number]) for number, name in enumerate(plan.class_names)],
-        mean=mean.tolist(),
-        std=std.tolist(),
-        transform=transform,
-        mirror=plan.mirror,
-        split_by=parent.split_by if parent else "region" if by_region else "key",
-        autoencoder=plan.autoencoder,
-        source_sha256=plan.inputs_sha256 if parent else hashlib.sha256(digests.encode()).hexdigest(),
-        preparation=plan.identity(),
-        shards=[ShardFile(file=note.file, rows=note.rows, bytes=note.bytes, sha256=note.sha256) for note in filled],
-    )
-
-
-def _statistics(notes: list[ShardNote]) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and standard deviation per channel."""
-    count, total, squares = (
-        np.sum([note.sums[name] for note in notes if note.sums], axis=0) for name in ("count", "sum", "squares")
-    )
-    mean = total / count
-    return mean, np.sqrt(np.maximum(squares / count - mean**2, 0))

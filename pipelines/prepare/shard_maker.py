@@ -16,10 +16,12 @@ import pyarrow.compute as pc
 from patchloom.errors import UserError
 from patchloom.models.backbones import allow_backbones
 from patchloom.pipelines.prepare.images import Transform, decode
+from patchloom.pipelines.prepare.notes import note_name
 from patchloom.platform.compute.devices import own_device
-from patchloom.platform.compute.jobs import NOTES_FOLDER, WORK_FOLDER
+from patchloom.platform.compute.jobs import WORK_FOLDER
 from patchloom.platform.dataset.prepared import MIRRORED, open_dataset, shard_bytes
 from patchloom.platform.dataset.readers import SourceReader
+from patchloom.platform.dataset.shards import shard_name
 from patchloom.platform.files.copies import local_copy
 from patchloom.platform.files.folder import Folder
 from patchloom.platform.records.dataset import DatasetAutoencoder
@@ -34,17 +36,15 @@ VALUES_PER_SUM = 1 << 17  # uint8 values that fit into the cache
 NOT_FINITE = "its latent is not finite in float16"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class PlannedShard:
-    """A shard: its number, and its number of inputs."""
+    """A shard: its number, its number of inputs, and the file below `.work/inputs` with its part that lists them."""
 
     number: int
     size: int
-
-    @property
-    def name(self) -> str:
-        """`part-00000`."""
-        return f"part-{self.number:05d}"
+    list_name: str
+    first_byte: int
+    size_bytes: int
 
 
 @dataclass(frozen=True)
@@ -102,10 +102,10 @@ class ShardMaker:
         dtype = torch.bfloat16 if card.precision == "bf16" else torch.float32
         return load_autoencoder(local_copy(self.folder.folder("autoencoder").address), own_device(), dtype)
 
-    def __call__(self, shard: PlannedShard, report: Callable[[int], None]) -> None:
-        """Write the Arrow file of a shard, then its note."""
-        name = f"{INPUTS_FOLDER}/{shard.name}.jsonl"
-        inputs = parse_inputs(self.folder.read(name), f"{self.folder}/{name}")
+    def __call__(self, shard: PlannedShard, report: Callable[[int], None]) -> str:
+        """Write the Arrow file of a shard, then its note. Returns the note as JSON."""
+        name = f"{INPUTS_FOLDER}/{shard.list_name}"
+        inputs = parse_inputs(self.folder.read_piece(name, shard.first_byte, shard.size_bytes), f"{self.folder}/{name}")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow's: inputs that cannot be used are listed
             content = self._rows(inputs) if self.pixels else self._images(inputs)
@@ -116,9 +116,10 @@ class ShardMaker:
             rows=len(content.keys),
             skipped=content.skipped,
             source_sha256=content.source_sha256,
-            **self._write(f"shards/{shard.name}.arrow", content),
+            **self._write(shard_name(shard.number), content),
         )
-        self.folder.write_json(f"{NOTES_FOLDER}/{shard.name}.json", note.to_dict())
+        self.folder.write_json(note_name(shard.number), note.to_dict())
+        return note.to_json()
 
     def _write(self, file: str, content: ShardContent) -> dict[str, Any]:
         """Write the rows, if there are any; returns the fields of the note that describe the file."""

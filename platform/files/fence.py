@@ -17,22 +17,17 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from functools import partial
-from typing import TYPE_CHECKING, Any
-from urllib.parse import parse_qs, unquote
+from typing import Any
 
 from patchloom.errors import UserError
 from patchloom.platform.files.folder import Folder
+from patchloom.platform.files.object_store import ObjectFolder
 from patchloom.platform.progress import say
-
-if TYPE_CHECKING:
-    from obstore.store import ObjectStore
 
 FENCE_FILE, FENCE_FORMAT = ".fence.json", 1
 FENCE_EXPIRES_S, DEFAULT_EXPIRES_S = "PATCHLOOM_FENCE_EXPIRES_S", 60.0
 HEARTBEATS = 10  # within the time after which a fence expires
 POLLS = 5  # looks at a fence within one heartbeat
-CLIENT: Any = {"timeout": "20s", "connect_timeout": "5s"}
 
 
 @dataclass(frozen=True)
@@ -80,13 +75,13 @@ def fenced(folder: Folder) -> Iterator[str]:
     Raises:
         UserError: another command that is alive holds the fence.
     """
-    store = _object_store(folder) if folder.is_remote else None
+    store = folder.object_folder("fence")
     if store is None:
         if folder.is_remote:
             say(f"  {folder} cannot be locked (its store has no conditional writes): start this command only once")
         yield ""
         return
-    fence = _Fence(folder, *store)
+    fence = _Fence(folder, store)
     if not fence.acquire():
         say(f"  {folder} cannot be locked (its store ignores conditions): start this command only once")
         yield ""
@@ -106,8 +101,8 @@ def holds_fence(folder: Folder, owner: str) -> bool:
 
 
 class _Fence:
-    def __init__(self, folder: Folder, store: "ObjectStore", prefix: str) -> None:
-        self.folder, self.store, self.key = folder, store, f"{prefix}/{FENCE_FILE}".lstrip("/")
+    def __init__(self, folder: Folder, place: ObjectFolder) -> None:
+        self.folder, self.store, self.key = folder, place.store, place.key(FENCE_FILE)
         since = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime())
         command = " ".join(["patchloom", *sys.argv[1:]])[:200]
         user = _user_name()
@@ -219,54 +214,3 @@ def _user_name() -> str:
         return getpass.getuser()
     except (KeyError, OSError):  # a container without a name for the user
         return str(os.getuid())
-
-
-def _object_store(folder: Folder) -> "tuple[ObjectStore, str] | None":
-    """The client for conditional writes, with the credentials and options of pyarrow's; None if there is none."""
-    import obstore.store
-
-    base, _, text = folder.address.partition("?")
-    scheme, _, place = base.partition("://")
-    host, _, prefix = place.partition("/")
-    options = {name: values[-1] for name, values in parse_qs(text).items()}
-    if scheme == "s3":
-        system = folder.system()[0]
-        return _s3_store(host, options, str(system.region or "")), prefix
-    if scheme in ("gs", "gcs"):
-        return obstore.store.GCSStore(host.rpartition("@")[2], client_options=CLIENT), prefix
-    if scheme in ("abfs", "abfss"):
-        return obstore.store.from_url(f"{scheme}://{host}", client_options=CLIENT), prefix
-    return None
-
-
-def _s3_store(host: str, options: dict[str, str], region: str) -> "ObjectStore":
-    import obstore.store
-
-    keys, _, bucket = host.rpartition("@")
-    config: Any = {"region": region} if region else {}
-    endpoint = options.get("endpoint_override")
-    if endpoint:
-        config["endpoint"] = endpoint if "://" in endpoint else f"{options.get('scheme', 'https')}://{endpoint}"
-    if keys:
-        key, _, secret = keys.partition(":")
-        config |= {"access_key_id": unquote(key), "secret_access_key": unquote(secret)}
-    endpoint = config.get("endpoint") or os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
-    if endpoint:
-        config["endpoint"] = endpoint
-    client: Any = {**CLIENT, "allow_http": bool(endpoint and endpoint.startswith("http://"))}
-    make = partial(obstore.store.S3Store, bucket, config=config, client_options=client)
-    provider = None if keys else _boto3_credentials()
-    return make(credential_provider=provider) if provider else make()
-
-
-def _boto3_credentials() -> Any:
-    """Credentials of boto3, which reads ~/.aws; None if they are in the environment, or without boto3."""
-    if os.environ.get("AWS_ACCESS_KEY_ID"):
-        return None
-    try:
-        from boto3 import Session
-        from obstore.auth.boto3 import Boto3CredentialProvider
-    except ImportError:
-        return None
-    session = Session()
-    return Boto3CredentialProvider(session) if session.get_credentials() else None

@@ -10,19 +10,25 @@ import os
 import re
 import shutil
 import uuid
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Literal, TypeVar
 
 from patchloom.errors import UserError
+from patchloom.platform.files.object_store import ObjectFolder, object_folder
 from patchloom.platform.files.patience import PASSING, StoreError, patient
 from patchloom.platform.files.storage import local_path, write_atomic
 
 COPY_BYTES = 8 << 20
-REMOVED_AT_ONCE = 8
+REQUESTS_AT_ONCE = 16
+WHOLE_BYTES = 8 << 20  # a local file up to this size is read and sent in one request
+
+Asked = TypeVar("Asked")
+Found = TypeVar("Found")
 
 
 def is_remote(text: str | os.PathLike[str]) -> bool:
@@ -98,6 +104,12 @@ class Folder:
         """The file system of pyarrow that the folder is on, and its path there; None for a local one."""
         return _system(self.address) if self.is_remote else (None, self.address)
 
+    def object_folder(self, purpose: Literal["files", "fence"] = "files") -> ObjectFolder | None:
+        """The folder as its object store knows it; None for a local one, and for a store that has no such client."""
+        if not self.is_remote or not self.address.startswith(("s3://", "gs://", "gcs://", "abfs://", "abfss://")):
+            return None
+        return object_folder(self.address, str(getattr(self.system()[0], "region", "") or ""), purpose)
+
     def folder(self, name: str) -> "Folder":
         """A sub-folder."""
         base, mark, options = self.address.partition("?") if self.is_remote else (self.address, "", "")
@@ -159,6 +171,17 @@ class Folder:
         with self.open(name) as file, self._reading():
             return file.read()
 
+    @_patient
+    def read_piece(self, name: str, first: int, size_bytes: int) -> bytes:
+        """Some bytes of a file; raises OSError if it cannot be read."""
+        with self._connected():
+            there = self.object_folder()
+            if there is not None and there.can_name(name):
+                return there.read_piece(name, first, size_bytes)
+        with self.open(name) as file, self._reading():
+            file.seek(first)
+            return file.read(size_bytes)
+
     def read_json(self, name: str) -> Any:
         """The value of a JSON file; raises UserError if it is not valid JSON."""
         try:
@@ -170,8 +193,14 @@ class Folder:
     def write(self, name: str, content: Any, sync: bool = True) -> None:
         """Write text or bytes to a file. `sync` is for local files, as in `write_atomic`."""
         if self.is_remote:
-            with self._connected() as (system, base), _output(system, f"{base}/{name}") as file:
-                file.write(content.encode() if isinstance(content, str) else content)
+            content = content.encode() if isinstance(content, str) else content
+            with self._connected() as (system, base):
+                there = self.object_folder()
+                if there is not None and there.can_name(name):
+                    there.write(name, content)
+                    return
+                with _output(system, f"{base}/{name}") as file:
+                    file.write(content)
             return
         path = self.path / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -185,6 +214,9 @@ class Folder:
     def put(self, file: Path, name: str) -> None:
         """Copy a local file into the folder under a name."""
         if self.is_remote:
+            if file.stat().st_size <= WHOLE_BYTES:
+                self.write(name, file.read_bytes())
+                return
             try:
                 with (
                     file.open("rb") as source,
@@ -238,8 +270,38 @@ class Folder:
         if not self.is_remote:
             shutil.rmtree(self.path / name, ignore_errors=True)
             return
-        with ThreadPoolExecutor(REMOVED_AT_ONCE) as pool:
-            list(pool.map(self.folder(name).remove, self.folder(name).files()))
+        inner = self.folder(name)
+        names = list(inner.files())
+        if names and not inner._removed_at_once(names):
+            list(self.at_once(inner.remove, names))
+
+    def _removed_at_once(self, names: list[str]) -> bool:
+        """Remove files with few requests. Returns False if the store cannot do that."""
+        there = self.object_folder()
+        if there is None or not all(map(there.can_name, names)):
+            return False
+        try:
+            there.remove(names)
+        except OSError:  # not every store that speaks the language of S3 has this request
+            return False
+        return True
+
+    def at_once(self, function: Callable[[Asked], Found], items: Iterable[Asked]) -> Iterator[Found]:
+        """`function` of each item, in order. On a remote folder, several calls run at the same time.
+
+        Only a bounded number of items is taken in advance, so that there may be any number of them.
+        """
+        if not self.is_remote:
+            yield from map(function, items)
+            return
+        with ThreadPoolExecutor(REQUESTS_AT_ONCE, "store") as pool:
+            asked: deque[Future[Found]] = deque()
+            for item in items:
+                asked.append(pool.submit(function, item))
+                if len(asked) >= REQUESTS_AT_ONCE:
+                    yield asked.popleft().result()
+            while asked:
+                yield asked.popleft().result()
 
     @contextmanager
     def _reading(self) -> Iterator[None]:

@@ -15,10 +15,10 @@ from patchloom.platform.progress import say
 STORE_WAIT_S, DEFAULT_STORE_WAIT_S = "PATCHLOOM_STORE_WAIT_S", 120.0
 STORE_NOTICE_AFTER_S = 10.0
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.5, 10.0
-# how pyarrow and fsspec report a store that is down, busy or not reached, not one that refuses
+# how pyarrow, obstore and fsspec report a store that is down, busy or not reached, not one that refuses
 PASSING = re.compile(
-    r"HTTP status 5\d\d|NETWORK_CONNECTION|SLOW_DOWN|SERVICE_UNAVAILABLE|INTERNAL_FAILURE|REQUEST_TIMEOUT|"
-    r"[Tt]imed? ?out|Connection (refused|reset)|curlCode: (7|28|52|56)\b"
+    r"HTTP status 5\d\d|status code: 5\d\d|error sending request|NETWORK_CONNECTION|SLOW_DOWN|SERVICE_UNAVAILABLE|"
+    r"INTERNAL_FAILURE|REQUEST_TIMEOUT|[Tt]imed? ?out|Connection (refused|reset)|curlCode: (7|28|52|56)\b"
 )
 
 Arguments = ParamSpec("Arguments")

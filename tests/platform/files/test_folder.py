@@ -70,9 +70,26 @@ def test_removing_a_folder_keeps_the_others(folder: Folder) -> None:
     for name in ("step/x", "step/deep/y", "step-2/x", "step#1/x", "steps"):
         folder.write(name, "1")
     folder.remove_folder("step#1")
+    folder.remove_folder("step#1")
     assert sorted(folder.files()) == ["step-2/x", "step/deep/y", "step/x", "steps"]
     folder.remove_folder("step")
     assert sorted(folder.files()) == ["step-2/x", "steps"]
+
+
+def test_a_piece_of_a_file_can_be_read(folder: Folder) -> None:
+    folder.write("a", b"0123456789")
+    assert folder.read_piece("a", 3, 4) == b"3456"
+    with pytest.raises(FileNotFoundError):
+        folder.read_piece("absent", 0, 1)
+
+
+def test_calls_at_once_keep_their_order_and_raise_their_error(folder: Folder) -> None:
+    for number in range(40):
+        folder.write(str(number), f"<{number}>")
+    numbers = (str(number) for number in range(40))
+    assert list(folder.at_once(folder.read, numbers)) == [f"<{number}>".encode() for number in range(40)]
+    with pytest.raises(FileNotFoundError):
+        list(folder.at_once(folder.read, ["1", "absent", "2"]))
 
 
 def test_a_missing_file_raises_the_same_error_on_every_file_system(folder: Folder, tmp_path: Path) -> None:
@@ -191,8 +208,12 @@ def test_folders_are_created_on_a_file_system_that_has_them(tmp_path: Path) -> N
 
 
 def test_the_s3_server_of_the_tests_answers_as_s3_does(s3: str, tmp_path: Path) -> None:
-    Folder.at(f"{s3}/{tmp_path.name}").write("a", "12")
     url = f"{os.environ['AWS_ENDPOINT_URL']}/patchloom/{tmp_path.name}"
+    public = urllib.request.Request(
+        f"{url}/a", b"12", {"x-amz-acl": "public-read", "Content-Type": "image/png"}, method="PUT"
+    )
+    urllib.request.urlopen(public, timeout=5).close()
+    assert Folder.at(f"{s3}/{tmp_path.name}").files() == {"a": 2}
     with urllib.request.urlopen(f"{url}/a", timeout=5) as answer:
         assert answer.read() == b"12"
     with pytest.raises(urllib.error.HTTPError, match="404") as refused:

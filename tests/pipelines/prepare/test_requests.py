@@ -1,0 +1,79 @@
+"""Requests of a preparation to an S3 server: few for each shard, none twice."""
+
+import re
+import time
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+from helpers import shard_hashes
+
+from patchloom.pipelines.prepare import prepare
+from patchloom.pipelines.prepare.preparing import PrepareJob
+from patchloom.platform.files.folder import Folder
+
+ROWS, SHARDS = 10, 40
+REQUEST = re.compile(r'"(?:\x1b\[[0-9;]*m)*([A-Z]+) (\S+) HTTP')
+
+
+@pytest.fixture(scope="module")
+def array(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Small images for 40 shards, of which one row cannot be used in every third shard."""
+    images = np.random.default_rng(0).integers(0, 256, (ROWS * SHARDS, 8, 8, 3), dtype=np.uint8)
+    path = tmp_path_factory.mktemp("source") / "images.npz"
+    np.savez(path, images=images)
+    return path
+
+
+def requests_since(log: Path, start: int) -> Counter[str]:
+    """How often each kind of file was asked for, by method and the name without its number."""
+    time.sleep(0.2)  # the server writes its line after its answer
+    text = log.read_bytes()[start:].decode()
+    return Counter(
+        f"{method} {re.sub('-[0-9]+', '', path.partition('?')[0])}"
+        for method, path in REQUEST.findall(text)
+        if "/prepared/" in path
+    )
+
+
+def test_a_remote_preparation_needs_four_requests_per_shard(
+    s3: str, s3_log: Path, array: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start = s3_log.stat().st_size
+    there = Folder.at(f"{s3}/prepared/{tmp_path.name}")
+    monkeypatch.setattr("patchloom.pipelines.prepare.preparing.open_dataset", lambda address: None)
+    prepare(str(array), there.address, resolution=8, shard_rows=ROWS, workers=0)
+    found = requests_since(s3_log, start)
+    prefix = f"/patchloom/prepared/{re.sub('-[0-9]+', '', tmp_path.name)}"
+    assert found[f"PUT {prefix}/shards/part.arrow"] == found[f"PUT {prefix}/.work/notes/part.json"] == SHARDS
+    assert (
+        found[f"GET {prefix}/.work/inputs/list.jsonl"] == SHARDS and found[f"PUT {prefix}/.work/inputs/list.jsonl"] == 1
+    )
+    assert not [
+        name for name in found if name.startswith(("POST", "DELETE", "HEAD")) and ("part" in name or "list" in name)
+    ]
+    assert found.total() <= 3 * SHARDS + 24  # the fence, the plan, the card, skipped.jsonl and a few lists of files
+    monkeypatch.undo()
+    prepare(str(array), str(tmp_path / "here"), resolution=8, shard_rows=ROWS, workers=0)
+    for name in ("dataset.json", "skipped.jsonl", *(f"shards/{name}" for name in shard_hashes(tmp_path / "here"))):
+        assert there.read(name) == (tmp_path / "here" / name).read_bytes()
+    assert sorted(there.files()) == sorted(Folder.at(tmp_path / "here").files().keys() - {".lock"})
+
+
+def test_the_call_after_an_interruption_reads_the_notes_of_the_first(
+    s3: str, s3_log: Path, array: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    there = Folder.at(f"{s3}/prepared/{tmp_path.name}")
+    with monkeypatch.context() as patch:  # like a kill between the last shard and the card
+        patch.setattr(PrepareJob, "finish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            prepare(str(array), there.address, resolution=8, shard_rows=ROWS, workers=0)
+    there.remove(".work/notes/part-00003.json")  # as if this shard were unfinished
+    start = s3_log.stat().st_size
+    prepare(str(array), there.address, resolution=8, shard_rows=ROWS, workers=0)
+    found = requests_since(s3_log, start)
+    prefix = f"/patchloom/prepared/{re.sub('-[0-9]+', '', tmp_path.name)}"
+    assert found[f"PUT {prefix}/shards/part.arrow"] == 1
+    prepare(str(array), str(tmp_path / "here"), resolution=8, shard_rows=ROWS, workers=0)
+    assert there.read("dataset.json") == (tmp_path / "here" / "dataset.json").read_bytes()
