@@ -342,7 +342,8 @@ class WindowedOrder:
 
     def _layout(self, epoch: int) -> "_ShardLayout":
         """The order of the shards in an epoch. Those of two epochs are kept, because steps alternate between them."""
-        if epoch not in self._layouts:
+        kept = self._layouts  # other threads may replace it
+        if epoch not in kept:
             used = np.flatnonzero(self._shard_rows)
             order = RowOrder(len(used), self.seed, "shards").at(range(epoch * len(used), (epoch + 1) * len(used)))
             shards = used[order]
@@ -350,9 +351,9 @@ class WindowedOrder:
             # a window begins with the first shard that starts at or after its share of the rows
             shares = np.arange(self.windows + 1) * self.rows // self.windows
             bounds = np.append(starts, self.rows)[np.searchsorted(starts, shares)]
-            self._layouts = {kept: self._layouts[kept] for kept in list(self._layouts)[-1:]}
-            self._layouts[epoch] = _ShardLayout(shards, starts, bounds)
-        return self._layouts[epoch]
+            kept = dict(list(kept.items())[-1:]) | {epoch: _ShardLayout(shards, starts, bounds)}
+            self._layouts = kept
+        return kept[epoch]
 
 
 @dataclass(frozen=True)

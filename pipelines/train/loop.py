@@ -93,6 +93,7 @@ class Prefetcher:
 
     def __exit__(self, *_: object) -> None:
         self._executor.shutdown(cancel_futures=True)
+        self.run.reader.plan.close()
 
     def fetch(self, plan: StepPlan) -> list[tuple[CropGroup, StoredRows]]:
         """This worker's groups of a step, with their rows. Starts to fetch those of the next step."""

@@ -21,11 +21,12 @@ from patchloom.models.normalisation import Normalisation
 from patchloom.models.patches import patch_schedule
 from patchloom.models.random_draws import CURRENT_DRAWS, derive_seed
 from patchloom.models.step import StoredRows, TrainingState, compile_network, new_state, set_rounding
-from patchloom.models.step_plan import StepSettings, draw_source
+from patchloom.models.step_plan import StepSettings
 from patchloom.models.transfer import transfer
 from patchloom.pipelines.train.agreement import share_initial_weights, starting_checkpoint
 from patchloom.pipelines.train.initial_weights import load_initial_weights
 from patchloom.pipelines.train.row_copies import copied
+from patchloom.pipelines.train.shard_plan import new_shard_plan
 from patchloom.pipelines.train.timer import WaitTimer
 from patchloom.platform.compute.metrics import MetricRecorder
 from patchloom.platform.compute.workers import Worker
@@ -99,11 +100,12 @@ class RowReader:
         self.dataset, self.device = dataset, device
         self.train = dataset.indices("train", recipe.data.held_out_fraction)
         self.held_out = dataset.indices("held_out", recipe.data.held_out_fraction)
-        self.order = draw_source(recipe.seed, draws_version).row_order(len(self.train))
+        self.plan = new_shard_plan(dataset, recipe, draws_version)
 
     def rows(self, crops: range) -> StoredRows:
         """The rows for these crops, by their numbers in the run."""
-        return self.at(self.train[self.order.at(crops)])
+        self.plan.advance(crops)
+        return self.at(self.train[self.plan.order.at(crops)])
 
     def at(self, indices: np.ndarray) -> StoredRows:
         """The rows at these indices of the dataset."""

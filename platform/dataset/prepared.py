@@ -15,14 +15,15 @@ import pyarrow as pa
 
 from patchloom.errors import UserError
 from patchloom.platform.dataset.listing import is_image
+from patchloom.platform.dataset.remote_shards import RemoteShards
 from patchloom.platform.dataset.shards import LocalShards, ShardFiles, ShardReader, ShardTable
-from patchloom.platform.files.cache import cached_copy
+from patchloom.platform.files.cache import cache_folder
 from patchloom.platform.files.folder import Folder, inner_name
+from patchloom.platform.files.parts import CachedParts, PartList
 from patchloom.platform.files.storage import file_sha256
-from patchloom.platform.progress import progress
 from patchloom.platform.records.dataset import DatasetCard, ShardFile
 
-CARD = "dataset.json"
+CARD, DATASETS = "dataset.json", "datasets"  # the kind of their copies in the cache
 NOT_DATASETS = {  # what a folder without a dataset is, by a file in it, and what to do
     ".work/plan.json": "an unfinished one: repeat the `patchloom prepare` that made it",
     "run.json": "a run: give the dataset that it was trained on, and the run with --out",
@@ -166,7 +167,7 @@ def is_dataset(folder: Folder) -> bool:
 
 
 def open_dataset(path: str | Path) -> Dataset:
-    """Open a prepared dataset. A remote one is first copied to this node's cache, once for all processes.
+    """Open a prepared dataset. The shards of a remote one are copied to this node's cache when their rows are read.
 
     Args:
         path: the folder of the dataset, or its address.
@@ -184,7 +185,9 @@ def open_dataset(path: str | Path) -> Dataset:
     """
     folder = Folder.at(path)
     card = _read_card(folder)
-    dataset = Dataset(_local_copy(folder, card) if folder.is_remote else folder.path, card, folder.address)
+    if folder.is_remote:
+        return _open_remote(folder, card)
+    dataset = Dataset(folder.path, card, folder.address)
     for number in range(len(card.shards)):  # a long list is not checked before its shards are read
         dataset.reader.files.path_of(number)
     return dataset
@@ -210,23 +213,26 @@ def _read_card(folder: Folder) -> DatasetCard:
     return DatasetCard.parse(content, f"{folder}/{CARD}")
 
 
-_copies_in_use: dict[str, Path] = {}  # this process keeps them until it ends
+_cached: dict[Path, CachedParts] = {}  # this process uses them until it ends
 
 
-def _local_copy(remote: Folder, card: DatasetCard) -> Path:
-    """The copy of a remote dataset on this node, verified against its card."""
-    name = hashlib.sha256(remote.read(CARD)).hexdigest()[:32]
-    if name in _copies_in_use:
-        return _copies_in_use[name]
-    names = {name: size for name, size in remote.files().items() if not name.startswith(".")}
-    size_bytes = sum(names.values())
+def _open_remote(remote: Folder, card: DatasetCard) -> Dataset:
+    """A dataset at a store. This node gets all files but the shards, which are fetched when they are read."""
+    name = f"{hashlib.sha256(remote.read(CARD)).hexdigest()[:32]}-shards"
+    place = cache_folder(DATASETS) / name
+    if place not in _cached:
+        _cached[place] = CachedParts(DATASETS, name, remote, len(card.shards), lambda: _other_files(remote, card))
+    parts = _cached[place]
+    dataset = Dataset(place, card, remote.address, files := RemoteShards(parts))
+    shards = dataset.shards
+    parts.remote, parts.list = remote, PartList(shards.sizes, shards.name_of, shards.sha256_of)
+    files.forget = dataset.reader.forget
+    return dataset
 
-    def fill(folder: Path) -> None:
-        with progress(f"fetching {remote.name}", size_bytes / 2**20, "MiB") as meter:
-            for name, size in sorted(names.items(), key=lambda item: item[0] == CARD):
-                remote.fetch(name, folder / name)
-                meter.update(meter.done + size / 2**20)
-        Dataset(folder, card).verify()
 
-    _, _copies_in_use[name] = cached_copy("datasets", name, size_bytes, fill)
-    return _copies_in_use[name]
+def _other_files(remote: Folder, card: DatasetCard) -> dict[str, int]:
+    """The sizes of the files of a remote dataset that are not shards, by name."""
+    names = [CARD, "skipped.jsonl"]
+    if card.autoencoder is not None:
+        names += [f"autoencoder/{name}" for name in remote.folder("autoencoder").files()]
+    return {name: remote.size(name) for name in names if remote.has(name)}

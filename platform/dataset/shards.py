@@ -9,6 +9,7 @@ import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import Protocol
 
@@ -187,6 +188,7 @@ class ShardReader:
     def __init__(self, table: ShardTable, files: ShardFiles, name: str) -> None:
         self.table, self.files, self.name = table, files, name
         self.starts = np.concatenate([[0], np.cumsum(table.rows)])  # (S + 1,): where the rows of each shard begin
+        self._columns: tuple[ShardColumn, ...] | None = None
         self._maps: dict[int, MappedShard] = {}  # the one that was used last is the last entry
         self._lock = threading.Lock()
 
@@ -203,9 +205,12 @@ class ShardReader:
         Raises:
             UserError: a shard is missing or damaged.
         """
-        chosen = [column for column in self.columns if names is None or column.name in names]
+        by_shard = self._by_shard(wanted)
+        first = next(by_shard, None)
+        columns = self._columns_of(0 if first is None else first[0])
+        chosen = [column for column in columns if names is None or column.name in names]
         out = {column.name: column.empty(len(wanted)) for column in chosen}
-        for number, places in self._by_shard(wanted):
+        for number, places in chain([first] if first else [], by_shard):
             shard, rows = self.mapped(number), wanted[places] - self.starts[number]
             for name, values in out.items():
                 values[places] = shard.take(name, rows)
@@ -219,13 +224,14 @@ class ShardReader:
             for places in np.split(order, np.flatnonzero(np.diff(which[order])) + 1):
                 yield int(which[places[0]]), places
 
-    @cached_property
-    def columns(self) -> tuple[ShardColumn, ...]:
-        """The columns of the dataset, as in its first shard."""
-        with self._file(0) as path:
-            if self._known.offsets(0, path) is None:
-                self._verify(0, path)
-            return ShardLayout.of_file(path).columns
+    def _columns_of(self, number: int) -> tuple[ShardColumn, ...]:
+        """The columns of the dataset, which are read from this shard if they are not known yet."""
+        if self._columns is None:
+            with self._file(number) as path:
+                if self._known.offsets(number, path) is None:
+                    self._verify(number, path)
+                self._columns = ShardLayout.of_file(path).columns
+        return self._columns
 
     def mapped(self, number: int) -> MappedShard:
         """The map of a shard; raises UserError if the shard is missing or damaged."""
@@ -253,7 +259,8 @@ class ShardReader:
             offsets = self._known.offsets(number, path)
             if offsets is None:
                 offsets = self._verify(number, path)
-            mapped = MappedShard(path, int(self.table.rows[number]), ShardLayout(self.columns, offsets))
+            layout = ShardLayout(self._columns_of(number), offsets)
+            mapped = MappedShard(path, int(self.table.rows[number]), layout)
             weakref.finalize(mapped, stack.pop_all().close).atexit = False
         return mapped
 

@@ -74,17 +74,22 @@ def cache_entries(kind: str = "*") -> list[CacheEntry]:
 
 def remove_entry(entry: CacheEntry) -> bool:
     """Remove an entry of the cache. Returns False if it stays: a process uses it, or it has unsent work."""
+    return remove_unused(entry.path)
+
+
+def remove_unused(folder: Path) -> bool:
+    """Remove the folder of an entry of the cache, like `remove_entry`."""
     with contextlib.ExitStack() as stack:
-        lock = _lock_of(entry.path)
+        lock = _lock_of(folder)
         if lock.is_file():
             handle = stack.enter_context(lock.open("a"))
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 return False
-        if has_unsent(entry.path):
+        if has_unsent(folder):
             return False
-        shutil.rmtree(entry.path, ignore_errors=True)
+        shutil.rmtree(folder, ignore_errors=True)
     return True
 
 
@@ -113,7 +118,13 @@ def _is_locked(lock: Path) -> bool:
     return False
 
 
-def cached_copy(kind: str, name: str, size_bytes: int, fill: Callable[[Path], None]) -> tuple[int, Path]:
+def cached_copy(
+    kind: str,
+    name: str,
+    size_bytes: int,
+    fill: Callable[[Path], None],
+    take_room: Callable[[Path, int], None] | None = None,
+) -> tuple[int, Path]:
     """A folder in the cache of this node, filled once for all processes.
 
     Args:
@@ -121,6 +132,7 @@ def cached_copy(kind: str, name: str, size_bytes: int, fill: Callable[[Path], No
         name: name of the copy, which identifies its content.
         size_bytes: expected size. The copies with the oldest use are removed to make room.
         fill: writes the files into the folder. It is called by one process; the others wait.
+        take_room: called before, with the folder of the kind and the size, to make room in another way.
 
     Returns:
         A file descriptor and the folder. The copy is kept until the descriptor is closed or the process ends.
@@ -135,7 +147,7 @@ def cached_copy(kind: str, name: str, size_bytes: int, fill: Callable[[Path], No
         with (cache / f"{name}.filling").open("a") as filling:
             fcntl.flock(filling, fcntl.LOCK_EX)  # other processes wait here, only while the copy is filled
             if not (folder / COMPLETE).is_file():
-                _make_room(cache, size_bytes)
+                (take_room or _make_room)(cache, size_bytes)
                 fill(make_folder(folder))
                 write_atomic(folder / COMPLETE, "")
     except BaseException:

@@ -5,6 +5,7 @@ pyarrow is imported where it is used, because `patchloom --help` imports this mo
 
 import contextlib
 import functools
+import hashlib
 import json
 import os
 import re
@@ -255,6 +256,29 @@ class Folder:
             partial.replace(path)
         finally:
             partial.unlink(missing_ok=True)
+
+    @_patient
+    def fetch_hashed(self, name: str, path: Path, check: Callable[[], None]) -> tuple[int, str]:
+        """Copy a file over a local one that no other process writes.
+
+        Args:
+            name: the file.
+            path: the local file.
+            check: called before each piece; ends the copy by an exception.
+
+        Returns:
+            The bytes that came, and their sha256.
+        """
+        digest, size_bytes = hashlib.sha256(), 0
+        with self.open(name) as source, path.open("wb") as target, self._reading():
+            while True:
+                check()
+                piece = source.read(COPY_BYTES)
+                if not piece:
+                    break
+                digest.update(piece)
+                size_bytes += target.write(piece)
+        return size_bytes, digest.hexdigest()
 
     @_patient
     def remove(self, name: str) -> None:

@@ -46,6 +46,14 @@ class DataSection(Section):
     augment: Fraction = Field(
         0.0, description="Pixels: probability of each geometric transformation of EDM; coordinates are transformed, too"
     )
+    order: Literal["global", "windowed"] = Field(
+        "global",
+        description="Order of the rows in an epoch: a permutation of all, or windows of permuted shards for a remote "
+        "dataset that the cache of a node cannot hold",
+    )
+    window_rows: Count = Field(
+        262_144, description="Rows that are permuted at a time in the windowed order; the cache holds two windows"
+    )
 
 
 def _encoding(value: Any) -> Any:
