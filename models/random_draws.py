@@ -303,7 +303,7 @@ class WindowedOrder:
     """
 
     def __init__(self, rows_of_shards: npt.ArrayLike, window_rows: int, seed: int) -> None:
-        self.seed = seed
+        self.seed, self.window_rows = seed, window_rows
         self._shard_rows = np.asarray(rows_of_shards, np.int64)
         self._shard_starts = np.cumsum(self._shard_rows) - self._shard_rows
         self.rows = int(self._shard_rows.sum())

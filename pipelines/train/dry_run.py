@@ -13,6 +13,7 @@ from patchloom.models.step import HALF_PRECISIONS
 from patchloom.models.step_plan import StepSettings
 from patchloom.pipelines.train.model_card import new_model_card
 from patchloom.pipelines.train.run import step_settings
+from patchloom.pipelines.train.shard_plan import unchecked_plan
 from patchloom.platform.compute.devices import own_device
 from patchloom.platform.dataset.prepared import open_dataset
 from patchloom.platform.recipe.run_recipe import BLOCK_TOLERANCE, Recipe
@@ -50,6 +51,7 @@ class RunEstimate:
         step_bytes: further memory per worker at the peak of a step; None if the network cannot be simulated.
         gains: by draw of patch sizes, the gain over training on full images only.
         cost_of_crop: by side of the patch, what the gains were computed from: FLOPs, or measured seconds.
+        data: what each node reads and keeps of the dataset, as a sentence.
     """
 
     parameters: int
@@ -60,6 +62,7 @@ class RunEstimate:
     step_bytes: int | None
     gains: Mapping[str, Gain]
     cost_of_crop: Mapping[int, float]
+    data: str
 
     @property
     def crops(self) -> int:
@@ -119,6 +122,7 @@ def describe_plan(
         step_bytes=_step_bytes(network, settings, workers, microbatch, rows.kind == "latents"),
         gains={draw: estimated_gain(drawn, cost_of_crop, workers) for draw, drawn in _draws(settings, workers).items()},
         cost_of_crop=cost_of_crop,
+        data=unchecked_plan(rows, recipe).describe(recipe.train.images),
     )
 
 
@@ -178,6 +182,7 @@ def run_plan(
         f"{plan.full_size_images:,} full-size images",
         f"  {plan.flops / 1e12:,.2f} TFLOP in total (forward and backward)",
         _memory_text(plan),
+        f"  {plan.data}",
         f"  gain over p = 1 with {workers} worker{'s' if workers > 1 else ''}, "
         + ("from measured seconds:" if measure else "from FLOPs (--measure uses seconds measured here):"),
         *gains,

@@ -26,7 +26,7 @@ from patchloom.models.transfer import transfer
 from patchloom.pipelines.train.agreement import share_initial_weights, starting_checkpoint
 from patchloom.pipelines.train.initial_weights import load_initial_weights
 from patchloom.pipelines.train.row_copies import copied
-from patchloom.pipelines.train.shard_plan import new_shard_plan
+from patchloom.pipelines.train.shard_plan import recipe_plan
 from patchloom.pipelines.train.timer import WaitTimer
 from patchloom.platform.compute.metrics import MetricRecorder
 from patchloom.platform.compute.workers import Worker
@@ -100,7 +100,7 @@ class RowReader:
         self.dataset, self.device = dataset, device
         self.train = dataset.indices("train", recipe.data.held_out_fraction)
         self.held_out = dataset.indices("held_out", recipe.data.held_out_fraction)
-        self.plan = new_shard_plan(dataset, recipe, draws_version)
+        self.plan = recipe_plan(dataset, recipe, draws_version)
 
     def rows(self, crops: range) -> StoredRows:
         """The rows for these crops, by their numbers in the run."""

@@ -18,8 +18,20 @@ CHECKED_WINDOWS = 4096  # the windows of more epochs differ by about a shard
 SPARE_SHARDS = 2  # next to the windows, for previews and the held-out loss
 
 
-def new_shard_plan(dataset: Dataset, recipe: Recipe, draws_version: int = CURRENT_DRAWS) -> "ShardPlan":
-    """The order of rows of a recipe, and the plan of the shards that it needs."""
+def recipe_plan(dataset: Dataset, recipe: Recipe, draws_version: int = CURRENT_DRAWS) -> "ShardPlan":
+    """The order of the rows of a recipe, and the plan of the shards that it needs.
+
+    Raises:
+        UserError: the cache of this node is too small for it; the message names the least size.
+    """
+    plan = unchecked_plan(dataset, recipe, draws_version)
+    windowed = WindowedOrder(plan.rows_of_shards, recipe.data.window_rows, recipe.seed)
+    plan.check_cache(recipe.train.images, windowed)
+    return plan
+
+
+def unchecked_plan(dataset: Dataset, recipe: Recipe, draws_version: int = CURRENT_DRAWS) -> "ShardPlan":
+    """Like `recipe_plan`, also if the cache of this node is too small."""
     train = dataset.indices("train", recipe.data.held_out_fraction)
     rows = np.diff(np.searchsorted(train, dataset.reader.starts))
     if recipe.data.order == "windowed":
@@ -86,8 +98,9 @@ class ShardPlan:
         """
         assert self.files is not None
         sizes, base_bytes = self.dataset.shards.sizes, self.files.parts.base_bytes
+        whole = int(base_bytes + sizes.sum())
         if not isinstance(self.order, WindowedOrder):
-            return int(base_bytes + sizes.sum())
+            return whole
         largest, window = 0, self.order.window_at(0)
         for _ in range(CHECKED_WINDOWS):
             following = self.order.window_at(window.crops.stop)
@@ -95,35 +108,49 @@ class ShardPlan:
             if following.crops.stop > crops:
                 break
             window = following
-        return min(int(base_bytes + largest + SPARE_SHARDS * sizes.max()), int(base_bytes + sizes.sum()))
+        return min(int(base_bytes + largest + SPARE_SHARDS * sizes.max()), whole)
 
-    def check_cache(self, recipe: Recipe) -> None:
-        """Check that the cache of this node can hold what the run needs at the same time.
+    def check_cache(self, crops: int, windowed: WindowedOrder | None = None) -> None:
+        """Check that the cache of this node can hold what a run needs at the same time.
 
         Args:
-            recipe: the recipe.
+            crops: crops of the run.
+            windowed: the order that the run could have instead of the global one.
 
         Raises:
             UserError: it is too small; the message names the least size.
         """
         if self.files is None:
             return
-        least, capacity = self.cache_bytes(recipe.train.images), self.files.parts.capacity_bytes()
+        parts, least = self.files.parts, self.cache_bytes(crops)
+        capacity = parts.capacity_bytes()
         if least <= capacity:
             return
-        found = f"{self.dataset.address}: the cache {self.files.parts.cache} can have {capacity / 2**30:.3g} GiB, and "
-        rows = recipe.data.window_rows
+        need, change = "all its rows need", ""
         if isinstance(self.order, WindowedOrder):
-            raise UserError(
-                f"{found}two windows of {rows:,} rows need {gib(least)}: set {CACHE_GIB}={gib(least)} on a disk that "
-                "has this room, or a smaller data.window_rows"
-            )
-        windowed = ShardPlan(self.dataset, self.rows_of_shards, WindowedOrder(self.rows_of_shards, rows, recipe.seed))
-        less = gib(windowed.cache_bytes(recipe.train.images))
+            need = f"two windows of {self.order.window_rows:,} rows need"
+            change = ", or choose a smaller data.window_rows"
+        elif windowed is not None:
+            less = ShardPlan(self.dataset, self.rows_of_shards, windowed).cache_bytes(crops)
+            if less < least:
+                change = f", or choose data.order=windowed, which needs {gib(less)}"
         raise UserError(
-            f"{found}all rows, which data.order: global reads, need {gib(least)}: set {CACHE_GIB}={gib(least)} on a "
-            f"disk that has this room, or set data.order=windowed, which needs {less} with data.window_rows={rows}"
+            f"{parts.remote}: {need} {gib(least)} GiB, and the cache of this node ({parts.cache}) can have "
+            f"{capacity / 2**30:.3g}: set {CACHE_GIB}={gib(least)} on a disk with this room{change}"
         )
+
+    def describe(self, crops: int) -> str:
+        """What each node reads and keeps in a run of so many crops, as a sentence."""
+        if self.files is None:
+            return f"data: read in place from {self.dataset.path}"
+        whole, least, parts = self.dataset.shards.sizes.sum(), self.cache_bytes(crops), self.files.parts
+        order = "in the global order"
+        copies = f"copies the dataset ({gib(whole)} GiB) to its cache"
+        if isinstance(self.order, WindowedOrder):
+            order = f"in {self.order.windows:,} windows per epoch"
+            copies = f"reads the dataset ({gib(whole)} GiB) through its cache, at most once per epoch,"
+        room = f"room for {parts.capacity_bytes() / 2**30:.3g} here in {parts.cache}"
+        return f"data: each node {copies} {order}; the cache needs {gib(least)} GiB ({room})"
 
 
 def gib(size_bytes: float) -> str:

@@ -1,5 +1,6 @@
 """Train a recipe on a dataset, with Ray Train or in this process."""
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from patchloom.pipelines.train.monitor import Verdict
 from patchloom.pipelines.train.resuming import dataset_of_run, recipe_of_run
 from patchloom.pipelines.train.run import TrainJob
 from patchloom.pipelines.train.run_folder import OpenRun, open_run_folder
+from patchloom.pipelines.train.shard_plan import recipe_plan
 from patchloom.platform.compute.metrics import UNSENT_LINES, MetricRecorder
 from patchloom.platform.compute.resources import DEFAULT_RESOURCES, Resources
 from patchloom.platform.compute.shared_paths import UsedPaths
@@ -33,6 +35,7 @@ from patchloom.platform.records.run import RUN_FILE, ProgressLine, RunCard, read
 from patchloom.platform.tracking.forwarder import MlflowForwarder
 
 ShowLine = Callable[[ProgressLine], None]
+SHOWN_WAIT_SHARE = 0.05  # of the time, spent waiting for data
 
 
 @dataclass(frozen=True)
@@ -117,6 +120,8 @@ def train(
     warning = unexpected_data(recipe, rows.card)
     if warning:
         say(f"  warning: {warning}")
+    if not (workers and os.environ.get("RAY_ADDRESS")):  # on a cluster, each node checks its own cache
+        recipe_plan(rows, recipe)
     paths = UsedPaths(read=(rows.address,), written=(out,))
     with ExitStack() as stack:
         if workers and not Folder.at(out).has(RUN_FILE):
@@ -192,8 +197,11 @@ def _progress_bar(recipe: Recipe, folder: Path) -> Iterator[ShowLine]:
             if line.step > first_step:
                 sizes = "  ".join(f"{size}px {loss:.3f}" for size, loss in line.loss_by_patch_size.items())
                 loss = "not finite" if line.loss is None else f"{line.loss:.3f}"
+                waits = (
+                    f"  {line.data_wait_share:.0%} waiting for data" if line.data_wait_share >= SHOWN_WAIT_SHARE else ""
+                )
                 share = f"  {line.model_flops_utilisation:.0%} of peak FLOP/s" if line.has_utilisation else ""
-                meter.update(line.images_seen, f"loss {loss} ({sizes}){share}")
+                meter.update(line.images_seen, f"loss {loss} ({sizes}){share}{waits}")
 
         yield show
 
