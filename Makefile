@@ -44,7 +44,7 @@ bench: $(READY)
 	@$(BIN)/patchloom benchmark --out benchmarks/results
 
 bench-gpu:
-	@echo "make bench-gpu: training on one GPU, within ten minutes; needs torch, numpy and safetensors"
+	@echo "make bench-gpu: training and sampling on one GPU, within ten minutes; needs torch, numpy and safetensors"
 	@$(GPU_PYTHON) -m patchloom.benchmarks.gpu $(if $(IMAGES),--images $(IMAGES)) $(if $(FEATURES),--features $(FEATURES))
 
 schema: $(READY)

@@ -18,14 +18,16 @@ from patchloom.benchmarks.findings import Finding
 from patchloom.benchmarks.result_file import PlotData, read_plot_data
 
 COLOURS = ("#b3541e", "#2f6690", "#81a4cd", "#7a9e7e", "#9b7ede")  # the colours of the report pages
+# what each plot of bars shows: the numbers with this unit, or one that starts with it
+PLOTTED_UNITS = {"rates": "images/s", "ratios": "x", "flops": "% of the peak", "launches": "kernels"}
 WIDTH_IN, ROW_IN, LABEL_CHARACTERS = 8.0, 0.34, 60  # a row has room for two lines
 
 
 def plot_results(path: Path) -> list[Path]:
-    """Draw the rates, ratios and quality curves of a result file. Returns the SVG files, which are next to it."""
+    """Draw the numbers and quality curves of a result file. Returns the SVG files, which are next to it."""
     results = read_plot_data(path)
     plots = []
-    for kind, unit in (("rates", "images/s"), ("ratios", "x")):
+    for kind, unit in PLOTTED_UNITS.items():
         rows = [
             (name, found) for name, each in results.findings.items() for found in each if found.unit.startswith(unit)
         ]
@@ -52,7 +54,7 @@ def _plot_bars(path: Path, rows: list[tuple[str, Finding]], title: str) -> Path:
     axes.set_yticks(range(len(rows)), labels, size=8)
     axes.invert_yaxis()
     unit = rows[0][1].unit
-    if unit != "x":
+    if unit in ("images/s", "kernels"):
         axes.set_xscale("log")
     axes.set_xlabel(f"{unit}  (| limit, \u22ee target)")
     _finish(figure, axes, title)

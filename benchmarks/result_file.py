@@ -67,13 +67,14 @@ class QualityPoint:
 
 @dataclass(frozen=True)
 class GpuResults:
-    """What one call of `make bench-gpu` found."""
+    """What one call of `make bench-gpu` found; measurements add to its dictionaries."""
 
     date: str
     machine: Machine
-    subjects: dict[str, list[Finding]]
-    curves: dict[str, list[QualityPoint]]
     scales: dict[str, Scale]
+    subjects: dict[str, list[Finding]] = field(default_factory=dict)
+    curves: dict[str, list[QualityPoint]] = field(default_factory=dict)
+    not_measured: dict[str, str] = field(default_factory=dict)  # why, by name of the measurement
 
     def to_json(self) -> str:
         """The text of a result file."""
@@ -81,6 +82,7 @@ class GpuResults:
             "format_version": RESULTS_FORMAT, "benchmark": "gpu", "date": self.date, "machine": asdict(self.machine),
             "subjects": {name: _findings_json(each) for name, each in self.subjects.items()},
             "curves": {name: [asdict(point) for point in curve] for name, curve in self.curves.items()},
+            "not_measured": self.not_measured,
             "scales": {name: asdict(scale) for name, scale in self.scales.items()},
         }, indent=2)  # fmt: skip
 

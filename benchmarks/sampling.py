@@ -12,15 +12,11 @@ from PIL import Image
 from patchloom.benchmarks.findings import Finding, Say, Scale
 from patchloom.benchmarks.interleaved import Work, interleave
 from patchloom.benchmarks.limits import gemm_flops
-from patchloom.benchmarks.plain import PlainDenoiser, PlainUNet, plain_heun
-from patchloom.benchmarks.setups import song_config
+from patchloom.benchmarks.plain import plain_heun
+from patchloom.benchmarks.setups import same_networks, sampling_flops, song_config, untrained
 from patchloom.benchmarks.training import plain_loop_findings
-from patchloom.models.cards import DenoiserConfig, ModelCard
-from patchloom.models.checkpoints import SamplingModel, load_sampling_model, save_model
-from patchloom.models.denoiser import build_denoiser
-from patchloom.models.flops import training_flops
+from patchloom.models.checkpoints import SamplingModel, load_sampling_model
 from patchloom.models.generate import Sampling, generate, generate_padded
-from patchloom.models.normalisation import pixel_normalisation
 from patchloom.models.precision import one_thread
 from patchloom.pipelines.sample.shard_sampler import SampledShard, SeedShard, ShardSampler, ShardSamplerArgument
 from patchloom.platform.compute.jobs import Job, run_job
@@ -32,7 +28,6 @@ SAMPLING = Sampling(steps=5)
 PLAIN_WANTED = 1.0
 SHARD, SHARDS = 16, 7  # images per shard, and shards per round; the first shard includes the start of the worker
 SMALL_SIDE, SMALL_WIDTH = 32, 16  # of the worker's network: small, so that writing files is a large part of the time
-TRAINING_OVER_FORWARD = 3  # FLOPs of a training step over those of a forward pass
 
 
 def against_plain(scale: Scale, say: Say) -> list[Finding]:
@@ -49,23 +44,7 @@ def against_plain(scale: Scale, say: Say) -> list[Finding]:
 
     timings = interleave({"ours": generate_batch, "plain": plain_batch}, scale.rounds, 1, say)
     name = f"sampling, {SAMPLING.steps} steps of Heun, width {scale.width}, R = {scale.side}"
-    return plain_loop_findings(name, timings, sampling_flops(config), PLAIN_WANTED)
-
-
-def same_networks(config: DenoiserConfig) -> tuple[SamplingModel, PlainDenoiser]:
-    """An untrained pixel model as `sample` loads it, and the plain denoiser with the same weights."""
-    with tempfile.TemporaryDirectory() as folder:
-        model = load_sampling_model(untrained(Path(folder) / "model", config))
-    channels = config.channels
-    plain = PlainDenoiser(PlainUNet(config.resolution, channels + 2, channels, **config.network_options))
-    plain.load_state_dict(dict(model.denoiser.named_parameters()))
-    return model, plain.eval().requires_grad_(False)
-
-
-def sampling_flops(config: DenoiserConfig) -> float:
-    """FLOPs per image: one forward pass per evaluation of the network."""
-    forward = training_flops(config, config.resolution) / TRAINING_OVER_FORWARD
-    return SAMPLING.network_evaluations * forward
+    return plain_loop_findings(name, timings, sampling_flops(config, SAMPLING), PLAIN_WANTED)
 
 
 def ray_data_worker(scale: Scale, say: Say) -> list[Finding]:
@@ -88,7 +67,7 @@ def ray_data_worker(scale: Scale, say: Say) -> list[Finding]:
         -scale.rounds :
     ]  # without the warm-up rounds and the start of the worker
     timings.cpu_rates["worker"] = worker.cpu_rates[-scale.rounds :]
-    limit = None if torch.cuda.is_available() else gemm / sampling_flops(config)
+    limit = None if torch.cuda.is_available() else gemm / sampling_flops(config, SAMPLING)
     ratios = {
         f"a worker of sample over {loop}{suffix}": timings.ratio("worker", name, cpu_time=bool(suffix))
         for name, loop in (("loop", "a loop that samples"), ("saving", "a loop that also saves"))
@@ -100,15 +79,6 @@ def ray_data_worker(scale: Scale, say: Say) -> list[Finding]:
         Finding("a loop that samples", timings.rate("loop"), "images/s", limit, "at the GEMM rate of a thread"),
         Finding("a loop that also saves", timings.rate("saving"), "images/s", limit, "at the GEMM rate of a thread"),
     ]
-
-
-def untrained(folder: Path, config: DenoiserConfig) -> Path:
-    """Write a model folder with random weights. Returns its path."""
-    torch.manual_seed(0)
-    folder.mkdir()
-    card = ModelCard(name="benchmark", denoiser=config, normalisation=pixel_normalisation())
-    save_model(folder, build_denoiser(config), card)
-    return folder
 
 
 def plain_loop(model: SamplingModel, count: int, saved: Path | None = None) -> int:

@@ -1,17 +1,23 @@
 """Setups: the networks, batches and steps that benchmarks measure, with noise instead of images."""
 
 import math
+import tempfile
 from collections import Counter
 from dataclasses import replace
 from itertools import product
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from patchloom.benchmarks.findings import Scale
-from patchloom.models.cards import DenoiserConfig
+from patchloom.benchmarks.plain import PlainDenoiser, PlainUNet
+from patchloom.models.cards import DenoiserConfig, ModelCard
+from patchloom.models.checkpoints import SamplingModel, load_sampling_model, save_model
 from patchloom.models.denoiser import Denoiser, build_denoiser
 from patchloom.models.ema import HalfLifeEMA
+from patchloom.models.flops import training_flops
+from patchloom.models.generate import Sampling
 from patchloom.models.normalisation import Normalisation, pixel_normalisation
 from patchloom.models.patches import patch_schedule
 from patchloom.models.step import StoredRows, TrainingState, compile_network, new_state, training_step
@@ -19,6 +25,7 @@ from patchloom.models.step_plan import StepPlan, StepSettings, plan_step
 
 DROPOUT = 0.1
 ADAM = (0.9, 0.999), 1e-8
+TRAINING_OVER_FORWARD = 3  # FLOPs of a training step over those of a forward pass
 BLOCK = 2  # crops; four workers can share a batch of 8
 
 
@@ -119,3 +126,33 @@ def representative_steps(settings: StepSettings, steps: int) -> list[StepPlan]:
             chosen.append(plan)
         step += 1
     return chosen
+
+
+def untrained(folder: Path, config: DenoiserConfig) -> Path:
+    """Write a pixel model with random weights into a new folder. Returns its path."""
+    torch.manual_seed(0)
+    folder.mkdir()
+    card = ModelCard(name="benchmark", denoiser=config, normalisation=pixel_normalisation())
+    save_model(folder, build_denoiser(config), card)
+    return folder
+
+
+def plain_copy(model: SamplingModel) -> PlainDenoiser:
+    """The plain denoiser with the weights of a DDPM++, on its device."""
+    config = model.card.denoiser
+    plain = PlainDenoiser(PlainUNet(config.resolution, config.channels + 2, config.channels, **config.network_options))
+    plain.load_state_dict(dict(model.denoiser.named_parameters()))
+    return plain.to(next(model.denoiser.parameters()).device).eval().requires_grad_(False)
+
+
+def same_networks(config: DenoiserConfig) -> tuple[SamplingModel, PlainDenoiser]:
+    """An untrained pixel model as `sample` loads it on a CPU, and the plain denoiser with the same weights."""
+    with tempfile.TemporaryDirectory() as folder:
+        model = load_sampling_model(untrained(Path(folder) / "model", config))
+    return model, plain_copy(model)
+
+
+def sampling_flops(config: DenoiserConfig, sampling: Sampling) -> float:
+    """FLOPs per image: one forward pass per evaluation of the network."""
+    forward = training_flops(config, config.resolution) / TRAINING_OVER_FORWARD
+    return sampling.network_evaluations * forward

@@ -294,7 +294,7 @@ def _batch_and_device(
         return batch or found.batch, found.device
     check_empty(folder, "samples")
     device = job_device(workers, resources)
-    return batch or default_batch(model.folder, sampling, device), device.kind
+    return batch or default_batch(model.folder, sampling, device.kind, device.memory_bytes), device.kind
 
 
 def _sampled_model(fetched: FetchedModel, card: ModelCard) -> SampledModel:

@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from patchloom.benchmarks import preparing, reading, sampling, searching, startup
 from patchloom.benchmarks.findings import TINY, Finding, Say, Scale
 from patchloom.benchmarks.plain import plain_heun
-from patchloom.benchmarks.setups import song_config
+from patchloom.benchmarks.setups import same_networks, sampling_flops, song_config
 from patchloom.models.generate import Sampling, generate
 from patchloom.models.samplers import SeededNoise
 from patchloom.pipelines.prepare.shard_maker import ShardMakerArgument
@@ -55,7 +55,7 @@ def units(found: dict[str, Finding]) -> list[str]:
 
 @pytest.mark.parametrize(("side", "steps"), [(16, 5), (32, 3)])
 def test_plain_heun_and_generate_make_the_same_images_from_the_same_noise(side: int, steps: int) -> None:
-    model, plain = sampling.same_networks(song_config(side, 8, 1, dropout=0.0))
+    model, plain = same_networks(song_config(side, 8, 1, dropout=0.0))
     seeds = [3, 5, 8]
     start = SeededNoise(seeds, (3, side, side))()
     fresh = generate(model, seeds, [-1] * 3, Sampling(steps=steps))
@@ -71,10 +71,10 @@ def test_plain_heun_and_generate_make_the_same_images_from_the_same_noise(side: 
 
 def test_flops_of_sampling_count_all_evaluations() -> None:
     config = song_config(16, 8, 1, dropout=0.0)
-    _, plain = sampling.same_networks(config)
+    _, plain = same_networks(config)
     with FlopCounterMode(display=False) as counter:  # it does not count torch's fused attention on a CPU
         plain_heun(plain, torch.randn(1, 3, 16, 16), sampling.SAMPLING.steps)
-    assert sampling.sampling_flops(config) == counter.get_total_flops()
+    assert sampling_flops(config, sampling.SAMPLING) == counter.get_total_flops()
 
 
 def test_sampling_compared_with_a_plain_loop() -> None:
@@ -103,7 +103,7 @@ def test_a_worker_of_sample_compared_with_plain_loops(ray_cluster: None) -> None
 
 
 def test_the_plain_loop_saves_every_image(tmp_path: Path) -> None:
-    model, _ = sampling.same_networks(song_config(16, 8, 1, dropout=0.0))
+    model, _ = same_networks(song_config(16, 8, 1, dropout=0.0))
     assert sampling.plain_loop(model, 32, tmp_path / "saved") == 32
     assert len(list((tmp_path / "saved").glob("*.png"))) == 32
 

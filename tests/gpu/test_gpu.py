@@ -12,10 +12,10 @@ from gpu_checks import (
     CLASSES,
     Work,
     distance,
-    launches,
     no_waiting,
     seeded_denoiser,
     started,
+    step_launches,
     take_step,
     train_in_a_process,
     trained_weights,
@@ -123,12 +123,7 @@ def test_a_step_waits_for_nothing(draw: str, precision: str, device: torch.devic
 
 
 def test_a_step_launches_as_much_for_any_batch(device: torch.device) -> None:
-    counts = []
-    for batch in (8, 32):
-        work = Work(draw="shared", batch=batch)
-        state = started(work, device)
-        take_step(state, work)  # chooses algorithms, and creates the state of the optimiser
-        counts.append(launches(state, work))
+    counts = step_launches([Work(draw="shared", batch=batch) for batch in (8, 32)], device)
     assert counts[0] > 500
     assert abs(counts[1] / counts[0] - 1) < 0.05  # libraries choose other kernels for other sizes
 

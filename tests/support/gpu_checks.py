@@ -4,7 +4,7 @@ It imports torch only, and the method, so that the tests run where nothing else 
 """
 
 import datetime
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +15,7 @@ import torch.distributed as dist
 from small_networks import SIDE, small_config
 from torch import Tensor, nn
 
+from patchloom.benchmarks.launches import count_launches
 from patchloom.models.denoiser import Denoiser, build_denoiser
 from patchloom.models.ema import HalfLifeEMA
 from patchloom.models.gradients import StartSum
@@ -81,17 +82,22 @@ def started(work: Work, device: torch.device) -> TrainingState:
     return state
 
 
-def take_step(
-    state: TrainingState, work: Work, worker: int = 0, workers: int = 1, start_sum: StartSum | None = None,
-    around: Callable[[], Any] = nullcontext,
-) -> None:  # fmt: skip
-    """Take one step, with its rows already on the device; the step itself runs inside `around()`."""
+def prepared_step(
+    state: TrainingState, work: Work, worker: int = 0, workers: int = 1, start_sum: StartSum | None = None
+) -> Callable[[], None]:
+    """The next step, with its rows already on the device."""
     settings, device = work.settings(), state.gradients.flat.device
     plan = plan_step(settings, state.step, state.images_seen)
     groups = plan.share(worker, workers)
     fetched = [(group, rows_of(group.crops, device)) for group in groups]
+    return lambda: training_step(state, settings, plan, fetched, pixel_normalisation(), start_sum)
+
+
+def take_step(state: TrainingState, work: Work, around: Callable[[], Any] = nullcontext, **sharing: Any) -> None:
+    """Take one step; the step itself runs inside `around()`."""
+    step = prepared_step(state, work, **sharing)
     with around():
-        training_step(state, settings, plan, fetched, pixel_normalisation(), start_sum)
+        step()
 
 
 def trained_weights(work: Work, device: torch.device, **sharing: Any) -> Tensor:
@@ -146,20 +152,7 @@ def no_waiting(device: torch.device) -> Iterator[None]:
         torch.cuda.set_sync_debug_mode("default")
 
 
-def launches(state: TrainingState, work: Work) -> int:
-    """Kernels of one step on a GPU; on the CPU, operations that no other operation called."""
-    is_gpu = state.gradients.flat.device.type == "cuda"
-    profile = torch.profiler.profile(activities=[getattr(torch.profiler.ProfilerActivity, "CUDA" if is_gpu else "CPU")])
-
-    @contextmanager
-    def profiled() -> Iterator[None]:
-        with profile:
-            yield
-            if is_gpu:
-                torch.cuda.synchronize()
-
-    take_step(state, work, around=profiled)
-    if is_gpu:
-        on_gpu = [each for each in profile.events() if each.device_type == torch.autograd.DeviceType.CUDA]
-        return sum(not each.name.startswith("Mem") for each in on_gpu)
-    return sum(each.cpu_parent is None for each in profile.events())
+def step_launches(works: Sequence[Work], device: torch.device) -> list[int]:
+    """Kernels of a step of each work on a GPU; operations on the CPU."""
+    pieces = {str(number): prepared_step(started(work, device), work) for number, work in enumerate(works)}
+    return list(count_launches(pieces, device).values())

@@ -25,7 +25,7 @@ GUIDED = Sampling(steps=3, guidance=1.3)
 
 
 def test_a_cpu_has_a_batch_of_8(trained: Path) -> None:
-    assert default_batch(trained / "model", GUIDED, WorkDevice()) == 8
+    assert default_batch(trained / "model", GUIDED, "cpu", 0) == 8
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -33,7 +33,7 @@ def test_a_gpu_has_the_largest_batch_that_needs_half_of_its_memory(trained: Path
     options = Sampling(steps=3, guidance=1.3, precision=precision)
     needed = sampling_bytes(sampling_skeleton(trained / "model"), options, 32, "cuda")
     batches = [
-        default_batch(trained / "model", options, WorkDevice("cuda", memory))
+        default_batch(trained / "model", options, "cuda", memory)
         for memory in (0, 2 * needed - 2, 2 * needed, 100 * needed)
     ]
     assert batches == [8, 16, 32, 64]
