@@ -3,16 +3,17 @@
 import contextlib
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from patchloom.errors import UserError
 from patchloom.pipelines.prepare.encoders import fetch_autoencoder, image_channels
 from patchloom.pipelines.prepare.images import CROPS, FILTERS, MODES, Transform, decode, size_of
+from patchloom.pipelines.prepare.inputs import DatasetLines, InputLines, KeptLines, MirroredLines
 from patchloom.platform.dataset.prepared import open_dataset
 from patchloom.platform.dataset.readers import SourceReader
-from patchloom.platform.dataset.sources import Source, count_endings, duplicate_positions, open_source
+from patchloom.platform.dataset.sources import Source, count_endings, open_source
 from patchloom.platform.progress import say
 from patchloom.platform.records.dataset import DatasetAutoencoder, ImageTransform
 from patchloom.platform.records.prepare import PreparationPlan, PreparedInput
@@ -28,7 +29,7 @@ class Preparation:
 
     Args:
         plan: everything that the bytes of the shards depend on.
-        inputs: the inputs, in order.
+        inputs: the inputs, in order, as lines.
         side: side of the images in pixels.
         source_name: the file or folder that the user gave, for messages.
         encoder: the folder of the encoder, if there is one.
@@ -36,7 +37,7 @@ class Preparation:
     """
 
     plan: PreparationPlan
-    inputs: list[PreparedInput]
+    inputs: InputLines
     side: int
     source_name: str
     encoder: Path | None = None
@@ -85,7 +86,7 @@ def plan_dataset(address: str, autoencoder: str | None, precision: str) -> Prepa
         class_names=dataset.class_names,
         inputs_sha256=dataset.fingerprint,
     )
-    inputs = [PreparedInput([row]) for row in range(len(dataset))]
+    inputs = DatasetLines(len(dataset))
     return _with_encoder(
         Preparation(plan, inputs, dataset.card.resolution, address), autoencoder, precision, dataset.card.channels
     )
@@ -106,14 +107,8 @@ def plan_images(
     reader = SourceReader(source.kind, source.address)
     if not transform.resolution:
         transform = replace(transform, resolution=_first_side(reader, source))
-    duplicates = set(duplicate_positions([one.key for one in source.inputs]))
-    inputs, digest = list[PreparedInput](), hashlib.sha256()
-    for number, one in enumerate(source.inputs):
-        error = "duplicate key" if number in duplicates else one.error
-        whole = PreparedInput(one.place, one.key, one.label, error=error)
-        for entry in _windows(reader, whole, transform) if transform.crop == "windows" else [whole]:
-            digest.update(json.dumps([entry.key, entry.label, one.size_bytes]).encode())
-            inputs.append(entry)
+    digest = hashlib.sha256()
+    inputs = KeptLines(_prepared_inputs(source, reader, transform, digest.update))
     plan = PreparationPlan(
         source=source.address,
         source_kind=source.kind,
@@ -137,6 +132,22 @@ def _first_side(reader: SourceReader, source: Source) -> int:
         with contextlib.suppress(Exception):  # its shard lists it with the reason
             return min(decode(reader.read(one.place)).size)
     raise UserError(f"none of the {len(source.inputs)} inputs in {source.name} can be read: give readable images")
+
+
+def _prepared_inputs(
+    source: Source, reader: SourceReader, transform: Transform, hash_input: Callable[[bytes], None]
+) -> Iterator[PreparedInput]:
+    """The inputs of a source, or their windows. What the bytes of the dataset depend on is hashed on the way."""
+    repeated = iter(source.repeated)
+    next_repeated = next(repeated, -1)
+    for number, one in enumerate(source.inputs):
+        error = one.error
+        if number == next_repeated:
+            error, next_repeated = "duplicate key", next(repeated, -1)
+        whole = PreparedInput(one.place, one.key, one.label, error=error)
+        for entry in _windows(reader, whole, transform) if transform.crop == "windows" else (whole,):
+            hash_input(json.dumps([entry.key, entry.label, one.size_bytes]).encode())
+            yield entry
 
 
 def _windows(reader: SourceReader, whole: PreparedInput, transform: Transform) -> Iterator[PreparedInput]:
@@ -177,5 +188,5 @@ def with_mirror_images(preparation: Preparation) -> Preparation:
     """The preparation with a mirror image after each input; raises UserError without an autoencoder."""
     if preparation.encoder is None:
         raise UserError("--mirror needs --autoencoder: for pixels, training draws mirror images (data.mirror)")
-    inputs = [each for entry in preparation.inputs for each in (entry, replace(entry, mirror=True))]
-    return replace(preparation, plan=preparation.plan.model_copy(update={"mirror": True}), inputs=inputs)
+    plan = preparation.plan.model_copy(update={"mirror": True})
+    return replace(preparation, plan=plan, inputs=MirroredLines(preparation.inputs))

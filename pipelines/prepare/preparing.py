@@ -35,7 +35,7 @@ from patchloom.platform.compute.shared_paths import UsedPaths
 from patchloom.platform.dataset.prepared import CARD, Dataset, is_dataset, open_dataset
 from patchloom.platform.files.folder import Folder
 from patchloom.platform.progress import say
-from patchloom.platform.records.prepare import PlanFile, input_lines
+from patchloom.platform.records.prepare import PlanFile
 
 HEAD_START_S = 10.0  # about as long as the start of Ray
 LIST_BYTES = 4 << 20  # of inputs, after which a new file begins: few requests, and little to keep in memory
@@ -174,7 +174,7 @@ class PrepareJob(Job[PlannedShard, str]):
             lines, known = bytearray(), len(missing)
             while len(lines) < LIST_BYTES and (batch := list(itertools.islice(inputs, self.plan.shard_rows))):
                 first = len(lines)
-                lines += input_lines(batch)
+                lines += b"".join(batch)
                 shard = PlannedShard(number, len(batch), name, first, len(lines) - first)
                 if note_name(number) not in noted:
                     missing.append(shard)

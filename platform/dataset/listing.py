@@ -1,20 +1,34 @@
 """Listing: the inputs of each format of source, in its order, with the labels that the source has."""
 
+import itertools
 import json
 import tarfile
+import zipfile
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from operator import itemgetter
 from typing import Any, BinaryIO
 
+import numpy as np
 import pyarrow as pa
-import pyarrow.parquet
 
 from patchloom.errors import UserError
 from patchloom.platform.dataset.label_files import LABEL_COLUMNS, TABLE_NAMES, find_labels
-from patchloom.platform.dataset.labels import Label, Labels, column_of_labels, first_of, label_of
-from patchloom.platform.dataset.readers import Place, npz_array, npz_images, open_table, tar_file, zip_file, zip_place
+from patchloom.platform.dataset.labels import Label, Labels, first_of, label_of
+from patchloom.platform.dataset.readers import (
+    NpzArray,
+    Place,
+    SourceReader,
+    npz_array,
+    npz_images,
+    open_table,
+    tar_file,
+    zip_images,
+)
 from patchloom.platform.files.folder import Folder
+from patchloom.platform.files.spool import RowSpool, sorted_rows
 
 IMAGE_EXTENSIONS = (".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".avif", ".bmp", ".tif", ".tiff", ".gif")
 IMAGE_COLUMNS = ("image", "img", "jpg", "jpeg", "png", "webp", "bytes", "image_bytes", "path", "file_name")
@@ -23,10 +37,11 @@ HIDDEN_NAMES = ("__macosx", "thumbs.db", "desktop.ini")
 SIDECAR_ENDINGS = (".cls", ".json")
 LINK_ERROR = "is a symbolic link in an archive: pack the image itself"
 TEXT_ENDINGS = (*SIDECAR_ENDINGS, ".csv", ".tsv", ".jsonl")
+ROOT_TABLES = (*TABLE_NAMES, "dataset.json")
 MOST_SIDECAR_BYTES = 1 << 26
 
 
-@dataclass
+@dataclass(slots=True)
 class ListedInput:
     """An input with its label as the source gives it: a number, a name, or None."""
 
@@ -36,20 +51,24 @@ class ListedInput:
     label: Label = None
     error: str | None = None  # why it cannot be read
 
+    def row(self) -> tuple[Any, ...]:
+        """Its values, for a spool."""
+        return self.key, self.place, self.size_bytes, self.label, self.error
+
 
 @dataclass
 class Listing:
-    """What a source contains.
+    """What a source contains. The other fields are complete when all inputs have been taken.
 
     Args:
-        inputs: its images, in its order.
+        inputs: its images, in its order, listed while they are taken.
         labels: the labels that one file of the source gives for all inputs.
         has_folders: keys are paths, whose first folder is the class.
         unmatched: number of labels next to images that are not there.
         others: number of files that are not images, by ending.
     """
 
-    inputs: list[ListedInput]
+    inputs: Iterator[ListedInput] = field(default_factory=lambda: iter(()))
     labels: Labels | None = None
     has_folders: bool = False
     unmatched: int = 0
@@ -66,18 +85,21 @@ def is_image(name: str) -> bool:
     return name.lower().endswith(IMAGE_EXTENSIONS)
 
 
-def _files(listed: Iterable[ListedInput], find: Callable[[set[str]], Labels | None], by_folder: bool = True) -> Listing:
-    """The listing of named files: images, one file of labels in the root, and others."""
-    inputs, others = list[ListedInput](), set[str]()
+def _images(
+    listing: Listing, listed: Iterable[ListedInput], read: Callable[[ListedInput], bytes]
+) -> Iterator[ListedInput]:
+    """The images among named files. Completes the listing with a file of labels in the root, and other files."""
+    tables: dict[str, ListedInput] = {}
     for one in listed:
         if is_hidden(one.key):
             continue
         if is_image(one.key):
-            inputs.append(_readable(one))
+            yield _readable(one)
+        elif one.key in ROOT_TABLES:
+            tables[one.key] = one
         else:
-            others.add(one.key)
-    unread = Counter(_ending(name) for name in others if name not in (*TABLE_NAMES, "dataset.json"))
-    return Listing(inputs, find(others), by_folder, others=unread)
+            listing.others[_ending(one.key)] += 1
+    listing.labels = find_labels(tables, lambda name: read(tables[name]))
 
 
 def _ending(name: str) -> str:
@@ -97,21 +119,26 @@ def _readable(one: ListedInput) -> ListedInput:
 
 def list_files(folder: Folder, names: dict[str, int], image_member: str | None) -> Listing:
     """The files of a folder."""
-    listed = (ListedInput(name, [name], size) for name, size in names.items())
-    return _files(listed, lambda others: find_labels(others, folder.read))
+    listing = Listing(has_folders=True)
+    listed = (ListedInput(name, [name], size) for name, size in folder.walk(follow_links=True))
+    listing.inputs = _images(listing, listed, lambda one: folder.read(one.key))
+    return listing
 
 
 def list_zip(folder: Folder, names: dict[str, int], image_member: str | None) -> Listing:
-    """The members of a zip archive. Archives made on Windows may separate folders with backslashes."""
+    """The members of a zip archive."""
     (name,) = names
-    archive = zip_file(folder, name)
-    members = {member.filename.replace("\\", "/"): member for member in archive.infolist()}
-    listed = (
-        ListedInput(member.filename.replace("\\", "/"), zip_place(name, member), member.file_size)
-        for member in archive.infolist()
-        if not member.is_dir()
-    )
-    return _files(listed, lambda others: find_labels(others, lambda text: archive.read(members[text])))
+    listing, reader = Listing(has_folders=True), SourceReader("zip", folder.address)
+
+    def read(one: ListedInput) -> bytes:
+        try:
+            return bytes(reader.read(one.place))
+        except (ValueError, zipfile.BadZipFile, zlib.error) as error:
+            raise UserError(f"{folder}/{name}: {one.key} cannot be read ({error}): write the archive again") from None
+
+    listed = (ListedInput(key, place, size) for key, place, size in zip_images(folder, name))
+    listing.inputs = _images(listing, listed, read)
+    return listing
 
 
 def list_tars(folder: Folder, names: dict[str, int], image_member: str | None) -> Listing:
@@ -120,40 +147,47 @@ def list_tars(folder: Folder, names: dict[str, int], image_member: str | None) -
     Several tars, or a tar with `.cls` or `.json` next to images, are WebDataset shards: the key of a member ends at
     the first dot of its file name, and members with one key belong together.
     """
-    if len(names) == 1:
-        (name,) = names
-        return _list_tar(folder, name, "", image_member)
-    shards = [_list_tar(folder, name, f"{name}/", image_member) for name in names]
-    inputs = [one for shard in shards for one in shard.inputs]
-    _read_labels_as_a_column(inputs)
-    others = sum((shard.others for shard in shards), Counter[str]())
-    return Listing(inputs, unmatched=sum(shard.unmatched for shard in shards), others=others)
+    is_one = len(names) == 1
+    listing = Listing(has_folders=is_one)
+    listing.inputs = itertools.chain.from_iterable(
+        _list_tar(listing, folder, name, "" if is_one else f"{name}/", image_member) for name in names
+    )
+    return listing
 
 
-def _list_tar(folder: Folder, tar: str, prefix: str, image_member: str | None) -> Listing:
-    """The listing of one tar. A prefix of keys means that it is one of several shards."""
-    members = list(_tar_members(folder, tar))
-    listed = [
-        ListedInput(prefix + one.name, one.place, one.size_bytes, error=LINK_ERROR if one.is_link else None)
-        for one in members
-    ]
-    texts = {prefix + one.name: one.content for one in members if one.content is not None and not is_hidden(one.name)}
-    found = _files(listed, lambda others: find_labels(others & texts.keys(), texts.__getitem__), not prefix)
-    sidecars = {name: content for name, content in texts.items() if _ending(name) in SIDECAR_ENDINGS}
-    keys = {sample_key(one.key) for one in found.inputs}
-    if prefix or image_member or any(sample_key(name) in keys for name in sidecars):
-        found.inputs = _samples(found.inputs, f"{folder}/{tar}", image_member)
-        found.unmatched = _add_sidecar_labels(found.inputs, sidecars)
-        if not prefix:
-            _read_labels_as_a_column(found.inputs)
+def _list_tar(
+    listing: Listing, folder: Folder, tar: str, prefix: str, image_member: str | None
+) -> Iterator[ListedInput]:
+    """The inputs of one tar. A prefix of keys means that it is one of several shards."""
+    images, sidecars, tables, others = RowSpool(), RowSpool(), dict[str, bytes](), Counter[str]()
+    for one in _tar_members(folder, tar):
+        name = prefix + one.name
+        if is_hidden(name):
+            continue
+        if is_image(name):
+            error = LINK_ERROR if one.is_link else None
+            images.append(_readable(ListedInput(name, one.place, one.size_bytes, error=error)).row())
+            continue
+        if name not in ROOT_TABLES:
+            others[_ending(name)] += 1
+        elif one.content is not None:
+            tables[name] = one.content
+        if one.content is not None and _ending(name) in SIDECAR_ENDINGS:
+            sidecars.append((sample_key(name), *_sidecar_label(name, one.content)))
+    if not prefix:
+        listing.labels = find_labels(tables, tables.__getitem__)
+    samples = _Samples(f"{folder}/{tar}", images, sidecars, image_member)
+    inputs = samples.inputs() if prefix or image_member or len(sidecars) else iter(())
+    if prefix or image_member or samples.have_sidecars:
+        if samples.problem is not None:
+            raise samples.problem
+        listing.unmatched += samples.unmatched
         for ending in (*SIDECAR_ENDINGS, ".txt"):  # of WebDataset: classes, metadata and captions
-            del found.others[ending]
-    return found
-
-
-def _read_labels_as_a_column(inputs: list[ListedInput], class_names: list[str] | None = None) -> None:
-    for one, label in zip(inputs, column_of_labels((one.label for one in inputs), class_names), strict=True):
-        one.label = label
+            del others[ending]
+        yield from inputs
+    else:
+        yield from (ListedInput(*row) for row in images)
+    listing.others += others
 
 
 @dataclass(frozen=True)
@@ -169,10 +203,12 @@ def _tar_members(folder: Folder, tar: str) -> Iterator[_TarMember]:
     """The files of a tar archive. Hard links are their target; symbolic links are not followed."""
     with tar_file(folder, tar) as file:
         try:
-            archive = tarfile.TarFile(fileobj=file)
-            for member in archive:
+            targets: dict[str, tarfile.TarInfo] | None = None
+            for member in _headers(file):
                 if member.islnk():  # a hard link to an earlier member
-                    target = archive.getmember(member.linkname)
+                    if targets is None:
+                        targets = _link_targets(folder, tar)
+                    target = targets[member.linkname.rstrip("/")]
                     member.offset_data, member.size = target.offset_data, target.size
                 elif member.issym():
                     yield _TarMember(member.name.removeprefix("./"), [tar, 0, 0], 0, None, is_link=True)
@@ -183,11 +219,35 @@ def _tar_members(folder: Folder, tar: str) -> Iterator[_TarMember]:
                 if _ending(name) in TEXT_ENDINGS:
                     content = _member_content(file, member) if member.size < MOST_SIDECAR_BYTES else None
                 yield _TarMember(name, [tar, member.offset_data, member.size], member.size, content)
-            file.seek(archive.offset)
-            if file.read(tarfile.BLOCKSIZE).strip(b"\0"):  # tarfile ends at a damaged header
-                raise tarfile.ReadError(f"no header at byte {archive.offset}")
         except (tarfile.TarError, EOFError, OSError, KeyError) as error:
             raise UserError(f"{folder}/{tar} is not a complete tar file ({error}): download it again") from None
+
+
+def _headers(file: BinaryIO) -> Iterator[tarfile.TarInfo]:
+    """All members of an open tar archive. Those that were taken are forgotten."""
+    file.seek(0)
+    archive = tarfile.TarFile(fileobj=file)
+    while (member := archive.next()) is not None:
+        archive.members.clear()  # type: ignore[attr-defined]
+        yield member
+    file.seek(archive.offset)
+    if file.read(tarfile.BLOCKSIZE).strip(b"\0"):  # tarfile ends at a damaged header
+        raise tarfile.ReadError(f"no header at byte {archive.offset}")
+
+
+def _link_targets(folder: Folder, tar: str) -> dict[str, tarfile.TarInfo]:
+    """The members that hard links in a tar archive mean, by the name in the link: the last one of each name."""
+    with tar_file(folder, tar) as file:
+        wanted = {member.linkname.rstrip("/") for member in _headers(file) if member.islnk()}
+        found = {member.name: member for member in _headers(file) if member.name in wanted}
+    for _ in found:  # links to links, each to an earlier member
+        found |= {
+            name: found[member.linkname] for name, member in found.items()
+            if member.islnk() and member.linkname in found
+        }  # fmt: skip
+        if not any(member.islnk() for member in found.values()):
+            break
+    return found
 
 
 def _member_content(file: BinaryIO, member: tarfile.TarInfo) -> bytes:
@@ -204,22 +264,62 @@ def sample_key(name: str) -> str:
     return parent + slash + base.partition(".")[0]
 
 
-def _samples(inputs: list[ListedInput], tar: str, image_member: str | None) -> list[ListedInput]:
-    """One input per key: its only image, or the member with the wanted ending; a key without it is skipped."""
-    members: dict[str, list[ListedInput]] = {}
-    for one in inputs:
-        members.setdefault(sample_key(one.key), []).append(one)
-    if image_member:
-        wanted = f".{image_member.lower().removeprefix('.')}"
-        return [_member_of(key, group, wanted) for key, group in members.items()]
-    for key, group in members.items():
-        endings = sorted({one.key[len(key) + 1 :] for one in group})
-        if len(endings) > 1:
-            raise UserError(
-                f"{tar} has several images with the key {key}, {' and '.join(endings[:3])}: "
+class _Samples:
+    """The samples of a WebDataset tar: images and labels whose members have the same key, also far from one another.
+
+    Args:
+        tar: its address, for messages.
+        images: rows of `ListedInput`.
+        sidecars: the key of each file next to an image, its label or None, and what is wrong with the label.
+        image_member: the ending of the members that are the images; None if each key has one image.
+    """
+
+    def __init__(self, tar: str, images: RowSpool, sidecars: RowSpool, image_member: str | None) -> None:
+        self.tar, self.images, self.sidecars = tar, images, sidecars
+        self.wanted = f".{image_member.lower().removeprefix('.')}" if image_member else None
+        self.have_sidecars = False
+        self.unmatched = 0  # labels without an image
+        self.problem: UserError | None = None
+        self._position = -1  # of the image with the problem
+
+    def inputs(self) -> Iterator[ListedInput]:
+        """One input per key, or the images of a key if they have one name, in the order of the tar."""
+        members = itertools.chain(
+            ((sample_key(row[0]), True, position, row) for position, row in enumerate(self.images)),
+            ((row[0], False, position, row[1:]) for position, row in enumerate(self.sidecars)),
+        )
+        groups = itertools.groupby(sorted_rows(members), key=itemgetter(0))
+        chosen = sorted_rows(entry for key, group in groups for entry in self._chosen(key, list(group)))
+        return (ListedInput(*row) for _, row in chosen)
+
+    def _chosen(self, key: str, group: list[tuple[Any, ...]]) -> Iterator[tuple[int, tuple[Any, ...]]]:
+        """The inputs of one key, each with its position in the tar."""
+        images = [(position, ListedInput(*row)) for _, is_image_row, position, row in group if is_image_row]
+        sidecars = [(position, *row) for _, is_image_row, position, row in group if not is_image_row]
+        label = next((label for _, label, _ in reversed(sidecars) if label is not None), None)
+        for position, problem in ((position, problem) for position, _, problem in sidecars if problem):
+            self._note(len(self.images) + position, UserError(problem))
+        if not images:
+            self.unmatched += label is not None
+            return
+        self.have_sidecars = self.have_sidecars or bool(sidecars)
+        first = images[0][0]
+        endings = sorted({one.key[len(key) + 1 :] for _, one in images})
+        if self.wanted:
+            images = [(first, _member_of(key, [one for _, one in images], self.wanted))]
+        elif len(endings) > 1:
+            self._note(first, UserError(
+                f"{self.tar} has several images with the key {key}, {' and '.join(endings[:3])}: "
                 f"choose one with --image-member, such as --image-member {endings[0]}"
-            )
-    return inputs
+            ))  # fmt: skip
+        for position, one in images:
+            one.label = label
+            yield position, one.row()
+
+    def _note(self, position: int, problem: UserError) -> None:
+        """Keep the problem with the smallest position: of images, then of their labels."""
+        if self.problem is None or position < self._position:
+            self.problem, self._position = problem, position
 
 
 def _member_of(key: str, group: list[ListedInput], wanted: str) -> ListedInput:
@@ -227,56 +327,50 @@ def _member_of(key: str, group: list[ListedInput], wanted: str) -> ListedInput:
     return found or ListedInput(key, group[0].place, 0, error=f"has no member that ends in {wanted}")
 
 
-def _add_sidecar_labels(inputs: list[ListedInput], sidecars: dict[str, bytes]) -> int:
-    """Give each input the label next to it, as it is written; returns the number of labels without an input."""
-    labels: dict[str, Label] = {}
-    for name, content in sidecars.items():
-        label = _sidecar_label(name, content)
-        if label is not None:
-            labels[sample_key(name)] = label
-    unused = set(labels)
-    for one in inputs:
-        one.label = labels.get(sample_key(one.key))
-        unused.discard(sample_key(one.key))
-    return len(unused)
+def _sidecar_label(name: str, content: bytes) -> tuple[Label, str | None]:
+    """The label of a WebDataset image, and what is wrong with it.
 
-
-def _sidecar_label(name: str, content: bytes) -> Label:
-    """The label of a WebDataset image: the text of its `.cls` file, or the label in its `.json` file."""
+    It is the text of its `.cls` file, or the label in its `.json` file.
+    """
     try:
         if _ending(name) == ".cls":
-            return content.decode().strip() or None
+            return content.decode().strip() or None, None
         value = json.loads(content)
+        column = first_of(LABEL_COLUMNS, value) if isinstance(value, dict) else None
+        return label_of(value[column], name) if column else None, None
+    except UserError as error:
+        return None, str(error)
     except ValueError:
-        return None
-    column = first_of(LABEL_COLUMNS, value) if isinstance(value, dict) else None
-    return label_of(value[column], name) if column else None
+        return None, None
 
 
 def list_tables(folder: Folder, names: dict[str, int], image_member: str | None) -> Listing:
     """The rows of Parquet and Arrow files."""
-    found: list[ListedInput] = []
+    listing = Listing()
+    listing.inputs = _table_rows(listing, folder, list(names))
+    return listing
+
+
+def _table_rows(listing: Listing, folder: Folder, names: list[str]) -> Iterator[ListedInput]:
+    width = _digits(sum(open_table(folder, name).rows for name in names))
     class_names: list[str] | None = None
+    numbers = itertools.count()
     for name in names:
         table = open_table(folder, name)
         column = _image_column(folder, name, table.schema)
         label, key = first_of(LABEL_COLUMNS, table.schema.names), first_of(KEY_COLUMNS, table.schema.names)
         class_names = class_names or _class_names(folder, table.schema, label)
-        labels, keys = (table.column(one) if one else None for one in (label, key))
-        for row in range(table.rows):
-            known = label_of(labels[row], f"row {row} of {name}") if labels else None
-            text = str(keys[row]) if keys and keys[row] is not None else ""
-            found.append(ListedInput(text, [name, column, row], -1, known))
-    _number_rows(found)
-    _read_labels_as_a_column(found, class_names)
-    return Listing(found, Labels({}, class_names) if class_names else None)
+        for row, (value, given) in enumerate(table.values([label, key])):
+            number = next(numbers)
+            text = "" if given is None else str(given)
+            known = label_of(value, f"row {row} of {name}") if label else None
+            yield ListedInput(text or f"{number:0{width}d}", [name, column, row], -1, known)
+    listing.labels = Labels({}, class_names) if class_names else None
 
 
-def _number_rows(rows: list[ListedInput]) -> None:
-    """Give rows without a key their number as the key."""
-    width = len(str(max(len(rows) - 1, 0)))
-    for row, one in enumerate(rows):
-        one.key = one.key or f"{row:0{width}d}"
+def _digits(rows: int) -> int:
+    """The width of the numbers of rows, which are the keys of rows without a key."""
+    return len(str(max(rows - 1, 0)))
 
 
 def _image_column(folder: Folder, name: str, schema: pa.Schema) -> str:
@@ -327,19 +421,25 @@ def list_npz(folder: Folder, names: dict[str, int], image_member: str | None) ->
     labels, class_names = (
         npz_array(folder, name, wanted) for wanted in (("labels", "label", "arr_1"), ("class_names", "classes"))
     )
-    if labels is not None and labels.ndim == 2 and labels.shape[1] == 1:
-        labels = labels[:, 0]
     if labels is not None and labels.shape[:1] != (len(images),):
-        raise UserError(f"{folder}/{name} has {len(images)} images and {labels.size} labels: give one label per image")
-    known: Any = [None] * len(images) if labels is None else labels
-    found = [
-        ListedInput("", [name, row], images[0].nbytes, label_of(label, f"row {row} of {folder}/{name}"))
-        for row, label in enumerate(known)
-    ]
-    given = [str(label_of(one, name)) for one in class_names.tolist()] if class_names is not None else None
-    _number_rows(found)
-    _read_labels_as_a_column(found, given)
-    return Listing(found, Labels({}, given) if given else None)
+        found = int(np.prod(labels.shape))
+        raise UserError(f"{folder}/{name} has {len(images)} images and {found} labels: give one label per image")
+    given = [one for block in class_names.blocks() for one in block.tolist()] if class_names is not None else []
+    known = [str(label_of(one, name)) for one in given]
+    listing = Listing(labels=Labels({}, known) if known else None)
+    listing.inputs = _array_rows(folder, name, images, labels)
+    return listing
+
+
+def _array_rows(folder: Folder, name: str, images: np.ndarray, labels: NpzArray | None) -> Iterator[ListedInput]:
+    width = _digits(len(images))
+    size_bytes = images[0].nbytes if len(images) else 0
+    values = itertools.repeat(None) if labels is None else (one for block in labels.blocks() for one in block)
+    for row, value in zip(range(len(images)), values, strict=False):
+        if isinstance(value, np.ndarray) and value.shape == (1,):
+            value = value[0]
+        known = label_of(value, f"row {row} of {folder}/{name}")
+        yield ListedInput(f"{row:0{width}d}", [name, row], size_bytes, known)
 
 
 LISTERS: dict[str, Callable[[Folder, dict[str, int], str | None], Listing]] = {

@@ -4,6 +4,7 @@ import gzip
 import hashlib
 import io
 import shutil
+import struct
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
@@ -17,13 +18,14 @@ import pyarrow.parquet
 
 from patchloom.errors import UserError
 from patchloom.platform.dataset.labels import first_of
+from patchloom.platform.dataset.zip_directory import zip_entries
 from patchloom.platform.files.cache import cached_copy
 from patchloom.platform.files.folder import COPY_BYTES, Folder
 
 # Where an input is in its source: the name of a file, then numbers such as an offset, or a column and a row.
 Place = list[str | int]
 
-TABLE_BATCH_ROWS = 32
+TABLE_BATCH_ROWS, SMALL_BATCH_ROWS = 32, 8192
 GZIP_MIN_BYTES = 18
 NO_CELLS = (0, pa.array([]))
 Opened = TypeVar("Opened")
@@ -95,6 +97,21 @@ def zip_place(name: str, member: zipfile.ZipInfo) -> Place:
     return [name, member.header_offset, member.compress_size, member.CRC]
 
 
+def zip_images(folder: Folder, name: str) -> Iterator[tuple[str, Place, int]]:
+    """The name, place and size in bytes of each member of a zip archive; raises UserError if it is damaged.
+
+    Archives made on Windows may separate folders with backslashes.
+    """
+    try:
+        with folder.open(name) as file:
+            for one in zip_entries(file):
+                member = one.name.replace("\\", "/")
+                if not one.name.endswith("/"):
+                    yield member, [name, one.header_offset, one.packed_bytes, one.crc], one.size_bytes
+    except (zipfile.BadZipFile, OSError, struct.error, UnicodeDecodeError) as error:
+        raise UserError(f"{folder}/{name} is not a complete zip file ({error}): download it again") from None
+
+
 def _zip_data_start(piece: bytes) -> int:
     """The offset of the data of a member from its header (APPNOTE 4.3.7)."""
     if len(piece) < ZIP_HEADER_BYTES or piece[:4] != b"PK\3\4":
@@ -120,17 +137,51 @@ def zip_file(folder: Folder, name: str) -> zipfile.ZipFile:
         raise UserError(f"{folder}/{name} is not a complete zip file ({error}): download it again") from None
 
 
-def npz_array(folder: Folder, name: str, wanted: tuple[str, ...]) -> np.ndarray | None:
+def npz_array(folder: Folder, name: str, wanted: tuple[str, ...]) -> "NpzArray | None":
     """The first of these arrays that an `.npz` contains, or None."""
     with zip_file(folder, name) as archive:
         members = {member.removesuffix(".npy"): member for member in archive.namelist()}
         found = first_of(wanted, members)
-        if found is None:
-            return None
-        try:
-            return np.lib.format.read_array(io.BytesIO(archive.read(members[found])), allow_pickle=False)
-        except (ValueError, zipfile.BadZipFile) as error:
-            raise UserError(f"{folder}/{name}: {found} cannot be read ({error}): write it again") from None
+        return None if found is None else NpzArray(folder, name, members[found])
+
+
+class NpzArray:
+    """An array in an `.npz`, of which only some rows are in memory."""
+
+    def __init__(self, folder: Folder, name: str, member: str) -> None:
+        self.folder, self.name, self.member = folder, name, member
+        with self._opened() as (_, shape, _dtype):
+            self.shape = shape
+
+    def blocks(self) -> Iterator[np.ndarray]:
+        """Consecutive rows."""
+        with self._opened() as (file, shape, dtype):
+            row, left = dtype.itemsize * int(np.prod(shape[1:])), shape[0] if shape else 1
+            while left > 0:
+                rows = min(left, max(1, COPY_BYTES // max(1, row)))
+                content = file.read(rows * row)
+                yield np.frombuffer(content, dtype).reshape(rows, *shape[1:])
+                left -= rows
+
+    @contextmanager
+    def _opened(self) -> "Iterator[tuple[Any, tuple[int, ...], np.dtype[Any]]]":
+        """The member after its header, its shape and its type; one that is not stored by rows is read whole."""
+        with zip_file(self.folder, self.name) as archive, archive.open(self.member) as file:
+            try:
+                version = np.lib.format.read_magic(file)
+                read = {(1, 0): np.lib.format.read_array_header_1_0}.get(version, np.lib.format.read_array_header_2_0)
+                shape, by_columns, dtype = read(file)
+                if by_columns or dtype.hasobject:
+                    content = io.BytesIO(archive.read(self.member))
+                    whole = np.lib.format.read_array(content, allow_pickle=False)
+                    yield io.BytesIO(np.ascontiguousarray(whole).tobytes()), whole.shape, whole.dtype
+                else:
+                    yield file, shape, dtype
+            except (ValueError, zipfile.BadZipFile, zlib.error, EOFError) as error:
+                found = self.member.removesuffix(".npy")
+                raise UserError(
+                    f"{self.folder}/{self.name}: {found} cannot be read ({error}): write it again"
+                ) from None
 
 
 def npz_images(folder: Folder, name: str) -> np.ndarray:
@@ -189,14 +240,31 @@ def tar_file(folder: Folder, name: str) -> BinaryIO:
 
 
 class SourceTable:
-    """A Parquet or Arrow file. `column` reads a whole column; `cell` reads a large column in batches."""
+    """A Parquet or Arrow file. `small` reads all rows of small columns; `cell` reads a large column in batches.
 
-    def __init__(self, schema: pa.Schema, rows: int, column: Callable[[str], list[Any]],
+    Args:
+        schema: its columns.
+        rows: its number of rows.
+        small: yields batches with the columns of these names.
+        batches: yields the number of the first row and the cells of batches of a column, from the one with a row on.
+    """
+
+    def __init__(self, schema: pa.Schema, rows: int, small: Callable[[list[str]], Iterator[pa.RecordBatch]],
                  batches: Callable[[str, int], Iterator[tuple[int, pa.Array]]]) -> None:  # fmt: skip
-        self.schema, self.rows, self.column = schema, rows, column
+        self.schema, self.rows, self._small = schema, rows, small
         self._batches = batches
         self._iterator: tuple[str, Iterator[tuple[int, pa.Array]]] | None = None
         self._batch: tuple[int, pa.Array] = NO_CELLS
+
+    def values(self, names: list[str | None]) -> Iterator[list[Any]]:
+        """The values of small columns, row by row; None for a column without a name."""
+        wanted = [name for name in names if name]
+        if not wanted:
+            yield from ([None] * len(names) for _ in range(self.rows))
+            return
+        for batch in self._small(wanted):
+            columns = [batch.column(name).to_pylist() if name else [None] * len(batch) for name in names]
+            yield from map(list, zip(*columns, strict=True))
 
     def cell(self, column: str, row: int) -> Any:
         """One cell. Rows in ascending order are read once."""
@@ -266,11 +334,11 @@ def _parquet(folder: Folder, name: str) -> SourceTable:
         damaged[group] = done, problem
         raise ValueError(problem)
 
-    def column(wanted: str) -> list[Any]:
+    def small(names: list[str]) -> Iterator[pa.RecordBatch]:
         with _complete(folder, name):
-            return list(file.read([wanted]).column(0).to_pylist())
+            yield from file.iter_batches(SMALL_BATCH_ROWS, columns=names)
 
-    return SourceTable(file.schema_arrow, file.metadata.num_rows, column, batches)
+    return SourceTable(file.schema_arrow, file.metadata.num_rows, small, batches)
 
 
 def _arrow(folder: Folder, name: str) -> SourceTable:
@@ -294,4 +362,7 @@ def _arrow(folder: Folder, name: str) -> SourceTable:
                 yield first, chunk
             first += len(chunk)
 
-    return SourceTable(table.schema, table.num_rows, lambda name: list(table.column(name).to_pylist()), batches)
+    def small(names: list[str]) -> Iterator[pa.RecordBatch]:
+        yield from table.select(names).to_batches(SMALL_BATCH_ROWS)
+
+    return SourceTable(table.schema, table.num_rows, small, batches)

@@ -7,14 +7,20 @@ input by its place, in any process. A new format needs an entry in `FILE_ENDINGS
 
 import re
 from collections import Counter
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
 
 from patchloom.errors import UserError
+from patchloom.platform.dataset.keys import KeyTable
 from patchloom.platform.dataset.label_files import TABLE_ENDINGS, read_labels
-from patchloom.platform.dataset.labels import Label, Labels, number_classes
+from patchloom.platform.dataset.labels import Label, Labels, column_of_labels, number_classes
 from patchloom.platform.dataset.listing import IMAGE_EXTENSIONS, LISTERS, ListedInput, Listing, is_hidden, is_image
 from patchloom.platform.dataset.readers import Place
 from patchloom.platform.files.folder import Folder, inner_name
+from patchloom.platform.files.spool import RowSpool
 
 STORAGE_FOLDER = re.compile(r"[0-9]{5}")  # of EDM's tools: not a class, if dataset.json has no labels
 FILE_ENDINGS = {
@@ -23,10 +29,11 @@ FILE_ENDINGS = {
     "tar": (".tar", ".tar.gz", ".tgz"),
     "table": (".parquet", ".arrow", ".feather"),
 }
+ARCHIVE_ENDINGS = sum(FILE_ENDINGS.values(), ())
 SUPPORTED_SOURCES = "a folder of images, .zip, .tar, .tar.gz, .parquet, .arrow, .npz, a saved Hugging Face dataset"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class SourceInput:
     """One input: its key, class (-1: none), place in the source, size in bytes (-1: unknown), and a known error."""
 
@@ -35,6 +42,31 @@ class SourceInput:
     place: Place
     size_bytes: int
     error: str | None = None
+
+
+class SourceInputs:
+    """The inputs of a source in its order, kept in a temporary file. They can be read again and again.
+
+    Args:
+        rows: rows of `ListedInput`.
+        number: the class number of an input from its key and its label as it is listed.
+    """
+
+    def __init__(self, rows: RowSpool, number: Callable[[str, Label], int]) -> None:
+        self._rows, self._number = rows, number
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __iter__(self) -> Iterator[SourceInput]:
+        return map(self._input, self._rows)
+
+    def __getitem__(self, position: int) -> SourceInput:
+        return self._input(self._rows[position])
+
+    def _input(self, row: tuple[Any, ...]) -> SourceInput:
+        key, place, size_bytes, label, error = row
+        return SourceInput(key, self._number(key, label), place, size_bytes, error)
 
 
 @dataclass(frozen=True)
@@ -47,6 +79,7 @@ class Source:
         name: the file or folder that the user gave, for messages.
         class_names: its classes.
         inputs: its inputs, in order.
+        repeated: the positions of inputs whose key an earlier input has, in ascending order.
         unmatched_labels: number of labels whose key has no input.
         others: number of files that are not images, by ending.
     """
@@ -55,7 +88,8 @@ class Source:
     address: str
     name: str
     class_names: list[str]
-    inputs: list[SourceInput]
+    inputs: SourceInputs
+    repeated: np.ndarray
     unmatched_labels: int = 0
     others: Counter[str] = field(default_factory=Counter)
 
@@ -74,10 +108,34 @@ def open_source(address: str, labels: str | None = None, image_member: str | Non
     kind, folder, names = _kind_of(address)
     listing = LISTERS[kind](folder, names, image_member)
     name = str(Folder.at(address))
-    if not listing.inputs or (image_member and all(one.error for one in listing.inputs)):
+    rows, keys = RowSpool(), KeyTable()
+    found = _Found()
+    for position, one in enumerate(listing.inputs):
+        rows.append(one.row())
+        keys.add(one.key, position)
+        found.take(one, listing.has_folders)
+    if not rows or (image_member and not found.readable):
         raise UserError(_no_images(name, kind, listing, names, image_member))
-    class_names, inputs, unmatched = _labelled(listing, read_labels(labels) if labels else listing.labels)
-    return Source(kind, folder.address, name, class_names, inputs, unmatched + listing.unmatched, listing.others)
+    given = read_labels(labels) if labels else listing.labels
+    class_names, inputs, unmatched = _labelled(listing, rows, found, given)
+    unmatched += listing.unmatched
+    return Source(kind, folder.address, name, class_names, inputs, keys.repeated(), unmatched, listing.others)
+
+
+@dataclass
+class _Found:
+    """The different labels and first folders of inputs, in the order of their first inputs."""
+
+    labels: dict[Label, None] = field(default_factory=dict)
+    folders: dict[Label, None] = field(default_factory=dict)
+    readable: int = 0
+
+    def take(self, one: ListedInput, has_folders: bool) -> None:
+        """Add an input."""
+        self.labels[one.label] = None
+        self.readable += one.error is None
+        if has_folders and len(self.labels) == 1:  # folders are not classes if there are labels
+            self.folders[_first_folder(one.key)] = None
 
 
 def _no_images(name: str, kind: str, listing: Listing, names: dict[str, int], image_member: str | None) -> str:
@@ -87,8 +145,7 @@ def _no_images(name: str, kind: str, listing: Listing, names: dict[str, int], im
     if image_member:
         return f"{name} has no member that ends in .{image_member.removeprefix('.')}: check --image-member"
     endings = " ".join(sorted(IMAGE_EXTENSIONS))
-    archives = [one for one in names if one.lower().endswith(sum(FILE_ENDINGS.values(), ()))] if kind == "files" else []
-    hint = f"; did you mean {name}/{archives[0]}?" if archives else ""
+    hint = f"; did you mean {name}/{next(iter(names))}?" if kind == "files" and names else ""
     found = f" (found {count_endings(listing.others)})" if listing.others else ""
     return f"{name} contains no images: no file, also in sub-folders, ends in {endings}{found}{hint}"
 
@@ -99,29 +156,42 @@ def count_endings(others: Counter[str], most: int = 6) -> str:
     return ", ".join(shown[:most]) + (", ..." if len(shown) > most else "")
 
 
-def _labelled(listing: Listing, given: Labels | None) -> tuple[list[str], list[SourceInput], int]:
+def _labelled(
+    listing: Listing, rows: RowSpool, found: _Found, given: Labels | None
+) -> tuple[list[str], SourceInputs, int]:
     """The class names, the inputs with their class as a number, and the number of labels without an input."""
-    listed, used = listing.inputs, set[str]()
-
-    def label_of_input(one: ListedInput) -> Label:
-        key = given.find(one.key) if given else None
-        if given is None or key is None:
-            return one.label
-        used.add(key)
-        return given.of[key]
-
-    if (given is None or not given.of) and all(one.label is None for one in listed):
-        folders: list[Label] = [_first_folder(one.key) if listing.has_folders else None for one in listed]
+    names = given.class_names if given else None
+    if (given is None or not given.of) and found.labels.keys() == {None}:
+        folders = found.folders if listing.has_folders else {}
         is_storage = given is not None and all(STORAGE_FOLDER.fullmatch(str(name)) for name in folders if name)
-        labels: list[Label] = [None] * len(listed) if is_storage else folders
-    else:
-        labels = [label_of_input(one) for one in listed]
-    class_names, numbers = number_classes(labels, given.class_names if given else None)
-    inputs = [
-        SourceInput(one.key, number, one.place, one.size_bytes, one.error)
-        for one, number in zip(listed, numbers, strict=True)
-    ]
-    return class_names, inputs, len(given.of.keys() - used) if given else 0
+        class_names, of_folder = _numbers([] if is_storage else list(folders), names)
+        return class_names, SourceInputs(rows, lambda key, label: of_folder.get(_first_folder(key), -1)), 0
+    own = list(found.labels)
+    as_column = dict(
+        zip(own, column_of_labels(own, listing.labels.class_names if listing.labels else None), strict=True)
+    )
+    if given is None or not given.of:
+        class_names, numbers = _numbers(list(as_column.values()), names)
+        return class_names, SourceInputs(rows, lambda key, label: numbers[as_column[label]]), 0
+    labels = given
+
+    def label_of_input(key: str, label: Label) -> Label:
+        known = labels.find(key)
+        return as_column[label] if known is None else labels.of[known]
+
+    used, final = set[str](), dict[Label, None]()
+    for key, _, _, label, _ in rows:
+        used.update(filter(None, [labels.find(key)]))
+        final[label_of_input(key, label)] = None
+    class_names, numbers = _numbers(list(final), names)
+    inputs = SourceInputs(rows, lambda key, label: numbers[label_of_input(key, label)])
+    return class_names, inputs, len(labels.of.keys() - used)
+
+
+def _numbers(labels: list[Label], class_names: list[str] | None) -> tuple[list[str], dict[Label, int]]:
+    """The class names, and the class number of each of the different labels of a source."""
+    class_names, numbers = number_classes(labels, class_names)
+    return class_names, dict(zip(labels, numbers, strict=True))
 
 
 def _first_folder(key: str) -> str | None:
@@ -129,31 +199,39 @@ def _first_folder(key: str) -> str | None:
 
 
 def _kind_of(address: str) -> tuple[str, Folder, dict[str, int]]:
-    """The kind of a source, its folder, and its files in that folder with their sizes in bytes."""
+    """The kind of a source, its folder, and its archives and tables in that folder with their sizes in bytes."""
     folder, (parent, name) = Folder.at(address), Folder.of_file(address)
     if not folder.is_remote and not folder.path.exists():
         raise UserError(f"{folder} does not exist: give {SUPPORTED_SOURCES}")
     if parent.has(name):
         return _kind_of_file(name, folder), parent, {name: parent.size(name)}
-    names = {name: size for name, size in folder.files(follow_links=True).items() if not is_hidden(name)}
-    if "dataset_dict.json" in names:
-        splits = sorted({name.split("/")[0] for name in names if "/" in name})
+    if folder.has("dataset_dict.json"):
+        splits = sorted({name.split("/")[0] for name, _ in _visible_files(folder) if "/" in name})
         raise UserError(
             f"{folder} contains the splits {', '.join(splits)}: give one of them, such as {folder}/{splits[0]}"
         )
-    state = folder.read_json("state.json") if "state.json" in names else {}
+    state = folder.read_json("state.json") if folder.has("state.json") else {}
     if isinstance(state, dict) and "_data_files" in state:  # saved by `datasets` of Hugging Face
         files = [inner_name(entry["filename"], f"{folder}/state.json") for entry in state["_data_files"]]
-        missing = [name for name in files if name not in names]
+        missing = [name for name in files if not folder.has(name)]
         if missing:
             raise UserError(f"{folder}/{missing[0]} is missing from a saved Hugging Face dataset: save it again")
-        return "table", folder, {name: names[name] for name in files}
-    if not any(is_image(name) for name in names):
-        for kind in ("tar", "table"):  # tables next to shards describe the shards
-            chosen = {name: size for name, size in names.items() if name.lower().endswith(FILE_ENDINGS[kind])}
-            if chosen:
-                return kind, folder, chosen
-    return "files", folder, names
+        return "table", folder, dict.fromkeys(files, -1)
+    archives: dict[str, int] = {}
+    for name, size in _visible_files(folder):
+        if is_image(name):
+            return "files", folder, {}
+        if name.lower().endswith(ARCHIVE_ENDINGS):
+            archives[name] = size
+    for kind in ("tar", "table"):  # tables next to shards describe the shards
+        chosen = {name: size for name, size in archives.items() if name.lower().endswith(FILE_ENDINGS[kind])}
+        if chosen:
+            return kind, folder, chosen
+    return "files", folder, archives
+
+
+def _visible_files(folder: Folder) -> Iterator[tuple[str, int]]:
+    return ((name, size) for name, size in folder.walk(follow_links=True) if not is_hidden(name))
 
 
 def _kind_of_file(name: str, file: Folder) -> str:
@@ -167,16 +245,3 @@ def _kind_of_file(name: str, file: Folder) -> str:
     if name.lower().endswith(TABLE_ENDINGS):
         raise UserError(f"{file} is a table of labels: give the folder of the images, and this file with --labels")
     raise UserError(f"{file} is a file of an unknown format: give {SUPPORTED_SOURCES}")
-
-
-def duplicate_positions(keys: list[str]) -> set[int]:
-    """The positions of duplicate keys, without the first of each."""
-    if len(set(keys)) == len(keys):
-        return set()
-    seen: set[str] = set()
-    duplicates = set()
-    for position, key in enumerate(keys):
-        if key in seen:
-            duplicates.add(position)
-        seen.add(key)
-    return duplicates

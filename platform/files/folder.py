@@ -6,6 +6,7 @@ pyarrow is imported where it is used, because `patchloom --help` imports this mo
 import contextlib
 import functools
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -22,6 +23,7 @@ from typing import Any, BinaryIO, Literal, TypeVar
 from patchloom.errors import UserError
 from patchloom.platform.files.object_store import ObjectFolder, object_folder
 from patchloom.platform.files.patience import PASSING, StoreError, patient
+from patchloom.platform.files.spool import sorted_rows
 from patchloom.platform.files.storage import local_path, write_atomic
 
 COPY_BYTES = 8 << 20
@@ -123,7 +125,7 @@ class Folder:
         With `follow_links`, also those in folders that symbolic links point to, except links to a folder above.
         """
         if not self.is_remote:
-            return dict(sorted(_local_files(self.path, "", follow_links, frozenset())))
+            return dict(_local_files(self.path, "", follow_links, frozenset()))
         import pyarrow.fs
 
         with self._connected() as (system, base):
@@ -131,6 +133,24 @@ class Folder:
             found = system.get_file_info(selector)
         wanted = (info for info in found if info.type == pyarrow.fs.FileType.File)
         return dict(sorted((info.path.removeprefix(base).lstrip("/"), info.size) for info in wanted))
+
+    def walk(self, follow_links: bool = False) -> Iterator[tuple[str, int]]:
+        """What `files` returns, in ascending order of the names, one by one: there may be millions."""
+        if not self.is_remote:
+            yield from _local_files(self.path, "", follow_links, frozenset())
+            return
+        there = self.object_folder()
+        if there is not None:
+            listed = self._listed(there)
+            with contextlib.suppress(StoreError):  # such as a public bucket, for which pyarrow needs no credentials
+                first = list(itertools.islice(listed, 1))
+                yield from sorted_rows(itertools.chain(first, listed))
+                return
+        yield from self.files().items()
+
+    def _listed(self, there: ObjectFolder) -> Iterator[tuple[str, int]]:
+        with self._connected():
+            yield from there.files()
 
     @_patient
     def has(self, name: str) -> bool:
@@ -380,9 +400,11 @@ def inner_name(name: str, place: object) -> str:
 def _local_files(
     folder: Path, prefix: str, follow_links: bool, above: frozenset[tuple[int, int]]
 ) -> Iterator[tuple[str, int]]:
-    """Files below a folder, and their sizes. `above` has the devices and inodes of the folders above it."""
+    """Files below a folder in ascending order, and their sizes. `above` has the devices and inodes of folders above."""
     try:
-        status, entries = folder.stat(), list(os.scandir(folder))
+        status = folder.stat()
+        with os.scandir(folder) as entries:
+            names = sorted_rows((name,) for entry in entries for name in _names_of(entry, follow_links))
     except FileNotFoundError:
         return
     except OSError as error:
@@ -392,15 +414,23 @@ def _local_files(
     here = (status.st_dev, status.st_ino)
     if here in above:
         return
-    for entry in entries:
-        if entry.is_dir(follow_symlinks=follow_links):
-            yield from _local_files(Path(entry.path), f"{prefix}{entry.name}/", follow_links, above | {here})
-        elif follow_links or not entry.is_dir():
-            try:
-                size = entry.stat().st_size
-            except OSError:  # a dangling link, or no permission
-                size = -1
-            yield f"{prefix}{entry.name}", size
+    for (name,) in names:
+        if name.endswith("/"):
+            yield from _local_files(folder / name, prefix + name, follow_links, above | {here})
+            continue
+        try:
+            size = (folder / name).stat().st_size
+        except OSError:  # a dangling link, or no permission
+            size = -1
+        yield prefix + name, size
+
+
+def _names_of(entry: os.DirEntry[str], follow_links: bool) -> Iterator[str]:
+    """The name of a file, or of a folder with a slash, so that both sort as the names of files in them do."""
+    if entry.is_dir(follow_symlinks=follow_links):
+        yield f"{entry.name}/"
+    elif follow_links or not entry.is_dir():
+        yield entry.name
 
 
 def _output(system: Any, path: str) -> Any:

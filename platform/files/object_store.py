@@ -45,6 +45,17 @@ class ObjectFolder:
         """Whether the client can address a file; it refuses empty parts of a key, and dots."""
         return not {"", ".", ".."} & set(self.key(name).split("/"))
 
+    def files(self) -> Iterator[tuple[str, int]]:
+        """All files with their sizes in bytes, a thousand with each request."""
+        import obstore
+
+        with _as_os_errors():
+            for batch in obstore.list(self.store, self.prefix or None, chunk_size=1000):
+                for found in batch:
+                    name = str(found["path"])[len(self.prefix) :].lstrip("/")
+                    if name:  # not the mark of the folder itself
+                        yield name, int(found["size"])
+
     def write(self, name: str, content: Any) -> None:
         """Write a whole file in one request, which no reader sees in part."""
         import obstore

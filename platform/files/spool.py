@@ -1,8 +1,16 @@
 """Spools: temporary files for what is too much for memory. They have no name, so that nothing is left behind."""
 
+import heapq
+import itertools
+import marshal
 import os
 import tempfile
 from array import array
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+BLOCK_ROWS = 1024  # of a spool, which are written and read together
+SORTED_ROWS = 1 << 17  # at most, in memory
 
 
 class Spool:
@@ -29,3 +37,58 @@ class Spool:
     def read(self, number: int) -> bytes:
         """The content of a number that is kept. Several threads may read."""
         return os.pread(self._file.fileno(), self._sizes[number], self._starts[number])
+
+
+class RowSpool:
+    """Rows of plain values: tuples of numbers, texts, lists and None. Reading may begin again, also while it grows."""
+
+    def __init__(self) -> None:
+        self._file: Any = None
+        self._starts = array("q", [0])  # of each block that was written, and the end of the last one
+        self._pending: list[tuple[Any, ...]] = []
+
+    def __len__(self) -> int:
+        return (len(self._starts) - 1) * BLOCK_ROWS + len(self._pending)
+
+    def append(self, row: tuple[Any, ...]) -> None:
+        """Add a row at the end."""
+        self._pending.append(row)
+        if len(self._pending) == BLOCK_ROWS:
+            if self._file is None:
+                self._file = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115 closed with the object
+            block = marshal.dumps(self._pending)
+            self._file.write(block)
+            self._starts.append(self._starts[-1] + len(block))
+            self._pending = []
+
+    def blocks(self) -> Iterator[list[tuple[Any, ...]]]:
+        """The rows in order, in lists of `BLOCK_ROWS` rows; the last one may be shorter."""
+        for number in range(len(self._starts) - 1):
+            yield self._block(number)
+        if self._pending:
+            yield list(self._pending)
+
+    def __iter__(self) -> Iterator[tuple[Any, ...]]:
+        return itertools.chain.from_iterable(self.blocks())
+
+    def __getitem__(self, number: int) -> tuple[Any, ...]:
+        block, row = divmod(range(len(self))[number], BLOCK_ROWS)
+        return (self._block(block) if block < len(self._starts) - 1 else self._pending)[row]
+
+    def _block(self, number: int) -> list[tuple[Any, ...]]:
+        start, end = self._starts[number], self._starts[number + 1]
+        rows: list[tuple[Any, ...]] = marshal.loads(os.pread(self._file.fileno(), end - start, start))
+        return rows
+
+
+def sorted_rows(rows: Iterable[tuple[Any, ...]]) -> Iterator[tuple[Any, ...]]:
+    """Rows of plain values in ascending order, with a bounded number of them in memory."""
+    rows, runs = iter(rows), list[RowSpool]()
+    while batch := sorted(itertools.islice(rows, SORTED_ROWS)):
+        if not runs and len(batch) < SORTED_ROWS:
+            return iter(batch)
+        run = RowSpool()
+        for row in batch:
+            run.append(row)
+        runs.append(run)
+    return heapq.merge(*runs)

@@ -28,7 +28,7 @@ from sources_on_disk import (
 
 from patchloom.pipelines.prepare.images import decode
 from patchloom.platform.dataset.readers import SourceReader
-from patchloom.platform.dataset.sources import Source, duplicate_positions, open_source
+from patchloom.platform.dataset.sources import Source, open_source
 from patchloom.platform.files.folder import Folder
 
 
@@ -187,7 +187,7 @@ def test_duplicate_keys_are_found_and_both_inputs_can_be_read(tmp_path: Path) ->
     for name in ("two.zip", "two.tar"):
         source = open_source(str(tmp_path / name))
         assert [one.key for one in source.inputs] == ["a.png", "b.png", "a.png"]
-        assert duplicate_positions([one.key for one in source.inputs]) == {2}
+        assert source.repeated.tolist() == [2]
         assert np.array_equal(contents_of(source), PIXELS[:3])
 
 
@@ -283,7 +283,7 @@ def test_a_row_without_an_image_is_an_input_that_cannot_be_read(tmp_path: Path) 
     source = open_source(str(tmp_path / "rows.parquet"))
     reader = SourceReader(source.kind, source.address)
     assert [one.key for one in source.inputs] == list("01234")
-    for one in source.inputs[2:]:
+    for one in list(source.inputs)[2:]:
         with pytest.raises(ValueError, match="image"):
             reader.read(one.place)
     assert reader.read(source.inputs[1].place) == ENCODED[1]
