@@ -20,7 +20,7 @@ def open_shards(
     """
     rows = sum(shard.rows for shard in shards)
     card = DatasetCard(
-        format_version=DatasetCard.FORMAT, kind=kind, resolution=shape[-1], channels=shape[0],
+        format_version=1, kind=kind, resolution=shape[-1], channels=shape[0],
         dtype="uint8" if kind == "pixels" else "float16", rows=rows, inputs=rows,
         skipped=SkippedInputs(count=0, reasons={}), classes=[], mean=[], std=[], transform=None, autoencoder=None,
         source_sha256="", preparation="", shards=shards,

@@ -115,17 +115,18 @@ class DatasetImages(ImageSet):
         self._autoencoder: Any = None
         self._device = own_device()
         start, self.ranges = 0, []
-        for shard in card["shards"]:
-            for first in range(0, shard["rows"], RANGE_ROWS):
-                last = min(first + RANGE_ROWS, shard["rows"])
-                self.ranges.append(RowRange(_sha256(shard["sha256"], f"{first}-{last}"), start + first, start + last))
-            start += shard["rows"]
+        for number, rows in enumerate(self.dataset.shards.rows.tolist()):
+            sha256 = self.dataset.shards.sha256_of(number)
+            for first in range(0, rows, RANGE_ROWS):
+                last = min(first + RANGE_ROWS, rows)
+                self.ranges.append(RowRange(_sha256(sha256, f"{first}-{last}"), start + first, start + last))
+            start += rows
         side = card["resolution"] * (card["autoencoder"]["downscale"] if card["autoencoder"] else 1)
         self.size = (3 if card["autoencoder"] else card["channels"], side, side)
 
     def keys(self, start: int, stop: int) -> list[str]:
         """The keys of rows."""
-        return list(self.dataset.rows(range(start, stop))["key"])
+        return list(self.dataset.rows(range(start, stop), ["key"])["key"])
 
     def read(self, start: int, stop: int) -> np.ndarray:
         """Rows in the order of the dataset. Latents are decoded."""

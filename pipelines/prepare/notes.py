@@ -104,7 +104,7 @@ def dataset_card(plan: PreparationPlan, found: Findings) -> DatasetCard:
     transform = parent.transform if parent else plan.transform
     by_region = transform is not None and transform.crop == "windows"
     return DatasetCard(
-        format_version=DatasetCard.FORMAT,
+        format_version=1,
         kind="latents" if plan.autoencoder else "pixels",
         resolution=found.shape[-1],
         channels=found.shape[0],

@@ -19,9 +19,10 @@ from patchloom.pipelines.prepare.images import Transform, decode
 from patchloom.pipelines.prepare.notes import note_name
 from patchloom.platform.compute.devices import own_device
 from patchloom.platform.compute.jobs import WORK_FOLDER
-from patchloom.platform.dataset.prepared import MIRRORED, open_dataset, shard_bytes
+from patchloom.platform.dataset.index import MIRRORED
+from patchloom.platform.dataset.prepared import open_dataset, shard_bytes
 from patchloom.platform.dataset.readers import SourceReader
-from patchloom.platform.dataset.shards import shard_name
+from patchloom.platform.dataset.shard_table import shard_name
 from patchloom.platform.files.copies import local_copy
 from patchloom.platform.files.folder import Folder
 from patchloom.platform.records.dataset import DatasetAutoencoder

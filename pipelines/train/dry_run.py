@@ -114,7 +114,7 @@ def describe_plan(
         cost_of_crop = measured_seconds_of_crop(denoiser, settings, identity_normalisation(denoiser.channels), workers)
     return RunEstimate(
         parameters=parameters,
-        train_rows=len(rows.indices("train", recipe.data.held_out_fraction)),
+        train_rows=len(rows.split("train", recipe.data.held_out_fraction)),
         updates=settings.updates,
         sizes=sizes,
         # weights, gradients, Adam's two moments and the averages

@@ -140,7 +140,7 @@ def _check_fit(recipe: Recipe, dataset: Dataset) -> None:
         latents = "latents cannot be augmented, only images"
         reason = latents if is_latent else "a backbone does not take augmentation labels"
         raise UserError(f"data.augment is {data.augment:g}, and {reason}: set it to 0")
-    if not len(dataset.indices("train", data.held_out_fraction)):
+    if not len(dataset.split("train", data.held_out_fraction)):
         raise UserError(
             f"data.held_out_fraction {data.held_out_fraction:g} leaves none of {len(dataset)} rows for training: "
             "lower it"

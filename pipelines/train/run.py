@@ -35,6 +35,8 @@ from patchloom.platform.files.folder import Folder
 from patchloom.platform.files.storage import whole_folder
 from patchloom.platform.recipe.run_recipe import AverageSection, Recipe, recipe_yaml
 
+STORED_COLUMNS = ("image", "mean", "std", "label")
+
 
 @dataclass(frozen=True)
 class TrainJob:
@@ -98,18 +100,18 @@ class RowReader:
 
     def __init__(self, dataset: Dataset, recipe: Recipe, device: torch.device, draws_version: int) -> None:
         self.dataset, self.device = dataset, device
-        self.train = dataset.indices("train", recipe.data.held_out_fraction)
-        self.held_out = dataset.indices("held_out", recipe.data.held_out_fraction)
+        self.train = dataset.split("train", recipe.data.held_out_fraction)
+        self.held_out = dataset.split("held_out", recipe.data.held_out_fraction)
         self.plan = recipe_plan(dataset, recipe, draws_version)
 
     def rows(self, crops: range) -> StoredRows:
         """The rows for these crops, by their numbers in the run."""
         self.plan.advance(crops)
-        return self.at(self.train[self.plan.order.at(crops)])
+        return self.at(self.train.rows(self.plan.order.at(crops)))
 
     def at(self, indices: np.ndarray) -> StoredRows:
         """The rows at these indices of the dataset."""
-        columns = self.dataset.rows(indices)
+        columns = self.dataset.rows(indices, STORED_COLUMNS)
         label = copied(columns["label"], self.device)
         if self.dataset.kind == "pixels":
             return StoredRows(copied(columns["image"], self.device), label)

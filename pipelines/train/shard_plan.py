@@ -32,8 +32,8 @@ def recipe_plan(dataset: Dataset, recipe: Recipe, draws_version: int = CURRENT_D
 
 def unchecked_plan(dataset: Dataset, recipe: Recipe, draws_version: int = CURRENT_DRAWS) -> "ShardPlan":
     """Like `recipe_plan`, also if the cache of this node is too small."""
-    train = dataset.indices("train", recipe.data.held_out_fraction)
-    rows = np.diff(np.searchsorted(train, dataset.reader.starts))
+    train = dataset.split("train", recipe.data.held_out_fraction)
+    rows = np.diff(train.starts)
     if recipe.data.order == "windowed":
         return ShardPlan(dataset, rows, WindowedOrder(rows, recipe.data.window_rows, recipe.seed))
     return ShardPlan(dataset, rows, draw_source(recipe.seed, draws_version).row_order(len(train)))

@@ -171,7 +171,7 @@ def seconds_of_update(recipe: Recipe, dataset: Dataset) -> float:
 def seconds_of_trial(recipe: Recipe, dataset: Dataset) -> float:
     """The seconds of the steps and held-out losses of a trial, without its start, from a few measured steps."""
     settings, seconds_of_crop = _measured_crops(recipe, dataset)
-    train, rows = recipe.train, len(dataset.indices("held_out", recipe.data.held_out_fraction))
+    train, rows = recipe.train, len(dataset.split("held_out", recipe.data.held_out_fraction))
     every = train.held_out_every_images or recipe.preview.every_images
     measurements = 1 + (train.images // every if every else 0)
     held_out_crops = measurements * min(rows, HELD_OUT_IMAGES) * len(HELD_OUT_SIGMAS)

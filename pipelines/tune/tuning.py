@@ -135,7 +135,7 @@ def tune(
     require_reachable()
     definition, base = load_search(search)
     rows = open_dataset(dataset)
-    if not len(rows.indices("held_out", base.data.held_out_fraction)):
+    if not len(rows.split("held_out", base.data.held_out_fraction)):
         raise UserError("data.held_out_fraction leaves no held-out row, so trials cannot be compared: raise it")
     folder = Folder.at(out)
     planned = _planned_trials(definition, base, rows, folder)

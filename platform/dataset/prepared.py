@@ -2,25 +2,34 @@
 
 DATASET/dataset.json                 the card, written last; a dataset with a card is complete
 DATASET/shards/part-00000.arrow ...  rows in the order of the source: key, image | mean (and std), label
+DATASET/shards.npy                   rows, bytes and checksum of each shard, if there are too many for the card
+DATASET/index.npy                    a hash of the key of each row, if there are many rows
 DATASET/skipped.jsonl                one line per input that could not be used
 DATASET/autoencoder/                 for latents: the autoencoder that encoded them
 """
 
 import hashlib
-from collections.abc import Sequence
+import os
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 
 from patchloom.errors import UserError
+from patchloom.platform.dataset.index import INDEX_FILE, Split, read_hashes, unit_hashes, write_hashes
 from patchloom.platform.dataset.listing import is_image
 from patchloom.platform.dataset.remote_shards import RemoteShards
-from patchloom.platform.dataset.shards import LocalShards, ShardFiles, ShardReader, ShardTable
-from patchloom.platform.files.cache import cache_folder
+from patchloom.platform.dataset.shard_table import ShardTable
+from patchloom.platform.dataset.shards import LocalShards, ShardFiles, ShardReader
+from patchloom.platform.files.cache import cache_folder, cached_copy
 from patchloom.platform.files.folder import Folder, inner_name
 from patchloom.platform.files.parts import CachedParts, PartList
 from patchloom.platform.files.storage import file_sha256
+from patchloom.platform.progress import Meter, progress
 from patchloom.platform.records.dataset import DatasetCard, ShardFile
 
 CARD, DATASETS = "dataset.json", "datasets"  # the kind of their copies in the cache
@@ -31,7 +40,7 @@ NOT_DATASETS = {  # what a folder without a dataset is, by a file in it, and wha
     "sampling.json": "a folder of samples: evaluate it with `patchloom evaluate`, or prepare it first",
     "model.json": "a model: give a dataset, and the model with train.init_from",
 }
-MIRRORED = "#mirror"  # the end of the key of a row that was encoded from a mirror image
+INDEXED_ROWS = 1 << 16  # more rows have an index; the hashes of fewer are computed in a tenth of a second
 
 
 def tensor_column(values: np.ndarray) -> pa.ExtensionArray:
@@ -62,7 +71,7 @@ def write_shard(path: Path, keys: Sequence[str], labels: Sequence[int], tensors:
 
 
 class Dataset:
-    """A prepared dataset: `len()`, `.card`, `.rows(indices)`, `.indices(split)`.
+    """A prepared dataset: `len()`, `.card`, `.rows(indices)`, `.split(name)`, `.indices(split)`.
 
     Args:
         path: its local folder.
@@ -76,9 +85,11 @@ class Dataset:
     ) -> None:
         self.path, self.card = path, card
         self.address = address or str(path)
-        self.shards = _shard_table(path, card)
-        identity = hashlib.sha256(f"{path}\n{card.to_json()}".encode()).hexdigest()
-        self.reader = ShardReader(self.shards, files or LocalShards(path, self.shards), identity[:32])
+        self.shards = ShardTable.of_card(card, path)
+        self._identity = hashlib.sha256(card.to_json().encode()).hexdigest()[:32]
+        name = hashlib.sha256(f"{self._identity} {path}".encode()).hexdigest()[:32]
+        self.reader = ShardReader(self.shards, files or LocalShards(path, self.shards), name)
+        self._splits: dict[tuple[str, float], Split] = {}
 
     def __len__(self) -> int:
         return int(self.reader.starts[-1])
@@ -110,7 +121,7 @@ class Dataset:
 
         Raises:
             IndexError: a position is negative or not below `len()`.
-            UserError: a shard is damaged.
+            UserError: a shard is missing or damaged.
 
         Example:
             dataset = open_dataset("pixels")
@@ -121,44 +132,86 @@ class Dataset:
             raise IndexError(f"rows {wanted.min()} to {wanted.max()} are not within 0 to {len(self) - 1}")
         return self.reader.read(wanted, columns)
 
+    def split(self, name: str, held_out_fraction: float = 0.05) -> Split:
+        """The rows of a split, without 8 bytes per row. They depend only on the keys.
+
+        Args:
+            name: "train" or "held_out".
+            held_out_fraction: the expected fraction of held-out rows; a recipe has it as `data.held_out_fraction`.
+
+        Raises:
+            UserError: the split is unknown, or a shard or the index is damaged.
+
+        Example:
+            train = dataset.split("train")
+            first = dataset.rows(train.rows(range(8)))
+        """
+        if name not in ("train", "held_out"):
+            raise UserError(f"split {name!r} is unknown; choose train or held_out")
+        if (name, held_out_fraction) not in self._splits:
+            split = Split(self._hashes(), self.reader.starts, held_out_fraction, name == "held_out")
+            self._splits[name, held_out_fraction] = split
+        return self._splits[name, held_out_fraction]
+
     def indices(self, split: str, held_out_fraction: float = 0.05) -> np.ndarray:
-        """The positions of the rows of a split, in ascending order. They depend only on the keys.
+        """The positions of the rows of a split, in ascending order, 8 bytes each; `split` needs less memory.
 
         Args:
             split: "train", "held_out" or "all".
             held_out_fraction: the expected fraction of held-out rows; a recipe has it as `data.held_out_fraction`.
 
         Raises:
-            UserError: the split is unknown.
+            UserError: the split is unknown, or a shard or the index is damaged.
         """
-        if split not in ("train", "held_out", "all"):
-            raise UserError(f"split {split!r} is unknown; choose train, held_out or all")
         if split == "all":
             return np.arange(len(self))
-        keys = self.rows(np.arange(len(self)), ["key"])["key"]
-        held_out = np.array([self._is_held_out(key, held_out_fraction) for key in keys], dtype=bool)
-        return np.flatnonzero(held_out if split == "held_out" else ~held_out)
+        if split not in ("train", "held_out"):
+            raise UserError(f"split {split!r} is unknown; choose train, held_out or all")
+        return self.split(split, held_out_fraction).indices()
 
-    def _is_held_out(self, key: str, fraction: float) -> bool:
-        unit = key.removesuffix(MIRRORED)  # a mirror image is in the same split as its image
-        if self.card.split_by == "region":  # crops of a region overlap, so they are all in the same split
-            unit = unit.rsplit("#", 1)[0]
-        return int.from_bytes(hashlib.sha256(unit.encode()).digest()[:8], "big") < fraction * 2**64
+    def _hashes(self) -> Iterator[np.ndarray]:
+        """The hashes of the keys of all rows, from the index if the dataset has one, or from one in the cache."""
+        if self.card.index is not None:
+            path = self.path / inner_name(self.card.index.file, self.path / CARD)
+            self.reader.check_once(path, self.card.index.sha256)
+            yield from read_hashes(path)
+        elif len(self) <= INDEXED_ROWS:
+            yield np.concatenate([np.empty(0, np.uint64), *self._computed_hashes()])
+        else:
+            with self._built_index() as path:
+                yield from read_hashes(path)
+
+    def _counted_hashes(self, meter: Meter) -> Iterator[np.ndarray]:
+        for hashes in self._computed_hashes():
+            meter.update(meter.done + len(hashes))
+            yield hashes
+
+    def _computed_hashes(self) -> Iterator[np.ndarray]:
+        """The hashes of the keys of each shard."""
+        for first, last in pairwise(self.reader.starts.tolist()):
+            yield unit_hashes(self.rows(np.arange(first, last), ["key"])["key"], self.card.split_by)
+
+    @contextmanager
+    def _built_index(self) -> Iterator[Path]:
+        """The index of a dataset that was prepared without one, built once per node."""
+
+        def build(folder: Path) -> None:
+            with progress("indexing", len(self), "rows") as meter, (folder / INDEX_FILE).open("wb") as file:
+                write_hashes(file, self._counted_hashes(meter))
+
+        with ExitStack() as stack:
+            try:
+                handle, folder = cached_copy("indexes", self._identity, 8 * len(self), build)
+                stack.callback(os.close, handle)
+            except (OSError, UserError):  # a cache that cannot be written, or that is full
+                folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+                build(folder)
+            yield folder / INDEX_FILE
 
     def verify(self) -> None:
         """Read all shards; raises UserError at the first damaged one."""
         for number in range(len(self.shards)):
             self.reader.verify(number)
-
-
-def _shard_table(path: Path, card: DatasetCard) -> ShardTable:
-    """The shards that the card lists."""
-    return ShardTable(
-        rows=np.array([shard.rows for shard in card.shards], np.int64),
-        sizes=np.array([shard.bytes for shard in card.shards], np.int64),
-        sha256=np.frombuffer(b"".join(bytes.fromhex(shard.sha256) for shard in card.shards), np.uint8).reshape(-1, 32),
-        names=[inner_name(shard.file, path / CARD) for shard in card.shards],
-    )
 
 
 def is_dataset(folder: Folder) -> bool:
@@ -221,18 +274,19 @@ def _open_remote(remote: Folder, card: DatasetCard) -> Dataset:
     name = f"{hashlib.sha256(remote.read(CARD)).hexdigest()[:32]}-shards"
     place = cache_folder(DATASETS) / name
     if place not in _cached:
-        _cached[place] = CachedParts(DATASETS, name, remote, len(card.shards), lambda: _other_files(remote, card))
+        shards = card.shard_list.shards if card.shard_list else len(card.shards)
+        _cached[place] = CachedParts(DATASETS, name, remote, shards, lambda: _other_files(remote, card))
     parts = _cached[place]
     dataset = Dataset(place, card, remote.address, files := RemoteShards(parts))
-    shards = dataset.shards
-    parts.remote, parts.list = remote, PartList(shards.sizes, shards.name_of, shards.sha256_of)
+    table = dataset.shards
+    parts.remote, parts.list = remote, PartList(table.sizes, table.name_of, table.sha256_of)
     files.forget = dataset.reader.forget
     return dataset
 
 
 def _other_files(remote: Folder, card: DatasetCard) -> dict[str, int]:
     """The sizes of the files of a remote dataset that are not shards, by name."""
-    names = [CARD, "skipped.jsonl"]
+    names = [CARD, "skipped.jsonl", *(listed.file for listed in (card.shard_list, card.index) if listed)]
     if card.autoencoder is not None:
         names += [f"autoencoder/{name}" for name in remote.folder("autoencoder").files()]
     return {name: remote.size(name) for name in names if remote.has(name)}

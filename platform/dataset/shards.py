@@ -17,46 +17,11 @@ import numpy as np
 import pyarrow as pa
 
 from patchloom.errors import UserError
+from patchloom.platform.dataset.shard_table import COPY_AGAIN, ShardTable, check_sha256
 from patchloom.platform.files.cache import cached_copy
-from patchloom.platform.files.storage import file_sha256
 
 MAPPED_SHARDS = 1024  # at most, in each dataset of a process; Linux allows 65,530 maps per process
 RECORD_WORDS = 16  # of 8 bytes, for each shard in the file of verified shards: a stamp, then where its values begin
-COPY_AGAIN = "copy the dataset again, or prepare it again in an empty folder"
-
-
-@dataclass(frozen=True)
-class ShardTable:
-    """What the card of a dataset says about its shards, in arrays instead of an object per shard.
-
-    Args:
-        rows: (S,) int64, rows of each shard.
-        sizes: (S,) int64, bytes of each shard.
-        sha256: (S, 32) uint8, the checksums.
-        names: the path of each shard, relative to the dataset; or (S,) int64, the numbers in their names.
-    """
-
-    rows: np.ndarray
-    sizes: np.ndarray
-    sha256: np.ndarray
-    names: Sequence[str] | np.ndarray
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def name_of(self, number: int) -> str:
-        """The path of a shard, relative to the dataset."""
-        name = self.names[number]
-        return name if isinstance(name, str) else shard_name(int(name))
-
-    def sha256_of(self, number: int) -> str:
-        """The checksum of a shard, in hexadecimal."""
-        return bytes(self.sha256[number]).hex()
-
-
-def shard_name(part: int) -> str:
-    """The path of a shard that `prepare` writes, relative to the dataset."""
-    return f"shards/part-{part:05d}.arrow"
 
 
 class ShardFiles(Protocol):
@@ -286,18 +251,17 @@ class ShardReader:
         self._known.keep(number, status, layout.offsets)
         return layout.offsets
 
+    def check_once(self, path: Path, sha256: str) -> None:
+        """Compare the checksum of the index of the dataset, once per node; raises UserError if it differs."""
+        number = len(self.table)
+        if self._known.offsets(number, path) is None:
+            status = path.stat()
+            check_sha256(path, sha256)
+            self._known.keep(number, status, np.zeros(0, np.int64))
+
     @cached_property
     def _known(self) -> "KnownShards":
-        return KnownShards(self.name, len(self.table))
-
-
-def check_sha256(path: Path, wanted: str) -> None:
-    """Raise UserError if the checksum of a file of a dataset differs from the card."""
-    found = file_sha256(path)
-    if found != wanted:
-        raise UserError(
-            f"{path} was changed: its sha256 is {found[:12]}, and dataset.json says {wanted[:12]}; {COPY_AGAIN}"
-        )
+        return KnownShards(self.name, len(self.table) + 1)
 
 
 class KnownShards:

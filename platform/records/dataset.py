@@ -67,15 +67,34 @@ class ShardFile(Record):
     sha256: str
 
 
+class IndexFile(Record):
+    """The file with a hash of each row's key. `file` is its path relative to the dataset."""
+
+    file: str
+    rows: int
+    bytes: int
+    sha256: str
+
+
+class ShardListFile(Record):
+    """The file that lists the shards of a dataset of many. `file` is its path relative to the dataset."""
+
+    file: str
+    shards: int
+    bytes: int
+    sha256: str
+
+
 class DatasetCard(VersionedRecord):
     """The description of a prepared dataset.
 
     `mean` and `std` are population figures per channel, in stored units (0 to 255 for pixels). `split_by` says what
     is held out together: single keys, or regions of a photograph whose crops overlap. `source_sha256` covers the
-    inputs, and `preparation` everything that the bytes of the shards depend on.
+    inputs, and `preparation` everything that the bytes of the shards depend on. A dataset of many shards has them in
+    a list next to the card; then its format is 2, otherwise 1. One of many rows has an index.
     """
 
-    FORMAT: ClassVar[int] = 1
+    FORMAT: ClassVar[int] = 2
 
     kind: Literal["pixels", "latents"]
     resolution: int
@@ -94,3 +113,5 @@ class DatasetCard(VersionedRecord):
     source_sha256: str
     preparation: str
     shards: list[ShardFile]
+    shard_list: ShardListFile | None = Field(default=None, exclude_if=_is_none)
+    index: IndexFile | None = Field(default=None, exclude_if=_is_none)

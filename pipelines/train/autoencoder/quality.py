@@ -45,12 +45,11 @@ def measure_autoencoder(folder: Path, dataset: Dataset, held_out_fraction: float
 
 def _held_out_images(dataset: Dataset, fraction: float) -> np.ndarray:
     """Up to `MEASURED_IMAGES` held-out images, or training images if none are held out."""
-    rows = dataset.indices("held_out", fraction)
-    if not len(rows):
+    split = dataset.split("held_out", fraction)
+    if not len(split):
         say("  no rows are held out: measuring reconstructions of training rows")
-        rows = dataset.indices("all")
-    chosen = rows[np.linspace(0, len(rows) - 1, min(MEASURED_IMAGES, len(rows))).astype(int)]
-    images: np.ndarray = dataset.rows(chosen)["image"]
+        split = dataset.split("train", fraction)
+    images: np.ndarray = dataset.rows(split.spread(MEASURED_IMAGES), ["image"])["image"]
     return images
 
 

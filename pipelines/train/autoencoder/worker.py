@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from patchloom.models.autoencoder import (
@@ -26,6 +25,7 @@ from patchloom.pipelines.train.control import requested, show_training
 from patchloom.pipelines.train.node_copies import worker_copy
 from patchloom.pipelines.train.progress_log import LineWriter, ProgressLog
 from patchloom.platform.compute.workers import Worker
+from patchloom.platform.dataset.index import Split
 from patchloom.platform.dataset.prepared import Dataset, open_dataset
 from patchloom.platform.files.folder import Folder
 from patchloom.platform.files.storage import whole_folder
@@ -76,7 +76,9 @@ def autoencoder_worker(worker: Worker, job: AutoencoderJob) -> bool:
             if not trainer.train(watcher):
                 return False
         network: Any = trainer.state.denoiser
-        network.register_to_config(scaling_factor=_latent_scale(network, trainer.dataset, trainer.rows, trainer.device))
+        network.register_to_config(
+            scaling_factor=_latent_scale(network, trainer.dataset, trainer.split, trainer.device)
+        )
         with whole_folder(folder / "model") as model:
             save_autoencoder(network.cpu(), model)
         return True
@@ -89,8 +91,8 @@ class _Trainer:
         self.worker, self.settings, self.folder = worker, job.settings, folder
         self.device = worker.device
         self.dataset = open_dataset(job.dataset)
-        self.rows = self.dataset.indices("train", job.settings.held_out_fraction)
-        self.order = draw_source(job.settings.seed, job.draws_version).row_order(len(self.rows))
+        self.split = self.dataset.split("train", job.settings.held_out_fraction)
+        self.order = draw_source(job.settings.seed, job.draws_version).row_order(len(self.split))
         torch.manual_seed(derive_seed(job.settings.seed, "weights"))
         network, newest = _network(job).to(self.device), starting_checkpoint(worker, folder)
         if newest is None:
@@ -130,7 +132,7 @@ class _Trainer:
         if not patches:
             return
         state, settings = self.state, self.settings
-        rows = self.dataset.rows(self.rows[self.order.at(patches)])["image"]
+        rows = self.dataset.rows(self.split.rows(self.order.at(patches)), ["image"])["image"]
         seed = derive_seed(settings.seed, state.step, self.worker.rank)
         generator = torch.Generator(self.device).manual_seed(seed)
         images = _random_patch(torch.from_numpy(rows).to(self.device), settings.patch, generator).float() / 127.5 - 1
@@ -208,10 +210,9 @@ def _random_patch(images: torch.Tensor, side: int, generator: torch.Generator) -
 
 
 @torch.no_grad()
-def _latent_scale(network: Any, dataset: Dataset, rows: np.ndarray, device: torch.device) -> float:
+def _latent_scale(network: Any, dataset: Dataset, split: Split, device: torch.device) -> float:
     """The factor that gives latents unit variance: diffusers' `scaling_factor`."""
-    chosen = rows[np.linspace(0, len(rows) - 1, min(SCALE_IMAGES, len(rows))).astype(int)]
-    images = torch.from_numpy(dataset.rows(chosen)["image"]).to(device)
+    images = torch.from_numpy(dataset.rows(split.spread(SCALE_IMAGES), ["image"])["image"]).to(device)
     mean, std = DiffusersAutoencoder(network.eval()).encode(images)
     assert std is not None  # an AutoencoderKL
     return float(1 / (mean.var() + std.square().mean()).sqrt())

@@ -1,7 +1,5 @@
 """The held-out loss: that of the averaged weights on full-size images that are not trained on."""
 
-import numpy as np
-
 from patchloom.models.loss import held_out_loss
 from patchloom.models.step import one_hot
 from patchloom.pipelines.train.hooks.hook import Due, Hook
@@ -19,11 +17,10 @@ class HeldOutHook(Hook):
     def measure(self, due: Due, snapshot: Snapshot) -> LineFields:
         """The loss on up to `HELD_OUT_IMAGES` images, always the same ones."""
         run = self.run
-        indices = run.reader.held_out
-        if not due.held_out or not len(indices):
+        held_out = run.reader.held_out
+        if not due.held_out or not len(held_out):
             return {}
-        spread = np.linspace(0, len(indices) - 1, min(HELD_OUT_IMAGES, len(indices))).astype(int)
-        rows = run.reader.at(indices[spread])
+        rows = run.reader.at(held_out.spread(HELD_OUT_IMAGES))
         denoiser = snapshot.denoiser
         labels = one_hot(rows.label, denoiser.classes) if denoiser.classes else None
         by_sigma = held_out_loss(denoiser, run.normalisation.normalise(rows.image), labels)

@@ -1,6 +1,5 @@
 """Previews: a grid of samples of the averaged weights, and their Fréchet distance to the training images."""
 
-import numpy as np
 import torch
 
 from patchloom.models.autoencoder import Autoencoder, load_autoencoder
@@ -66,8 +65,7 @@ class PreviewHook(Hook):
 
     def _training_features(self, model: SamplingModel, count: int) -> torch.Tensor:
         """Features of up to `count` training images, spread over the rows."""
-        rows = self.run.reader.train
-        chosen = rows[np.linspace(0, len(rows) - 1, min(len(rows), count)).astype(int)]
+        chosen = self.run.reader.train.spread(count)
         features = []
         for start in range(0, len(chosen), SAMPLE_BATCH):
             stored = self.run.reader.at(chosen[start : start + SAMPLE_BATCH]).image
