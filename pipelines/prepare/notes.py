@@ -1,19 +1,24 @@
 """Notes: what the makers of shards report, which becomes the card of the dataset and the list of skipped inputs."""
 
+import base64
 import hashlib
 import tempfile
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 
 from patchloom.platform.compute.jobs import NOTES_FOLDER
-from patchloom.platform.dataset.prepared import open_dataset
+from patchloom.platform.dataset.index import INDEX_FILE, write_hashes
+from patchloom.platform.dataset.prepared import INDEXED_ROWS, open_dataset
+from patchloom.platform.dataset.shard_table import INLINE_SHARDS, SHARD_LIST, ShardLister
 from patchloom.platform.files.folder import Folder
 from patchloom.platform.files.spool import Spool
-from patchloom.platform.records.dataset import ClassRows, DatasetCard, ShardFile, SkippedInputs
+from patchloom.platform.files.storage import file_sha256
+from patchloom.platform.records.dataset import ClassRows, DatasetCard, IndexFile, ShardListFile, SkippedInputs, SplitBy
 from patchloom.platform.records.prepare import PreparationPlan, ShardNote
 
 
@@ -59,10 +64,12 @@ class Findings:
     classes: Counter[int] = field(default_factory=Counter)
     shape: list[int] = field(default_factory=list)
     sums: dict[str, list[np.ndarray]] = field(default_factory=lambda: {"count": [], "sum": [], "squares": []})
-    shards: list[ShardFile] = field(default_factory=list)
+    shards: ShardLister = field(default_factory=ShardLister)
     source_digest: "hashlib._Hash" = field(default_factory=hashlib.sha256)
+    shard_list: ShardListFile | None = None
+    index: IndexFile | None = None
 
-    def take(self, note: ShardNote) -> None:
+    def take(self, number: int, note: ShardNote) -> None:
         """Add the note of the next shard."""
         self.inputs += note.inputs
         self.reasons.update(entry.error for entry in note.skipped)
@@ -75,7 +82,8 @@ class Findings:
         for name, values in self.sums.items():
             if note.sums:
                 values.append(np.array(note.sums[name]))
-        self.shards.append(ShardFile(file=note.file, rows=note.rows, bytes=note.bytes, sha256=note.sha256))
+        assert note.bytes is not None and note.sha256 is not None  # there are rows
+        self.shards.add(number, note.rows, note.bytes, note.sha256)
 
     def statistics(self) -> tuple[np.ndarray, np.ndarray]:
         """Mean and standard deviation per channel."""
@@ -85,26 +93,47 @@ class Findings:
 
 
 def gather(notes: ShardNotes) -> Findings:
-    """Read all notes, and write the skipped inputs into `skipped.jsonl`."""
-    found = Findings()
-    with tempfile.NamedTemporaryFile("w", encoding="utf-8") as lines:
-        for note in notes:
-            found.take(note)
-            lines.writelines(f"{entry.to_json()}\n" for entry in note.skipped)
+    """Read all notes, and write what is next to the card: `skipped.jsonl`, and for large datasets index and list."""
+    found, folder = Findings(), notes.folder
+    with tempfile.NamedTemporaryFile("w", encoding="utf-8") as lines, tempfile.NamedTemporaryFile() as index:
+        indexed = write_hashes(index, _hashes_of(notes, found, lines))
         lines.flush()
+        index.flush()
         if found.rows:
-            notes.folder.put(Path(lines.name), "skipped.jsonl")
+            folder.put(Path(lines.name), "skipped.jsonl")
+        if found.rows > INDEXED_ROWS and indexed == found.rows:  # notes of older versions have no hashes
+            folder.put(Path(index.name), INDEX_FILE)
+            size_bytes, sha256 = Path(index.name).stat().st_size, file_sha256(Path(index.name))
+            found.index = IndexFile(file=INDEX_FILE, rows=indexed, bytes=size_bytes, sha256=sha256)
+    if len(found.shards) > INLINE_SHARDS:
+        content = found.shards.content()
+        folder.write(SHARD_LIST, content)
+        sha256 = hashlib.sha256(content).hexdigest()
+        found.shard_list = ShardListFile(file=SHARD_LIST, shards=len(found.shards), bytes=len(content), sha256=sha256)
     return found
+
+
+def _hashes_of(notes: ShardNotes, found: Findings, lines: IO[str]) -> Iterator[np.ndarray]:
+    """The hashes in each note, which is added to the findings, and its skipped inputs to the lines."""
+    for number, note in enumerate(notes):
+        found.take(number, note)
+        lines.writelines(f"{entry.to_json()}\n" for entry in note.skipped)
+        yield np.frombuffer(base64.b64decode(note.hashes or ""), "<u8")
+
+
+def split_unit(plan: PreparationPlan, parent: DatasetCard | None) -> SplitBy:
+    """What is held out together. `parent` is the card of the dataset that is encoded."""
+    if parent is not None:
+        return parent.split_by
+    return "region" if plan.transform is not None and plan.transform.crop == "windows" else "key"
 
 
 def dataset_card(plan: PreparationPlan, found: Findings) -> DatasetCard:
     """The card of a dataset from the notes of all its shards."""
     mean, std = found.statistics()
     parent = open_dataset(plan.source).card if plan.source_kind == "dataset" else None
-    transform = parent.transform if parent else plan.transform
-    by_region = transform is not None and transform.crop == "windows"
     return DatasetCard(
-        format_version=1,
+        format_version=DatasetCard.FORMAT if found.shard_list else 1,  # older versions cannot read the list
         kind="latents" if plan.autoencoder else "pixels",
         resolution=found.shape[-1],
         channels=found.shape[0],
@@ -115,11 +144,13 @@ def dataset_card(plan: PreparationPlan, found: Findings) -> DatasetCard:
         classes=[ClassRows(name=name, rows=found.classes[number]) for number, name in enumerate(plan.class_names)],
         mean=mean.tolist(),
         std=std.tolist(),
-        transform=transform,
+        transform=parent.transform if parent else plan.transform,
         mirror=plan.mirror,
-        split_by=parent.split_by if parent else "region" if by_region else "key",
+        split_by=split_unit(plan, parent),
         autoencoder=plan.autoencoder,
         source_sha256=plan.inputs_sha256 if parent else found.source_digest.hexdigest(),
         preparation=plan.identity(),
-        shards=found.shards,
+        shards=[] if found.shard_list else found.shards.inline(),
+        shard_list=found.shard_list,
+        index=found.index,
     )

@@ -1,5 +1,6 @@
 """Shard maker: the worker of `prepare`. It reads, decodes, encodes and writes the inputs of one shard."""
 
+import base64
 import hashlib
 import os
 import warnings
@@ -16,10 +17,10 @@ import pyarrow.compute as pc
 from patchloom.errors import UserError
 from patchloom.models.backbones import allow_backbones
 from patchloom.pipelines.prepare.images import Transform, decode
-from patchloom.pipelines.prepare.notes import note_name
+from patchloom.pipelines.prepare.notes import note_name, split_unit
 from patchloom.platform.compute.devices import own_device
 from patchloom.platform.compute.jobs import WORK_FOLDER
-from patchloom.platform.dataset.index import MIRRORED
+from patchloom.platform.dataset.index import MIRRORED, unit_hashes
 from patchloom.platform.dataset.prepared import open_dataset, shard_bytes
 from patchloom.platform.dataset.readers import SourceReader
 from patchloom.platform.dataset.shard_table import shard_name
@@ -89,6 +90,7 @@ class ShardMaker:
         is_dataset = self.plan.source_kind == "dataset"
         self.pixels = open_dataset(self.plan.source) if is_dataset else None
         self.reader = None if is_dataset else SourceReader(self.plan.source_kind, self.plan.source)
+        self.split_by = split_unit(self.plan, self.pixels.card if self.pixels else None)
         self.autoencoder, threads = None, 1
         if self.plan.autoencoder:
             self.autoencoder = self._load_autoencoder(self.plan.autoencoder)
@@ -135,6 +137,7 @@ class ShardMaker:
             "shape": list(next(iter(content.tensors.values())).shape[1:]),
             "classes": Counter(content.labels),
             "sums": sums(content.tensors),
+            "hashes": base64.b64encode(unit_hashes(content.keys, self.split_by).tobytes()).decode(),
         }
 
     def _rows(self, inputs: list[PreparedInput]) -> ShardContent:

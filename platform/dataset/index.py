@@ -5,9 +5,11 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from io import BytesIO
 from pathlib import Path
-from typing import BinaryIO, Literal
+from typing import IO
 
 import numpy as np
+
+from patchloom.platform.records.dataset import SplitBy
 
 MIRRORED = "#mirror"  # the end of the key of a row that was encoded from a mirror image
 INDEX_FILE = "index.npy"
@@ -15,8 +17,6 @@ HEADER_BYTES = 128  # of an index file, before its hashes
 HASHES_AT_ONCE = 1 << 18
 BLOCK_ROWS = 512  # of a split, for which the number of earlier rows is kept
 ENTRIES_AT_ONCE = 1024
-
-SplitBy = Literal["key", "region"]
 
 
 def unit_hashes(keys: Iterable[str], split_by: SplitBy) -> np.ndarray:
@@ -33,7 +33,7 @@ def unit_hashes(keys: Iterable[str], split_by: SplitBy) -> np.ndarray:
     return np.frombuffer(digests, ">u8").astype("<u8")
 
 
-def write_hashes(file: BinaryIO, parts: Iterable[np.ndarray]) -> int:
+def write_hashes(file: IO[bytes], parts: Iterable[np.ndarray]) -> int:
     """Write an index: a .npy file of one little-endian uint64 per row.
 
     Args:

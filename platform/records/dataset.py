@@ -6,6 +6,8 @@ from pydantic import Field
 
 from patchloom.platform.records.record import Record, VersionedRecord
 
+SplitBy = Literal["key", "region"]
+
 
 def _is_none(value: object) -> bool:
     return value is None
@@ -108,7 +110,7 @@ class DatasetCard(VersionedRecord):
     std: list[float]
     transform: ImageTransform | None
     mirror: bool = False
-    split_by: Literal["key", "region"] = "key"
+    split_by: SplitBy = "key"
     autoencoder: DatasetAutoencoder | None
     source_sha256: str
     preparation: str

@@ -99,7 +99,10 @@ class ChannelSums(Record):
 
 
 class ShardNote(Record):
-    """The note of a finished shard. The fields of the file are None if no input of the shard can be used."""
+    """The note of a finished shard. The fields of the file are None if no input of the shard can be used.
+
+    `hashes` are those of the keys of its rows, 8 bytes each, as base64. Notes of older versions have none.
+    """
 
     inputs: int
     rows: int
@@ -111,3 +114,4 @@ class ShardNote(Record):
     shape: list[int] | None = None
     classes: dict[int, int] | None = None
     sums: ChannelSums | None = None
+    hashes: str | None = None
