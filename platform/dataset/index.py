@@ -15,7 +15,7 @@ MIRRORED = "#mirror"  # the end of the key of a row that was encoded from a mirr
 INDEX_FILE = "index.npy"
 HEADER_BYTES = 128  # of an index file, before its hashes
 HASHES_AT_ONCE = 1 << 18
-BLOCK_ROWS = 512  # of a split, for which the number of earlier rows is kept
+ROWS_PER_COUNT = 512  # of a split, for which the number of earlier rows is kept
 ENTRIES_AT_ONCE = 1024
 
 
@@ -65,7 +65,7 @@ def read_hashes(path: Path) -> Iterator[np.ndarray]:
 
 
 class Split:
-    """The rows of a split of a dataset, in ascending order: one bit per row and one count per `BLOCK_ROWS` rows.
+    """The rows of a split of a dataset, in ascending order: one bit per row and one count per `ROWS_PER_COUNT` rows.
 
     Args:
         hashes: the hashes of all rows in their order, some at a time; parts have whole blocks, except the last one.
@@ -83,7 +83,7 @@ class Split:
     ) -> None:
         total = int(starts[-1])
         self._total_rows = total
-        self._bits = np.zeros((-(-total // BLOCK_ROWS), BLOCK_ROWS // 8), np.uint8)
+        self._bits = np.zeros((-(-total // ROWS_PER_COUNT), ROWS_PER_COUNT // 8), np.uint8)
         self._before = np.zeros(len(self._bits) + 1, np.int64)  # rows of the split before each block
         self.starts = np.zeros(len(starts), np.int64)  # entries of the split before each shard
         first = count = shard = 0
@@ -92,8 +92,8 @@ class Split:
             packed = np.packbits(chosen)
             self._bits.reshape(-1)[first // 8 : first // 8 + len(packed)] = packed
             counts = np.concatenate([[count], count + np.cumsum(chosen)])
-            blocks = np.arange(0, len(part), BLOCK_ROWS)
-            self._before[first // BLOCK_ROWS : first // BLOCK_ROWS + len(blocks)] = counts[blocks]
+            blocks = np.arange(0, len(part), ROWS_PER_COUNT)
+            self._before[first // ROWS_PER_COUNT : first // ROWS_PER_COUNT + len(blocks)] = counts[blocks]
             last = int(np.searchsorted(starts, first + len(part), side="right"))
             self.starts[shard:last] = counts[starts[shard:last] - first]
             first, count, shard = first + len(part), int(counts[-1]), last
@@ -123,7 +123,7 @@ class Split:
             block = np.searchsorted(self._before, part, side="right") - 1
             seen = np.cumsum(np.unpackbits(self._bits[block], axis=1), axis=1, dtype=np.uint16)
             inside = (seen <= (part - self._before[block])[:, None]).sum(1)
-            found[first : first + len(part)] = block * BLOCK_ROWS + inside
+            found[first : first + len(part)] = block * ROWS_PER_COUNT + inside
         return found
 
     def spread(self, count: int) -> np.ndarray:
