@@ -1,7 +1,7 @@
 """Shard plans: which shards of a remote dataset a run needs next, and whether the cache of the node can hold them."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 
@@ -11,6 +11,7 @@ from patchloom.models.step_plan import draw_source
 from patchloom.platform.dataset.prepared import Dataset
 from patchloom.platform.dataset.remote_shards import RemoteShards, ShardsInNeed
 from patchloom.platform.files.cache import CACHE_GIB
+from patchloom.platform.progress import say
 from patchloom.platform.recipe.run_recipe import Recipe
 
 LOOK_AHEAD_CROPS = 65_536  # whose shards are found at once
@@ -54,6 +55,7 @@ class ShardPlan:
         self.dataset, self.order, self.rows_of_shards = dataset, order, rows_of_shards
         self.files = dataset.reader.files if isinstance(dataset.reader.files, RemoteShards) else None
         self._ends = np.cumsum(rows_of_shards)
+        self._has_said = False
         self._current = range(0)  # the crops of the current windows
 
     def advance(self, crops: range) -> None:
@@ -62,16 +64,26 @@ class ShardPlan:
             return
         if not isinstance(self.order, WindowedOrder):
             self._current, shards = range(crops[0], 2**62), np.flatnonzero(self.rows_of_shards)
+            self._say_what_is_fetched(shards)
             self.files.need([ShardsInNeed(shards, self._first_uses(self._current, len(shards)))])
             return
         windows = [self.order.window_at(crops[0])]
         while windows[-1].crops.stop <= crops[-1]:
             windows.append(self.order.window_at(windows[-1].crops.stop))
         self._current = range(windows[0].crops.start, windows[-1].crops.stop)
+        self._say_what_is_fetched(windows[0].shards)
         windows.append(self.order.window_at(self._current.stop))
         rest = [range(max(crops[0], window.crops.start), window.crops.stop) for window in windows]
         uses = [self._first_uses(left, len(window.shards)) for left, window in zip(rest, windows, strict=True)]
         self.files.need([ShardsInNeed(window.shards, order) for window, order in zip(windows, uses, strict=True)])
+
+    def _say_what_is_fetched(self, shards: np.ndarray) -> None:
+        """Say once that the first rows may take a while."""
+        if self.files is not None and not self._has_said:
+            self._has_said = True
+            if missing := self.files.missing_bytes(shards):
+                whole = "the dataset" if len(shards) == len(self.rows_of_shards) else "the first window"
+                say(f"  fetching {gib(missing)} GiB ({whole}); training starts when its first rows are here")
 
     def close(self) -> None:
         """Stop to fetch."""
@@ -136,7 +148,7 @@ class ShardPlan:
                 change = f", or choose data.order=windowed, which needs {gib(less)}"
         raise UserError(
             f"{parts.remote}: {need} {gib(least)} GiB, and the cache of this node ({parts.cache}) can have "
-            f"{capacity / 2**30:.3g}: set {CACHE_GIB}={gib(least)} on a disk with this room{change}"
+            f"{gib(capacity, math.floor)}: set {CACHE_GIB}={gib(least)} on a disk with this room{change}"
         )
 
     def describe(self, crops: int) -> str:
@@ -149,11 +161,11 @@ class ShardPlan:
         if isinstance(self.order, WindowedOrder):
             order = f"in {self.order.windows:,} windows per epoch"
             copies = f"reads the dataset ({gib(whole)} GiB) through its cache, at most once per epoch,"
-        room = f"room for {parts.capacity_bytes() / 2**30:.3g} here in {parts.cache}"
+        room = f"room for {gib(parts.capacity_bytes(), math.floor)} here in {parts.cache}"
         return f"data: each node {copies} {order}; the cache needs {gib(least)} GiB ({room})"
 
 
-def gib(size_bytes: float) -> str:
-    """A size in GiB, rounded up to three digits, without the unit."""
+def gib(size_bytes: float, rounded: Callable[[float], int] = math.ceil) -> str:
+    """A size in GiB without the unit, rounded up to three digits, or down with `math.floor`."""
     scale = 10 ** (2 - math.floor(math.log10(max(size_bytes, 1) / 2**30)))
-    return f"{math.ceil(size_bytes / 2**30 * scale) / scale:g}"
+    return f"{rounded(size_bytes / 2**30 * scale) / scale:g}"

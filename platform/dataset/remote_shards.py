@@ -44,8 +44,7 @@ class RemoteShards:
         self._needed: list[ShardsInNeed] = []
         self._again: deque[int] = deque()  # shards that another process is fetching
         self._mutex = threading.RLock()
-        self._threads: list[threading.Thread] = []
-        self._is_closed = False
+        self._ended: threading.Event | None = None  # of the threads that fetch, once they are started
 
     def path_of(self, number: int) -> Path:
         """The file of a shard. It is fetched if it is not here, and stays until the call of `release`.
@@ -81,27 +80,30 @@ class RemoteShards:
             self.parts.let_go(stage.numbers)
         self.forget(self._unneeded())
         self._end_holds()
-        if not self._threads:
-            self._threads = [threading.Thread(target=self._fetch, daemon=True) for _ in range(FETCHES_AT_ONCE)]
-            for thread in self._threads:
-                thread.start()
+        if self._ended is None:
+            self._ended = threading.Event()
+            for _ in range(FETCHES_AT_ONCE):
+                threading.Thread(target=self._fetch, args=(self._ended,), daemon=True).start()
+        self.parts.notify()
+
+    def missing_bytes(self, numbers: np.ndarray) -> int:
+        """The size of those of these shards that are not here."""
+        return sum(self.parts.size(number) for number in numbers.tolist() if not self.parts.is_here(number))
 
     def close(self) -> None:
-        """Stop to fetch in the background, and let all shards go that are not open."""
-        self._is_closed = True
-        self.parts.notify()
-        for thread in self._threads:
-            thread.join()
-        self._threads, self._is_closed = [], False
+        """Stop to fetch in the background after what is under way, and let all shards go that are not open."""
+        if self._ended is not None:
+            self._ended.set()  # nothing waits for the threads: a store may not answer
+            self._ended = None
         with self._mutex:
             before, self._needed = self._needed, []
         for stage in before:
             self.parts.let_go(stage.numbers)
         self._end_holds()
 
-    def _fetch(self) -> None:
-        """Fetch what is needed, until `close`. Errors are raised by the reader, when it needs the shard."""
-        while not self._is_closed:
+    def _fetch(self, ended: threading.Event) -> None:
+        """Fetch what is needed, until the end. Errors are raised by the reader, when it needs the shard."""
+        while not ended.is_set():
             number = self._next()
             if number is None:
                 self._end_holds()
@@ -132,7 +134,7 @@ class RemoteShards:
 
     def _is_needed(self, number: int) -> bool:
         with self._mutex:
-            return not self._is_closed and any(number in stage.numbers for stage in self._needed)
+            return any(number in stage.numbers for stage in self._needed)
 
     def _unneeded(self) -> list[int]:
         """Shards that are open and not needed."""

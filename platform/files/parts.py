@@ -314,7 +314,7 @@ class CachedParts:
                     if not self._take_room(number):
                         return PartState.FULL
                     self._fetch(number)
-        except (OSError, UserError) as error:
+        except Exception as error:  # also those of a store's client; `get` raises it
             self._failed[number] = error
         finally:
             with self._changed:
