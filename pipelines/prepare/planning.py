@@ -19,7 +19,8 @@ from patchloom.platform.records.dataset import DatasetAutoencoder, ImageTransfor
 from patchloom.platform.records.prepare import PreparationPlan, PreparedInput
 
 PRECISIONS = ("fp32", "bf16")
-SHARD_ROWS, SHARD_BYTES = 512, 64 << 20  # limits of a shard: rows, and bytes of its decoded images
+SHARD_ROWS, SHARD_BYTES = 512, 64 << 20  # limits of a small shard: rows, and bytes of its decoded images
+SHARDS_BEFORE_GROWTH, LARGEST_SHARD_BYTES = 256, 128 << 20
 SD_VAE, LATENTS_FROM_PIXELS = "stabilityai/sd-vae-ft-mse", 256
 
 
@@ -44,9 +45,32 @@ class Preparation:
     other_files: str = ""
 
     def with_shards(self, rows: int | None) -> "Preparation":
-        """The preparation with this number of rows per shard, or a number that suits the size of the images."""
-        rows = rows or max(1, min(SHARD_ROWS, SHARD_BYTES // (self.side * self.side * 3)))
+        """The preparation with this number of rows per shard, or a number that suits its inputs."""
+        rows = rows or default_shard_rows(len(self.inputs), self.side, self._row_bytes())
         return replace(self, plan=self.plan.model_copy(update={"shard_rows": rows}))
+
+    def _row_bytes(self) -> int:
+        """The size of a stored row: an image, or the mean and std of a latent in float16."""
+        autoencoder = self.plan.autoencoder
+        if autoencoder is None:
+            return self.side * self.side * (self.plan.transform.channels if self.plan.transform else 3)
+        return (self.side // autoencoder.downscale) ** 2 * autoencoder.latent_channels * 4
+
+
+def default_shard_rows(inputs: int, side: int, row_bytes: int) -> int:
+    """The number of rows per shard, from what the inputs are, and not from what prepares them.
+
+    A dataset has many small shards, so that many workers have work and little is lost with one of them. Above
+    `SHARDS_BEFORE_GROWTH` shards they grow instead, so that a store and its readers handle few large files: from
+    16 GiB on they have at least 64 MiB, and never more than 128 MiB.
+
+    Args:
+        inputs: number of inputs.
+        side: side of the images in pixels.
+        row_bytes: size of a stored row.
+    """
+    small = max(1, min(SHARD_ROWS, SHARD_BYTES // (side * side * 3)))
+    return max(small, min(-(-inputs // SHARDS_BEFORE_GROWTH), LARGEST_SHARD_BYTES // row_bytes))
 
 
 def check_transform(transform: Transform) -> Transform:

@@ -82,7 +82,8 @@ def prepare(
         mirror: also encode the mirror images, for latents.
         short_side: windows: photographs are resized to this short side, in pixels. Default: 4 x resolution.
         stride: windows: pixels between windows. Default: resolution / 10.
-        shard_rows: rows per shard. Default: at most 512, and at most 64 MiB of pixels.
+        shard_rows: rows per shard. Default: at most 512, and at most 64 MiB of pixels; more if there would be more than
+            256 shards, up to 128 MiB in a shard.
         workers: parallel processes. None: this process for 10 seconds, then all CPUs or GPUs. 0: this process.
         resources: the nodes that the workers may use. By default all.
 

@@ -7,7 +7,7 @@ import warnings
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -79,6 +79,53 @@ class ShardContent:
         )
 
 
+class PixelRows:
+    """Collects the images of a shard."""
+
+    def __init__(self, most: int, shape: tuple[int, int, int]) -> None:
+        self._images, self._rows = np.empty((most, *shape), np.uint8), 0
+
+    def add(self, image: np.ndarray) -> None:
+        """Add an image, (C, H, W) uint8."""
+        self._images[self._rows] = image
+        self._rows += 1
+
+    def tensors(self) -> dict[str, np.ndarray]:
+        """The columns of the shard."""
+        return {"image": self._images[: self._rows]}
+
+
+class LatentRows:
+    """Collects the latents of a shard. Only one batch of its images is in memory."""
+
+    def __init__(self, autoencoder: "Autoencoder") -> None:
+        self._autoencoder, self._images = autoencoder, list[np.ndarray]()
+        self._moments: dict[str, list[np.ndarray]] = {}
+
+    def add(self, image: np.ndarray) -> None:
+        """Add an image, (C, H, W) uint8."""
+        self._images.append(image)
+        if len(self._images) == ENCODE_BATCH:
+            self._encode()
+
+    def _encode(self) -> None:
+        import torch
+
+        padded = np.stack(self._images + self._images[-1:] * (ENCODE_BATCH - len(self._images)))
+        mean, std = self._autoencoder.encode(torch.from_numpy(padded).to(own_device()))
+        for name, moment in (("mean", mean), ("std", std)):
+            if moment is not None:  # a deterministic autoencoder has no std
+                moments = self._moments.setdefault(name, [])
+                moments.append(moment[: len(self._images)].cpu().to(torch.float16).numpy())
+        self._images = []
+
+    def tensors(self) -> dict[str, np.ndarray]:
+        """The columns of the shard."""
+        if self._images:
+            self._encode()
+        return {name: np.concatenate(parts) for name, parts in self._moments.items()}
+
+
 class ShardMaker:
     """Makes shards of one preparation. It loads the autoencoder once, on a GPU if there is one."""
 
@@ -113,7 +160,9 @@ class ShardMaker:
             warnings.simplefilter("ignore")  # Pillow's: inputs that cannot be used are listed
             content = self._rows(inputs) if self.pixels else self._images(inputs)
         if self.autoencoder is not None and content.keys:
-            content = self._encode(content)
+            values = content.tensors.values()
+            is_bad = ~np.logical_and.reduce([np.isfinite(moment).all((1, 2, 3)) for moment in values])
+            content = content.without(is_bad, NOT_FINITE)
         note = ShardNote(
             inputs=len(inputs),
             rows=len(content.keys),
@@ -140,21 +189,29 @@ class ShardMaker:
             "hashes": base64.b64encode(unit_hashes(content.keys, self.split_by).tobytes()).decode(),
         }
 
+    def _collector(self, most: int, shape: tuple[int, int, int]) -> PixelRows | LatentRows:
+        return PixelRows(most, shape) if self.autoencoder is None else LatentRows(self.autoencoder)
+
     def _rows(self, inputs: list[PreparedInput]) -> ShardContent:
         """Rows of a prepared dataset, and mirrored rows."""
         assert self.pixels is not None
-        rows = self.pixels.rows([entry.place[0] for entry in inputs])
-        mirrored = np.array([entry.mirror for entry in inputs])
-        images = np.where(mirrored[:, None, None, None], rows["image"][..., ::-1], rows["image"])
-        keys = [key + MIRRORED * bool(flip) for key, flip in zip(rows["key"], mirrored, strict=True)]
-        labels = [int(label) for label in rows["label"]]
-        return ShardContent(keys, labels, {"image": images}, [], self.plan.inputs_sha256)
+        card = self.pixels.card
+        collected = self._collector(len(inputs), (card.channels, card.resolution, card.resolution))
+        keys, labels = list[str](), list[int]()
+        for first in range(0, len(inputs), ENCODE_BATCH):
+            batch = inputs[first : first + ENCODE_BATCH]
+            rows = self.pixels.rows([entry.place[0] for entry in batch])
+            for entry, key, label, image in zip(batch, rows["key"], rows["label"], rows["image"], strict=True):
+                collected.add(image[..., ::-1] if entry.mirror else image)
+                keys.append(key + MIRRORED * entry.mirror)
+                labels.append(int(label))
+        return ShardContent(keys, labels, collected.tensors(), [], self.plan.inputs_sha256)
 
     def _images(self, inputs: list[PreparedInput]) -> ShardContent:
-        """Decoded images of the source. Images that cannot be used are skipped with the reason."""
+        """Images of the source. Those that cannot be used are skipped with the reason."""
         assert self.transform is not None and self.reader is not None
         side, channels = self.transform.resolution, self.transform.channels
-        images = np.empty((len(inputs), channels, side, side), np.uint8)
+        collected = self._collector(len(inputs), (channels, side, side))
         keys, labels, skipped = list[str](), list[int](), list[SkippedInput]()
         digest = hashlib.sha256()
         for entry, (found, content_digest) in zip(inputs, self._decoded(inputs), strict=True):
@@ -163,10 +220,10 @@ class ShardMaker:
             if isinstance(found, Exception):
                 skipped.append(SkippedInput(key=key, error=self._reason(found)))
                 continue
-            images[len(keys)] = (found[:, ::-1] if entry.mirror else found).transpose(2, 0, 1)
+            collected.add((found[:, ::-1] if entry.mirror else found).transpose(2, 0, 1))
             keys.append(key)
             labels.append(entry.label)
-        return ShardContent(keys, labels, {"image": images[: len(keys)]}, skipped, digest.hexdigest())
+        return ShardContent(keys, labels, collected.tensors(), skipped, digest.hexdigest())
 
     def _decoded(self, inputs: list[PreparedInput]) -> Iterator[tuple[np.ndarray | Exception, bytes]]:
         """(R, R, C) uint8, or the error, of every input, with the sha256 of its bytes in the source."""
@@ -216,24 +273,6 @@ class ShardMaker:
         if "BytesIO" in message:  # Pillow's message contains the address of the object
             message = "cannot identify image file"
         return message if type(error) in (ValueError, UserError) else f"{type(error).__name__}: {message}"
-
-    def _encode(self, content: ShardContent) -> ShardContent:
-        """The latents of the images. Images whose latent is not finite are skipped."""
-        import torch
-
-        assert self.autoencoder is not None
-        images = content.tensors["image"]
-        moments: dict[str, list[np.ndarray]] = {}
-        for start in range(0, len(images), ENCODE_BATCH):
-            batch = images[start : start + ENCODE_BATCH]
-            padded = np.concatenate([batch, np.repeat(batch[-1:], ENCODE_BATCH - len(batch), axis=0)])
-            mean, std = self.autoencoder.encode(torch.from_numpy(padded).to(own_device()))
-            for name, moment in (("mean", mean), ("std", std)):
-                if moment is not None:  # a deterministic autoencoder has no std
-                    moments.setdefault(name, []).append(moment[: len(batch)].cpu().to(torch.float16).numpy())
-        tensors = {name: np.concatenate(parts) for name, parts in moments.items()}
-        is_bad = ~np.logical_and.reduce([np.isfinite(values).all((1, 2, 3)) for values in tensors.values()])
-        return replace(content, tensors=tensors).without(is_bad, NOT_FINITE)
 
 
 class Decoders:
