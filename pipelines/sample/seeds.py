@@ -65,7 +65,7 @@ def _labels_of_file(seeds: list[int], class_names: Sequence[str], address: str) 
 
     A column of plain numbers is class numbers, also if classes are named by numbers; other text is class names.
     """
-    found = _labels_of_lines(address) if address.endswith(".txt") else read_labels(address, SEED_COLUMNS).of
+    found = _labels_of_lines(address) if address.endswith(".txt") else read_labels(address, SEED_COLUMNS).by_key()
     missing = [str(seed) for seed in seeds if str(seed) not in found]
     if missing:
         named = ", ".join(missing[:SEEDS_IN_ERROR]) + (", ..." if len(missing) > SEEDS_IN_ERROR else "")

@@ -2,43 +2,48 @@
 
 import csv
 import io
+import itertools
 import json
-from collections.abc import Callable, Collection, Mapping
-from typing import Any
+import shutil
+import tempfile
+from collections.abc import Callable, Collection, Iterator, Mapping
+from typing import Any, BinaryIO
 
 import pyarrow.parquet
 
 from patchloom.errors import UserError
-from patchloom.platform.dataset.labels import Label, Labels, column_of_labels, first_of, label_of
-from patchloom.platform.files.folder import Folder
+from patchloom.platform.dataset.json_stream import JsonStream
+from patchloom.platform.dataset.labels import Labels, first_of
+from patchloom.platform.files.folder import COPY_BYTES, Folder
+from patchloom.platform.files.spool import RowSpool
 from patchloom.platform.progress import say
 
 LABEL_COLUMNS = ("label", "labels", "class", "category", "cls", "fine_label")
 NAME_COLUMNS = ("key", "file_name", "filename", "file", "path", "image", "name")
 TABLE_ENDINGS = (".csv", ".tsv", ".jsonl", ".parquet")
 TABLE_NAMES = tuple(f"{stem}{ending}" for stem in ("labels", "metadata") for ending in TABLE_ENDINGS)
+PARQUET_BATCH_ROWS = 1024
 DELIMITERS = ",;\t"
 KNOWN_FILES = "a .csv, .tsv, .jsonl or .parquet file, or EDM's dataset.json"
 
 LabelRow = Mapping[str, Any]  # cells by column
 
 
-def find_labels(names: Collection[str], read: Callable[[str], bytes]) -> Labels | None:
+def find_labels(names: Collection[str], opened: Callable[[str], BinaryIO]) -> Labels | None:
     """The labels in the root folder of a source, or None.
 
     Looks for `dataset.json` (EDM's), then `labels` or `metadata` with an ending of `TABLE_ENDINGS`. A `metadata` table
     without labels, such as one of captions, is ignored with a message.
     """
     if "dataset.json" in names:
-        return parse_labels("dataset.json", read("dataset.json"))
+        return parse_labels("dataset.json", opened("dataset.json"))
     found = first_of(TABLE_NAMES, names)
     if found is None:
         return None
-    content = read(found)
-    if found.startswith("metadata.") and not _has_labels(found, content):
+    if found.startswith("metadata.") and not _has_labels(found, opened(found)):
         say(f"  {found} has no column of labels ({', '.join(LABEL_COLUMNS[:3])}, ...) and is not used")
         return None
-    return parse_labels(found, content)
+    return parse_labels(found, opened(found))
 
 
 def read_labels(address: str, keys: tuple[str, ...] = NAME_COLUMNS) -> Labels:
@@ -54,20 +59,19 @@ def read_labels(address: str, keys: tuple[str, ...] = NAME_COLUMNS) -> Labels:
     folder, name = Folder.of_file(address)
     if not folder.has(name):
         raise UserError(f"--labels {address} does not exist: give {KNOWN_FILES}")
-    labels = parse_labels(name, folder.read(name), keys)
-    if labels is None or not labels.of:
+    labels = parse_labels(name, opened_here(folder, name), keys)
+    if not labels:
         raise UserError(
             f"--labels {address} contains no labels: a .json file needs a list `labels`, as in EDM's dataset.json"
         )
     return labels
 
 
-def parse_labels(name: str, content: bytes, keys: tuple[str, ...] = NAME_COLUMNS) -> Labels | None:
-    """The labels in the content of a file, whose ending defines the format; None for JSON without labels."""
+def parse_labels(name: str, file: BinaryIO, keys: tuple[str, ...] = NAME_COLUMNS) -> Labels | None:
+    """The labels in a file, whose ending defines the format; None for JSON without labels. The file is closed."""
     try:
-        if name.lower().endswith(".json"):
-            return _edm_labels(name, json.loads(content))
-        return _table_labels(name, _rows(name, content), keys)
+        with file:
+            return _edm_labels(name, file) if name.lower().endswith(".json") else _table_labels(name, file, keys)
     except UserError:
         raise
     except (ValueError, KeyError, TypeError, csv.Error, pyarrow.ArrowException) as error:
@@ -77,36 +81,53 @@ def parse_labels(name: str, content: bytes, keys: tuple[str, ...] = NAME_COLUMNS
         ) from None
 
 
-def _edm_labels(name: str, value: Any) -> Labels | None:
+def _edm_labels(name: str, file: BinaryIO) -> Labels | None:
     """`{"labels": [[key, class], ...]}` or `{"labels": {key: class}}`, optionally with class names in `classes`.
 
     `{"labels": null}` means that the images have no classes, also if they are in folders.
     """
-    if not isinstance(value, dict) or "labels" not in value:
+    text = JsonStream(file)
+    if text.next_character() != "{":
+        text.value()
         return None
-    given = value["labels"] or {}
-    pairs = given.items() if isinstance(given, dict) else given
-    names = value.get("classes")
-    return _labels(name, [(str(key), label) for key, label in pairs], [str(one) for one in names] if names else None)
+    given, names, has_labels = RowSpool(), None, False
+    for key in text.members():
+        if key == "labels":
+            has_labels = True
+            if text.next_character() in ("[", "{"):
+                for one, label in text.items():
+                    given.append((str(one), label))
+            elif text.value():
+                raise ValueError("`labels` is no list")
+        elif key == "classes":
+            names = [str(one) for one in text.value() or ()] or None
+        else:
+            text.value()
+    return Labels(name, ((key, label) for key, label in given), names) if has_labels else None
 
 
-def _has_labels(name: str, content: bytes) -> bool:
-    try:
-        rows = _rows(name, content)
-    except (ValueError, csv.Error, pyarrow.ArrowException):
-        return True  # the error of parsing says what is wrong
-    return not rows or not isinstance(rows[0], Mapping) or first_of(LABEL_COLUMNS, rows[0]) is not None
+def _has_labels(name: str, file: BinaryIO) -> bool:
+    with file:
+        try:
+            first = next(_rows(name, file), None)
+        except (ValueError, csv.Error, pyarrow.ArrowException):
+            return True  # the error of parsing says what is wrong
+    return not isinstance(first, Mapping) or first_of(LABEL_COLUMNS, first) is not None
 
 
-def _rows(name: str, content: bytes) -> list[LabelRow]:
+def _rows(name: str, file: BinaryIO) -> Iterator[LabelRow]:
+    """The rows of a table, one by one."""
     if name.lower().endswith((".csv", ".tsv")):
-        text = content.decode("utf-8-sig")
-        return list(csv.DictReader(io.StringIO(text), delimiter=_delimiter(text.partition("\n")[0])))
-    if name.lower().endswith(".jsonl"):
-        return [json.loads(line) for line in content.splitlines() if line.strip()]
-    if name.lower().endswith(".parquet"):
-        return list(pyarrow.parquet.read_table(io.BytesIO(content)).to_pylist())
-    raise UserError(f"{name} is a labels file of an unknown format: give {KNOWN_FILES}")
+        text = io.TextIOWrapper(file, "utf-8-sig", newline="\n")
+        header = text.readline()
+        yield from csv.DictReader(itertools.chain([header], text), delimiter=_delimiter(header))
+    elif name.lower().endswith(".jsonl"):
+        yield from (json.loads(line) for line in file if line.strip())
+    elif name.lower().endswith(".parquet"):
+        for batch in pyarrow.parquet.ParquetFile(file).iter_batches(PARQUET_BATCH_ROWS):
+            yield from batch.to_pylist()
+    else:
+        raise UserError(f"{name} is a labels file of an unknown format: give {KNOWN_FILES}")
 
 
 def _delimiter(header: str) -> str:
@@ -114,16 +135,18 @@ def _delimiter(header: str) -> str:
     return max(DELIMITERS, key=header.count)
 
 
-def _table_labels(name: str, rows: list[LabelRow], keys: tuple[str, ...]) -> Labels | None:
-    if not rows:
+def _table_labels(name: str, file: BinaryIO, keys: tuple[str, ...]) -> Labels | None:
+    rows = _rows(name, file)
+    first = next(rows, None)
+    if first is None:
         return None
-    key, label = first_of(keys, rows[0]), first_of(LABEL_COLUMNS, rows[0])
+    key, label = first_of(keys, first), first_of(LABEL_COLUMNS, first)
     if key is None or label is None:
         raise UserError(
-            f"{name} has the columns {', '.join(map(str, rows[0]))} and needs one for keys and one for labels: "
+            f"{name} has the columns {', '.join(map(str, first))} and needs one for keys and one for labels: "
             f"name them `{keys[0]}` and `label`"
         )
-    return _labels(name, [(_key(row[key]), row[label]) for row in rows], None)
+    return Labels(name, ((_key(row[key]), row[label]) for row in itertools.chain([first], rows)))
 
 
 def _key(value: Any) -> str:
@@ -131,11 +154,12 @@ def _key(value: Any) -> str:
     return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
 
 
-def _labels(name: str, pairs: list[tuple[str, Any]], class_names: list[str] | None) -> Labels:
-    """Labels by key; raises UserError where a key has two different labels."""
-    values = column_of_labels((label_of(value, f"{key} in {name}") for key, value in pairs), class_names)
-    found: dict[str, Label] = {}
-    for (key, _), label in zip(pairs, values, strict=True):
-        if found.setdefault(key, label) != label:
-            raise UserError(f"{name} has two labels for {key}, {found[key]!r} and {label!r}: remove one of the rows")
-    return Labels(found, class_names)
+def opened_here(folder: Folder, name: str) -> BinaryIO:
+    """A file, open for reading from its start; a remote one is copied first, because it is read piece by piece."""
+    if not folder.is_remote:
+        return folder.open(name)
+    copy: BinaryIO = tempfile.TemporaryFile()  # noqa: SIM115 the caller closes it
+    with folder.open(name) as source:
+        shutil.copyfileobj(source, copy, COPY_BYTES)
+    copy.seek(0)
+    return copy

@@ -5,15 +5,18 @@ float is an integer, because pandas stores integers with gaps as floats. None, N
 column of text is read as numbers if every value in it is written as a plain number.
 """
 
+import itertools
 import math
 import unicodedata
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from operator import itemgetter
 from typing import Any
 
 import numpy as np
 
 from patchloom.errors import UserError
+from patchloom.platform.files.spool import RowSpool, sorted_rows
 
 MOST_CLASSES = 100_000
 MISSING_TEXTS = ("", "nan", "NaN")  # in a column of numbers that was written as text
@@ -21,21 +24,86 @@ MISSING_TEXTS = ("", "nan", "NaN")  # in a column of numbers that was written as
 Label = int | str | None
 
 
-@dataclass(frozen=True)
 class Labels:
-    """The class of each key, as a number or name, and the names of the classes if the source has them."""
+    """Keys with their class as a number or name, kept in a temporary file, and the names of the classes if known.
 
-    of: dict[str, Label]
-    class_names: list[str] | None = None
-    _plain: dict[str, str] = field(default_factory=dict, repr=False, compare=False)  # keys by their plain form
+    Args:
+        name: the file that they are from, for messages.
+        pairs: each key with its label as the file has it.
+        class_names: the names of the classes, if the file has them.
 
-    def __post_init__(self) -> None:
-        for key in self.of:
-            self._plain.setdefault(plain_key(key), key)
+    Raises:
+        UserError: a label is of no known type.
+    """
 
-    def find(self, key: str) -> str | None:
-        """The key in `of` that means this key: itself, or another spelling of it."""
-        return key if key in self.of else self._plain.get(plain_key(key))
+    def __init__(self, name: str, pairs: Iterable[tuple[str, Any]] = (), class_names: list[str] | None = None) -> None:
+        self.name, self.class_names, self._rows = name, class_names, RowSpool()
+        different: dict[Label, None] = {}
+        for key, value in pairs:
+            label = label_of(value, f"{key} in {name}")
+            different[label] = None
+            self._rows.append((key, label))
+        columns = column_of_labels(different, self.class_names)
+        self._read_as = dict(zip(different, columns, strict=True))
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def pairs(self) -> Iterator[tuple[str, Label]]:
+        """Each key with its label. A key may be there more than once."""
+        return ((key, self._read_as[label]) for key, label in self._rows)
+
+    def by_key(self) -> dict[str, Label]:
+        """The label of each key, all in memory; raises UserError where a key has two different labels."""
+        found: dict[str, Label] = {}
+        for key, label in self.pairs():
+            if found.setdefault(key, label) != label:
+                raise self.conflict(key, found[key], label)
+        return found
+
+    def conflict(self, key: str, one: Label, other: Label) -> UserError:
+        """The error of a key with two different labels."""
+        return UserError(f"{self.name} has two labels for {key}, {one!r} and {other!r}: remove one of the rows")
+
+    def matched(self, keys: Iterable[str]) -> "LabelMatches":
+        """Find the labels of keys, also of those that are spelled in another way, by sorting all keys on disk.
+
+        Raises:
+            UserError: a key has two different labels.
+        """
+        members = itertools.chain(
+            ((plain_key(key), False, number, key, label) for number, (key, label) in enumerate(self.pairs())),
+            ((plain_key(key), True, position, key, None) for position, key in enumerate(keys)),
+        )
+        found, problems = LabelMatches(), dict[int, UserError]()
+        groups = itertools.groupby(sorted_rows(members), key=itemgetter(0))
+        found.rows = sorted_rows(row for _, group in groups for row in self._group(group, found, problems))
+        if problems:
+            raise problems[min(problems)]
+        return found
+
+    def _group(
+        self, group: Iterable[tuple[Any, ...]], found: "LabelMatches", problems: dict[int, UserError]
+    ) -> Iterator[tuple[int, Label]]:
+        """The position and label of each key of one plain form, of which labels come first."""
+        labels, used = dict[str, Label](), set[str]()
+        for _, is_wanted, number, key, label in group:
+            if not is_wanted:
+                if labels.setdefault(key, label) != label:
+                    problems[number] = self.conflict(key, labels[key], label)
+            elif labels:
+                known = key if key in labels else next(iter(labels))
+                used.add(known)
+                yield number, labels[known]
+        found.unused += len(labels) - len(used)
+
+
+@dataclass
+class LabelMatches:
+    """The positions of keys that have a label, in ascending order, with the label; and the number of unused labels."""
+
+    rows: Iterator[tuple[Any, ...]] = field(default_factory=lambda: iter(()))
+    unused: int = 0
 
 
 def plain_key(key: str) -> str:

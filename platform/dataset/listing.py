@@ -1,5 +1,6 @@
 """Listing: the inputs of each format of source, in its order, with the labels that the source has."""
 
+import io
 import itertools
 import json
 import tarfile
@@ -15,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 
 from patchloom.errors import UserError
-from patchloom.platform.dataset.label_files import LABEL_COLUMNS, TABLE_NAMES, find_labels
+from patchloom.platform.dataset.label_files import LABEL_COLUMNS, TABLE_NAMES, find_labels, opened_here
 from patchloom.platform.dataset.labels import Label, Labels, first_of, label_of
 from patchloom.platform.dataset.readers import (
     NpzArray,
@@ -86,7 +87,7 @@ def is_image(name: str) -> bool:
 
 
 def _images(
-    listing: Listing, listed: Iterable[ListedInput], read: Callable[[ListedInput], bytes]
+    listing: Listing, listed: Iterable[ListedInput], opened: Callable[[ListedInput], BinaryIO]
 ) -> Iterator[ListedInput]:
     """The images among named files. Completes the listing with a file of labels in the root, and other files."""
     tables: dict[str, ListedInput] = {}
@@ -99,7 +100,7 @@ def _images(
             tables[one.key] = one
         else:
             listing.others[_ending(one.key)] += 1
-    listing.labels = find_labels(tables, lambda name: read(tables[name]))
+    listing.labels = find_labels(tables, lambda name: opened(tables[name]))
 
 
 def _ending(name: str) -> str:
@@ -121,7 +122,7 @@ def list_files(folder: Folder, names: dict[str, int], image_member: str | None) 
     """The files of a folder."""
     listing = Listing(has_folders=True)
     listed = (ListedInput(name, [name], size) for name, size in folder.walk(follow_links=True))
-    listing.inputs = _images(listing, listed, lambda one: folder.read(one.key))
+    listing.inputs = _images(listing, listed, lambda one: opened_here(folder, one.key))
     return listing
 
 
@@ -130,14 +131,14 @@ def list_zip(folder: Folder, names: dict[str, int], image_member: str | None) ->
     (name,) = names
     listing, reader = Listing(has_folders=True), SourceReader("zip", folder.address)
 
-    def read(one: ListedInput) -> bytes:
+    def opened(one: ListedInput) -> BinaryIO:
         try:
-            return bytes(reader.read(one.place))
+            return io.BytesIO(bytes(reader.read(one.place)))
         except (ValueError, zipfile.BadZipFile, zlib.error) as error:
             raise UserError(f"{folder}/{name}: {one.key} cannot be read ({error}): write the archive again") from None
 
     listed = (ListedInput(key, place, size) for key, place, size in zip_images(folder, name))
-    listing.inputs = _images(listing, listed, read)
+    listing.inputs = _images(listing, listed, opened)
     return listing
 
 
@@ -175,7 +176,7 @@ def _list_tar(
         if one.content is not None and _ending(name) in SIDECAR_ENDINGS:
             sidecars.append((sample_key(name), *_sidecar_label(name, one.content)))
     if not prefix:
-        listing.labels = find_labels(tables, tables.__getitem__)
+        listing.labels = find_labels(tables, lambda name: io.BytesIO(tables[name]))
     samples = _Samples(f"{folder}/{tar}", images, sidecars, image_member)
     inputs = samples.inputs() if prefix or image_member or len(sidecars) else iter(())
     if prefix or image_member or samples.have_sidecars:
@@ -365,7 +366,7 @@ def _table_rows(listing: Listing, folder: Folder, names: list[str]) -> Iterator[
             text = "" if given is None else str(given)
             known = label_of(value, f"row {row} of {name}") if label else None
             yield ListedInput(text or f"{number:0{width}d}", [name, column, row], -1, known)
-    listing.labels = Labels({}, class_names) if class_names else None
+    listing.labels = Labels(str(folder), class_names=class_names) if class_names else None
 
 
 def _digits(rows: int) -> int:
@@ -426,7 +427,7 @@ def list_npz(folder: Folder, names: dict[str, int], image_member: str | None) ->
         raise UserError(f"{folder}/{name} has {len(images)} images and {found} labels: give one label per image")
     given = [one for block in class_names.blocks() for one in block.tolist()] if class_names is not None else []
     known = [str(label_of(one, name)) for one in given]
-    listing = Listing(labels=Labels({}, known) if known else None)
+    listing = Listing(labels=Labels(name, class_names=known) if known else None)
     listing.inputs = _array_rows(folder, name, images, labels)
     return listing
 

@@ -29,6 +29,7 @@ FILE_ENDINGS = {
     "tar": (".tar", ".tar.gz", ".tgz"),
     "table": (".parquet", ".arrow", ".feather"),
 }
+NO_MATCH = (-1, None)
 ARCHIVE_ENDINGS = sum(FILE_ENDINGS.values(), ())
 SUPPORTED_SOURCES = "a folder of images, .zip, .tar, .tar.gz, .parquet, .arrow, .npz, a saved Hugging Face dataset"
 
@@ -160,32 +161,29 @@ def _labelled(
     listing: Listing, rows: RowSpool, found: _Found, given: Labels | None
 ) -> tuple[list[str], SourceInputs, int]:
     """The class names, the inputs with their class as a number, and the number of labels without an input."""
-    names = given.class_names if given else None
-    if (given is None or not given.of) and found.labels.keys() == {None}:
+    names = given.class_names if given is not None else None
+    if not given and found.labels.keys() == {None}:
         folders = found.folders if listing.has_folders else {}
         is_storage = given is not None and all(STORAGE_FOLDER.fullmatch(str(name)) for name in folders if name)
         class_names, of_folder = _numbers([] if is_storage else list(folders), names)
         return class_names, SourceInputs(rows, lambda key, label: of_folder.get(_first_folder(key), -1)), 0
     own = list(found.labels)
     as_column = dict(
-        zip(own, column_of_labels(own, listing.labels.class_names if listing.labels else None), strict=True)
+        zip(own, column_of_labels(own, listing.labels.class_names if listing.labels is not None else None), strict=True)
     )
-    if given is None or not given.of:
+    if not given:
         class_names, numbers = _numbers(list(as_column.values()), names)
         return class_names, SourceInputs(rows, lambda key, label: numbers[as_column[label]]), 0
-    labels = given
-
-    def label_of_input(key: str, label: Label) -> Label:
-        known = labels.find(key)
-        return as_column[label] if known is None else labels.of[known]
-
-    used, final = set[str](), dict[Label, None]()
-    for key, _, _, label, _ in rows:
-        used.update(filter(None, [labels.find(key)]))
-        final[label_of_input(key, label)] = None
+    matches, labelled, final = given.matched(row[0] for row in rows), RowSpool(), dict[Label, None]()
+    matched, label = next(matches.rows, NO_MATCH)
+    for position, (key, place, size_bytes, listed, error) in enumerate(rows):
+        one = as_column[listed]
+        if position == matched:
+            one, (matched, label) = label, next(matches.rows, NO_MATCH)
+        final[one] = None
+        labelled.append((key, place, size_bytes, one, error))
     class_names, numbers = _numbers(list(final), names)
-    inputs = SourceInputs(rows, lambda key, label: numbers[label_of_input(key, label)])
-    return class_names, inputs, len(labels.of.keys() - used)
+    return class_names, SourceInputs(labelled, lambda key, label: numbers[label]), matches.unused
 
 
 def _numbers(labels: list[Label], class_names: list[str] | None) -> tuple[list[str], dict[Label, int]]:

@@ -9,7 +9,7 @@ from array import array
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-BLOCK_ROWS = 1024  # of a spool, which are written and read together
+SPOOL_BLOCK_ROWS = 1024  # of a spool, which are written and read together
 SORTED_ROWS = 1 << 17  # at most, in memory
 
 
@@ -48,12 +48,12 @@ class RowSpool:
         self._pending: list[tuple[Any, ...]] = []
 
     def __len__(self) -> int:
-        return (len(self._starts) - 1) * BLOCK_ROWS + len(self._pending)
+        return (len(self._starts) - 1) * SPOOL_BLOCK_ROWS + len(self._pending)
 
     def append(self, row: tuple[Any, ...]) -> None:
         """Add a row at the end."""
         self._pending.append(row)
-        if len(self._pending) == BLOCK_ROWS:
+        if len(self._pending) == SPOOL_BLOCK_ROWS:
             if self._file is None:
                 self._file = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115 closed with the object
             block = marshal.dumps(self._pending)
@@ -62,7 +62,7 @@ class RowSpool:
             self._pending = []
 
     def blocks(self) -> Iterator[list[tuple[Any, ...]]]:
-        """The rows in order, in lists of `BLOCK_ROWS` rows; the last one may be shorter."""
+        """The rows in order, in lists of `SPOOL_BLOCK_ROWS` rows; the last one may be shorter."""
         for number in range(len(self._starts) - 1):
             yield self._block(number)
         if self._pending:
@@ -72,7 +72,7 @@ class RowSpool:
         return itertools.chain.from_iterable(self.blocks())
 
     def __getitem__(self, number: int) -> tuple[Any, ...]:
-        block, row = divmod(range(len(self))[number], BLOCK_ROWS)
+        block, row = divmod(range(len(self))[number], SPOOL_BLOCK_ROWS)
         return (self._block(block) if block < len(self._starts) - 1 else self._pending)[row]
 
     def _block(self, number: int) -> list[tuple[Any, ...]]:

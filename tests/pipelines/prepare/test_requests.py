@@ -50,7 +50,7 @@ def test_a_remote_preparation_needs_four_requests_per_shard(s3: str, s3_log: Pat
     assert not [
         name for name in found if name.startswith(("POST", "DELETE", "HEAD")) and ("part" in name or "list" in name)
     ]
-    assert found.total() <= 3 * SHARDS + 24  # the fence, the plan, the card, skipped.jsonl and a few lists of files
+    assert found.total() <= 4 * SHARDS  # with those of the fence, the plan, the card, skipped.jsonl and lists of files
     assert f"GET {prefix}/shards/part.arrow" not in found and len(dataset) == ROWS * SHARDS  # nothing came back
     prepare(str(array), str(tmp_path / "here"), resolution=8, shard_rows=ROWS, workers=0)
     for name in ("dataset.json", "skipped.jsonl", *(f"shards/{name}" for name in shard_hashes(tmp_path / "here"))):
