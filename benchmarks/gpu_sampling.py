@@ -21,13 +21,15 @@ from patchloom.models.denoiser import to_channels_last
 from patchloom.models.generate import Sampling, generate
 from patchloom.models.memory import sampling_bytes, weight_bytes
 from patchloom.models.precision import fixed_arithmetic
+from patchloom.models.replay import ReplayedNetwork
 from patchloom.models.step import set_rounding
 from patchloom.pipelines.sample.batches import default_batch
 
 PLAIN_BATCH = 8
 STEPS, TINY_STEPS = 18, 3  # of Heun
 ROUNDS = 2  # a batch in fp32 takes seconds
-SAMPLING_VARIANTS = (Variant("fp32"), Variant("bf16", "bf16"), FASTEST_EAGER)
+ONE_BY_ONE = Variant("bf16, kernels launched one by one", "bf16")  # all others replay CUDA graphs
+SAMPLING_VARIANTS = (Variant("fp32"), Variant("bf16", "bf16"), ONE_BY_ONE, FASTEST_EAGER)
 
 
 @dataclass(frozen=True)
@@ -53,11 +55,13 @@ class UntrainedModel:
 
     def of(self, variant: Variant) -> SamplingModel:
         """The model in the layout of a variant."""
+        if variant == ONE_BY_ONE:
+            return replace(self.ours, replayed=None)
         if not variant.channels_last:
             return self.ours
         denoiser = copy.deepcopy(self.ours.denoiser)
         to_channels_last(denoiser)
-        return replace(self.ours, denoiser=denoiser)
+        return replace(self.ours, denoiser=denoiser, replayed=self.ours.replayed and ReplayedNetwork(denoiser))
 
 
 def sampling_speeds(session: GpuSession, name: str, config: DenoiserConfig, scale: Scale) -> None:
@@ -84,6 +88,8 @@ def sampling_speeds(session: GpuSession, name: str, config: DenoiserConfig, scal
         what = f"{variant.name}, batch {batches.get(variant.name, PLAIN_BATCH)}"
         rates += session.rate(what, timings.rate(variant.name), flops, variant.precision)
     ratios = [Finding(f"{each.name} over {PLAIN}", timings.ratio(each.name, PLAIN), "x") for each in SAMPLING_VARIANTS]
+    gain = timings.ratio("bf16", ONE_BY_ONE.name)
+    ratios.append(Finding("bf16, CUDA graphs over one by one", gain, "x"))
     session.keep(f"{name}: sampling with {steps} steps of Heun", [*rates, *ratios, *memory])
 
 

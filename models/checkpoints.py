@@ -18,8 +18,10 @@ from patchloom.models.cards import CHECKPOINT_FORMAT, MODEL_FORMAT, CheckpointCa
 from patchloom.models.denoiser import Denoiser, build_denoiser, skeleton, to_channels_last
 from patchloom.models.ema import PowerEMA, PowerProfile
 from patchloom.models.normalisation import Normalisation
+from patchloom.models.replay import ReplayedNetwork
 from patchloom.models.snapshots import load_edm_snapshot, read_edm_snapshot
 from patchloom.models.step import TrainingState
+from patchloom.models.unet import UNet
 
 __all__ = [
     "CheckpointError",
@@ -56,12 +58,14 @@ class SamplingModel:
         normalisation: the map from its values to stored ones.
         autoencoder: the decoder of a latent model, None for pixels.
         card: its `model.json`.
+        replayed: the network as CUDA graphs, for samplers; None: they call the network.
     """
 
     denoiser: Denoiser
     normalisation: Normalisation
     autoencoder: Autoencoder | None
     card: ModelCard
+    replayed: ReplayedNetwork | None = None
 
 
 def save_model(folder: Path, denoiser: Denoiser, card: ModelCard) -> None:
@@ -202,7 +206,9 @@ def load_sampling_model(folder: Path | str, device: torch.device | str = "cpu") 
     autoencoder = None
     if card.normalisation.kind == "latents":
         autoencoder = load_autoencoder(Path(folder) / "autoencoder", device)
-    return SamplingModel(denoiser, card.normalisation, autoencoder, card)
+    is_replayed = torch.device(device).type == "cuda" and isinstance(denoiser.model, UNet)  # others may wait for it
+    replayed = ReplayedNetwork(denoiser) if is_replayed else None
+    return SamplingModel(denoiser, card.normalisation, autoencoder, card, replayed)
 
 
 def sampling_skeleton(folder: Path | str) -> SamplingModel:

@@ -144,7 +144,7 @@ def _generate(
     if denoiser.coordinates != "none" and sampling.canvas == "extrapolate":
         coordinates = extended_grid(height, width, denoiser.resolution, device)
     denoise = guided(
-        denoiser, classes, sampling.guidance, sampling.guidance_between or EVERYWHERE, coordinates,
+        model.replayed or denoiser, classes, sampling.guidance, sampling.guidance_between or EVERYWHERE, coordinates,
         in_one_batch=device.type != "cpu",  # fewer launches
     )  # fmt: skip
     if centre is not None:

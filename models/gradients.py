@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from patchloom.errors import UserError
 
-BUCKETS = 8  # at most: the last one cannot overlap the backward pass, and each one costs a round of messages
-LEAST_BUCKET_BYTES = 2**18
+BUCKETS = 16  # at most: only whole buckets overlap the backward pass, and each one costs a round of messages
+LEAST_BUCKET_BYTES = 2**16
 FLOAT_BYTES = 4
 
 StartSum = Callable[[Tensor], Callable[[], object] | None]

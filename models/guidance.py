@@ -1,16 +1,17 @@
 """Guidance: estimates moved away from the unconditional one, and estimates with a fixed centre."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
-from patchloom.models.denoiser import Denoiser
 from patchloom.models.samplers import Denoise
 
 EVERYWHERE = (0.0, float("inf"))
 
 
 def guided(
-    denoiser: Denoiser,
+    denoiser: Callable[..., Tensor],
     labels: Tensor | None,
     guidance: float = 1.0,
     interval: tuple[float, float] = EVERYWHERE,
@@ -33,8 +34,7 @@ def guided(
 
     def evaluate(x: Tensor, sigma: Tensor, classes: Tensor | None) -> Tensor:
         grid = None if coordinates is None else coordinates.expand(len(x), -1, -1, -1)
-        estimate: Tensor = denoiser(x, sigma, grid, classes)
-        return estimate
+        return denoiser(x, sigma, grid, classes)
 
     def denoise(x: Tensor, sigma: Tensor) -> Tensor:
         if labels is None or not guides_at(float(sigma), guidance, interval):

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from patchloom.benchmarks.overlap import hidden_limit
 from patchloom.benchmarks.result_file import SuiteResults, read_plot_data
 from patchloom.benchmarks.suite import BENCHMARKS, keep_results, run_benchmarks, select_benchmarks
 from patchloom.errors import UserError
@@ -60,6 +61,21 @@ def test_a_smaller_crop_keeps_less_memory_for_the_backward_pass() -> None:
     crops = {found.what: found.measured.median for found in findings if "per crop of" in found.what}
     full, half, quarter = crops.values()
     assert full / half == pytest.approx(4, rel=0.05) and half / quarter == pytest.approx(4, rel=0.05)
+
+
+@pytest.mark.parametrize(
+    ("ready", "sizes", "hidden"),
+    [
+        ([0.0, 0.0], [1.0, 3.0], 1.0),
+        ([1.0], [5.0], 0.0),
+        ([0.5, 1.0], [2.0, 2.0], 0.5),
+        ([0.25, 1.0], [3.0, 1.0], 0.75),
+    ],
+)
+def test_what_can_be_hidden_of_sums_that_take_as_long_as_the_backward_pass(
+    ready: list[float], sizes: list[int], hidden: float
+) -> None:
+    assert hidden_limit(ready, [float(size) for size in sizes]) == pytest.approx(hidden)
 
 
 def test_training_benchmarks_run_and_count_images_and_updates() -> None:

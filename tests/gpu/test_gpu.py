@@ -4,6 +4,7 @@
 itself, in fewer steps.
 """
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -28,6 +29,7 @@ from patchloom.models.features import POOL, SPATIAL, InceptionFeatures
 from patchloom.models.generate import SAMPLERS, Sampling, generate
 from patchloom.models.inception import Inception
 from patchloom.models.normalisation import pixel_normalisation
+from patchloom.models.replay import Evaluation, ReplayedNetwork, cuda_graph
 from patchloom.models.step import set_rounding
 
 CPU = torch.device("cpu")
@@ -72,6 +74,26 @@ def test_every_sampler_gives_the_images_of_the_cpu_without_waiting(sampler: str,
     found, wanted = sampled_on(device, sampler), sampled_on(CPU, sampler)
     assert wanted.std() > 10
     assert float((found - wanted).abs().mean()) < LEVELS_BOUND
+
+
+def as_it_is(evaluation: Evaluation) -> Evaluation:
+    """The recording of a CPU, which has no graphs."""
+    return evaluation
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_replayed_evaluations_give_the_bytes_of_the_network(precision: str, device: torch.device) -> None:
+    denoiser, normalisation = seeded_denoiser("ADM").to(device).eval().requires_grad_(False), pixel_normalisation()
+    card = ModelCard(denoiser=small_config("ADM", classes=CLASSES), normalisation=normalisation)
+    replayed = ReplayedNetwork(denoiser, cuda_graph if device.type == "cuda" else as_it_is)
+    plain = SamplingModel(denoiser, normalisation, None, card)
+    sampling = Sampling("heun", 5, guidance=1.3, guidance_between=(0.1, 20.0), precision=precision)
+    for seeds in ([0, 1, 2], [3, 4, 5], [6, 7]):  # the same recordings, then others
+        found, wanted = (
+            generate(model, seeds, [0, -1, 3][: len(seeds)], sampling)
+            for model in (replace(plain, replayed=replayed), plain)
+        )
+        assert torch.equal(found, wanted)
 
 
 def test_inception_gives_the_features_of_the_cpu(device: torch.device) -> None:

@@ -40,14 +40,14 @@ def ignored(_: Tensor) -> None:
         ([1, 1, 100], 4, [2, 0]),
         ([100, 1, 1], 4, [0]),
         ([7], 4, [0]),
-        ([2] * 32, 4, [56, 48, 40, 32, 24, 16, 8, 0]),
+        ([2] * 64, 4, [120, 112, 104, 96, 88, 80, 72, 64, 56, 48, 40, 32, 24, 16, 8, 0]),
     ],
 )
 def test_buckets_go_from_the_last_layer_to_the_first(numels: list[int], least_bytes: int, starts: list[int]) -> None:
     assert bucket_starts(numels, least_bytes) == starts
 
 
-def test_there_are_at_most_eight_buckets_and_they_cover_all_numbers() -> None:
+def test_the_number_of_buckets_is_limited_and_they_cover_all_numbers() -> None:
     for seed in range(50):
         numels = torch.randint(1, 1000, (40,), generator=torch.Generator().manual_seed(seed)).tolist()
         starts = bucket_starts(numels, 4)
@@ -215,7 +215,8 @@ def test_weights_of_two_workers_do_not_depend_on_the_buckets(
 ) -> None:
     (one, other), sizes = train_two(tiny_denoiser, draw, 1000, microbatch)
     (whole, _), whole_sizes = train_two(tiny_denoiser, draw, 10**9, microbatch)
-    assert len(one.gradients.buckets) == BUCKETS and len(sizes) == 8 * BUCKETS  # once per step, not per microbatch
+    buckets = len(one.gradients.buckets)
+    assert 8 < buckets <= BUCKETS and len(sizes) == 8 * buckets  # once per step, not per microbatch
     assert whole_sizes == [len(whole.gradients.flat)] * 8  # one sum of everything, as there was before buckets
     for a, b, c in zip(*(state.denoiser.parameters() for state in (one, other, whole)), strict=True):
         assert torch.equal(a, b) and torch.equal(a, c)
