@@ -16,10 +16,10 @@ from patchloom.models.denoiser import Denoiser
 KEPT_GRAPHS = 2  # with and without guidance; each one keeps the memory of an evaluation
 WARM_UPS = 2  # evaluations before the recording, in which libraries choose and load their kernels
 
-Evaluation = Callable[[], Tensor]
+NetworkCall = Callable[[], Tensor]
 
 
-def cuda_graph(evaluation: Evaluation) -> Evaluation:
+def cuda_graph(evaluation: NetworkCall) -> NetworkCall:
     """Record an evaluation as a CUDA graph.
 
     Args:
@@ -54,9 +54,9 @@ class ReplayedNetwork:
             no memory for it or the network waits for the GPU, is computed as usual from then on.
     """
 
-    def __init__(self, denoiser: Denoiser, record: Callable[[Evaluation], Evaluation] = cuda_graph) -> None:
+    def __init__(self, denoiser: Denoiser, record: Callable[[NetworkCall], NetworkCall] = cuda_graph) -> None:
         self.denoiser = denoiser
-        self._record: Callable[[Evaluation], Evaluation] | None = record
+        self._record: Callable[[NetworkCall], NetworkCall] | None = record
         self._recordings: OrderedDict[tuple[object, ...], _Recording] = OrderedDict()  # by what they depend on
 
     def __call__(
@@ -89,7 +89,7 @@ class _Recording:
     def __init__(
         self,
         denoiser: Denoiser,
-        record: Callable[[Evaluation], Evaluation],
+        record: Callable[[NetworkCall], NetworkCall],
         noisy: Tensor,
         coordinates: Tensor | None,
         labels: Tensor | None,

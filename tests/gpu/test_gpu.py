@@ -29,7 +29,7 @@ from patchloom.models.features import POOL, SPATIAL, InceptionFeatures
 from patchloom.models.generate import SAMPLERS, Sampling, generate
 from patchloom.models.inception import Inception
 from patchloom.models.normalisation import pixel_normalisation
-from patchloom.models.replay import Evaluation, ReplayedNetwork, cuda_graph
+from patchloom.models.replay import NetworkCall, ReplayedNetwork, cuda_graph
 from patchloom.models.step import set_rounding
 
 CPU = torch.device("cpu")
@@ -76,7 +76,7 @@ def test_every_sampler_gives_the_images_of_the_cpu_without_waiting(sampler: str,
     assert float((found - wanted).abs().mean()) < LEVELS_BOUND
 
 
-def as_it_is(evaluation: Evaluation) -> Evaluation:
+def as_it_is(evaluation: NetworkCall) -> NetworkCall:
     """The recording of a CPU, which has no graphs."""
     return evaluation
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from patchloom.models.denoiser import Denoiser
 from patchloom.models.generate import Sampling, generate
-from patchloom.models.replay import KEPT_GRAPHS, Evaluation, ReplayedNetwork
+from patchloom.models.replay import KEPT_GRAPHS, NetworkCall, ReplayedNetwork
 
 SIGMA = torch.tensor(0.5, dtype=torch.float64)
 
@@ -23,7 +23,7 @@ class Recorder:
     def __init__(self) -> None:
         self.replays: list[int] = []
 
-    def __call__(self, evaluation: Evaluation) -> Evaluation:
+    def __call__(self, evaluation: NetworkCall) -> NetworkCall:
         number = len(self.replays)
         self.replays.append(0)
 
@@ -56,7 +56,7 @@ def test_a_network_that_cannot_be_recorded_is_evaluated_with_one_warning(
 ) -> None:
     denoiser, tried = tiny_denoiser().eval().requires_grad_(False), list[int]()
 
-    def refuse(_: Evaluation) -> Evaluation:
+    def refuse(_: NetworkCall) -> NetworkCall:
         tried.append(1)
         raise torch.OutOfMemoryError("no memory")
 
