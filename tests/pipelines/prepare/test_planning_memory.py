@@ -1,0 +1,84 @@
+"""Memory of the command that plans a preparation: it does not grow with the number of inputs."""
+
+import json
+import tarfile
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from helpers import run_python
+
+from patchloom.pipelines.prepare.planning import default_shard_rows
+
+PLAN = """
+import resource, sys
+from patchloom.pipelines.prepare.images import Transform
+from patchloom.pipelines.prepare.planning import plan_images
+planned = plan_images(SOURCE, LABELS, None, Transform(8), None, "fp32")
+print(len(planned.inputs), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)  # in KiB
+"""
+FEW, MANY, MOST = 2_000, 100_000, 2_000_000
+GROWTH_KIB = {MANY: 60 << 10, MOST: 100 << 10}
+
+
+def an_array(folder: Path, inputs: int) -> tuple[Path, None]:
+    labels = np.arange(inputs) % 10
+    np.savez(folder / f"{inputs}.npz", images=np.zeros((inputs, 4, 4, 3), np.uint8), labels=labels)
+    return folder / f"{inputs}.npz", None
+
+
+def a_zip_with_labels(folder: Path, inputs: int) -> tuple[Path, Path]:
+    """A zip, and a separate file of labels."""
+    with zipfile.ZipFile(folder / f"{inputs}.zip", "w") as archive:
+        for number in range(inputs):
+            archive.writestr(zipfile.ZipInfo(f"{number:08d}.png"), b"")
+    labels = {f"{number:08d}.png": number % 10 for number in range(inputs)}
+    (folder / f"{inputs}.json").write_text(json.dumps({"labels": list(labels.items())}))
+    return folder / f"{inputs}.zip", folder / f"{inputs}.json"
+
+
+def a_webdataset(folder: Path, inputs: int) -> tuple[Path, None]:
+    """A tar with a file of the class next to each image."""
+    with (folder / f"{inputs}.tar").open("wb") as file:
+        for number in range(inputs):
+            for ending, content in ((".png", b""), (".cls", b"%d" % (number % 10))):
+                member = tarfile.TarInfo(f"{number:08d}{ending}")
+                member.size = len(content)
+                file.write(member.tobuf(tarfile.USTAR_FORMAT) + content.ljust(512 * len(content), b"\0"))
+        file.write(bytes(10240))
+    return folder / f"{inputs}.tar", None
+
+
+def peak_kib(source: Path, labels: Path | None, inputs: int) -> int:
+    code = PLAN.replace("SOURCE", repr(str(source))).replace("LABELS", repr(labels and str(labels)))
+    done = run_python(code)
+    assert done.returncode == 0, done.stderr
+    planned, peak = map(int, done.stdout.split()[-2:])
+    assert planned == inputs
+    return peak
+
+
+@pytest.mark.parametrize(
+    ("write", "inputs"),
+    [
+        (an_array, MANY),
+        *(pytest.param(write, inputs, marks=pytest.mark.slow)
+          for write, inputs in ((a_zip_with_labels, MANY), (a_webdataset, MANY), (an_array, MOST),
+                                (a_zip_with_labels, MOST), (a_webdataset, MOST))),
+    ],
+)  # fmt: skip
+def test_memory_of_planning_does_not_grow_with_the_inputs(write, inputs: int, tmp_path: Path) -> None:
+    few, many = (peak_kib(*write(tmp_path, count), count) for count in (FEW, inputs))
+    assert many - few < GROWTH_KIB[inputs]
+
+
+def test_shards_of_small_datasets_stay_and_those_of_large_ones_grow_to_128_mib() -> None:
+    pixels, latent = 64 * 64 * 3, 32 * 32 * 4 * 4
+    assert default_shard_rows(48, 64, pixels) == default_shard_rows(256 * 512, 64, pixels) == 512
+    assert default_shard_rows(5_000, 256, 256 * 256 * 3) == (64 << 20) // (256 * 256 * 3)
+    assert default_shard_rows(256 * 513, 64, pixels) == 513
+    of_16_gib = (16 << 30) // pixels
+    assert default_shard_rows(of_16_gib, 64, pixels) * pixels == pytest.approx(64 << 20, rel=1e-3)
+    assert default_shard_rows(100_000_000, 64, pixels) == (128 << 20) // pixels
+    assert default_shard_rows(100_000_000, 256, latent) * latent == 128 << 20
