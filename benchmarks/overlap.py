@@ -22,7 +22,7 @@ from patchloom.benchmarks.findings import Finding, Say, Scale, exact
 from patchloom.benchmarks.interleaved import Spread
 from patchloom.benchmarks.setups import Trainer, song_config, step_settings
 from patchloom.benchmarks.workers import free_port
-from patchloom.models.gradients import FLOAT_BYTES, StartSum
+from patchloom.models.gradients import FLOAT_BYTES, LEAST_BUCKET_BYTES, Gradients, StartSum
 from patchloom.models.random_draws import CropBatch
 from patchloom.models.step import crop_losses, training_step
 from patchloom.models.step_plan import plan_step
@@ -123,7 +123,10 @@ class _OverlapProcess:
     def __init__(self, rank: int, scale: Scale) -> None:
         settings = step_settings(replace(scale, batch=WORKERS * BATCH_OF_WORKER))
         self.trainer = Trainer(song_config(scale.side, scale.width // 2, 1, dropout=0.0), settings)
-        self.gradients = self.trainer.state.gradients
+        state = self.trainer.state
+        record = state.gradients.loss_and_crops.shape[:-1]
+        state.gradients = Gradients(state.denoiser, record, LEAST_BUCKET_BYTES // 4)  # as many as of a large network
+        self.gradients = state.gradients
         self.plan = plan_step(settings, 0, 0)
         (group,) = self.plan.share(rank, WORKERS)
         self.work = [(group, self.trainer.rows(len(group.crops)))]

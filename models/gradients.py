@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from patchloom.errors import UserError
 
 BUCKETS = 16  # at most: only whole buckets overlap the backward pass, and each one costs a round of messages
-LEAST_BUCKET_BYTES = 160 * 2**10
+LEAST_BUCKET_BYTES = 2**18
 FLOAT_BYTES = 4
 
 StartSum = Callable[[Tensor], Callable[[], object] | None]
