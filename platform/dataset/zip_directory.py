@@ -13,6 +13,7 @@ from zipfile import BadZipFile
 DIRECTORY_ENTRY, DIRECTORY_END = struct.Struct("<4s4B4HL2L5H2L"), struct.Struct("<4s4H2LH")
 DIRECTORY_LOCATOR_64, DIRECTORY_END_64 = struct.Struct("<4sLQL"), struct.Struct("<4sQ2H2L4Q")
 LONGEST_COMMENT, PIECE_BYTES = 1 << 16, 1 << 20
+LONGEST_ENTRY = DIRECTORY_ENTRY.size + 3 * LONGEST_COMMENT  # with its name, extra data and comment
 UTF8_FLAG, IN_EXTRA = 0x800, 0xFFFF_FFFF  # a flag for the name, and the value of a field that is in the extra data
 
 
@@ -33,9 +34,7 @@ def zip_entries(file: BinaryIO) -> Iterator[ZipEntry]:
     file.seek(start)
     buffer, position, is_read = b"", 0, False
     while size > 0:
-        if not is_read and position + DIRECTORY_ENTRY.size + 3 * LONGEST_COMMENT > len(
-            buffer
-        ):  # perhaps not a whole entry
+        if not is_read and len(buffer) - position < LONGEST_ENTRY:
             piece = file.read(PIECE_BYTES)
             buffer, position, is_read = buffer[position:] + piece, 0, len(piece) < PIECE_BYTES
         if len(buffer) - position < DIRECTORY_ENTRY.size:
@@ -43,11 +42,8 @@ def zip_entries(file: BinaryIO) -> Iterator[ZipEntry]:
         fields = DIRECTORY_ENTRY.unpack_from(buffer, position)
         if fields[0] != b"PK\1\2":
             raise BadZipFile("Bad magic number for central directory")
-        flags, (crc, packed, unpacked, name_size, extra_size, comment_size), offset = (
-            fields[5],
-            fields[9:15],
-            fields[18],
-        )
+        flags, offset = fields[5], fields[18]
+        crc, packed, unpacked, name_size, extra_size, comment_size = fields[9:15]
         begin = position + DIRECTORY_ENTRY.size
         name = buffer[begin : begin + name_size].decode("utf-8" if flags & UTF8_FLAG else "cp437").partition("\0")[0]
         values = [unpacked, packed, offset]
@@ -61,9 +57,8 @@ def zip_entries(file: BinaryIO) -> Iterator[ZipEntry]:
 def _directory_of(file: BinaryIO) -> tuple[int, int, int]:
     """Where the directory begins, its size in bytes, and the number of bytes before the archive in its file."""
     archive_bytes = file.seek(0, io.SEEK_END)
-    first = max(
-        0, archive_bytes - LONGEST_COMMENT - DIRECTORY_END.size - DIRECTORY_LOCATOR_64.size - DIRECTORY_END_64.size
-    )
+    longest_end = LONGEST_COMMENT + DIRECTORY_END.size + DIRECTORY_LOCATOR_64.size + DIRECTORY_END_64.size
+    first = max(0, archive_bytes - longest_end)
     file.seek(first)
     tail = file.read()
     end = tail.rfind(b"PK\5\6")
