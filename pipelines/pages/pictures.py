@@ -34,7 +34,7 @@ def png_bytes(image: np.ndarray) -> bytes:
 
 def png_pixels(content: bytes) -> np.ndarray:
     """(C, H, W) uint8 of a PNG's bytes."""
-    with Image.open(io.BytesIO(content)) as image:
+    with Image.open(io.BytesIO(content), formats=["PNG"]) as image:
         pixels = np.asarray(image)
     return pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
 

@@ -2,13 +2,16 @@
 
 import contextlib
 import io
+from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cache
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
 from PIL import Image, ImageCms, ImageOps
 
+# Pillow reads many more, some of them with other programs (EPS with Ghostscript)
+IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "AVIF", "BMP", "TIFF", "GIF")
 CROPS = ("center", "dhariwal", "none", "windows")
 FILTERS = {
     "lanczos": Image.Resampling.LANCZOS,
@@ -22,6 +25,7 @@ SIXTEEN_BITS = ("I;16", "I;16L", "I;16B", "I;16N")
 GREY_MODES = ("1", "L", "LA", "La", "I", "F", *SIXTEEN_BITS)
 PHOTOMETRIC, WHITE_IS_ZERO, INVERTED = 262, 0, "white is zero"  # a tag of TIFF and its value
 MOST_PIXELS = Image.MAX_IMAGE_PIXELS or 0  # Pillow itself only warns up to twice as many
+TOO_MANY_PIXELS = f"has more than {MOST_PIXELS:,} pixels, which could be a decompression bomb"
 ORIENTATIONS = {
     "exif",
     "Raw profile type exif",
@@ -29,6 +33,9 @@ ORIENTATIONS = {
     "xmp",
 }  # except in TIFF
 FLAT_STD, DARK_MEAN = 10.0, 20.0  # windows below these are skipped
+MOST_WINDOWS = 1 << 22  # of a photograph
+KEPT_PROFILES, MOST_KEPT_PROFILE_BYTES = 16, 4 << 20  # colour profiles in the cache; larger ones are not kept
+BAND_VALUES = 1 << 22  # values that are converted at once
 
 
 @dataclass(frozen=True)
@@ -77,25 +84,31 @@ class Transform:
         while min(image.size) >= 2 * side:
             image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
         scale = side / min(image.size)
-        image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
+        size = _bounded((round(image.width * scale), round(image.height * scale)))
+        image = image.resize(size, Image.Resampling.BICUBIC)
         left, top = (image.width - side) // 2, (image.height - side) // 2
         return image.crop((left, top, left + side, top + side))
 
     def resized_size(self, size: tuple[int, int]) -> tuple[int, int]:
-        """The size of a photograph after resizing for windows."""
+        """The size of a photograph after resizing for windows; raises ValueError if it is too large."""
         short = self.short_side or min(size)
         scale = short / min(size)
-        return max(short, round(size[0] * scale)), max(short, round(size[1] * scale))
+        return _bounded((max(short, round(size[0] * scale)), max(short, round(size[1] * scale))))
 
-    def windows(self, size: tuple[int, int]) -> list[tuple[str, int, int]]:
-        """(region, y, x) of every window of a photograph of (width, height)."""
+    def windows(self, size: tuple[int, int]) -> Iterator[tuple[str, int, int]]:
+        """(region, y, x) of every window of a photograph of (width, height); raises ValueError if there are too many.
+
+        There may be millions, which are not kept in memory.
+        """
         (width, height), side, stride = self.resized_size(size), self.resolution, self.stride or 1
-        return [
+        if width * height > MOST_WINDOWS * stride**2:
+            raise ValueError(f"has {width}x{height} pixels after resizing, with more than {MOST_WINDOWS:,} windows")
+        return (
             (region, y, x)
             for region, top, bottom, left, right in _regions(height, width, 2 * side)
             for y in range(top, bottom - side + 1, stride)
             for x in range(left, right - side + 1, stride)
-        ]
+        )
 
     def photograph(self, image: Image.Image) -> np.ndarray:
         """A photograph resized for windows, (H, W, C) uint8."""
@@ -112,14 +125,21 @@ class Transform:
         return window
 
 
-def _regions(height: int, width: int, side: int) -> list[tuple[str, int, int, int, int]]:
+def _bounded(size: tuple[int, int]) -> tuple[int, int]:
+    """The size of a resized image; raises ValueError if it is larger than an image may be: a line becomes a wall."""
+    if size[0] * size[1] > MOST_PIXELS:
+        raise ValueError(f"has {size[0]}x{size[1]} pixels after resizing, and {MOST_PIXELS:,} are the most")
+    return size
+
+
+def _regions(height: int, width: int, side: int) -> Iterator[tuple[str, int, int, int, int]]:
     """(name, top, bottom, left, right) of a grid of regions of at least `side` pixels; at least one region."""
     rows, columns = max(1, height // side), max(1, width // side)
-    return [
+    return (
         (f"{r},{c}", height * r // rows, height * (r + 1) // rows, width * c // columns, width * (c + 1) // columns)
         for r in range(rows)
         for c in range(columns)
-    ]
+    )
 
 
 def decode(content: bytes | np.ndarray, channels: int = 3) -> Image.Image:
@@ -137,6 +157,7 @@ def decode(content: bytes | np.ndarray, channels: int = 3) -> Image.Image:
         Exception: Pillow's own errors for damaged data.
     """
     if isinstance(content, np.ndarray):
+        _checked(content.shape[1], content.shape[0])
         return _eight_bits(Image.fromarray(content.squeeze(-1) if content.shape[-1:] == (1,) else content), channels)
     with _opened(content) as image:
         image.load()
@@ -161,10 +182,15 @@ def is_grey(content: bytes) -> bool:
 def _opened(content: bytes) -> Image.Image:
     """Read the header of an image; raises ValueError for more pixels than Pillow allows without a warning."""
     with contextlib.suppress(Image.DecompressionBombWarning):  # an exception if warnings are errors
-        image = Image.open(io.BytesIO(content))
-        if image.width * image.height <= MOST_PIXELS:
-            return image
-    raise ValueError(f"has more than {MOST_PIXELS:,} pixels, which could be a decompression bomb")
+        image = Image.open(io.BytesIO(content), formats=IMAGE_FORMATS)
+        _checked(*image.size)
+        return image
+    raise ValueError(TOO_MANY_PIXELS)
+
+
+def _checked(width: int, height: int) -> None:
+    if width * height > MOST_PIXELS:
+        raise ValueError(TOO_MANY_PIXELS)
 
 
 def _upright(image: Image.Image) -> Image.Image:
@@ -185,14 +211,15 @@ def _in_srgb(image: Image.Image) -> Image.Image:
         image = image.convert("RGBA" if "transparency" in image.info else "RGB")
     if image.mode not in IN_SRGB:
         return image
+    find = _transform_to_srgb if len(profile) <= MOST_KEPT_PROFILE_BYTES else _transform_to_srgb.__wrapped__
     try:
-        transform = _transform_to_srgb(bytes(profile), image.mode)
+        transform = find(bytes(profile), image.mode)
     except (ImageCms.PyCMSError, OSError, ValueError, TypeError):
         return image
     return image if transform is None else ImageCms.applyTransform(image, transform) or image
 
 
-@cache
+@lru_cache(KEPT_PROFILES)
 def _transform_to_srgb(profile: bytes, mode: str) -> Any:
     """Pillow's transform; None if the profile is sRGB, whose pixels must not change."""
     source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
@@ -219,8 +246,12 @@ def _eight_bits(image: Image.Image, channels: int) -> Image.Image:
 
 def _from_integers(image: Image.Image) -> np.ndarray:
     """16 bits to 8."""
-    values = np.asarray(image).astype(np.float64).clip(0, 65535)
-    shown: np.ndarray = np.rint((65535 - values if INVERTED in image.info else values) / 257).astype(np.uint8)
+    values, inverted = np.asarray(image), INVERTED in image.info
+    shown = np.empty(values.shape, np.uint8)
+    rows = max(1, BAND_VALUES // values.shape[1])  # a large image in float64 would take gigabytes
+    for top in range(0, len(values), rows):
+        band = values[top : top + rows].astype(np.float64).clip(0, 65535)
+        shown[top : top + rows] = np.rint((65535 - band if inverted else band) / 257)
     return shown
 
 

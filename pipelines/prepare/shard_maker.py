@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 
 from patchloom.errors import UserError
 from patchloom.models.backbones import allow_backbones
-from patchloom.pipelines.prepare.images import Transform, decode
+from patchloom.pipelines.prepare.images import Transform, decode, size_of
 from patchloom.pipelines.prepare.notes import note_name, split_unit
 from patchloom.platform.compute.devices import own_device
 from patchloom.platform.compute.jobs import WORK_FOLDER
@@ -249,6 +249,8 @@ class ShardMaker:
                     content, digest = self._content(entry)
                     if isinstance(content, Exception):
                         raise content
+                    if entry.window is None:  # planning could not divide it, and this says why
+                        transform.windows(size_of(content))
                     place, photograph = entry.place, transform.photograph(decode(content, transform.channels))
                 assert photograph is not None and entry.window is not None
                 yield transform.window(photograph, *entry.window), digest

@@ -156,5 +156,5 @@ class MlflowForwarder:
         name = re.compile(rf"/preview[+%]step[+%]{step}[+%].*webp$")  # the small copy, which MLflow writes last
         if any(name.search(item.path) for item in client.list_artifacts(self._run_id, "images")):
             return
-        with Image.open(self.folder / preview) as picture:
+        with Image.open(self.folder / preview, formats=["PNG"]) as picture:
             client.log_image(self._run_id, picture.convert("RGB"), key="preview", step=step)

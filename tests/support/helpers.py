@@ -88,6 +88,16 @@ def run_python(code: str, **environment: str) -> subprocess.CompletedProcess[str
     )
 
 
+def run_bounded(imports: str, code: str, mib: int, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run code in a new interpreter that gets at most some memory more than after its imports."""
+    limit = f"""
+import resource
+used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + ({mib} << 20),) * 2)
+"""
+    return run_python(f"{imports}\n{limit}\n{code}", **environment)
+
+
 def start_cli(*arguments: str, cwd: Path) -> subprocess.Popen[str]:
     """Start the command line as a user would, in a process group of its own."""
     return subprocess.Popen(
