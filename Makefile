@@ -40,7 +40,7 @@ check: $(READY)
 	@$(BIN)/mypy
 
 bench: $(READY)
-	@echo "make bench: all benchmarks (most of an hour on two cores; patchloom benchmark --list shows them)"
+	@echo "make bench: all benchmarks (about an hour on two cores; patchloom benchmark --list shows them)"
 	@$(BIN)/patchloom benchmark --out benchmarks/results
 
 bench-gpu:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from patchloom.benchmarks.interleaved import Spread
 
 Say = Callable[[str], None]  # shows one line of progress
+EXTRAPOLATED = " (extrapolated)"  # the end of the name of a number that was calculated from others
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,7 @@ class Finding:
         limit_is: what sets the limit.
         wanted: the target: at least this, or at most this where `is_cost`.
         is_cost: whether less is better.
+        rows: the rows of the dataset for which it was measured, or None.
     """
 
     what: str
@@ -45,6 +47,7 @@ class Finding:
     limit_is: str = ""
     wanted: float | None = None
     is_cost: bool = False
+    rows: int | None = None
 
     @property
     def is_met(self) -> bool | None:
@@ -75,7 +78,8 @@ def _table_row(found: Finding) -> tuple[str, str, str, str, str]:
     if found.wanted is not None:
         verdict = "met" if found.is_met else "NOT MET"
         target = f"{'at most' if found.is_cost else 'at least'} {_three_digits(found.wanted)}: {verdict}"
-    return found.what, f"{_three_digits(spread.median)} {found.unit}", middle, limit, target
+    what = found.what if found.rows is None else f"{found.what}, {found.rows:,} rows"
+    return what, f"{_three_digits(spread.median)} {found.unit}", middle, limit, target
 
 
 def _three_digits(value: float) -> str:

@@ -14,13 +14,13 @@ import matplotlib
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
-from patchloom.benchmarks.findings import Finding
+from patchloom.benchmarks.findings import EXTRAPOLATED, Finding
 from patchloom.benchmarks.result_file import PlotData, read_plot_data
 
 COLOURS = ("#b3541e", "#2f6690", "#81a4cd", "#7a9e7e", "#9b7ede")  # the colours of the report pages
 # what each plot of bars shows: the numbers with this unit, or one that starts with it
 PLOTTED_UNITS = {"rates": "images/s", "ratios": "x", "flops": "% of the peak", "launches": "kernels"}
-WIDTH_IN, ROW_IN, LABEL_CHARACTERS = 8.0, 0.34, 60  # a row has room for two lines
+WIDTH_IN, GROWTH_WIDTH_IN, ROW_IN, LABEL_CHARACTERS = 8.0, 11.0, 0.34, 60  # a row has room for two lines
 
 
 def plot_results(path: Path) -> list[Path]:
@@ -33,6 +33,11 @@ def plot_results(path: Path) -> list[Path]:
         ]
         if rows:
             plots.append(_plot_bars(path.with_name(f"{path.stem}-{kind}.svg"), rows, results.title))
+    growing = [
+        found for each in results.findings.values() for found in each if found.rows is not None and found.is_cost
+    ]
+    if growing:
+        plots.append(_plot_growth(path.with_name(f"{path.stem}-growth.svg"), growing, results.title))
     if results.curves:
         plots.append(_plot_curves(path.with_name(f"{path.stem}-quality.svg"), results))
     return plots
@@ -65,6 +70,38 @@ def _label(found: Finding) -> str:
     """The name of a number, with the rest of its unit, such as "per update"."""
     name = found.what.strip()
     return f"{name}, {found.unit[2:]}" if found.unit.startswith("x ") else name
+
+
+def _plot_growth(path: Path, costs: list[Finding], title: str) -> Path:
+    """Costs by the rows of the dataset, a plot for each unit: dotted if extrapolated; targets are dashed."""
+    units = list(dict.fromkeys(found.unit for found in costs))
+    figure, panels = plt.subplots(
+        len(units), figsize=(GROWTH_WIDTH_IN, 3.2 * len(units)), layout="constrained", sharex=True, squeeze=False
+    )
+    for axes, unit in zip(panels[:, 0], units, strict=True):
+        of_unit = [found for found in costs if found.unit == unit]
+        names = list(dict.fromkeys(found.what.removesuffix(EXTRAPOLATED) for found in of_unit))
+        for number, name in enumerate(names):
+            colour = COLOURS[number % len(COLOURS)]
+            measured = [found for found in of_unit if found.what == name]
+            ends = [measured[-1], *(found for found in of_unit if found.what == name + EXTRAPOLATED)]
+            marker = "o-" if number < len(COLOURS) else "s-"
+            axes.plot(*_by_rows(measured), marker, color=colour, label=name, markersize=4)
+            axes.plot(*_by_rows(ends), ":", color=colour)
+        for wanted in {found.wanted for found in of_unit if found.wanted is not None}:
+            axes.axhline(wanted, linestyle="--", color="black", linewidth=1)
+        axes.set_xscale("log")
+        axes.set_yscale("symlog", linthresh=1)
+        axes.set_ylim(bottom=0)
+        axes.set_ylabel(unit)
+        axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+        _finish(figure, axes, title if axes is panels[0, 0] else "")
+    panels[-1, 0].set_xlabel("rows of the dataset (dotted: extrapolated, dashed: target)")
+    return _save(figure, path)
+
+
+def _by_rows(costs: list[Finding]) -> tuple[list[int], list[float]]:
+    return [found.rows or 0 for found in costs], [found.measured.median for found in costs]
 
 
 def _plot_curves(path: Path, results: PlotData) -> Path:

@@ -26,6 +26,7 @@ from patchloom.platform.records.run import PROGRESS_FILE
 IMAGES = 64
 LONG_RUN_IMAGES = 1_000_000  # the run is killed long before
 HELP_WANTED_S, DRY_RUN_WANTED_S, FIRST_STEP_WANTED_S = 0.5, 5.0, 10.0
+HELD_OUT = 0.2  # of the images
 POLL_EVERY_S = 0.005
 TIMEOUT_S = 300.0
 
@@ -133,7 +134,7 @@ def small_recipe(scale: Scale, **changes: Any) -> Recipe:
              "checkpoint_every_images": LONG_RUN_IMAGES, "log_every_images": scale.batch}  # fmt: skip
     return check_recipe({
         "name": "benchmark",
-        "data": {"held_out_fraction": 0.2},
+        "data": {"held_out_fraction": HELD_OUT},
         "model": {**options, "dropout": DROPOUT},
         "optimizer": {"lr_rampup_images": 0},
         "train": train | changes,

@@ -54,6 +54,8 @@ BENCHMARKS = {
     "sample.worker": Benchmark("sampling:ray_data_worker", 1.5, "a worker of `patchloom sample`, compared with a loop"),
     "prepare": Benchmark("preparing:against_pillow", 4.0, "`patchloom prepare`, compared with a Pillow loop"),
     "read": Benchmark("reading:random_rows", 0.3, "random rows of latents from disk"),
+    "scale.rows": Benchmark("growth:by_rows", 6.0, "opening and training on up to 10 million rows, and extrapolated"),
+    "scale.cache": Benchmark("small_cache:two_epochs", 2.0, "waiting for a store behind a cache of a quarter"),
     "tune": Benchmark("searching:against_trials", 3.0, "a search, compared with its trials alone"),
     "startup": Benchmark("startup:commands", 2.0, "the start-up time of commands"),
     "scaling": Benchmark("scaling:up_to_1024_gpus", 0.1, "steps and data on up to 1,024 GPUs, calculated"),
