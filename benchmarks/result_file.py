@@ -106,7 +106,8 @@ def read_plot_data(path: Path) -> PlotData:
 
 
 def _findings_json(findings: Iterable[Finding]) -> list[dict[str, Any]]:
-    return [asdict(found) | {"is_met": found.is_met} for found in findings]
+    listed = [asdict(found) | {"is_met": found.is_met} for found in findings]
+    return [{key: value for key, value in found.items() if key != "rows" or value is not None} for found in listed]
 
 
 def _read_findings(listed: list[dict[str, Any]]) -> list[Finding]:
