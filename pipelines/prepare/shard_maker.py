@@ -26,6 +26,7 @@ from patchloom.platform.dataset.readers import SourceReader
 from patchloom.platform.dataset.shard_table import shard_name
 from patchloom.platform.files.copies import local_copy
 from patchloom.platform.files.folder import Folder
+from patchloom.platform.files.patience import StoreError
 from patchloom.platform.records.dataset import DatasetAutoencoder
 from patchloom.platform.records.prepare import PlanFile, PreparedInput, ShardNote, SkippedInput, parse_inputs
 
@@ -214,6 +215,7 @@ class ShardMaker:
         collected = self._collector(len(inputs), (channels, side, side))
         keys, labels, skipped = list[str](), list[int](), list[SkippedInput]()
         digest = hashlib.sha256()
+        self.reader.expect(entry.place for entry in inputs if entry.error is None)
         for entry, (found, content_digest) in zip(inputs, self._decoded(inputs), strict=True):
             digest.update(content_digest)
             key = entry.key + MIRRORED * entry.mirror
@@ -244,9 +246,10 @@ class ShardMaker:
         """Windows of photographs. Each photograph is read once per shard."""
         place, photograph, digest = None, None, b""
         for entry in inputs:
+            if entry.place != place:
+                content, digest = self._content(entry)
             try:
                 if entry.place != place:
-                    content, digest = self._content(entry)
                     if isinstance(content, Exception):
                         raise content
                     if entry.window is None:  # planning could not divide it, and this says why
@@ -265,6 +268,8 @@ class ShardMaker:
                 raise ValueError(entry.error)
             content = self.reader.read(entry.place)
         except Exception as error:
+            if isinstance(error, StoreError) and error.is_passing:  # the store is down; the image may be fine
+                raise
             return error, b""
         return content, hashlib.sha256(content if isinstance(content, bytes) else content.tobytes()).digest()
 

@@ -4,8 +4,6 @@ import csv
 import io
 import itertools
 import json
-import shutil
-import tempfile
 from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any, BinaryIO
 
@@ -15,7 +13,7 @@ from patchloom.errors import UserError
 from patchloom.platform.dataset.json_stream import JsonStream
 from patchloom.platform.dataset.labels import Labels, first_of
 from patchloom.platform.files.folder import COPY_BYTES, Folder
-from patchloom.platform.files.spool import RowSpool
+from patchloom.platform.files.spool import RowSpool, temporary_file
 from patchloom.platform.progress import say
 
 LABEL_COLUMNS = ("label", "labels", "class", "category", "cls", "fine_label")
@@ -158,8 +156,5 @@ def opened_here(folder: Folder, name: str) -> BinaryIO:
     """A file, open for reading from its start; a remote one is copied first, because it is read piece by piece."""
     if not folder.is_remote:
         return folder.open(name)
-    copy: BinaryIO = tempfile.TemporaryFile()  # noqa: SIM115 the caller closes it
     with folder.open(name) as source:
-        shutil.copyfileobj(source, copy, COPY_BYTES)
-    copy.seek(0)
-    return copy
+        return temporary_file(iter(lambda: source.read(COPY_BYTES), b""))

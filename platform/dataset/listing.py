@@ -19,17 +19,18 @@ from patchloom.errors import UserError
 from patchloom.platform.dataset.label_files import LABEL_COLUMNS, TABLE_NAMES, find_labels, opened_here
 from patchloom.platform.dataset.labels import Label, Labels, first_of, label_of
 from patchloom.platform.dataset.readers import (
+    ARCHIVE_MEMBERS,
     NpzArray,
     Place,
-    SourceReader,
     npz_array,
     npz_images,
     open_table,
     tar_file,
     zip_images,
 )
+from patchloom.platform.dataset.tar_headers import TarHeader, tar_headers
 from patchloom.platform.files.folder import Folder
-from patchloom.platform.files.spool import RowSpool, sorted_rows
+from patchloom.platform.files.spool import RowSpool, sorted_rows, temporary_file
 
 IMAGE_EXTENSIONS = (".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".avif", ".bmp", ".tif", ".tiff", ".gif")
 IMAGE_COLUMNS = ("image", "img", "jpg", "jpeg", "png", "webp", "bytes", "image_bytes", "path", "file_name")
@@ -37,9 +38,9 @@ KEY_COLUMNS = ("key", "__key__")
 HIDDEN_NAMES = ("__macosx", "thumbs.db", "desktop.ini")
 SIDECAR_ENDINGS = (".cls", ".json")
 LINK_ERROR = "is a symbolic link in an archive: pack the image itself"
-TEXT_ENDINGS = (*SIDECAR_ENDINGS, ".csv", ".tsv", ".jsonl")
 ROOT_TABLES = (*TABLE_NAMES, "dataset.json")
-MOST_SIDECAR_BYTES = 1 << 26
+MOST_SIDECAR_BYTES, MOST_ROOT_LABEL_BYTES = 1 << 26, 1 << 20  # of a larger dataset.json, only rows are in memory
+LOCAL_PIECE_BYTES, REMOTE_PIECE_BYTES = 1 << 16, 1 << 20  # of a tar file, where only the headers are read
 
 
 @dataclass(slots=True)
@@ -129,11 +130,11 @@ def list_files(folder: Folder, names: dict[str, int], image_member: str | None) 
 def list_zip(folder: Folder, names: dict[str, int], image_member: str | None) -> Listing:
     """The members of a zip archive."""
     (name,) = names
-    listing, reader = Listing(has_folders=True), SourceReader("zip", folder.address)
+    listing = Listing(has_folders=True)
 
     def opened(one: ListedInput) -> BinaryIO:
         try:
-            return io.BytesIO(bytes(reader.read(one.place)))
+            return temporary_file(ARCHIVE_MEMBERS["zip"](folder, *one.place))
         except (ValueError, zipfile.BadZipFile, zlib.error) as error:
             raise UserError(f"{folder}/{name}: {one.key} cannot be read ({error}): write the archive again") from None
 
@@ -148,115 +149,128 @@ def list_tars(folder: Folder, names: dict[str, int], image_member: str | None) -
     Several tars, or a tar with `.cls` or `.json` next to images, are WebDataset shards: the key of a member ends at
     the first dot of its file name, and members with one key belong together.
     """
-    is_one = len(names) == 1
-    listing = Listing(has_folders=is_one)
-    listing.inputs = itertools.chain.from_iterable(
-        _list_tar(listing, folder, name, "" if is_one else f"{name}/", image_member) for name in names
-    )
+    listing = Listing(has_folders=len(names) == 1)
+    listing.inputs = _tar_inputs(listing, folder, list(names), image_member)
     return listing
 
 
-def _list_tar(
-    listing: Listing, folder: Folder, tar: str, prefix: str, image_member: str | None
-) -> Iterator[ListedInput]:
-    """The inputs of one tar. A prefix of keys means that it is one of several shards."""
-    images, sidecars, tables, others = RowSpool(), RowSpool(), dict[str, bytes](), Counter[str]()
+def _tar_inputs(listing: Listing, folder: Folder, names: list[str], image_member: str | None) -> Iterator[ListedInput]:
+    """The inputs of tars. Several tars in a store are read at the same time."""
+    are_shards = len(names) > 1
+    for found in folder.at_once(lambda tar: _read_tar(folder, tar, f"{tar}/" if are_shards else ""), names):
+        if not are_shards:
+            listing.labels = _tar_labels(folder, found.tables)
+        samples = _Samples(found, image_member)
+        inputs = samples.inputs() if are_shards or image_member or len(found.sidecars) else iter(())
+        if are_shards or image_member or samples.have_sidecars:
+            if samples.problem is not None:
+                raise samples.problem
+            listing.unmatched += samples.unmatched
+            for ending in (*SIDECAR_ENDINGS, ".txt"):  # of WebDataset: classes, metadata and captions
+                del found.others[ending]
+            yield from inputs
+        else:
+            yield from (ListedInput(*row) for row in found.images)
+        listing.others += found.others
+
+
+def _tar_labels(folder: Folder, tables: dict[str, Place]) -> Labels | None:
+    return find_labels(tables, lambda name: temporary_file(ARCHIVE_MEMBERS["tar"](folder, *tables[name])))
+
+
+@dataclass
+class _TarContent:
+    """What is in a tar.
+
+    Args:
+        tar: its address, for messages.
+        images: rows of `ListedInput`.
+        sidecars: the key of each file next to an image, its label or None, and what is wrong with the label.
+        tables: where the files are that may have the labels of all images.
+        others: number of files that are not images, by ending.
+    """
+
+    tar: str
+    images: RowSpool = field(default_factory=RowSpool)
+    sidecars: RowSpool = field(default_factory=RowSpool)
+    tables: dict[str, Place] = field(default_factory=dict)
+    others: Counter[str] = field(default_factory=Counter)
+
+
+def _read_tar(folder: Folder, tar: str, prefix: str) -> _TarContent:
+    """Read the headers and labels of a tar. A prefix of keys means that it is one of several shards."""
+    found = _TarContent(f"{folder}/{tar}")
     for one in _tar_members(folder, tar):
         name = prefix + one.name
         if is_hidden(name):
             continue
         if is_image(name):
             error = LINK_ERROR if one.is_link else None
-            images.append(_readable(ListedInput(name, one.place, one.size_bytes, error=error)).row())
+            found.images.append(_readable(ListedInput(name, one.place, one.size_bytes, error=error)).row())
             continue
         if name not in ROOT_TABLES:
-            others[_ending(name)] += 1
-        elif one.content is not None:
-            tables[name] = one.content
-        if one.content is not None and _ending(name) in SIDECAR_ENDINGS:
-            sidecars.append((sample_key(name), *_sidecar_label(name, one.content)))
-    if not prefix:
-        listing.labels = find_labels(tables, lambda name: io.BytesIO(tables[name]))
-    samples = _Samples(f"{folder}/{tar}", images, sidecars, image_member)
-    inputs = samples.inputs() if prefix or image_member or len(sidecars) else iter(())
-    if prefix or image_member or samples.have_sidecars:
-        if samples.problem is not None:
-            raise samples.problem
-        listing.unmatched += samples.unmatched
-        for ending in (*SIDECAR_ENDINGS, ".txt"):  # of WebDataset: classes, metadata and captions
-            del others[ending]
-        yield from inputs
-    else:
-        yield from (ListedInput(*row) for row in images)
-    listing.others += others
+            found.others[_ending(name)] += 1
+        elif not one.is_link:
+            found.tables[name] = one.place
+        is_label = name not in ROOT_TABLES or one.size_bytes < MOST_ROOT_LABEL_BYTES
+        if one.content is not None and is_label:
+            found.sidecars.append((sample_key(name), *_sidecar_label(name, one.content)))
+    return found
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class _TarMember:
     name: str
     place: Place
     size_bytes: int
-    content: bytes | None  # of a small text file
+    content: bytes | None  # of a small file with the label of an image
     is_link: bool = False
 
 
 def _tar_members(folder: Folder, tar: str) -> Iterator[_TarMember]:
     """The files of a tar archive. Hard links are their target; symbolic links are not followed."""
-    with tar_file(folder, tar) as file:
+    with _buffered_tar(folder, tar) as file:
         try:
-            targets: dict[str, tarfile.TarInfo] | None = None
-            for member in _headers(file):
-                if member.islnk():  # a hard link to an earlier member
+            targets: dict[str, TarHeader] | None = None
+            for member in tar_headers(file):
+                found, name = member, member.name.removeprefix("./")
+                if member.is_hard_link:
                     if targets is None:
                         targets = _link_targets(folder, tar)
-                    target = targets[member.linkname.rstrip("/")]
-                    member.offset_data, member.size = target.offset_data, target.size
-                elif member.issym():
-                    yield _TarMember(member.name.removeprefix("./"), [tar, 0, 0], 0, None, is_link=True)
+                    found = targets[member.target.rstrip("/")]
+                elif member.kind == tarfile.SYMTYPE:
+                    yield _TarMember(name, [tar, 0, 0], 0, None, is_link=True)
                     continue
-                elif not member.isfile():
+                elif member.kind != tarfile.REGTYPE:
                     continue
-                name, content = member.name.removeprefix("./"), None
-                if _ending(name) in TEXT_ENDINGS:
-                    content = _member_content(file, member) if member.size < MOST_SIDECAR_BYTES else None
-                yield _TarMember(name, [tar, member.offset_data, member.size], member.size, content)
+                content = None
+                if _ending(name) in SIDECAR_ENDINGS and found.size_bytes < MOST_SIDECAR_BYTES:
+                    file.seek(found.first_byte)
+                    content = file.read(found.size_bytes)
+                yield _TarMember(name, [tar, found.first_byte, found.size_bytes], found.size_bytes, content)
         except (tarfile.TarError, EOFError, OSError, KeyError) as error:
             raise UserError(f"{folder}/{tar} is not a complete tar file ({error}): download it again") from None
 
 
-def _headers(file: BinaryIO) -> Iterator[tarfile.TarInfo]:
-    """All members of an open tar archive. Those that were taken are forgotten."""
-    file.seek(0)
-    archive = tarfile.TarFile(fileobj=file)
-    while (member := archive.next()) is not None:
-        archive.members.clear()  # type: ignore[attr-defined]
-        yield member
-    file.seek(archive.offset)
-    if file.read(tarfile.BLOCKSIZE).strip(b"\0"):  # tarfile ends at a damaged header
-        raise tarfile.ReadError(f"no header at byte {archive.offset}")
+def _buffered_tar(folder: Folder, tar: str) -> io.BufferedReader:
+    """A tar file that is read in pieces; on a store, each of them is a request."""
+    opened: Any = tar_file(folder, tar)
+    return io.BufferedReader(opened, REMOTE_PIECE_BYTES if folder.is_remote else LOCAL_PIECE_BYTES)
 
 
-def _link_targets(folder: Folder, tar: str) -> dict[str, tarfile.TarInfo]:
+def _link_targets(folder: Folder, tar: str) -> dict[str, TarHeader]:
     """The members that hard links in a tar archive mean, by the name in the link: the last one of each name."""
-    with tar_file(folder, tar) as file:
-        wanted = {member.linkname.rstrip("/") for member in _headers(file) if member.islnk()}
-        found = {member.name: member for member in _headers(file) if member.name in wanted}
+    with _buffered_tar(folder, tar) as file:
+        wanted = {member.target.rstrip("/") for member in tar_headers(file) if member.is_hard_link}
+        found = {member.name: member for member in tar_headers(file) if member.name in wanted}
     for _ in found:  # links to links, each to an earlier member
         found |= {
-            name: found[member.linkname] for name, member in found.items()
-            if member.islnk() and member.linkname in found
+            name: found[member.target] for name, member in found.items()
+            if member.is_hard_link and member.target in found
         }  # fmt: skip
-        if not any(member.islnk() for member in found.values()):
+        if not any(member.is_hard_link for member in found.values()):
             break
     return found
-
-
-def _member_content(file: BinaryIO, member: tarfile.TarInfo) -> bytes:
-    position = file.tell()
-    file.seek(member.offset_data)
-    content = file.read(member.size)
-    file.seek(position)
-    return content
 
 
 def sample_key(name: str) -> str:
@@ -269,14 +283,12 @@ class _Samples:
     """The samples of a WebDataset tar: images and labels whose members have the same key, also far from one another.
 
     Args:
-        tar: its address, for messages.
-        images: rows of `ListedInput`.
-        sidecars: the key of each file next to an image, its label or None, and what is wrong with the label.
+        content: what is in the tar.
         image_member: the ending of the members that are the images; None if each key has one image.
     """
 
-    def __init__(self, tar: str, images: RowSpool, sidecars: RowSpool, image_member: str | None) -> None:
-        self.tar, self.images, self.sidecars = tar, images, sidecars
+    def __init__(self, content: _TarContent, image_member: str | None) -> None:
+        self.tar, self.images, self.sidecars = content.tar, content.images, content.sidecars
         self.wanted = f".{image_member.lower().removeprefix('.')}" if image_member else None
         self.have_sidecars = False
         self.unmatched = 0  # labels without an image
@@ -353,20 +365,37 @@ def list_tables(folder: Folder, names: dict[str, int], image_member: str | None)
 
 
 def _table_rows(listing: Listing, folder: Folder, names: list[str]) -> Iterator[ListedInput]:
-    width = _digits(sum(open_table(folder, name).rows for name in names))
+    """The rows of tables. Several tables in a store are read at the same time."""
+    width = _digits(sum(folder.at_once(lambda name: open_table(folder, name).rows, names)))
     class_names: list[str] | None = None
     numbers = itertools.count()
-    for name in names:
-        table = open_table(folder, name)
-        column = _image_column(folder, name, table.schema)
-        label, key = first_of(LABEL_COLUMNS, table.schema.names), first_of(KEY_COLUMNS, table.schema.names)
-        class_names = class_names or _class_names(folder, table.schema, label)
-        for row, (value, given) in enumerate(table.values([label, key])):
+    for name, found in zip(names, folder.at_once(lambda name: _read_table(folder, name), names), strict=True):
+        class_names = class_names or found.class_names
+        for row, (text, known) in enumerate(found.rows):
             number = next(numbers)
-            text = "" if given is None else str(given)
-            known = label_of(value, f"row {row} of {name}") if label else None
-            yield ListedInput(text or f"{number:0{width}d}", [name, column, row], -1, known)
+            yield ListedInput(text or f"{number:0{width}d}", [name, found.column, row], -1, known)
     listing.labels = Labels(str(folder), class_names=class_names) if class_names else None
+
+
+@dataclass(frozen=True)
+class _TableContent:
+    """The column of images of a table, the names of its classes if it has them, and the key and label of each row."""
+
+    column: str
+    class_names: list[str] | None
+    rows: Iterable[tuple[Any, ...]]
+
+
+def _read_table(folder: Folder, name: str) -> _TableContent:
+    table = open_table(folder, name)
+    column = _image_column(folder, name, table.schema)
+    label, key = first_of(LABEL_COLUMNS, table.schema.names), first_of(KEY_COLUMNS, table.schema.names)
+    rows = (
+        ("" if given is None else str(given), label_of(value, f"row {row} of {name}") if label else None)
+        for row, (value, given) in enumerate(table.values([label, key]))
+    )
+    class_names = _class_names(folder, table.schema, label)
+    return _TableContent(column, class_names, RowSpool.of(rows) if folder.is_remote else rows)
 
 
 def _digits(rows: int) -> int:

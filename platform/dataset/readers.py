@@ -7,7 +7,7 @@ import shutil
 import struct
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
@@ -26,6 +26,8 @@ from patchloom.platform.files.folder import COPY_BYTES, Folder
 Place = list[str | int]
 
 TABLE_BATCH_ROWS, SMALL_BATCH_ROWS = 32, 8192
+GAP_BYTES, RUN_BYTES = 1 << 18, 32 << 20  # limits of what one request reads: between two members, and in all
+MEMBER_PIECE_BYTES = 1 << 18  # of a member that is read in pieces
 GZIP_MIN_BYTES = 18
 NO_CELLS = (0, pa.array([]))
 Opened = TypeVar("Opened")
@@ -41,16 +43,33 @@ class SourceReader:
         methods: dict[str, Callable[..., bytes | np.ndarray]] = {
             "files": self.folder.read,
             "zip": self._member,
-            "tar": self._piece,
+            "tar": self._file,
             "table": self._cell,
             "npz": self._row,
         }
-        self._read = methods[kind]
+        self._read, self._kind = methods[kind], kind
         self._open: dict[tuple[str, str], Any] = {}
+        self._runs: dict[tuple[str, int], int] = {}
+        self._piece_at, self._piece = ("", 0), b""  # what was read last: its file and first byte, and the bytes
 
     def read(self, place: Place) -> bytes | np.ndarray:
         """The encoded image at a place, or its pixels as an (H, W, C) uint8 array."""
         return self._read(*place)
+
+    def expect(self, places: Iterable[Place]) -> None:
+        """Prepare to read these inputs in this order. Members of archives in a store then need few requests."""
+        if self.folder.is_remote and self._kind in ("tar", "zip"):
+            more = TYPICAL_HEADER_BYTES if self._kind == "zip" else 0
+            self._runs = member_runs((str(name), int(first), int(size) + more) for name, first, size, *_ in places)
+
+    def _bytes(self, name: str, open_file: Callable[[Folder, str], BinaryIO], first: int, size: int) -> bytes:
+        """Bytes of an archive: of the piece that was read last, or the beginning of the next piece."""
+        start = first - self._piece_at[1]
+        if name != self._piece_at[0] or start < 0 or start + size > len(self._piece):
+            most = max(size, self._runs.get((name, first), first) - first)
+            self._piece = self.folder.read_from(self._opened(name, open_file), first, most)
+            self._piece_at, start = (name, first), 0
+        return self._piece[start : start + size]
 
     def _opened(self, name: str, open_file: Callable[[Folder, str], Opened]) -> Opened:
         """A file of the source, kept open until another one is needed, because inputs are read in order."""
@@ -62,21 +81,17 @@ class SourceReader:
 
     def _member(self, name: str, offset: int, size: int, crc: int) -> bytes:
         """A member of a zip archive. The directory is not read: with a million images it takes a gigabyte of memory."""
-        file = self._opened(name, Folder.open)
-        file.seek(offset)
-        piece = file.read(size + TYPICAL_HEADER_BYTES)  # with remote files, each read is a request
+        piece = self._bytes(name, Folder.open, offset, size + TYPICAL_HEADER_BYTES)
         start = _zip_data_start(piece)
         if len(piece) < start + size:
-            piece += file.read(start + size - len(piece))
+            piece = self._bytes(name, Folder.open, offset, start + size)
         content = _unpacked(piece[start : start + size], int.from_bytes(piece[8:10], "little"))
         if zlib.crc32(content) != crc:
             raise zipfile.BadZipFile("wrong checksum (CRC-32)")
         return content
 
-    def _piece(self, name: str, offset: int, size: int) -> bytes:
-        file = self._opened(name, tar_file)
-        file.seek(offset)
-        return file.read(size)
+    def _file(self, name: str, offset: int, size: int) -> bytes:
+        return self._bytes(name, tar_file, offset, size)
 
     def _row(self, name: str, row: int) -> np.ndarray:
         return np.array(self._opened(name, npz_images)[row])
@@ -90,6 +105,24 @@ class SourceReader:
         if isinstance(value, list):  # of uint8
             value = bytes(value)
         return value if isinstance(value, bytes) else self.folder.read(str(value))
+
+
+def member_runs(members: Iterable[tuple[str, int, int]]) -> dict[tuple[str, int], int]:
+    """Where to read several members at once: the file and first byte of the first one, and the end of the last one.
+
+    Only members that are near to one another, in the order of the file, belong together.
+
+    Args:
+        members: the file, first byte and size of each member, in the order in which they are read.
+    """
+    runs: dict[tuple[str, int], int] = {}
+    name, start = "", 0
+    for file, first, size in members:
+        end = runs.get((name, start), 0)
+        if file != name or not start <= first <= end + GAP_BYTES or first + size > start + RUN_BYTES:
+            name, start = file, first
+        runs[name, start] = max(runs.get((name, start), 0), first + size)
+    return runs
 
 
 def zip_place(name: str, member: zipfile.ZipInfo) -> Place:
@@ -110,6 +143,40 @@ def zip_images(folder: Folder, name: str) -> Iterator[tuple[str, Place, int]]:
                     yield member, [name, one.header_offset, one.packed_bytes, one.crc], one.size_bytes
     except (zipfile.BadZipFile, OSError, struct.error, UnicodeDecodeError) as error:
         raise UserError(f"{folder}/{name} is not a complete zip file ({error}): download it again") from None
+
+
+def zip_member(folder: Folder, name: str, offset: int, size: int, crc: int) -> Iterator[bytes]:
+    """The content of a member of a zip archive in pieces; raises BadZipFile at the end if its checksum is wrong."""
+    with folder.open(name) as file:
+        file.seek(offset)
+        header = file.read(ZIP_HEADER_BYTES)
+        file.seek(offset + _zip_data_start(header))
+        method, found = int.from_bytes(header[8:10], "little"), 0
+        inflate = zlib.decompressobj(-zlib.MAX_WBITS)
+        for piece in _pieces(file, size):
+            content = inflate.decompress(piece) if method == zipfile.ZIP_DEFLATED else _unpacked(piece, method)
+            found = zlib.crc32(content, found)
+            yield content
+    if found != crc:
+        raise zipfile.BadZipFile("wrong checksum (CRC-32)")
+
+
+def tar_member(folder: Folder, name: str, offset: int, size: int) -> Iterator[bytes]:
+    """The content of a member of a tar archive in pieces."""
+    with tar_file(folder, name) as file:
+        file.seek(offset)
+        yield from _pieces(file, size)
+
+
+# by the kind of the archive; the arguments are its folder, and the place of the member
+ARCHIVE_MEMBERS: dict[str, Callable[..., Iterator[bytes]]] = {"zip": zip_member, "tar": tar_member}
+
+
+def _pieces(file: BinaryIO, size: int) -> Iterator[bytes]:
+    """The next bytes of a file; fewer at its end."""
+    while size > 0 and (piece := file.read(min(size, MEMBER_PIECE_BYTES))):
+        yield piece
+        size -= len(piece)
 
 
 def _zip_data_start(piece: bytes) -> int:

@@ -221,6 +221,7 @@ def _kind_of(address: str) -> tuple[str, Folder, dict[str, int]]:
             return "files", folder, {}
         if name.lower().endswith(ARCHIVE_ENDINGS):
             archives[name] = size
+    archives = dict(sorted(archives.items()))
     for kind in ("tar", "table"):  # tables next to shards describe the shards
         chosen = {name: size for name, size in archives.items() if name.lower().endswith(FILE_ENDINGS[kind])}
         if chosen:
@@ -229,7 +230,9 @@ def _kind_of(address: str) -> tuple[str, Folder, dict[str, int]]:
 
 
 def _visible_files(folder: Folder) -> Iterator[tuple[str, int]]:
-    return ((name, size) for name, size in folder.walk(follow_links=True) if not is_hidden(name))
+    """Files that are not hidden, in any order."""
+    files = folder.walk(follow_links=True, in_order=False)
+    return ((name, size) for name, size in files if not is_hidden(name))
 
 
 def _kind_of_file(name: str, file: Folder) -> str:

@@ -134,8 +134,11 @@ class Folder:
         wanted = (info for info in found if info.type == pyarrow.fs.FileType.File)
         return dict(sorted((info.path.removeprefix(base).lstrip("/"), info.size) for info in wanted))
 
-    def walk(self, follow_links: bool = False) -> Iterator[tuple[str, int]]:
-        """What `files` returns, in ascending order of the names, one by one: there may be millions."""
+    def walk(self, follow_links: bool = False, in_order: bool = True) -> Iterator[tuple[str, int]]:
+        """What `files` returns, in ascending order of the names, one by one: there may be millions.
+
+        Without `in_order`, the first files of a store come before it has listed all of them.
+        """
         if not self.is_remote:
             yield from _local_files(self.path, "", follow_links, frozenset())
             return
@@ -144,7 +147,8 @@ class Folder:
             listed = self._listed(there)
             with contextlib.suppress(StoreError):  # such as a public bucket, for which pyarrow needs no credentials
                 first = list(itertools.islice(listed, 1))
-                yield from sorted_rows(itertools.chain(first, listed))
+                found = itertools.chain(first, listed)
+                yield from sorted_rows(found) if in_order else found
                 return
         yield from self.files().items()
 
@@ -199,7 +203,13 @@ class Folder:
             there = self.object_folder()
             if there is not None and there.can_name(name):
                 return there.read_piece(name, first, size_bytes)
-        with self.open(name) as file, self._reading():
+        with self.open(name) as file:
+            return self.read_from(file, first, size_bytes)
+
+    @_patient
+    def read_from(self, file: BinaryIO, first: int, size_bytes: int) -> bytes:
+        """Some bytes of a file that `open` returned, from a store with one request; raises OSError."""
+        with self._reading():
             file.seek(first)
             return file.read(size_bytes)
 

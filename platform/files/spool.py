@@ -7,10 +7,19 @@ import os
 import tempfile
 from array import array
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import Any, BinaryIO
 
 SPOOL_BLOCK_ROWS = 1024  # of a spool, which are written and read together
-SORTED_ROWS = 1 << 17  # at most, in memory
+SORTED_ROWS = 1 << 15  # at most, in memory
+MERGED_RUNS = 32  # sorted runs that become one, so that few files are open, with a block of each in memory
+
+
+def temporary_file(pieces: Iterable[bytes]) -> BinaryIO:
+    """A temporary file of these pieces, open for reading from its start."""
+    file: BinaryIO = tempfile.TemporaryFile()  # noqa: SIM115 the caller closes it
+    file.writelines(pieces)
+    file.seek(0)
+    return file
 
 
 class Spool:
@@ -50,6 +59,14 @@ class RowSpool:
     def __len__(self) -> int:
         return (len(self._starts) - 1) * SPOOL_BLOCK_ROWS + len(self._pending)
 
+    @classmethod
+    def of(cls, rows: Iterable[tuple[Any, ...]]) -> "RowSpool":
+        """A spool of these rows."""
+        spool = cls()
+        for row in rows:
+            spool.append(row)
+        return spool
+
     def append(self, row: tuple[Any, ...]) -> None:
         """Add a row at the end."""
         self._pending.append(row)
@@ -83,12 +100,17 @@ class RowSpool:
 
 def sorted_rows(rows: Iterable[tuple[Any, ...]]) -> Iterator[tuple[Any, ...]]:
     """Rows of plain values in ascending order, with a bounded number of them in memory."""
-    rows, runs = iter(rows), list[RowSpool]()
+    rows, levels = iter(rows), [list[RowSpool]()]  # a run of a level is `MERGED_RUNS` of the level below
     while batch := sorted(itertools.islice(rows, SORTED_ROWS)):
-        if not runs and len(batch) < SORTED_ROWS:
+        if len(batch) < SORTED_ROWS and levels == [[]]:
             return iter(batch)
-        run = RowSpool()
-        for row in batch:
-            run.append(row)
-        runs.append(run)
-    return heapq.merge(*runs)
+        levels[0].append(RowSpool.of(batch))
+        del batch
+        for level, runs in enumerate(levels):
+            if len(runs) < MERGED_RUNS:
+                break
+            if level + 1 == len(levels):
+                levels.append([])
+            levels[level + 1].append(RowSpool.of(heapq.merge(*runs)))
+            runs.clear()
+    return heapq.merge(*itertools.chain.from_iterable(levels))

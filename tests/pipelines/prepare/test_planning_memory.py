@@ -12,13 +12,14 @@ from helpers import run_python
 from patchloom.pipelines.prepare.planning import default_shard_rows
 
 PLAN = """
-import resource, sys
+from pathlib import Path
 from patchloom.pipelines.prepare.images import Transform
 from patchloom.pipelines.prepare.planning import plan_images
 planned = plan_images(SOURCE, LABELS, None, Transform(8), None, "fp32")
-print(len(planned.inputs), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)  # in KiB
+status = Path("/proc/self/status").read_text()  # ru_maxrss would be at least that of the process that started this one
+print(len(planned.inputs), status.partition("VmHWM:")[2].split()[0])  # in KiB
 """
-FEW, MANY, MOST = 2_000, 100_000, 2_000_000
+FEW, MANY, MOST = 20_000, 100_000, 2_000_000
 GROWTH_KIB = {MANY: 60 << 10, MOST: 100 << 10}
 
 
@@ -28,14 +29,55 @@ def an_array(folder: Path, inputs: int) -> tuple[Path, None]:
     return folder / f"{inputs}.npz", None
 
 
+def edm_labels(inputs: int) -> bytes:
+    """The content of EDM's dataset.json."""
+    return json.dumps({"labels": [[f"{number:08d}.png", number % 10] for number in range(inputs)]}).encode()
+
+
 def a_zip_with_labels(folder: Path, inputs: int) -> tuple[Path, Path]:
     """A zip, and a separate file of labels."""
     with zipfile.ZipFile(folder / f"{inputs}.zip", "w") as archive:
         for number in range(inputs):
             archive.writestr(zipfile.ZipInfo(f"{number:08d}.png"), b"")
-    labels = {f"{number:08d}.png": number % 10 for number in range(inputs)}
-    (folder / f"{inputs}.json").write_text(json.dumps({"labels": list(labels.items())}))
+    (folder / f"{inputs}.json").write_bytes(edm_labels(inputs))
     return folder / f"{inputs}.zip", folder / f"{inputs}.json"
+
+
+def a_zip_of_edm(folder: Path, inputs: int) -> tuple[Path, None]:
+    """A zip with a file of labels in it."""
+    path, labels = a_zip_with_labels(folder, inputs)
+    with zipfile.ZipFile(path, "a", zipfile.ZIP_DEFLATED) as archive:
+        archive.write(labels, "dataset.json")
+    return path, None
+
+
+def a_tar_of_edm(folder: Path, inputs: int) -> tuple[Path, None]:
+    """A tar with a file of labels in it."""
+    with (folder / f"{inputs}.tar").open("wb") as file:
+        for number in range(inputs):
+            file.write(tarfile.TarInfo(f"{number:08d}.png").tobuf(tarfile.USTAR_FORMAT))
+        labels, member = edm_labels(inputs), tarfile.TarInfo("dataset.json")
+        member.size = len(labels)
+        file.write(member.tobuf(tarfile.USTAR_FORMAT) + labels + bytes(-len(labels) % 512) + bytes(10240))
+    return folder / f"{inputs}.tar", None
+
+
+def a_folder(folder: Path, inputs: int) -> tuple[Path, None]:
+    """A folder of empty files, a thousand in each sub-folder."""
+    for number in range(inputs):
+        if number % 1000 == 0:
+            parent = folder / str(inputs) / f"{number // 1000:05d}"
+            parent.mkdir(parents=True)
+        (parent / f"{number:08d}.png").touch()
+    return folder / str(inputs), None
+
+
+def a_flat_folder(folder: Path, inputs: int) -> tuple[Path, None]:
+    """All files in one folder."""
+    (folder / str(inputs)).mkdir()
+    for number in range(inputs):
+        (folder / str(inputs) / f"{number:08d}.png").touch()
+    return folder / str(inputs), None
 
 
 def a_webdataset(folder: Path, inputs: int) -> tuple[Path, None]:
@@ -64,8 +106,9 @@ def peak_kib(source: Path, labels: Path | None, inputs: int) -> int:
     [
         (an_array, MANY),
         *(pytest.param(write, inputs, marks=pytest.mark.slow)
-          for write, inputs in ((a_zip_with_labels, MANY), (a_webdataset, MANY), (an_array, MOST),
-                                (a_zip_with_labels, MOST), (a_webdataset, MOST))),
+          for write in (a_zip_with_labels, a_zip_of_edm, a_tar_of_edm, a_webdataset, a_folder, a_flat_folder)
+          for inputs in (MANY, MOST)),
+        pytest.param(an_array, MOST, marks=pytest.mark.slow),
     ],
 )  # fmt: skip
 def test_memory_of_planning_does_not_grow_with_the_inputs(write, inputs: int, tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from helpers import shard_hashes
+from sources_on_disk import png, write_tar, write_zip
 
 from patchloom.pipelines.prepare import prepare
 from patchloom.pipelines.prepare.preparing import PrepareJob
@@ -26,14 +27,14 @@ def array(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def requests_since(log: Path, start: int) -> Counter[str]:
-    """How often each kind of file was asked for, by method and the name without its number."""
+def requests_since(log: Path, start: int, folder: str = "prepared") -> Counter[str]:
+    """How often each kind of file in a folder was asked for, by method and the name without its number."""
     time.sleep(0.2)  # the server writes its line after its answer
     text = log.read_bytes()[start:].decode()
     return Counter(
         f"{method} {re.sub('-[0-9]+', '', path.partition('?')[0])}"
         for method, path in REQUEST.findall(text)
-        if "/prepared/" in path
+        if f"/{folder}/" in path
     )
 
 
@@ -56,6 +57,38 @@ def test_a_remote_preparation_needs_four_requests_per_shard(s3: str, s3_log: Pat
     for name in ("dataset.json", "skipped.jsonl", *(f"shards/{name}" for name in shard_hashes(tmp_path / "here"))):
         assert there.read(name) == (tmp_path / "here" / name).read_bytes()
     assert sorted(there.files()) == sorted(Folder.at(tmp_path / "here").files().keys() - {".lock"})
+
+
+@pytest.mark.parametrize("kind", ["tar", "zip", "shards"])
+def test_images_of_a_remote_archive_come_with_one_request_per_shard(
+    kind: str, s3: str, s3_log: Path, tmp_path: Path
+) -> None:
+    generator = np.random.default_rng(0)
+    members = [
+        (f"{number:04d}.png", png(generator.integers(0, 256, (8, 8, 3), dtype=np.uint8)))
+        for number in range(ROWS * SHARDS)
+    ]
+    labelled = [one for name, content in members for one in ((f"{name[:-4]}.cls", b"3"), (name, content))]
+    (tmp_path / "source").mkdir()
+    if kind == "zip":
+        write_zip(tmp_path / "source/images.zip", members)
+    elif kind == "tar":
+        write_tar(tmp_path / "source/images.tar", members)
+    else:
+        for part in range(4):
+            write_tar(tmp_path / f"source/{part}.tar", labelled[part * len(labelled) // 4 :][: len(labelled) // 4])
+    there = Folder.at(f"{s3}/sources/{tmp_path.name}")
+    for path in (tmp_path / "source").iterdir():
+        there.put(path, path.name)
+    name = "" if kind == "shards" else f"/images.{kind}"
+    start = s3_log.stat().st_size
+    target = Folder.at(f"{s3}/prepared/{tmp_path.name}")
+    prepare(there.address + name, target.address, resolution=8, shard_rows=ROWS, workers=0)
+    found = requests_since(s3_log, start, "sources")
+    assert SHARDS <= sum(count for request, count in found.items() if request.startswith("GET")) <= SHARDS + 12
+    assert found.total() + requests_since(s3_log, start).total() <= 4 * SHARDS + 50  # those for the whole
+    prepare(f"{tmp_path}/source{name}", str(tmp_path / "here"), resolution=8, shard_rows=ROWS, workers=0)
+    assert target.read("dataset.json") == (tmp_path / "here" / "dataset.json").read_bytes()
 
 
 def test_the_call_after_an_interruption_reads_the_notes_of_the_first(

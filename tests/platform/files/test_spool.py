@@ -15,6 +15,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Little is kept in memory, so that small tests use the disk."""
     monkeypatch.setattr(spool, "SPOOL_BLOCK_ROWS", 3)
     monkeypatch.setattr(spool, "SORTED_ROWS", 7)
+    monkeypatch.setattr(spool, "MERGED_RUNS", 3)
     monkeypatch.setattr(keys, "RUN_ROWS", 10)
 
 
@@ -24,7 +25,7 @@ def some_rows(count: int) -> list[tuple[str, int, list[int] | None]]:
     return [(draw.choice(names), number, [number] if draw.random() < 0.5 else None) for number in range(count)]
 
 
-@pytest.mark.parametrize("count", [0, 1, 3, 7, 50])
+@pytest.mark.parametrize("count", [0, 1, 3, 7, 8, 50, 700])
 def test_rows_are_read_as_they_were_written_and_sorted(count: int) -> None:
     rows, kept = some_rows(count), RowSpool()
     for row in rows:
