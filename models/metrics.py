@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -14,6 +15,17 @@ COLOUR_LAYOUT = "colour-layout-48"
 KID_SUBSETS, KID_SUBSET_SIZE = 100, 1000  # Binkowski et al. 2018
 INCEPTION_SPLITS = 10  # Salimans et al. 2016
 INCEPTION_ROWS = 10  # fewest in a part
+BLOCK_ROWS = 1 << 16  # of features that are computed together; more are read block by block
+
+
+class FeatureRows(Protocol):
+    """(n, d) features that need not be in memory: what a tensor does, as far as metrics use it."""
+
+    def __len__(self) -> int:
+        """The number of rows."""
+
+    def __getitem__(self, rows: Any) -> Tensor:
+        """The rows of a slice, or at (m,) integer positions."""
 
 
 @dataclass
@@ -84,11 +96,22 @@ def frechet_distance(features_a: Any, features_b: Any) -> float:
     return gaussian_distance(a.mean, a.covariance, b.mean, b.covariance)
 
 
-def _check_finite(name: str, rows: Tensor) -> None:
+def row_blocks(rows: FeatureRows) -> Iterator[Tensor]:
+    """(n, d) features in blocks of `BLOCK_ROWS` rows."""
+    for first in range(0, len(rows), BLOCK_ROWS):
+        yield rows[first : first + BLOCK_ROWS]
+
+
+def _check_finite(name: str, rows: FeatureRows) -> None:
     """Raise ValueError, with the number of the first such row, if (n, d) rows contain NaN or infinity."""
-    bad = (~rows.isfinite().all(1)).nonzero().flatten()
-    if len(bad):
-        raise ValueError(f"{name}: {len(bad)} rows contain values that are not finite, the first is row {int(bad[0])}")
+    count, first = 0, 0
+    for number, block in enumerate(row_blocks(rows)):
+        bad = (~block.isfinite().all(1)).nonzero().flatten()
+        if len(bad):
+            first = first if count else number * BLOCK_ROWS + int(bad[0])
+            count += len(bad)
+    if count:
+        raise ValueError(f"{name}: {count} rows contain values that are not finite, the first is row {first}")
 
 
 def gaussian_distance(mean_a: Tensor, cov_a: Tensor, mean_b: Tensor, cov_b: Tensor) -> float:
@@ -168,8 +191,8 @@ class KernelDistance:
 
 
 def kernel_distance(
-    features_a: Tensor,
-    features_b: Tensor,
+    features_a: FeatureRows,
+    features_b: FeatureRows,
     subsets: int = KID_SUBSETS,
     subset_size: int = KID_SUBSET_SIZE,
     generator: torch.Generator | None = None,
@@ -180,7 +203,7 @@ def kernel_distance(
     distribution. It needs subsets of at most half of the smaller side.
 
     Args:
-        features_a: (n, d) features, n of 4 or more.
+        features_a: (n, d) features, n of 4 or more. Only the rows of one subset are in memory, if they are in a file.
         features_b: (m, d) features.
         subsets: number of subsets.
         subset_size: rows of each side per subset, at most half of the smaller side.
@@ -223,11 +246,11 @@ def squared_mmd(a: Tensor, b: Tensor) -> float:
     return within - 2 * float(kernels[2].mean())
 
 
-def inception_score(logits: Tensor, splits: int = INCEPTION_SPLITS, seed: int = 0) -> tuple[float, float | None]:
+def inception_score(logits: FeatureRows, splits: int = INCEPTION_SPLITS, seed: int = 0) -> tuple[float, float | None]:
     """Inception Score: exp E[KL(p(y|x) || p(y))] (Salimans et al. 2016).
 
     Args:
-        logits: (n, K) class logits.
+        logits: (n, K) class logits. If they are computed when they are read, only a block of them is in memory.
         splits: most parts that the rows are split into. A part has 10 rows or more, because the score of fewer is
             too low: that of a single row is always 1.
         seed: seed of the shuffle before the split.
@@ -248,12 +271,22 @@ def inception_score(logits: Tensor, splits: int = INCEPTION_SPLITS, seed: int = 
         raise ValueError("logits: there is no row; use more images")
     _check_finite("logits", logits)
     order = torch.randperm(len(logits), generator=torch.Generator().manual_seed(seed))
-    log_p = logits[order].double().log_softmax(1)
-    scores = []
-    for part in log_p.tensor_split(inception_splits(len(log_p), splits)):
-        marginal = part.logsumexp(0) - np.log(len(part))
-        scores.append(float((part.exp() * (part - marginal)).sum(1).mean().exp()))
+    scores = [_part_score(logits, part) for part in order.tensor_split(inception_splits(len(order), splits))]
     return float(np.mean(scores)), float(np.std(scores)) if len(scores) > 1 else None
+
+
+def _part_score(logits: FeatureRows, part: Tensor) -> float:
+    """exp E[KL(p(y|x) || p(y))] of the rows at these positions; they are read twice, block by block."""
+    log_p = [logits[part].double().log_softmax(1)] if len(part) <= BLOCK_ROWS else None
+    blocks = part.split(BLOCK_ROWS)
+
+    def rows() -> Iterator[Tensor]:
+        return iter(log_p) if log_p else (logits[block].double().log_softmax(1) for block in blocks)
+
+    sums = [block.logsumexp(0) for block in rows()]
+    marginal = (sums[0] if len(sums) == 1 else torch.stack(sums).logsumexp(0)) - np.log(len(part))
+    divergences = [(block.exp() * (block - marginal)).sum(1) for block in rows()]
+    return float(torch.cat(divergences).mean().exp())
 
 
 def inception_splits(rows: int, splits: int = INCEPTION_SPLITS) -> int:
