@@ -18,6 +18,7 @@ from patchloom.benchmarks.training import plain_loop_findings
 from patchloom.models.checkpoints import SamplingModel, load_sampling_model
 from patchloom.models.generate import Sampling, generate, generate_padded
 from patchloom.models.precision import one_thread
+from patchloom.pipelines.sample.seeds import Seeds
 from patchloom.pipelines.sample.shard_sampler import SampledShard, SeedShard, ShardSampler, ShardSamplerArgument
 from patchloom.platform.compute.jobs import Job, run_job
 from patchloom.platform.compute.session import ray_session
@@ -106,7 +107,7 @@ class BenchmarkedJob(Job[SeedShard, SampledShard]):
 
     def missing(self) -> list[SeedShard]:
         firsts = range(0, self.total, SHARD)
-        return [SeedShard(f"{first:06d}", dict.fromkeys(range(first, first + SHARD), -1)) for first in firsts]
+        return [SeedShard(f"{first:06d}", Seeds([first], [first + SHARD - 1])) for first in firsts]
 
     def keep(self, unit: SeedShard, result: SampledShard) -> None:
         self.results.append(result)

@@ -50,7 +50,7 @@ def evaluate(
         reference: any of these, or an `.npz` of statistics with the names of EDM or ADM.
         metrics: names among `fid`, `sfid`, `kid`, `is`, `precision`, `recall` (on the features of Inception),
             `fd` (the Fréchet distance on other features), `psnr` and `ssim`. Default: all that the features and the
-            reference allow, except psnr and ssim.
+            reference allow, except psnr and ssim, and except precision and recall of more than 100,000 images.
         features: `inception`, `colours` (no network), `dinov2`, a file of Inception weights or TorchScript, or the
             folder of a transformers Dinov2Model.
         out: the JSON file to write; may be remote. Default: `metrics.json` in the folder of the samples.
@@ -80,8 +80,7 @@ def evaluate(
     check_pair(measured, compared)
     network = load_features(features if metrics is None or _outputs(metrics) else COLOUR_FEATURES)
     available = _Available(network, compared is not None, frozenset(statistics))
-    fewest = min(len(images) for images in (measured, compared) if images is not None)
-    chosen = metrics or available.metrics(fewest)
+    chosen = metrics or available.metrics([len(images) for images in (measured, compared) if images is not None])
     available.check(chosen)
     sets = _extract(measured, compared, statistics, network, features, chosen, workers, batch, resources)
     if save_reference:
@@ -126,18 +125,25 @@ class _Available:
     has_images: bool
     statistics: frozenset[str]
 
-    def metrics(self, fewest_images: int) -> tuple[str, ...]:
-        """Every metric that these and the number of images allow, except psnr and ssim."""
+    def metrics(self, images: list[int]) -> tuple[str, ...]:
+        """Every metric that these and the number of images in each set allow, except psnr and ssim."""
         is_inception = self.network.name == INCEPTION
-        return tuple(
+        allowed = tuple(
             name
             for name, metric in METRICS.items()
             if metric.output in self.network.outputs
-            and fewest_images >= metric.least_images
+            and min(images) >= metric.least_images
             and metric.of_inception in (None, is_inception)
             and (self.has_images or (not metric.needs_images and metric.output in self.statistics))
             and (name != "is" or self.network.classifier is not None)
         )
+        slow = [name for name in allowed if max(images) > (METRICS[name].most_images or max(images))]
+        if slow:
+            say(
+                f"  {' and '.join(slow)} of {max(images):,} images take long, and are measured with "
+                f"--metrics {','.join(allowed)}"
+            )
+        return tuple(name for name in allowed if name not in slow)
 
     def check(self, chosen: tuple[str, ...]) -> None:
         """Raise UserError for a metric that is unknown or that cannot be measured with these."""

@@ -5,8 +5,9 @@ import functools
 import io
 import operator
 import os
+import tempfile
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,13 +29,10 @@ from patchloom.models.features import (
     InceptionFeatures,
     features_of_file,
 )
-from patchloom.models.metrics import COLOUR_LAYOUT, Moments
+from patchloom.models.metrics import BLOCK_ROWS, COLOUR_LAYOUT, FeatureRows, Moments
 from patchloom.pipelines.evaluate.image_sets import (
-    DatasetImages,
     ImageSet,
-    PngImages,
     RowRange,
-    SampleImages,
     open_images,
 )
 from patchloom.platform.compute.devices import own_device
@@ -47,6 +45,7 @@ from patchloom.platform.files.folder import Folder, is_remote
 from patchloom.platform.files.storage import local_path, make_folder
 
 BATCH = 32
+DIGEST_BYTES = 16  # of the sha256 of a range, which are in the names of its files
 COLOUR_FEATURES, DINO, DINO_HUB = "colours", "dinov2", "facebook/dinov2-large"
 INCEPTION_FILES = (
     Download(  # the port that torch-fidelity and torchmetrics use, with the classifier
@@ -142,15 +141,46 @@ def _dino(reference: str, device: torch.device | str) -> Features:
     return DinoFeatures(Path(folder), DINO_HUB.rpartition("/")[2], device)
 
 
+class StoredFeatures:
+    """(N, d) features in a temporary file, of which only the rows that are asked for are read into memory.
+
+    Args:
+        arrays: the features of consecutive rows.
+    """
+
+    def __init__(self, arrays: Iterable[np.ndarray]) -> None:
+        self._file, self._rows = tempfile.TemporaryFile(buffering=0), 0  # noqa: SIM115 closed with the object
+        for rows in arrays:
+            self._width, self._type = rows.shape[1], rows.dtype
+            self._file.write(rows.tobytes())
+            self._rows += len(rows)
+
+    def __len__(self) -> int:
+        return self._rows
+
+    def __getitem__(self, rows: slice | Tensor | np.ndarray) -> Tensor:
+        """The rows of a slice, or at these positions."""
+        row_bytes = self._width * self._type.itemsize
+        if isinstance(rows, slice):
+            start, stop, _ = rows.indices(self._rows)
+            content = os.pread(self._file.fileno(), max(0, stop - start) * row_bytes, start * row_bytes)
+        else:
+            places = (int(row) * row_bytes for row in rows)
+            content = b"".join(os.pread(self._file.fileno(), row_bytes, place) for place in places)
+        return torch.from_numpy(np.frombuffer(bytearray(content), self._type).reshape(-1, self._width))
+
+
 class Extracted:
     """The features of an image set, in the order of its images."""
 
     def __init__(self, images: ImageSet, features: Features, folder: Folder) -> None:
         self.images, self.features, self.folder = images, features, folder
 
-    def rows(self, output: str = POOL) -> Tensor:
-        """(N, d) float32 in memory."""
-        return torch.from_numpy(np.concatenate(list(self._arrays(output))))
+    def rows(self, output: str = POOL) -> FeatureRows:
+        """(N, d) float32: a tensor if there are few rows; more are in a temporary file."""
+        if len(self.images) <= BLOCK_ROWS:
+            return torch.from_numpy(np.concatenate(list(self._arrays(output))))
+        return StoredFeatures(self._arrays(output))
 
     def moments(self, output: str = POOL) -> Moments:
         """The moments of the features. They are computed once and kept in a file."""
@@ -177,23 +207,39 @@ def _check_finite(images: ImageSet, start: int, features: Tensor, network: str) 
         row = start + int(bad[0])
         raise UserError(
             f"{images.address}: {network} gives features that are not finite for {len(bad)} of {len(features)} images, "
-            f"the first is {_name_of(images, row)} (row {row}): remove it, or use other --features"
+            f"the first is {images.name_of(row)} (row {row}): remove it, or use other --features"
         )
-
-
-def _name_of(images: ImageSet, row: int) -> str:
-    """How a person finds the image of a row."""
-    if isinstance(images, DatasetImages):
-        return images.keys(row, row + 1)[0]
-    if isinstance(images, SampleImages):
-        return f"seed {images.entries[row].seed}"
-    return images.names[row] if isinstance(images, PngImages) else "an image"
 
 
 def missing_features(images: ImageSet, features: Features, outputs: tuple[str, ...]) -> list[RowRange]:
     """The ranges of rows whose features no earlier call has kept."""
-    kept = _folder(images, features).files()
-    return [rows for rows in images.ranges if any(_file(rows, output) not in kept for output in outputs)]
+    kept = {output: _KeptDigests() for output in outputs}
+    for name, _ in _folder(images, features).walk():
+        digest, _, output = name.removesuffix(".npy").partition(".")
+        if output in kept:
+            kept[output].add(digest)
+    return [rows for rows in images.ranges if any(rows.sha256 not in digests for digests in kept.values())]
+
+
+class _KeptDigests:
+    """The sha256s of ranges whose features are kept, by their first 16 bytes."""
+
+    def __init__(self) -> None:
+        self._digests = bytearray()
+
+    def add(self, name: str) -> None:
+        """Add the beginning of a sha256, in ascending order."""
+        if len(name) == 2 * DIGEST_BYTES:
+            self._digests += bytes.fromhex(name)
+
+    def __contains__(self, sha256: str) -> bool:
+        """Whether a range has features, by binary search."""
+        wanted, low, high = bytes.fromhex(sha256)[:DIGEST_BYTES], 0, len(self._digests) // DIGEST_BYTES
+        while low < high:
+            middle = (low + high) // 2
+            found = self._digests[DIGEST_BYTES * middle : DIGEST_BYTES * (middle + 1)]
+            low, high = (middle + 1, high) if found < wanted else (low, middle)
+        return self._digests[DIGEST_BYTES * low : DIGEST_BYTES * (low + 1)] == wanted
 
 
 def extract(
@@ -346,7 +392,7 @@ def _folder(images: ImageSet, features: Features) -> Folder:
 
 
 def _file(rows: RowRange, output: str) -> str:
-    return f"{rows.sha256[:32]}.{output}.npy"
+    return f"{rows.sha256[: 2 * DIGEST_BYTES]}.{output}.npy"
 
 
 def _npy(rows: Tensor) -> bytes:

@@ -1,16 +1,22 @@
 """Metrics: how each one is computed from the features of the samples and of the reference."""
 
+import functools
+import operator
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from patchloom.errors import UserError
 from patchloom.models.features import POOL, SPATIAL
 from patchloom.models.metrics import (
+    BLOCK_ROWS,
     DistanceOfRows,
+    FeatureRows,
     Moments,
     bootstrap_interval,
     extrapolated_distance,
@@ -18,6 +24,7 @@ from patchloom.models.metrics import (
     inception_score,
     inception_splits,
     kernel_distance,
+    row_blocks,
 )
 from patchloom.models.neighbours import Neighbourhood, neighbourhood
 from patchloom.pipelines.evaluate.features import Extracted
@@ -26,6 +33,7 @@ from patchloom.platform.compute.devices import own_device
 from patchloom.platform.records.evaluation import MetricValue
 
 NEIGHBOURS = 3  # Kynkäänniemi et al. 2019
+MOST_NEIGHBOURS = 100_000  # images of a side, by default: the time grows with the square of their number
 FEW_SAMPLES = 10_000  # below, the bias of a Fréchet distance is as large as the differences that people compare
 BOOTSTRAPS = 50
 
@@ -47,21 +55,20 @@ class ComparedSets:
         return moments.mean, moments.covariance
 
     @cached_property
-    def sample_rows(self) -> Tensor:
-        """(n, d) pool features of the samples."""
+    def sample_rows(self) -> FeatureRows:
+        """(n, d) pool features of the samples; many are in a file, and read when they are needed."""
         return self.samples.rows()
 
     @cached_property
-    def reference_rows(self) -> Tensor:
-        """(n, d) pool features of the reference."""
+    def reference_rows(self) -> FeatureRows:
+        """(n, d) pool features of the reference; many are in a file, and read when they are needed."""
         assert self.reference is not None
         return self.reference.rows()
 
     @cached_property
     def neighbours(self) -> Neighbourhood:
         """Nearest neighbours among the pool features."""
-        device = own_device()
-        return neighbourhood(self.reference_rows.to(device), self.sample_rows.to(device), NEIGHBOURS)
+        return neighbourhood(self.reference_rows, self.sample_rows, NEIGHBOURS, device=own_device())
 
 
 def _frechet(name: str, output: str) -> Callable[[ComparedSets], dict[str, MetricValue]]:
@@ -83,7 +90,7 @@ def _frechet(name: str, output: str) -> Callable[[ComparedSets], dict[str, Metri
 
 def _uncertainty(name: str, sets: ComparedSets, mean: Tensor, covariance: Tensor) -> dict[str, MetricValue]:
     """The distance with unlimited samples, its interval over draws of samples, and that of as many real images."""
-    distance = DistanceOfRows(sets.sample_rows, mean, covariance)
+    distance = DistanceOfRows(sets.sample_rows[:], mean, covariance)
     found: dict[str, MetricValue] = {
         f"{name}_infinity": extrapolated_distance(distance),
         f"{name}_interval_95": list(bootstrap_interval(distance, BOOTSTRAPS)),
@@ -92,9 +99,25 @@ def _uncertainty(name: str, sets: ComparedSets, mean: Tensor, covariance: Tensor
     if sets.reference is not None and len(sets.reference.images) >= 2 * n:
         real = sets.reference_rows
         order = np.random.default_rng(0).permutation(len(real))
-        rest = Moments.of(real[order[n:]])
-        found[f"{name}_of_real_images"] = DistanceOfRows(real, rest.mean, rest.covariance)(order[:n])
+        rest = _moments_at(real, order[n:])
+        chosen = order[:n]
+        if not isinstance(real, Tensor):
+            real, chosen = real[chosen], np.arange(n)
+        found[f"{name}_of_real_images"] = DistanceOfRows(real, rest.mean, rest.covariance)(chosen)
     return found
+
+
+def _moments_at(rows: FeatureRows, chosen: np.ndarray) -> Moments:
+    """The moments of the rows at these positions; many are read in their order, block by block."""
+    if len(rows) <= BLOCK_ROWS:
+        return Moments.of(rows[chosen])
+    is_chosen, first = np.zeros(len(rows), bool), 0
+    is_chosen[chosen] = True
+    parts = []
+    for block in row_blocks(rows):
+        parts.append(Moments.of(block[torch.from_numpy(is_chosen[first : first + len(block)])]))
+        first += len(block)
+    return functools.reduce(operator.add, parts)
 
 
 def _kid(sets: ComparedSets) -> dict[str, MetricValue]:
@@ -109,10 +132,25 @@ def _inception_score(sets: ComparedSets) -> dict[str, MetricValue]:
             f"the Inception Score needs class probabilities, and these weights of {sets.samples.features.name} have no "
             "classifier: give --features weights-inception-2015-12-05-6726825d.pth, or remove `is` from --metrics"
         )
-    mean, std = inception_score(sets.sample_rows @ classifier.T)
+    rows = sets.sample_rows
+    mean, std = inception_score(rows @ classifier.T if isinstance(rows, Tensor) else _Logits(rows, classifier))
     splits = float(inception_splits(len(sets.sample_rows)))
     deviation: dict[str, MetricValue] = {} if std is None else {"inception_score_std": std}
     return {"inception_score": mean, **deviation, "inception_score_splits": splits}
+
+
+@dataclass(frozen=True)
+class _Logits:
+    """The class logits of many features, computed when they are needed."""
+
+    rows: FeatureRows
+    classifier: Tensor
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, rows: Any) -> Tensor:
+        return self.rows[rows] @ self.classifier.T
 
 
 def _precision_recall(sets: ComparedSets) -> dict[str, MetricValue]:
@@ -153,6 +191,7 @@ class Metric:
     output: str | None = POOL  # of the feature network; None: it compares the images themselves
     needs_images: bool = False  # of the reference; statistics are not enough
     least_images: int = 2  # in each set
+    most_images: int | None = None  # in each set, unless the metric is chosen by name
     of_inception: bool | None = None  # True: only on Inception; False: only on other features
 
 
@@ -161,8 +200,8 @@ METRICS = {
     "sfid": Metric(_frechet("sfid", SPATIAL), SPATIAL, of_inception=True),
     "kid": Metric(_kid, needs_images=True, least_images=4),
     "is": Metric(_inception_score, of_inception=True),
-    "precision": Metric(_precision_recall, needs_images=True, least_images=NEIGHBOURS + 1),
-    "recall": Metric(_precision_recall, needs_images=True, least_images=NEIGHBOURS + 1),
+    "precision": Metric(_precision_recall, needs_images=True, least_images=NEIGHBOURS + 1, most_images=MOST_NEIGHBOURS),
+    "recall": Metric(_precision_recall, needs_images=True, least_images=NEIGHBOURS + 1, most_images=MOST_NEIGHBOURS),
     "fd": Metric(_frechet("frechet_distance", POOL), of_inception=False),
     "psnr": Metric(_reconstruction, None, needs_images=True),
     "ssim": Metric(_reconstruction, None, needs_images=True),

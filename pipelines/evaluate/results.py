@@ -1,6 +1,7 @@
 """The result of an evaluation: its identity, its files, its notes, and what the command prints."""
 
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -34,7 +35,7 @@ def identity_of(sets: ComparedSets, network: Features, reference: str) -> Evalua
         for key, value in images.details.items()
         if key not in NOT_IN_IDENTITY and (key, value) not in DEFAULTS_NOT_IN_IDENTITY.items()
     }
-    seeds = seed_ranges([entry.seed for entry in images.entries]) if isinstance(images, SampleImages) else None
+    seeds = seed_ranges(images.seeds()) if isinstance(images, SampleImages) else None
     return EvaluationIdentity.model_validate({
         **network.describe().to_json(),
         "width": len(sets.samples.moments().mean),
@@ -61,7 +62,7 @@ def _reference_identity(sets: ComparedSets, reference: str) -> dict[str, JsonVal
     }
 
 
-def seed_ranges(seeds: list[int]) -> str:
+def seed_ranges(seeds: Iterable[int]) -> str:
     """Ascending seeds as ranges: `0-63,70`."""
     ranges: list[list[int]] = []
     for seed in seeds:

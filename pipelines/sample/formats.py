@@ -8,7 +8,7 @@ import tempfile
 import zipfile
 from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import groupby, islice
 from pathlib import Path
 from typing import BinaryIO
 
@@ -21,6 +21,7 @@ from patchloom.platform.files.folder import Folder
 from patchloom.platform.records.samples import ManifestEntry
 
 Content = bytes | np.ndarray  # the bytes of a PNG, or (H, W, C) uint8 pixels; the manifest has its sha256
+VALUES_AT_ONCE = 1 << 14  # of a column of `samples.npz`
 DAMAGED = (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile, tarfile.TarError, pa.ArrowException)
 
 
@@ -176,24 +177,34 @@ def _unpack_npz(file: BinaryIO, seeds: Collection[int]) -> dict[int, Content]:
     return {seed: image for seed, image in zip(stored, images, strict=True) if seed in wanted}
 
 
-def join_npz(folder: Folder, entries: list[ManifestEntry], name: str) -> None:
-    """Join all shards into one `.npz`, for evaluators that read one file. It holds one shard in memory at a time."""
-    columns = {key: np.array([entry[key] for entry in entries], np.int64) for key in ("label", "seed")}
+def join_npz(folder: Folder, entries: Iterable[ManifestEntry], count: int, name: str) -> None:
+    """Join all shards into one `.npz`, for evaluators that read one file. It holds one shard in memory at a time.
+
+    Args:
+        folder: the folder of the shards, which gets the file.
+        entries: the lines of the manifest, in order; iterated several times.
+        count: the number of lines.
+        name: the name of the file.
+    """
     with tempfile.TemporaryDirectory() as scratch:
         path = Path(scratch) / name
         with zipfile.ZipFile(path, "w") as archive:
             with archive.open(zipfile.ZipInfo("arr_0.npy"), "w", force_zip64=True) as member:
-                for number, file in enumerate(dict.fromkeys(entry.file for entry in entries)):
+                for number, (file, _) in enumerate(groupby(entries, key=lambda entry: entry.file)):
                     with folder.open(file) as opened, np.load(opened, allow_pickle=False) as arrays:
                         images = arrays["arr_0"]
                     if number == 0:
                         header = np.lib.format.header_data_from_array_1_0(images)
-                        header["shape"] = (len(entries), *images.shape[1:])
+                        header["shape"] = (count, *images.shape[1:])
                         np.lib.format.write_array_header_1_0(member, header)
                     member.write(images.tobytes())
-            for key, values in columns.items():
+            for key in ("label", "seed"):
                 with archive.open(zipfile.ZipInfo(f"{key}s.npy"), "w", force_zip64=True) as member:
-                    np.lib.format.write_array(member, values, allow_pickle=False)
+                    header = {"descr": "<i8", "fortran_order": False, "shape": (count,)}
+                    np.lib.format.write_array_header_1_0(member, header)
+                    lines = iter(entries)
+                    while values := [entry[key] for entry in islice(lines, VALUES_AT_ONCE)]:
+                        member.write(np.array(values, "<i8").tobytes())
         folder.put(path, name)
 
 

@@ -3,7 +3,6 @@
 import inspect
 import time
 from dataclasses import asdict, dataclass
-from itertools import groupby
 from typing import Any
 
 from patchloom.errors import UserError
@@ -18,16 +17,15 @@ from patchloom.pipelines.sample.folder import (
     CONTACT_SHEET,
     MANIFEST,
     SAMPLING_CARD,
-    check_classes,
     complete_folder,
-    intact_entries,
+    intact_images,
     read_sampling_card,
     write_or_check_card,
 )
 from patchloom.pipelines.sample.formats import FORMATS
 from patchloom.pipelines.sample.options import SampleOptions, option_parameters
 from patchloom.pipelines.sample.outpainting import read_center
-from patchloom.pipelines.sample.seeds import choose_labels, parse_seeds
+from patchloom.pipelines.sample.seeds import Seeds, choose_labels, listed_seeds, parse_seeds
 from patchloom.pipelines.sample.shard_sampler import (
     CENTER_IMAGE,
     SampledShard,
@@ -42,7 +40,6 @@ from patchloom.platform.compute.work_devices import job_device
 from patchloom.platform.files.folder import Folder
 from patchloom.platform.progress import say
 from patchloom.platform.records.samples import (
-    ManifestEntry,
     ModelLineage,
     OutpaintedImage,
     SampledModel,
@@ -212,10 +209,10 @@ class SampleJob(Job[SeedShard, SampledShard]):
         resources: Resources,
     ) -> None:
         """Check the options against the model; raises UserError or ValueError if they do not fit."""
-        wanted = parse_seeds(seeds) if isinstance(seeds, str) else sorted(set(seeds))
+        self.seeds = parse_seeds(seeds) if isinstance(seeds, str) else listed_seeds(seeds)
         fetched, sampling = fetch_model(model), options.sampling()
         self.model_folder, card = fetched.folder, verified_card(fetched.folder)
-        self.classes, labels, label = choose_labels(wanted, card, options.label, options.labels)
+        self.classes, labels, label = choose_labels(self.seeds, card, options.label, options.labels)
         check_fit(sampling, card)
         self.center, center_sha256 = None, None
         if options.outpaint is not None:
@@ -224,7 +221,7 @@ class SampleJob(Job[SeedShard, SampledShard]):
             self.center, center_sha256 = read_center(options.outpaint, options.size, downscale, is_grey)
         batch, device = _batch_and_device(folder, fetched, sampling, options.batch, workers, resources)
         is_archive = FORMATS[options.format].pack is not None
-        self.folder, self.total, self.images, self.shard_size = folder, len(self.classes), 0, options.shard_size
+        self.folder, self.total, self.images, self.shard_size = folder, len(self.seeds), 0, options.shard_size
         self.card = SamplingCard(
             format_version=SamplingCard.FORMAT,
             kind="samples",
@@ -256,28 +253,20 @@ class SampleJob(Job[SeedShard, SampledShard]):
 
     def missing(self) -> list[SeedShard]:
         """Shards of the seeds that have no intact image."""
-        entries = intact_entries(self.folder)
-        check_classes(self.folder, entries, self.classes)
-        todo = [seed for seed in self.classes if seed not in entries]
-        if self.card.shard_size:
-            return self._archives(todo, entries, self.card.shard_size)
+        intact = intact_images(self.folder, self.seeds, self.classes)
+        self.images, todo = len(intact.seeds), self.seeds.without(intact.seeds)
+        if self.card.shard_size:  # an archive has a fixed range of seeds; one that is extended keeps its images
+            archives = todo.by_archive(self.card.shard_size)
+            return [self._shard(number, seeds, intact.lines_of(number)) for number, seeds in archives]
         size = self.shard_size or _unit_size(len(todo), self.card.batch)
-        return [self._shard(todo[at], todo[at : at + size]) for at in range(0, len(todo), size)]
+        return [self._shard(int(seeds.firsts[0]), seeds) for seeds in todo.in_parts(size)]
 
-    def _archives(self, todo: list[int], entries: dict[int, ManifestEntry], size: int) -> list[SeedShard]:
-        """An archive has a fixed range of seeds. One that is extended keeps its images."""
-        existing = {n: tuple(lines) for n, lines in groupby(entries.values(), key=lambda entry: entry.seed // size)}
-        return [
-            self._shard(number, list(seeds), existing.get(number, ()))
-            for number, seeds in groupby(todo, key=lambda seed: seed // size)
-        ]
-
-    def _shard(self, number: int, seeds: list[int], existing: tuple[ManifestEntry, ...] = ()) -> SeedShard:
-        return SeedShard(f"{number:06d}", {seed: self.classes[seed] for seed in seeds}, existing)
+    def _shard(self, number: int, seeds: Seeds, kept_lines: tuple[int, int] = (0, 0)) -> SeedShard:
+        return SeedShard(f"{number:06d}", seeds, self.classes.within(seeds), kept_lines)
 
     def finish(self) -> None:
         """Complete the manifest and draw the contact sheet."""
-        self.images = complete_folder(self.folder, self.card.format)
+        self.images = complete_folder(self.folder, self.card.format, self.images)
 
 
 def _batch_and_device(

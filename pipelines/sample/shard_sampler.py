@@ -15,14 +15,17 @@ from patchloom.models.backbones import allow_backbones
 from patchloom.models.generate import Sampling, generate_padded
 from patchloom.models.precision import fixed_arithmetic
 from patchloom.pipelines.pages.pictures import png_pixels
+from patchloom.pipelines.sample.folder import MANIFEST, parse_entries
 from patchloom.pipelines.sample.formats import FORMATS, EncodedImage, content_sha256, read_contents
 from patchloom.pipelines.sample.sampler import load_model_for_sampling
+from patchloom.pipelines.sample.seeds import SeedClasses, Seeds
 from patchloom.platform.compute.jobs import NOTES_FOLDER
 from patchloom.platform.files.folder import Folder
 from patchloom.platform.records.samples import ManifestEntry
 from patchloom.platform.tracking.store import store_environment
 
 CENTER_IMAGE = "outpaint.png"
+NO_CLASSES = SeedClasses()
 REMOTE_WRITERS = 16  # hides the latency of a store
 
 
@@ -32,18 +35,21 @@ class SeedShard:
 
     Args:
         name: the name of its note.
-        labels: class number of each missing seed.
-        existing: lines of intact images in the archive, which the new archive keeps.
+        seeds: the seeds of the missing images.
+        classes: their classes.
+        kept_lines: where the lines of the intact images of the archive, which the new archive keeps, begin in the
+            manifest, and their length, in bytes.
     """
 
     name: str
-    labels: dict[int, int]
-    existing: tuple[ManifestEntry, ...] = ()
+    seeds: Seeds
+    classes: SeedClasses = NO_CLASSES
+    kept_lines: tuple[int, int] = (0, 0)
 
     @property
     def size(self) -> int:
         """The number of images to sample."""
-        return len(self.labels)
+        return len(self.seeds)
 
 
 @dataclass(frozen=True)
@@ -100,12 +106,11 @@ class ShardSampler:
     def __call__(self, shard: SeedShard, report: Callable[[int], None]) -> SampledShard:
         """Sample and write the images of a shard, then its note."""
         began = time.process_time()
-        images = self._existing(shard)
-        todo = [seed for seed in shard.labels if seed not in images]
+        images, todo = self._existing(shard), shard.seeds.numbers()
         batch, pending = self.argument.batch, deque[Future[EncodedImage]]()
         for start in range(0, len(todo), batch):
-            seeds = todo[start : start + batch]
-            labels = [shard.labels[seed] for seed in seeds]
+            seeds = todo[start : start + batch].tolist()
+            labels = shard.classes.of(todo[start : start + batch]).tolist()
             for seed, label, image in zip(seeds, labels, self._sample(seeds, labels), strict=True):
                 pending.append(self.writers.submit(self._encode, seed, label, image))
             while len(pending) > 4 * batch:  # wait for a slow disk before memory fills up
@@ -127,9 +132,14 @@ class ShardSampler:
 
     def _existing(self, shard: SeedShard) -> dict[int, EncodedImage]:
         """The intact images of an archive that is extended."""
+        first, size_bytes = shard.kept_lines
+        if not size_bytes:
+            return {}
+        lines = self.folder.read_piece(MANIFEST, first, size_bytes).splitlines()
+        entries = parse_entries(lines, f"{self.folder}/{MANIFEST} from byte {first}")
         return {
             entry.seed: EncodedImage(entry.seed, entry.label, content)
-            for entry, content in read_contents(self.folder, shard.existing)
+            for entry, content in read_contents(self.folder, entries)
             if content is not None
         }
 

@@ -6,6 +6,7 @@
 import contextlib
 import time
 from abc import ABC, abstractmethod
+from collections import deque
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from math import inf
@@ -139,7 +140,7 @@ def _exclusive(folder: Folder | None) -> Iterator[None]:
 
 def _do(job: Job[UnitT, ResultT], units: list[UnitT], workers: int | None, meter: Meter, resources: Resources) -> None:
     """Do units in this process (all, or during the head start), and the others on Ray."""
-    start, finished, todo, remaining = meter.done, 0, list(units), len(units)
+    start, finished, todo, remaining = meter.done, 0, deque(units), len(units)
     metrics = MetricRecorder(job.command, job.title, job.folder)
 
     def show(images: int) -> None:
@@ -158,11 +159,11 @@ def _do(job: Job[UnitT, ResultT], units: list[UnitT], workers: int | None, meter
         worker = job.worker(job.argument)
         meter.start()
         while todo and time.monotonic() < end:
-            unit = todo.pop(0)
+            unit = todo.popleft()
             take(unit, worker(unit, lambda images: show(finished + images)))
     before = finished
     for unit, result in map_on_actors(
-        job.worker, job.argument, todo, workers, job.on_gpus, lambda images: show(before + images), resources,
+        job.worker, job.argument, list(todo), workers, job.on_gpus, lambda images: show(before + images), resources,
         job.paths, metrics,
     ):  # fmt: skip
         take(unit, result)

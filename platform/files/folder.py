@@ -181,6 +181,25 @@ class Folder:
         return f"{info.size} {info.mtime_ns} {sorted(metadata.items())}"
 
     @_patient
+    def stamps(self, name: str) -> tuple[tuple[str, ...], ...]:
+        """What changes when a file is replaced: its name, size and times. Of a sub-folder, those of its files.
+
+        Files in folders of a sub-folder do not count. Empty if there is no file, or if the store knows no times.
+        """
+        if not self.is_remote:
+            return tuple(sorted(_local_stamps(self.path / name)))
+        import pyarrow.fs
+
+        with self._connected() as (system, base):
+            found = [system.get_file_info(f"{base}/{name}")]
+            if found[0].type == pyarrow.fs.FileType.Directory:
+                found = system.get_file_info(pyarrow.fs.FileSelector(f"{base}/{name}", allow_not_found=True))
+        files = [info for info in found if info.type == pyarrow.fs.FileType.File]
+        if any(info.mtime_ns in (None, -1) for info in files):
+            return ()
+        return tuple(sorted((info.base_name, str(info.size), str(info.mtime_ns)) for info in files))
+
+    @_patient
     def open(self, name: str) -> BinaryIO:
         """A file for random reading; raises OSError if it cannot be opened, UserError if its name leaves the folder."""
         inner_name(name, self)
@@ -345,17 +364,7 @@ class Folder:
 
         Only a bounded number of items is taken in advance, so that there may be any number of them.
         """
-        if not self.is_remote:
-            yield from map(function, items)
-            return
-        with ThreadPoolExecutor(REQUESTS_AT_ONCE, "store") as pool:
-            asked: deque[Future[Found]] = deque()
-            for item in items:
-                asked.append(pool.submit(function, item))
-                if len(asked) >= REQUESTS_AT_ONCE:
-                    yield asked.popleft().result()
-            while asked:
-                yield asked.popleft().result()
+        return in_threads(function, items, REQUESTS_AT_ONCE) if self.is_remote else map(function, items)
 
     @contextmanager
     def _reading(self) -> Iterator[None]:
@@ -390,6 +399,18 @@ class Folder:
         return StoreError(f"{self} cannot be reached ({problem}): {advice}", is_passing)
 
 
+def in_threads(function: Callable[[Asked], Found], items: Iterable[Asked], threads: int) -> Iterator[Found]:
+    """`function` of each item, in order, by several threads. Only as many items are taken in advance as there are."""
+    with ThreadPoolExecutor(threads, "files") as pool:
+        asked: deque[Future[Found]] = deque()
+        for item in items:
+            asked.append(pool.submit(function, item))
+            if len(asked) >= threads:
+                yield asked.popleft().result()
+        while asked:
+            yield asked.popleft().result()
+
+
 def inner_name(name: str, place: object) -> str:
     """The name of a file below a folder.
 
@@ -405,6 +426,24 @@ def inner_name(name: str, place: object) -> str:
     if name.startswith("/") or "\0" in name or ".." in name.split("/"):
         raise UserError(f"{place} names the file {name!r}, which is outside of its folder: use a relative path")
     return name
+
+
+def _local_stamps(path: Path) -> Iterator[tuple[str, ...]]:
+    """What changes when a file is replaced, of a file or of each file that is directly in a folder."""
+    try:
+        if not path.is_dir():
+            yield _local_stamp(path.name, path.stat())
+            return
+        with os.scandir(path) as entries:
+            for entry in entries:
+                if entry.is_file():
+                    yield _local_stamp(entry.name, entry.stat())
+    except OSError:  # it is missing, or cannot be read
+        return
+
+
+def _local_stamp(name: str, status: os.stat_result) -> tuple[str, ...]:
+    return (name, *map(str, (status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino)))
 
 
 def _local_files(

@@ -140,7 +140,7 @@ def test_outpainting_keeps_the_image_in_the_center(champion: str, images: Path, 
 
 @pytest.mark.parametrize(("text", "seeds"), [("0-3", [0, 1, 2, 3]), ("5,0,9", [0, 5, 9]), ("0-2,2,7", [0, 1, 2, 7])])
 def test_seeds_as_ranges_and_lists(text: str, seeds: list[int]) -> None:
-    assert parse_seeds(text) == seeds
+    assert list(parse_seeds(text)) == seeds
 
 
 @pytest.mark.parametrize("text", ["", "a-b", "3-1", "-4", "1.5"])
@@ -151,7 +151,7 @@ def test_invalid_seeds_are_an_error(text: str) -> None:
 
 def test_seeds_from_a_file(tmp_path: Path) -> None:
     (tmp_path / "seeds.txt").write_text("4\n2\n")
-    assert parse_seeds(str(tmp_path / "seeds.txt")) == [2, 4]
+    assert list(parse_seeds(str(tmp_path / "seeds.txt"))) == [2, 4]
 
 
 def test_registered_version_has_its_lineage(champion: str, trained: Path) -> None:

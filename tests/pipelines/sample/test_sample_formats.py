@@ -16,7 +16,7 @@ from PIL import Image
 
 from patchloom.errors import UserError
 from patchloom.pipelines.sample.folder import read_entries, read_samples
-from patchloom.pipelines.sample.formats import FORMATS
+from patchloom.pipelines.sample.formats import FORMATS, read_contents
 from patchloom.pipelines.sample.sampling import sample
 from patchloom.platform.dataset.readers import SourceReader
 from patchloom.platform.dataset.sources import open_source
@@ -34,7 +34,7 @@ def files_of(folder: Path) -> dict[str, bytes]:
 
 
 def lines_of(folder: Path) -> list[ManifestEntry]:
-    return read_entries(Folder(str(folder)))
+    return list(read_entries(Folder(str(folder))))
 
 
 def decoded(content: bytes) -> np.ndarray:
@@ -157,6 +157,37 @@ def test_damaged_archive_is_sampled_again(name: str, champion: str, archives: di
     assert files_of(folder) == files_of(archives[name])
 
 
+@pytest.mark.parametrize("name", ["png", "zip"])
+def test_images_that_were_verified_are_not_read_again(
+    name: str, champion: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, read = tmp_path / "samples", list[int]()
+
+    def counted(place: Folder, entries: list[ManifestEntry]) -> Any:
+        read.extend(entry.seed for entry in entries)
+        return read_contents(place, entries)
+
+    def seeds_read(made: int = 0) -> list[int]:
+        assert sample(champion, str(folder), "0-9", format=name, shard_size=4, **OPTIONS).made == made
+        found = sorted(read)
+        read.clear()
+        return found
+
+    seeds_read(made=10)
+    monkeypatch.setattr("patchloom.pipelines.sample.folder.read_contents", counted)
+    everything = list(range(10))
+    assert seeds_read() == everything and seeds_read() == []
+    changed = folder / ("000000/000005.png" if name == "png" else "000001.zip")
+    together = everything if name == "png" else [4, 5, 6, 7]  # what is verified together
+    changed.touch()
+    assert seeds_read() == together and seeds_read() == []
+    changed.unlink()
+    seeds_read(made=1 if name == "png" else 4)  # also reads the images of the contact sheet
+    assert seeds_read() == together and seeds_read() == []
+    (folder / ".verified").write_bytes(b"damaged")
+    assert seeds_read() == everything and seeds_read() == []
+
+
 @pytest.mark.parametrize("name", ["png", "webdataset", "npz"])
 def test_remote_folder_equals_local_folder(
     name: str, champion: str, s3: str, pngs: Path, archives: dict[str, Path], tmp_path: Path
@@ -166,7 +197,8 @@ def test_remote_folder_equals_local_folder(
         result = sample(champion, there, seeds, format=name, shard_size=4, **OPTIONS)
     assert (result.folder, result.made, result.contact_sheet) == (there, 4, f"{there}/contact_sheet.png")
     folder = Folder.at(there)
-    assert {file: folder.read(file) for file in folder.files()} == files_of(pngs if name == "png" else archives[name])
+    found = {file: folder.read(file) for file in folder.files() if not file.startswith(".")}
+    assert found == files_of(pngs if name == "png" else archives[name])
     folder.remove("000000/000003.png" if name == "png" else lines_of(archives[name])[3]["file"])
     assert sample(champion, there, "0-9", format=name, shard_size=4, **OPTIONS).made == (1 if name == "png" else 4)
     assert sample(champion, there, "0-9", format=name, shard_size=4, **OPTIONS).made == 0

@@ -45,7 +45,7 @@ def assert_complete(folder: Path, seeds: int) -> None:
     images = images_of(folder)
     assert len(images) == len(set(images.values())) == seeds
     assert sorted(line["file"].rsplit("/", 1)[1] for line in lines) == sorted(images)
-    assert {path.name for path in folder.iterdir() if not path.is_dir()} == {
+    assert {path.name for path in folder.iterdir() if not path.is_dir()} - {".verified"} == {
         ".lock", "contact_sheet.png", "manifest.jsonl", "sampling.json",
     }  # fmt: skip
     assert not list(folder.rglob("*.partial")) and not (folder / ".work").exists()
