@@ -199,6 +199,9 @@ def tune(
     restore: Annotated[
         bool, typer.Option("--restore", help="Continue a stopped search; finished trials are kept")
     ] = False,
+    add_seeds: Annotated[
+        int, typer.Option(min=0, metavar="N", help="With --restore: run N further seeds of each setting")
+    ] = 0,
     concurrent: Annotated[
         int | None, typer.Option(min=1, help="Trials that run in parallel  [default: as many as fit]")
     ] = None,
@@ -242,7 +245,8 @@ def tune(
     from patchloom.pipelines.tune.tuning import tune
 
     result = tune(
-        search, data, required_out(out, "search"), restore=restore, concurrent=concurrent,
+        search, data, required_out(out, "search"), restore=restore, add_seeds=add_seeds,
+        concurrent=concurrent,
         workers=nodes.workers or 0, register_best=register_best, resources=nodes,
     )  # fmt: skip
     print(

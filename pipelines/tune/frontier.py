@@ -1,13 +1,15 @@
 """Frontier: quality against cost, settings at equal cost, and which key matters."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import permutations
 from pathlib import Path
 
 import numpy as np
 from pydantic import JsonValue
 
+from patchloom.pipelines.tune.decisions import MOST_SEEDS, ComparedSettings
 from patchloom.pipelines.tune.ranking import HELD_OUT_LOSS, RankedSetting, mean_of, ranked
 from patchloom.platform.recipe.search import SCHEDULE_KEY
 from patchloom.platform.records.run import ProgressLine, read_progress
@@ -24,7 +26,8 @@ COST_TITLES = {"flops": "FLOPs", "updates": "updates", "images_seen": "counted i
 P_KEY = "patches.p"
 # Patch Diffusion, Figure 2: FID on CelebA-64x64 by p, each after the same counted images
 PAPER_FID = {0.0: 14.51, 0.1: 3.05, 0.25: 2.10, 0.5: 1.77, 0.75: 1.65, 1.0: 1.66}
-DECISIVE_STANDARD_ERRORS = 2.0  # of a difference
+AGREEMENT_BY_CHANCE = 0.05  # of random orders may agree as well as one that is said to agree
+PERMUTATIONS = 2000  # of the metric over trials, for the share that a key without effect explains
 MIN_PAIRS = 3  # of a rank correlation
 BUDGET_SHARES = (0.25, 0.5, 0.75, 1.0)
 
@@ -103,32 +106,84 @@ def rank_correlation(one: Sequence[float], other: Sequence[float]) -> float | No
     return float(spearmanr(one, other).statistic)
 
 
-def importance(trials: Sequence[TrialRow], keys: Sequence[str], metric: str) -> dict[str, float]:
-    """The share of the metric's variance over finished trials that each key explains by itself, largest first.
+def _ranks(values: Sequence[float] | np.ndarray) -> np.ndarray:
+    """(n,) from 1; equal values share the mean of their ranks."""
+    from scipy.stats import rankdata
 
-    For a key with few values, this is the variance between their means (eta squared). For a drawn number, it is the
-    squared rank correlation. Keys that did not vary are skipped.
+    ranks: np.ndarray = rankdata(values)
+    return ranks
+
+
+def order_by_chance(one: Sequence[float], other: Sequence[float]) -> float:
+    """The share of all orders of one side whose rank correlation is at least that of the given order, exactly.
+
+    Args:
+        one: at most 8 values.
+        other: as many values.
     """
-    shares = {}
+    ranks, others = (_ranks(values) - (len(values) + 1) / 2 for values in (one, other))
+    sums = np.array(list(permutations(ranks))) @ others
+    return float((sums >= ranks @ others - 1e-9).mean())
+
+
+@dataclass(frozen=True)
+class KeyEffect:
+    """How much of a metric's variance over trials a key explains, and how much it would explain by chance.
+
+    Args:
+        key: the key.
+        share: for a key with few values, omega squared, an estimate without bias that may be negative; for a drawn
+            number, the squared rank correlation.
+        by_chance: what a key without effect exceeds in 5 % of searches: a quantile over permutations of the trials.
+    """
+
+    key: str
+    share: float
+    by_chance: float
+
+    @property
+    def is_seen(self) -> bool:
+        """Whether the trials show an effect."""
+        return self.share > self.by_chance
+
+
+def key_effects(trials: Sequence[TrialRow], keys: Sequence[str], metric: str) -> list[KeyEffect]:
+    """The effect of each key on a metric over finished trials, largest first. Keys that did not vary are skipped."""
+    found = []
     for key in keys:
         with_key = [trial for trial in trials if trial.status == "finished" and key in trial.settings]
-        values = [trial.settings[key] for trial in with_key]
-        share = _explained_share(values, np.array([float(trial[metric]) for trial in with_key]))
-        if share is not None:
-            shares[key] = share
-    return dict(sorted(shares.items(), key=lambda item: -item[1]))
+        losses = np.array([float(trial[metric]) for trial in with_key])
+        share_of = _explained_share([trial.settings[key] for trial in with_key])
+        if share_of is None or np.ptp(losses) == 0:
+            continue
+        generator = np.random.default_rng(0)
+        shares = [share_of(generator.permutation(losses)) for _ in range(PERMUTATIONS)]
+        found.append(KeyEffect(key, share_of(losses), float(np.quantile(shares, 0.95, method="higher"))))
+    return sorted(found, key=lambda effect: -effect.share)
 
 
-def _explained_share(values: list[JsonValue], losses: np.ndarray) -> float | None:
-    groups = {repr(value): [index for index, other in enumerate(values) if other == value] for value in values}
-    if len(groups) < 2 or np.ptp(losses) == 0:
+def _explained_share(values: list[JsonValue]) -> Callable[[np.ndarray], float] | None:
+    """The share of the variance of losses that these values of a key explain; None where it has no estimate."""
+    names = list(map(repr, values))
+    groups = np.unique(names, return_inverse=True)[1]
+    count, number = len(values), len(set(names))
+    if number < 2:
         return None
     numbers = [float(value) for value in values if isinstance(value, (int, float))]
-    if len(groups) > len(values) / 2 and len(numbers) == len(values):
-        correlation = rank_correlation(numbers, losses.tolist())
-        return None if correlation is None else correlation**2
-    between = sum(len(rows) * (losses[rows].mean() - losses.mean()) ** 2 for rows in groups.values())
-    return float(between / ((losses - losses.mean()) ** 2).sum())
+    if number > count / 2 and len(numbers) == count >= MIN_PAIRS:
+        ranks = _ranks(numbers)
+        return lambda losses: float(np.corrcoef(ranks, _ranks(losses))[0, 1] ** 2)
+    if number == count:
+        return None
+    sizes = np.bincount(groups)
+
+    def omega_squared(losses: np.ndarray) -> float:
+        means, total = np.bincount(groups, losses) / sizes, float(((losses - losses.mean()) ** 2).sum())
+        between = float((sizes * (means - losses.mean()) ** 2).sum())
+        within = (total - between) / (count - number)
+        return (between - (number - 1) * within) / (total + within)
+
+    return omega_squared
 
 
 @dataclass(frozen=True)
@@ -188,23 +243,31 @@ def _compared_cost(ratio: float, title: str) -> str:
 
 
 def _evidence(order: Sequence[RankedSetting]) -> str:
-    """How far the best setting is ahead of the second, and whether its seeds decide that."""
-    best = order[0]
-    second = order[1]
-    gap = second.mean - best.mean
-    text = f", {gap:.4f} ahead of {second.title}"
-    error = _error_of_difference(best, second)
-    if error is None:
-        return f"{text}. Each setting has one seed, so this may be chance: repeat the first few with the key repeats."
-    if gap > DECISIVE_STANDARD_ERRORS * error:
-        return f"{text}, which is {gap / error:.1f} standard errors over {len(best.trials)} seeds."
-    return f"{text}. {len(best.trials)} seeds do not decide this (standard error of the difference {error:.4f})."
+    """How far the best setting is ahead of the second, and whether the seeds decide that."""
+    best, second = order[0], order[1]
+    return f", {second.mean - best.mean:.4f} ahead of {second.title}. {decision(order)}"
 
 
-def _error_of_difference(one: RankedSetting, other: RankedSetting) -> float | None:
-    if one.spread is None or other.spread is None:
-        return None
-    return math.sqrt(one.spread**2 / len(one.trials) + other.spread**2 / len(other.trials))
+def decision(order: Sequence[RankedSetting]) -> str:
+    """Whether the seeds decide that the first of these settings is the best one, in a sentence or two.
+
+    The error is pooled over the settings; see `decisions`. If the seeds do not decide, it says how many would.
+    """
+    compared = ComparedSettings([setting.by_seed for setting in order])
+    needed = compared.decisive_difference(0, 1)
+    if needed is None:
+        return "Each setting has one seed, so this may be chance: add seeds with --restore --add-seeds 2."
+    seeds = (
+        f"{min(map(len, compared.values))} seeds of {len(order)} settings decide from a difference of {needed:.4f} on"
+    )
+    if compared.winner == 0:
+        return f"This is decided: {seeds}."
+    enough = compared.seeds_to_decide(0, 1)
+    if enough is None:
+        return f"This is undecided: {seeds}, and more than {MOST_SEEDS:,} would be needed for this one."
+    return (
+        f"This is undecided: {seeds}. About {enough} seeds would decide it, if difference and spread stay as they are."
+    )
 
 
 def stochastic_by_p(comparison: EqualCostComparison) -> dict[float, RankedSetting]:
@@ -223,14 +286,25 @@ def compared_with_paper(comparison: EqualCostComparison) -> str:
     """Whether the order of p at equal counted images is that of the paper; empty where that cannot be said."""
     by_p = stochastic_by_p(comparison)
     shared = [p for p in by_p if p in PAPER_FID]
-    correlation = rank_correlation([by_p[p].mean for p in shared], [PAPER_FID[p] for p in shared])
+    ours, theirs = [by_p[p].mean for p in shared], [PAPER_FID[p] for p in shared]
+    correlation = rank_correlation(ours, theirs)
     if correlation is None:
         return ""
     best = min(by_p, key=lambda p: by_p[p].mean)
-    agrees = "agrees with" if correlation > 0.5 else "does not agree with"
+    by_chance = order_by_chance(ours, theirs)
     fids = ", ".join(f"{PAPER_FID[p]:g} at p = {p:g}" for p in shared)
     return (
-        f"At equal counted images, p = {best:g} is best here. The order of p {agrees} that of the paper (rank "
-        f"correlation {correlation:.2f} over {len(shared)} values of p; Figure 2 of the paper has FID {fids}, after "
-        "200 million counted images). Held-out losses after a short training need not rank like FID after a long one."
+        f"At equal counted images, p = {best:g} has the lowest mean here. The order of p {_agreement(ours, theirs)} "
+        f"that of the paper: the rank correlation over {len(shared)} values of p is {correlation:.2f}, and "
+        f"{by_chance:.0%} of random orders have at least that. Figure 2 of the paper has FID {fids}, after 200 million "
+        "counted images. Held-out losses after a short training need not rank like FID after a long one."
     )
+
+
+def _agreement(ours: Sequence[float], theirs: Sequence[float]) -> str:
+    """What the order of two sides allows to say."""
+    if order_by_chance(ours, theirs) <= AGREEMENT_BY_CHANCE:
+        return "agrees with"
+    if order_by_chance(ours, [-value for value in theirs]) <= AGREEMENT_BY_CHANCE:
+        return "is the reverse of"
+    return "is neither shown to agree with nor shown to differ from"

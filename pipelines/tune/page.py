@@ -16,6 +16,7 @@ from patchloom.pipelines.tune.frontier import (
     METRIC_TITLES,
     PREVIEW_DISTANCE,
     EqualCostComparison,
+    KeyEffect,
     LossCurve,
     compare_at_equal_cost,
     held_out_curve,
@@ -82,7 +83,8 @@ def search_title(folder: Path) -> str:
 
 def search_section(folder: Path) -> Markup:
     """The body of the page of a search folder; raises UserError where no trial has finished."""
-    search, trials = SearchCard.read(Folder.at(folder)).search, read_trials(Folder.at(folder))
+    card, trials = SearchCard.read(Folder.at(folder)), read_trials(Folder.at(folder))
+    search, seeds = card.search, card.seeds
     order = ranked(trials, search.metric)
     if not order:
         raise UserError(f"{folder} has no finished trial: wait for `patchloom tune`, or continue it with --restore")
@@ -90,22 +92,22 @@ def search_section(folder: Path) -> Markup:
     keys = list(dict.fromkeys([*search.space, *(key for setting in search.also for key in setting)]))
     comparisons = {by: compare_at_equal_cost(trials, curves, by) for by in COST_TITLES}
     by_images = comparisons["images_seen"]
-    shares = frontier.importance(trials, keys, search.metric)
+    effects = frontier.key_effects(trials, keys, search.metric)
     return render(
         "search.html",
         recommendation=frontier.recommendation(order, _budget(search)),
         counts=[*_counts(trials, order), *_spent_per_trial(trials, _budget(search))],
-        method=_method(search),
+        method=_method(search, seeds),
         frontier=plots.frontier_plot(folder, trials, search.metric),
         comparisons=[_shown_comparison(by, comparison) for by, comparison in comparisons.items()],
         p_curves=plots.p_curves([comparison for comparison in comparisons.values() if comparison]),
         compared_with_paper=frontier.compared_with_paper(by_images) if by_images else "",
         training_curves=plots.training_curves(trials, curves),
-        importance=_importance_table(shares) if len(shares) > 1 else None,
-        parallel=plots.parallel_coordinates(trials, keys, search.metric) if len(shares) > 1 else None,
+        importance=_importance_table(effects) if len(effects) > 1 else None,
+        parallel=plots.parallel_coordinates(trials, keys, search.metric) if len(effects) > 1 else None,
         proxies=_proxy_tables(trials, curves),
         settings=_settings_table(trials, order, keys),
-        not_tried=_not_tried(trials, search, keys),
+        not_tried=_not_tried(trials, search, seeds, keys),
     )
 
 
@@ -145,7 +147,7 @@ def _range(low: str, high: str) -> str:
     return low if low == high else f"{low} to {high}"
 
 
-def _method(search: Search) -> list[str]:
+def _method(search: Search, seeds: int) -> list[str]:
     """How trials were chosen and compared, in sentences."""
     sentences = [
         "All trials of a seed draw the same noise levels and crop positions in a step, which makes them comparable. "
@@ -153,8 +155,12 @@ def _method(search: Search) -> list[str]:
     ]
     if search.metric == HELD_OUT_LOSS:
         sentences.append("The held-out loss is that of the averaged weights on full-size images.")
-    if search.repeats > 1:
-        sentences.append(f"Values are means over {search.repeats} seeds, with their standard deviation.")
+    if seeds > 1:
+        sentences.append(
+            f"Values are means over {seeds} seeds, with their standard deviation. A lead is decided if it is more than "
+            "a t test at 5 % asks for, with an error that is pooled over all settings; if all settings are equal, at "
+            "most one search in 20 decides for one of them."
+        )
     if search.is_adaptive:
         sentences.append(f"Optuna chose the settings ({search.searcher}).")
     if search.stops_early:
@@ -170,6 +176,7 @@ class _ShownComparison:
     cost: str = ""
     best: str = ""
     value: str = ""
+    decision: str = ""
     table: Table | None = None
 
 
@@ -178,8 +185,9 @@ def _shown_comparison(by: str, comparison: EqualCostComparison | None) -> _Shown
         return _ShownComparison(COST_TITLES[by])
     best = comparison.order[0]
     return _ShownComparison(
-        COST_TITLES[by], f"{comparison.cost:,.4g}", best.title, best.value_of_n(), _equal_cost_table(comparison)
-    )
+        COST_TITLES[by], f"{comparison.cost:,.4g}", best.title, best.value_of_n(),
+        frontier.decision(comparison.order) if len(comparison.order) > 1 else "", _equal_cost_table(comparison),
+    )  # fmt: skip
 
 
 def _equal_cost_table(comparison: EqualCostComparison) -> Table:
@@ -199,8 +207,13 @@ def _mean_with_spread(values: Sequence[float]) -> str:
     return f"{mean(values):.3f}" + (f" ± {stdev(values):.3f}" if len(values) > 1 else "")
 
 
-def _importance_table(shares: Mapping[str, float]) -> Table:
-    return Table(["key", "share"], [[key, f"{share:.0%}"] for key, share in shares.items()], marks_first=True)
+def _importance_table(effects: Sequence[KeyEffect]) -> Table:
+    rows = [
+        [effect.key, f"{max(0, effect.share):.0%}", f"{max(0, effect.by_chance):.0%}",
+         "" if effect.is_seen else "no effect seen"]
+        for effect in effects
+    ]  # fmt: skip
+    return Table(["key", "share", "by chance", ""], rows, marks_first=effects[0].is_seen)
 
 
 def _proxy_tables(trials: Sequence[TrialRow], curves: Mapping[str, LossCurve]) -> list[tuple[str, Table]]:
@@ -236,7 +249,7 @@ def _settings_table(trials: Sequence[TrialRow], order: Sequence[RankedSetting], 
     return Table(header, rows, marks_first=True)
 
 
-def _not_tried(trials: Sequence[TrialRow], search: Search, keys: Sequence[str]) -> list[str]:
+def _not_tried(trials: Sequence[TrialRow], search: Search, seeds: int, keys: Sequence[str]) -> list[str]:
     """What this search cannot answer, in sentences."""
     fixed = [text for key, text in COMMON_KEYS.items() if not any(name.startswith(key) for name in keys)]
     sentences = [f"This search did not vary {', '.join(fixed)}."]
@@ -246,6 +259,6 @@ def _not_tried(trials: Sequence[TrialRow], search: Search, keys: Sequence[str]) 
         sentences.append(f"These settings failed and have no result: {titles}.")
     if any(trial.status == "stopped" for trial in trials):
         sentences.append("Settings that were stopped early might have caught up.")
-    if search.repeats == 1:
+    if seeds == 1:
         sentences.append("No setting was repeated with another seed.")
     return [*sentences, "Longer budgets, other data and other networks may rank settings differently."]

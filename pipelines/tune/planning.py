@@ -37,7 +37,9 @@ class Trial:
     problem: str = ""
 
 
-def plan_trials(search: Search, base: Recipe, dataset: Dataset, lengths: list[int | None] | None = None) -> list[Trial]:
+def plan_trials(
+    search: Search, base: Recipe, dataset: Dataset, lengths: list[int | None] | None = None, added_seeds: int = 0
+) -> list[Trial]:
     """Every trial of a grid search in order. A setting that does not fit the dataset has a problem and no recipe.
 
     Args:
@@ -45,16 +47,20 @@ def plan_trials(search: Search, base: Recipe, dataset: Dataset, lengths: list[in
         base: the recipe that the settings change.
         dataset: the dataset of all trials.
         lengths: counted images per setting that an earlier call found; a budget in seconds is measured only once.
+        added_seeds: further repeats of each setting, after all trials of the search.
 
     Raises:
         UserError: a setting is not a valid recipe, or no setting fits the dataset.
     """
-    planned = []
-    for number, setting in enumerate(search.settings()):
-        length = lengths[number] if lengths else None
-        planned += [
-            _planned_trial(search, base, dataset, number, setting, repeat, length) for repeat in range(search.repeats)
-        ]
+    settings = search.settings()
+    order = [(number, repeat) for number in range(len(settings)) for repeat in range(search.repeats)]
+    added = range(search.repeats, search.repeats + added_seeds)
+    order += [(number, repeat) for repeat in added for number in range(len(settings))]
+    known = lengths or [None] * len(settings)
+    planned = [
+        _planned_trial(search, base, dataset, number, settings[number], repeat, known[number])
+        for number, repeat in order
+    ]
     if all(trial.recipe is None for trial in planned):
         raise UserError(planned[0].problem)
     return planned

@@ -30,6 +30,11 @@ class RankedSetting:
         return min(self.trials, key=lambda trial: float(trial[self.metric]))
 
     @property
+    def by_seed(self) -> dict[int, float]:
+        """The metric of each repeat, by its number. All settings have the same seed in the same repeat."""
+        return {trial.repeat: float(trial[self.metric]) for trial in self.trials}
+
+    @property
     def title(self) -> str:
         """`p 0.25, schedule stochastic`."""
         return setting_title(self.settings)

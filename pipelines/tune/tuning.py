@@ -98,6 +98,7 @@ def tune(
     out: str,
     *,
     restore: bool = False,
+    add_seeds: int = 0,
     concurrent: int | None = None,
     workers: int = 0,
     gpus: float | None = None,
@@ -113,6 +114,7 @@ def tune(
         dataset: a prepared dataset; may be remote.
         out: the search folder to write; may be remote.
         restore: continue a stopped search: finished trials are kept, others resume from their checkpoints.
+        add_seeds: with `restore`, run so many further seeds of each setting. If that is stopped, continue it without.
         concurrent: trials that run in parallel. By default as many as fit.
         workers: Ray Train workers per trial; 0 trains in the trial's own process.
         gpus: GPUs per trial, such as 0.25 for four trials on one GPU, or per worker of a trial: `gpus_per_worker` of
@@ -138,7 +140,9 @@ def tune(
     if not len(rows.split("held_out", base.data.held_out_fraction)):
         raise UserError("data.held_out_fraction leaves no held-out row, so trials cannot be compared: raise it")
     folder = Folder.at(out)
-    planned = _planned_trials(definition, base, rows, folder)
+    if add_seeds:
+        _check_added_seeds(definition, folder, restore)
+    planned = _planned_trials(definition, base, rows, folder, add_seeds)
     if gpus is not None:
         resources = resources.with_values(gpus_per_worker=gpus)
     where = TuneResources(concurrent, workers, resources)
@@ -146,7 +150,7 @@ def tune(
         if not folder.has(SEARCH_FILE):
             where = stack.enter_context(room_for_trials(where, UsedPaths(read=(rows.address,), written=(out,))))
         owner = stack.enter_context(_only_user(folder))
-        run_id = _open_folder(folder, definition, rows, restore, planned)
+        run_id = _open_folder(folder, definition, rows, restore, planned, add_seeds)
         with _mlflow_run(folder, run_id):
             started = time.monotonic()
             shared = search_job(definition, base, rows, folder, run_id, workers, where.nodes)
@@ -188,16 +192,28 @@ def _trial_folder(folder: Folder, trial: TrialRow) -> Folder:
     return folder.folder(TRIALS_FOLDER).folder(trial.name)
 
 
-def _planned_trials(search: Search, base: Recipe, dataset: Dataset, folder: Folder) -> list[Trial]:
+def _check_added_seeds(search: Search, folder: Folder, restore: bool) -> None:
+    """Raise UserError if a folder has no search to which seeds can be added."""
+    if not (restore and folder.has(SEARCH_FILE)):
+        raise UserError(f"seeds can only be added to a search that was run: {folder} needs one, and --restore")
+    if search.is_adaptive or search.stops_early:
+        raise UserError("seeds can only be added to a grid search without asha: repeat the best settings with a grid")
+
+
+def _planned_trials(search: Search, base: Recipe, dataset: Dataset, folder: Folder, add_seeds: int) -> list[Trial]:
     """The trials of a grid search. An adaptive search has none yet; a few of its settings are tried instead."""
     if search.is_adaptive:
         check_space(search, base, dataset)
         return []
-    known = SearchCard.read(folder).images if folder.has(SEARCH_FILE) else None
-    return plan_trials(search, base, dataset, known)
+    if not folder.has(SEARCH_FILE):
+        return plan_trials(search, base, dataset)
+    card = SearchCard.read(folder)
+    return plan_trials(search, base, dataset, card.images, card.added_seeds + add_seeds)
 
 
-def _open_folder(folder: Folder, search: Search, dataset: Dataset, restore: bool, planned: list[Trial]) -> str:
+def _open_folder(
+    folder: Folder, search: Search, dataset: Dataset, restore: bool, planned: list[Trial], add_seeds: int
+) -> str:
     """Start the folder of a search, or check that it has the same search; returns the MLflow run."""
     if folder.has(SEARCH_FILE):
         if not restore:
@@ -205,11 +221,11 @@ def _open_folder(folder: Folder, search: Search, dataset: Dataset, restore: bool
         card = SearchCard.read(folder)
         if (card.search, card.dataset_fingerprint) != (search, dataset.fingerprint):
             raise UserError(f"{folder} has another search or dataset: pass the same ones, or choose another folder")
-        if run_exists(card.run_id):
-            return card.run_id
-        card = card.model_copy(update={"run_id": _begin_mlflow_run(folder, search, dataset)})  # another store
-        card.write(folder)
-        return card.run_id
+        run_id = card.run_id if run_exists(card.run_id) else _begin_mlflow_run(folder, search, dataset)  # another store
+        changed = card.model_copy(update={"run_id": run_id, "added_seeds": card.added_seeds + add_seeds})
+        if changed != card:
+            changed.write(folder)
+        return run_id
     run_id = _begin_mlflow_run(folder, search, dataset)
     folder.write("search.yaml", yaml.safe_dump(search.model_dump(mode="json"), sort_keys=False))
     lengths = [trial.recipe.train.images if trial.recipe else None for trial in planned if trial.repeat == 0]

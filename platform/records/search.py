@@ -14,7 +14,10 @@ SEARCH_FILE, TRIALS_FILE = "search.json", "trials.jsonl"
 
 
 class SearchCard(VersionedRecord):
-    """`search.json`: the search, its dataset, its MLflow run, and the length of the trials of each setting."""
+    """`search.json`: the search, its dataset, its MLflow run, and the length of the trials of each setting.
+
+    `added_seeds` is the number of repeats of each setting that were added to those of the search.
+    """
 
     FORMAT: ClassVar[int] = 2
     format_version: int = FORMAT
@@ -23,6 +26,12 @@ class SearchCard(VersionedRecord):
     images: list[int | None]  # counted images of a trial, by setting; None where the setting does not fit
     search: Search
     dataset_fingerprint: str
+    added_seeds: int = 0
+
+    @property
+    def seeds(self) -> int:
+        """Trials of each setting."""
+        return self.search.repeats + self.added_seeds
 
     @classmethod
     def read(cls, folder: Folder) -> Self:

@@ -16,7 +16,8 @@ from patchloom.pipelines.tune.frontier import (
     compared_with_paper,
     cost_of_best,
     held_out_curve,
-    importance,
+    key_effects,
+    order_by_chance,
     pareto_front,
     proxy_correlations,
     rank_correlation,
@@ -89,18 +90,49 @@ def test_trials_measured_too_late_are_not_compared() -> None:
     assert compare_at_equal_cost(trials, {"000": [], "001": []}, "images_seen") is None
 
 
-def test_importance_is_eta_squared() -> None:
+def test_the_share_of_a_key_is_omega_squared() -> None:
     rows = [("mean", 1, 1.0), ("mean", 2, 3.0), ("sum", 1, 5.0), ("sum", 2, 7.0)]
     trials = [
         trial(f"{number:03d}", {"loss.reduction": one, "model.blocks": two, "fixed": 1}, loss)
         for number, (one, two, loss) in enumerate(rows)
     ]
-    # total sum of squares 9 + 1 + 1 + 9 = 20; between reductions 4 x 2^2 = 16, between blocks 4 x 1 = 4
-    assert importance(trials, ["model.blocks", "loss.reduction", "fixed"], "held_out_loss") == {
-        "loss.reduction": 0.8, "model.blocks": 0.2,
+    found = key_effects(trials, ["model.blocks", "loss.reduction", "fixed"], "held_out_loss")
+    # sums of squares: total 20, between reductions 16 (within 4 / 2), between blocks 4 (within 16 / 2)
+    assert {effect.key: effect.share for effect in found} == {
+        "loss.reduction": pytest.approx((16 - 2) / (20 + 2)), "model.blocks": pytest.approx((4 - 8) / (20 + 8)),
     }  # fmt: skip
-    drawn = [trial(f"{n:03d}", {"optimizer.lr": 10.0**-n}, loss) for n, loss in enumerate((1.0, 2.0, 3.0, 9.0))]
-    assert importance(drawn, ["optimizer.lr"], "held_out_loss") == {"optimizer.lr": pytest.approx(1.0)}
+    assert not any(effect.is_seen for effect in found)  # a third of all permutations explain as much
+    drawn = [trial(f"{n:03d}", {"optimizer.lr": 10.0**-n}, loss) for n, loss in enumerate((1, 2, 3, 4, 5, 9.0))]
+    (effect,) = key_effects(drawn, ["optimizer.lr"], "held_out_loss")
+    assert effect.share == pytest.approx(1.0) and effect.is_seen
+
+
+@pytest.mark.parametrize(("values", "seeds"), [(2, 2), (2, 8), (3, 4), (6, 2)])
+def test_a_key_without_effect_has_no_share_on_average_and_is_rarely_seen(
+    values: int, seeds: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("patchloom.pipelines.tune.frontier.PERMUTATIONS", 100)
+    generator, shares, seen = np.random.default_rng(values * seeds), [], 0
+    for _ in range(300):
+        trials = [
+            trial(f"{n:03d}", {"patches.p": n % values}, float(loss))
+            for n, loss in enumerate(generator.normal(1, 0.1, values * seeds))
+        ]
+        (effect,) = key_effects(trials, ["patches.p"], "held_out_loss")
+        shares.append(effect.share)
+        seen += effect.is_seen
+    assert abs(np.mean(shares)) < 4 * np.std(shares) / math.sqrt(300)  # eta squared: .32 and more on average
+    assert seen / 300 < 0.05 + 3 * math.sqrt(0.05 * 0.95 / 300)
+
+
+@pytest.mark.parametrize("count", [3, 4, 5, 6])
+def test_a_perfect_order_is_one_of_all_orders(count: int) -> None:
+    order = [0.3 * number for number in range(count)]
+    assert order_by_chance(order, order) == pytest.approx(1 / math.factorial(count))
+    assert order_by_chance(order, order[::-1]) == 1
+    generator = np.random.default_rng(count)
+    found = [order_by_chance(generator.permutation(count), order) for _ in range(400)]
+    assert np.mean(np.array(found) <= 0.2) < 0.2 + 3 * 0.02  # a random order rarely looks like agreement
 
 
 def test_proxy_correlation_is_measured_at_shares_of_the_budget() -> None:
@@ -114,17 +146,18 @@ def test_proxy_correlation_is_measured_at_shares_of_the_budget() -> None:
     assert proxy_correlations(trials[:2], curves, "final_distance") == []
 
 
-def test_recommendation_gives_seeds_budget_and_standard_error() -> None:
+def test_recommendation_gives_seeds_budget_and_what_the_seeds_decide() -> None:
     clear = [trial("000", {"patches.p": 0.5}, 0.10), trial("001", {"patches.p": 0.5}, 0.12, 1),
-             trial("002", {"patches.p": 1.0}, 0.50), trial("003", {"patches.p": 1.0}, 0.52, 1)]  # fmt: skip
+             trial("002", {"patches.p": 1.0}, 0.50), trial("003", {"patches.p": 1.0}, 0.54, 1)]  # fmt: skip
     text = recommendation(ranked(clear), "1 TFLOP")
     assert text.startswith("Take p 0.5: held-out loss 0.1100 ± 0.0141 (n = 2)") and "1 TFLOP" in text
-    assert "0.4000" in text and "p 1," in text and "28.3 standard errors" in text  # .4 / sqrt(2 x .0141^2 / 2)
-    close = [*clear[:2], trial("002", {"patches.p": 1.0}, 0.10), trial("003", {"patches.p": 1.0}, 0.13, 1)]
-    assert "standard error of the difference 0.0180" in recommendation(
-        ranked(close), "b"
-    )  # sqrt(.0141^2 / 2 + .0212^2 / 2)
-    assert "standard error" not in recommendation(ranked(clear[::2]), "b")  # one seed each
+    # differences .40 and .42: their mean is 41 times its error of .01, and t with one degree of freedom is 12.706
+    assert "0.4100 ahead of p 1. This is decided" in text and "0.1271" in text
+    close = [*clear[:2], trial("002", {"patches.p": 1.0}, 0.12), trial("003", {"patches.p": 1.0}, 0.16, 1)]
+    text = recommendation(ranked(close), "b")  # differences .02 and .04: mean .03, standard deviation .0141
+    # t .0141 / sqrt(n) is .0450 for 3 seeds, .0225 for 4
+    assert "This is undecided" in text and "About 4 seeds" in text
+    assert "one seed" in recommendation(ranked(clear[::2]), "b")
     assert "ahead of" not in recommendation(ranked(clear[:1]), "b")
 
 
@@ -154,7 +187,12 @@ def test_recommendation_states_its_cost_and_the_page_what_each_trial_spent(tmp_p
 
 
 @pytest.mark.parametrize(
-    ("losses", "text"), [((0.9, 0.6, 0.5, 0.4), "agrees with"), ((0.1, 0.2, 0.3, 0.4), "does not")]
+    ("losses", "text"),
+    [
+        ((0.9, 0.6, 0.5, 0.4), "agrees with"),
+        ((0.1, 0.2, 0.3, 0.4), "is the reverse of"),
+        ((0.9, 0.5, 0.6, 0.4), "is neither shown"),
+    ],
 )
 def test_order_of_p_is_compared_with_the_paper(losses: tuple[float, ...], text: str) -> None:
     trials = [trial(f"{n:03d}", {"patches.p": p}, loss) for n, (p, loss) in enumerate(zip(RATES, losses, strict=True))]

@@ -75,6 +75,19 @@ def test_a_search_compares_its_trials_and_keeps_the_best(
     with pytest.raises(UserError, match="another search"):
         tune(write_search(tmp_path, budget={"updates": 6}), str(pixels), str(folder), restore=True)
 
+    more = tune(write_search(tmp_path), str(pixels), str(folder), restore=True, add_seeds=1)
+    assert written == {path: path.stat().st_mtime_ns for path in written}
+    by_name = {trial.name: trial for trial in more.trials}
+    assert sorted(by_name) == ["000", "001", "002", "003"]
+    assert [by_name[name].repeat for name in sorted(by_name)] == [0, 0, 1, 1]
+    assert [by_name[name].settings for name in ("002", "003")] == [by_name[name].settings for name in ("000", "001")]
+    seeds = [load_recipe(folder / "trials" / name / "recipe.yaml").seed for name in sorted(by_name)]
+    assert seeds == [tiny_recipe().seed] * 2 + [tiny_recipe().seed + 1] * 2
+    again = tune(write_search(tmp_path), str(pixels), str(folder), restore=True)  # the added seeds belong to it
+    assert again.trials == more.trials and "(n = 2)" in (folder / "report.html").read_text()
+    with pytest.raises(UserError, match="--restore"):
+        tune(write_search(tmp_path), str(pixels), str(tmp_path / "new"), add_seeds=1)
+
 
 def test_equal_flops_buy_more_updates_of_smaller_patches(pixels: Path, tmp_path: Path) -> None:
     search, base = load_search(write_search(tmp_path, budget={"flops": 1e10}))
@@ -89,8 +102,12 @@ def test_repeats_differ_in_their_seed_and_ramps_follow_the_length(pixels: Path, 
     changes = {"repeats": 2, "of_budget": {"optimizer.lr_rampup_images": 0.1, "ema.0.halflife_images": 0.25}}
     search, base = load_search(write_search(tmp_path, budget={"updates": 100}, **changes))
     planned = plan_trials(search, base, open_dataset(pixels))
-    assert [(trial.settings["patches.p"], trial.repeat, trial.recipe.seed) for trial in planned] == [
-        (0.5, 0, 3), (0.5, 1, 4), (1.0, 0, 3), (1.0, 1, 4),
+    order = [(0.5, 0, 3), (0.5, 1, 4), (1.0, 0, 3), (1.0, 1, 4)]
+    assert [(trial.settings["patches.p"], trial.repeat, trial.recipe.seed) for trial in planned] == order
+    longer = plan_trials(search, base, open_dataset(pixels), added_seeds=1)  # after the others
+    assert longer[:4] == planned
+    assert [(trial.settings["patches.p"], trial.repeat, trial.recipe.seed) for trial in longer[4:]] == [
+        (0.5, 2, 5), (1.0, 2, 5),
     ]  # fmt: skip
     for trial in planned:
         images = trial.recipe.train.images
