@@ -12,12 +12,13 @@ from patchloom.pipelines.evaluate.page import (
     samples_section,
     sampling_text,
 )
-from patchloom.pipelines.pages.html import Number, Picture, document, is_for_pages, render
+from patchloom.pipelines.pages.html import Number, Picture, document, is_for_pages, is_own_page, render
 from patchloom.pipelines.train.page import run_section
 from patchloom.pipelines.tune.page import search_section, search_title
 from patchloom.platform.files.cache import working_copy
 from patchloom.platform.files.copies import local_copy
 from patchloom.platform.files.folder import Folder
+from patchloom.platform.files.outputs import check_new_file
 from patchloom.platform.files.storage import make_folder, write_atomic
 from patchloom.platform.recipe.run_recipe import load_recipe
 from patchloom.platform.records.autoencoder_run import AutoencoderRunCard
@@ -48,6 +49,7 @@ def report(folder: str, out: str) -> Path:
     here = working_copy(place, "page") if place.is_remote else make_folder(place.path)
     if not name or (here / name).is_dir():
         raise UserError(f"{out} is a folder: give the name of a file, such as {out.rstrip('/')}/report.html")
+    check_new_file(place, name, "page of `report`", is_own_page)
     title, body = _title_and_body(local_copy(folder, is_for_pages))
     write_atomic(here / name, document(title, body))
     if place.is_remote:

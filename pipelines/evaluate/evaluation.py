@@ -11,6 +11,7 @@ from patchloom.models.metrics import COLOUR_LAYOUT
 from patchloom.pipelines.evaluate.features import (
     BATCH,
     COLOUR_FEATURES,
+    check_statistics_file,
     extract,
     load_features,
     missing_features,
@@ -19,7 +20,13 @@ from patchloom.pipelines.evaluate.features import (
 )
 from patchloom.pipelines.evaluate.image_sets import ImageSet, SampleImages, check_pair, open_images
 from patchloom.pipelines.evaluate.metrics import METRICS, ComparedSets
-from patchloom.pipelines.evaluate.results import default_address, identity_of, print_result, write_result
+from patchloom.pipelines.evaluate.results import (
+    check_result_file,
+    default_address,
+    identity_of,
+    print_result,
+    write_result,
+)
 from patchloom.pipelines.registry.quality import Evaluation
 from patchloom.platform.compute.resources import DEFAULT_RESOURCES, Resources
 from patchloom.platform.compute.session import ray_session
@@ -71,6 +78,9 @@ def evaluate(
     """
     measured = open_images(samples, skipped=())
     statistics = read_statistics(reference) if reference.endswith(".npz") else {}
+    check_result_file(out or default_address(measured))
+    if save_reference:
+        check_statistics_file(save_reference)
     if isinstance(measured, SampleImages) and measured.sampling.lineage.run_id:
         require_reachable()  # the run of the model gets the metrics
     compared = _reference_images(reference, bool(statistics))

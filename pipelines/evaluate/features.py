@@ -42,8 +42,10 @@ from patchloom.platform.compute.shared_paths import UsedPaths
 from patchloom.platform.files.cache import cache_folder, cached_copy, working_copy
 from patchloom.platform.files.downloads import Download, fetch_first
 from patchloom.platform.files.folder import Folder, is_remote
+from patchloom.platform.files.outputs import check_new_file
 from patchloom.platform.files.storage import local_path, make_folder
 
+OWN_FILE = b"written by patchloom evaluate"  # the comment of an archive of statistics
 BATCH = 32
 DIGEST_BYTES = 16  # of the sha256 of a range, which are in the names of its files
 COLOUR_FEATURES, DINO, DINO_HUB = "colours", "dinov2", "facebook/dinov2-large"
@@ -371,6 +373,11 @@ def read_statistics(address: str) -> dict[str, tuple[Tensor, Tensor]]:
     return found
 
 
+def check_statistics_file(address: str) -> None:
+    """Raise UserError if a file that `write_statistics` did not write has this address."""
+    check_new_file(*Folder.of_file(address), "file of --save-reference", lambda content: content.endswith(OWN_FILE))
+
+
 def write_statistics(address: str, moments: dict[str, Moments]) -> None:
     """Write moments by output as an `.npz` that EDM's and ADM's evaluators read (mu, sigma, mu_s, sigma_s)."""
     arrays: dict[str, np.ndarray] = {}
@@ -378,7 +385,10 @@ def write_statistics(address: str, moments: dict[str, Moments]) -> None:
         mean, covariance = STATISTICS[output]
         arrays |= {mean: found.mean.numpy(), covariance: found.covariance.numpy()}
     folder, name = Folder.of_file(address)
-    folder.write(name, _npz(**arrays))
+    content = io.BytesIO(_npz(**arrays))
+    with zipfile.ZipFile(content, "a") as archive:
+        archive.comment = OWN_FILE
+    folder.write(name, content.getvalue())
 
 
 def _folder(images: ImageSet, features: Features) -> Folder:

@@ -8,19 +8,21 @@ import numpy as np
 from pydantic import JsonValue
 
 from patchloom import __version__
+from patchloom.errors import UserError
 from patchloom.models.features import Features
 from patchloom.models.metrics import COLOUR_LAYOUT, KID_SUBSET_SIZE, KID_SUBSETS
 from patchloom.pipelines.evaluate.image_sets import ImageSet, SampleImages, sha256_at
 from patchloom.pipelines.evaluate.metrics import NEIGHBOURS, ComparedSets
-from patchloom.pipelines.pages.pictures import save_png, side_by_side
+from patchloom.pipelines.pages.pictures import is_own_picture, save_png, side_by_side
 from patchloom.pipelines.registry.quality import TITLES, Evaluation
 from patchloom.pipelines.registry.version_card import record_evaluation
 from patchloom.platform.files.folder import Folder
+from patchloom.platform.files.outputs import check_new_file
 from patchloom.platform.files.storage import make_folder, write_json
 from patchloom.platform.progress import say
 from patchloom.platform.records.evaluation import EvaluationIdentity, EvaluationResult
 
-PICTURED_IMAGES = 16
+PICTURED_IMAGES, PICTURES = 16, ("nearest", "density")
 # options of the samples that are not part of the identity: the model is what is compared, the others change only the
 # last bits or the file format
 NOT_IN_IDENTITY = ("model", "batch", "threads", "device", "format", "shard_size")
@@ -78,6 +80,20 @@ def default_address(images: ImageSet) -> str:
     return f"{images.address}/metrics.json" if images.features_folder else f"{images.address}.metrics.json"
 
 
+def check_result_file(address: str) -> None:
+    """Raise UserError if a file that is not the result of an evaluation has this address."""
+    folder, name = Folder.of_file(address)
+    if not name:
+        raise UserError(f"--out {address} is a folder: give the name of a JSON file in it")
+    check_new_file(folder, name, "result of `evaluate`", lambda content: b'"metrics"' in content)
+    for picture in PICTURES:
+        check_new_file(folder, _picture_name(name, picture), "picture of `evaluate`", is_own_picture)
+
+
+def _picture_name(name: str, picture: str) -> str:
+    return f"{Path(name).stem}.{picture}.png"
+
+
 def write_result(evaluation: Evaluation, sets: ComparedSets, address: str) -> EvaluationResult:
     """Write the JSON file and its pictures, and add them to the registered version of the samples."""
     folder, name = Folder.of_file(address)
@@ -119,7 +135,7 @@ def _write_pictures(sets: ComparedSets, place: Path) -> list[Path]:
         return []
     pictures = []
     for name, rows in _pictures(sets).items():
-        pictures.append(place.with_name(f"{place.stem}.{name}.png"))
+        pictures.append(place.with_name(_picture_name(place.name, name)))
         save_png(side_by_side(rows, scale=1 if rows[0].shape[-1] >= 64 else 2), pictures[-1])
     return pictures
 

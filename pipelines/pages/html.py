@@ -3,6 +3,7 @@
 import base64
 import functools
 import io
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,12 +12,15 @@ from typing import TYPE_CHECKING, Any
 from markupsafe import Markup
 
 from patchloom import __version__
+from patchloom.errors import UserError
+from patchloom.platform.files.inside import open_regular
 
 if TYPE_CHECKING:
     from jinja2 import Environment
 
 TEMPLATES = Path(__file__).parent / "templates"
 SINGLE_SAMPLE = re.compile(r"(^|/)\d{6}/\d{6}\.png$")  # in a folder of samples
+PNG_BEGIN = b"\x89PNG\r\n\x1a\n"
 LINE_COLOURS = ("#b3541e", "#2f6690", "#81a4cd", "#7a9e7e", "#9b7ede")
 
 
@@ -76,6 +80,11 @@ def document(title: str, body: Markup) -> str:
     return render("page.html", title=title, body=body, version=__version__)
 
 
+def is_own_page(content: bytes) -> bool:
+    """Whether `document` made this page."""
+    return b'<p class="note">patchloom ' in content
+
+
 def svg(figure: Any) -> Markup:
     """A matplotlib figure as inline SVG, the same text for the same numbers."""
     text = io.StringIO()
@@ -92,5 +101,10 @@ def tidy(axes: Any) -> None:
 
 
 def png_data(path: Path) -> str:
-    """The content of a PNG file as a data URL."""
-    return f"data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}"
+    """The content of a PNG file as a data URL; raises UserError for another file, which the page would publish."""
+    with os.fdopen(open_regular(path), "rb") as file:
+        content = file.read(len(PNG_BEGIN))
+        if content != PNG_BEGIN:
+            raise UserError(f"{path} is not a PNG file, so it cannot be part of a page: remove it")
+        content += file.read()
+    return f"data:image/png;base64,{base64.b64encode(content).decode()}"

@@ -6,8 +6,12 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+
+from patchloom.platform.files.storage import write_atomic
 
 GAP = 2
+PICTURE_MARK = b"tEXtSoftware\0Patchloom"
 
 
 def contact_sheet(images: np.ndarray, columns: int = 8, scale: int = 1) -> Image.Image:
@@ -42,9 +46,16 @@ def png_pixels(content: bytes) -> np.ndarray:
 def save_png(picture: Image.Image, path: Path) -> None:
     """Write a PNG whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    picture.save(partial, format="PNG")
-    partial.replace(path)
+    content = io.BytesIO()
+    mark = PngInfo()
+    mark.add_text("Software", "Patchloom")
+    picture.save(content, format="PNG", pnginfo=mark)
+    write_atomic(path, content.getvalue())
+
+
+def is_own_picture(content: bytes) -> bool:
+    """Whether `save_png` wrote this file."""
+    return PICTURE_MARK in content
 
 
 def side_by_side(rows: Sequence[np.ndarray], scale: int = 1) -> Image.Image:

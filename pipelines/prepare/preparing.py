@@ -23,17 +23,24 @@ from patchloom.pipelines.prepare.planning import (
     with_mirror_images,
 )
 from patchloom.pipelines.prepare.shard_maker import (
-    INPUTS_FOLDER,
-    PLAN_FILE,
     PlannedShard,
     ShardMaker,
     ShardMakerArgument,
 )
-from patchloom.platform.compute.jobs import NOTES_FOLDER, WORK_FOLDER, Job, check_empty, check_same, run_job
+from patchloom.platform.compute.jobs import (
+    INPUTS_FOLDER,
+    NOTES_FOLDER,
+    PLAN_FILE,
+    Job,
+    check_same,
+    remove_work,
+    run_job,
+)
 from patchloom.platform.compute.resources import DEFAULT_RESOURCES, Resources
 from patchloom.platform.compute.shared_paths import UsedPaths
 from patchloom.platform.dataset.prepared import CARD, Dataset, is_dataset, open_dataset
 from patchloom.platform.files.folder import Folder
+from patchloom.platform.files.outputs import check_output_folder
 from patchloom.platform.progress import say
 from patchloom.platform.records.prepare import PlanFile
 
@@ -128,19 +135,23 @@ class PrepareJob(Job[PlannedShard, str]):
         self.argument = ShardMakerArgument(folder.address, allowed_backbones())
         self.notes = ShardNotes(folder, -(-self.total // self.plan.shard_rows))
 
+    def check_folder(self) -> None:
+        """Raise UserError if the folder contains neither a preparation nor nothing."""
+        if not self.folder.has(CARD):
+            check_output_folder(self.folder, "preparation", PLAN_FILE)
+
     def start(self) -> bool:
         """Write the plan and the encoder; False if the dataset is complete."""
         if self.folder.has(CARD):
             if self.folder.read_json(CARD).get("preparation") != self.plan.identity():
                 raise UserError(f"{self.folder} contains another dataset: choose an empty folder, or remove it")
-            self.folder.remove_folder(WORK_FOLDER)
+            remove_work(self.folder)
             say(f"{self.folder} is complete: {len(open_dataset(self.folder.address)):,} rows")
             return False
         if self.folder.has(PLAN_FILE):
             found = PlanFile.parse(self.folder.read(PLAN_FILE), f"{self.folder}/{PLAN_FILE}")
             check_same(self.folder, "an unfinished preparation", found.plan, self.plan, ignored=("source",))
         else:
-            check_empty(self.folder, "preparation")
             plan_file = PlanFile(identity=self.plan.identity(), plan=self.plan)
             self.folder.write_json(PLAN_FILE, plan_file.to_dict())
         self._write_encoder()
@@ -195,7 +206,7 @@ class PrepareJob(Job[PlannedShard, str]):
         if not found.rows:
             self._refuse(found.reasons)
         self.folder.write_json(CARD, dataset_card(self.plan, found).to_dict())
-        self.folder.remove_folder(WORK_FOLDER)
+        remove_work(self.folder)
         others = self.preparation.other_files
         not_read = f" (other files, not read: {others})" if others else ""
         skipped = found.reasons.total()
@@ -203,8 +214,10 @@ class PrepareJob(Job[PlannedShard, str]):
 
     def _refuse(self, reasons: Counter[str]) -> None:
         """Remove what was written; raises UserError with the most common reasons."""
-        for name in (WORK_FOLDER, "shards", "autoencoder"):
-            self.folder.remove_folder(name)
+        remove_work(self.folder)  # there is no shard
+        if self.preparation.encoder is not None:
+            for name in Folder(str(self.preparation.encoder)).files():
+                self.folder.remove(f"autoencoder/{name}")
         found = "; ".join(f"{count} x {reason}" for reason, count in reasons.most_common(2))
         raise UserError(
             f"none of the {self.total} inputs in {self.preparation.source_name} can be used ({found}): "

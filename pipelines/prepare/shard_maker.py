@@ -19,7 +19,7 @@ from patchloom.models.backbones import allow_backbones
 from patchloom.pipelines.prepare.images import Transform, decode, size_of
 from patchloom.pipelines.prepare.notes import note_name, split_unit
 from patchloom.platform.compute.devices import own_device
-from patchloom.platform.compute.jobs import WORK_FOLDER
+from patchloom.platform.compute.jobs import INPUTS_FOLDER, PLAN_FILE
 from patchloom.platform.dataset.index import MIRRORED, unit_hashes
 from patchloom.platform.dataset.prepared import open_dataset, shard_bytes
 from patchloom.platform.dataset.readers import SourceReader
@@ -33,7 +33,6 @@ from patchloom.platform.records.prepare import PlanFile, PreparedInput, ShardNot
 if TYPE_CHECKING:
     from patchloom.models.autoencoder import Autoencoder
 
-PLAN_FILE, INPUTS_FOLDER = f"{WORK_FOLDER}/plan.json", f"{WORK_FOLDER}/inputs"
 ENCODE_BATCH = 16  # fixed, and the last batch is padded, so that a latent does not depend on its neighbours
 VALUES_PER_SUM = 1 << 17  # uint8 values that fit into the cache
 NOT_FINITE = "its latent is not finite in float16"

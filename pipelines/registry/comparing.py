@@ -11,10 +11,12 @@ from patchloom.errors import UserError
 from patchloom.models.cards import ModelCard
 from patchloom.models.checkpoints import load_sampling_model, verified_card
 from patchloom.models.generate import Sampling, default_labels, generate_padded
-from patchloom.pipelines.pages.pictures import save_png, side_by_side
+from patchloom.pipelines.pages.pictures import is_own_picture, save_png, side_by_side
 from patchloom.pipelines.registry.describing import recipe_of, version_of
 from patchloom.pipelines.registry.quality import TITLES, Evaluation, comparable, differences, evaluations_of
 from patchloom.pipelines.sample.options import DEFAULT_BATCH
+from patchloom.platform.files.folder import Folder
+from patchloom.platform.files.outputs import check_new_file
 from patchloom.platform.files.storage import local_path, make_folder
 from patchloom.platform.progress import progress
 from patchloom.platform.recipe.run_recipe import Recipe
@@ -88,6 +90,8 @@ def compare_models(
         print(found.text())
     """
     place = local_path(picture) if picture else None
+    if place:
+        check_new_file(Folder(str(place.parent)), place.name, "picture of `models compare`", is_own_picture)
     fetched = fetch_model(one), fetch_model(other)
     cards = verified_card(fetched[0].folder), verified_card(fetched[1].folder)
     if place:

@@ -17,9 +17,10 @@ from patchloom.errors import UserError
 from patchloom.pipelines.pages.pictures import contact_sheet
 from patchloom.pipelines.sample.formats import join_npz, pixels, read_contents
 from patchloom.pipelines.sample.seeds import SeedClasses, SeedList, Seeds
-from patchloom.platform.compute.jobs import NOTES_FOLDER, WORK_FOLDER, check_empty, check_same
+from patchloom.platform.compute.jobs import NOTES_FOLDER, check_same, remove_work
 from patchloom.platform.dataset.label_files import opened_here
 from patchloom.platform.files.folder import Folder, in_threads
+from patchloom.platform.files.outputs import check_output_folder
 from patchloom.platform.files.spool import sorted_rows
 from patchloom.platform.records.samples import ManifestEntry, SamplingCard
 
@@ -53,8 +54,13 @@ def write_or_check_card(folder: Folder, card: SamplingCard) -> None:
         found = found.model_copy(update=later)
         check_same(folder, "samples", found, card, ignored=("model.reference", "lineage"))
     else:
-        check_empty(folder, "samples")
+        check_samples_folder(folder)
         folder.write_json(SAMPLING_CARD, card.to_dict())
+
+
+def check_samples_folder(folder: Folder) -> None:
+    """Raise UserError unless a folder contains samples, or nothing."""
+    check_output_folder(folder, "samples", SAMPLING_CARD)
 
 
 def read_entries(folder: Folder) -> Iterator[ManifestEntry]:
@@ -150,7 +156,7 @@ def intact_images(folder: Folder, wanted: Seeds, classes: SeedClasses) -> Intact
             folder.put(Path(manifest.name), MANIFEST)
     if verified.content != known.content:
         folder.write(VERIFIED, bytes(verified.content))
-    folder.remove_folder(WORK_FOLDER)
+    remove_work(folder)
     return IntactImages(seeds.seeds(), np.array(archives, np.int64), np.array(places, np.int64).reshape(-1, 2))
 
 
@@ -279,7 +285,7 @@ def complete_folder(folder: Folder, format: str, images: int) -> int:
             join_npz(folder, lines, count, JOINED_NPZ)
         _write_sheet(folder, list(islice(lines, SHEET_IMAGES)))
         folder.put(Path(manifest.name), MANIFEST)
-    folder.remove_folder(WORK_FOLDER)
+    remove_work(folder)
     return count
 
 

@@ -17,6 +17,7 @@ from patchloom.pipelines.sample.folder import (
     CONTACT_SHEET,
     MANIFEST,
     SAMPLING_CARD,
+    check_samples_folder,
     complete_folder,
     intact_images,
     read_sampling_card,
@@ -33,7 +34,7 @@ from patchloom.pipelines.sample.shard_sampler import (
     ShardSampler,
     ShardSamplerArgument,
 )
-from patchloom.platform.compute.jobs import Job, check_empty, run_job
+from patchloom.platform.compute.jobs import Job, run_job
 from patchloom.platform.compute.resources import DEFAULT_RESOURCES, Resources
 from patchloom.platform.compute.shared_paths import UsedPaths
 from patchloom.platform.compute.work_devices import job_device
@@ -281,7 +282,7 @@ def _batch_and_device(
     if folder.has(SAMPLING_CARD):
         found = read_sampling_card(folder)
         return batch or found.batch, found.device
-    check_empty(folder, "samples")
+    check_samples_folder(folder)
     device = job_device(workers, resources)
     return batch or default_batch(model.folder, sampling, device.kind, device.memory_bytes), device.kind
 

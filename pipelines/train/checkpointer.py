@@ -1,6 +1,6 @@
 """The checkpoints of a run: where it continues, how they are written, and which are kept."""
 
-import shutil
+import contextlib
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -23,6 +23,7 @@ from patchloom.platform.recipe.run_recipe import KeepSection
 from patchloom.platform.records.run import ProgressLine
 
 CHECKPOINTS = "checkpoints"
+CHECKPOINT_CARD, CHECKPOINT_TENSORS = "checkpoint.json", "state.safetensors"
 OLD_WORKER_WAIT_S = 60.0  # a worker of a killed session may still be writing
 
 
@@ -59,6 +60,14 @@ def worker_lock(worker: Worker, folder: Path) -> Iterator[None]:
         sweep_partial(folder)
         sweep_partial(folder / CHECKPOINTS)
         yield
+
+
+def remove_checkpoint(folder: Path) -> None:
+    """Remove the files of a checkpoint, the card first, and its folder if nothing else is in it."""
+    for name in (CHECKPOINT_CARD, CHECKPOINT_TENSORS):
+        (folder / name).unlink(missing_ok=True)
+    with contextlib.suppress(OSError):
+        folder.rmdir()
 
 
 class Checkpointer:
@@ -124,4 +133,4 @@ class Checkpointer:
         kept |= set(sorted(losses, key=losses.__getitem__)[: self.keep.best])
         for folder in folders:
             if folder not in kept:
-                shutil.rmtree(folder)
+                remove_checkpoint(folder)

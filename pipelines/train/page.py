@@ -9,8 +9,9 @@ from markupsafe import Markup
 
 from patchloom.models.loss import SIGMA_BINS
 from patchloom.pipelines.pages.html import LINE_COLOURS, Number, Picture, render, svg, tidy
+from patchloom.platform.files.inside import inner_path
 from patchloom.platform.progress import clock
-from patchloom.platform.records.run import ProgressLine, read_progress
+from patchloom.platform.records.run import PROGRESS_FILE, ProgressLine, read_progress
 
 SHOWN_PREVIEWS = 3
 
@@ -21,8 +22,7 @@ def run_section(folder: Path) -> Markup:
     if not lines:
         return render("run.html", counts=[])
     previews = [
-        Picture(folder / str(line.preview), f"Preview after {line.images_seen:,} counted images.", pixelated=True)
-        for line in _spread([line for line in lines if line.preview], SHOWN_PREVIEWS)
+        _shown_preview(folder, line) for line in _spread([line for line in lines if line.preview], SHOWN_PREVIEWS)
     ]
     return render(
         "run.html",
@@ -32,6 +32,11 @@ def run_section(folder: Path) -> Markup:
         has_sigmas=_has_sigmas(lines),
         previews=previews,
     )
+
+
+def _shown_preview(folder: Path, line: ProgressLine) -> Picture:
+    path = inner_path(folder, str(line.preview), folder / PROGRESS_FILE)
+    return Picture(path, f"Preview after {line.images_seen:,} counted images.", pixelated=True)
 
 
 def _counts(last: ProgressLine) -> list[Number]:

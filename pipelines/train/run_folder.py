@@ -12,13 +12,14 @@ from patchloom.models.cards import ModelCard
 from patchloom.models.checkpoints import check_saving
 from patchloom.models.denoiser import build_denoiser
 from patchloom.pipelines.train.checkpointer import newest_checkpoint
-from patchloom.pipelines.train.initial_weights import copy_initial_weights
+from patchloom.pipelines.train.initial_weights import checked_initial_weights
 from patchloom.pipelines.train.mlflow_run import ensure_mlflow_run
 from patchloom.pipelines.train.node_copies import command_copy
 from patchloom.pipelines.train.resuming import RECIPE_FILE, check_continues, differing_keys
 from patchloom.platform.dataset.prepared import Dataset
 from patchloom.platform.files.fence import fenced
 from patchloom.platform.files.folder import Folder
+from patchloom.platform.files.outputs import check_output_folder
 from patchloom.platform.files.storage import locked, write_atomic
 from patchloom.platform.progress import say
 from patchloom.platform.recipe.run_recipe import Recipe, load_recipe, recipe_yaml
@@ -59,20 +60,25 @@ def open_run_folder(
     """Lock a run folder, and create it or check that it belongs to this recipe and dataset.
 
     Raises:
-        UserError: the folder contains another run or is in use, `resume` is missing, or the initial weights do
-            not fit.
+        UserError: the folder contains another run or something else, or is in use, `resume` is missing, or the initial
+            weights do not fit.
     """
+    check_output_folder(address, "run", RUN_FILE, {RECIPE_FILE: recipe_yaml(recipe)})
     with fenced(address) as owner, command_copy(address, owner) as path, locked(path):
         is_new = not (path / RUN_FILE).is_file()
         if not is_new:
             _check_same(path, address, recipe, dataset, resume)
         answers = is_reachable()
         if recipe.train.init_from is not None and newest_checkpoint(path) is None:
-            copy_initial_weights(address, recipe.train.init_from, card.denoiser)
+            copy_weights = checked_initial_weights(address, recipe.train.init_from, card.denoiser)
+        else:
+            copy_weights = None
         if is_new:
             _check_backbone(card)
             _write_recipe(path, address, recipe)
             _write_card(path, address, dataset)
+        if copy_weights is not None:  # after the card, by which the folder is known as a run
+            copy_weights()
         ensure_run = functools.partial(ensure_mlflow_run, path, address, parent_run)
         if answers and address.is_remote:  # before a worker copies run.json, and sends it back without the run's id
             ensure_run()
@@ -86,6 +92,8 @@ def _check_same(path: Path, address: Folder, recipe: Recipe, dataset: Dataset, r
     if not resume:
         raise UserError(f"{address} contains a run: pass --resume to continue it, or choose another --out")
     card = RunCard.read(path)
+    if card.kind != "train":
+        raise UserError(f"{address} contains a run of `patchloom {card.kind} train`: choose another --out")
     if card.dataset_fingerprint != dataset.fingerprint:
         raise UserError(
             f"{address} was started with another dataset: fingerprint {card.dataset_fingerprint[:12]} "

@@ -18,8 +18,9 @@ from patchloom.pipelines.tune.frontier import (
     stochastic_by_p,
 )
 from patchloom.pipelines.tune.ranking import HELD_OUT_LOSS, setting_title, short_value
+from patchloom.platform.files.inside import inner_path
 from patchloom.platform.recipe.search import SCHEDULE_KEY
-from patchloom.platform.records.search import TrialRow
+from patchloom.platform.records.search import TRIALS_FILE, TrialRow
 
 STOPPED_COLOUR = "#9aa5b1"
 MAX_LEGEND_ENTRIES = 10
@@ -99,14 +100,14 @@ def frontier_plot(folder: Path, trials: Sequence[TrialRow], metric: str) -> Plot
     points = []
     for index in [*front, *(index for index in range(len(shown)) if index not in front)]:
         trial, (cost, quality) = shown[index], values[index]
-        preview = folder / "trials" / trial.name / (trial.preview or "none")
+        preview = _preview_of(folder / "trials" / trial.name, trial)
         points.append(
             _TrialPoint(
                 x=x_axis.position(cost),
                 y=y_axis.position(quality),
                 colour=STOPPED_COLOUR if trial.status == "stopped" else LINE_COLOURS[0 if index in front else 1],
                 details=_details(trial, cost, quality, metric),
-                preview=preview if preview.is_file() else None,
+                preview=preview,
                 on_front=index in front,
             )
         )
@@ -119,6 +120,12 @@ def frontier_plot(folder: Path, trials: Sequence[TrialRow], metric: str) -> Plot
         "see its setting and preview. No trial is both better and cheaper than the trials on the line."
     )
     return Plot(plot, caption)
+
+
+def _preview_of(run: Path, trial: TrialRow) -> Path | None:
+    """The newest preview of a trial, if it is there."""
+    path = inner_path(run, trial.preview, TRIALS_FILE) if trial.preview is not None else None
+    return path if path is not None and path.is_file() else None
 
 
 def _details(trial: TrialRow, cost: float, quality: float, metric: str) -> list[str]:

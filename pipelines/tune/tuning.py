@@ -41,6 +41,7 @@ from patchloom.platform.dataset.prepared import Dataset, open_dataset
 from patchloom.platform.files.copies import ProgressFetcher, local_copy
 from patchloom.platform.files.fence import fenced, holds_fence
 from patchloom.platform.files.folder import Folder
+from patchloom.platform.files.outputs import check_output_folder
 from patchloom.platform.files.storage import locked, make_folder
 from patchloom.platform.progress import Meter, progress, say
 from patchloom.platform.recipe.run_recipe import Recipe, recipe_yaml
@@ -67,7 +68,7 @@ from patchloom.platform.tracking.runs import (
 )
 
 STATUS_ORDER = ("finished", "stopped", "failed")
-PAGE_FILE, BEST_FILE = "report.html", "best.yaml"
+PAGE_FILE, BEST_FILE, DEFINITION_FILE = "report.html", "best.yaml", "search.yaml"
 RAY_FOLDER = ".ray"  # the state of Ray Tune, from which a killed search continues
 PROGRESS_INTERVAL_S = 1.0
 FETCH_INTERVAL_S = 5.0  # of progress files of a remote search
@@ -140,6 +141,7 @@ def tune(
     if not len(rows.split("held_out", base.data.held_out_fraction)):
         raise UserError("data.held_out_fraction leaves no held-out row, so trials cannot be compared: raise it")
     folder = Folder.at(out)
+    check_output_folder(folder, "search", SEARCH_FILE, {DEFINITION_FILE: _definition_yaml(definition)})
     if add_seeds:
         _check_added_seeds(definition, folder, restore)
     planned = _planned_trials(definition, base, rows, folder, add_seeds)
@@ -227,10 +229,14 @@ def _open_folder(
             changed.write(folder)
         return run_id
     run_id = _begin_mlflow_run(folder, search, dataset)
-    folder.write("search.yaml", yaml.safe_dump(search.model_dump(mode="json"), sort_keys=False))
+    folder.write(DEFINITION_FILE, _definition_yaml(search))
     lengths = [trial.recipe.train.images if trial.recipe else None for trial in planned if trial.repeat == 0]
     SearchCard(run_id=run_id, images=lengths, search=search, dataset_fingerprint=dataset.fingerprint).write(folder)
     return run_id
+
+
+def _definition_yaml(search: Search) -> str:
+    return yaml.safe_dump(search.model_dump(mode="json"), sort_keys=False)
 
 
 def _begin_mlflow_run(folder: Folder, search: Search, dataset: Dataset) -> str:

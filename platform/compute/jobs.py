@@ -26,6 +26,7 @@ from patchloom.platform.records.record import Record, flat_values
 
 WORK_FOLDER = ".work"  # in the job's folder, removed when the job is finished
 NOTES_FOLDER = f"{WORK_FOLDER}/notes"  # one file per finished unit
+PLAN_FILE, INPUTS_FOLDER = f"{WORK_FOLDER}/plan.json", f"{WORK_FOLDER}/inputs"  # of `prepare`
 
 
 class Unit(Protocol):
@@ -66,6 +67,9 @@ class Job(ABC, Generic[UnitT, ResultT]):
     paths: UsedPaths = NO_PATHS
     head_start_s: float = 0.0
 
+    def check_folder(self) -> None:
+        """Raise UserError, before anything is written, if the folder contains something else."""
+
     def start(self) -> bool:
         """Write the plan, or check the plan of an earlier call. Returns False if the job is complete.
 
@@ -105,11 +109,13 @@ def run_job(job: Job[Any, Any], workers: int | None, resources: Resources = DEFA
         UserError: another process uses the folder, or the folder contains something else.
     """
     with contextlib.ExitStack() as stack:
+        job.check_folder()
         if job.folder is not None and not job.folder.files():
             resources = stack.enter_context(room_for_pool(workers, job.on_gpus, resources))
         stack.enter_context(_exclusive(job.folder))
         if not job.start():
             return JobResult()
+        _sweep(job.folder)
         units = job.missing()
         images = sum(unit.size for unit in units)
         began = time.monotonic()
@@ -133,9 +139,24 @@ def _exclusive(folder: Folder | None) -> Iterator[None]:
             yield
         return
     with locked(make_folder(folder.path)):
+        yield
+
+
+def _sweep(folder: Folder | None) -> None:
+    """Remove the temporary files of killed workers from a folder, which is ours now."""
+    if folder is not None and not folder.is_remote:
         for place in (folder.path, *folder.path.glob("*/"), *folder.path.glob(f"{WORK_FOLDER}/*/")):
             sweep_partial(place)
-        yield
+
+
+def remove_work(folder: Folder) -> None:
+    """Remove what jobs write into the work folder, and the work folder if nothing else is in it."""
+    for name in (NOTES_FOLDER, INPUTS_FOLDER):
+        folder.remove_folder(name)
+    folder.remove(PLAN_FILE)
+    if not folder.is_remote:
+        with contextlib.suppress(OSError):
+            (folder.path / WORK_FOLDER).rmdir()
 
 
 def _do(job: Job[UnitT, ResultT], units: list[UnitT], workers: int | None, meter: Meter, resources: Resources) -> None:
@@ -167,12 +188,6 @@ def _do(job: Job[UnitT, ResultT], units: list[UnitT], workers: int | None, meter
         job.paths, metrics,
     ):  # fmt: skip
         take(unit, result)
-
-
-def check_empty(folder: Folder, noun: str) -> None:
-    """Raise UserError if a folder contains files, hidden ones aside. `noun` names what was expected in it."""
-    if any(not name.startswith(".") for name in folder.files()):
-        raise UserError(f"{folder} is not empty and contains no {noun}: choose an empty folder")
 
 
 def check_same(folder: Folder, noun: str, found: Record, wanted: Record, ignored: Collection[str] = ()) -> None:

@@ -26,7 +26,8 @@ from patchloom.platform.dataset.remote_shards import RemoteShards
 from patchloom.platform.dataset.shard_table import ShardTable
 from patchloom.platform.dataset.shards import LocalShards, ShardFiles, ShardReader
 from patchloom.platform.files.cache import cache_folder, cached_copy
-from patchloom.platform.files.folder import Folder, inner_name
+from patchloom.platform.files.folder import Folder
+from patchloom.platform.files.inside import inner_name
 from patchloom.platform.files.parts import CachedParts, PartList
 from patchloom.platform.files.storage import file_sha256
 from patchloom.platform.progress import Meter, progress

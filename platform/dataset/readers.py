@@ -21,6 +21,7 @@ from patchloom.platform.dataset.labels import first_of
 from patchloom.platform.dataset.zip_directory import zip_entries
 from patchloom.platform.files.cache import cached_copy
 from patchloom.platform.files.folder import COPY_BYTES, Folder
+from patchloom.platform.files.inside import inner_path
 
 # Where an input is in its source: the name of a file, then numbers such as an offset, or a column and a row.
 Place = list[str | int]
@@ -104,7 +105,13 @@ class SourceReader:
             raise ValueError("the row has no image")
         if isinstance(value, list):  # of uint8
             value = bytes(value)
-        return value if isinstance(value, bytes) else self.folder.read(str(value))
+        return value if isinstance(value, bytes) else self._named_file(name, str(value))
+
+    def _named_file(self, table: str, name: str) -> bytes:
+        """A file that a cell of a table names, which is in the folder of the source."""
+        if not self.folder.is_remote:
+            inner_path(self.folder.path, name, table)
+        return self.folder.read(name)
 
 
 def member_runs(members: Iterable[tuple[str, int, int]]) -> dict[tuple[str, int], int]:

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from patchloom.errors import UserError
-from patchloom.platform.files.folder import inner_name
+from patchloom.platform.files.inside import inner_name
 from patchloom.platform.files.storage import file_sha256
 from patchloom.platform.records.dataset import DatasetCard, ShardFile
 

@@ -19,7 +19,8 @@ from patchloom.platform.dataset.label_files import TABLE_ENDINGS, read_labels
 from patchloom.platform.dataset.labels import Label, Labels, column_of_labels, number_classes
 from patchloom.platform.dataset.listing import IMAGE_EXTENSIONS, LISTERS, ListedInput, Listing, is_hidden, is_image
 from patchloom.platform.dataset.readers import Place
-from patchloom.platform.files.folder import Folder, inner_name
+from patchloom.platform.files.folder import Folder
+from patchloom.platform.files.inside import inner_name
 from patchloom.platform.files.spool import RowSpool
 
 STORAGE_FOLDER = re.compile(r"[0-9]{5}")  # of EDM's tools: not a class, if dataset.json has no labels

@@ -4,6 +4,7 @@ import contextlib
 import fcntl
 import hashlib
 import os
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,7 +17,8 @@ from patchloom.platform.files.storage import make_folder, write_atomic
 
 CACHE, CACHE_GIB, DEFAULT_CACHE_GIB = "PATCHLOOM_CACHE", "PATCHLOOM_CACHE_GIB", 256
 COMPLETE = ".whole"  # a file in each complete copy
-RUNS = "runs"  # working copies of remote runs
+RUNS, FEATURES = "runs", "features"  # working copies of remote runs; features of images, which have no locks
+FINGERPRINT = re.compile(r"[0-9a-f]{32}")
 
 
 @dataclass(frozen=True)
@@ -62,14 +64,13 @@ def cache_limit_bytes() -> float:
         ) from None
 
 
-def cache_entries(kind: str = "*") -> list[CacheEntry]:
+def cache_entries(wanted: str = "*") -> list[CacheEntry]:
     """What the cache of this node contains, sorted by kind and name.
 
     Args:
-        kind: only entries of this kind; by default all.
+        wanted: only entries of this kind; by default all.
     """
-    root = cache_root()
-    return [_entry(folder) for folder in sorted(root.glob(f"{kind}/*")) if folder.is_dir()]
+    return [_entry(folder) for folder in sorted(cache_root().glob(f"{wanted}/*")) if _is_own_entry(folder)]
 
 
 def remove_entry(entry: CacheEntry) -> bool:
@@ -78,7 +79,9 @@ def remove_entry(entry: CacheEntry) -> bool:
 
 
 def remove_unused(folder: Path) -> bool:
-    """Remove the folder of an entry of the cache, like `remove_entry`."""
+    """Remove the folder of an entry of the cache, like `remove_entry`. A folder that is no entry stays."""
+    if not _is_own_entry(folder):
+        return False
     with contextlib.ExitStack() as stack:
         lock = _lock_of(folder)
         if lock.is_file():
@@ -91,6 +94,15 @@ def remove_unused(folder: Path) -> bool:
             return False
         shutil.rmtree(folder, ignore_errors=True)
     return True
+
+
+def _is_own_entry(folder: Path) -> bool:
+    """Whether this is an entry, not a folder of a user who has set PATCHLOOM_CACHE to a folder of their own."""
+    if folder.is_symlink() or not folder.is_dir():
+        return False
+    if folder.parent.name == FEATURES:
+        return FINGERPRINT.fullmatch(folder.name) is not None
+    return _lock_of(folder).is_file() and not _lock_of(folder).stat().st_size
 
 
 def _entry(folder: Path) -> CacheEntry:

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, Literal, TypeVar
 
 from patchloom.errors import UserError
+from patchloom.platform.files.inside import check_links, inner_name, open_regular
 from patchloom.platform.files.object_store import ObjectFolder, object_folder
 from patchloom.platform.files.patience import PASSING, StoreError, patient
 from patchloom.platform.files.spool import sorted_rows
@@ -52,7 +53,7 @@ _patient = patient(_store_of)
 class Folder:
     """A folder at an address. File names in it are relative, with slashes. Writes are atomic.
 
-    Methods raise UserError with one line if a remote address cannot be reached.
+    Methods raise UserError with one line if a remote address cannot be reached, or if a name leaves the folder.
     """
 
     address: str
@@ -73,7 +74,7 @@ class Folder:
         file = Folder.at(text)
         base, mark, options = file.address.partition("?") if file.is_remote else (file.address, "", "")
         parent, _, name = base.rpartition("/")
-        if parent.endswith(":/"):  # a whole bucket is in no folder
+        if parent.endswith(":/") or name in ("", ".."):  # a whole bucket, or a folder, is in no folder
             return file, ""
         return Folder((parent or "/") + mark + options), name
 
@@ -115,6 +116,7 @@ class Folder:
 
     def folder(self, name: str) -> "Folder":
         """A sub-folder."""
+        inner_name(name, self)
         base, mark, options = self.address.partition("?") if self.is_remote else (self.address, "", "")
         return Folder(f"{base}/{name}{mark}{options}")
 
@@ -132,7 +134,9 @@ class Folder:
             selector = pyarrow.fs.FileSelector(base, recursive=True, allow_not_found=True)
             found = system.get_file_info(selector)
         wanted = (info for info in found if info.type == pyarrow.fs.FileType.File)
-        return dict(sorted((info.path.removeprefix(base).lstrip("/"), info.size) for info in wanted))
+        return dict(
+            sorted((inner_name(info.path.removeprefix(base).removeprefix("/"), self), info.size) for info in wanted)
+        )
 
     def walk(self, follow_links: bool = False, in_order: bool = True) -> Iterator[tuple[str, int]]:
         """What `files` returns, in ascending order of the names, one by one: there may be millions.
@@ -161,12 +165,16 @@ class Folder:
         """Whether there is a file with this name."""
         import pyarrow.fs
 
+        if not name:  # what `of_file` gives for a folder
+            return False
+        inner_name(name, self)
         with self._connected() as (system, base):
             return bool(system.get_file_info(f"{base}/{name}").type == pyarrow.fs.FileType.File)
 
     @_patient
     def size(self, name: str) -> int:
         """The size of a file in bytes; -1 if unknown."""
+        inner_name(name, self)
         with self._connected() as (system, base):
             size = system.get_file_info(f"{base}/{name}").size
         return -1 if size is None else int(size)
@@ -174,6 +182,7 @@ class Folder:
     @_patient
     def stamp(self, name: str) -> str:
         """A text that changes when the file is replaced: its size, time of modification and metadata."""
+        inner_name(name, self)
         with self._connected() as (system, base):
             info = system.get_file_info(f"{base}/{name}")
             with system.open_input_file(f"{base}/{name}") as file:
@@ -186,6 +195,7 @@ class Folder:
 
         Files in folders of a sub-folder do not count. Empty if there is no file, or if the store knows no times.
         """
+        inner_name(name, self)
         if not self.is_remote:
             return tuple(sorted(_local_stamps(self.path / name)))
         import pyarrow.fs
@@ -201,10 +211,10 @@ class Folder:
 
     @_patient
     def open(self, name: str) -> BinaryIO:
-        """A file for random reading; raises OSError if it cannot be opened, UserError if its name leaves the folder."""
+        """A regular file for random reading; raises OSError if it cannot be opened."""
         inner_name(name, self)
         if not self.is_remote:
-            return (self.path / name).open("rb")
+            return os.fdopen(open_regular(self.path / name), "rb")
         with self._connected() as (system, base):
             opened: BinaryIO = system.open_input_file(f"{base}/{name}")
         return opened
@@ -218,6 +228,7 @@ class Folder:
     @_patient
     def read_piece(self, name: str, first: int, size_bytes: int) -> bytes:
         """Some bytes of a file; raises OSError if it cannot be read."""
+        inner_name(name, self)
         with self._connected():
             there = self.object_folder()
             if there is not None and there.can_name(name):
@@ -242,6 +253,7 @@ class Folder:
     @_patient
     def write(self, name: str, content: Any, sync: bool = True) -> None:
         """Write text or bytes to a file. `sync` is for local files, as in `write_atomic`."""
+        inner_name(name, self)
         if self.is_remote:
             content = content.encode() if isinstance(content, str) else content
             with self._connected() as (system, base):
@@ -252,9 +264,14 @@ class Folder:
                 with _output(system, f"{base}/{name}") as file:
                     file.write(content)
             return
+        write_atomic(self._made(name), content, sync)
+
+    def _made(self, name: str) -> Path:
+        """The path of a local file to write, whose folder exists."""
         path = self.path / name
+        check_links(self.path, path.parent, self)
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(path, content, sync)
+        return path
 
     def write_json(self, name: str, value: Any) -> None:
         """Write a JSON file, with the keys in the given order."""
@@ -263,6 +280,7 @@ class Folder:
     @_patient
     def put(self, file: Path, name: str) -> None:
         """Copy a local file into the folder under a name."""
+        inner_name(name, self)
         if self.is_remote:
             if file.stat().st_size <= WHOLE_BYTES:
                 self.write(name, file.read_bytes())
@@ -279,12 +297,11 @@ class Folder:
                     self.remove(name)  # closing completes the upload of a part of the file
                 raise
             return
-        self._put_locally(file, self.path / name)
+        self._put_locally(file, self._made(name))
 
     @staticmethod
     def _put_locally(file: Path, path: Path) -> None:
         partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.partial")
-        path.parent.mkdir(parents=True, exist_ok=True)
         try:
             with file.open("rb") as source, partial.open("wb") as target:
                 shutil.copyfileobj(source, target, COPY_BYTES)
@@ -297,6 +314,7 @@ class Folder:
     @_patient
     def fetch(self, name: str, path: Path) -> None:
         """Copy a file to a local path."""
+        inner_name(name, self)  # before a folder is made for a path that the caller made of the same name
         partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.partial")
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -332,6 +350,7 @@ class Folder:
     @_patient
     def remove(self, name: str) -> None:
         """Remove a file, if there is one."""
+        inner_name(name, self)
         if not self.is_remote:
             (self.path / name).unlink(missing_ok=True)
         elif self.has(name):
@@ -340,6 +359,7 @@ class Folder:
 
     def remove_folder(self, name: str) -> None:
         """Remove a sub-folder with all its files."""
+        inner_name(name, self)
         if not self.is_remote:
             shutil.rmtree(self.path / name, ignore_errors=True)
             return
@@ -409,23 +429,6 @@ def in_threads(function: Callable[[Asked], Found], items: Iterable[Asked], threa
                 yield asked.popleft().result()
         while asked:
             yield asked.popleft().result()
-
-
-def inner_name(name: str, place: object) -> str:
-    """The name of a file below a folder.
-
-    Names come from tables, cards and manifests, which other people may have made.
-
-    Args:
-        name: the relative path.
-        place: what has this name, for the error message.
-
-    Raises:
-        UserError: the name is absolute, or it leaves its folder by `..`.
-    """
-    if name.startswith("/") or "\0" in name or ".." in name.split("/"):
-        raise UserError(f"{place} names the file {name!r}, which is outside of its folder: use a relative path")
-    return name
 
 
 def _local_stamps(path: Path) -> Iterator[tuple[str, ...]]:

@@ -122,7 +122,10 @@ def json_lines(rows: list[dict[str, Any]]) -> str:
 
 @contextmanager
 def whole_folder(path: Path) -> Iterator[Path]:
-    """A temporary folder that replaces `path` at the end of the block, or is removed if the block raises."""
+    """A temporary folder that replaces `path` at the end of the block, or is removed if the block raises.
+
+    What a user has put into the old folder moves into the new one.
+    """
     partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.partial")
     partial.mkdir(parents=True)
     try:
@@ -132,15 +135,24 @@ def whole_folder(path: Path) -> Iterator[Path]:
                 with file.open("rb") as opened:
                     os.fsync(opened.fileno())
         if path.exists():
+            for name in {entry.name for entry in path.iterdir()} - {entry.name for entry in partial.iterdir()}:
+                (path / name).rename(partial / name)
             shutil.rmtree(path)
         partial.rename(path)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
 
+def is_own_partial(name: str) -> bool:
+    """Whether a name is a temporary one of `write_atomic` or `whole_folder`."""
+    return re.fullmatch(r"\..+\.[0-9a-f]{8}\.partial", name) is not None
+
+
 def sweep_partial(folder: Path) -> None:
-    """Remove the temporary files of killed processes from a folder that this process has locked."""
+    """Remove the temporary files of killed processes from a folder of ours that this process has locked."""
     for leftover in folder.glob(".*.partial"):
+        if not is_own_partial(leftover.name) or leftover.is_symlink():
+            continue
         if leftover.is_dir():
             shutil.rmtree(leftover, ignore_errors=True)
         else:

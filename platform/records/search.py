@@ -6,6 +6,7 @@ from pydantic import Field, JsonValue
 
 from patchloom.errors import UserError
 from patchloom.platform.files.folder import Folder
+from patchloom.platform.files.inside import inner_name
 from patchloom.platform.files.storage import json_lines, whole_lines
 from patchloom.platform.recipe.search import Search
 from patchloom.platform.records.record import FormatVersion, Record, VersionedRecord
@@ -79,8 +80,11 @@ class TrialRow(Record):
 
 def read_trials(folder: Folder) -> list[TrialRow]:
     """The table of a search folder, empty if there is none yet; raises UserError where a line is damaged."""
-    content = folder.read(TRIALS_FILE) if folder.has(TRIALS_FILE) else b""
-    return [TrialRow.parse(line, f"{folder}/{TRIALS_FILE}") for line in whole_lines(content)]
+    content, place = folder.read(TRIALS_FILE) if folder.has(TRIALS_FILE) else b"", f"{folder}/{TRIALS_FILE}"
+    trials = [TrialRow.parse(line, place) for line in whole_lines(content)]
+    for trial in trials:
+        inner_name(trial.name, place)
+    return trials
 
 
 def write_trials(folder: Folder, trials: list[TrialRow]) -> None:

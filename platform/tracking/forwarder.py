@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from patchloom.platform.files.inside import inner_path
 from patchloom.platform.progress import say
 from patchloom.platform.records.run import PROGRESS_FILE, ProgressLine
 from patchloom.platform.tracking.client import connect
@@ -156,5 +157,6 @@ class MlflowForwarder:
         name = re.compile(rf"/preview[+%]step[+%]{step}[+%].*webp$")  # the small copy, which MLflow writes last
         if any(name.search(item.path) for item in client.list_artifacts(self._run_id, "images")):
             return
-        with Image.open(self.folder / preview, formats=["PNG"]) as picture:
+        place = self.folder / PROGRESS_FILE
+        with Image.open(inner_path(self.folder, preview, place), formats=["PNG"]) as picture:
             client.log_image(self._run_id, picture.convert("RGB"), key="preview", step=step)

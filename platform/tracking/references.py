@@ -5,7 +5,8 @@ from pathlib import Path
 
 from patchloom.errors import UserError
 from patchloom.platform.files.cache import cache_folder, cached_copy
-from patchloom.platform.files.folder import Folder, inner_name
+from patchloom.platform.files.folder import Folder
+from patchloom.platform.files.inside import inner_name
 from patchloom.platform.files.storage import file_sha256
 from patchloom.platform.records.reference import StoredFile, StoredModel
 
@@ -33,6 +34,8 @@ def fetch_stored(stored: StoredModel) -> Path:
         UserError: a file is gone or was changed, or the store does not answer.
     """
     there = Folder.at(stored.address)
+    if not there.is_remote:
+        raise UserError(f"{there}, which a registered version refers to, is not in an object store: register it again")
 
     def fill(folder: Path) -> None:
         for name, file in stored.files.items():

@@ -11,7 +11,8 @@ from typing import Any
 
 from patchloom.errors import UserError
 from patchloom.platform.files.copies import local_copy
-from patchloom.platform.files.folder import is_remote
+from patchloom.platform.files.folder import Folder, is_remote
+from patchloom.platform.files.outputs import check_new_file
 from patchloom.platform.files.storage import write_atomic
 from patchloom.platform.records.reference import REFERENCE_FILE, StoredModel
 from patchloom.platform.tracking.client import connect, open_registry, open_store
@@ -232,7 +233,10 @@ def fetch_preview(fetched: FetchedModel, place: Path) -> Path | None:
             picture = mlflow.artifacts.download_artifacts(
                 run_id=fetched.run_id, artifact_path=sorted(found)[-1], dst_path=scratch
             )
-            write_atomic(place, Path(picture).read_bytes())
+            content = Path(picture).read_bytes()
+            folder = Folder(str(place.parent))
+            check_new_file(folder, place.name, f"preview of {fetched.reference}", lambda there: there == content)
+            write_atomic(place, content)
     except (MlflowException, OSError) as error:
         raise UserError(
             f"the preview of {fetched.reference} cannot be fetched ({str(error).splitlines()[0]})"

@@ -23,6 +23,7 @@ from patchloom.platform.dataset.prepared import Dataset, open_dataset
 from patchloom.platform.files.copies import ProgressFetcher, pull_folder
 from patchloom.platform.files.fence import fenced
 from patchloom.platform.files.folder import Folder
+from patchloom.platform.files.outputs import check_output_folder
 from patchloom.platform.files.storage import locked, read_json
 from patchloom.platform.progress import progress, say
 from patchloom.platform.records.autoencoder_run import AutoencoderRunCard, AutoencoderSettings
@@ -111,6 +112,7 @@ def train_autoencoder(
         init_from, settings = _find_init_from(settings.init_from, settings)
     _check_fit(settings, rows)
     address = Folder.at(out)
+    check_output_folder(address, "run", RUN_FILE)
     paths = UsedPaths(read=(rows.address, str(init_from) if init_from else None), written=(out,))
     with ExitStack() as stack:
         if workers and not address.has(RUN_FILE):

@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 
 from patchloom.errors import UserError
-from patchloom.platform.compute.jobs import NOTES_FOLDER, WORK_FOLDER, Job, check_empty, check_same, run_job
+from patchloom.platform.compute.jobs import NOTES_FOLDER, WORK_FOLDER, Job, check_same, run_job
 from patchloom.platform.files.folder import Folder
+from patchloom.platform.files.outputs import check_output_folder
 from patchloom.platform.files.storage import locked
 from patchloom.platform.records.record import Record
 
@@ -59,7 +60,7 @@ class SquareJob(Job[Number, int]):
             found = Squares.parse(self.folder.read("plan"), "plan")
             check_same(self.folder, "squares", found, self.plan, ignored=("comment",))
         else:
-            check_empty(self.folder, "squares")
+            check_output_folder(self.folder, "squares", "plan")
             self.folder.write("plan", self.plan.to_json())
         return True
 
@@ -82,7 +83,7 @@ def test_stopped_job_continues_with_the_missing_units(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         run_job(SquareJob(tmp_path / "job", plan), workers=0)
     (tmp_path / "job" / "allow_13").touch()
-    (tmp_path / "job" / WORK_FOLDER / ".half.partial").write_text("half")
+    (tmp_path / "job" / WORK_FOLDER / ".half.0a1b2c3d.partial").write_text("half")
     job = SquareJob(tmp_path / "job", plan.model_copy(update={"comment": "other"}))
     assert run_job(job, workers=0).images == 2 and job.kept == [13, 4]
     assert job.folder.read("card") == b"4 9 16 169"
