@@ -2,9 +2,14 @@
 
 import signal
 
+from patchloom.redaction import redacted
+
 
 class Error(Exception):
-    """The base of every exception that Patchloom raises on purpose."""
+    """The base of every exception that Patchloom raises on purpose. Its message has no secrets."""
+
+    def __init__(self, *args: object) -> None:
+        super().__init__(*(redacted(value) if isinstance(value, str) else value for value in args))
 
 
 class UserError(Error):

@@ -9,6 +9,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, SpinnerColumn, Task, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
+from patchloom.redaction import redacted
+
 console = Console(highlight=False, soft_wrap=True)
 LOG_LINE_EVERY_S = 10.0
 
@@ -17,7 +19,8 @@ _listeners: dict[str, Callable[[str], None]] = {}
 
 
 def say(text: str) -> None:
-    """Print a line, and pass it to those who listen."""
+    """Print a line without secrets, and pass it to those who listen."""
+    text = redacted(text)
     console.print(text, markup=False)
     for listener in list(_listeners.values()):
         listener(text)

@@ -19,6 +19,7 @@ from patchloom.pipelines.cli.results import evaluate, report
 from patchloom.pipelines.cli.sample import sample
 from patchloom.pipelines.cli.training import autoencoder_train, train, tune
 from patchloom.platform.compute.stopping import exit_on_sigterm
+from patchloom.redaction import RedactedStream
 
 INTERRUPTED = 128 + signal.SIGINT  # exit codes of a shell for Ctrl-C and for SIGTERM
 TERMINATED = 128 + signal.SIGTERM
@@ -71,6 +72,15 @@ def main() -> None:
     Exit codes: 0 done; 2 a mistake of the user, printed as one line; 1 a failure of Patchloom, with its traceback;
     130 and 143 stopped by Ctrl-C or SIGTERM.
     """
+    streams = sys.stdout, sys.stderr
+    sys.stdout, sys.stderr = (RedactedStream(stream) for stream in streams)
+    try:
+        _main()
+    finally:
+        sys.stdout, sys.stderr = streams
+
+
+def _main() -> None:
     exit_on_sigterm()
     try:
         if os.environ.get("PATCHLOOM_ENV_FILE"):

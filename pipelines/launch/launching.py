@@ -24,6 +24,7 @@ from patchloom.pipelines.launch.packing import absolute_paths, pack_code, pack_c
 from patchloom.pipelines.launch.settings import LOOPBACK, travelling_settings
 from patchloom.platform.compute.job_server import JobOrder, JobReport, JobServer, JobState
 from patchloom.platform.progress import aligned, clock, say
+from patchloom.redaction import redacted
 
 STOP_WAIT_S = 600  # Ray kills a job that has not ended so long after SIGTERM; its own default is 3
 PROBE_WAIT_S = 120.0
@@ -66,6 +67,12 @@ def launch(words: list[str], arguments: dict[str, Any], options: LaunchOptions) 
     Raises:
         UserError: the cluster does not answer or lacks what Patchloom needs, or data is on this machine.
     """
+    for word in words:
+        if redacted(word) != word:
+            raise UserError(
+                f"{redacted(word)}: the command has a password or key, which Ray's dashboard would show: set it on the "
+                "nodes, or write it to a file there and name the file with --env-file"
+            )
     with _temporary_folder() as folder:
         packed = pack_command(words, arguments, folder)
         server = JobServer(options.address)

@@ -132,7 +132,7 @@ class PrepareJob(Job[PlannedShard, str]):
         self.title = "encoding" if self.on_gpus else "preparing"
         self.head_start_s = 0.0 if self.on_gpus or os.environ.get("RAY_ADDRESS") else HEAD_START_S
         self.paths = UsedPaths(read=(self.plan.source,), written=(folder.address,))
-        self.argument = ShardMakerArgument(folder.address, allowed_backbones())
+        self.argument = ShardMakerArgument(folder.address, allowed_backbones(), self.plan.source)
         self.notes = ShardNotes(folder, -(-self.total // self.plan.shard_rows))
 
     def check_folder(self) -> None:

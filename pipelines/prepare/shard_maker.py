@@ -51,10 +51,17 @@ class PlannedShard:
 
 @dataclass(frozen=True)
 class ShardMakerArgument:
-    """What a worker needs to make shards: the address of the dataset, and the packages it may import."""
+    """What a worker needs to make shards.
+
+    Args:
+        folder: the address of the dataset.
+        backbones: the packages that it may import.
+        source: the address of the source with its keys, which the plan in the folder lacks; None: as in the plan.
+    """
 
     folder: str
     backbones: tuple[str, ...] = ()
+    source: str | None = None
 
 
 @dataclass(frozen=True)
@@ -132,7 +139,8 @@ class ShardMaker:
     def __init__(self, argument: ShardMakerArgument) -> None:
         allow_backbones(*argument.backbones)
         self.folder = Folder(argument.folder)
-        self.plan = PlanFile.parse(self.folder.read(PLAN_FILE), f"{self.folder}/{PLAN_FILE}").plan
+        plan = PlanFile.parse(self.folder.read(PLAN_FILE), f"{self.folder}/{PLAN_FILE}").plan
+        self.plan = plan.model_copy(update={"source": argument.source or plan.source})
         self.transform = Transform(**self.plan.transform.to_dict()) if self.plan.transform else None
         is_dataset = self.plan.source_kind == "dataset"
         self.pixels = open_dataset(self.plan.source) if is_dataset else None
@@ -274,8 +282,9 @@ class ShardMaker:
 
     def _reason(self, error: Exception) -> str:
         """Why an input was skipped, without anything that depends on this machine."""
-        message = " ".join(str(error).replace(f"{self.plan.source}/", "").split())
-        message = message.replace(self.plan.source, "the source")
+        message = " ".join(str(error).split())
+        for source in (self.plan.source, str(Folder(self.plan.source))):
+            message = message.replace(f"{source}/", "").replace(source, "the source")
         if "BytesIO" in message:  # Pillow's message contains the address of the object
             message = "cannot identify image file"
         return message if type(error) in (ValueError, UserError) else f"{type(error).__name__}: {message}"

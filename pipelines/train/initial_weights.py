@@ -8,7 +8,7 @@ from patchloom.models.cards import DenoiserConfig
 from patchloom.models.checkpoints import load_edm_snapshot, load_model
 from patchloom.models.denoiser import Denoiser, build_denoiser
 from patchloom.models.transfer import transfer
-from patchloom.platform.files.folder import Folder
+from patchloom.platform.files.folder import Folder, is_remote
 from patchloom.platform.files.storage import local_path
 from patchloom.platform.progress import say
 from patchloom.platform.tracking.registry import fetch_model
@@ -33,7 +33,8 @@ def checked_initial_weights(run: Folder, reference: str, network: DenoiserConfig
     """
     if any(run.has(f"{INITIAL_WEIGHTS}/{name}") for name in (SNAPSHOT_FILE, WEIGHT_FILES[-1])):
         return lambda: None
-    is_file = not reference.startswith(("models:/", "runs:/")) and local_path(reference).is_file()
+    is_reference = is_remote(reference) or reference.startswith(("models:/", "runs:/"))
+    is_file = not is_reference and local_path(reference).is_file()
     path = local_path(reference) if is_file else fetch_model(reference).folder
     try:
         untransferred = transfer(build_denoiser(network), load_edm_snapshot(path) if is_file else load_model(path))

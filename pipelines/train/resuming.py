@@ -7,6 +7,7 @@ from patchloom.errors import UserError
 from patchloom.platform.files.copies import local_copy
 from patchloom.platform.recipe.run_recipe import Recipe, load_recipe
 from patchloom.platform.records.run import RUN_FILE, RunCard
+from patchloom.redaction import redacted_values
 
 RECIPE_FILE = "recipe.yaml"
 LENGTH = "train.images"
@@ -85,7 +86,7 @@ def differing_keys(recipe: Recipe, other: Recipe) -> dict[str, tuple[object, obj
         recipe: one recipe.
         other: the recipe to compare it with.
     """
-    one, two = (_flat_keys(each.model_dump(mode="json")) for each in (recipe, other))
+    one, two = (_flat_keys(redacted_values(each.model_dump(mode="json"))) for each in (recipe, other))
     keys = [key for key in one | two if key not in WITHOUT_EFFECT and one.get(key) != two.get(key)]
     return {key: (one.get(key), two.get(key)) for key in keys}
 

@@ -66,6 +66,7 @@ from patchloom.platform.tracking.runs import (
     log_metrics,
     run_exists,
 )
+from patchloom.redaction import redacted, redacted_values
 
 STATUS_ORDER = ("finished", "stopped", "failed")
 PAGE_FILE, BEST_FILE, DEFINITION_FILE = "report.html", "best.yaml", "search.yaml"
@@ -221,7 +222,8 @@ def _open_folder(
         if not restore:
             raise UserError(f"{folder} has a search in it: pass --restore to continue it, or choose another folder")
         card = SearchCard.read(folder)
-        if (card.search, card.dataset_fingerprint) != (search, dataset.fingerprint):
+        same = redacted_values(card.search.model_dump(mode="json")) == redacted_values(search.model_dump(mode="json"))
+        if not same or card.dataset_fingerprint != dataset.fingerprint:
             raise UserError(f"{folder} has another search or dataset: pass the same ones, or choose another folder")
         run_id = card.run_id if run_exists(card.run_id) else _begin_mlflow_run(folder, search, dataset)  # another store
         changed = card.model_copy(update={"run_id": run_id, "added_seeds": card.added_seeds + add_seeds})
@@ -236,7 +238,7 @@ def _open_folder(
 
 
 def _definition_yaml(search: Search) -> str:
-    return yaml.safe_dump(search.model_dump(mode="json"), sort_keys=False)
+    return redacted(yaml.safe_dump(search.model_dump(mode="json"), sort_keys=False))
 
 
 def _begin_mlflow_run(folder: Folder, search: Search, dataset: Dataset) -> str:

@@ -13,6 +13,7 @@ from patchloom.platform.files.cache import working_copy
 from patchloom.platform.files.folder import Folder
 from patchloom.platform.files.journal import LOG_FOLDER
 from patchloom.platform.files.storage import make_folder
+from patchloom.redaction import RedactedStream, redacted
 
 MAX_BYTES = 4 << 20  # of a file; its oldest lines are removed
 KEPT_STARTS = 10  # files per worker
@@ -49,7 +50,7 @@ class WorkerLog:
         self._streams, self._originals = (sys.stdout, sys.stderr), [os.dup(number) for number in (1, 2)]
         for number in (1, 2):  # also what libraries print without Python
             os.dup2(self._file.fileno(), number)
-        sys.stdout = sys.stderr = self._file
+        sys.stdout = sys.stderr = RedactedStream(self._file)
         print(f"{self.title}, {time.strftime('%Y-%m-%d %H:%M:%S UTC', time.gmtime())}")
         self._thread.start()
         return self
@@ -59,6 +60,7 @@ class WorkerLog:
             traceback.print_exception(error)
         sys.stdout, sys.stderr = self._streams
         self._file.close()
+        _redact(self.path)
         for number, original in zip((1, 2), self._originals, strict=True):
             os.dup2(original, number)
             os.close(original)
@@ -79,6 +81,14 @@ class WorkerLog:
             if self.run.is_remote and size != self._sent:
                 self.run.put(self.path, self.name)
                 self._sent = size
+
+
+def _redact(path: Path) -> None:
+    """Hide secrets that a library has written without Python's streams."""
+    with contextlib.suppress(OSError):
+        text = path.read_text(errors="surrogateescape")
+        if redacted(text) != text:
+            path.write_text(redacted(text), errors="surrogateescape")
 
 
 def _shorten(path: Path) -> None:

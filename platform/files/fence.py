@@ -23,6 +23,7 @@ from patchloom.errors import UserError
 from patchloom.platform.files.folder import Folder
 from patchloom.platform.files.object_store import ObjectFolder
 from patchloom.platform.progress import say
+from patchloom.redaction import redacted
 
 FENCE_FILE, FENCE_FORMAT = ".fence.json", 1
 FENCE_EXPIRES_S, DEFAULT_EXPIRES_S = "PATCHLOOM_FENCE_EXPIRES_S", 60.0
@@ -52,7 +53,7 @@ class FenceCard:
 
     def to_bytes(self) -> bytes:
         """The content of the file."""
-        return (json.dumps(asdict(self), indent=2) + "\n").encode()
+        return (redacted(json.dumps(asdict(self), indent=2)) + "\n").encode()
 
 
 def expires_s() -> float:

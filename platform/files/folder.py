@@ -9,7 +9,6 @@ import hashlib
 import itertools
 import json
 import os
-import re
 import shutil
 import uuid
 from collections import deque
@@ -26,6 +25,7 @@ from patchloom.platform.files.object_store import ObjectFolder, object_folder
 from patchloom.platform.files.patience import PASSING, StoreError, patient
 from patchloom.platform.files.spool import sorted_rows
 from patchloom.platform.files.storage import local_path, write_atomic
+from patchloom.redaction import know_secret, redacted
 
 COPY_BYTES = 8 << 20
 REQUESTS_AT_ONCE = 16
@@ -63,6 +63,7 @@ class Folder:
         """The folder at an address that a user gave; raises UserError if it names only a file system."""
         if not is_remote(text):
             return Folder(str(local_path(text)))
+        know_secret(os.fspath(text))
         base, mark, options = os.fspath(text).partition("?")
         if not base.partition("://")[2].strip("/"):
             raise UserError(f"{base} has no bucket or folder: give an address such as s3://bucket/folder")
@@ -80,7 +81,7 @@ class Folder:
 
     def __str__(self) -> str:
         # hides secrets: options after the question mark, and keys before the @
-        return re.sub("://[^/]*@", "://", self.address.partition("?")[0]) if self.is_remote else self.address
+        return redacted(self.address.partition("?")[0]) if self.is_remote else self.address
 
     @property
     def is_remote(self) -> bool:
@@ -252,10 +253,10 @@ class Folder:
 
     @_patient
     def write(self, name: str, content: Any, sync: bool = True) -> None:
-        """Write text or bytes to a file. `sync` is for local files, as in `write_atomic`."""
+        """Write text, without secrets, or bytes to a file. `sync` is for local files, as in `write_atomic`."""
         inner_name(name, self)
         if self.is_remote:
-            content = content.encode() if isinstance(content, str) else content
+            content = redacted(content).encode() if isinstance(content, str) else content
             with self._connected() as (system, base):
                 there = self.object_folder()
                 if there is not None and there.can_name(name):

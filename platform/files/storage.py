@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from patchloom.errors import UserError
+from patchloom.redaction import redacted
 
 MAX_NAME_BYTES = 255  # of a file or folder, on all common file systems
 WRITE_PIECE_BYTES = 1 << 18  # for larger writes Linux uses large pages, which are slow to get on a virtual machine
@@ -62,13 +63,13 @@ def write_atomic(path: Path, content: Any, sync: bool = True) -> None:
 
     Args:
         path: the file.
-        content: text or bytes.
+        content: text, which is written without secrets, or bytes.
         sync: also wait until the file survives a power failure. Not needed for files with a stored checksum.
     """
     partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.partial")
     try:
         with partial.open("wb") as file:
-            data = memoryview(content.encode() if isinstance(content, str) else content)
+            data = memoryview(redacted(content).encode() if isinstance(content, str) else content)
             for first in range(0, len(data), WRITE_PIECE_BYTES):
                 file.write(data[first : first + WRITE_PIECE_BYTES])
             if sync:

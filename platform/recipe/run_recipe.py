@@ -23,6 +23,7 @@ from patchloom.platform.recipe.sections import (
     read_yaml,
     set_key,
 )
+from patchloom.redaction import redacted
 
 BLOCK_TOLERANCE = 1e-9  # of the blocks of a patch size, whose shares are rounded: 1 - 0.9 is below 0.1
 SHIPPED = Path(__file__).parents[2] / "tune_configs"
@@ -373,8 +374,8 @@ def with_values(recipe: Recipe, changes: Mapping[str, object]) -> Recipe:
 
 
 def recipe_yaml(recipe: Recipe) -> str:
-    """A recipe as YAML, with all defaults."""
-    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False)
+    """A recipe as YAML, with all defaults and without secrets in addresses."""
+    return redacted(yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False))
 
 
 def recipe_schema() -> str:

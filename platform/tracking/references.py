@@ -9,6 +9,7 @@ from patchloom.platform.files.folder import Folder
 from patchloom.platform.files.inside import inner_name
 from patchloom.platform.files.storage import file_sha256
 from patchloom.platform.records.reference import StoredFile, StoredModel
+from patchloom.redaction import redacted
 
 _kept: dict[Path, tuple[int, Path]] = {}  # this process keeps the copies that it fetched
 
@@ -24,7 +25,7 @@ def stored_model(address: str, folder: Path) -> StoredModel:
         name: StoredFile(size_bytes=size, sha256=file_sha256(folder / name))
         for name, size in sorted(Folder(str(folder)).files().items())
     }
-    return StoredModel(address=address, files=files)
+    return StoredModel(address=redacted(address), files=files)
 
 
 def fetch_stored(stored: StoredModel) -> Path:
@@ -39,7 +40,7 @@ def fetch_stored(stored: StoredModel) -> Path:
 
     def fill(folder: Path) -> None:
         for name, file in stored.files.items():
-            _fetch_checked(there, inner_name(name, stored.address), file, folder)
+            _fetch_checked(there, inner_name(name, there), file, folder)
 
     key = hashlib.sha256(stored.to_json().encode()).hexdigest()[:24]
     place = cache_folder("models") / key
@@ -49,7 +50,7 @@ def fetch_stored(stored: StoredModel) -> Path:
 
 
 def _fetch_checked(there: Folder, name: str, file: StoredFile, folder: Path) -> None:
-    what = f"{there.address}/{name}"
+    what = f"{there}/{name}"
     try:
         there.fetch(name, folder / name)
     except FileNotFoundError:

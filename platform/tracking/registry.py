@@ -20,6 +20,7 @@ from patchloom.platform.tracking.references import fetch_stored
 from patchloom.platform.tracking.server_errors import first_line
 from patchloom.platform.tracking.store import shown_registry_uri
 from patchloom.platform.tracking.versions import RegisteredVersion, list_versions, registered_version
+from patchloom.redaction import redacted
 
 MODEL_FOLDER = "model"  # the model folder among the artifacts of a version
 OTHER_FOLDERS = {  # what a folder without a model is, by the card in it, and what to do
@@ -199,7 +200,7 @@ def logged_model(name: str, version: str) -> str | None:
 
 def describe_version(name: str, version: str, description: str, tags: Mapping[str, object]) -> None:
     """Set the description and tags of a version."""
-    connect().update_model_version(name, version, description)
+    connect().update_model_version(name, version, redacted(description))
     tag_version(name, version, tags)
 
 
@@ -207,7 +208,7 @@ def tag_version(name: str, version: str, tags: Mapping[str, object]) -> None:
     """Add tags to a version."""
     client = connect()
     for key, value in tags.items():
-        client.set_model_version_tag(name, version, key, str(value))
+        client.set_model_version_tag(name, version, key, redacted(str(value)))
 
 
 def delete_version(name: str, version: str) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from patchloom.platform.records.record import flat_values
 from patchloom.platform.tracking.client import connect, experiment_id
+from patchloom.redaction import redacted, redacted_values
 
 FINISHED = "FINISHED"
 PARAM_CHARACTERS = 500  # MLflow's limit for the value of a parameter
@@ -29,16 +30,15 @@ def begin_run(
         The id of the run.
     """
     client = connect()
-    tags = {"mlflow.runName": name, "patchloom.kind": kind, **tags}
+    all_tags = {"mlflow.runName": name, "patchloom.kind": kind, **tags}
     if parent:
-        tags["mlflow.parentRunId"] = parent
-    run_id = str(client.create_run(experiment_id(client), tags=tags).info.run_id)
+        all_tags["mlflow.parentRunId"] = parent
+    run_id = str(client.create_run(experiment_id(client), tags=redacted_values(all_tags)).info.run_id)
     from mlflow.entities import Param
 
+    values = {key: redacted(str(value))[:PARAM_CHARACTERS] for key, value in flat_values(params).items()}
     with failed_on_error(run_id):
-        client.log_batch(
-            run_id, params=[Param(key, str(value)[:PARAM_CHARACTERS]) for key, value in flat_values(params).items()]
-        )
+        client.log_batch(run_id, params=[Param(key, value) for key, value in values.items()])
     return run_id
 
 
@@ -88,7 +88,7 @@ def tag_run(run_id: str, tags: Mapping[str, str]) -> None:
     """Set tags of a run."""
     client = connect()
     for key, value in tags.items():
-        client.set_tag(run_id, key, value)
+        client.set_tag(run_id, key, redacted(value))
 
 
 def log_artifacts(run_id: str, *files: Path, under: str | None = None) -> None:
@@ -114,6 +114,7 @@ def log_dataset(run_id: str, address: str, fingerprint: str) -> None:
     """Record which prepared dataset a run uses."""
     from mlflow.entities import Dataset, DatasetInput
 
+    address = redacted(address)
     source = json.dumps({"uri": address if "://" in address else Path(address).as_uri()})
     name = address.rstrip("/").rsplit("/", 1)[-1]
     entity = Dataset(name=name, digest=fingerprint[:32], source_type="local", source=source)

@@ -5,7 +5,8 @@ from collections.abc import Iterator
 from http import HTTPStatus
 from urllib.parse import urlsplit
 
-from patchloom.platform.tracking.store import tracking_uri, without_passwords
+from patchloom.platform.tracking.store import tracking_uri
+from patchloom.redaction import redacted
 
 STATUS = re.compile(r"failed with error code (\d+)|too many (\d+) error responses")
 NO_JSON = "not in a valid JSON format"  # MLflow's words for a page that is not of its API
@@ -25,7 +26,7 @@ def problem_of_server(error: BaseException, store: str | None = None) -> str | N
     address = store or tracking_uri()
     if not address.startswith(("http://", "https://")):
         return None
-    uri, said = f"MLflow at {without_passwords(address)}", first_line(error)
+    uri, said = f"MLflow at {redacted(address)}", first_line(error)
     if any(type(found).__name__ == "SSLError" for found in _chain(error)):
         return (
             f"{uri} has a certificate that is not trusted here ({said}): set MLFLOW_TRACKING_SERVER_CERT_PATH to the "
@@ -49,7 +50,7 @@ def problem_of_server(error: BaseException, store: str | None = None) -> str | N
 
 
 def _forbidden(address: str, said: str) -> str:
-    uri = f"MLflow at {without_passwords(address)}"
+    uri = f"MLflow at {redacted(address)}"
     if WRONG_HOST in said:
         host = urlsplit(address).hostname
         return f"{uri} was not started for the host name {host}: start it with `mlflow server --allowed-hosts {host}`"
@@ -94,5 +95,5 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
 
 def first_line(error: BaseException) -> str:
     """The first line of an error's message without passwords, at most 120 characters."""
-    problem = without_passwords(str(error).strip().split("\n")[0])
+    problem = redacted(str(error).strip().split("\n")[0])
     return problem if len(problem) <= 120 else f"{problem[:117]}..."

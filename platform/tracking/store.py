@@ -12,6 +12,7 @@ from urllib.parse import quote, unquote, urlsplit
 from patchloom.errors import UserError
 from patchloom.platform.compute.answering import accepts, answers_http
 from patchloom.platform.files.storage import locked
+from patchloom.redaction import redacted
 
 EXPERIMENT = "patchloom"
 SQLITE = "sqlite:///"
@@ -70,17 +71,12 @@ def sqlite_uri(path: Path) -> str:
 
 def shown_uri() -> str:
     """The address of the store for messages and files, without a password."""
-    return without_passwords(tracking_uri())
+    return redacted(tracking_uri())
 
 
 def shown_registry_uri() -> str:
     """The address of the store of registered models for messages, without a password."""
-    return without_passwords(registry_uri())
-
-
-def without_passwords(text: str) -> str:
-    """A text in which addresses have no user names and passwords."""
-    return re.sub(r"://[^/@\s]*@", "://", text)
+    return redacted(registry_uri())
 
 
 def database_path() -> Path | None:
@@ -160,7 +156,7 @@ def _check_artifact_package(location: str) -> None:
     except ImportError:
         raise UserError(
             f"MLflow at {shown_uri()} keeps artifacts at "
-            f"{re.sub('://[^/@]*@', '://', location)}, and the package {module} "
+            f"{redacted(location)}, and the package {module} "
             f"is not installed: run `pip install 'patchloom[{extra}]'`"
         ) from None
 
