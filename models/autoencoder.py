@@ -17,6 +17,7 @@ from torch import Tensor
 from patchloom.errors import CheckpointError
 from patchloom.models.backbones import import_allowed
 from patchloom.models.cards import AutoencoderCard
+from patchloom.models.manifest import check_manifest, write_manifest
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL
@@ -107,10 +108,9 @@ class DiffusersAutoencoder(Autoencoder):
     @classmethod
     def load(cls, folder: Path, device: torch.device | str, dtype: torch.dtype) -> DiffusersAutoencoder:
         """Load a folder in the format of diffusers, from safetensors only."""
-        import diffusers
-
-        kind = getattr(diffusers, json.loads((folder / CONFIG).read_text())["_class_name"])
-        network = kind.from_pretrained(folder, use_safetensors=True, low_cpu_mem_usage=False, torch_dtype=dtype)
+        network = _diffusers_class(folder).from_pretrained(
+            folder, use_safetensors=True, low_cpu_mem_usage=False, torch_dtype=dtype
+        )
         return cls(network.eval().requires_grad_(False).to(device))
 
     @property
@@ -134,6 +134,28 @@ class DiffusersAutoencoder(Autoencoder):
         if images.dtype != torch.float32 and not images.is_meta and not images.isfinite().all():
             raise ValueError(f"precision: the decoded images are not finite in {images.dtype}; use fp32")
         return (images.float() * 127.5 + 128).clamp(0, 255).to(torch.uint8)
+
+
+def _diffusers_class(folder: Path) -> Any:
+    """The class of an autoencoder in the format of diffusers: one of ours, whatever else its files name."""
+    from diffusers import AutoencoderDC, AutoencoderKL, AutoencoderTiny
+
+    classes = {kind.__name__: kind for kind in (AutoencoderKL, AutoencoderTiny, AutoencoderDC)}
+    name = str(_json_of(folder / CONFIG).get("_class_name"))
+    if name not in classes:
+        raise CheckpointError(f"{folder / CONFIG} names the class {name}: give one of {', '.join(DIFFUSERS_KINDS)}")
+    return classes[name]
+
+
+def _json_of(path: Path) -> dict[str, Any]:
+    """The object in a JSON file; empty without the file."""
+    try:
+        content = json.loads(path.read_bytes()) if path.is_file() else {}
+    except ValueError as error:
+        raise CheckpointError(f"{path} is not JSON ({error}): fetch it again") from None
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} is not a JSON object: fetch it again")
+    return content
 
 
 def _floats(values: Any, count: int) -> tuple[float, ...] | None:
@@ -178,6 +200,7 @@ def save_autoencoder(network: AutoencoderKL, folder: Path) -> str:
     described = replace(DiffusersAutoencoder(network).describe(), weights_sha256=sha256)
     card = {"format_version": AUTOENCODER_FORMAT, "kind": "autoencoder", **described.to_json()}
     (folder / CARD_FILE).write_text(json.dumps(card, indent=2) + "\n")
+    write_manifest(folder)
     return sha256
 
 
@@ -205,17 +228,23 @@ def load_autoencoder(
         CheckpointError: the folder is incomplete or damaged, or its class is unknown or not allowed.
     """
     folder = Path(folder)
-    card = json.loads((folder / CARD_FILE).read_text()) if (folder / CARD_FILE).is_file() else {}
+    card = _json_of(folder / CARD_FILE)
     if card.get("format_version", 0) > AUTOENCODER_FORMAT:
         raise CheckpointError(
             f"{folder / CARD_FILE} has format {card['format_version']}, and this version reads up to "
             f"{AUTOENCODER_FORMAT}: update patchloom"
         )
-    config = json.loads((folder / CONFIG).read_text()) if (folder / CONFIG).is_file() else {}
+    config = _json_of(folder / CONFIG)
     name = str(card.get("class") or config.get("_class_name"))
     if ":" not in name and (name not in DIFFUSERS_KINDS or not (folder / WEIGHTS).is_file()):
         what = f"holds a {name}" if name not in (*DIFFUSERS_KINDS, "None") else f"holds no {WEIGHTS} with its {CONFIG}"
         raise CheckpointError(f"{folder} {what}: give the folder of a diffusers {' or '.join(DIFFUSERS_KINDS)}")
+    if ":" not in name and config.get("_class_name") != name:
+        other = config.get("_class_name")
+        raise CheckpointError(
+            f"{folder / CONFIG} names the class {other}, and {CARD_FILE} names {name}: fetch it again"
+        )
+    check_manifest(folder)
     sha256 = weights_sha256(folder)
     if card.get("weights_sha256", sha256) != sha256:
         raise CheckpointError(

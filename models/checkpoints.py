@@ -1,6 +1,5 @@
 """Checkpoints: models and training states as safetensors and JSON, without pickles."""
 
-import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -17,6 +16,7 @@ from patchloom.models.autoencoder import Autoencoder, load_autoencoder
 from patchloom.models.cards import CHECKPOINT_FORMAT, MODEL_FORMAT, CheckpointCard, ModelCard
 from patchloom.models.denoiser import Denoiser, build_denoiser, skeleton, to_channels_last
 from patchloom.models.ema import PowerEMA, PowerProfile
+from patchloom.models.manifest import check_manifest, check_regular, sha256_of_file, write_manifest
 from patchloom.models.normalisation import Normalisation
 from patchloom.models.replay import ReplayedNetwork
 from patchloom.models.snapshots import load_edm_snapshot, read_edm_snapshot
@@ -69,11 +69,15 @@ class SamplingModel:
 
 
 def save_model(folder: Path, denoiser: Denoiser, card: ModelCard) -> None:
-    """Write `model.safetensors`, then `model.json` with the weights' sha256, into an existing folder."""
+    """Write `model.safetensors`, `model.json` with the weights' sha256, and the manifest into an existing folder.
+
+    All other files of the model are there already.
+    """
     state = denoiser.state_dict()
     save_file(_without_shared_memory(state), folder / "model.safetensors")
-    card = replace(card, tied=_tied_names(state) or None, weights_sha256=_file_sha256(folder / "model.safetensors"))
+    card = replace(card, tied=_tied_names(state) or None, weights_sha256=sha256_of_file(folder / "model.safetensors"))
     (folder / "model.json").write_text(json.dumps(card.to_json(), indent=2) + "\n")
+    write_manifest(folder)
 
 
 def check_saving(denoiser: Denoiser) -> None:
@@ -177,23 +181,25 @@ def is_pickle(path: Path) -> bool:
 
 
 def verified_card(folder: Path) -> ModelCard:
-    """Read the card of a denoiser's folder and verify the folder: no pickles, and the checksum of the weights.
+    """Read the card of a denoiser's folder and verify the folder: no pickles, and the checksum of every file.
 
     Raises:
-        CheckpointError: something is missing, damaged or a pickle.
+        CheckpointError: something is missing, damaged, a pickle or a link out of the folder.
     """
     card = read_card(folder)
+    check_regular(folder)
     for path in sorted(folder.rglob("*")):
         if path.is_file() and is_pickle(path):
             raise CheckpointError(f"{path} is a pickle, which can run any code: remove it from the model folder")
     weights = folder / "model.safetensors"
     if not weights.is_file():
         raise CheckpointError(f"{folder} has no model.safetensors: fetch the model again")
-    sha256 = _file_sha256(weights)
+    sha256 = sha256_of_file(weights)
     if sha256 != card.weights_sha256:
         raise CheckpointError(
             f"{weights} has sha256 {sha256[:12]} instead of {card.weights_sha256[:12]}: fetch it again"
         )
+    check_manifest(folder, {weights.name: sha256})
     return card
 
 
@@ -250,7 +256,7 @@ def checkpoint_content(state: TrainingState, recipe: str = "") -> tuple[dict[str
 def write_checkpoint(folder: Path, tensors: dict[str, Tensor], card: CheckpointCard) -> None:
     """Write `checkpoint_content` into an existing folder; `checkpoint.json` is written last."""
     save_file(tensors, folder / "state.safetensors")
-    card = replace(card, state_sha256=_file_sha256(folder / "state.safetensors"))
+    card = replace(card, state_sha256=sha256_of_file(folder / "state.safetensors"))
     (folder / "checkpoint.json").write_text(json.dumps(card.to_json(), indent=2) + "\n")
 
 
@@ -282,7 +288,7 @@ def load_checkpoint(folder: Path, state: TrainingState) -> None:
     card = read_checkpoint_card(folder)
     if not (folder / "state.safetensors").is_file():
         raise CheckpointError(f"{folder} has no state.safetensors: {_use_the_previous(folder)}")
-    if _file_sha256(folder / "state.safetensors") != card.state_sha256:
+    if sha256_of_file(folder / "state.safetensors") != card.state_sha256:
         raise CheckpointError(f"{folder}/state.safetensors does not match its checksum: {_use_the_previous(folder)}")
     tensors = load_file(folder / "state.safetensors")
     state.denoiser.load_state_dict(_below("denoiser/", tensors))
@@ -338,9 +344,3 @@ def read_profile(path: Path) -> PowerProfile:
         return PowerProfile(float(profile["sigma_rel"]), float(profile["images_seen"]))
     except (OSError, KeyError, ValueError, SafetensorError) as error:
         raise CheckpointError(f"{path} is not a saved average ({error}): remove it") from None
-
-
-def _file_sha256(path: Path) -> str:
-    """The sha256 of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -162,6 +162,7 @@ def changed_copy(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path, fl
     def copy(run: Path, change: float) -> Path:
         from safetensors.torch import load_file, save_file
 
+        from patchloom.models.manifest import write_manifest
         from patchloom.platform.files.storage import file_sha256
 
         folder = tmp_path_factory.mktemp("copies") / "model"
@@ -172,6 +173,7 @@ def changed_copy(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path, fl
         card = json.loads((folder / "model.json").read_text())
         card["weights_sha256"] = file_sha256(folder / "model.safetensors")
         (folder / "model.json").write_text(json.dumps(card))
+        write_manifest(folder)
         return folder
 
     return copy

@@ -1,5 +1,6 @@
 """Registering: the model of a run, or a model folder, becomes a version of a registered model."""
 
+import shutil
 import tempfile
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -8,6 +9,7 @@ from patchloom import __version__
 from patchloom.errors import UserError
 from patchloom.models.cards import ModelCard
 from patchloom.models.checkpoints import read_card, verified_card
+from patchloom.models.manifest import MANIFEST_FILE, write_manifest
 from patchloom.pipelines.registry.pyfunc import input_example, signature
 from patchloom.pipelines.registry.version_card import write_card
 from patchloom.pipelines.registry.wheel import wheel_bytes, wheel_name
@@ -42,6 +44,7 @@ class VersionTags:
     updates: int | None
     weights_sha256: str
     code_version: str
+    files_sha256: str | None = None  # of the file with the checksums of all others
     dataset_fingerprint: str | None = None
     recipe_sha256: str | None = None
     held_out_loss: str | None = None
@@ -108,7 +111,7 @@ def _register_run(folder: Path, name: str, address: str | None) -> str:
     if run_id is None:
         raise UserError(f"{folder} is not in MLflow yet: run `patchloom train ... --resume`, which sends it")
     _check_recorded(folder, name, run_card)
-    card = read_card(folder / "model")
+    card = verified_card(folder / "model")
     version = _find_version(name, card.weights_sha256, run_id)
     if version is None:
         previews = sorted((folder / "previews").glob("*.png"))[-1:]
@@ -154,9 +157,14 @@ def _create_version(model: Path, name: str, run_id: str, tags: VersionTags, addr
         if address:
             uploaded = make_folder(Path(scratch) / MODEL_FOLDER)
             (uploaded / REFERENCE_FILE).write_text(stored_model(address, model).to_json())
+        elif not (model / MANIFEST_FILE).is_file():  # an earlier version wrote it
+            uploaded = Path(scratch) / MODEL_FOLDER
+            shutil.copytree(model, uploaded)
+            write_manifest(uploaded)
+        files = file_sha256(uploaded / (REFERENCE_FILE if address else MANIFEST_FILE))
         example = input_example(read_card(model))
         version = register_pyfunc(uploaded, name, run_id, ENTRY, wheel, signature(), example)
-    write_card(name, version, replace(tags, address=address).as_tags())
+    write_card(name, version, replace(tags, address=address, files_sha256=files).as_tags())
     return version
 
 

@@ -3,6 +3,7 @@
 import gzip
 import hashlib
 import io
+import json
 import shutil
 import struct
 import zipfile
@@ -274,7 +275,7 @@ def npz_images(folder: Folder, name: str) -> np.ndarray:
             except (zipfile.BadZipFile, zlib.error, EOFError) as error:
                 raise UserError(f"{folder}/{name} is not a complete .npz ({error}): download it again") from None
 
-        _, here = cached_copy("arrays", f"{member.CRC:08x}-{member.file_size}", member.file_size, unpack)
+        _, here = cached_copy("arrays", _cache_name(folder, name, members[found]), member.file_size, unpack)
     images: np.ndarray = np.load(here / "images.npy", mmap_mode="r", allow_pickle=False)
     if images.ndim not in (3, 4) or images.dtype != np.uint8:
         raise UserError(
@@ -286,15 +287,21 @@ def npz_images(folder: Folder, name: str) -> np.ndarray:
     return images
 
 
+def _cache_name(folder: Folder, name: str, member: str = "") -> str:
+    """The name of what is unpacked from a file in the cache, which no other file has.
+
+    A checksum such as CRC-32 in the file would not do: anyone can make another file with the same one.
+    """
+    identity = (folder.address, name, member, folder.stamp(name))
+    return hashlib.sha256(json.dumps(identity).encode(errors="surrogatepass")).hexdigest()[:32]
+
+
 def tar_file(folder: Folder, name: str) -> BinaryIO:
     """A tar file for random access. A compressed one is unpacked once into the cache of this node."""
     if name.lower().endswith(".tar"):
         return folder.open(name)
     if folder.size(name) < GZIP_MIN_BYTES:
         raise UserError(f"{folder}/{name} is not a complete gzip file (too short): download it again")
-    with folder.open(name) as file:
-        file.seek(-8, io.SEEK_END)
-        digest = file.read(8).hex()  # checksum and length of gzip
 
     def unpack(target: Path) -> None:
         try:
@@ -308,8 +315,7 @@ def tar_file(folder: Folder, name: str) -> BinaryIO:
             raise UserError(f"{folder}/{name} is not a complete gzip file ({error}): download it again") from None
 
     size = folder.size(name)
-    place = hashlib.sha256(f"{name} {digest} {size}".encode()).hexdigest()[:32]
-    _, here = cached_copy("archives", place, 4 * size, unpack)
+    _, here = cached_copy("archives", _cache_name(folder, name), 4 * size, unpack)
     return (here / "plain.tar").open("rb")
 
 
@@ -418,8 +424,8 @@ def _parquet(folder: Folder, name: str) -> SourceTable:
 def _arrow(folder: Folder, name: str) -> SourceTable:
     """An Arrow IPC file or stream, memory-mapped; a remote one is copied to the cache of this node."""
     if folder.is_remote:
-        digest = hashlib.sha256(f"{folder.address}/{name} {folder.stamp(name)}".encode()).hexdigest()[:32]
-        _, here = cached_copy("tables", digest, folder.size(name), lambda new: folder.fetch(name, new / "table.arrow"))
+        place = _cache_name(folder, name)
+        _, here = cached_copy("tables", place, folder.size(name), lambda new: folder.fetch(name, new / "table.arrow"))
         path = here / "table.arrow"
     else:
         path = folder.path / name

@@ -184,6 +184,9 @@ class Folder:
     def stamp(self, name: str) -> str:
         """A text that changes when the file is replaced: its size, time of modification and metadata."""
         inner_name(name, self)
+        if not self.is_remote:
+            status = (self.path / name).stat()
+            return f"{status.st_size} {status.st_mtime_ns} {status.st_ctime_ns} {status.st_ino} {status.st_dev}"
         with self._connected() as (system, base):
             info = system.get_file_info(f"{base}/{name}")
             with system.open_input_file(f"{base}/{name}") as file:

@@ -3,6 +3,8 @@
 from patchloom.platform.records.record import Record, VersionedRecord
 
 REFERENCE_FILE = "reference.json"  # instead of the files of the model
+FILES_FILE = "files.json"  # the sha256 of every file of a model folder
+FILES_TAG = "files_sha256"  # the tag of a version with the sha256 of its files.json, or of its reference.json
 
 
 class StoredFile(Record):

@@ -13,8 +13,8 @@ from patchloom.errors import UserError
 from patchloom.platform.files.copies import local_copy
 from patchloom.platform.files.folder import Folder, is_remote
 from patchloom.platform.files.outputs import check_new_file
-from patchloom.platform.files.storage import write_atomic
-from patchloom.platform.records.reference import REFERENCE_FILE, StoredModel
+from patchloom.platform.files.storage import file_sha256, read_json, write_atomic
+from patchloom.platform.records.reference import FILES_FILE, FILES_TAG, REFERENCE_FILE, StoredModel
 from patchloom.platform.tracking.client import connect, open_registry, open_store
 from patchloom.platform.tracking.references import fetch_stored
 from patchloom.platform.tracking.server_errors import first_line
@@ -78,10 +78,9 @@ def _fetch_version(reference: str) -> FetchedModel:
         raise UserError(f"{reference} does not have the form models:/NAME@ALIAS or models:/NAME/VERSION")
     name, alias, number = match.groups()
     version = find_version(name, alias=alias, version=number)
-    folder = _download(f"models:/{name}/{version.version}")
-    return FetchedModel(
-        _model_folder(folder), f"models:/{name}/{version.version}", version.run_id, name, str(version.version)
-    )
+    numbered = f"models:/{name}/{version.version}"
+    folder = _model_folder(_download(numbered), numbered, version.tags)
+    return FetchedModel(folder, numbered, version.run_id, name, str(version.version))
 
 
 def resolved_reference(reference: str) -> str:
@@ -131,14 +130,49 @@ def _download(uri: str) -> Path:
             raise UserError(f"{uri} cannot be fetched from {shown_registry_uri()} ({first_line(error)})") from None
 
 
-def _model_folder(folder: Path) -> Path:
+def _model_folder(folder: Path, version: str | None = None, tags: Mapping[str, str] | None = None) -> Path:
+    """The model folder among downloaded artifacts.
+
+    Args:
+        folder: the artifacts.
+        version: the reference of the registered version that they belong to.
+        tags: of the version, with which the files are compared.
+    """
     # MLflow names an artifact after its folder
     for candidate in (folder, folder / MODEL_FOLDER, *sorted((folder / "artifacts").glob("*/"))):
         if (candidate / "model.json").is_file():
+            _check_tags(candidate, FILES_FILE, version, tags or {})
             return candidate
         if (candidate / REFERENCE_FILE).is_file():
+            _check_tags(candidate, REFERENCE_FILE, version, tags or {})
             return fetch_stored(StoredModel.from_file(candidate / REFERENCE_FILE))
     raise UserError(f"{folder} has no model.json: the version was not registered by patchloom")
+
+
+def _check_tags(folder: Path, listing: str, version: str | None, tags: Mapping[str, str]) -> None:
+    """Raise UserError if the files of a version are not those that its tags name.
+
+    Args:
+        folder: the fetched files.
+        listing: the file in it that has the checksums of all others, which are compared when they are read.
+        version: the reference of the version.
+        tags: its tags. Versions of earlier releases have the checksum of the weights only.
+    """
+    advice = "restore the files in the artifact store, or register the model again"
+    if wanted := tags.get(FILES_TAG):
+        found = file_sha256(folder / listing) if (folder / listing).is_file() else ""
+        if found != wanted:
+            problem = f"has sha256 {found[:12]}" if found else "is missing"
+            raise UserError(
+                f"{version}: {listing} {problem}, and the version was registered with {wanted[:12]}: {advice}"
+            )
+    elif (wanted := tags.get("weights_sha256")) and listing == FILES_FILE:
+        card = read_json(folder / "model.json")
+        if not isinstance(card, dict) or card.get("weights_sha256") != wanted:
+            raise UserError(
+                f"{version}: model.json names other weights than those that the version was registered with "
+                f"({wanted[:12]}): {advice}"
+            )
 
 
 def register_pyfunc(

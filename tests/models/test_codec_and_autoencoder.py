@@ -1,5 +1,6 @@
 """Pixels survive the way to the network and back, and latents are those of diffusers."""
 
+import json
 from collections.abc import Iterator
 from copy import deepcopy
 from pathlib import Path
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Normal, kl_divergence
 
+from patchloom.errors import CheckpointError
 from patchloom.models.autoencoder import (
     DiffusersAutoencoder,
     autoencoder_loss,
@@ -140,6 +142,42 @@ def test_changed_or_missing_weights_are_refused(network: Any, tmp_path: Path) ->
     weights.write_bytes(content)
     with pytest.raises(ValueError, match="sha256"):
         load_autoencoder(tmp_path)
+
+
+def test_no_file_of_a_folder_chooses_the_class_or_runs_code(network: Any, images: Tensor, tmp_path: Path) -> None:
+    save_autoencoder(network, tmp_path)
+    ran = tmp_path / "ran"
+    (tmp_path / "pipeline.py").write_text(f"open({str(ran)!r}, 'w')\nclass Own: pass\n")
+    (tmp_path / "model_index.json").write_text('{"_class_name": ["pipeline", "Own"], "own": ["pipeline", "Own"]}')
+    assert load_autoencoder(tmp_path).decode(load_autoencoder(tmp_path).encode(images)[0]).shape == images.shape
+    config = json.loads((tmp_path / "config.json").read_text())
+    for name in ("DiffusionPipeline", "UNet2DModel", "AutoencoderTiny", "pipeline", None):
+        (tmp_path / "config.json").write_text(json.dumps(config | {"_class_name": name}))
+        with pytest.raises(CheckpointError, match="names the class"):
+            load_autoencoder(tmp_path)
+        if name != "AutoencoderTiny":
+            with pytest.raises(CheckpointError, match="names the class"):
+                DiffusersAutoencoder.load(tmp_path, "cpu", torch.float32)
+    assert not ran.exists()
+
+
+def test_changed_added_or_missing_files_are_refused(network: Any, tmp_path: Path) -> None:
+    save_autoencoder(network, tmp_path)
+    before = (tmp_path / "config.json").read_text()
+    (tmp_path / "config.json").write_text(before.replace("0.18215", "0.5"))
+    with pytest.raises(CheckpointError, match=r"config\.json was changed"):
+        load_autoencoder(tmp_path)
+    (tmp_path / "config.json").write_text(before)
+    (tmp_path / "more.safetensors").write_bytes(b"")
+    with pytest.raises(CheckpointError, match=r"more\.safetensors is not in files\.json"):
+        load_autoencoder(tmp_path)
+    (tmp_path / "more.safetensors").unlink()
+    for content in ("{", "[]", '{"format_version": 1, "files": 3}'):
+        (tmp_path / "files.json").write_text(content)
+        with pytest.raises(CheckpointError, match=r"files\.json is damaged"):
+            load_autoencoder(tmp_path)
+    (tmp_path / "files.json").unlink()  # as an earlier version wrote it
+    load_autoencoder(tmp_path)
 
 
 def test_the_loss_is_the_absolute_error_plus_the_weighted_kl_of_a_latent_value(network: Any, images: Tensor) -> None:

@@ -24,9 +24,10 @@ from patchloom.platform.files.copies import ProgressFetcher, pull_folder
 from patchloom.platform.files.fence import fenced
 from patchloom.platform.files.folder import Folder
 from patchloom.platform.files.outputs import check_output_folder
-from patchloom.platform.files.storage import locked, read_json
+from patchloom.platform.files.storage import file_sha256, locked, read_json
 from patchloom.platform.progress import progress, say
 from patchloom.platform.records.autoencoder_run import AutoencoderRunCard, AutoencoderSettings
+from patchloom.platform.records.reference import FILES_FILE, FILES_TAG
 from patchloom.platform.records.run import RUN_FILE, ProgressLine, RunCard
 from patchloom.platform.tracking.client import is_reachable, require_reachable
 from patchloom.platform.tracking.forwarder import MlflowForwarder
@@ -281,6 +282,8 @@ def _register(folder: Path, name: str, card: AutoencoderRunCard) -> str:
         "ssim": f"{card.ssim:.4f}",
         "dataset_fingerprint": card.dataset_fingerprint,
     }
+    if (folder / "model" / FILES_FILE).is_file():  # a run of an earlier version has none
+        tags[FILES_TAG] = file_sha256(folder / "model" / FILES_FILE)
     describe_version(name, version, f"Autoencoder: {quality} on {card.measured_images} images", tags)
     say(f"  registered models:/{name}/{version}")
     return f"models:/{name}/{version}"

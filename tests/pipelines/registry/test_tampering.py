@@ -12,6 +12,7 @@ import pytest
 
 from patchloom.models.checkpoints import CheckpointError, load_model
 from patchloom.pipelines.cli import main
+from patchloom.pipelines.registry.convert import export_model
 from patchloom.pipelines.registry.registering import register
 from patchloom.platform.tracking.aliases import move_alias
 from patchloom.platform.tracking.client import connect
@@ -94,6 +95,55 @@ def test_model_folder_with_a_pickle_is_refused(name: str, stored: Path, refusal:
     error = refusal(MODEL)
     assert name in error and "pickle" in error
     refused_by_mlflow("pickle")
+
+
+def test_edited_card_is_refused(stored: Path, refusal: Callable[[str], str]) -> None:
+    card = json.loads((stored / "model.json").read_text())
+    for change in ({"class_names": ["other", "names"]}, {"denoiser": card["denoiser"] | {"sigma_data": 0.25}}):
+        (stored / "model.json").write_text(json.dumps(card | change))
+        for model in (MODEL, str(stored)):
+            assert "model.json was changed" in refusal(model)
+        refused_by_mlflow("model.json was changed")
+
+
+def test_weights_and_card_exchanged_together_are_refused(
+    stored: Path, trained: Path, changed_copy: Callable[[Path, float], Path], refusal: Callable[[str], str]
+) -> None:
+    other = changed_copy(trained, 0.5)
+    for name in ("model.safetensors", "model.json", "files.json"):
+        shutil.copyfile(other / name, stored / name)
+    assert load_model(stored) is not None
+    assert "models:/tampered/1" in refusal(MODEL)
+    (stored / "files.json").unlink()
+    assert "files.json is missing" in refusal(MODEL)
+
+
+def test_version_of_an_earlier_release_is_compared_with_the_sha256_of_its_weights(
+    stored: Path, trained: Path, changed_copy: Callable[[Path, float], Path], refusal: Callable[[str], str]
+) -> None:
+    client, wanted = connect(), connect().get_model_version("tampered", "1").tags["files_sha256"]
+    client.delete_model_version_tag("tampered", "1", "files_sha256")
+    (stored / "files.json").unlink()
+    assert fetch_model(MODEL).folder == stored
+    other = changed_copy(trained, 0.5)
+    for name in ("model.safetensors", "model.json"):
+        shutil.copyfile(other / name, stored / name)
+    assert "other weights" in refusal(MODEL)
+    client.set_model_version_tag("tampered", "1", "files_sha256", wanted)
+
+
+def test_link_out_of_a_model_folder_is_neither_exported_nor_registered(trained: Path, tmp_path: Path) -> None:
+    shutil.copytree(trained / "model", tmp_path / "model")
+    (tmp_path / "private").write_text("private")
+    (tmp_path / "model" / "notes.txt").symlink_to(tmp_path / "private")
+    with pytest.raises(CheckpointError, match="link out of the model folder"):
+        export_model(str(tmp_path / "model"), str(tmp_path / "out"))
+    with pytest.raises(CheckpointError, match="link out of the model folder"):
+        register(str(tmp_path / "model"), "linked")
+    assert not (tmp_path / "out").exists()
+    (tmp_path / "model" / "notes.txt").unlink()
+    (tmp_path / "model" / "notes.txt").write_text("my notes")  # a file of a user is no part of the model
+    assert (export_model(str(tmp_path / "model"), str(tmp_path / "out")) / "notes.txt").is_file()
 
 
 def test_model_of_a_newer_format_is_refused(stored: Path, refusal: Callable[[str], str]) -> None:
