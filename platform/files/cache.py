@@ -12,7 +12,7 @@ from pathlib import Path
 
 from patchloom.errors import UserError
 from patchloom.platform.files.folder import Folder
-from patchloom.platform.files.journal import has_unsent
+from patchloom.platform.files.journal import JOURNAL_FILE, has_unsent
 from patchloom.platform.files.storage import make_folder, write_atomic
 
 CACHE, CACHE_GIB, DEFAULT_CACHE_GIB = "PATCHLOOM_CACHE", "PATCHLOOM_CACHE_GIB", 256
@@ -100,9 +100,10 @@ def _is_own_entry(folder: Path) -> bool:
     """Whether this is an entry, not a folder of a user who has set PATCHLOOM_CACHE to a folder of their own."""
     if folder.is_symlink() or not folder.is_dir():
         return False
-    if folder.parent.name == FEATURES:
-        return FINGERPRINT.fullmatch(folder.name) is not None
-    return _lock_of(folder).is_file() and not _lock_of(folder).stat().st_size
+    if folder.parent.name == FEATURES and FINGERPRINT.fullmatch(folder.name):
+        return True
+    has_our_lock = _lock_of(folder).is_file() and not _lock_of(folder).stat().st_size
+    return has_our_lock or (folder / JOURNAL_FILE).is_file()
 
 
 def _entry(folder: Path) -> CacheEntry:

@@ -262,6 +262,7 @@ def test_working_copies_of_runs_are_removed_to_make_room(cache: Path, monkeypatc
     Journal(sent=stamps_of(sent)).write(sent)
     make_folder(finished / "model")
     (finished / "model" / "model.json").write_bytes(bytes(1000))
+    finished.with_name("old.lock").touch()
     os.utime(sent, (1, 1))  # used before the finished one, which still goes first
     in_use = working_copy(Folder("s3://bucket/mine"), "worker")
     assert all(path.is_dir() for path in (sent, unsent, finished, in_use))
