@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from patchloom.errors import UserError
+from patchloom.platform.files.storage import existing_file
 from patchloom.platform.progress import clock, say
 from patchloom.platform.recipe.sections import Count, Positive, Section, checked, parse_value, read_yaml, set_key
 
@@ -84,10 +85,10 @@ def load_resources(settings: Sequence[str]) -> Resources:
     values: dict[str, Any] = {}
     for setting in settings:
         key, mark, text = setting.partition("=")
-        if mark and not Path(setting).is_file():
+        if mark and existing_file(setting) is None:
             set_key(values, key, parse_value(text, key))
             continue
-        if not Path(setting).is_file():
+        if existing_file(setting) is None:
             raise UserError(f"--resources {setting}: there is no such file; give a YAML file, or KEY=VALUE")
         values |= read_yaml(Path(setting))
     return checked(Resources, values)

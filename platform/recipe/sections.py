@@ -13,7 +13,9 @@ from patchloom.errors import UserError
 from patchloom.platform.files.storage import whole_number
 
 _Number = TypeVar("_Number", int, float)
-SHOWN_PROBLEMS = 4
+SHOWN_PROBLEMS, SHOWN_TEXT = 4, 120
+MOST_YAML_BYTES, MOST_YAML_VALUES, MOST_YAML_LEVELS = 1 << 20, 100_000, 64
+TOO_DEEP = f"it has values inside of themselves, or more than {MOST_YAML_LEVELS} levels"
 
 
 def _fraction(value: float) -> float:
@@ -72,21 +74,61 @@ def _list_index(place: list[Any], part: str, key: str) -> int:
     return index
 
 
+def parse_yaml(text: str) -> Any:
+    """The value of a YAML text.
+
+    Aliases can stand for any number of values, also for the values that they are in, so what they stand for is counted
+    before anything is made of it.
+
+    Raises:
+        ValueError: the text is not YAML, or has too many values or levels.
+    """
+    loader = yaml.SafeLoader(text)
+    try:
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        _count_values(node, {})
+        return loader.construct_document(node)
+    except yaml.YAMLError as error:
+        raise ValueError(" ".join(str(error).split())) from None
+    except RecursionError:
+        raise ValueError(TOO_DEEP) from None
+    finally:
+        loader.dispose()
+
+
+def _count_values(node: yaml.Node, counted: dict[int, int], above: tuple[int, ...] = ()) -> int:
+    """The number of values in a node with those that aliases stand for. `counted` has the nodes that are done."""
+    if id(node) in above or len(above) > MOST_YAML_LEVELS:
+        raise ValueError(TOO_DEEP)
+    if id(node) not in counted:
+        inner = node.value if isinstance(node, yaml.CollectionNode) else []
+        if isinstance(node, yaml.MappingNode):
+            inner = [part for pair in node.value for part in pair]
+        counted[id(node)] = 1 + sum(_count_values(part, counted, (*above, id(node))) for part in inner)
+        if counted[id(node)] > MOST_YAML_VALUES:
+            raise ValueError(f"its aliases stand for more than {MOST_YAML_VALUES:,} values")
+    return counted[id(node)]
+
+
 def parse_value(text: str, key: str) -> Any:
     """The value of `--set key=text`, read as YAML; raises UserError if it is not YAML."""
     try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError:
-        raise UserError(f"--set {key}={text}: the value is not valid YAML; put it in quotes") from None
+        return parse_yaml(text)
+    except ValueError as error:
+        shown = text if len(text) <= SHOWN_TEXT else f"{text[:SHOWN_TEXT]}..."
+        raise UserError(f"--set {key}={shown}: the value is not valid YAML ({error}); put it in quotes") from None
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
     """The keys and values of a YAML file; raises UserError if it has no keys."""
     try:
-        values = yaml.safe_load(path.read_text())
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        problem = str(error).replace("\n", " ")
-        raise UserError(f"{path} is not valid YAML: {problem}") from None
+        if path.stat().st_size > MOST_YAML_BYTES:
+            raise ValueError(f"it has more than {MOST_YAML_BYTES >> 20} MiB")
+        values = parse_yaml(path.read_text())
+    except ValueError as error:
+        raise UserError(f"{path} is not valid YAML: {error}") from None
     if not isinstance(values, dict):
         raise UserError(f"{path} contains no keys; a recipe starts with `name:`")
     return values
