@@ -1,4 +1,4 @@
-"""Redaction: what is stored, logged, printed or raised has no passwords, keys and tokens.
+"""Redaction: what is stored, logged, printed or raised has no passwords, keys and tokens, and no terminal commands.
 
 `redacted` removes user names and passwords from addresses, hides secret options of addresses, and hides the values of
 secret environment variables and the passwords inside of addresses in environment variables. The writers of files, the
@@ -26,6 +26,8 @@ SECRET_OPTION = re.compile(
     r"(?:[?&;]|&amp;)(?:sig|key|auth))=[^&\s\"'<>\\]+",
     re.IGNORECASE,
 )
+# what moves a cursor or changes a terminal, and what reverses the direction of text
+CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 _known: set[str] = set()  # secrets in addresses that this process was given
 
 
@@ -85,15 +87,33 @@ def _can_be_hidden(value: str) -> bool:
     return len(value) >= LEAST_CHARACTERS and not value.isdigit() and not value.startswith(("/", "~", "."))
 
 
-class RedactedStream:
-    """A text stream that hides secrets in what is written to it."""
+def printable(text: str) -> str:
+    """The text without secrets, and with control characters in names as visible text such as `\\x1b`.
 
-    def __init__(self, stream: Any) -> None:
-        self._stream = stream
+    A terminal would obey them: change its title, move the cursor, or hide what follows.
+    """
+    return CONTROL.sub(lambda match: ascii(match[0])[1:-1], redacted(text))
+
+
+class RedactedStream:
+    """A text stream that hides secrets in what is written to it.
+
+    Args:
+        stream: the stream behind it.
+        is_plain: also make control characters visible. Progress bars, which need them, go around it.
+    """
+
+    def __init__(self, stream: Any, is_plain: bool = False) -> None:
+        self._stream, self._is_plain = stream, is_plain
+
+    @property
+    def rich_proxied_file(self) -> Any:
+        """What `rich` writes to."""
+        return RedactedStream(self._stream)
 
     def write(self, text: str) -> int:
         """Write a text without secrets; returns the length of the text that was given."""
-        self._stream.write(redacted(text))
+        self._stream.write(printable(text) if self._is_plain else redacted(text))
         return len(text)
 
     def writelines(self, lines: Any) -> None:

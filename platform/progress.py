@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, SpinnerColumn, Task, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
-from patchloom.redaction import redacted
+from patchloom.redaction import printable
 
 console = Console(highlight=False, soft_wrap=True)
 LOG_LINE_EVERY_S = 10.0
@@ -19,8 +19,8 @@ _listeners: dict[str, Callable[[str], None]] = {}
 
 
 def say(text: str) -> None:
-    """Print a line without secrets, and pass it to those who listen."""
-    text = redacted(text)
+    """Print a line without secrets and control characters, and pass it to those who listen."""
+    text = printable(text)
     console.print(text, markup=False)
     for listener in list(_listeners.values()):
         listener(text)
@@ -118,7 +118,7 @@ def progress(title: str, total: float, unit: str) -> Iterator[Meter]:
         total: the amount of work, in units.
         unit: name of the unit, such as "images".
     """
-    start = time.monotonic()
+    start, title = time.monotonic(), printable(title)
     if console.is_terminal and sys.stdout.isatty():
         columns = (
             SpinnerColumn(),

@@ -19,7 +19,7 @@ from patchloom.pipelines.cli.results import evaluate, report
 from patchloom.pipelines.cli.sample import sample
 from patchloom.pipelines.cli.training import autoencoder_train, train, tune
 from patchloom.platform.compute.stopping import exit_on_sigterm
-from patchloom.redaction import RedactedStream
+from patchloom.redaction import RedactedStream, printable
 
 INTERRUPTED = 128 + signal.SIGINT  # exit codes of a shell for Ctrl-C and for SIGTERM
 TERMINATED = 128 + signal.SIGTERM
@@ -73,7 +73,7 @@ def main() -> None:
     130 and 143 stopped by Ctrl-C or SIGTERM.
     """
     streams = sys.stdout, sys.stderr
-    sys.stdout, sys.stderr = (RedactedStream(stream) for stream in streams)
+    sys.stdout, sys.stderr = RedactedStream(streams[0], is_plain=True), RedactedStream(streams[1])
     try:
         _main()
     finally:
@@ -93,7 +93,7 @@ def _main() -> None:
     except Stopped as error:
         _exit(f"stopped; {error}", TERMINATED)
     except WorkersFailed as error:
-        print(f"patchloom: {error}", file=sys.stderr)  # with the last lines of a log
+        print(f"patchloom: {printable(str(error))}", file=sys.stderr)  # with the last lines of a log
         sys.exit(1)
     except SystemExit as error:
         if isinstance(error, Terminated) or error.code == signal.SIGTERM:  # the latter while Ray starts
@@ -105,7 +105,7 @@ def _main() -> None:
         message = _usage_error(error) or _user_error(error)
         if message is not None:
             _exit(message, 2)
-        traceback.print_exc()
+        print(printable(traceback.format_exc()), file=sys.stderr)
         sys.exit(1)
     if code == INTERRUPTED:  # how newer versions of typer report Ctrl-C
         _exit_interrupted()
@@ -113,7 +113,7 @@ def _main() -> None:
 
 
 def _exit(message: str, code: int) -> NoReturn:
-    print(f"patchloom: {' '.join(message.split())}", file=sys.stderr)
+    print(f"patchloom: {printable(' '.join(message.split()))}", file=sys.stderr)
     sys.exit(code)
 
 

@@ -8,6 +8,7 @@ import typer
 
 from patchloom.models.backbones import allow_backbones
 from patchloom.pipelines.cli.options import Backbones, FolderToWrite, Gpus, ResourceSettings, Wait, chosen_resources
+from patchloom.redaction import printable
 
 ImageSource = Annotated[
     str,
@@ -114,6 +115,6 @@ def inspect(
         found = inspect(what)
     print(found.to_json())
     if found.summary():
-        print(found.summary(), file=sys.stderr)
+        print(printable(found.summary()), file=sys.stderr)
     if found.contact_sheet:
         print(f"  contact sheet: {found.contact_sheet}", file=sys.stderr)

@@ -10,6 +10,7 @@ from rich.text import Text
 
 from patchloom.platform.compute.job_server import JobReport, JobState
 from patchloom.platform.progress import console
+from patchloom.redaction import printable
 
 PROGRESS_LINE = re.compile(r"^  \S.*: [\d,]+/[\d,]+ \S")  # as platform/progress.py prints it to a log
 RAY_LINE = re.compile(r"^Running entrypoint for job |^[\d:, -]+\s+INFO job_manager")
@@ -32,6 +33,7 @@ def show_logs(pieces: Iterable[str]) -> None:
 def _show_line(line: str, live: Live | None) -> None:
     if RAY_LINE.match(line):
         return
+    line = printable(line)
     if live and PROGRESS_LINE.match(line):
         live.update(Text(line), refresh=True)
     else:

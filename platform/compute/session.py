@@ -163,7 +163,16 @@ def _start_ray(local_cpus: int | None, object_store_gib: float) -> None:
                 "runs; on a machine that is none of its nodes, use `patchloom launch COMMAND...`, or unset RAY_ADDRESS "
                 "to run on this machine"
             ) from None
+    protect_token()
     _quiet_loggers()
+
+
+def protect_token() -> None:
+    """Let only its owner read the token of Ray's sessions, which Ray writes readable for everyone."""
+    path = Path("~/.ray/auth_token").expanduser()
+    with contextlib.suppress(OSError):  # it belongs to somebody else, or there is none
+        if path.is_file() and path.stat().st_mode & 0o077:
+            path.chmod(0o600)
 
 
 @contextlib.contextmanager

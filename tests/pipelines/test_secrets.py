@@ -1,7 +1,9 @@
 """Secrets: credentials in addresses and variables are in no file, no line, no page and no table of MLflow."""
 
+import io
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -16,7 +18,7 @@ from patchloom.pipelines.launch.launching import LaunchOptions, launch
 from patchloom.platform.files.folder import Folder
 from patchloom.platform.files.patience import StoreError
 from patchloom.platform.recipe import recipe_yaml
-from patchloom.redaction import redacted, redacted_values
+from patchloom.redaction import RedactedStream, redacted, redacted_values
 
 SECRET = "pla/nted+Secret0"
 KEYS = f"PLANTEDKEY:{quote(SECRET, safe='')}"
@@ -157,3 +159,34 @@ def test_launch_refuses_a_command_with_keys() -> None:
     with pytest.raises(UserError, match="dashboard") as refused:
         launch(words, {}, LaunchOptions())
     assert not any(mark in str(refused.value) for mark in MARKS)
+
+
+ESCAPE = "\x1b]0;owned\x07\x1b[2Jcat\r\u202e\x9b31m"
+
+
+def test_terminal_escapes_in_names_are_shown_as_text(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    names = f"class {ESCAPE}", "other"
+    for name, source in zip(names, sorted(images.iterdir()), strict=True):
+        shutil.copytree(source, tmp_path / "images" / name)
+    prepare = ["prepare", str(tmp_path / "images"), str(tmp_path / "data"), "--resolution", "16", "--workers", "0"]
+    patchloom(monkeypatch, *prepare)
+    patchloom(monkeypatch, "inspect", str(tmp_path / "data"))
+    patchloom(monkeypatch, "inspect", str(tmp_path / f"no {ESCAPE}"), code=2)
+    (tmp_path / "recipe.yaml").write_text(recipe_yaml(tiny_recipe(train__images=64, name=f"run {ESCAPE}")))
+    train = ["train", str(tmp_path / "recipe.yaml"), "--data", str(tmp_path / "data"), "--workers", "0", "--out"]
+    patchloom(monkeypatch, *train, str(tmp_path / "run"))
+    patchloom(monkeypatch, "models", "show", str(tmp_path / "run"))
+    patchloom(monkeypatch, "sample", str(tmp_path / "run"), str(tmp_path / "x"), "--label", ESCAPE, code=2)
+    printed = "".join(capfd.readouterr())
+    assert not [character for character in ESCAPE if character in printed and not character.isprintable()]
+    assert "\\x1b]0;owned\\x07" in printed
+
+
+def test_progress_bars_reach_the_terminal_behind_the_stream() -> None:
+    written = io.StringIO()
+    stream = RedactedStream(written, is_plain=True)
+    stream.write("\x1b[31mname\x1b[0m\ttab\n")
+    stream.rich_proxied_file.write("\x1b[2K")
+    assert written.getvalue() == "\\x1b[31mname\\x1b[0m\ttab\n\x1b[2K"
