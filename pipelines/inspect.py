@@ -2,8 +2,8 @@
 
 import json
 import tempfile
-from collections import Counter
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -15,9 +15,10 @@ from patchloom.models.cards import ModelCard
 from patchloom.models.checkpoints import load_sampling_model
 from patchloom.pipelines.pages.pictures import contact_sheet, save_png
 from patchloom.pipelines.prepare.shard_maker import sums
+from patchloom.platform.dataset.keys import KeyTable
 from patchloom.platform.dataset.prepared import CARD, Dataset, open_dataset
 from patchloom.platform.files.folder import Folder
-from patchloom.platform.files.storage import read_json_lines
+from patchloom.platform.files.storage import each_json_line
 from patchloom.platform.progress import progress
 from patchloom.platform.records.dataset import DatasetCard
 from patchloom.platform.tracking.registry import fetch_model
@@ -25,6 +26,7 @@ from patchloom.platform.tracking.registry import fetch_model
 DATASET_SHEET = "contact_sheet.png"
 TENSORS = ("image", "mean", "std")
 DECODED_AT_ONCE = 8
+INSPECTED_BYTES = 16 << 20  # of rows that are read together
 
 
 @dataclass(frozen=True)
@@ -94,7 +96,7 @@ def verify_dataset(dataset: Dataset) -> None:
     card = dataset.card
     dataset.verify()
     found = _read_all_rows(dataset)
-    skipped = len(read_json_lines(dataset.path / "skipped.jsonl"))
+    skipped = sum(1 for _ in each_json_line(dataset.path / "skipped.jsonl"))
     for what, value, recorded in (
         ("rows", len(dataset), card.rows),
         ("different keys", found.keys, card.rows),
@@ -129,20 +131,29 @@ class _RowFigures:
 
 
 def _read_all_rows(dataset: Dataset) -> _RowFigures:
-    keys: set[str] = set()
-    classes: Counter[int] = Counter()
+    """Count all rows, of which a bounded number is in memory; equal keys are found by sorting their hashes on disk."""
+    keys, classes = KeyTable(), np.zeros(len(dataset.card.classes), np.int64)
     totals: dict[str, np.ndarray] = {}
+    row_bytes = max(1, int(dataset.shards.sizes.sum()) // max(1, len(dataset)))
+    most, starts = max(1, INSPECTED_BYTES // row_bytes), dataset.reader.starts.tolist()
+    pieces = (
+        range(first, min(first + most, end)) for start, end in pairwise(starts) for first in range(start, end, most)
+    )
     with progress("verifying", len(dataset), "rows") as meter:
-        for rows in dataset.shards.rows.tolist():
-            columns = dataset.rows(np.arange(meter.done, meter.done + rows))
-            keys.update(columns["key"])
-            classes.update(int(label) for label in columns["label"])
+        for piece in pieces:
+            columns = dataset.rows(np.arange(piece.start, piece.stop))
+            for row, key in zip(piece, columns["key"], strict=True):
+                keys.add(key, row)
+            labels = columns["label"]
+            known = labels[(labels >= 0) & (labels < len(classes))]
+            classes += np.bincount(known, minlength=len(classes))
             for name, values in sums({name: columns[name] for name in TENSORS if name in columns}).items():
                 totals[name] = totals.get(name, 0) + np.array(values, dtype=np.float64)
-            meter.update(meter.done + rows)
+            dataset.forget_before(piece.stop)
+            meter.update(piece.stop)
     mean = totals["sum"] / totals["count"]
     std = np.sqrt(np.maximum(totals["squares"] / totals["count"] - mean**2, 0))
-    return _RowFigures(len(keys), [classes[number] for number in range(len(dataset.card.classes))], mean, std)
+    return _RowFigures(len(keys) - len(keys.repeated()), classes.tolist(), mean, std)
 
 
 def statistics_table(card: DatasetCard) -> str:

@@ -249,6 +249,7 @@ class DatasetImages(ImageSet):
     def read(self, start: int, stop: int) -> np.ndarray:
         """Rows in the order of the dataset. Latents are decoded."""
         rows = self.dataset.rows(range(start, stop))
+        self.dataset.forget_before(stop)
         if self.kind == "pixels":
             return rows["image"]
         if self._autoencoder is None:

@@ -143,11 +143,10 @@ def intact_images(folder: Folder, wanted: Seeds, classes: SeedClasses) -> Intact
             _check_classes(folder, block.entries, wanted, classes)
             for entry in block.entries:
                 seeds.add(entry.seed)
-            content = _manifest_lines(block.entries)
             if card.shard_size:
                 archives.append(block.entries[0].seed // card.shard_size)
-                places.extend((manifest.tell(), len(content)))
-            manifest.write(content)
+                places.extend((manifest.tell(), len(block.content)))
+            manifest.write(block.content)
             verified.add(block)
         manifest.flush()
         if notes or lines_kept < lines_read or (lines_read and folder.size(MANIFEST) != manifest.tell()):
@@ -181,15 +180,23 @@ class _Block:
 
     Args:
         entries: the lines.
+        content: the lines as the manifest has them.
         size: the number of lines, also of those that are no longer in `entries`.
         stamps: what changes when a file is replaced, from before the files were read.
         is_verified: whether the same files were verified before.
     """
 
     entries: list[ManifestEntry]
+    content: bytes
     size: int
     stamps: tuple[tuple[str, ...], ...] = ()
     is_verified: bool = False
+
+    def of(self, intact: list[ManifestEntry]) -> "_Block":
+        """The block with only the lines that are intact."""
+        if len(intact) == len(self.entries):
+            return self
+        return replace(self, entries=intact, content=_manifest_lines(intact))
 
 
 class _VerifiedBlocks:
@@ -221,7 +228,7 @@ class _VerifiedBlocks:
     @staticmethod
     def _record(block: _Block) -> bytes:
         digest = hashlib.blake2b(repr(block.stamps).encode(), digest_size=8)
-        digest.update(_manifest_lines(block.entries))
+        digest.update(block.content)
         return block.entries[0].seed.to_bytes(8, "little") + digest.digest()
 
 
@@ -231,7 +238,7 @@ def _checked_blocks(
     """The lines block by block, without those of missing and damaged images."""
 
     def stamped(lines: list[ManifestEntry]) -> _Block:
-        block = _Block(lines, len(lines), folder.stamps(_place_of(lines[0])))
+        block = _Block(lines, _manifest_lines(lines), len(lines), folder.stamps(_place_of(lines[0])))
         return replace(block, is_verified=block in known)
 
     def parts(blocks: Iterable[_Block]) -> Iterator[tuple[_Block, list[ManifestEntry]]]:
@@ -251,7 +258,7 @@ def _checked_blocks(
     checked = in_threads(intact, parts(blocks), ARCHIVE_READERS if is_archive else READERS)
     for _, found in groupby(checked, key=lambda part: id(part[0])):
         several = list(found)
-        yield replace(several[0][0], entries=[entry for _, lines in several for entry in lines])
+        yield several[0][0].of([entry for _, lines in several for entry in lines])
 
 
 def _place_of(entry: ManifestEntry) -> str:

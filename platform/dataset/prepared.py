@@ -133,6 +133,10 @@ class Dataset:
             raise IndexError(f"rows {wanted.min()} to {wanted.max()} are not within 0 to {len(self) - 1}")
         return self.reader.read(wanted, columns)
 
+    def forget_before(self, row: int) -> None:
+        """Close the memory maps of the shards that end at this row or before, for readers that do not go back."""
+        self.reader.forget_before(row)
+
     def split(self, name: str, held_out_fraction: float = 0.05) -> Split:
         """The rows of a split, without 8 bytes per row. They depend only on the keys.
 

@@ -218,6 +218,12 @@ class ShardReader:
             for number in numbers:
                 self._maps.pop(number, None)
 
+    def forget_before(self, row: int) -> None:
+        """Close the maps of the shards whose rows all are before this one."""
+        with self._lock:
+            numbers = [number for number in self._maps if self.starts[number + 1] <= row]
+        self.forget(numbers)
+
     def _open(self, number: int) -> MappedShard:
         with contextlib.ExitStack() as stack:
             path = stack.enter_context(self._file(number))

@@ -105,10 +105,22 @@ def whole_lines(content: bytes) -> list[bytes]:
 
 def read_json_lines(path: Path) -> list[dict[str, Any]]:
     """The objects of a JSON-lines file, without an incomplete last line; empty if there is no file."""
-    try:
-        return [json.loads(line) for line in complete_lines(path)]
-    except ValueError as error:
-        raise UserError(f"{path} has a damaged line ({error}): remove the line or restore the file") from None
+    return list(each_json_line(path))
+
+
+def each_json_line(path: Path) -> Iterator[dict[str, Any]]:
+    """What `read_json_lines` returns, one by one: there may be millions."""
+    if not path.is_file():
+        return
+    with path.open("rb") as file:
+        for line in file:
+            if line.strip() and line.endswith(b"\n"):
+                try:
+                    yield json.loads(line)
+                except ValueError as error:
+                    raise UserError(
+                        f"{path} has a damaged line ({error}): remove the line or restore the file"
+                    ) from None
 
 
 def write_json_lines(path: Path, rows: list[dict[str, Any]]) -> None:
