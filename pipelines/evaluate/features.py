@@ -3,10 +3,10 @@
 import contextlib
 import functools
 import io
+import itertools
 import operator
 import os
 import tempfile
-import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,6 +39,8 @@ from patchloom.platform.compute.devices import own_device
 from patchloom.platform.compute.jobs import Job, run_job
 from patchloom.platform.compute.resources import DEFAULT_RESOURCES, Resources
 from patchloom.platform.compute.shared_paths import UsedPaths
+from patchloom.platform.files.arrays import read_array, read_arrays
+from patchloom.platform.files.bounds import reading_damaged
 from patchloom.platform.files.cache import cache_folder, cached_copy, working_copy
 from patchloom.platform.files.downloads import Download, fetch_first
 from patchloom.platform.files.folder import Folder, is_remote
@@ -188,16 +190,21 @@ class Extracted:
         """The moments of the features. They are computed once and kept in a file."""
         name = f"{output}-{self.images.fingerprint[:32]}.npz"
         if self.folder.has(name):
-            kept = np.load(io.BytesIO(self.folder.read(name)))
-            if np.isfinite(kept["mean"]).all():  # older versions kept others
-                return Moments(int(kept["n"]), torch.from_numpy(kept["mean"]), torch.from_numpy(kept["scatter"]))
+            with contextlib.suppress(ValueError, TypeError, KeyError):  # damaged: computed again
+                kept = read_arrays(io.BytesIO(self.folder.read(name)), ("n", "mean", "scatter"))
+                if np.isfinite(kept["mean"]).all():  # older versions kept others
+                    return Moments(int(kept["n"]), torch.from_numpy(kept["mean"]), torch.from_numpy(kept["scatter"]))
         moments = functools.reduce(operator.add, map(Moments.of, self._arrays(output)))
         self.folder.write(name, _npz(n=moments.count, mean=moments.mean.numpy(), scatter=moments.scatter.numpy()))
         return moments
 
     def _arrays(self, output: str) -> Iterator[np.ndarray]:
         for rows in self.images.ranges:
-            found = np.load(io.BytesIO(self.folder.read(_file(rows, output))))
+            name = f"{self.folder}/{_file(rows, output)}"
+            with reading_damaged(name, "a file of features", "remove it"):
+                found = read_array(self.folder.read(_file(rows, output)))
+                if found.shape[:1] != (rows.size,) or found.dtype != np.float32:
+                    raise ValueError(f"it has {found.dtype} of shape {found.shape} for {rows.size} images")
             _check_finite(self.images, rows.start, torch.from_numpy(found), self.features.name)
             yield found
 
@@ -354,13 +361,14 @@ def read_statistics(address: str) -> dict[str, tuple[Tensor, Tensor]]:
     """
     folder, name = Folder.of_file(address)
     try:
-        archive = np.load(io.BytesIO(folder.read(name)), allow_pickle=False)
+        with folder.open(name) as file:
+            arrays = read_arrays(file, tuple(itertools.chain(*STATISTICS.values())))
         found = {
-            output: (torch.from_numpy(archive[mean]).double(), torch.from_numpy(archive[covariance]).double())
+            output: (torch.tensor(arrays[mean]).double(), torch.tensor(arrays[covariance]).double())
             for output, (mean, covariance) in STATISTICS.items()
-            if mean in archive.files and covariance in archive.files
+            if mean in arrays and covariance in arrays
         }
-    except (OSError, ValueError, zipfile.BadZipFile) as error:
+    except (OSError, ValueError, TypeError) as error:
         raise UserError(f"{address} is not an .npz of arrays ({error}): give one with mu and sigma, or arr_0") from None
     for mean, covariance in found.values():
         if mean.ndim != 1 or covariance.shape != (len(mean), len(mean)):

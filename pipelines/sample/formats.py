@@ -17,11 +17,14 @@ import pyarrow as pa
 import pyarrow.parquet
 
 from patchloom.pipelines.pages.pictures import png_bytes, png_pixels
+from patchloom.platform.files.arrays import read_arrays
+from patchloom.platform.files.bounds import read_image, read_image_member
 from patchloom.platform.files.folder import Folder
 from patchloom.platform.records.samples import ManifestEntry
 
 Content = bytes | np.ndarray  # the bytes of a PNG, or (H, W, C) uint8 pixels; the manifest has its sha256
 VALUES_AT_ONCE = 1 << 14  # of a column of `samples.npz`
+MOST_ARCHIVE_BYTES = 8 << 30  # of the images in one `.npz`
 DAMAGED = (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile, tarfile.TarError, pa.ArrowException)
 
 
@@ -87,8 +90,9 @@ def _pixels_last(image: np.ndarray) -> np.ndarray:
 
 
 def _unpack_png(file: BinaryIO, seeds: Collection[int]) -> dict[int, Content]:
-    content = file.read()
-    return dict.fromkeys(seeds, content)
+    size = file.seek(0, io.SEEK_END)
+    file.seek(0)
+    return dict.fromkeys(seeds, read_image(file, size))
 
 
 def _member(seed: int, ending: str = ".png") -> str:
@@ -112,7 +116,7 @@ def _pack_zip(images: list[EncodedImage]) -> bytes:
 def _unpack_zip(file: BinaryIO, seeds: Collection[int]) -> dict[int, Content]:
     with zipfile.ZipFile(file) as archive:
         names = set(archive.namelist())
-        return {seed: archive.read(_member(seed)) for seed in seeds if _member(seed) in names}
+        return {seed: read_image_member(archive, _member(seed)) for seed in seeds if _member(seed) in names}
 
 
 def _pack_tar(images: list[EncodedImage]) -> bytes:
@@ -137,7 +141,7 @@ def _unpack_tar(file: BinaryIO, seeds: Collection[int]) -> dict[int, Content]:
         for member in archive:
             content = archive.extractfile(member) if member.name in names else None
             if content is not None:
-                found[names[member.name]] = content.read()
+                found[names[member.name]] = read_image(content, member.size)
     return found
 
 
@@ -171,8 +175,8 @@ def _pack_npz(images: list[EncodedImage]) -> bytes:
 
 
 def _unpack_npz(file: BinaryIO, seeds: Collection[int]) -> dict[int, Content]:
-    with np.load(file, allow_pickle=False) as arrays:
-        images, stored = arrays["arr_0"], arrays["seeds"].tolist()
+    arrays = read_arrays(file, ("arr_0", "seeds"), MOST_ARCHIVE_BYTES)
+    images, stored = arrays["arr_0"], arrays["seeds"].tolist()
     wanted = set(seeds)
     return {seed: image for seed, image in zip(stored, images, strict=True) if seed in wanted}
 
@@ -191,8 +195,8 @@ def join_npz(folder: Folder, entries: Iterable[ManifestEntry], count: int, name:
         with zipfile.ZipFile(path, "w") as archive:
             with archive.open(zipfile.ZipInfo("arr_0.npy"), "w", force_zip64=True) as member:
                 for number, (file, _) in enumerate(groupby(entries, key=lambda entry: entry.file)):
-                    with folder.open(file) as opened, np.load(opened, allow_pickle=False) as arrays:
-                        images = arrays["arr_0"]
+                    with folder.open(file) as opened:
+                        images = read_arrays(opened, ("arr_0",), MOST_ARCHIVE_BYTES)["arr_0"]
                     if number == 0:
                         header = np.lib.format.header_data_from_array_1_0(images)
                         header["shape"] = (count, *images.shape[1:])

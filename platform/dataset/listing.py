@@ -24,11 +24,12 @@ from patchloom.platform.dataset.readers import (
     Place,
     npz_array,
     npz_images,
-    open_table,
     tar_file,
     zip_images,
 )
-from patchloom.platform.dataset.tar_headers import TarHeader, tar_headers
+from patchloom.platform.dataset.tables import open_table
+from patchloom.platform.dataset.tar_headers import tar_headers
+from patchloom.platform.files.bounds import reading_damaged
 from patchloom.platform.files.folder import Folder
 from patchloom.platform.files.spool import RowSpool, sorted_rows, temporary_file
 
@@ -218,6 +219,9 @@ def _read_tar(folder: Folder, tar: str, prefix: str) -> _TarContent:
     return found
 
 
+_Extent = tuple[int, int]  # the offset of the content of a member, and its size
+
+
 @dataclass(frozen=True, slots=True)
 class _TarMember:
     name: str
@@ -229,27 +233,24 @@ class _TarMember:
 
 def _tar_members(folder: Folder, tar: str) -> Iterator[_TarMember]:
     """The files of a tar archive. Hard links are their target; symbolic links are not followed."""
-    with _buffered_tar(folder, tar) as file:
-        try:
-            targets: dict[str, TarHeader] | None = None
-            for member in tar_headers(file):
-                found, name = member, member.name.removeprefix("./")
-                if member.is_hard_link:
-                    if targets is None:
-                        targets = _link_targets(folder, tar)
-                    found = targets[member.target.rstrip("/")]
-                elif member.kind == tarfile.SYMTYPE:
-                    yield _TarMember(name, [tar, 0, 0], 0, None, is_link=True)
-                    continue
-                elif member.kind != tarfile.REGTYPE:
-                    continue
-                content = None
-                if _ending(name) in SIDECAR_ENDINGS and found.size_bytes < MOST_SIDECAR_BYTES:
-                    file.seek(found.first_byte)
-                    content = file.read(found.size_bytes)
-                yield _TarMember(name, [tar, found.first_byte, found.size_bytes], found.size_bytes, content)
-        except (tarfile.TarError, EOFError, OSError, KeyError) as error:
-            raise UserError(f"{folder}/{tar} is not a complete tar file ({error}): download it again") from None
+    with _buffered_tar(folder, tar) as file, reading_damaged(f"{folder}/{tar}", "a complete tar file"):
+        targets: dict[str, _Extent] | None = None
+        for member in tar_headers(file):
+            name, first, size = member.name.removeprefix("./"), member.first_byte, member.size_bytes
+            if member.is_hard_link:
+                if targets is None:
+                    targets = _link_targets(folder, tar)
+                first, size = targets[member.target.rstrip("/")]
+            elif member.kind == tarfile.SYMTYPE:
+                yield _TarMember(name, [tar, 0, 0], 0, None, is_link=True)
+                continue
+            elif member.kind != tarfile.REGTYPE:
+                continue
+            content = None
+            if _ending(name) in SIDECAR_ENDINGS and size < MOST_SIDECAR_BYTES:
+                file.seek(first)
+                content = file.read(size)
+            yield _TarMember(name, [tar, first, size], size, content)
 
 
 def _buffered_tar(folder: Folder, tar: str) -> io.BufferedReader:
@@ -258,19 +259,28 @@ def _buffered_tar(folder: Folder, tar: str) -> io.BufferedReader:
     return io.BufferedReader(opened, REMOTE_PIECE_BYTES if folder.is_remote else LOCAL_PIECE_BYTES)
 
 
-def _link_targets(folder: Folder, tar: str) -> dict[str, TarHeader]:
-    """The members that hard links in a tar archive mean, by the name in the link: the last one of each name."""
+def _link_targets(folder: Folder, tar: str) -> dict[str, _Extent]:
+    """Where the content is that hard links in a tar archive mean, by the name in the link: the last one of each name.
+
+    A link may be to an earlier link. Each is followed once.
+    """
     with _buffered_tar(folder, tar) as file:
         wanted = {member.target.rstrip("/") for member in tar_headers(file) if member.is_hard_link}
-        found = {member.name: member for member in tar_headers(file) if member.name in wanted}
-    for _ in found:  # links to links, each to an earlier member
-        found |= {
-            name: found[member.target] for name, member in found.items()
-            if member.is_hard_link and member.target in found
-        }  # fmt: skip
-        if not any(member.is_hard_link for member in found.values()):
-            break
-    return found
+        found: dict[str, _Extent | str] = {
+            member.name: member.target.rstrip("/") if member.is_hard_link else (member.first_byte, member.size_bytes)
+            for member in tar_headers(file)
+            if member.name in wanted
+        }
+    targets: dict[str, _Extent] = {}
+    for name in found:
+        passed: dict[str, None] = {}
+        place: _Extent | str | None = name
+        while isinstance(place, str) and place not in passed:
+            passed[place] = None
+            place = targets.get(place, found.get(place))
+        if isinstance(place, tuple):  # a link to itself, or to nothing, has no target
+            targets |= dict.fromkeys(passed, place)
+    return targets
 
 
 def sample_key(name: str) -> str:

@@ -1,39 +1,46 @@
 """Readers: read an input of a source by its place: files, members of archives, rows of arrays and tables."""
 
 import gzip
-import hashlib
 import io
-import json
 import shutil
 import struct
 import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, BinaryIO, TypeVar
+from typing import IO, Any, BinaryIO, TypeVar, cast
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet
 
 from patchloom.errors import UserError
 from patchloom.platform.dataset.labels import first_of
+from patchloom.platform.dataset.tables import open_table
 from patchloom.platform.dataset.zip_directory import zip_entries
-from patchloom.platform.files.cache import cached_copy
+from patchloom.platform.files.arrays import ArrayHeader, read_array_header, read_values
+from patchloom.platform.files.bounds import (
+    MOST_IMAGE_BYTES,
+    check_image_bytes,
+    check_rows,
+    most_unpacked_bytes,
+    reading_damaged,
+)
+from patchloom.platform.files.cache import cached_copy, copy_name, make_room
 from patchloom.platform.files.folder import COPY_BYTES, Folder
 from patchloom.platform.files.inside import inner_path
 
 # Where an input is in its source: the name of a file, then numbers such as an offset, or a column and a row.
 Place = list[str | int]
 
-TABLE_BATCH_ROWS, SMALL_BATCH_ROWS = 32, 8192
 GAP_BYTES, RUN_BYTES = 1 << 18, 32 << 20  # limits of what one request reads: between two members, and in all
 MEMBER_PIECE_BYTES = 1 << 18  # of a member that is read in pieces
 GZIP_MIN_BYTES = 18
-NO_CELLS = (0, pa.array([]))
+ROOM_STEP_BYTES = 1 << 30  # that are asked of the cache at once
+MOST_LABEL_BYTES = 1 << 20  # of a row of labels, such as one-hot vectors
 Opened = TypeVar("Opened")
 
+LARGER = "is larger than the directory of the archive says"
 ZIP_HEADER_BYTES, TYPICAL_HEADER_BYTES = 30, 160  # of a member, without and with its name and extra fields
 
 
@@ -43,9 +50,9 @@ class SourceReader:
     def __init__(self, kind: str, address: str) -> None:
         self.folder = Folder(address)
         methods: dict[str, Callable[..., bytes | np.ndarray]] = {
-            "files": self.folder.read,
+            "files": self._file,
             "zip": self._member,
-            "tar": self._file,
+            "tar": self._tar_member,
             "table": self._cell,
             "npz": self._row,
         }
@@ -81,19 +88,23 @@ class SourceReader:
         opened: Opened = self._open[key]
         return opened
 
-    def _member(self, name: str, offset: int, size: int, crc: int) -> bytes:
+    def _file(self, name: str) -> bytes:
+        return self.folder.read(name, MOST_IMAGE_BYTES)
+
+    def _member(self, name: str, offset: int, size: int, crc: int, unpacked: int = MOST_IMAGE_BYTES) -> bytes:
         """A member of a zip archive. The directory is not read: with a million images it takes a gigabyte of memory."""
+        check_image_bytes(max(size, unpacked))
         piece = self._bytes(name, Folder.open, offset, size + TYPICAL_HEADER_BYTES)
         start = _zip_data_start(piece)
         if len(piece) < start + size:
             piece = self._bytes(name, Folder.open, offset, start + size)
-        content = _unpacked(piece[start : start + size], int.from_bytes(piece[8:10], "little"))
+        content = _unpacked(piece[start : start + size], int.from_bytes(piece[8:10], "little"), unpacked)
         if zlib.crc32(content) != crc:
             raise zipfile.BadZipFile("wrong checksum (CRC-32)")
         return content
 
-    def _file(self, name: str, offset: int, size: int) -> bytes:
-        return self._bytes(name, tar_file, offset, size)
+    def _tar_member(self, name: str, offset: int, size: int) -> bytes:
+        return self._bytes(name, tar_file, offset, check_image_bytes(size))
 
     def _row(self, name: str, row: int) -> np.ndarray:
         return np.array(self._opened(name, npz_images)[row])
@@ -112,7 +123,7 @@ class SourceReader:
         """A file that a cell of a table names, which is in the folder of the source."""
         if not self.folder.is_remote:
             inner_path(self.folder.path, name, table)
-        return self.folder.read(name)
+        return self._file(name)
 
 
 def member_runs(members: Iterable[tuple[str, int, int]]) -> dict[tuple[str, int], int]:
@@ -135,7 +146,7 @@ def member_runs(members: Iterable[tuple[str, int, int]]) -> dict[tuple[str, int]
 
 def zip_place(name: str, member: zipfile.ZipInfo) -> Place:
     """The place of a member of the zip archive `name`."""
-    return [name, member.header_offset, member.compress_size, member.CRC]
+    return [name, member.header_offset, member.compress_size, member.CRC, member.file_size]
 
 
 def zip_images(folder: Folder, name: str) -> Iterator[tuple[str, Place, int]]:
@@ -148,23 +159,42 @@ def zip_images(folder: Folder, name: str) -> Iterator[tuple[str, Place, int]]:
             for one in zip_entries(file):
                 member = one.name.replace("\\", "/")
                 if not one.name.endswith("/"):
-                    yield member, [name, one.header_offset, one.packed_bytes, one.crc], one.size_bytes
+                    place: Place = [name, one.header_offset, one.packed_bytes, one.crc, one.size_bytes]
+                    yield member, place, one.size_bytes
     except (zipfile.BadZipFile, OSError, struct.error, UnicodeDecodeError) as error:
         raise UserError(f"{folder}/{name} is not a complete zip file ({error}): download it again") from None
 
 
-def zip_member(folder: Folder, name: str, offset: int, size: int, crc: int) -> Iterator[bytes]:
-    """The content of a member of a zip archive in pieces; raises BadZipFile at the end if its checksum is wrong."""
+def zip_member(folder: Folder, name: str, offset: int, size: int, crc: int, unpacked: int) -> Iterator[bytes]:
+    """The content of a member of a zip archive in pieces.
+
+    Raises:
+        BadZipFile: at the end if its checksum is wrong; before, if it is larger than the directory says.
+        ValueError: it would be much larger than any text after unpacking.
+    """
+    if unpacked > most_unpacked_bytes(size):
+        raise ValueError(f"has {size:,} bytes and {unpacked:,} after unpacking, which could be a decompression bomb")
     with folder.open(name) as file:
         file.seek(offset)
         header = file.read(ZIP_HEADER_BYTES)
         file.seek(offset + _zip_data_start(header))
-        method, found = int.from_bytes(header[8:10], "little"), 0
+        method, found, left = int.from_bytes(header[8:10], "little"), 0, unpacked
         inflate = zlib.decompressobj(-zlib.MAX_WBITS)
         for piece in _pieces(file, size):
-            content = inflate.decompress(piece) if method == zipfile.ZIP_DEFLATED else _unpacked(piece, method)
-            found = zlib.crc32(content, found)
-            yield content
+            while piece:
+                if method == zipfile.ZIP_DEFLATED:
+                    content = inflate.decompress(piece, MEMBER_PIECE_BYTES)
+                    piece = inflate.unconsumed_tail
+                else:
+                    content, piece = _unpacked(piece, method, left), b""
+                left -= len(content)
+                if left < 0:
+                    raise zipfile.BadZipFile(LARGER)
+                found = zlib.crc32(content, found)
+                yield content
+        rest = inflate.flush()  # at most the match that did not fit into the last piece
+        found = zlib.crc32(rest, found)
+        yield rest
     if found != crc:
         raise zipfile.BadZipFile("wrong checksum (CRC-32)")
 
@@ -196,20 +226,24 @@ def _zip_data_start(piece: bytes) -> int:
     return ZIP_HEADER_BYTES + int.from_bytes(piece[26:28], "little") + int.from_bytes(piece[28:30], "little")
 
 
-def _unpacked(packed: bytes, method: int) -> bytes:
+def _unpacked(packed: bytes, method: int, size: int) -> bytes:
+    """The content of a member, of which the directory says that it has `size` bytes."""
     if method == zipfile.ZIP_STORED:
         return packed
     if method == zipfile.ZIP_DEFLATED:
-        return zlib.decompress(packed, -zlib.MAX_WBITS)
+        unpack = zlib.decompressobj(-zlib.MAX_WBITS)
+        content = unpack.decompress(packed, size + 1)
+        if len(content) > size or not (unpack.eof or unpack.decompress(b"", 1) == b"" == unpack.unconsumed_tail):
+            raise zipfile.BadZipFile(LARGER)
+        return content
     raise ValueError(f"uses zip compression method {method}; only stored and deflated are supported")
 
 
 def zip_file(folder: Folder, name: str) -> zipfile.ZipFile:
     """An open zip archive; raises UserError if it is damaged."""
-    try:
-        return zipfile.ZipFile(folder.open(name))
-    except (zipfile.BadZipFile, OSError) as error:
-        raise UserError(f"{folder}/{name} is not a complete zip file ({error}): download it again") from None
+    file = folder.open(name)
+    with reading_damaged(f"{folder}/{name}", "a complete zip file"):
+        return zipfile.ZipFile(file)
 
 
 def npz_array(folder: Folder, name: str, wanted: tuple[str, ...]) -> "NpzArray | None":
@@ -225,38 +259,35 @@ class NpzArray:
 
     def __init__(self, folder: Folder, name: str, member: str) -> None:
         self.folder, self.name, self.member = folder, name, member
-        with self._opened() as (_, shape, _dtype):
-            self.shape = shape
+        with self._opened() as (_, header):
+            self.shape = header.shape
 
     def blocks(self) -> Iterator[np.ndarray]:
         """Consecutive rows."""
-        with self._opened() as (file, shape, dtype):
-            row, left = dtype.itemsize * int(np.prod(shape[1:])), shape[0] if shape else 1
-            while left > 0:
-                rows = min(left, max(1, COPY_BYTES // max(1, row)))
-                content = file.read(rows * row)
-                yield np.frombuffer(content, dtype).reshape(rows, *shape[1:])
-                left -= rows
+        with self._opened() as (file, header):
+            rows_left, row = header.shape[0] if header.shape else 1, header.row_bytes
+            if row > MOST_LABEL_BYTES:
+                raise ValueError(f"each of its rows has {row:,} bytes, and at most {MOST_LABEL_BYTES:,} are read")
+            while rows_left > 0:
+                rows = min(rows_left, max(1, COPY_BYTES // max(1, row)))
+                yield read_values(file, replace(header, shape=(rows, *header.shape[1:])))
+                rows_left -= rows
 
     @contextmanager
-    def _opened(self) -> "Iterator[tuple[Any, tuple[int, ...], np.dtype[Any]]]":
-        """The member after its header, its shape and its type; one that is not stored by rows is read whole."""
-        with zip_file(self.folder, self.name) as archive, archive.open(self.member) as file:
-            try:
-                version = np.lib.format.read_magic(file)
-                read = {(1, 0): np.lib.format.read_array_header_1_0}.get(version, np.lib.format.read_array_header_2_0)
-                shape, by_columns, dtype = read(file)
-                if by_columns or dtype.hasobject:
-                    content = io.BytesIO(archive.read(self.member))
-                    whole = np.lib.format.read_array(content, allow_pickle=False)
-                    yield io.BytesIO(np.ascontiguousarray(whole).tobytes()), whole.shape, whole.dtype
-                else:
-                    yield file, shape, dtype
-            except (ValueError, zipfile.BadZipFile, zlib.error, EOFError) as error:
-                found = self.member.removesuffix(".npy")
-                raise UserError(
-                    f"{self.folder}/{self.name}: {found} cannot be read ({error}): write it again"
-                ) from None
+    def _opened(self) -> Iterator[tuple[Any, ArrayHeader]]:
+        """The member after its header, and its header; one that is stored by columns is read whole."""
+        name = f"{self.folder}/{self.name}: {self.member.removesuffix('.npy')}"
+        with (
+            zip_file(self.folder, self.name) as archive,
+            reading_damaged(name, "an array that can be read", "write it again"),
+            archive.open(self.member) as file,
+        ):
+            header = read_array_header(file)
+            if not header.by_columns:
+                yield file, header
+                return
+            content = np.ascontiguousarray(read_values(file, header)).tobytes()
+            yield io.BytesIO(content), replace(header, by_columns=False)
 
 
 def npz_images(folder: Folder, name: str) -> np.ndarray:
@@ -267,33 +298,39 @@ def npz_images(folder: Folder, name: str) -> np.ndarray:
         if found is None:
             raise UserError(f"{folder}/{name} contains {', '.join(members)} and no array `images`: rename one")
         member = archive.getinfo(members[found])
+        with reading_damaged(f"{folder}/{name}: {found}", "an array of images"), archive.open(member) as file:
+            _check_images(read_array_header(file), f"{folder}/{name}: {found}", member.compress_size)
 
         def unpack(target: Path) -> None:
-            try:
-                with archive.open(member) as source, (target / "images.npy").open("wb") as unpacked:
-                    shutil.copyfileobj(source, unpacked, COPY_BYTES)
-            except (zipfile.BadZipFile, zlib.error, EOFError) as error:
-                raise UserError(f"{folder}/{name} is not a complete .npz ({error}): download it again") from None
+            with (
+                reading_damaged(f"{folder}/{name}", "a complete .npz"),
+                archive.open(member) as source,
+                (target / "images.npy").open("wb") as unpacked,
+            ):
+                shutil.copyfileobj(source, unpacked, COPY_BYTES)
 
-        _, here = cached_copy("arrays", _cache_name(folder, name, members[found]), member.file_size, unpack)
-    images: np.ndarray = np.load(here / "images.npy", mmap_mode="r", allow_pickle=False)
-    if images.ndim not in (3, 4) or images.dtype != np.uint8:
-        raise UserError(
-            f"{folder}/{name}: {found} has type {images.dtype} and shape {images.shape}; convert it to uint8 of "
-            "(N, H, W, C) or (N, H, W)"
-        )
+        _, here = cached_copy("arrays", copy_name(folder, name, members[found]), member.file_size, unpack)
+    with reading_damaged(f"{folder}/{name}: {found}", "an array of images"):
+        images: np.ndarray = np.load(here / "images.npy", mmap_mode="r", allow_pickle=False)
     if images.ndim == 4 and images.shape[-1] > 4 and images.shape[1] in (1, 2, 3, 4):
         images = images.transpose(0, 2, 3, 1)  # stored as (N, C, H, W)
     return images
 
 
-def _cache_name(folder: Folder, name: str, member: str = "") -> str:
-    """The name of what is unpacked from a file in the cache, which no other file has.
-
-    A checksum such as CRC-32 in the file would not do: anyone can make another file with the same one.
-    """
-    identity = (folder.address, name, member, folder.stamp(name))
-    return hashlib.sha256(json.dumps(identity).encode(errors="surrogatepass")).hexdigest()[:32]
+def _check_images(header: ArrayHeader, name: str, packed_bytes: int) -> None:
+    """Refuse an array that is not of images, before it is unpacked."""
+    if len(header.shape) not in (3, 4) or header.dtype != np.uint8:
+        raise UserError(
+            f"{name} has type {header.dtype} and shape {header.shape}; convert it to uint8 of (N, H, W, C) or (N, H, W)"
+        )
+    check_image_bytes(header.row_bytes)
+    check_rows(header.shape[0], packed_bytes)
+    most = most_unpacked_bytes(packed_bytes)
+    if header.size_bytes > most:
+        raise UserError(
+            f"{name} has {packed_bytes:,} bytes and would have {header.size_bytes:,} after unpacking, more than images "
+            "need: write it again without compression (numpy.savez)"
+        )
 
 
 def tar_file(folder: Folder, name: str) -> BinaryIO:
@@ -303,146 +340,32 @@ def tar_file(folder: Folder, name: str) -> BinaryIO:
     if folder.size(name) < GZIP_MIN_BYTES:
         raise UserError(f"{folder}/{name} is not a complete gzip file (too short): download it again")
 
-    def unpack(target: Path) -> None:
-        try:
-            with (
-                folder.open(name) as file,
-                gzip.open(file) as source,
-                (target / "plain.tar").open("wb") as unpacked,
-            ):
-                shutil.copyfileobj(source, unpacked, COPY_BYTES)
-        except (OSError, EOFError) as error:
-            raise UserError(f"{folder}/{name} is not a complete gzip file ({error}): download it again") from None
-
     size = folder.size(name)
-    _, here = cached_copy("archives", _cache_name(folder, name), 4 * size, unpack)
+
+    def unpack(target: Path) -> None:
+        with (
+            folder.open(name) as file,
+            reading_damaged(f"{folder}/{name}", "a complete gzip file"),
+            gzip.open(file) as source,
+            (target / "plain.tar").open("wb") as unpacked,
+        ):
+            _unpack_tar(cast(IO[bytes], source), unpacked, target.parent, f"{folder}/{name}", size)
+
+    _, here = cached_copy("archives", copy_name(folder, name), min(4 * size, most_unpacked_bytes(size)), unpack)
     return (here / "plain.tar").open("rb")
 
 
-class SourceTable:
-    """A Parquet or Arrow file. `small` reads all rows of small columns; `cell` reads a large column in batches.
-
-    Args:
-        schema: its columns.
-        rows: its number of rows.
-        small: yields batches with the columns of these names.
-        batches: yields the number of the first row and the cells of batches of a column, from the one with a row on.
-    """
-
-    def __init__(self, schema: pa.Schema, rows: int, small: Callable[[list[str]], Iterator[pa.RecordBatch]],
-                 batches: Callable[[str, int], Iterator[tuple[int, pa.Array]]]) -> None:  # fmt: skip
-        self.schema, self.rows, self._small = schema, rows, small
-        self._batches = batches
-        self._iterator: tuple[str, Iterator[tuple[int, pa.Array]]] | None = None
-        self._batch: tuple[int, pa.Array] = NO_CELLS
-
-    def values(self, names: list[str | None]) -> Iterator[list[Any]]:
-        """The values of small columns, row by row; None for a column without a name."""
-        wanted = [name for name in names if name]
-        if not wanted:
-            yield from ([None] * len(names) for _ in range(self.rows))
-            return
-        for batch in self._small(wanted):
-            columns = [batch.column(name).to_pylist() if name else [None] * len(batch) for name in names]
-            yield from map(list, zip(*columns, strict=True))
-
-    def cell(self, column: str, row: int) -> Any:
-        """One cell. Rows in ascending order are read once."""
-        if self._iterator is None or self._iterator[0] != column or row < self._batch[0]:
-            return self._start(column, row)
-        try:
-            return self._advance(self._iterator[1], row)
-        except Exception:  # a damaged page may be between the previous row and this one
-            return self._start(column, row)
-
-    def _start(self, column: str, row: int) -> Any:
-        batches, self._iterator, self._batch = self._batches(column, row), None, NO_CELLS
-        cell = self._advance(batches, row)
-        self._iterator = (column, batches)
-        return cell
-
-    def _advance(self, batches: Iterator[tuple[int, pa.Array]], row: int) -> Any:
-        while row >= self._batch[0] + len(self._batch[1]):
-            self._batch = next(batches)
-        first, cells = self._batch
-        return cells[row - first].as_py()
-
-
-def open_table(folder: Folder, name: str) -> SourceTable:
-    """A Parquet file, or an Arrow IPC file or stream."""
-    with _complete(folder, name):
-        return _parquet(folder, name) if name.lower().endswith(".parquet") else _arrow(folder, name)
-
-
-@contextmanager
-def _complete(folder: Folder, name: str) -> Iterator[None]:
-    try:
-        yield
-    except (pa.ArrowException, OSError) as error:
-        raise UserError(
-            f"{folder}/{name} is not a complete table ({' '.join(str(error).split())}): download it again"
-        ) from None
-
-
-def _parquet(folder: Folder, name: str) -> SourceTable:
-    file = pyarrow.parquet.ParquetFile(folder.open(name))
-    starts = np.cumsum([0] + [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)])
-
-    damaged: dict[int, tuple[int, str]] = {}  # by row group: the first row that cannot be read, and why
-
-    def batches(column: str, row: int) -> Iterator[tuple[int, pa.Array]]:
-        for group in range(int(np.searchsorted(starts, row, side="right")) - 1, file.num_row_groups):
-            first, problem = damaged.get(group, (row + 1, ""))
-            if row >= first:
-                raise ValueError(problem)
-            yield from cells(group, column)
-
-    def cells(group: int, column: str) -> Iterator[tuple[int, pa.Array]]:
-        """Cells in small batches, because a group may have gigabytes. Before a damaged page, cells one by one."""
-        done = int(starts[group])
-        for rows in (TABLE_BATCH_ROWS, 1):
-            first = int(starts[group])
-            try:
-                for batch in file.iter_batches(rows, row_groups=[group], columns=[column]):
-                    if first >= done:
-                        yield first, batch.column(0)
-                        done = first + len(batch)
-                    first += len(batch)
-                return
-            except (pa.ArrowException, OSError) as error:
-                problem = f"is in or after a damaged page of its row group ({error})"
-        damaged[group] = done, problem
-        raise ValueError(problem)
-
-    def small(names: list[str]) -> Iterator[pa.RecordBatch]:
-        with _complete(folder, name):
-            yield from file.iter_batches(SMALL_BATCH_ROWS, columns=names)
-
-    return SourceTable(file.schema_arrow, file.metadata.num_rows, small, batches)
-
-
-def _arrow(folder: Folder, name: str) -> SourceTable:
-    """An Arrow IPC file or stream, memory-mapped; a remote one is copied to the cache of this node."""
-    if folder.is_remote:
-        place = _cache_name(folder, name)
-        _, here = cached_copy("tables", place, folder.size(name), lambda new: folder.fetch(name, new / "table.arrow"))
-        path = here / "table.arrow"
-    else:
-        path = folder.path / name
-    mapped = pa.memory_map(str(path))
-    try:
-        table = pa.ipc.open_file(mapped).read_all()
-    except pa.ArrowInvalid:
-        table = pa.ipc.open_stream(mapped).read_all()
-
-    def batches(column: str, row: int) -> Iterator[tuple[int, pa.Array]]:
-        first = 0
-        for chunk in table.column(column).chunks:
-            if row < first + len(chunk):
-                yield first, chunk
-            first += len(chunk)
-
-    def small(names: list[str]) -> Iterator[pa.RecordBatch]:
-        yield from table.select(names).to_batches(SMALL_BATCH_ROWS)
-
-    return SourceTable(table.schema, table.num_rows, small, batches)
+def _unpack_tar(source: IO[bytes], unpacked: IO[bytes], cache: Path, name: str, packed_bytes: int) -> None:
+    """Unpack an archive of unknown size as far as the cache has room, and no bomb."""
+    written, room, most = 0, 0, most_unpacked_bytes(packed_bytes)
+    while piece := source.read(COPY_BYTES):
+        if written + len(piece) > most:
+            raise UserError(
+                f"{name} has {packed_bytes:,} bytes and more than {most:,} after unpacking, more than images need: "
+                "unpack it yourself, and give the folder"
+            )
+        if len(piece) > room:
+            room = max(COPY_BYTES, min(written, ROOM_STEP_BYTES))
+            make_room(cache, room)
+        room -= unpacked.write(piece)
+        written += len(piece)

@@ -8,11 +8,12 @@ import re
 import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import BinaryIO
+from typing import BinaryIO, cast
 
 BLOCK_BYTES = tarfile.BLOCKSIZE
 PLAIN_KINDS, PAX_KIND = (0, ord("0")), ord("x")  # the byte at 156 is the kind of a member
 PAX_RECORD = re.compile(rb"([0-9]+) ([^=\n]+)=")
+MOST_TAR_HEADER_BYTES, MOST_PAX_HEADERS = 1 << 20, 1000  # of an archive of files, not of a bomb
 RARE_RECORDS = (b"size", b"linkpath", b"hdrcharset", b"GNU.sparse.")  # which `tarfile` reads
 
 
@@ -32,6 +33,19 @@ class TarHeader:
         return self.kind == tarfile.LNKTYPE
 
 
+class _HeaderFile:
+    """A tar file of which only headers are read. It refuses an extended header that is as large as no header is."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file, self.seek, self.tell = file, file.seek, file.tell
+
+    def read(self, size: int) -> bytes:
+        """Some bytes."""
+        if size > MOST_TAR_HEADER_BYTES:
+            raise tarfile.ReadError(f"a header of {size:,} bytes")
+        return self._file.read(size)
+
+
 def tar_headers(file: BinaryIO) -> Iterator[TarHeader]:
     """The members of a tar archive in their order; between two of them, the file may be read elsewhere.
 
@@ -39,9 +53,11 @@ def tar_headers(file: BinaryIO) -> Iterator[TarHeader]:
         tarfile.TarError: a header is damaged, or data is missing.
     """
     file.seek(0)
-    archive = tarfile.TarFile(fileobj=file)
+    archive = tarfile.TarFile(fileobj=cast(BinaryIO, _HeaderFile(file)))
     while (member := archive.next()) is not None:
         archive.members.clear()  # type: ignore[attr-defined]
+        if len(archive.pax_headers) > MOST_PAX_HEADERS:  # each later header would copy them
+            raise tarfile.ReadError(f"more than {MOST_PAX_HEADERS} global headers")
         kind = tarfile.REGTYPE if member.isfile() else member.type
         yield TarHeader(member.name, member.offset_data, member.size, kind, member.linkname)
         while not archive.pax_headers and (plain := _plain_file(file, archive.offset)):  # those are for all members
@@ -64,6 +80,8 @@ def _plain_file(file: BinaryIO, offset: int) -> TarHeader | None:
     try:
         if len(header) == BLOCK_BYTES and header[156] == PAX_KIND:
             size = _size_of(header)
+            if size > MOST_TAR_HEADER_BYTES:
+                return None
             long_name = _pax_name(file.read(_padded(size))[:size])
             offset += BLOCK_BYTES + _padded(size)
             header = file.read(BLOCK_BYTES)
@@ -83,7 +101,10 @@ def _size_of(header: bytes) -> int:
     """The size of a member; raises ValueError if it is not in plain digits, or the checksum is wrong."""
     if sum(header) - sum(header[148:156]) + 8 * ord(" ") != int(header[148:156].rstrip(b"\0 "), 8):
         raise ValueError("wrong checksum")
-    return int(header[124:136].rstrip(b"\0 "), 8)
+    size = int(header[124:136].rstrip(b"\0 "), 8)
+    if size < 0:  # would lead back to an earlier header
+        raise ValueError("a negative size")
+    return size
 
 
 def _pax_name(records: bytes) -> str:

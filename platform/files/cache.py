@@ -3,6 +3,7 @@
 import contextlib
 import fcntl
 import hashlib
+import json
 import os
 import re
 import shutil
@@ -131,6 +132,15 @@ def _is_locked(lock: Path) -> bool:
     return False
 
 
+def copy_name(folder: Folder, name: str, member: str = "") -> str:
+    """The name in the cache of a copy of a file, or of what is unpacked from it, which no other file has.
+
+    A checksum such as CRC-32 in the file would not do: anyone can make another file with the same one.
+    """
+    identity = (folder.address, name, member, folder.stamp(name))
+    return hashlib.sha256(json.dumps(identity).encode(errors="surrogatepass")).hexdigest()[:32]
+
+
 def cached_copy(
     kind: str,
     name: str,
@@ -160,9 +170,13 @@ def cached_copy(
         with (cache / f"{name}.filling").open("a") as filling:
             fcntl.flock(filling, fcntl.LOCK_EX)  # other processes wait here, only while the copy is filled
             if not (folder / COMPLETE).is_file():
-                (take_room or _make_room)(cache, size_bytes)
-                fill(make_folder(folder))
-                write_atomic(folder / COMPLETE, "")
+                (take_room or make_room)(cache, size_bytes)
+                try:
+                    fill(make_folder(folder))
+                    write_atomic(folder / COMPLETE, "")
+                except BaseException:
+                    shutil.rmtree(folder, ignore_errors=True)  # what came so far would be of no use
+                    raise
     except BaseException:
         os.close(handle)
         raise
@@ -194,7 +208,7 @@ def working_copy(there: Folder, role: str) -> Path:
     return make_folder(folder)
 
 
-def _make_room(cache: Path, size_bytes: int) -> None:
+def make_room(cache: Path, size_bytes: int) -> None:
     """Make room for a copy; raises UserError if that is not possible."""
     room = _evict(cache, size_bytes)
     if room < size_bytes:

@@ -6,6 +6,7 @@ pyarrow is imported where it is used, because `patchloom --help` imports this mo
 import contextlib
 import functools
 import hashlib
+import io
 import itertools
 import json
 import os
@@ -224,9 +225,14 @@ class Folder:
         return opened
 
     @_patient
-    def read(self, name: str) -> bytes:
-        """The content of a file; raises OSError if it cannot be read."""
+    def read(self, name: str, most_bytes: int | None = None) -> bytes:
+        """The content of a file; raises OSError if it cannot be read, ValueError if it has more than some bytes."""
         with self.open(name) as file, self._reading():
+            if most_bytes is not None:
+                size = file.seek(0, io.SEEK_END)
+                if size > most_bytes:
+                    raise ValueError(f"has {size:,} bytes, and at most {most_bytes:,} are read")
+                file.seek(0)
             return file.read()
 
     @_patient

@@ -12,8 +12,9 @@ import pyarrow.parquet
 import pytest
 
 from patchloom.errors import UserError
-from patchloom.platform.dataset.readers import SourceReader, open_table, zip_place
+from patchloom.platform.dataset.readers import SourceReader, zip_place
 from patchloom.platform.dataset.sources import open_source
+from patchloom.platform.dataset.tables import open_table
 from patchloom.platform.files.folder import Folder
 
 GENERATOR = np.random.default_rng(0)
