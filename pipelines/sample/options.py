@@ -60,9 +60,9 @@ def sampler_parameters() -> list[Parameter]:
 
 def parse_size(text: str, name: str = "--size") -> tuple[int, int]:
     """`96x128` -> (96, 128): height first."""
-    match = re.fullmatch(r"(\d+)x(\d+)", text.lower())
+    match = re.fullmatch("([0-9]{1,9})x([0-9]{1,9})", text.lower())
     if not match:
-        raise UserError(f"{name}: {text} is not HxW, such as 96x128")
+        raise UserError(f"{name}: {text[:80]} is not HxW, such as 96x128")
     return int(match[1]), int(match[2])
 
 
@@ -72,4 +72,4 @@ def parse_levels(text: str, name: str) -> tuple[float, float]:
     try:
         return float(low), float(high)
     except ValueError:
-        raise UserError(f"{name}: {text} is not LOW-HIGH, such as 0.3-5") from None
+        raise UserError(f"{name}: {text[:80]} is not LOW-HIGH, such as 0.3-5") from None

@@ -2,6 +2,7 @@
 
 import io
 import itertools
+import operator
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -19,6 +20,7 @@ from patchloom.platform.files.storage import existing_file, whole_number
 SEED_COLUMNS = ("seed", "key")
 SEEDS_IN_ERROR = 5
 MOST_SEED = 2**63 - 1
+MOST_SEEDS = 1_000_000_000  # in a folder
 
 
 class Seeds:
@@ -143,7 +145,7 @@ def parse_seeds(text: str) -> Seeds:
     """`0-63`, `0,5,9`, a mix of both, or a file with one seed per line."""
     path, shown = existing_file(text), text if len(text) <= 80 else f"{text[:77]}..."
     firsts, lasts = array("q"), array("q")
-    with path.open() if path else io.StringIO() as file:
+    with path.open(errors="replace") if path else io.StringIO() as file:
         parts = itertools.chain.from_iterable(map(str.split, file)) if path else text.split(",")
         for part in parts:
             first, dash, last = part.strip().partition("-")
@@ -151,21 +153,33 @@ def parse_seeds(text: str) -> Seeds:
             if low is None or high is None:
                 raise UserError(f"--seeds {shown}: {part[:80]!r} is not a seed; write 0-63, 0,5,9 or a file of seeds")
             if max(low, high) > MOST_SEED:
-                raise UserError(f"--seeds {shown}: {max(low, high)} is too large; seeds are below 2^63")
+                raise UserError(f"--seeds {shown}: {str(max(low, high))[:80]} is too large; seeds are below 2^63")
             if low <= high:
                 firsts.append(low)
                 lasts.append(high)
     if not firsts:
         raise UserError(f"--seeds {shown}: contains no seed; write 0-63, 0,5,9 or a file of seeds")
-    return Seeds(firsts, lasts)
+    return _bounded_seeds(firsts, lasts, f"--seeds {shown}")
+
+
+def _bounded_seeds(firsts: Sequence[int], lasts: Sequence[int], where: str) -> Seeds:
+    widest = max(last - first for first, last in zip(firsts, lasts, strict=True))  # before sums of 64 bits overflow
+    seeds = Seeds(firsts, lasts) if widest < MOST_SEEDS and len(firsts) < MOST_SEEDS else None
+    if seeds is None or len(seeds) > MOST_SEEDS:
+        raise UserError(f"{where}: these are more than {MOST_SEEDS:,} seeds; sample them in several folders")
+    return seeds
 
 
 def listed_seeds(seeds: Iterable[int]) -> Seeds:
-    """Seeds that a program gives; raises UserError for a negative or a too large one."""
+    """Seeds that a program gives; raises UserError for what is not a whole number, negative or too large."""
     try:
-        found = np.fromiter(seeds, np.int64)
+        found = np.fromiter(map(operator.index, itertools.islice(seeds, MOST_SEEDS + 1)), np.int64)
     except OverflowError:
         raise UserError("seeds: a number is too large; seeds are below 2^63") from None
+    except TypeError as error:  # 1.5 is not seed 1
+        raise UserError(f"seeds: one is not a whole number ({error})") from None
+    if len(found) > MOST_SEEDS:
+        raise UserError(f"seeds: these are more than {MOST_SEEDS:,} seeds; sample them in several folders")
     if len(found) and found.min() < 0:
         raise UserError(f"seeds: {found.min()} is negative; seeds are numbers from 0")
     return Seeds(found, found)

@@ -19,6 +19,7 @@ from patchloom.errors import UserError
 from patchloom.platform.files.spool import RowSpool, sorted_rows
 
 MOST_CLASSES = 100_000
+LONGEST_NAME = 1000  # of a class, in characters
 MISSING_TEXTS = ("", "nan", "NaN")  # in a column of numbers that was written as text
 
 Label = int | str | None
@@ -131,9 +132,15 @@ def label_of(value: Any, where: str) -> Label:
         value = _one_hot(value, where)
     if value is None or value == "":
         return None
-    if isinstance(value, (int, str)):
+    if isinstance(value, (int, str)) and not _is_too_long(value):
         return int(value) if isinstance(value, bool) else value
-    raise UserError(f"the label of {where} is {value!r} ({type(value).__name__}): give a whole number or a name")
+    shown = repr(value)[:80] if not isinstance(value, int) else "an integer"
+    raise UserError(f"the label of {where} is {shown} ({type(value).__name__}): give a whole number or a name")
+
+
+def _is_too_long(label: int | str) -> bool:
+    """Whether a label cannot be a class: a long text, or a number of more than 64 bits."""
+    return len(label) > LONGEST_NAME if isinstance(label, str) else not -(2**63) <= label < 2**63
 
 
 def _one_hot(values: Sequence[Any], where: str) -> int:

@@ -4,6 +4,7 @@ import json
 import pickle
 import random
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,6 +12,8 @@ import pytest
 from patchloom.errors import UserError
 from patchloom.models.cards import DenoiserConfig, ModelCard
 from patchloom.models.normalisation import pixel_normalisation
+from patchloom.models.sampling_options import SamplingOptions
+from patchloom.pipelines.sample.options import parse_levels, parse_size
 from patchloom.pipelines.sample.seeds import SeedList, Seeds, choose_labels, listed_seeds, parse_seeds
 
 LARGEST = 2**63 - 1
@@ -50,6 +53,43 @@ def test_a_billion_seeds_are_one_range() -> None:
     rest = seeds.without(Seeds([0, 500], [250, 999_999_000]))
     assert list(rest.ranges()) == [(251, 499), (999_999_001, 999_999_999)]
     assert len(pickle.dumps(seeds)) < 1000
+
+
+@pytest.mark.parametrize("text", ["0-999999999999", f"0-{LARGEST}", "0-999999999,5000000000", f"5,0-{LARGEST},3-9"])
+def test_more_seeds_than_a_folder_can_have_are_refused(text: str) -> None:
+    with pytest.raises(UserError, match="1,000,000,000"):
+        parse_seeds(text)
+
+
+@pytest.mark.parametrize("seeds", [[-1], [2**63], [1.5], [1.0], ["1"], [None], np.array([1.5])], ids=repr)
+def test_what_is_no_seed_in_python_is_refused(seeds: Any) -> None:
+    with pytest.raises(UserError, match=r"^seeds: "):
+        listed_seeds(seeds)
+    assert list(listed_seeds(range(2, 5))) == list(listed_seeds(np.array([4, 3, 2]))) == [2, 3, 4]
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("steps", 100_001), ("churn", 1e5), ("churn", float("nan")), ("churn_noise", 101), ("guidance", 101.0),
+     ("guidance", -101.0), ("guidance", float("nan")), ("size", (10_000, 10_000))],
+)  # fmt: skip
+def test_options_have_bounds(name: str, value: Any) -> None:
+    with pytest.raises(ValueError, match=f"^{name}: "):
+        SamplingOptions(**{name: value})
+
+
+@pytest.mark.parametrize("text", ["²x2", "9" * 5000 + "x1", "1x", "0.5x2", "٣x٣"])
+def test_what_is_no_size_is_refused(text: str) -> None:
+    with pytest.raises(UserError, match="HxW"):
+        parse_size(text)
+    with pytest.raises(UserError, match="LOW-HIGH"):
+        parse_levels("²-5", "--guidance-between")
+
+
+def test_file_of_seeds_that_is_no_text_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "noise.txt").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(UserError, match="is not a seed"):
+        parse_seeds(str(tmp_path / "noise.txt"))
 
 
 def test_the_largest_seeds() -> None:

@@ -8,6 +8,7 @@ import json
 import math
 import os
 import tarfile
+import time
 import unicodedata
 import zipfile
 from collections.abc import Callable
@@ -139,6 +140,32 @@ def test_numbers_that_would_make_too_many_classes_are_refused(label: int, tmp_pa
     with pytest.raises(UserError, match=str(label)):
         open_source(str(photos), str(as_jsonl(tmp_path, [0, 1, label])))
     assert len(open_source(str(photos), str(as_jsonl(tmp_path, [3, 900]))).class_names) == 901
+
+
+@pytest.mark.parametrize("write", [as_csv, as_jsonl, as_parquet])
+@pytest.mark.parametrize("label", [50_000_000, 99_999_999_999, 2**62])
+def test_a_large_label_takes_neither_time_nor_memory(write: Any, label: int, tmp_path: Path) -> None:
+    photos = folder_of(tmp_path / "photos", KEYS)
+    started = time.monotonic()
+    with pytest.raises(UserError, match=str(label)):
+        open_source(str(photos), str(write(tmp_path, [0, label])))
+    np.savez(tmp_path / "a.npz", images=np.zeros((2, 4, 4, 3), np.uint8), labels=np.array([0, label]))
+    with pytest.raises(UserError, match=str(label)):
+        open_source(str(tmp_path / "a.npz"))
+    assert time.monotonic() - started < 10
+
+
+@pytest.mark.parametrize(
+    "label", [2**70, -(2**70), "x" * 5000, 1e300, [0] * 100_000, "²", "9" * 5000], ids=lambda x: "x"
+)
+def test_what_is_no_label_is_one_short_line(label: Any, tmp_path: Path) -> None:
+    photos = folder_of(tmp_path / "photos", KEYS)
+    if label == "²":  # a name
+        assert open_source(str(photos), str(as_jsonl(tmp_path, [label]))).class_names == ["²"]
+        return
+    with pytest.raises(UserError) as refused:
+        open_source(str(photos), str(as_jsonl(tmp_path, [label])))
+    assert len(str(refused.value)) < 500 and "\n" not in str(refused.value)
 
 
 def test_a_key_with_two_labels_is_refused(tmp_path: Path) -> None:
