@@ -95,6 +95,40 @@ class DenoiserConfig(Card):
             object.__setattr__(self, "coordinates", "linear" if self.coordinates else "none")
 
 
+# the smallest and largest value of each number of a network's configuration
+NETWORK_BOUNDS = {
+    "resolution": (1, 1 << 16),
+    "channels": (1, 1 << 12),
+    "classes": (0, 1 << 20),
+    "sigma_data": (1e-6, 1e6),
+    "width": (1, 1 << 14),
+    "width_multipliers": (1, 1 << 8),
+    "blocks": (0, 64),
+    "attention": (0, 1 << 16),
+    "dropout": (0, 1),
+    "filter_taps": (-1e3, 1e3),
+    "noise_width_multiplier": (1, 64),
+    "stem": (1, 1 << 14),
+    "augmentation": (0, 1 << 10),
+}
+MOST_LISTED = 64  # levels, layers of a stem, taps, ...
+
+
+def check_bounds(config: DenoiserConfig) -> None:
+    """Raise ValueError if a number of a configuration is beyond any network, or no number."""
+    options = {} if ":" in config.network else dict(config.network_options)
+    given = {name: getattr(config, name) for name in ("resolution", "channels", "classes", "sigma_data")} | options
+    for name, (low, high) in NETWORK_BOUNDS.items():
+        values = given.get(name, low)
+        listed = values if isinstance(values, (list, tuple)) else (values,)
+        if len(listed) > MOST_LISTED:
+            raise ValueError(f"{name} has {len(listed):,} values, and at most {MOST_LISTED} are read")
+        for value in listed:
+            is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+            if not is_number or not low <= value <= high:
+                raise ValueError(f"{name} is {str(value)[:80]}, and must be a number from {low:g} to {high:g}")
+
+
 @dataclass(frozen=True, kw_only=True)
 class AutoencoderCard(Card):
     """The autoencoder of a latent dataset or model.

@@ -13,11 +13,12 @@ from torch import Tensor
 
 from patchloom.errors import CheckpointError
 from patchloom.models.autoencoder import Autoencoder, load_autoencoder
-from patchloom.models.cards import CHECKPOINT_FORMAT, MODEL_FORMAT, CheckpointCard, ModelCard
-from patchloom.models.denoiser import Denoiser, build_denoiser, skeleton, to_channels_last
+from patchloom.models.cards import CHECKPOINT_FORMAT, MODEL_FORMAT, CheckpointCard, ModelCard, check_bounds
+from patchloom.models.denoiser import Denoiser, build_checked, skeleton, to_channels_last
 from patchloom.models.ema import PowerEMA, PowerProfile
 from patchloom.models.manifest import check_manifest, check_regular, sha256_of_file, write_manifest
 from patchloom.models.normalisation import Normalisation
+from patchloom.models.pickles import LOOKS_AT_BYTES, looks_like_pickle
 from patchloom.models.replay import ReplayedNetwork
 from patchloom.models.snapshots import load_edm_snapshot, read_edm_snapshot
 from patchloom.models.step import TrainingState
@@ -41,6 +42,7 @@ __all__ = [
     "save_average",
     "save_checkpoint",
     "save_model",
+    "stored_shapes",
     "verified_card",
     "write_checkpoint",
 ]
@@ -126,8 +128,10 @@ def read_card(folder: Path | str) -> ModelCard:
     if "weights_sha256" not in content:
         raise CheckpointError(f"{path} has no weights_sha256: fetch the model again")
     try:
-        return ModelCard.from_json(content)
-    except ValueError as error:
+        card = ModelCard.from_json(content)
+        check_bounds(card.denoiser)
+        return card
+    except (ValueError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path} is damaged ({error}): fetch the model again") from None
 
 
@@ -136,7 +140,7 @@ def _read_json(path: Path, newest_format: int) -> dict[str, Any]:
         raise CheckpointError(f"{path.parent} has no {path.name}: give a model folder or models:/NAME@ALIAS")
     try:
         content = json.loads(path.read_bytes())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is not JSON ({error}): fetch it again") from None
     if not isinstance(content, dict) or not isinstance(content.get("format_version"), int):
         raise CheckpointError(
@@ -162,22 +166,40 @@ def load_model(folder: Path | str) -> Denoiser:
     """
     folder = Path(folder)
     card = verified_card(folder)
+    weights = folder / "model.safetensors"
     try:
-        denoiser = build_denoiser(card.denoiser)
+        denoiser = build_checked(card.denoiser, stored_shapes(weights))
+        denoiser.load_state_dict(load_file(weights))
+    except CheckpointError:
+        raise
     except ValueError as error:
         raise CheckpointError(f"{folder}: {error}") from None
-    denoiser.load_state_dict(load_file(folder / "model.safetensors"))
+    except (RuntimeError, SafetensorError) as error:  # weights of a backbone, or a damaged file
+        raise CheckpointError(f"{folder}: {' '.join(str(error).split())[:500]}: fetch the model again") from None
     return denoiser.eval().requires_grad_(False)
+
+
+def stored_shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    """The shapes of the tensors in a safetensors file, by name, read from its header.
+
+    Raises:
+        CheckpointError: the header is damaged.
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 no dictionary
+    except (SafetensorError, OSError, ValueError) as error:
+        raise CheckpointError(f"{path} is not a complete safetensors file ({error}): fetch it again") from None
 
 
 def is_pickle(path: Path) -> bool:
     """Whether a file is a pickle, by its name or its first bytes. Loading a pickle can run any code."""
     if path.suffix.lower() in PICKLES:
         return True
+    if path.suffix == ".safetensors":  # starts with a length, which can look like a pickle
+        return False
     with path.open("rb") as file:
-        head = file.read(2)
-    # safetensors start with a length, which can look like a pickle
-    return path.suffix != ".safetensors" and len(head) == 2 and head[0] == 0x80 and 2 <= head[1] <= 5
+        return looks_like_pickle(file.read(LOOKS_AT_BYTES))
 
 
 def verified_card(folder: Path) -> ModelCard:

@@ -1,10 +1,12 @@
 """The denoiser: a network with the preconditioning of EDM (Table 1)."""
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor, nn
 
 from patchloom.models.backbones import build_backbone
-from patchloom.models.cards import DenoiserConfig
+from patchloom.models.cards import DenoiserConfig, check_bounds
 from patchloom.models.patches import COORDINATE_CHANNELS, coordinate_grid, encode_coordinates
 from patchloom.models.unet import UNETS, UNet
 
@@ -144,7 +146,11 @@ def _build_network(config: DenoiserConfig) -> nn.Module:
     if ":" in config.network:
         return build_backbone(config.network, options)
     if config.network in UNETS:
-        return UNETS[config.network](**options, patch_size=bool(config.patch_size))
+        try:
+            return UNETS[config.network](**options, patch_size=bool(config.patch_size))
+        except (TypeError, ArithmeticError, RuntimeError) as error:  # an unknown option, or one of another type
+            problem = " ".join(str(error).split())[:200]
+            raise ValueError(f"the network {config.network} cannot be built ({problem}): check its options") from None
     known = ", ".join(sorted(UNETS))
     raise ValueError(f"network {config.network!r} is unknown: choose one of {known}, or package.module:Class")
 
@@ -166,6 +172,30 @@ def skeleton(config: DenoiserConfig) -> Denoiser:
     """
     with torch.device("meta"):
         return build_denoiser(config)
+
+
+def build_checked(config: DenoiserConfig, shapes: Mapping[str, tuple[int, ...]]) -> Denoiser:
+    """Build the denoiser of a file from elsewhere, once it is known to need the memory of its weights and no more.
+
+    The numbers of the configuration are bounded first. Then the shapes of a skeleton are compared with those of the
+    weights. A backbone from a package that the user allows is built without this comparison.
+
+    Args:
+        config: the configuration.
+        shapes: the shapes of the stored weights, by name.
+
+    Raises:
+        ValueError: as `build_denoiser`, or a number is out of bounds, or the weights are those of another network.
+    """
+    check_bounds(config)
+    if ":" not in config.network:
+        expected = {name: tuple(tensor.shape) for name, tensor in skeleton(config).state_dict().items()}
+        for name in sorted(expected.keys() | shapes.keys()):
+            if expected.get(name) != shapes.get(name):
+                wanted, found = (f"the shape {list(known[name])}" if name in known else "nothing"
+                                 for known in (expected, shapes))  # fmt: skip
+                raise ValueError(f"the network needs {wanted} for {name[:100]}, and the file has {found}")
+    return build_denoiser(config)
 
 
 def halvings_of(config: DenoiserConfig) -> int:

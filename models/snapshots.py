@@ -7,23 +7,27 @@ source inside a snapshot is never compiled.
 
 import contextlib
 import io
+import math
+import mmap
 import pickle
 import pickletools
 import re
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
 import torch
 from torch import Tensor
 
 from patchloom.errors import CheckpointError
 from patchloom.models.cards import DenoiserConfig
-from patchloom.models.denoiser import Denoiser, build_denoiser
+from patchloom.models.denoiser import Denoiser, build_checked
 from patchloom.models.patches import COORDINATE_CHANNELS
+from patchloom.models.pickles import scan_pickle
 
 PRECONDITIONINGS = ("EDMPrecond", "Patch_EDMPrecond")
+MOST_DIMENSIONS, MOST_MODULES, MOST_DEPTH = 8, 20_000, 50  # of a tensor and of a network
 NUMBERS = {"f2", "f4", "f8", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "b1"}
 
 # EDM's names of constructor arguments, and ours.
@@ -85,8 +89,10 @@ class _Record(dict[str, Any]):
 
 def _read(path: Path) -> Any:
     try:
-        with path.open("rb") as file:
-            return _SnapshotUnpickler(file, path).load()
+        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+            scan_pickle(content)
+            content.seek(0)
+            return _SnapshotUnpickler(content, path).load()  # a map returns no more bytes than there are
     except CheckpointError:
         raise
     except OSError as error:
@@ -99,8 +105,8 @@ def _read(path: Path) -> Any:
 class _SnapshotUnpickler(pickle.Unpickler):
     """Reads a pickle with harmless replacements for the names that snapshots need, and refuses all other names."""
 
-    def __init__(self, file: BinaryIO, path: Path) -> None:
-        super().__init__(file)
+    def __init__(self, file: mmap.mmap, path: Path) -> None:
+        super().__init__(cast(BinaryIO, file))
         self.path = path
 
     def find_class(self, module: str, name: str) -> Any:
@@ -139,8 +145,18 @@ def _storage(path: Path, content: object) -> Any:
 def _tensor(path: Path, stored: Any, offset: int, size: Any, stride: Any, *_: object) -> Tensor:
     if not isinstance(stored, torch.storage.TypedStorage):
         raise _damaged(path, "a tensor has no storage")
+    numbers = (offset, *size, *stride)
+    if len(size) != len(stride) or len(size) > MOST_DIMENSIONS or not all(_is_size(number) for number in numbers):
+        raise _damaged(path, "the shape of a tensor is not valid")
+    values = stored._untyped_storage.nbytes() // stored.dtype.itemsize
+    if math.prod(size) > values:  # a stride of 0 repeats values
+        raise _damaged(path, f"a tensor of {math.prod(size):,} values has {values:,}")
     empty = torch.empty(0, dtype=stored.dtype)
     return empty.set_(stored._untyped_storage, offset, tuple(size), tuple(stride))
+
+
+def _is_size(number: object) -> bool:
+    return isinstance(number, int) and 0 <= number < 2**40
 
 
 def _parameter(path: Path, value: Any, *_: object) -> Tensor:
@@ -224,10 +240,13 @@ def _denoiser(ema: _Record, path: str | Path) -> tuple[Denoiser, DenoiserConfig]
         raise CheckpointError(f"{path} holds a network {found}: give one of {', '.join(SNAPSHOT_NETWORKS)}")
     arguments = dict(network.get("_init_kwargs") or {})
     try:
-        tensors = {name: value.float() for name, value in _tensors(ema).items()}
-        config = _config(network["class_name"], arguments, ema, tensors)
-        denoiser = build_denoiser(config)
-        denoiser.load_state_dict(tensors)
+        stored = _tensors(ema)
+        elements, most = sum(map(torch.numel, stored.values())), Path(path).stat().st_size
+        if elements > most:  # several tensors may share values, and each of ours has its own
+            raise ValueError(f"{elements:,} values in a file of {most:,} bytes")
+        config = _config(network["class_name"], arguments, ema, stored)
+        denoiser = build_checked(config, {name: tuple(value.shape) for name, value in stored.items()})
+        denoiser.load_state_dict({name: value.float() for name, value in stored.items()})
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())
         raise CheckpointError(
@@ -278,14 +297,21 @@ def _modules(record: _Record) -> dict[str, Any]:
     return modules if isinstance(modules, dict) else {}
 
 
-def _tensors(record: _Record, prefix: str = "") -> dict[str, Tensor]:
-    """Parameters and buffers by dotted name, as in a `state_dict`."""
+def _tensors(ema: _Record) -> dict[str, Tensor]:
+    """Parameters and buffers by dotted name, as in a `state_dict`; raises ValueError for what no network is like."""
     found: dict[str, Tensor] = {}
-    for kind in ("_parameters", "_buffers"):
-        for name, value in (record.get(kind) or {}).items():
-            if isinstance(value, Tensor):
-                found[f"{prefix}{name}"] = value
-    for name, module in _modules(record).items():
-        if isinstance(module, _Record):
-            found |= _tensors(module, f"{prefix}{name}.")
+    waiting, modules = [("", ema, 0)], 0
+    while waiting:
+        prefix, record, depth = waiting.pop()
+        modules += 1
+        if modules > MOST_MODULES or depth > MOST_DEPTH:  # modules may be in others several times, or in themselves
+            raise ValueError(f"more than {MOST_MODULES:,} modules, or more than {MOST_DEPTH} inside one another")
+        for kind in ("_parameters", "_buffers"):
+            values = record.get(kind)
+            for name, value in values.items() if isinstance(values, dict) else ():
+                if isinstance(value, Tensor):
+                    found[f"{prefix}{name}"] = value
+        for name, module in reversed(_modules(record).items()):
+            if isinstance(module, _Record):
+                waiting.append((f"{prefix}{str(name)[:200]}.", module, depth + 1))
     return found

@@ -305,7 +305,7 @@ def test_the_source_that_travels_along_is_not_run_and_no_foreign_module_is_neede
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"model_channels": 16}, "size mismatch"),
+        ({"model_channels": 16}, r"\[3, 16, 3, 3\]"),
         ({"channel_mult": [1, 2, 2]}, "4x4"),
         ({"augment_dim": 9}, "map_augment"),
         ({"in_channels": 4}, r"\b1 "),
