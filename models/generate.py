@@ -100,7 +100,12 @@ def image_size(model: SamplingModel, sampling: Sampling) -> tuple[int, int]:
 
 @torch.no_grad()
 def generate(
-    model: SamplingModel, seeds: list[int], labels: list[int], sampling: Sampling, centre: Tensor | None = None
+    model: SamplingModel,
+    seeds: list[int],
+    labels: list[int],
+    sampling: Sampling,
+    centre: Tensor | None = None,
+    check: Callable[[], None] | None = None,
 ) -> Tensor:
     """Generate one batch of images on the full grid of coordinates (Patch Diffusion, section 3.4).
 
@@ -113,6 +118,7 @@ def generate(
         labels: class number of each image, -1 for no class.
         sampling: the options.
         centre: (C, h, w) uint8, an image that is kept in the middle of a larger canvas.
+        check: called before each evaluation of the network; ends the sampling by an exception.
 
     Returns:
         (B, C, H, W) uint8.
@@ -122,7 +128,7 @@ def generate(
     """
     device = next(model.denoiser.parameters()).device
     with half_precision(device, sampling.precision):
-        return _generate(model, seeds, labels, sampling, centre, device)
+        return _generate(model, seeds, labels, sampling, centre, check, device)
 
 
 def _generate(
@@ -131,6 +137,7 @@ def _generate(
     labels: list[int],
     sampling: Sampling,
     centre: Tensor | None,
+    check: Callable[[], None] | None,
     device: torch.device,
 ) -> Tensor:
     denoiser = model.denoiser
@@ -151,10 +158,20 @@ def _generate(
         denoise = keep_centre(
             denoise, from_pixels(centre[None].to(device, non_blocking=True), model.normalisation, model.autoencoder)
         )
+    if check is not None:
+        denoise = _checked_before(denoise, check)
     x = sampling(denoise, lambda: noise().to(device, non_blocking=True))
     if sampling.precision != "fp32" and not x.isfinite().all():
         raise ValueError(f"precision: the samples are not finite in {sampling.precision}; use fp32")
     return to_pixels(x, model.normalisation, model.autoencoder)
+
+
+def _checked_before(denoise: Denoise, check: Callable[[], None]) -> Denoise:
+    def checked(x: Tensor, sigma: Tensor) -> Tensor:
+        check()
+        return denoise(x, sigma)
+
+    return checked
 
 
 def class_number(label: int | str | None, class_names: Sequence[str]) -> int:
@@ -202,6 +219,7 @@ def generate_padded(
     batch: int,
     sampling: Sampling,
     centre: Tensor | None = None,
+    check: Callable[[], None] | None = None,
 ) -> Tensor:
     """`generate` in batches of exactly `batch` images; the last one is padded.
 
@@ -214,6 +232,7 @@ def generate_padded(
         batch: images per batch.
         sampling: the options.
         centre: (C, h, w) uint8, an image that is kept in the middle of a larger canvas.
+        check: called before each evaluation of the network; ends the sampling by an exception.
 
     Returns:
         (N, C, H, W) uint8, one image per seed.
@@ -226,5 +245,5 @@ def generate_padded(
         batch_seeds, batch_labels = seeds[start : start + batch], labels[start : start + batch]
         count = len(batch_seeds)
         batch_seeds, batch_labels = (values + values[-1:] * (batch - count) for values in (batch_seeds, batch_labels))
-        images.append(generate(model, batch_seeds, batch_labels, sampling, centre)[:count])
+        images.append(generate(model, batch_seeds, batch_labels, sampling, centre, check)[:count])
     return torch.cat(images)

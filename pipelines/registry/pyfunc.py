@@ -11,8 +11,10 @@ from mlflow.types.schema import AnyType, ColSpec, DataType, ParamSchema, ParamSp
 
 from patchloom.errors import UserError
 from patchloom.models.cards import ModelCard
+from patchloom.models.generate import image_size
 from patchloom.pipelines.pages.pictures import png_bytes
 from patchloom.pipelines.sample.options import DEFAULT_BATCH, SampleOptions, sampler_parameters
+from patchloom.pipelines.sample.request_limits import RequestTooSlow, limits_of_environment
 from patchloom.pipelines.sample.sampler import load_model_for_sampling, sample_rows
 from patchloom.platform.tracking.registry import MODEL_FOLDER
 
@@ -63,6 +65,7 @@ class SamplerModel(PythonModel):
 
     def load_context(self, context: Any) -> None:
         """Verify the checksum of the model folder and build the model. Nothing is unpickled."""
+        self.limits = limits_of_environment()
         self.model = load_model_for_sampling(context.artifacts[MODEL_FOLDER])
 
     def predict(self, context: Any, model_input: pd.DataFrame, params: dict[str, Any] | None = None) -> pd.DataFrame:
@@ -77,15 +80,18 @@ class SamplerModel(PythonModel):
             Columns `seed`, `label` (class number) and `png` (base64).
 
         Raises:
-            MlflowException: an option does not fit the model, or a class is unknown (HTTP status 400).
+            MlflowException: an option does not fit the model or is beyond `RequestLimits`, a class is unknown, or the
+                request takes too long (HTTP status 400).
         """
         columns = model_input.to_dict("list")
         labels = [None if label is pd.NA or label is pd.NaT else label for label in columns.get("label", [])]
         try:
             options = SampleOptions(**{name: _value(name, value) for name, value in (params or {}).items()})
-            batch = options.batch or DEFAULT_BATCH
-            classes, images = sample_rows(self.model, columns["seed"], labels, options.sampling(), batch)
-        except (UserError, ValueError) as error:
+            batch, sampling = options.batch or DEFAULT_BATCH, options.sampling()
+            self.limits.check(len(model_input), sampling, batch, max(image_size(self.model, sampling)))
+            check = self.limits.deadline().check
+            classes, images = sample_rows(self.model, columns["seed"], labels, sampling, batch, check)
+        except (UserError, ValueError, RequestTooSlow) as error:
             raise MlflowException.invalid_parameter_value(str(error)) from None
         pngs = [base64.b64encode(png_bytes(image)).decode() for image in images]
         return pd.DataFrame({"seed": columns["seed"], "label": classes, "png": pngs})

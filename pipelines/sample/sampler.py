@@ -2,7 +2,7 @@
 
 import inspect
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
@@ -36,7 +36,12 @@ def load_for_sampling(folder: Path) -> SamplingModel:
 
 
 def sample_rows(
-    model: SamplingModel, seeds: Iterable[Any], labels: Iterable[Any] | None, sampling: Sampling, batch: int
+    model: SamplingModel,
+    seeds: Iterable[Any],
+    labels: Iterable[Any] | None,
+    sampling: Sampling,
+    batch: int,
+    check: Callable[[], None] | None = None,
 ) -> tuple[list[int], np.ndarray]:
     """Sample one image per seed with one thread of the CPU, which gives the bytes of `patchloom sample`.
 
@@ -46,6 +51,7 @@ def sample_rows(
         labels: one class per image, by name or number. None or NaN: the default class of the seed. -1: no class.
         sampling: the options of the sampler.
         batch: images per network batch.
+        check: called before each evaluation of the network; ends the sampling by an exception.
 
     Returns:
         The class number of every image, and the images as (N, C, H, W) uint8.
@@ -57,7 +63,7 @@ def sample_rows(
     for number, row in enumerate(rows):
         if row.error:
             raise ValueError(f"row {number}: {row.error}")
-    return [row.label for row in rows], sample_checked(model, rows, sampling, batch)
+    return [row.label for row in rows], sample_checked(model, rows, sampling, batch, check)
 
 
 @dataclass(frozen=True)
@@ -97,25 +103,36 @@ def whole_seed(value: Any) -> int:
     raise ValueError(f"seed {value} is not a whole number from 0 to 2^64 - 1")
 
 
-def sample_checked(model: SamplingModel, rows: list[CheckedRow], sampling: Sampling, batch: int) -> np.ndarray:
+def sample_checked(
+    model: SamplingModel,
+    rows: list[CheckedRow],
+    sampling: Sampling,
+    batch: int,
+    check: Callable[[], None] | None = None,
+) -> np.ndarray:
     """Sample one image per row; (N, C, H, W) uint8, black for a row with an error."""
     check_fit(sampling, model.card)
     if batch < 1:
         raise ValueError(f"batch: {batch} is less than 1")
     good = [number for number, row in enumerate(rows) if not row.error]
     seeds, classes = [rows[number].seed for number in good], [rows[number].label for number in good]
-    sampled = sample_classes(model, seeds, classes, sampling, batch)
+    sampled = sample_classes(model, seeds, classes, sampling, batch, check)
     images = np.zeros((len(rows), *sampled.shape[1:]), np.uint8)
     images[good] = sampled
     return images
 
 
 def sample_classes(
-    model: SamplingModel, seeds: list[int], classes: list[int], sampling: Sampling, batch: int
+    model: SamplingModel,
+    seeds: list[int],
+    classes: list[int],
+    sampling: Sampling,
+    batch: int,
+    check: Callable[[], None] | None = None,
 ) -> np.ndarray:
     """Sample one image per seed and class number, as `sample_rows` does; (N, C, H, W) uint8."""
     with _one_at_a_time, fixed_arithmetic():
-        return generate_padded(model, seeds, classes, batch, sampling).cpu().numpy()
+        return generate_padded(model, seeds, classes, batch, sampling, check=check).cpu().numpy()
 
 
 def class_numbers(seeds: list[int], labels: Iterable[Any] | None, card: ModelCard) -> list[int]:

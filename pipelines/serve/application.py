@@ -17,6 +17,7 @@ from patchloom.models.backbones import allow_backbones
 from patchloom.models.generate import Sampling
 from patchloom.pipelines.pages.pictures import png_bytes
 from patchloom.pipelines.sample.options import DEFAULT_BATCH
+from patchloom.pipelines.sample.request_limits import Deadline, RequestTooSlow
 from patchloom.pipelines.sample.sampler import load_for_sampling, sample_classes
 from patchloom.pipelines.serve.requests import CheckedRequest, RefusedRequest, ServerLimits, checked_request
 from patchloom.platform.tracking.registry import fetch_model, resolved_reference
@@ -53,7 +54,8 @@ class ServeArguments(ServerLimits):
 
     def limits(self) -> ServerLimits:
         """The bounds of a request."""
-        return ServerLimits(**{name: getattr(self, name) for name in ServerLimits.model_fields})
+        given = {name: getattr(self, name) for name in ServerLimits.model_fields}
+        return ServerLimits(**given | {"max_batch": max(self.max_batch, self.batch)})
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,7 @@ class _Waiting:
     """A request that waits for a batch, and when it is given up."""
 
     request: CheckedRequest
-    gives_up_s: float
+    deadline: Deadline
 
 
 @dataclass(frozen=True)
@@ -123,13 +125,17 @@ class ModelServer:
         })  # fmt: skip
 
     async def _answer_sample(self, request: Request) -> Response:
-        wanted = checked_request(await _body(request, self.limits.max_body_bytes), self.model.card, self.limits)
-        timeout = self.limits.request_timeout_s
+        limits, timeout = self.limits, self.limits.request_timeout_s
+        body = await _body(request, limits.max_body_bytes)
+        wanted = checked_request(body, self.model.card, limits, self.arguments.batch)
         try:
             async with asyncio.timeout(timeout):
-                answer: _Answer = await self._sample(_Waiting(wanted, time.monotonic() + timeout))
+                answer: _Answer | None = await self._sample(_Waiting(wanted, limits.deadline()))
+            if answer is None:
+                raise TimeoutError
         except TimeoutError:
-            raise RefusedRequest(503, f"no image within {timeout:g} seconds: try again later") from None
+            problem = f"no image within {timeout:g} seconds (request_timeout_s): ask for less, or try again later"
+            raise RefusedRequest(503, problem) from None
         headers = {BATCH_IMAGES_HEADER: str(answer.batch_images)}
         pngs = [png_bytes(image) for image in answer.images]
         if wanted.format == "png":
@@ -147,13 +153,17 @@ class ModelServer:
 
     def _sample_all(self, waiting: list[_Waiting]) -> list[_Answer | None]:
         answers: dict[int, _Answer] = {}
-        alive = [number for number, one in enumerate(waiting) if one.gives_up_s > time.monotonic()]
+        alive = [number for number, one in enumerate(waiting) if one.deadline.at_s > time.monotonic()]
         for sampling in dict.fromkeys(waiting[number].request.sampling for number in alive):
             group = [number for number in alive if waiting[number].request.sampling == sampling]
             requests = [waiting[number].request for number in group]
             seeds = [seed for request in requests for seed in request.seeds]
             classes = [label for request in requests for label in request.classes]
-            images = sample_classes(self.model, seeds, classes, sampling, self.arguments.batch)
+            last = max((waiting[number].deadline for number in group), key=lambda deadline: deadline.at_s)
+            try:
+                images = sample_classes(self.model, seeds, classes, sampling, self.arguments.batch, last.check)
+            except RequestTooSlow:
+                continue
             ends = np.cumsum([len(request.seeds) for request in requests])
             for number, part in zip(group, np.split(images, ends[:-1]), strict=True):
                 answers[number] = _Answer(part, len(seeds))

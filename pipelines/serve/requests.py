@@ -5,17 +5,18 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StrictInt, ValidationError
 
+from patchloom.errors import UserError
 from patchloom.models.cards import ModelCard
 from patchloom.models.generate import Sampling, check_fit
+from patchloom.pipelines.sample.request_limits import RequestLimits
 from patchloom.pipelines.sample.sampler import class_numbers
 
 LARGEST_SEED = 2**64 - 1
+LONGEST_ANSWER = 500  # characters of a refusal, which may repeat what the request had
 
 
-class ServerLimits(BaseModel):
+class ServerLimits(RequestLimits):
     """The bounds of a server. A request beyond them is refused."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     max_images: int = Field(16, ge=1, description="images per request")
     max_side: int = Field(512, ge=1, description="pixels on each side of an image")
@@ -69,13 +70,14 @@ class CheckedRequest:
     format: Literal["json", "png"]
 
 
-def checked_request(body: bytes, card: ModelCard, limits: ServerLimits) -> CheckedRequest:
+def checked_request(body: bytes, card: ModelCard, limits: ServerLimits, batch: int) -> CheckedRequest:
     """Read a request.
 
     Args:
         body: JSON with the fields of `SampleRequest`.
         card: the model of the server.
         limits: the bounds of the server.
+        batch: images per network batch.
 
     Raises:
         RefusedRequest: the body is not JSON (400), or a value is wrong, beyond a limit or not one of the model (422).
@@ -86,11 +88,13 @@ def checked_request(body: bytes, card: ModelCard, limits: ServerLimits) -> Check
         raise _refusal(error) from None
     try:
         sampling = request.sampling()
-        _check_limits(request, limits)
+        _check_counts(request)
+        side = card.denoiser.resolution * (card.autoencoder.downscale if card.autoencoder else 1)
+        limits.check(len(request.seeds), sampling, batch, side)
         check_fit(sampling, card)
         classes = class_numbers(request.seeds, request.labels, card)
-    except ValueError as error:
-        raise RefusedRequest(422, " ".join(str(error).split())) from None
+    except (ValueError, UserError) as error:
+        raise RefusedRequest(422, " ".join(str(error).split())[:LONGEST_ANSWER]) from None
     return CheckedRequest(seeds=request.seeds, classes=classes, sampling=sampling, format=request.format)
 
 
@@ -102,15 +106,9 @@ def _refusal(error: ValidationError) -> RefusedRequest:
     return RefusedRequest(422, f"{place[:80]}: {first['msg']}")
 
 
-def _check_limits(request: SampleRequest, limits: ServerLimits) -> None:
+def _check_counts(request: SampleRequest) -> None:
     count = len(request.seeds)
-    if count > limits.max_images:
-        raise ValueError(f"seeds: {count} images are more than {limits.max_images} per request")
     if request.labels is not None and len(request.labels) != count:
         raise ValueError(f"labels: {len(request.labels)} labels do not match {count} seeds")
-    if request.steps > limits.max_steps:
-        raise ValueError(f"steps: {request.steps} are more than {limits.max_steps}")
-    if request.size and max(request.size) > limits.max_side:
-        raise ValueError(f"size: {request.size[0]}x{request.size[1]} is larger than {limits.max_side} pixels")
     if request.format == "png" and count != 1:
         raise ValueError(f"format: png has one image, and {count} seeds were given; use json")

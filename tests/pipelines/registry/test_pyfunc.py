@@ -118,6 +118,31 @@ def test_registered_version_has_no_pickle(champion: str, mlflow_store: Path) -> 
     assert not [path for path in files if path.read_bytes()[:2] == b"\x80\x04"]
 
 
+@pytest.mark.parametrize(
+    ("rows", "params", "named"),
+    [
+        (1, {"steps": 100_000}, "max_steps"),
+        (1, {"batch": 1_000_000}, "max_batch"),
+        (1001, {"steps": 1}, "max_images"),
+        (1, {"size": [100_000, 100_000]}, "size"),
+        (1, {"size": [4096, 16]}, "max_side"),
+        (1, {"guidance": 1e9}, "guidance"),
+    ],
+)
+def test_request_beyond_a_bound_is_a_bad_request(rows: int, params: dict[str, Any], named: str, loaded: Any) -> None:
+    with pytest.raises(MlflowException, match=named) as refused:
+        loaded.predict(pd.DataFrame({"seed": list(range(rows))}), params=params)
+    assert refused.value.get_http_status_code() == 400
+
+
+def test_request_that_takes_too_long_is_given_up(champion: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATCHLOOM_REQUEST_TIMEOUT_S", "0.5")
+    connect()
+    model = mlflow.pyfunc.load_model(champion)
+    with pytest.raises(MlflowException, match="request_timeout_s"):
+        model.predict(pd.DataFrame({"seed": list(range(500))}), params={"steps": 500})
+
+
 def test_version_loads_with_its_own_wheel_and_without_pickle(champion: str, tmp_path: Path) -> None:
     version = fetch_model(champion).folder.parents[1]
     requirements = (version / "requirements.txt").read_text().split()

@@ -19,6 +19,17 @@ LIMITS = ServerLimits(max_images=4, max_side=32, max_steps=20)
         ({}, 422, "seeds"),
         ({"seeds": []}, 422, "seeds"),
         ({"seeds": [-1]}, 422, "seeds.0"),
+        ({"seeds": [1.5]}, 422, "seeds.0"),
+        ({"seeds": [1.0]}, 422, "seeds.0"),
+        ({"seeds": [1], "guidance": 31}, 422, "max_guidance"),
+        ({"seeds": [1], "guidance": -31}, 422, "max_guidance"),
+        ({"seeds": [1], "churn": 1e300}, 422, "churn"),
+        ({"seeds": [1], "steps": 100_000}, 422, "max_steps"),
+        ({"seeds": [1], "size": [10**9, 10**9]}, 422, "size"),
+        ({"seeds": [1], "labels": ["x" * 60_000]}, 422, "label"),
+        ("[" * 60_000, 400, "JSON"),
+        ('{"seeds": [' + "9" * 5000 + "]}", 400, "JSON"),
+        (b"\xff\xfe", 400, "JSON"),
         ({"seeds": [2**64]}, 422, "seeds.0"),
         ({"seeds": ["1"]}, 422, "seeds.0"),
         ({"seeds": [1, 2, 3, 4, 5]}, 422, "5 images"),
@@ -40,16 +51,17 @@ LIMITS = ServerLimits(max_images=4, max_side=32, max_steps=20)
     ],
 )
 def test_wrong_request_is_refused(body: object, status: int, named: str, trained: Path) -> None:
-    content = body if isinstance(body, str) else json.dumps(body)
+    content = body if isinstance(body, str | bytes) else json.dumps(body)
+    content = content.decode("latin1") if isinstance(content, bytes) else content
     with pytest.raises(RefusedRequest) as refused:
-        checked_request(content.encode(), read_card(trained / "model"), LIMITS)
+        checked_request(content.encode("latin1"), read_card(trained / "model"), LIMITS, 8)
     assert refused.value.status == status and named in refused.value.message and "\n" not in refused.value.message
 
 
 def test_request_has_class_numbers_and_options(trained: Path) -> None:
     body = {"seeds": [0, 3, 2**64 - 1], "labels": ["coffee", None, 0], "steps": 4, "guidance": 1.5, "size": [32, 16],
             "precision": "bf16"}  # fmt: skip
-    found = checked_request(json.dumps(body).encode(), read_card(trained / "model"), LIMITS)
+    found = checked_request(json.dumps(body).encode(), read_card(trained / "model"), LIMITS, 8)
     assert found.classes == [1, 1, 0] and found.seeds == [0, 3, 2**64 - 1]
     assert found.sampling.steps == 4 and found.sampling.guidance == 1.5 and found.sampling.size == (32, 16)
     assert found.sampling.precision == "bf16"
