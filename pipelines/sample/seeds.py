@@ -20,7 +20,7 @@ from patchloom.platform.files.storage import existing_file, whole_number
 SEED_COLUMNS = ("seed", "key")
 SEEDS_IN_ERROR = 5
 MOST_SEED = 2**63 - 1
-MOST_SEEDS = 1_000_000_000  # in a folder
+MOST_FOLDER_SEEDS = 1_000_000_000  # in a folder
 
 
 class Seeds:
@@ -164,22 +164,22 @@ def parse_seeds(text: str) -> Seeds:
 
 def _bounded_seeds(firsts: Sequence[int], lasts: Sequence[int], where: str) -> Seeds:
     widest = max(last - first for first, last in zip(firsts, lasts, strict=True))  # before sums of 64 bits overflow
-    seeds = Seeds(firsts, lasts) if widest < MOST_SEEDS and len(firsts) < MOST_SEEDS else None
-    if seeds is None or len(seeds) > MOST_SEEDS:
-        raise UserError(f"{where}: these are more than {MOST_SEEDS:,} seeds; sample them in several folders")
+    seeds = Seeds(firsts, lasts) if widest < MOST_FOLDER_SEEDS and len(firsts) < MOST_FOLDER_SEEDS else None
+    if seeds is None or len(seeds) > MOST_FOLDER_SEEDS:
+        raise UserError(f"{where}: these are more than {MOST_FOLDER_SEEDS:,} seeds; sample them in several folders")
     return seeds
 
 
 def listed_seeds(seeds: Iterable[int]) -> Seeds:
     """Seeds that a program gives; raises UserError for what is not a whole number, negative or too large."""
     try:
-        found = np.fromiter(map(operator.index, itertools.islice(seeds, MOST_SEEDS + 1)), np.int64)
+        found = np.fromiter(map(operator.index, itertools.islice(seeds, MOST_FOLDER_SEEDS + 1)), np.int64)
     except OverflowError:
         raise UserError("seeds: a number is too large; seeds are below 2^63") from None
     except TypeError as error:  # 1.5 is not seed 1
         raise UserError(f"seeds: one is not a whole number ({error})") from None
-    if len(found) > MOST_SEEDS:
-        raise UserError(f"seeds: these are more than {MOST_SEEDS:,} seeds; sample them in several folders")
+    if len(found) > MOST_FOLDER_SEEDS:
+        raise UserError(f"seeds: these are more than {MOST_FOLDER_SEEDS:,} seeds; sample them in several folders")
     if len(found) and found.min() < 0:
         raise UserError(f"seeds: {found.min()} is negative; seeds are numbers from 0")
     return Seeds(found, found)
