@@ -7,6 +7,7 @@ import itertools
 import operator
 import os
 import tempfile
+import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
