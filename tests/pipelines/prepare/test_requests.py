@@ -3,13 +3,16 @@
 import re
 import time
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import shard_hashes
+from faulty_proxy import FaultyProxy
+from helpers import environment, shard_hashes
 from sources_on_disk import png, write_tar, write_zip
 
+from patchloom.errors import UserError
 from patchloom.pipelines.prepare import prepare
 from patchloom.pipelines.prepare.preparing import PrepareJob
 from patchloom.platform.files.folder import Folder
@@ -89,6 +92,27 @@ def test_images_of_a_remote_archive_come_with_one_request_per_shard(
     assert found.total() + requests_since(s3_log, start).total() <= 4 * SHARDS + 50  # those for the whole
     prepare(f"{tmp_path}/source{name}", str(tmp_path / "here"), resolution=8, shard_rows=ROWS, workers=0)
     assert target.read("dataset.json") == (tmp_path / "here" / "dataset.json").read_bytes()
+
+
+@pytest.mark.slow
+def test_no_image_is_skipped_when_the_store_fails(
+    s3: str, s3_environment: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    image = png(np.zeros((8, 8, 3), np.uint8))
+    write_tar(tmp_path / "images.tar", [(f"{number}.png", image) for number in range(20)])
+    Folder.at(f"{s3}/sources/{tmp_path.name}").put(tmp_path / "images.tar", "images.tar")
+    with FaultyProxy(s3_environment) as proxy, environment(PATCHLOOM_STORE_WAIT_S="0.1"):
+        server = proxy.address.removeprefix("http://")
+        source = f"{s3}/sources/{tmp_path.name}/images.tar?scheme=http&endpoint_override={server}"
+        make = partial(prepare, source, str(tmp_path / "data"), resolution=8, shard_rows=5, workers=0)
+        with monkeypatch.context() as patch:  # the store fails after the images were listed
+            start = PrepareJob.start
+            patch.setattr(PrepareJob, "start", lambda job: (start(job), proxy.set("503"))[0])
+            with pytest.raises(UserError, match="cannot be reached"):
+                make()
+        proxy.set("ok")
+        dataset = make()
+    assert len(dataset) == 20 and dataset.card.skipped.count == 0
 
 
 def test_the_call_after_an_interruption_reads_the_notes_of_the_first(
