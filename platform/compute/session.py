@@ -3,11 +3,13 @@
 import contextlib
 import logging
 import os
+import subprocess
 import sys
 import warnings
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from patchloom.errors import UserError
 from patchloom.platform.compute.answering import check_ray_address
@@ -152,7 +154,7 @@ def _start_ray(local_cpus: int | None, object_store_gib: float) -> None:
             object_store_memory=round(object_store_gib * 2**30),
             include_dashboard=True,  # Ray Tune uses its State API when it cleans up
         )
-    with warnings.catch_warnings(), _silent_stderr(), kept_sigterm_handler():
+    with warnings.catch_warnings(), _silent_stderr(), kept_sigterm_handler(), _in_own_process_groups():
         warnings.simplefilter("ignore")
         try:
             start()
@@ -165,6 +167,25 @@ def _start_ray(local_cpus: int | None, object_store_gib: float) -> None:
             ) from None
     protect_token()
     _quiet_loggers()
+
+
+@contextlib.contextmanager
+def _in_own_process_groups() -> Iterator[None]:
+    """Start processes outside of the group of this one during the block.
+
+    A batch scheduler sends SIGTERM to the whole group. Ray's processes would end at once, and with them the workers,
+    which have a checkpoint to write first.
+    """
+    init = subprocess.Popen.__init__
+
+    def init_in_group(self: Any, *arguments: Any, **options: Any) -> None:
+        init(self, *arguments, **{"process_group": 0} | options)
+
+    subprocess.Popen.__init__ = init_in_group  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        subprocess.Popen.__init__ = init  # type: ignore[method-assign]
 
 
 def protect_token() -> None:

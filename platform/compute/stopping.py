@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from types import FrameType
 from typing import Any, TypeVar
 
-from patchloom.errors import Stopped, Terminated
+from patchloom.errors import Error, Stopped, Terminated
 from patchloom.platform.files.folder import Folder
 from patchloom.platform.progress import say
 
@@ -57,20 +57,21 @@ class _Stop:
         """Handle SIGTERM: the first one asks the workers, the second one ends the process."""
         self.signals += 1
         if self.signals > 1:
-            raise Terminated(f"a second SIGTERM arrived: {self._newest()}")
+            raise Terminated(f"a second SIGTERM arrived: {self.newest()}")
 
     def check(self) -> None:
         """Ask the workers to stop if that is due. Raises Terminated if they do not train or do not answer."""
         if self.asked_at is None and (self.signals or _is_past(self.control.stop_at)):
             if not self.control.has_begun():
-                raise Terminated(f"no worker was training: {self._newest()}")
+                raise Terminated(f"no worker was training: {self.newest()}")
             self.asked_at = time.monotonic()
             say("  stopping: the workers write a checkpoint ...")
             self.control.ask()
         if self.asked_at is not None and time.monotonic() > self.asked_at + STOPPING_WAIT_S:
-            raise Terminated(f"the workers did not stop within {STOPPING_WAIT_S:.0f} s: {self._newest()}")
+            raise Terminated(f"the workers did not stop within {STOPPING_WAIT_S:.0f} s: {self.newest()}")
 
-    def _newest(self) -> str:
+    def newest(self) -> str:
+        """How to continue, and from which step."""
         step = self.control.newest_step()
         return f"the newest checkpoint is of step {step:,}; {CONTINUE_RUN}" if step else CONTINUE_RUN
 
@@ -106,6 +107,13 @@ def call_until_stopped(work: Callable[[], Answer], control: RunControl | None) -
                     stop.check()
     except Terminated as error:
         raise Stopped(str(error)) from None
+    if (
+        stop
+        and stop.signals
+        and isinstance(future.exception(), Exception)
+        and not isinstance(future.exception(), Error)
+    ):
+        raise Stopped(f"the workers ended before they could write a checkpoint: {stop.newest()}")
     return future.result()
 
 

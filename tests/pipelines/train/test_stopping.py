@@ -61,6 +61,38 @@ def test_second_sigterm_ends_a_run_whose_workers_hang(pixels: Path, tmp_path: Pa
     assert "step" in output.splitlines()[-1] and "--resume" in output.splitlines()[-1]
 
 
+@pytest.mark.ray
+@pytest.mark.slow
+def test_sigterm_to_the_process_group_leaves_a_checkpoint(pixels: Path, tmp_path: Path) -> None:
+    process = start_endless(pixels, tmp_path, "--workers", "2")
+    wait_until(lambda: newest_checkpoint(tmp_path / "run"), process)
+    before = newest_checkpoint(tmp_path / "run")
+    time.sleep(1)
+    began = time.monotonic()
+    os.killpg(process.pid, signal.SIGTERM)  # as batch schedulers do
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == TERMINATED, output
+    assert time.monotonic() - began < 60
+    newest = newest_checkpoint(tmp_path / "run")
+    assert newest is not None and before is not None and newest >= before
+    assert f"step {read_json(newest / 'checkpoint.json')['step']:,}" in output.splitlines()[-1], output
+    assert "Traceback" not in output
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_sigterm_after_the_workers_were_killed_ends_in_one_line(pixels: Path, tmp_path: Path) -> None:
+    process = start_endless(pixels, tmp_path, "--workers", "2")
+    wait_until(lambda: newest_checkpoint(tmp_path / "run"), process)
+    for child in psutil.Process(process.pid).children(recursive=True):
+        if is_train_worker(child):
+            child.kill()
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == TERMINATED, output
+    assert "--resume" in output.splitlines()[-1] and "Traceback" not in output
+
+
 def is_train_worker(process: psutil.Process) -> bool:
     try:
         return "RayTrainWorker" in process.cmdline()[0]
