@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from abc import ABC, abstractmethod
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +18,8 @@ from torch import Tensor
 from patchloom.errors import CheckpointError
 from patchloom.models.backbones import import_allowed
 from patchloom.models.cards import AutoencoderCard
-from patchloom.models.manifest import check_manifest, write_manifest
+from patchloom.models.manifest import MANIFEST_FILE, check_manifest, check_regular, write_manifest
+from patchloom.models.pickles import is_pickle
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL
@@ -202,6 +204,30 @@ def save_autoencoder(network: AutoencoderKL, folder: Path) -> str:
     (folder / CARD_FILE).write_text(json.dumps(card, indent=2) + "\n")
     write_manifest(folder)
     return sha256
+
+
+def copy_autoencoder(folder: Path, target: Path) -> None:
+    """Copy the files of an autoencoder into a new folder."""
+    for name in autoencoder_files(folder):
+        (target / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(folder / name, target / name)
+
+
+def autoencoder_files(folder: Path) -> list[str]:
+    """The names of the files that an autoencoder is loaded from; only these are copied.
+
+    Of a folder in the format of diffusers that is its configuration, its card and its weights, which can be links into
+    a cache. Your own class may read any file in its folder, but none by a link out of it.
+
+    Raises:
+        CheckpointError: the folder of your own class has such a link.
+    """
+    if ":" in str(_json_of(folder / CARD_FILE).get("class")):
+        check_regular(folder)
+        names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+        return [name for name in names if not is_pickle(folder / name)]
+    names = [CONFIG, CARD_FILE, MANIFEST_FILE, *sorted(path.name for path in folder.glob("*.safetensors"))]
+    return [name for name in names if (folder / name).is_file()]
 
 
 def weights_sha256(folder: Path) -> str:

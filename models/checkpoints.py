@@ -18,7 +18,7 @@ from patchloom.models.denoiser import Denoiser, build_checked, skeleton, to_chan
 from patchloom.models.ema import PowerEMA, PowerProfile
 from patchloom.models.manifest import check_manifest, check_regular, sha256_of_file, write_manifest
 from patchloom.models.normalisation import Normalisation
-from patchloom.models.pickles import LOOKS_AT_BYTES, looks_like_pickle
+from patchloom.models.pickles import is_pickle
 from patchloom.models.replay import ReplayedNetwork
 from patchloom.models.snapshots import load_edm_snapshot, read_edm_snapshot
 from patchloom.models.step import TrainingState
@@ -48,7 +48,6 @@ __all__ = [
 ]
 
 AVERAGE_FORMAT = 1
-PICKLES = (".pkl", ".pickle", ".pt", ".pth", ".bin", ".ckpt")  # usual extensions of pickles
 
 
 @dataclass(frozen=True)
@@ -190,16 +189,6 @@ def stored_shapes(path: Path) -> dict[str, tuple[int, ...]]:
             return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 no dictionary
     except (SafetensorError, OSError, ValueError) as error:
         raise CheckpointError(f"{path} is not a complete safetensors file ({error}): fetch it again") from None
-
-
-def is_pickle(path: Path) -> bool:
-    """Whether a file is a pickle, by its name or its first bytes. Loading a pickle can run any code."""
-    if path.suffix.lower() in PICKLES:
-        return True
-    if path.suffix == ".safetensors":  # starts with a length, which can look like a pickle
-        return False
-    with path.open("rb") as file:
-        return looks_like_pickle(file.read(LOOKS_AT_BYTES))
 
 
 def verified_card(folder: Path) -> ModelCard:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -51,15 +52,26 @@ class Normalisation:
         """Read the entry `space` of `model.json`.
 
         Raises:
-            ValueError: a key is missing.
+            ValueError: a key is missing, or a number is not finite or a scale is 0.
         """
         if not isinstance(content, Mapping) or not {"kind", "mean", "scale"} <= content.keys():
             raise ValueError("a normalisation has the keys kind, mean and scale")
-        return cls(content["kind"], tuple(content["mean"]), tuple(content["scale"]))
+        mean, scale = (_numbers(content[key], key) for key in ("mean", "scale"))
+        if content["kind"] not in ("pixels", "latents") or len(mean) != len(scale) or not all(scale):
+            raise ValueError("a normalisation is of pixels or latents, with one mean and one scale (not 0) per channel")
+        return cls(content["kind"], mean, scale)
 
     def to_json(self) -> dict[str, Any]:
         """The entry `space` of `model.json`."""
         return {"kind": self.kind, "mean": list(self.mean), "scale": list(self.scale)}
+
+
+def _numbers(values: object, key: str) -> tuple[float, ...]:
+    if not isinstance(values, list | tuple) or not all(
+        isinstance(value, int | float) and math.isfinite(value) for value in values
+    ):
+        raise ValueError(f"{key} of the normalisation is {str(values)[:80]}, and must be a list of finite numbers")
+    return tuple(values)
 
 
 def spread_of(mean: float, std: float) -> float:

@@ -6,8 +6,10 @@ forever. `scan_pickle` runs the machine on sizes instead of values.
 
 import io
 import pickletools
+from pathlib import Path
 from typing import IO, Any
 
+PICKLES = (".pkl", ".pickle", ".pt", ".pth", ".bin", ".ckpt")  # usual extensions of pickles
 MOST_OPCODES = 2_000_000
 MOST_NESTED_VALUES = 1_000_000  # in one tuple, counted as often as they are in it
 LOOKS_AT_BYTES = 1 << 20  # to find out whether a file is a pickle
@@ -112,3 +114,13 @@ def looks_like_pickle(content: bytes) -> bool:
     except Exception:  # of what is no pickle, and of one that goes on after these bytes
         return len(content) >= LOOKS_AT_BYTES and position > len(content) // 2
     return False
+
+
+def is_pickle(path: Path) -> bool:
+    """Whether a file is a pickle, by its name or its first bytes. Loading a pickle can run any code."""
+    if path.suffix.lower() in PICKLES:
+        return True
+    if path.suffix == ".safetensors":  # starts with a length, which can look like a pickle
+        return False
+    with path.open("rb") as file:
+        return looks_like_pickle(file.read(LOOKS_AT_BYTES))

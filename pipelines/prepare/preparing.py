@@ -11,8 +11,8 @@ from collections.abc import Iterator
 from typing import Any, ClassVar
 
 from patchloom.errors import UserError
+from patchloom.models.autoencoder import autoencoder_files
 from patchloom.models.backbones import allowed_backbones
-from patchloom.models.checkpoints import is_pickle
 from patchloom.pipelines.prepare.images import Transform
 from patchloom.pipelines.prepare.notes import ShardNotes, dataset_card, gather, note_name
 from patchloom.pipelines.prepare.planning import (
@@ -162,8 +162,8 @@ class PrepareJob(Job[PlannedShard, str]):
         if encoder is None:
             return
         written = self.folder.folder("autoencoder").files()
-        for name, size in Folder(str(encoder)).files().items():
-            if written.get(name) != size and not is_pickle(encoder / name):
+        for name in autoencoder_files(encoder):
+            if written.get(name) != (encoder / name).stat().st_size:
                 self.folder.put(encoder / name, f"autoencoder/{name}")
 
     def missing(self) -> list[PlannedShard]:
@@ -216,7 +216,7 @@ class PrepareJob(Job[PlannedShard, str]):
         """Remove what was written; raises UserError with the most common reasons."""
         remove_work(self.folder)  # there is no shard
         if self.preparation.encoder is not None:
-            for name in Folder(str(self.preparation.encoder)).files():
+            for name in autoencoder_files(self.preparation.encoder):
                 self.folder.remove(f"autoencoder/{name}")
         found = "; ".join(f"{count} x {reason}" for reason, count in reasons.most_common(2))
         raise UserError(

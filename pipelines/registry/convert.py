@@ -10,9 +10,9 @@ from safetensors.torch import load_file
 
 from patchloom import __version__
 from patchloom.errors import UserError
+from patchloom.models.autoencoder import copy_autoencoder
 from patchloom.models.cards import AutoencoderCard, AverageCard, ImportCard, ModelCard
 from patchloom.models.checkpoints import (
-    is_pickle,
     load_model,
     read_card,
     read_edm_snapshot,
@@ -73,7 +73,7 @@ def import_model(snapshot: str, out: str, autoencoder: str | None = None) -> Pat
         )
     with _written(folder) as partial:
         if encoder is not None:
-            shutil.copytree(encoder, partial / "autoencoder", ignore=_pickles)
+            copy_autoencoder(encoder, partial / "autoencoder")
         model_card = ModelCard(
             name=path.stem,
             denoiser=config,
@@ -160,25 +160,14 @@ def average_model(run: str, out: str, sigma_rel: float) -> Path:
     # not strict: the snapshots have parameters only, and the model has the newest buffers
     denoiser.load_state_dict(combine((load_file(file) for file in files), shares), strict=False)
     with _written(folder) as partial:
-        for name in ("recipe.yaml", "autoencoder"):
-            _copy_if_present(source / "model" / name, partial / name)
+        if (source / "model" / "recipe.yaml").is_file():
+            shutil.copyfile(source / "model" / "recipe.yaml", partial / "recipe.yaml")
+        if (source / "model" / "autoencoder").is_dir():
+            copy_autoencoder(source / "model" / "autoencoder", partial / "autoencoder")
         average = AverageCard(sigma_rel=sigma_rel, snapshots=len(files))
         save_model(partial, denoiser, replace(card, average=average))
     say(f"  average of width {sigma_rel:g}, from {len(files)} snapshots -> {folder}")
     return _place_of(folder)
-
-
-def _pickles(folder: str, names: list[str]) -> list[str]:
-    """The pickles among the files of a diffusers folder; they are not copied."""
-    paths = [Path(folder) / name for name in names]
-    return [path.name for path in paths if path.is_file() and is_pickle(path)]
-
-
-def _copy_if_present(source: Path, target: Path) -> None:
-    if source.is_dir():
-        shutil.copytree(source, target)
-    elif source.is_file():
-        shutil.copy(source, target)
 
 
 def _new_folder(out: str) -> Folder:

@@ -16,6 +16,7 @@ from patchloom.pipelines.registry.wheel import wheel_bytes, wheel_name
 from patchloom.pipelines.train.checkpointer import without_tensors
 from patchloom.platform.files.copies import local_copy
 from patchloom.platform.files.folder import is_remote
+from patchloom.platform.files.inside import check_links
 from patchloom.platform.files.storage import file_sha256, make_folder
 from patchloom.platform.progress import say
 from patchloom.platform.records.reference import REFERENCE_FILE
@@ -115,6 +116,8 @@ def _register_run(folder: Path, name: str, address: str | None) -> str:
     version = _find_version(name, card.weights_sha256, run_id)
     if version is None:
         previews = sorted((folder / "previews").glob("*.png"))[-1:]
+        for picture in previews:
+            check_links(folder, picture, folder)
         log_artifacts(run_id, *previews, folder / PROGRESS_FILE)
         preview = previews[0].name if previews else None
         version = _create_version(

@@ -1,6 +1,5 @@
 """The state of a training run in one worker, opened at its newest checkpoint."""
 
-import shutil
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -11,6 +10,7 @@ import torch
 from safetensors import SafetensorError
 
 from patchloom.errors import UserError
+from patchloom.models.autoencoder import copy_autoencoder
 from patchloom.models.backbones import allow_backbones
 from patchloom.models.cards import ModelCard
 from patchloom.models.checkpoints import load_checkpoint, save_model
@@ -214,7 +214,7 @@ def save_run_model(run: TrainingRun) -> None:
         with whole_folder(run.folder / "model") as folder:
             (folder / "recipe.yaml").write_text(recipe_yaml(run.recipe))
             if run.normalisation.kind == "latents":
-                shutil.copytree(run.reader.dataset.path / "autoencoder", folder / "autoencoder")
+                copy_autoencoder(run.reader.dataset.path / "autoencoder", folder / "autoencoder")
             save_model(folder, average, card)
     except (OSError, SafetensorError) as error:
         raise UserError(

@@ -14,7 +14,9 @@ from torch.distributions import Normal, kl_divergence
 from patchloom.errors import CheckpointError
 from patchloom.models.autoencoder import (
     DiffusersAutoencoder,
+    autoencoder_files,
     autoencoder_loss,
+    copy_autoencoder,
     load_autoencoder,
     new_autoencoder,
     save_autoencoder,
@@ -180,6 +182,26 @@ def test_changed_added_or_missing_files_are_refused(network: Any, tmp_path: Path
     load_autoencoder(tmp_path)
 
 
+def test_only_the_files_of_an_autoencoder_are_copied(network: Any, tmp_path: Path) -> None:
+    folder = tmp_path / "autoencoder"
+    folder.mkdir()
+    save_autoencoder(network, folder)
+    (tmp_path / "private").write_text("private")
+    (folder / "notes.json").symlink_to(tmp_path / "private")
+    (folder / "more.bin").write_bytes(b"")
+    weights = folder / "diffusion_pytorch_model.safetensors"
+    weights.rename(tmp_path / "blob")
+    weights.symlink_to(tmp_path / "blob")  # as in the cache of Hugging Face
+    copy_autoencoder(folder, tmp_path / "copy")
+    names = ["config.json", "diffusion_pytorch_model.safetensors", "files.json", "model.json"]
+    assert sorted(path.name for path in (tmp_path / "copy").iterdir()) == names
+    assert not any(path.is_symlink() for path in (tmp_path / "copy").iterdir())
+    load_autoencoder(tmp_path / "copy")
+    (folder / "model.json").write_text('{"format_version": 1, "class": "own_codec:Fragile"}')
+    with pytest.raises(CheckpointError, match="link out of the model folder"):
+        autoencoder_files(folder)
+
+
 def test_the_loss_is_the_absolute_error_plus_the_weighted_kl_of_a_latent_value(network: Any, images: Tensor) -> None:
     x = images.float() / 127.5 - 1
     without, with_kl = (autoencoder_loss(network, x, kl, torch.Generator().manual_seed(1)) for kl in (0.0, 2.0))
@@ -189,3 +211,15 @@ def test_the_loss_is_the_absolute_error_plus_the_weighted_kl_of_a_latent_value(n
     noise = torch.randn(mean.shape, generator=torch.Generator().manual_seed(1))
     decoded = network.decode(mean + std * noise).sample
     torch.testing.assert_close(without, (decoded - x).abs().mean())
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"mean": [float("nan")] * 3}, {"scale": [0.0] * 3}, {"scale": [float("inf")] * 3}, {"mean": [1.0]},
+     {"mean": "abc"}, {"mean": [None] * 3}, {"kind": "other"}],
+)  # fmt: skip
+def test_normalisation_without_finite_numbers_is_refused(change: dict[str, Any]) -> None:
+    content = pixel_normalisation().to_json()
+    assert Normalisation.from_json(content) == pixel_normalisation()
+    with pytest.raises(ValueError, match="normalisation"):
+        Normalisation.from_json(content | change)
