@@ -25,7 +25,7 @@ from patchloom.platform.records.autoencoder_run import AutoencoderRunCard
 from patchloom.platform.records.dataset import DatasetCard
 from patchloom.platform.records.demo import DEMO_FILE, DemoCard
 from patchloom.platform.records.evaluation import EvaluationResult
-from patchloom.platform.records.run import read_progress
+from patchloom.platform.records.run import last_progress
 from patchloom.platform.tracking.store import shown_uri
 
 
@@ -98,7 +98,7 @@ def _demo_section(folder: Path) -> Markup:
 
 def _headline(folder: Path, measured: Path) -> list[Number]:
     """The numbers at the top of a demo's page."""
-    run = read_progress(folder / "run")[-1]
+    run = last_progress(folder / "run")
     patches = load_recipe(folder / "run" / "recipe.yaml").patches
     return [
         Number("samples", f"{EvaluationResult.read(measured).identity.n_samples:,}"),

@@ -1,5 +1,6 @@
 """The command line: the list of commands, and how errors become one line and an exit code."""
 
+import errno
 import os
 import signal
 import sys
@@ -23,6 +24,12 @@ from patchloom.redaction import RedactedStream, printable
 
 INTERRUPTED = 128 + signal.SIGINT  # exit codes of a shell for Ctrl-C and for SIGTERM
 TERMINATED = 128 + signal.SIGTERM
+DISK_PROBLEMS = {
+    errno.ENOSPC: "free space",
+    errno.EDQUOT: "free space, or ask for a larger quota",
+    errno.EFBIG: "raise the largest size of a file (ulimit -f), or use another file system",
+    errno.EROFS: "choose a folder on another file system",
+}
 CONTINUE = "run the same command again to continue (train with --resume, tune with --restore)"
 
 app = typer.Typer(
@@ -137,6 +144,9 @@ def _user_error(error: BaseException) -> str | None:
     while found is not None:
         if isinstance(found, UserError):
             return str(found)
+        if isinstance(found, OSError) and found.errno in DISK_PROBLEMS:
+            place = f" {found.filename}" if found.filename else ""
+            return f"the disk cannot be written{place} ({found.strerror}): {DISK_PROBLEMS[found.errno]}; {CONTINUE}"
         found = getattr(found, "cause", None) or found.__cause__
     if type(error).__module__ != "mlflow.exceptions":
         return None

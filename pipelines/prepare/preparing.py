@@ -143,7 +143,8 @@ class PrepareJob(Job[PlannedShard, str]):
     def start(self) -> bool:
         """Write the plan and the encoder; False if the dataset is complete."""
         if self.folder.has(CARD):
-            if self.folder.read_json(CARD).get("preparation") != self.plan.identity():
+            card = self.folder.read_json(CARD)
+            if not isinstance(card, dict) or card.get("preparation") != self.plan.identity():
                 raise UserError(f"{self.folder} contains another dataset: choose an empty folder, or remove it")
             remove_work(self.folder)
             say(f"{self.folder} is complete: {len(open_dataset(self.folder.address)):,} rows")

@@ -20,7 +20,7 @@ from patchloom.platform.files.inside import check_links
 from patchloom.platform.files.storage import file_sha256, make_folder
 from patchloom.platform.progress import say
 from patchloom.platform.records.reference import REFERENCE_FILE
-from patchloom.platform.records.run import PROGRESS_FILE, RunCard, read_progress
+from patchloom.platform.records.run import PROGRESS_FILE, RunCard, last_progress
 from patchloom.platform.tracking.aliases import move_alias
 from patchloom.platform.tracking.client import require_reachable
 from patchloom.platform.tracking.names import check_alias, check_name
@@ -192,7 +192,7 @@ def _tags_of_model(card: ModelCard) -> VersionTags:
 
 
 def _tags_of_run(folder: Path, card: ModelCard, run: RunCard, preview: str | None) -> VersionTags:
-    loss = read_progress(folder)[-1].held_out_loss
+    loss = last_progress(folder).held_out_loss
     return replace(
         _tags_of_model(card),
         dataset_fingerprint=run.dataset_fingerprint,

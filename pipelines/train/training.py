@@ -31,7 +31,7 @@ from patchloom.platform.files.copies import ProgressFetcher
 from patchloom.platform.files.folder import Folder
 from patchloom.platform.progress import Meter, progress, say
 from patchloom.platform.recipe.run_recipe import Recipe, load_recipe
-from patchloom.platform.records.run import RUN_FILE, ProgressLine, RunCard, read_progress
+from patchloom.platform.records.run import RUN_FILE, ProgressLine, RunCard, last_progress
 from patchloom.platform.tracking.forwarder import MlflowForwarder
 
 ShowLine = Callable[[ProgressLine], None]
@@ -138,7 +138,7 @@ def train(
                     pass  # sends lines that MLflow has not received yet
             else:
                 _launch(job, folder, workers, min_workers, show, resources, stop_at)
-    return TrainResult(folder.path, RunCard.read(folder.path).run_id, read_progress(folder.path)[-1], out)
+    return TrainResult(folder.path, RunCard.read(folder.path).run_id, last_progress(folder.path), out)
 
 
 @contextmanager

@@ -5,7 +5,7 @@ import json
 from collections.abc import Iterator
 from typing import Any, BinaryIO
 
-PIECE_CHARACTERS = 1 << 20
+PIECE_CHARACTERS, MOST_VALUE_CHARACTERS = 1 << 20, 1 << 27
 SPACES = " \t\r\n"
 
 
@@ -53,6 +53,10 @@ class JsonStream:
             except json.JSONDecodeError:
                 if self._is_read:
                     raise
+            except RecursionError:
+                raise ValueError("it is nested too deeply") from None
+            if len(self._text) - self._position > MOST_VALUE_CHARACTERS:
+                raise ValueError(f"it has a value of more than {MOST_VALUE_CHARACTERS:,} characters")
             self._grow()
 
     def members(self) -> Iterator[str]:

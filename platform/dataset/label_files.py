@@ -3,7 +3,6 @@
 import csv
 import io
 import itertools
-import json
 from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any, BinaryIO
 
@@ -14,6 +13,7 @@ from patchloom.platform.dataset.json_stream import JsonStream
 from patchloom.platform.dataset.labels import Labels, first_of
 from patchloom.platform.files.folder import COPY_BYTES, Folder
 from patchloom.platform.files.spool import RowSpool, temporary_file
+from patchloom.platform.files.storage import parse_json_object
 from patchloom.platform.progress import say
 
 LABEL_COLUMNS = ("label", "labels", "class", "category", "cls", "fine_label")
@@ -72,8 +72,8 @@ def parse_labels(name: str, file: BinaryIO, keys: tuple[str, ...] = NAME_COLUMNS
             return _edm_labels(name, file) if name.lower().endswith(".json") else _table_labels(name, file, keys)
     except UserError:
         raise
-    except (ValueError, KeyError, TypeError, csv.Error, pyarrow.ArrowException) as error:
-        problem = " ".join(str(error).split())
+    except (ValueError, LookupError, TypeError, AttributeError, csv.Error, pyarrow.ArrowException) as error:
+        problem = " ".join(str(error).split())[:300]
         raise UserError(
             f"{name} cannot be read as labels ({problem}): fix the file, or move it out of the source"
         ) from None
@@ -120,7 +120,7 @@ def _rows(name: str, file: BinaryIO) -> Iterator[LabelRow]:
         header = text.readline()
         yield from csv.DictReader(itertools.chain([header], text), delimiter=_delimiter(header))
     elif name.lower().endswith(".jsonl"):
-        yield from (json.loads(line) for line in file if line.strip())
+        yield from (parse_json_object(line) for line in file if line.strip())
     elif name.lower().endswith(".parquet"):
         for batch in pyarrow.parquet.ParquetFile(file).iter_batches(PARQUET_BATCH_ROWS):
             yield from batch.to_pylist()

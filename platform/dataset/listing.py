@@ -2,7 +2,6 @@
 
 import io
 import itertools
-import json
 import tarfile
 import zipfile
 import zlib
@@ -32,6 +31,7 @@ from patchloom.platform.dataset.tar_headers import tar_headers
 from patchloom.platform.files.bounds import reading_damaged
 from patchloom.platform.files.folder import Folder
 from patchloom.platform.files.spool import RowSpool, sorted_rows, temporary_file
+from patchloom.platform.files.storage import parse_json, parse_json_object
 
 IMAGE_EXTENSIONS = (".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".avif", ".bmp", ".tif", ".tiff", ".gif")
 IMAGE_COLUMNS = ("image", "img", "jpg", "jpeg", "png", "webp", "bytes", "image_bytes", "path", "file_name")
@@ -358,7 +358,7 @@ def _sidecar_label(name: str, content: bytes) -> tuple[Label, str | None]:
     try:
         if _ending(name) == ".cls":
             return content.decode().strip() or None, None
-        value = json.loads(content)
+        value = parse_json(content)
         column = first_of(LABEL_COLUMNS, value) if isinstance(value, dict) else None
         return label_of(value[column], name) if column else None, None
     except UserError as error:
@@ -436,17 +436,20 @@ class _Feature:
 def _features(folder: Folder, schema: pa.Schema) -> dict[str, _Feature]:
     """The column types that `datasets` of Hugging Face stored in the schema or in `dataset_info.json`."""
     metadata = (schema.metadata or {}).get(b"huggingface")
-    if metadata:
-        features = json.loads(metadata).get("info", {}).get("features")
-    elif folder.has("dataset_info.json"):
-        features = folder.read_json("dataset_info.json").get("features")
-    else:
-        features = None
-    return {
-        name: _Feature(str(feature.get("_type")), [str(label) for label in feature.get("names") or []])
-        for name, feature in (features or {}).items()
-        if isinstance(feature, dict)
-    }
+    try:
+        if metadata:
+            features = parse_json_object(metadata).get("info", {}).get("features")
+        else:
+            has_info = folder.has("dataset_info.json")
+            features = parse_json_object(folder.read("dataset_info.json")).get("features") if has_info else None
+        return {
+            name: _Feature(str(feature.get("_type")), list(map(str, feature.get("names") or [])))
+            for name, feature in (features or {}).items()
+            if isinstance(feature, dict)
+        }
+    except (ValueError, AttributeError, TypeError) as error:
+        where = "metadata `huggingface` of a table" if metadata else "file dataset_info.json"
+        raise UserError(f"{folder}: the {where} is damaged ({error}): save the dataset again, or remove it") from None
 
 
 def _class_names(folder: Folder, schema: pa.Schema, label: str | None) -> list[str] | None:

@@ -221,7 +221,10 @@ class Dataset:
 
 def is_dataset(folder: Folder) -> bool:
     """Whether a folder contains a complete prepared dataset. EDM's `dataset.json` has no format_version."""
-    return folder.has(CARD) and "format_version" in folder.read_json(CARD)
+    if not folder.has(CARD):
+        return False
+    card = folder.read_json(CARD)
+    return isinstance(card, dict) and "format_version" in card
 
 
 def open_dataset(path: str | Path) -> Dataset:

@@ -211,7 +211,13 @@ def _kind_of(address: str) -> tuple[str, Folder, dict[str, int]]:
         )
     state = folder.read_json("state.json") if folder.has("state.json") else {}
     if isinstance(state, dict) and "_data_files" in state:  # saved by `datasets` of Hugging Face
-        files = [inner_name(entry["filename"], f"{folder}/state.json") for entry in state["_data_files"]]
+        try:
+            names = [str(entry["filename"]) for entry in state["_data_files"]]
+        except (TypeError, KeyError) as error:
+            raise UserError(
+                f"{folder}/state.json has a damaged list of files ({error}): save the dataset again"
+            ) from None
+        files = [inner_name(name, f"{folder}/state.json") for name in names]
         missing = [name for name in files if not folder.has(name)]
         if missing:
             raise UserError(f"{folder}/{missing[0]} is missing from a saved Hugging Face dataset: save it again")

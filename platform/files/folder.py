@@ -25,7 +25,7 @@ from patchloom.platform.files.inside import check_links, inner_name, open_regula
 from patchloom.platform.files.object_store import ObjectFolder, object_folder
 from patchloom.platform.files.patience import PASSING, StoreError, patient
 from patchloom.platform.files.spool import sorted_rows
-from patchloom.platform.files.storage import local_path, write_atomic
+from patchloom.platform.files.storage import local_path, parse_json, write_atomic
 from patchloom.redaction import know_secret, redacted
 
 COPY_BYTES = 8 << 20
@@ -256,7 +256,7 @@ class Folder:
     def read_json(self, name: str) -> Any:
         """The value of a JSON file; raises UserError if it is not valid JSON."""
         try:
-            return json.loads(self.read(name))
+            return parse_json(self.read(name))
         except ValueError as error:
             raise UserError(f"{self}/{name} is not valid JSON ({error}): remove it or restore it") from None
 

@@ -85,10 +85,26 @@ def write_json(path: Path, value: Any) -> None:
     write_atomic(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
+def parse_json(content: bytes | str) -> Any:
+    """The value of a JSON text; raises ValueError if it is damaged, or nested deeper than Python can read."""
+    try:
+        return json.loads(content)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
+def parse_json_object(content: bytes | str) -> dict[str, Any]:
+    """The value of a JSON text that is an object; raises ValueError otherwise."""
+    value = parse_json(content)
+    if not isinstance(value, dict):
+        raise ValueError(f"it is a {type(value).__name__} and no object")
+    return value
+
+
 def read_json(path: Path) -> Any:
     """The value of a JSON file; raises UserError if it is damaged."""
     try:
-        return json.loads(path.read_text())
+        return parse_json(path.read_bytes())
     except ValueError as error:
         raise UserError(f"{path} is not valid JSON ({error}): remove it or restore it") from None
 
@@ -116,7 +132,7 @@ def each_json_line(path: Path) -> Iterator[dict[str, Any]]:
         for line in file:
             if line.strip() and line.endswith(b"\n"):
                 try:
-                    yield json.loads(line)
+                    yield parse_json_object(line)
                 except ValueError as error:
                     raise UserError(
                         f"{path} has a damaged line ({error}): remove the line or restore the file"

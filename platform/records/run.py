@@ -115,6 +115,17 @@ def read_progress(folder: Path) -> list[ProgressLine]:
     return [ProgressLine.parse(line, path) for line in complete_lines(path)]
 
 
+def last_progress(folder: Path) -> ProgressLine:
+    """The newest progress line of a run folder; raises UserError if there is none."""
+    lines = read_progress(folder)
+    if not lines:
+        raise UserError(
+            f"{folder / PROGRESS_FILE} has no line, and the run has taken its steps: restore the file; the weights are "
+            f"in {folder}/model and {folder}/checkpoints"
+        )
+    return lines[-1]
+
+
 def write_progress(folder: Path, lines: list[ProgressLine]) -> None:
     """Replace a run's `progress.jsonl`."""
     write_atomic(folder / PROGRESS_FILE, "".join(line.to_json() + "\n" for line in lines))
