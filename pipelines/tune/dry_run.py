@@ -47,7 +47,9 @@ def search_plan(search: str, dataset: str, concurrent: int = 1) -> str:
     for number, trial in enumerate(planned):
         if trial.repeat == 0:
             cost = _trial_cost(trial, dataset, next(trial_seconds))
-            lines.append(f"  {number:>3}  {setting_title(trial.settings) or base.name}: {cost.text}")
+            title = setting_title(trial.settings) or base.name
+            equal = f", for equal {trial.equal}" if trial.equal else ""
+            lines.append(f"  {number:>3}  {title}{equal}: {cost.text}")
         flops += cost.flops
         # the next trial starts where a process is free first
         busy_seconds[busy_seconds.index(min(busy_seconds))] += start_seconds + cost.seconds
@@ -67,7 +69,7 @@ def _planned_trials(search: Search, base: Recipe, dataset: Dataset) -> tuple[lis
         trials = [Trial({}, repeat, typical) for repeat in range(search.trials)]
         return trials, f"{search.name}: {len(trials)} trials with settings from Optuna ({search.searcher})"
     trials = plan_trials(search, base, dataset)
-    settings = sum(trial.repeat == 0 for trial in trials)
+    settings = sum(trial.repeat == 0 and trial.equal is None for trial in trials)
     return trials, f"{search.name}: {settings} settings, {len(trials)} trials"
 
 

@@ -10,12 +10,11 @@ import numpy as np
 from pydantic import JsonValue
 
 from patchloom.pipelines.tune.decisions import MOST_SEEDS, ComparedSettings
-from patchloom.pipelines.tune.ranking import HELD_OUT_LOSS, RankedSetting, mean_of, ranked
+from patchloom.pipelines.tune.ranking import HELD_OUT_LOSS, RankedSetting, mean_of, of_budget, ranked
 from patchloom.platform.recipe.search import SCHEDULE_KEY
 from patchloom.platform.records.run import ProgressLine, read_progress
 from patchloom.platform.records.search import TrialRow
 
-HELD_OUT_BY_SIGMA = "held_out_loss_by_sigma"
 FINAL_DISTANCE, PREVIEW_DISTANCE = "final_distance", "preview_frechet_distance"
 METRIC_TITLES = {
     HELD_OUT_LOSS: "held-out loss",
@@ -28,6 +27,7 @@ P_KEY = "patches.p"
 PAPER_FID = {0.0: 14.51, 0.1: 3.05, 0.25: 2.10, 0.5: 1.77, 0.75: 1.65, 1.0: 1.66}
 AGREEMENT_BY_CHANCE = 0.05  # of random orders may agree as well as one that is said to agree
 PERMUTATIONS = 2000  # of the metric over trials, for the share that a key without effect explains
+EQUAL_WITHIN = 0.05  # trials whose costs differ by more are not compared
 MIN_PAIRS = 3  # of a rank correlation
 BUDGET_SHARES = (0.25, 0.5, 0.75, 1.0)
 
@@ -36,14 +36,16 @@ LossCurve = list[ProgressLine]  # the progress lines of a trial that have a held
 
 @dataclass(frozen=True)
 class EqualCostComparison:
-    """Settings compared at a cost that every finished trial has reached.
+    """Settings compared by trials that ended at the same cost, with ramps and averages of that length.
 
-    `by` is the unit of the cost, a key of `COST_TITLES`. `order` ranks the held-out losses at that cost, best first.
+    `by` is the unit of the cost, a key of `COST_TITLES`. `order` ranks the held-out losses, best first. `deviation` is
+    the largest difference of a trial from the cost, as a share of it.
     """
 
     by: str
     cost: float
     order: list[RankedSetting]
+    deviation: float
 
     def by_sigma(self, setting: RankedSetting) -> dict[str, list[float]]:
         """The losses of a setting at each noise level, one per repeat."""
@@ -56,35 +58,31 @@ def held_out_curve(folder: Path, trial: TrialRow) -> LossCurve:
     return [line for line in read_progress(folder / "trials" / trial.name) if line.held_out_loss is not None]
 
 
-def compare_at_equal_cost(
-    trials: Sequence[TrialRow], curves: Mapping[str, LossCurve], by: str
-) -> EqualCostComparison | None:
-    """Finished trials at the largest cost that all of them reached.
+def compare_at_equal_cost(trials: Sequence[TrialRow], by: str) -> EqualCostComparison | None:
+    """The settings at the cost of the cheapest one, by finished trials that ended there.
 
-    Returns None where a trial was first measured after that cost.
+    Returns None where a repeat of a setting has no trial that ended within `EQUAL_WITHIN` of it: the loss of a longer
+    trial on its way is that of an unfinished ramp, and of averages that are too long.
     """
-    finished = [trial for trial in trials if trial.status == "finished" and curves[trial.name]]
-    if not finished:
+    finished = [trial for trial in trials if trial.status == "finished" and trial.held_out_loss is not None]
+    spending = ranked(of_budget(finished), HELD_OUT_LOSS)
+    costs = [mean_of(setting.trials, by) for setting in spending]
+    if len(costs) < 2 or not all(costs):
         return None
-    cost = min(curves[trial.name][-1][by] for trial in finished)
-    if any(curves[trial.name][0][by] > cost for trial in finished):
-        return None
-    at_cost = [trial.model_copy(update=_interpolated(curves[trial.name], by, cost)) for trial in finished]
-    return EqualCostComparison(by, cost, ranked(at_cost, HELD_OUT_LOSS))
+    cost = min(filter(None, costs))
+    chosen, deviation = [], 0.0
+    for trial in of_budget(finished):
+        same = [one for one in finished if (one.settings, one.repeat) == (trial.settings, trial.repeat)]
+        nearest = min(same, key=lambda one: abs(float(one[by]) - cost))
+        deviation = max(deviation, abs(float(nearest[by]) / cost - 1))
+        chosen.append(nearest.model_copy(update={"equal": None}))
+    return EqualCostComparison(by, cost, ranked(chosen), deviation) if deviation <= EQUAL_WITHIN else None
 
 
-def _interpolated(curve: LossCurve, by: str, cost: float) -> dict[str, float | dict[str, float]]:
-    """The losses at a cost, on a straight line between the logarithms of their neighbours."""
-    costs = [float(line[by]) for line in curve]
-
-    def at_cost(losses: list[float]) -> float:
-        return float(np.exp(np.interp(cost, costs, np.log(losses))))
-
-    sigmas = curve[-1].held_out_loss_by_sigma
-    return {
-        HELD_OUT_LOSS: at_cost([line[HELD_OUT_LOSS] for line in curve]),
-        HELD_OUT_BY_SIGMA: {sigma: at_cost([line.held_out_loss_by_sigma[sigma] for line in curve]) for sigma in sigmas},
-    }
+def _loss_at(curve: LossCurve, images: float) -> float:
+    """The loss after so many counted images, on a straight line between the logarithms of its neighbours."""
+    losses = np.log([line[HELD_OUT_LOSS] for line in curve])
+    return float(np.exp(np.interp(images, [line.images_seen for line in curve], losses)))
 
 
 def pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:
@@ -207,8 +205,7 @@ def proxy_correlations(
             curve = curves[trial.name]
             reached = share * curve[-1].images_seen
             if curve[0].images_seen <= reached:
-                loss = _interpolated(curve, "images_seen", reached)[HELD_OUT_LOSS]
-                pairs.append((loss, float(trial[expensive_metric])))
+                pairs.append((_loss_at(curve, reached), float(trial[expensive_metric])))
         if len(pairs) == len(measured) >= MIN_PAIRS:
             correlation = rank_correlation(*zip(*pairs, strict=True))
             if correlation is not None:

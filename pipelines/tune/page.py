@@ -12,6 +12,7 @@ from patchloom.pipelines.pages.html import Number, Table, document, render
 from patchloom.pipelines.tune import frontier, plots
 from patchloom.pipelines.tune.frontier import (
     COST_TITLES,
+    EQUAL_WITHIN,
     FINAL_DISTANCE,
     METRIC_TITLES,
     PREVIEW_DISTANCE,
@@ -21,7 +22,15 @@ from patchloom.pipelines.tune.frontier import (
     compare_at_equal_cost,
     held_out_curve,
 )
-from patchloom.pipelines.tune.ranking import HELD_OUT_LOSS, RankedSetting, mean_of, ranked, setting_title, short_value
+from patchloom.pipelines.tune.ranking import (
+    HELD_OUT_LOSS,
+    RankedSetting,
+    mean_of,
+    of_budget,
+    ranked,
+    setting_title,
+    short_value,
+)
 from patchloom.platform.files.folder import Folder
 from patchloom.platform.files.storage import write_atomic
 from patchloom.platform.progress import clock
@@ -84,22 +93,25 @@ def search_title(folder: Path) -> str:
 def search_section(folder: Path) -> Markup:
     """The body of the page of a search folder; raises UserError where no trial has finished."""
     card, trials = SearchCard.read(Folder.at(folder)), read_trials(Folder.at(folder))
-    search, seeds = card.search, card.seeds
+    search, seeds, all_trials = card.search, card.seeds, trials
+    trials = of_budget(trials)
     order = ranked(trials, search.metric)
     if not order:
         raise UserError(f"{folder} has no finished trial: wait for `patchloom tune`, or continue it with --restore")
     curves = {trial.name: held_out_curve(folder, trial) for trial in trials}
     keys = list(dict.fromkeys([*search.space, *(key for setting in search.also for key in setting)]))
-    comparisons = {by: compare_at_equal_cost(trials, curves, by) for by in COST_TITLES}
+    comparisons = {by: compare_at_equal_cost(all_trials, by) for by in COST_TITLES}
     by_images = comparisons["images_seen"]
     effects = frontier.key_effects(trials, keys, search.metric)
     return render(
         "search.html",
         recommendation=frontier.recommendation(order, _budget(search)),
-        counts=[*_counts(trials, order), *_spent_per_trial(trials, _budget(search))],
+        counts=[*_counts(all_trials, order), *_spent_per_trial(trials, _budget(search))],
         method=_method(search, seeds),
         frontier=plots.frontier_plot(folder, trials, search.metric),
-        comparisons=[_shown_comparison(by, comparison) for by, comparison in comparisons.items()],
+        comparisons=[_shown_comparison(comparison) for comparison in comparisons.values() if comparison],
+        not_compared=_not_compared([by for by, comparison in comparisons.items() if not comparison], search),
+        ramps=_ramps(search),
         p_curves=plots.p_curves([comparison for comparison in comparisons.values() if comparison]),
         compared_with_paper=frontier.compared_with_paper(by_images) if by_images else "",
         training_curves=plots.training_curves(trials, curves),
@@ -107,7 +119,7 @@ def search_section(folder: Path) -> Markup:
         parallel=plots.parallel_coordinates(trials, keys, search.metric) if len(effects) > 1 else None,
         proxies=_proxy_tables(trials, curves),
         settings=_settings_table(trials, order, keys),
-        not_tried=_not_tried(trials, search, seeds, keys),
+        not_tried=_not_tried(all_trials, search, seeds, keys),
     )
 
 
@@ -170,24 +182,56 @@ def _method(search: Search, seeds: int) -> list[str]:
 
 @dataclass(frozen=True)
 class _ShownComparison:
-    """An `EqualCostComparison` as text; `table` is None where trials cannot be compared."""
+    """An `EqualCostComparison` as text."""
 
     unit: str
-    cost: str = ""
-    best: str = ""
-    value: str = ""
-    decision: str = ""
-    table: Table | None = None
+    cost: str
+    deviation: str
+    best: str
+    value: str
+    decision: str
+    table: Table
 
 
-def _shown_comparison(by: str, comparison: EqualCostComparison | None) -> _ShownComparison:
-    if comparison is None:
-        return _ShownComparison(COST_TITLES[by])
+def _shown_comparison(comparison: EqualCostComparison) -> _ShownComparison:
     best = comparison.order[0]
     return _ShownComparison(
-        COST_TITLES[by], f"{comparison.cost:,.4g}", best.title, best.value_of_n(),
-        frontier.decision(comparison.order) if len(comparison.order) > 1 else "", _equal_cost_table(comparison),
+        COST_TITLES[comparison.by], f"{comparison.cost:,.4g}", f"{comparison.deviation:.1%}", best.title,
+        best.value_of_n(), frontier.decision(comparison.order), _equal_cost_table(comparison),
     )  # fmt: skip
+
+
+def _not_compared(units: Sequence[str], search: Search) -> list[str]:
+    """Why settings are not compared in some units, and what would compare them, in sentences."""
+    asked = [unit for unit in units if unit.removesuffix("_seen") in search.equal_costs]
+    others = [unit for unit in units if unit not in asked]
+    sentences = []
+    if asked:
+        sentences.append(
+            f"Settings are not compared at equal {_either(asked)}: a trial failed, or ended more than "
+            f"{EQUAL_WITHIN:.0%} off because a step is a large part of it; then a larger budget helps."
+        )
+    if others:
+        keys = ", ".join(unit.removesuffix("_seen") for unit in others)
+        sentences.append(
+            f"Settings are not compared at equal {_either(others)}, because their trials ended at different ones. With "
+            f"equal_costs: [{keys}], a search runs each setting as long as that takes."
+        )
+    return sentences
+
+
+def _either(units: Sequence[str]) -> str:
+    return " or ".join(COST_TITLES[unit] for unit in units)
+
+
+def _ramps(search: Search) -> str:
+    """How the ramps and averages of trials follow their lengths."""
+    fractions = {key.split(".")[-1]: value for key, value in search.of_budget.items()}
+    known = [name for name in ("lr_rampup_images", "halflife_images") if name in fractions]
+    if not known:
+        return "Ramps and averages are the same for all lengths, so a short trial may end before its ramp does."
+    listed = " and ".join(f"{name} is {fractions[name]:.3g}" for name in known)
+    return f"Ramps follow the length of a trial: {listed} of it."
 
 
 def _equal_cost_table(comparison: EqualCostComparison) -> Table:

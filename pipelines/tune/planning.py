@@ -1,7 +1,8 @@
 """Planning: which trials a search runs, how long each one is, and what it is expected to cost."""
 
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Literal
 
 from pydantic import JsonValue
 
@@ -13,7 +14,7 @@ from patchloom.models.flops import training_flops
 from patchloom.models.loss import HELD_OUT_SIGMAS
 from patchloom.models.normalisation import identity_normalisation
 from patchloom.models.precision import one_thread
-from patchloom.models.step_plan import StepSettings
+from patchloom.models.step_plan import StepSettings, plan_step
 from patchloom.pipelines.train.hooks.held_out import HELD_OUT_IMAGES
 from patchloom.pipelines.train.model_card import new_model_card
 from patchloom.pipelines.train.run import step_settings
@@ -24,17 +25,28 @@ from patchloom.platform.recipe.run_recipe import Recipe, with_values
 from patchloom.platform.recipe.search import BUDGET_SHARE, Search, TrialBudget
 
 TRIED_DRAWS = 8
+WALKED_STEPS = 20_000
+SAME_COST_WITHIN = 0.01  # a trial whose cost differs by less is not run again for an equal cost
 TRAINING_OVER_FORWARD = 3  # a backward pass costs as much as two forward passes
+
+
+CostUnit = Literal["images", "updates", "flops"]
 
 
 @dataclass(frozen=True)
 class Trial:
-    """One run of a search: its setting, which repeat of it, and its recipe, or the problem if it has none."""
+    """One run of a search: its setting, which repeat of it, and its recipe, or the problem if it has none.
+
+    `equal` is the unit of a trial of `equal_costs`, None for a trial that spends the budget. `expected_images` is the
+    length of its recipe before drawn sizes change it.
+    """
 
     settings: dict[str, JsonValue]
     repeat: int
     recipe: Recipe | None
     problem: str = ""
+    equal: CostUnit | None = None
+    expected_images: int | None = None
 
 
 def plan_trials(
@@ -53,32 +65,88 @@ def plan_trials(
         UserError: a setting is not a valid recipe, or no setting fits the dataset.
     """
     settings = search.settings()
-    order = [(number, repeat) for number in range(len(settings)) for repeat in range(search.repeats)]
-    added = range(search.repeats, search.repeats + added_seeds)
-    order += [(number, repeat) for repeat in added for number in range(len(settings))]
     known = lengths or [None] * len(settings)
-    planned = [
-        _planned_trial(search, base, dataset, number, settings[number], repeat, known[number])
-        for number, repeat in order
+    first = [
+        _planned_trial(search, base, dataset, number, setting, known[number]) for number, setting in enumerate(settings)
     ]
-    if all(trial.recipe is None for trial in planned):
-        raise UserError(planned[0].problem)
-    return planned
+    if all(trial.recipe is None for trial in first):
+        raise UserError(first[0].problem)
+    each = [(trial, search.budget) for trial in first]
+    for unit in search.equal_costs:
+        each += _of_equal_cost(search, dataset, first, unit)
+    repeats = range(search.repeats + added_seeds)
+    order = [(trial, repeat) for trial in each for repeat in repeats[: search.repeats]]
+    order += [(trial, repeat) for repeat in repeats[search.repeats :] for trial in each]
+    return [_repeated(search, dataset, *trial, repeat) for trial, repeat in order]
+
+
+def _of_equal_cost(
+    search: Search, dataset: Dataset, trials: list[Trial], unit: CostUnit
+) -> list[tuple[Trial, TrialBudget]]:
+    """A trial of each setting that costs as much as the cheapest trial, in a unit; without those that do already."""
+    recipes = {number: trial.recipe for number, trial in enumerate(trials) if trial.recipe is not None}
+    costs = {number: _expected_cost(recipe, dataset, unit) for number, recipe in recipes.items()}
+    budget = TrialBudget.model_validate({unit: min(costs.values())})
+    found = []
+    for number, recipe in recipes.items():
+        if costs[number] > min(costs.values()) * (1 + SAME_COST_WITHIN):
+            length = images_for(budget, recipe, dataset)
+            shorter = trial_recipe(search, recipe, dataset, trials[number].settings, length=length)
+            found.append((replace(trials[number], recipe=shorter, equal=unit), budget))
+    return found
+
+
+def _repeated(search: Search, dataset: Dataset, trial: Trial, budget: TrialBudget, repeat: int) -> Trial:
+    """The trial with the seed of a repeat. With `equal_costs`, its drawn patch sizes decide how many steps it takes."""
+    if trial.recipe is None:
+        return replace(trial, repeat=repeat)
+    recipe = with_values(trial.recipe, {"seed": trial.recipe.seed + repeat})
+    if search.equal_costs:
+        recipe = trial_recipe(search, recipe, dataset, trial.settings, length=_length_of_cost(recipe, dataset, budget))
+    return replace(trial, repeat=repeat, recipe=recipe)
+
+
+def _length_of_cost(recipe: Recipe, dataset: Dataset, budget: TrialBudget) -> int:
+    """The counted images of a recipe whose drawn steps together spend a budget of images or FLOPs.
+
+    A recipe of more than `WALKED_STEPS` steps keeps its length: its random sizes change the cost by less than 1 %. So
+    does one whose sizes are not random.
+    """
+    denoiser, settings = _denoiser_and_settings(recipe, dataset)
+    is_random = recipe.patches.schedule == "stochastic" and settings.draw != "stratified"
+    wanted = budget.flops or budget.images
+    if wanted is None or not is_random or settings.updates > WALKED_STEPS:
+        return recipe.train.images
+    of_crop = {size.pixels: training_flops(denoiser, size.pixels) for size in settings.schedule.sizes}
+    spent, steps = 0.0, 0
+    while True:
+        plan = plan_step(settings, steps, 0)
+        crops = [(size, count * settings.block_size) for size, count in zip(plan.sizes, plan.blocks, strict=True)]
+        cost = sum(count * (of_crop[size.pixels] if budget.flops else 1) for size, count in crops)
+        if steps and spent + cost / 2 > wanted:
+            return round(steps * settings.batch_size * settings.schedule.mean_multiplier)
+        spent, steps = spent + cost, steps + 1
+
+
+def _expected_cost(recipe: Recipe, dataset: Dataset, unit: CostUnit) -> int | float:
+    if unit == "flops":
+        return trial_flops(recipe, dataset)
+    return recipe.train.images if unit == "images" else _denoiser_and_settings(recipe, dataset)[1].updates
 
 
 def _planned_trial(
-    search: Search, base: Recipe, dataset: Dataset, number: int, setting: dict[str, JsonValue], repeat: int,
-    length: int | None,
-) -> Trial:  # fmt: skip
+    search: Search, base: Recipe, dataset: Dataset, number: int, setting: dict[str, JsonValue], length: int | None
+) -> Trial:
     where = f"setting {number} ({setting_title(setting)})"
     try:
         recipe = recipe_of_setting(search, base, setting)
     except UserError as error:
         raise UserError(f"{where}: {error}") from None
     try:
-        return Trial(setting, repeat, trial_recipe(search, recipe, dataset, setting, repeat, length))
+        trial = trial_recipe(search, recipe, dataset, setting, length)
+        return Trial(setting, 0, trial, expected_images=trial.train.images)
     except UserError as error:
-        return Trial(setting, repeat, None, f"{where}: {error}")
+        return Trial(setting, 0, None, f"{where}: {error}")
 
 
 def recipe_of_setting(search: Search, base: Recipe, setting: dict[str, JsonValue]) -> Recipe:
@@ -87,16 +155,15 @@ def recipe_of_setting(search: Search, base: Recipe, setting: dict[str, JsonValue
 
 
 def trial_recipe(
-    search: Search, recipe: Recipe, dataset: Dataset, setting: dict[str, JsonValue], repeat: int = 0,
-    length: int | None = None,
-) -> Recipe:  # fmt: skip
+    search: Search, recipe: Recipe, dataset: Dataset, setting: dict[str, JsonValue], length: int | None = None
+) -> Recipe:
     """The recipe of a trial, as long as its budget allows; raises UserError if it does not fit the dataset."""
     new_model_card(recipe, dataset)
     share = setting.get(BUDGET_SHARE, 1)
     assert isinstance(share, (int, float))
     images = length or max(1, round(images_for(search.budget, recipe, dataset) * share))
     fractions = {key: max(1, round(fraction * images)) for key, fraction in search.of_budget.items()}
-    trial = with_values(recipe, {"train.images": images, **fractions, "seed": recipe.seed + repeat})
+    trial = with_values(recipe, {"train.images": images, **fractions})
     _check_metric(search, trial)
     return trial
 

@@ -54,6 +54,11 @@ def mean_of(trials: Sequence[TrialRow], field: str) -> float | None:
     return mean(known) if known and len(known) == len(trials) else None
 
 
+def of_budget(trials: Sequence[TrialRow]) -> list[TrialRow]:
+    """The trials that spend the budget of the search, without those of `equal_costs`."""
+    return [trial for trial in trials if trial.equal is None]
+
+
 def ranked(trials: Sequence[TrialRow], metric: str = HELD_OUT_LOSS) -> list[RankedSetting]:
     """Settings that have a finished trial, best first.
 

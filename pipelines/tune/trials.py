@@ -17,7 +17,7 @@ from patchloom.pipelines.train.mlflow_run import end_tracking, ensure_mlflow_run
 from patchloom.pipelines.train.resuming import RECIPE_FILE
 from patchloom.pipelines.train.run import step_settings
 from patchloom.pipelines.train.training import ShowLine, train
-from patchloom.pipelines.tune.planning import Trial, recipe_of_setting, trial_recipe
+from patchloom.pipelines.tune.planning import CostUnit, Trial, recipe_of_setting, trial_recipe
 from patchloom.platform.compute.messages import forward_messages
 from patchloom.platform.compute.resources import DEFAULT_RESOURCES, Resources
 from patchloom.platform.compute.session import begin_work
@@ -69,6 +69,7 @@ class TrialJob:
     repeat: int = 0
     recipe: Recipe | None = None
     problem: str = ""
+    equal: CostUnit | None = None
 
     @property
     def folder(self) -> Folder:
@@ -77,7 +78,8 @@ class TrialJob:
 
     def row(self, status: Literal["finished", "stopped", "failed"], **fields: Any) -> TrialRow:
         """The trial's row of the table."""
-        return TrialRow(name=self.name, settings=self.settings, repeat=self.repeat, status=status, **fields)
+        cost = {} if self.equal is None else {"equal": self.equal}
+        return TrialRow(name=self.name, settings=self.settings, repeat=self.repeat, **cost, status=status, **fields)
 
 
 def search_job(
@@ -105,7 +107,7 @@ def search_job(
 
 def trial_job(shared: SearchJob, number: int, trial: Trial) -> TrialJob:
     """The job of a planned trial."""
-    return TrialJob(shared, trial_name(number), trial.settings, trial.repeat, trial.recipe, trial.problem)
+    return TrialJob(shared, trial_name(number), trial.settings, trial.repeat, trial.recipe, trial.problem, trial.equal)
 
 
 def trial_name(number: int) -> str:

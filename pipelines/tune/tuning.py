@@ -20,7 +20,7 @@ from patchloom.pipelines.train.mlflow_run import end_tracking
 from patchloom.pipelines.tune.frontier import cost_of_best
 from patchloom.pipelines.tune.page import write_search_page
 from patchloom.pipelines.tune.planning import Trial, check_space, full_length_recipe, plan_trials, search_flops
-from patchloom.pipelines.tune.ranking import RankedSetting, ranked, setting_title
+from patchloom.pipelines.tune.ranking import RankedSetting, of_budget, ranked, setting_title
 from patchloom.pipelines.tune.trials import (
     TRIAL_FILE,
     TRIALS_FOLDER,
@@ -161,7 +161,7 @@ def tune(
             trials = _run_trials(folder, shared, planned, where, flops)
             if definition.final is not None:
                 trials = measure_final_distances(folder, trials, definition.final, rows)
-            order = ranked(trials, definition.metric)
+            order = ranked(of_budget(trials), definition.metric)
             if not holds_fence(folder, owner):
                 raise UserError(f"{folder} was taken over by another command: wait until that one ends")
             table, best = _write_results(folder, base, trials, order)
@@ -232,7 +232,7 @@ def _open_folder(
         return run_id
     run_id = _begin_mlflow_run(folder, search, dataset)
     folder.write(DEFINITION_FILE, _definition_yaml(search))
-    lengths = [trial.recipe.train.images if trial.recipe else None for trial in planned if trial.repeat == 0]
+    lengths = [trial.expected_images for trial in planned if trial.repeat == 0 and trial.equal is None]
     SearchCard(run_id=run_id, images=lengths, search=search, dataset_fingerprint=dataset.fingerprint).write(folder)
     return run_id
 

@@ -144,6 +144,10 @@ class Search(Section):
     )
     repeats: Count = Field(1, description="Trials of each setting, with consecutive seeds")
     budget: TrialBudget
+    equal_costs: tuple[Literal["images", "updates", "flops"], ...] = Field(
+        (),
+        description="Further units in which settings are compared, by trials as long as the cheapest one in that unit",
+    )
     metric: Literal["held_out_loss", "preview_frechet_distance", "final_distance"] = "held_out_loss"
     scheduler: SchedulerSection = SchedulerSection()
     final: FinalEvaluation | None = None
@@ -176,6 +180,8 @@ class Search(Section):
              "asha ranks by one metric and a frontier has two; set kind: none"),
             ("scheduler", self.stops_early and BUDGET_SHARE in self.space,
              f"asha compares trials at equal budgets, which {BUDGET_SHARE} changes; remove it"),
+            ("equal_costs", self.equal_costs and (self.is_adaptive or self.stops_early or BUDGET_SHARE in self.space),
+             f"all trials must spend the budget; remove equal_costs, or tpe, frontier, asha and {BUDGET_SHARE}"),
             ("metric", self.metric == "final_distance" and self.final is None,
              "final_distance needs `final`, such as final: {features: inception, samples: 256}"),
             ("metric", self.metric == "final_distance" and (self.is_adaptive or self.stops_early),

@@ -53,6 +53,7 @@ class TrialRow(Record):
     name: str  # of its folder
     settings: dict[str, JsonValue]  # recipe keys and their values
     repeat: int = 0
+    equal: Literal["images", "updates", "flops"] | None = None  # a trial of `equal_costs`: the unit of its cost
     status: Literal["finished", "stopped", "failed"]
     error: str | None = None  # why it failed
     run_id: str | None = None

@@ -45,11 +45,6 @@ def line(images: float, loss: float, rate: float = 1.0) -> ProgressLine:
                         held_out_loss=loss, held_out_loss_by_sigma=by_sigma)  # fmt: skip
 
 
-def falling(p: float, most: float, exponent: float, scale: float = 1.0) -> list[ProgressLine]:
-    """A loss that falls exponentially with images, so that a line through its logarithms is exact."""
-    return [line(images, scale * math.exp(-exponent * images), RATES[p]) for images in np.linspace(most / 5, most, 5)]
-
-
 def test_front_holds_the_points_that_no_other_point_beats() -> None:
     points = [(3.0, 1.0), (1.0, 5.0), (2.0, 2.0), (2.0, 3.0), (4.0, 1.0), (1.0, 6.0)]
     assert [points[index] for index in pareto_front(points)] == [(1.0, 5.0), (2.0, 2.0), (3.0, 1.0)]
@@ -67,27 +62,38 @@ def test_rank_correlation_is_spearmans_with_mean_ranks_for_ties() -> None:
     assert rank_correlation([1, 1, 1], [1, 2, 3]) is None
 
 
+def ended(name: str, p: float, images: int, repeat: int = 0, **more: Any) -> TrialRow:
+    """A trial whose loss falls exponentially with images, more slowly for a smaller p."""
+    loss = math.exp(-(0.004 + 0.002 * p) * images)
+    cost = {"images_seen": images, "updates": 4 * images, "flops": RATES[p] * images}
+    by_sigma = {"0.1": loss / 2, "1": loss * 3 / 2}
+    return trial(name, {"patches.p": p}, loss, repeat, held_out_loss_by_sigma=by_sigma, **{**cost, **more})
+
+
 def test_best_setting_depends_on_the_unit_of_equal_cost() -> None:
     """At p = 0 images cost less and reduce the loss less: best at equal FLOPs, worst at equal images."""
-    trials = [trial("000", {"patches.p": 0.0}, 0.0), trial("001", {"patches.p": 1.0}, 0.0)]
-    curves = {"000": falling(0.0, 500, 0.004), "001": falling(1.0, 100, 0.006)}  # 500 FLOPs each
-    by_flops, by_images = (
-        compare_at_equal_cost(trials, curves, "flops"),
-        compare_at_equal_cost(trials, curves, "images_seen"),
-    )
+    of_search = [ended("000", 0.0, 500), ended("001", 1.0, 100)]  # 500 FLOPs each
+    trials = [*of_search, ended("002", 0.0, 101, equal="images")]
+    by_flops, by_images = compare_at_equal_cost(trials, "flops"), compare_at_equal_cost(trials, "images_seen")
     assert by_flops is not None and by_images is not None
-    assert by_flops.cost == 500 and [round(setting.mean, 9) for setting in by_flops.order] == [
-        round(math.exp(-0.004 * 500), 9), round(math.exp(-0.006 * 100), 9),
-    ]  # fmt: skip
-    assert by_images.cost == 100 and [setting.settings["patches.p"] for setting in by_images.order] == [1.0, 0.0]
-    assert by_images.order[1].mean == pytest.approx(math.exp(-0.4), rel=1e-12)  # on a line of logarithms
-    assert by_images.by_sigma(by_images.order[1])["1"] == pytest.approx([1.5 * math.exp(-0.4)])
+    assert by_flops.cost == 500 and by_flops.deviation == 0
+    assert [setting.mean for setting in by_flops.order] == pytest.approx([math.exp(-2), math.exp(-0.6)])
+    assert by_images.cost == 100 and by_images.deviation == pytest.approx(0.01)
+    assert [setting.settings["patches.p"] for setting in by_images.order] == [1.0, 0.0]
+    assert by_images.order[1].mean == pytest.approx(math.exp(-0.404))  # of the trial that ended there
+    assert by_images.by_sigma(by_images.order[1])["1"] == pytest.approx([1.5 * math.exp(-0.404)])
+    assert compare_at_equal_cost(of_search, "images_seen") is None  # one trial is five times as long
+    assert compare_at_equal_cost(of_search[:1], "flops") is None
 
 
-def test_trials_measured_too_late_are_not_compared() -> None:
-    trials = [trial("000", {"patches.p": 0.0}, 0.0), trial("001", {"patches.p": 1.0}, 0.0)]
-    assert compare_at_equal_cost(trials, {"000": [line(900, 0.5)], "001": [line(100, 0.5)]}, "images_seen") is None
-    assert compare_at_equal_cost(trials, {"000": [], "001": []}, "images_seen") is None
+def test_every_repeat_of_a_setting_needs_a_trial_of_that_cost() -> None:
+    trials = [ended("000", 0.0, 500), ended("001", 0.0, 500, 1), ended("002", 1.0, 100), ended("003", 1.0, 102, 1),
+              ended("004", 0.0, 100, equal="images")]  # fmt: skip
+    assert compare_at_equal_cost(trials, "images_seen") is None
+    equal = compare_at_equal_cost([*trials, ended("005", 0.0, 104, 1, equal="images")], "images_seen")
+    assert equal is not None and equal.cost == 101  # the mean of the cheapest setting
+    assert [len(setting.trials) for setting in equal.order] == [2, 2]
+    assert compare_at_equal_cost([*trials, ended("005", 0.0, 120, 1, equal="images")], "images_seen") is None
 
 
 def test_the_share_of_a_key_is_omega_squared() -> None:
@@ -196,8 +202,7 @@ def test_recommendation_states_its_cost_and_the_page_what_each_trial_spent(tmp_p
 )
 def test_order_of_p_is_compared_with_the_paper(losses: tuple[float, ...], text: str) -> None:
     trials = [trial(f"{n:03d}", {"patches.p": p}, loss) for n, (p, loss) in enumerate(zip(RATES, losses, strict=True))]
-    curves = {row.name: [line(100, row.held_out_loss or 0.0)] for row in trials}
-    equal = compare_at_equal_cost(trials, curves, "images_seen")
+    equal = compare_at_equal_cost(trials, "images_seen")
     assert equal is not None
     assert f"order of p {text}" in compared_with_paper(equal) and "14.51 at p = 0" in compared_with_paper(equal)
 

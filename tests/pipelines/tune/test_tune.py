@@ -5,6 +5,7 @@ import json
 import signal
 import subprocess
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +16,20 @@ import yaml
 from helpers import start_cli, tiny_recipe, wait_until
 
 from patchloom.errors import UserError
+from patchloom.models.flops import training_flops
+from patchloom.models.step_plan import plan_step
 from patchloom.pipelines.evaluate import evaluate
 from patchloom.pipelines.sample import sample
 from patchloom.pipelines.train.checkpointer import newest_checkpoint
+from patchloom.pipelines.train.model_card import new_model_card
+from patchloom.pipelines.train.run import step_settings
 from patchloom.pipelines.tune import planning, trials, tune
 from patchloom.pipelines.tune.planning import plan_trials
 from patchloom.platform.dataset import open_dataset
+from patchloom.platform.dataset.prepared import Dataset
 from patchloom.platform.files.folder import Folder
 from patchloom.platform.files.storage import read_json, read_json_lines
-from patchloom.platform.recipe import load_recipe, recipe_yaml
+from patchloom.platform.recipe import Recipe, load_recipe, recipe_yaml
 from patchloom.platform.recipe.search import load_search
 
 pytestmark = pytest.mark.ray
@@ -114,6 +120,48 @@ def test_repeats_differ_in_their_seed_and_ramps_follow_the_length(pixels: Path, 
         assert images == pytest.approx(100 * 8 * (1.9 if trial.settings["patches.p"] == 0.5 else 1))
         assert trial.recipe.optimizer.lr_rampup_images == pytest.approx(images / 10, abs=1)
         assert trial.recipe.ema[0].halflife_images == pytest.approx(images / 4, abs=1)
+
+
+@dataclass(frozen=True)
+class DrawnCost:
+    updates: int
+    crops: int
+    flops: int
+
+
+def drawn_cost(recipe: Recipe, dataset: Dataset) -> DrawnCost:
+    """What the steps of a recipe cost with the patch sizes that they draw."""
+    settings = step_settings(recipe, 16)
+    plans = [plan_step(settings, step, 0) for step in range(settings.updates)]
+    crops = [(group.size.pixels, len(group.crops)) for plan in plans for group in plan.share()]
+    denoiser = new_model_card(recipe, dataset).denoiser
+    flops = sum(training_flops(denoiser, side) * count for side, count in crops)
+    return DrawnCost(len(plans), sum(count for _, count in crops), flops)
+
+
+def test_equal_costs_add_trials_as_long_as_the_cheapest_one(pixels: Path, tmp_path: Path) -> None:
+    changes = {"repeats": 2, "equal_costs": ["images", "updates"], "of_budget": {"optimizer.lr_rampup_images": 0.1}}
+    search, base = load_search(write_search(tmp_path, budget={"flops": 1e10}, **changes))
+    dataset = open_dataset(pixels)
+    planned = plan_trials(search, base, dataset)
+    assert [(trial.settings["patches.p"], trial.repeat, trial.equal) for trial in planned] == [
+        *[(p, repeat, None) for p in (0.5, 1.0) for repeat in (0, 1)],
+        *[(0.5, repeat, unit) for unit in ("images", "updates") for repeat in (0, 1)],  # p = 1 has the fewest of both
+    ]  # fmt: skip
+    recipes = [trial.recipe for trial in planned if trial.recipe]
+    assert [recipe.seed for recipe in recipes] == [3, 4] * 4
+    spent = [drawn_cost(recipe, dataset) for recipe in recipes]
+    full = recipes[2].train.images
+    for number, recipe in enumerate(recipes):
+        assert recipe.optimizer.lr_rampup_images == pytest.approx(recipe.train.images / 10, abs=1)
+        if number < 4:  # the sizes of the seed decide how many steps cost as much, within half of a full-size step
+            assert spent[number].flops == pytest.approx(1e10, abs=0.5 * spent[2].flops / spent[2].updates)
+    assert [one.crops for one in spent[4:6]] == pytest.approx([full] * 2, abs=16)  # a step has up to 32 crops
+    assert [one.updates for one in spent[6:]] == [spent[2].updates] * 2
+    lengths = [trial.expected_images for trial in planned if trial.repeat == 0 and trial.equal is None]
+    assert plan_trials(search, base, dataset, lengths) == planned  # as a restored search does
+    with pytest.raises(UserError, match="equal_costs"):
+        load_search(write_search(tmp_path, equal_costs=["images"], scheduler={"kind": "asha"}))
 
 
 def test_seconds_buy_what_a_step_was_measured_to_take(
