@@ -14,6 +14,7 @@ from patchloom.pipelines.train.dry_run import describe_plan
 from patchloom.pipelines.tune.planning import (
     Trial,
     check_space,
+    held_out_flops,
     plan_trials,
     recipe_of_setting,
     seconds_of_trial,
@@ -91,7 +92,11 @@ def _trial_cost(trial: Trial, dataset: str, seconds: float) -> _TrialCost:
     if trial.recipe is None:
         return _TrialCost(0.0, 0.0, f"does not fit ({trial.problem.partition(': ')[2]})")
     plan = describe_plan(trial.recipe, dataset)
-    text = f"{plan.updates:,} updates, {plan.crops:,} counted images, {plan.flops / 1e12:,.3f} TFLOP"
+    held_out = held_out_flops(trial.recipe, open_dataset(dataset))
+    text = (
+        f"{plan.updates:,} updates, {plan.crops:,} counted images, {plan.flops / 1e12:,.3f} TFLOP and "
+        f"{held_out / 1e12:,.3f} for held-out losses"
+    )
     return _TrialCost(plan.flops, seconds, f"{text}, {clock(seconds)}")
 
 

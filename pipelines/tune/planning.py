@@ -15,7 +15,6 @@ from patchloom.models.loss import HELD_OUT_SIGMAS
 from patchloom.models.normalisation import identity_normalisation
 from patchloom.models.precision import one_thread
 from patchloom.models.step_plan import StepSettings, plan_step
-from patchloom.pipelines.train.hooks.held_out import HELD_OUT_IMAGES
 from patchloom.pipelines.train.model_card import new_model_card
 from patchloom.pipelines.train.run import step_settings
 from patchloom.pipelines.tune.ranking import setting_title
@@ -244,12 +243,24 @@ def seconds_of_update(recipe: Recipe, dataset: Dataset) -> float:
 def seconds_of_trial(recipe: Recipe, dataset: Dataset) -> float:
     """The seconds of the steps and held-out losses of a trial, without its start, from a few measured steps."""
     settings, seconds_of_crop = _measured_crops(recipe, dataset)
+    forward = seconds_of_crop[settings.schedule.sizes[0].pixels] / TRAINING_OVER_FORWARD
+    held_out_seconds = held_out_evaluations(recipe, dataset) * forward
+    return settings.updates * step_cost(settings, seconds_of_crop, 1)[0] + held_out_seconds
+
+
+def held_out_flops(recipe: Recipe, dataset: Dataset) -> float:
+    """The FLOPs of all held-out losses of a trial."""
+    denoiser, _ = _denoiser_and_settings(recipe, dataset)
+    forward = training_flops(denoiser, denoiser.resolution) / TRAINING_OVER_FORWARD
+    return held_out_evaluations(recipe, dataset) * forward
+
+
+def held_out_evaluations(recipe: Recipe, dataset: Dataset) -> int:
+    """Evaluations of the network at full size for all held-out losses of a trial."""
     train, rows = recipe.train, len(dataset.split("held_out", recipe.data.held_out_fraction))
     every = train.held_out_every_images or recipe.preview.every_images
     measurements = 1 + (train.images // every if every else 0)
-    held_out_crops = measurements * min(rows, HELD_OUT_IMAGES) * len(HELD_OUT_SIGMAS)
-    forward = seconds_of_crop[settings.schedule.sizes[0].pixels] / TRAINING_OVER_FORWARD
-    return settings.updates * step_cost(settings, seconds_of_crop, 1)[0] + held_out_crops * forward
+    return measurements * min(rows, train.held_out_images) * len(HELD_OUT_SIGMAS)
 
 
 def _measured_crops(recipe: Recipe, dataset: Dataset) -> tuple[StepSettings, dict[int, float]]:

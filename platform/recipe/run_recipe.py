@@ -229,6 +229,9 @@ class TrainSection(Section):
     held_out_every_images: Annotated[int, Field(ge=0)] = Field(
         0, description="Measure the loss on held-out images this often; 0: with every preview and at the end"
     )
+    held_out_images: Count = Field(
+        64, description="Held-out images of a measurement; which ones they are matters less the more there are"
+    )
 
     @model_validator(mode="after")
     def _blocks_divide_the_batch(self) -> "TrainSection":

@@ -8,7 +8,6 @@ from patchloom.pipelines.train.hooks.hook import Due, Hook
 from patchloom.pipelines.train.snapshot import Snapshot
 from patchloom.platform.records.run import LineFields
 
-HELD_OUT_IMAGES = 64
 KEPT_ROWS_BYTES = 64 << 20  # at most, between measurements: the shards of a remote dataset may be gone
 
 
@@ -19,7 +18,7 @@ class HeldOutHook(Hook):
     _kept: StoredRows | None = None
 
     def measure(self, due: Due, snapshot: Snapshot) -> LineFields:
-        """The loss on up to `HELD_OUT_IMAGES` images, always the same ones."""
+        """The loss on up to `train.held_out_images` images, always the same ones."""
         run = self.run
         held_out = run.reader.held_out
         if not due.held_out or not len(held_out):
@@ -37,8 +36,8 @@ class HeldOutHook(Hook):
         """The images, which are read once if they are small."""
         if self._kept is not None:
             return self._kept
-        reader = self.run.reader
-        rows = replace(reader.at(reader.held_out.spread(HELD_OUT_IMAGES)), std=None)  # the loss is that of the means
+        reader, count = self.run.reader, self.run.recipe.train.held_out_images
+        rows = replace(reader.at(reader.held_out.spread(count)), std=None)  # the loss is that of the means
         if rows.image.nbytes <= KEPT_ROWS_BYTES:
             self._kept = rows
         return rows
