@@ -1,7 +1,6 @@
 """Trials: what one run of a search does in its own process, and its row in the table."""
 
 import functools
-import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,7 +30,8 @@ from patchloom.platform.recipe.search import Search
 from patchloom.platform.records.run import RUN_FILE, ProgressLine, RunCard, read_progress
 from patchloom.platform.records.search import TrialRow
 from patchloom.platform.tracking.forwarder import MlflowForwarder
-from patchloom.platform.tracking.store import store_environment
+from patchloom.platform.tracking.store import store_environment, use_stores
+from patchloom.redaction import redacted_values
 
 TRIALS_FOLDER = "trials"
 TRIAL_FILE = "trial.json"  # in the run folder of a trial that finished or failed: its row of the table
@@ -53,7 +53,7 @@ class SearchJob:
     dataset: str
     trials_folder: Folder
     parent_run: str  # the MLflow run of the search
-    stores: dict[str, str]  # environment variables of the MLflow stores
+    stores: dict[str, str]  # environment variables of the MLflow stores, without passwords: Ray Tune stores jobs
     backbones: tuple[str, ...]
     workers: int
     resources: Resources
@@ -98,7 +98,7 @@ def search_job(
         dataset.address,
         folder.folder(TRIALS_FOLDER),
         run_id,
-        store_environment(),
+        redacted_values(store_environment()),
         allowed_backbones(),
         workers,
         resources,
@@ -150,7 +150,7 @@ def run_trial(job: TrialJob) -> None:
 
     begin_work()
     forward_messages(f"trial {job.name}: ")
-    os.environ.update(job.shared.stores)
+    use_stores(job.shared.stores)
     allow_backbones(*job.shared.backbones)
     if not is_finished(job):
         try:

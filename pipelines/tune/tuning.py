@@ -136,8 +136,10 @@ def tune(
     """
     if register_best is not None:
         check_name(register_best)
+    _check_without_keys(dataset, out)
     require_reachable()
     definition, base = load_search(search)
+    _check_without_keys(base.train.init_from or "")
     rows = open_dataset(dataset)
     if not len(rows.split("held_out", base.data.held_out_fraction)):
         raise UserError("data.held_out_fraction leaves no held-out row, so trials cannot be compared: raise it")
@@ -235,6 +237,16 @@ def _open_folder(
     lengths = [trial.expected_images for trial in planned if trial.repeat == 0 and trial.equal is None]
     SearchCard(run_id=run_id, images=lengths, search=search, dataset_fingerprint=dataset.fingerprint).write(folder)
     return run_id
+
+
+def _check_without_keys(*addresses: str) -> None:
+    """Raise UserError for an address with keys: Ray Tune keeps the jobs of trials in files of the search."""
+    for address in addresses:
+        if redacted(address) != address:
+            raise UserError(
+                f"{redacted(address)}: an address with keys cannot be part of a search, which stores its trials: set "
+                "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY on every node instead"
+            )
 
 
 def _definition_yaml(search: Search) -> str:

@@ -5,7 +5,7 @@ import importlib
 import os
 import re
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from urllib.parse import quote, unquote, urlsplit
 
@@ -55,6 +55,15 @@ def registry_uri() -> str:
 def store_environment() -> dict[str, str]:
     """The environment variables with which another process finds the same stores."""
     return {"MLFLOW_TRACKING_URI": tracking_uri(), "MLFLOW_REGISTRY_URI": registry_uri()}
+
+
+def use_stores(stores: Mapping[str, str]) -> None:
+    """Use the stores of another process, by what `store_environment` gave there, possibly without passwords.
+
+    A password that this process has for the same address is kept.
+    """
+    own = {redacted(uri): uri for uri in (tracking_uri(), registry_uri())}
+    os.environ.update({name: own.get(address, address) for name, address in stores.items()})
 
 
 def _absolute(uri: str) -> str:

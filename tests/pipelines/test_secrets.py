@@ -15,9 +15,14 @@ from helpers import tiny_recipe
 from patchloom.errors import CheckpointError, UserError
 from patchloom.pipelines.cli import main
 from patchloom.pipelines.launch.launching import LaunchOptions, launch
+from patchloom.pipelines.tune.trials import search_job
+from patchloom.pipelines.tune.tuning import tune
+from patchloom.platform.dataset.prepared import open_dataset
 from patchloom.platform.files.folder import Folder
 from patchloom.platform.files.patience import StoreError
 from patchloom.platform.recipe import recipe_yaml
+from patchloom.platform.recipe.search import load_search
+from patchloom.platform.tracking.store import registry_uri, tracking_uri, use_stores
 from patchloom.redaction import RedactedStream, redacted, redacted_values
 
 SECRET = "pla/nted+Secret0"
@@ -190,3 +195,24 @@ def test_progress_bars_reach_the_terminal_behind_the_stream() -> None:
     stream.write("\x1b[31mname\x1b[0m\ttab\n")
     stream.rich_proxied_file.write("\x1b[2K")
     assert written.getvalue() == "\\x1b[31mname\\x1b[0m\ttab\n\x1b[2K"
+
+
+def test_search_stores_no_secrets(pixels: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    search, base = load_search("demo_pixels_search")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://bob:{PASSWORD}@host")
+    monkeypatch.setenv("MLFLOW_REGISTRY_URI", "")
+    shared = search_job(search, base, open_dataset(pixels), Folder(str(tmp_path)), "run", 0)
+    assert PASSWORD not in repr(shared) and PASSWORD.encode() not in pickle.dumps(shared)
+    use_stores(shared.stores)  # a trial on this machine has the variable too
+    assert tracking_uri() == registry_uri() == f"http://bob:{PASSWORD}@host"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://other")
+    monkeypatch.setenv("MLFLOW_REGISTRY_URI", "")
+    use_stores(shared.stores)
+    assert tracking_uri() == registry_uri() == "http://host"
+
+
+def test_search_refuses_addresses_with_keys(pixels: Path, tmp_path: Path) -> None:
+    for dataset, out in ((f"s3://{KEYS}@bucket/data", str(tmp_path / "x")), (str(pixels), f"s3://{KEYS}@bucket/x")):
+        with pytest.raises(UserError, match="AWS_SECRET_ACCESS_KEY"):
+            tune("demo_pixels_search", dataset, out)
+    assert not (tmp_path / "x").exists()
