@@ -199,8 +199,9 @@ def kernel_distance(
 ) -> KernelDistance:
     """KID: the unbiased squared MMD with the kernel (x.y / d + 1)^3, over random subsets (Binkowski et al. 2018).
 
-    The standard error is that of the delete-d jackknife (Shao & Wu 1989), an upper bound if both sides have the same
-    distribution. It needs subsets of at most half of the smaller side.
+    The standard error has two parts: that of the features, by the delete-d jackknife (Shao & Wu 1989), an upper bound
+    if both sides have the same distribution, and that of the random choice of subsets. It needs subsets of at most half
+    of the smaller side, and is NaN with one subset.
 
     Args:
         features_a: (n, d) features, n of 4 or more. Only the rows of one subset are in memory, if they are in a file.
@@ -234,7 +235,10 @@ def kernel_distance(
         a, b = (side[torch.randperm(len(side), generator=generator)[:size]] for side in (features_a, features_b))
         found.append(squared_mmd(a, b))
     values = np.array(found)
-    return KernelDistance(float(values.mean()), float(values.std()), float(values.std() * (size / (n - size)) ** 0.5))
+    variance = values.var(ddof=1) if subsets > 1 else np.nan
+    # the subsets are drawn independently, so the variance of their mean adds to that of the features
+    standard_error = np.sqrt(variance * (size / (n - size) + 1 / subsets))
+    return KernelDistance(float(values.mean()), float(values.std()), float(standard_error))
 
 
 def squared_mmd(a: Tensor, b: Tensor) -> float:

@@ -149,6 +149,19 @@ def test_kid_of_one_distribution_covers_nothing() -> None:
     assert covered >= 37  # 95 % of 40 are 38
 
 
+@pytest.mark.parametrize("n", [500, 2000])
+def test_the_standard_error_of_kid_is_its_deviation_over_repetitions(n: int) -> None:
+    # with 2,000 rows, the choice of 30 subsets of 20 rows is three quarters of the variance
+    found, variances = [], []
+    for seed in range(300):
+        generator = torch.Generator().manual_seed(seed)
+        a, b = (torch.randn(n, 3, generator=generator) for _ in range(2))
+        kid = kernel_distance(a, b + 0.7, subsets=30, subset_size=20, generator=generator)
+        found.append(kid.mean)
+        variances.append(kid.standard_error**2)
+    assert np.mean(variances) ** 0.5 == pytest.approx(np.std(found), rel=0.12)  # three deviations of the simulation
+
+
 def test_the_score_of_certain_and_even_classes_is_their_number() -> None:
     logits = torch.eye(7).repeat(20, 1) * 1000
     mean, std = inception_score(logits, splits=1)
