@@ -130,7 +130,7 @@ def read_card(folder: Path | str) -> ModelCard:
         card = ModelCard.from_json(content)
         check_bounds(card.denoiser)
         return card
-    except (ValueError, TypeError, AttributeError) as error:
+    except (ValueError, TypeError, AttributeError, OverflowError) as error:
         raise CheckpointError(f"{path} is damaged ({error}): fetch the model again") from None
 
 

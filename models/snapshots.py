@@ -114,8 +114,9 @@ class _SnapshotUnpickler(pickle.Unpickler):
         if (module, name) in RECORDS:
             return type("_Attributes", (_Record,), {})  # a new class each time: a file can leave nothing behind
         if (module, name) not in REBUILDERS:
+            shown = f"{module}.{name}"[:200].encode("unicode_escape").decode()
             raise CheckpointError(
-                f"{self.path} names {module}.{name}, which no snapshot needs: it is refused and nothing was run"
+                f"{self.path} names {shown}, which no snapshot needs: it is refused and nothing was run"
             )
         rebuild = REBUILDERS[module, name]
         return lambda *arguments: rebuild(self.path, *arguments)

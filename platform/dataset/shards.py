@@ -101,13 +101,38 @@ class ShardLayout:
     offsets: np.ndarray
 
     @staticmethod
-    def of_file(path: Path) -> "ShardLayout":
-        """Read the layout from the schema and the metadata of an Arrow file."""
+    def of_file(path: Path, rows: int | None = None) -> "ShardLayout":
+        """Read the layout from the schema and the metadata of an Arrow file.
+
+        Raises:
+            UserError: it is not a shard of so many rows.
+        """
+        try:
+            return ShardLayout._of_file(path, rows)
+        except UserError:
+            raise
+        except Exception as error:  # of Arrow and NumPy, for a file that nobody checked
+            if isinstance(error, OSError) and error.errno is not None:
+                raise
+            problem = " ".join(str(error).split())[:200] or type(error).__name__
+            raise UserError(f"{path} is not a shard of this dataset ({problem}): {COPY_AGAIN}") from None
+
+    @staticmethod
+    def _of_file(path: Path, rows: int | None) -> "ShardLayout":
         mapped = pa.memory_map(str(path))
         batch, start = pa.ipc.open_file(mapped).get_batch(0), mapped.read_buffer(mapped.size()).address
-        buffers = (buffer for column in batch.columns for buffer in column.buffers() if buffer is not None)
+        batch.validate(full=True)  # Arrow itself trusts the offsets of texts, also outside of the file
+        if rows is not None and len(batch) != rows:
+            raise ValueError(f"it has {len(batch):,} rows instead of {rows:,}")
+        buffers = [buffer for column in batch.columns for buffer in column.buffers() if buffer is not None]
         columns = tuple(ShardColumn.of_field(field) for field in batch.schema)
-        return ShardLayout(columns, np.array([buffer.address - start for buffer in buffers], np.int64))
+        if len(buffers) != sum(2 if column.dtype is None else 1 for column in columns):
+            raise ValueError("it has missing values, or columns of another kind")
+        offsets = [buffer.address - start for buffer in buffers]
+        ends = [offset + buffer.size for offset, buffer in zip(offsets, buffers, strict=True)]
+        if min(offsets) < 0 or max(ends) > mapped.size():
+            raise ValueError("its values are not in the file as they are")
+        return ShardLayout(columns, np.array(offsets, np.int64))
 
 
 class MappedShard:
@@ -253,7 +278,7 @@ class ShardReader:
         status = path.stat()  # before it is read: a change during the reading gives another stamp
         if again or not self.files.are_verified:
             check_sha256(path, self.table.sha256_of(number))
-        layout = ShardLayout.of_file(path)
+        layout = ShardLayout.of_file(path, int(self.table.rows[number]))
         self._known.keep(number, status, layout.offsets)
         return layout.offsets
 

@@ -2,7 +2,6 @@
 
 import itertools
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +9,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
 
-from patchloom.errors import UserError
 from patchloom.platform.files.bounds import check_rows, reading_damaged
 from patchloom.platform.files.cache import cached_copy, copy_name
 from patchloom.platform.files.folder import Folder
 
-TABLE_BATCH_ROWS, SMALL_BATCH_ROWS = 32, 8192
+TABLE_BATCH_ROWS, SMALL_BATCH_ROWS, LEAST_BATCH_ROWS = 32, 8192, 16
 MOST_BATCH_BYTES = 1 << 31
 ARROW_MAGIC = b"ARROW1"  # of files; streams have none
 NO_CELLS = (0, pa.array([]))
@@ -72,21 +70,11 @@ class SourceTable:
 
 def open_table(folder: Folder, name: str) -> SourceTable:
     """A Parquet file, or an Arrow IPC file or stream."""
-    with _complete(folder, name):
+    with reading_damaged(f"{folder}/{name}", "a complete table"):
         table = _parquet(folder, name) if name.lower().endswith(".parquet") else _arrow(folder, name)
     with reading_damaged(f"{folder}/{name}", "a table that can be read"):
         check_rows(table.rows, folder.size(name))
     return table
-
-
-@contextmanager
-def _complete(folder: Folder, name: str) -> Iterator[None]:
-    try:
-        yield
-    except (pa.ArrowException, OSError) as error:
-        raise UserError(
-            f"{folder}/{name} is not a complete table ({' '.join(str(error).split())}): download it again"
-        ) from None
 
 
 def _parquet(folder: Folder, name: str) -> SourceTable:
@@ -105,7 +93,7 @@ def _parquet(folder: Folder, name: str) -> SourceTable:
     def cells(group: int, column: str) -> Iterator[tuple[int, pa.Array]]:
         """Cells in small batches, because a group may have gigabytes. Before a damaged page, cells one by one."""
         done = int(starts[group])
-        for rows in (_batch_rows(file.metadata, group, TABLE_BATCH_ROWS, [column]), 1):
+        for rows in (_batch_rows(file.metadata, group, TABLE_BATCH_ROWS, 1), 1):
             first = int(starts[group])
             try:
                 for batch in file.iter_batches(rows, row_groups=[group], columns=[column]):
@@ -121,19 +109,21 @@ def _parquet(folder: Folder, name: str) -> SourceTable:
 
     def small(names: list[str]) -> Iterator[pa.RecordBatch]:
         groups = range(file.num_row_groups)
-        rows = min((_batch_rows(file.metadata, group, SMALL_BATCH_ROWS, names) for group in groups), default=1)
-        with _complete(folder, name):
+        rows = min(
+            (_batch_rows(file.metadata, group, SMALL_BATCH_ROWS, LEAST_BATCH_ROWS) for group in groups), default=1
+        )
+        with reading_damaged(f"{folder}/{name}", "a complete table"):
             yield from file.iter_batches(rows, columns=names)
 
     return SourceTable(file.schema_arrow, file.metadata.num_rows, small, batches)
 
 
-def _batch_rows(metadata: Any, group: int, most: int, names: list[str]) -> int:
-    """The rows of a batch. A text that a column stores once may be in every row, and takes its size each time."""
-    columns = [metadata.row_group(group).column(number) for number in range(metadata.num_columns)]
-    texts = [one for one in columns if one.physical_type == "BYTE_ARRAY" and one.path_in_schema.split(".")[0] in names]
-    largest = max((int(one.total_uncompressed_size) for one in texts), default=0)
-    return max(1, min(most, MOST_BATCH_BYTES // max(1, largest)))
+def _batch_rows(metadata: Any, group: int, most: int, least: int) -> int:
+    """The rows of a batch. A value that a column stores once may be in every row, and takes its size each time.
+
+    The metadata of columns are not used: those of a damaged file end the process.
+    """
+    return max(least, min(most, MOST_BATCH_BYTES // max(1, int(metadata.row_group(group).total_byte_size))))
 
 
 def _arrow(folder: Folder, name: str) -> SourceTable:
@@ -181,10 +171,10 @@ class _ArrowBatches:
     def read(self, names: list[str], first: int = 0) -> Iterator[pa.RecordBatch]:
         """Batches with some columns, from one on."""
         reader = self._reader(sorted(set(names), key=self.schema.get_field_index))
-        if self._is_file:
-            yield from map(reader.get_batch, range(first, reader.num_record_batches))
-        else:
-            yield from itertools.islice(reader, first, None)
+        numbers = range(first, reader.num_record_batches) if self._is_file else ()
+        for batch in map(reader.get_batch, numbers) if self._is_file else itertools.islice(reader, first, None):
+            batch.validate(full=True)  # Arrow itself trusts the offsets of texts, also outside of the file
+            yield batch
 
 
 def _width(kind: pa.DataType) -> int:

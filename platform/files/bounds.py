@@ -1,5 +1,6 @@
 """Bounds: the most that a file from elsewhere may make this process keep, and how archives are unpacked within them."""
 
+import errno
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -27,7 +28,7 @@ def reading_damaged(name: object, what: str, remedy: str = "download it again") 
     except UserError:
         raise
     except Exception as error:
-        if isinstance(error, OSError) and error.errno is not None:
+        if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):  # a seek to nowhere is damage
             raise
         problem = " ".join(str(error).split())[:300] or type(error).__name__
         raise UserError(f"{name} is not {what} ({problem}): {remedy}") from None

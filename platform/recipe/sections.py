@@ -83,19 +83,27 @@ def parse_yaml(text: str) -> Any:
     Raises:
         ValueError: the text is not YAML, or has too many values or levels.
     """
-    loader = yaml.SafeLoader(text)
     try:
-        node = loader.get_single_node()
-        if node is None:
-            return None
-        _count_values(node, {})
-        return loader.construct_document(node)
-    except yaml.YAMLError as error:
-        raise ValueError(" ".join(str(error).split())) from None
+        loader = yaml.SafeLoader(text)
+        try:
+            node = loader.get_single_node()
+            if node is None:
+                return None
+            _count_values(node, {})
+            return loader.construct_document(node)
+        finally:
+            loader.dispose()
     except RecursionError:
         raise ValueError(TOO_DEEP) from None
-    finally:
-        loader.dispose()
+    except (
+        yaml.YAMLError,
+        ValueError,
+        LookupError,
+        TypeError,
+        OverflowError,
+        AttributeError,
+    ) as error:  # of a constructor
+        raise ValueError(" ".join(str(error).split())) from None
 
 
 def _count_values(node: yaml.Node, counted: dict[int, int], above: tuple[int, ...] = ()) -> int:
