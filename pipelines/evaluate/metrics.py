@@ -91,10 +91,10 @@ def _frechet(name: str, output: str) -> Callable[[ComparedSets], dict[str, Metri
 def _uncertainty(name: str, sets: ComparedSets, mean: Tensor, covariance: Tensor) -> dict[str, MetricValue]:
     """The distance with unlimited samples, its interval over draws of samples, and that of as many real images."""
     distance = DistanceOfRows(sets.sample_rows[:], mean, covariance)
-    found: dict[str, MetricValue] = {
-        f"{name}_infinity": extrapolated_distance(distance),
-        f"{name}_interval_95": list(bootstrap_interval(distance, BOOTSTRAPS)),
-    }
+    found: dict[str, MetricValue] = {f"{name}_interval_95": list(bootstrap_interval(distance, BOOTSTRAPS))}
+    infinity = extrapolated_distance(distance)
+    if infinity is not None:
+        found[f"{name}_infinity"] = infinity
     n = len(sets.sample_rows)
     if sets.reference is not None and len(sets.reference.images) >= 2 * n:
         real = sets.reference_rows

@@ -14,7 +14,7 @@ from scipy.linalg import sqrtm
 
 from patchloom.errors import UserError
 from patchloom.pipelines.evaluate.evaluation import evaluate
-from patchloom.pipelines.evaluate.results import seed_ranges
+from patchloom.pipelines.evaluate.results import notes_on, seed_ranges
 from patchloom.pipelines.registry.quality import Evaluation, comparable, differences, evaluations_of
 from patchloom.pipelines.sample import sample
 from patchloom.platform.dataset import open_dataset
@@ -280,3 +280,19 @@ def test_metrics_that_do_not_fit_are_refused(options: dict[str, Any], words: str
     folder = pictures(tmp_path / "a", noise(5))
     with pytest.raises(UserError, match=words):
         evaluate(str(folder), str(folder), **{"features": "colours", **options})
+
+
+@pytest.mark.parametrize(
+    ("n", "infinity", "words"),
+    [
+        (8_191, None, "unlimited samples is unknown: it takes 8,192 samples or more"),
+        (8_192, None, "too small to be estimated from these: the extrapolation is below 0"),
+        (8_192, 3.25, "With unlimited samples it is about 3.25, only a hint from few samples"),
+    ],
+)
+def test_a_note_says_what_is_known_about_unlimited_samples(n: int, infinity: float | None, words: str) -> None:
+    metrics: dict[str, Any] = {"fid": 4.0, "fid_interval_95": [3.5, 4.5]}
+    if infinity is not None:
+        metrics["fid_infinity"] = infinity
+    identity = EvaluationIdentity(features="inception-2015-12-05", n_samples=n, reference="a", width=2048)
+    assert words in notes_on(Evaluation(metrics=metrics, identity=identity))[0]
