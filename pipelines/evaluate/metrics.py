@@ -160,7 +160,7 @@ def _precision_recall(sets: ComparedSets) -> dict[str, MetricValue]:
 
 
 def _reconstruction(sets: ComparedSets) -> dict[str, MetricValue]:
-    from patchloom.pipelines.train.autoencoder import reconstruction_quality
+    from patchloom.pipelines.train.autoencoder import SSIM_WINDOW, reconstruction_quality
 
     assert sets.reference is not None
     samples, reference = sets.samples.images, sets.reference.images
@@ -180,7 +180,7 @@ def _reconstruction(sets: ComparedSets) -> dict[str, MetricValue]:
         totals["psnr_db"] += quality.psnr_db * count
         totals["ssim"] += quality.ssim * count
         rows += count
-    return {key: value / rows for key, value in totals.items()}
+    return {**{key: value / rows for key, value in totals.items()}, "ssim_window": float(SSIM_WINDOW)}
 
 
 @dataclass(frozen=True)

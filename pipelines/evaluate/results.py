@@ -172,6 +172,12 @@ def notes_on(evaluation: Evaluation) -> list[str]:
     notes = [note for name in ("fid", "frechet_distance") for note in _frechet_notes(name, evaluation)]
     if "sfid" in metrics:
         notes.append("sFID is unverified: no published value has been reproduced yet")
+    window = metrics.get("ssim_window")
+    if isinstance(window, float):
+        notes.append(
+            f"SSIM is computed in uniform windows of {window:.0f} x {window:.0f} pixels, as scikit-image does. "
+            "The Gaussian window of Wang et al. 2004 gives other values"
+        )
     authenticity = metrics.get("authenticity")
     if isinstance(authenticity, float):
         notes.append(

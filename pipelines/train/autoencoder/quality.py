@@ -14,6 +14,7 @@ from patchloom.platform.progress import say
 MEASURED_IMAGES = 256
 SHOWN_IMAGES = 8
 DECODE_BATCH = 32
+SSIM_WINDOW = 7  # pixels of a side of scikit-image's uniform window; that of Wang et al. 2004 is an 11 x 11 Gaussian
 RECONSTRUCTIONS = "reconstructions.png"
 
 
@@ -23,7 +24,7 @@ class ReconstructionQuality:
 
     Args:
         psnr_db: peak signal-to-noise ratio in dB.
-        ssim: structural similarity.
+        ssim: structural similarity in uniform windows of 7 x 7 pixels.
         measured_images: number of pairs.
     """
 
@@ -66,5 +67,5 @@ def reconstruction_quality(images: np.ndarray, decoded: np.ndarray) -> Reconstru
 
     pairs = list(zip(images, decoded, strict=True))
     psnr = [peak_signal_noise_ratio(a, b, data_range=255) for a, b in pairs]
-    ssim = [structural_similarity(a, b, channel_axis=0, data_range=255) for a, b in pairs]
+    ssim = [structural_similarity(a, b, win_size=SSIM_WINDOW, channel_axis=0, data_range=255) for a, b in pairs]
     return ReconstructionQuality(float(np.mean(psnr)), float(np.mean(ssim)), len(pairs))

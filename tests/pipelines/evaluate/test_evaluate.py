@@ -172,6 +172,7 @@ def test_an_autoencoder_is_measured_by_its_latents(pixels: Path, tmp_path: Path,
     decoded = load_autoencoder(tmp_path / "autoencoder").decode(latents).numpy()
     wanted = np.mean([peak_signal_noise_ratio(a, b, data_range=255) for a, b in zip(images, decoded, strict=True)])
     assert result["metrics"]["psnr_db"] == pytest.approx(wanted, abs=1e-2)
+    assert result["metrics"]["ssim_window"] == 7 and any("windows of 7 x 7 pixels" in note for note in result["notes"])
     assert result["identity"]["images"] == "reconstructions" and result["metrics"]["frechet_distance"] > 0
 
 

@@ -153,6 +153,19 @@ def test_reconstruction_quality_of_known_pairs() -> None:
     assert reconstruction_quality(noise, noise[::-1]).ssim < 0.3
 
 
+def test_ssim_is_the_mean_over_uniform_windows_of_seven_pixels() -> None:
+    one, other = np.random.default_rng(1).integers(0, 256, (2, 1, 3, 16, 16), dtype=np.uint8)
+    a, b = (
+        np.lib.stride_tricks.sliding_window_view(image[0].astype(float), (7, 7), axis=(1, 2)) for image in (one, other)
+    )
+    (mean_a, var_a), (mean_b, var_b) = ((x.mean((3, 4)), x.var((3, 4), ddof=1)) for x in (a, b))
+    covariance = ((a * b).mean((3, 4)) - mean_a * mean_b) * 49 / 48
+    c1, c2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2  # Wang et al. 2004
+    luminance = (2 * mean_a * mean_b + c1) / (mean_a**2 + mean_b**2 + c1)
+    wanted = (luminance * (2 * covariance + c2) / (var_a + var_b + c2)).mean()
+    assert reconstruction_quality(one, other).ssim == pytest.approx(wanted, abs=1e-9)
+
+
 def test_patch_size_must_fit_the_halvings(pixels: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="--patch 10"):
         train_autoencoder(str(pixels), str(tmp_path / "ae"), AutoencoderSettings(patch=10), workers=0)
