@@ -6,7 +6,7 @@ FAKE_CUDA := .venv-fake-cuda
 # For test-gpu and bench-gpu: GPU_PYTHON is any Python with torch, IMAGES an .npz with `images`, FEATURES the weights of Inception.
 GPU_PYTHON ?= $(if $(wildcard $(READY)),$(BIN)/python,$(PYTHON))
 
-.PHONY: demo test test-cluster test-gpu test-fake-cuda test-all check bench bench-gpu schema dist clean
+.PHONY: demo test test-cluster test-gpu test-fake-cuda test-all check bench bench-gpu schema dist lock audit clean
 
 demo: $(READY)
 	@echo "make demo: from photographs to a registered model and samples (3 to 6 minutes on two cores)"
@@ -55,6 +55,13 @@ dist: $(READY)
 	@rm -rf dist build
 	@$(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir dist .
 	@cp constraints.txt dist/
+
+# all packages with their checksums, and a look at the database of known vulnerabilities; both need a network
+lock: $(READY)
+	@$(BIN)/python deploy/lock.py lock
+
+audit: $(READY)
+	@$(BIN)/python deploy/lock.py audit
 
 clean:
 	rm -rf .venv $(FAKE_CUDA) .mypy_cache .pytest_cache .ruff_cache *.egg-info
