@@ -16,6 +16,7 @@ KID_SUBSETS, KID_SUBSET_SIZE = 100, 1000  # Binkowski et al. 2018
 INCEPTION_SPLITS = 10  # Salimans et al. 2016
 INCEPTION_ROWS = 10  # fewest in a part
 EXTRAPOLATION_ROWS = 4  # fewest per feature that a distance is extrapolated from
+INTERVAL_ROWS = 2  # fewest per feature for the interval of a distance
 BLOCK_ROWS = 1 << 16  # of features that are computed together; more are read block by block
 
 
@@ -146,6 +147,27 @@ class DistanceOfRows:
         self.rows, self.turned = rows, rows @ symmetric_root(covariance)
         self.norms = rows.square().sum(1)
 
+    def standard_error(self) -> float:
+        """The standard deviation of the distance of all rows over repeated draws, from a second-order expansion.
+
+        The first-order term is the infinitesimal jackknife (Efron 1982): the variance of the derivative of the distance
+        in the weight of each row. Its expectation contains the variance of the second-order term twice (Efron & Stein
+        1981), so this variance is subtracted once, as it is for normal features.
+        """
+        n, difference = len(self.rows), self.rows.mean(0) - self.mean
+        centred, turned = self.rows - self.rows.mean(0), self.turned - self.turned.mean(0)
+        values, vectors = torch.linalg.eigh(turned.T @ turned / (n - 1))
+        kept = values > len(values) * torch.finfo(values.dtype).eps * values[-1:]  # none of a constant reference
+        roots, turned = values[kept].sqrt(), turned @ vectors[:, kept]
+        # the derivative in the covariance is 1 - T, with T the optimal transport to the reference
+        slopes = 2 * centred @ difference + centred.square().sum(1) - (turned.square() / roots).sum(1)
+        # tr sqrt(M + E) = tr sqrt(M) + ... - sum_ij E_ij^2 / (4 r_i r_j (r_i + r_j)), r the roots of M's eigenvalues,
+        # and E_ij of n normal rows has variance (1 + delta_ij) r_i^2 r_j^2 / n
+        curved = 2 * (torch.outer(roots, roots) / (roots[:, None] + roots)).square()
+        of_mean = 2 * (centred.T @ centred / (n - 1)).square().sum()
+        second = float((curved.sum() + curved.trace()) / 2 + of_mean) / n**2
+        return float(max(float(slopes.var()) / n - second, second) ** 0.5)
+
     def __call__(self, chosen: np.ndarray) -> float:
         """The distance of the rows with these numbers, (m,) integers; they may repeat."""
         at = torch.as_tensor(chosen)
@@ -177,18 +199,22 @@ def extrapolated_distance(distance: DistanceOfRows, points: int = 15, seed: int 
     return limit if limit >= 0 else None
 
 
-def bootstrap_interval(distance: DistanceOfRows, repeats: int = 100, seed: int = 0) -> tuple[float, float]:
-    """The 95 % bootstrap interval of the distance (Efron 1979).
+def mean_interval(distance: DistanceOfRows) -> tuple[float, float] | None:
+    """The 95 % interval for the mean distance of n samples, over all draws of n samples from the same model.
 
-    Repeated rows increase the distance of a resample. So the interval has the deviations from the mean of the
-    resamples, around the distance of all rows.
+    It is `distance +- 1.96 standard errors`, see `DistanceOfRows.standard_error`. A second draw of n samples deviates
+    from the mean as much as the first one did, so it is in the interval in about 83 % of cases only. In simulations
+    with 2 to 50 rows per feature, it contains the mean in 94 to 97 % of cases for normal features (24 or more), and in
+    up to 98.5 % for features with heavier tails and 2 rows per feature. With 8 features it is 91 % there.
+
+    Returns:
+        None with fewer than `INTERVAL_ROWS` rows per feature.
     """
-    n = len(distance.rows)
-    generator = np.random.default_rng(seed)
-    found = np.array([distance(generator.integers(0, n, n)) for _ in range(repeats)])
-    low, high = np.percentile(found - found.mean(), (2.5, 97.5))
-    centre = distance(np.arange(n))
-    return max(0.0, centre + float(low)), centre + float(high)
+    n, width = distance.rows.shape
+    if n < INTERVAL_ROWS * width:
+        return None
+    centre, error = distance(np.arange(n)), 1.96 * distance.standard_error()
+    return max(0.0, centre - error), centre + error
 
 
 @dataclass(frozen=True)

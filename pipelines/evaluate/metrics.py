@@ -18,12 +18,12 @@ from patchloom.models.metrics import (
     DistanceOfRows,
     FeatureRows,
     Moments,
-    bootstrap_interval,
     extrapolated_distance,
     gaussian_distance,
     inception_score,
     inception_splits,
     kernel_distance,
+    mean_interval,
     row_blocks,
 )
 from patchloom.models.neighbours import Neighbourhood, neighbourhood
@@ -35,7 +35,6 @@ from patchloom.platform.records.evaluation import MetricValue
 NEIGHBOURS = 3  # Kynkäänniemi et al. 2019
 MOST_NEIGHBOURS = 100_000  # images of a side, by default: the time grows with the square of their number
 FEW_SAMPLES = 10_000  # below, the bias of a Fréchet distance is as large as the differences that people compare
-BOOTSTRAPS = 50
 
 
 @dataclass
@@ -89,9 +88,12 @@ def _frechet(name: str, output: str) -> Callable[[ComparedSets], dict[str, Metri
 
 
 def _uncertainty(name: str, sets: ComparedSets, mean: Tensor, covariance: Tensor) -> dict[str, MetricValue]:
-    """The distance with unlimited samples, its interval over draws of samples, and that of as many real images."""
+    """The distance with unlimited samples, the interval of the mean over draws, and that of as many real images."""
     distance = DistanceOfRows(sets.sample_rows[:], mean, covariance)
-    found: dict[str, MetricValue] = {f"{name}_interval_95": list(bootstrap_interval(distance, BOOTSTRAPS))}
+    found: dict[str, MetricValue] = {}
+    interval = mean_interval(distance)
+    if interval is not None:
+        found[f"{name}_interval_95"] = list(interval)
     infinity = extrapolated_distance(distance)
     if infinity is not None:
         found[f"{name}_infinity"] = infinity

@@ -10,9 +10,9 @@ from pydantic import JsonValue
 from patchloom import __version__
 from patchloom.errors import UserError
 from patchloom.models.features import Features
-from patchloom.models.metrics import COLOUR_LAYOUT, EXTRAPOLATION_ROWS, KID_SUBSET_SIZE, KID_SUBSETS
+from patchloom.models.metrics import COLOUR_LAYOUT, EXTRAPOLATION_ROWS, INTERVAL_ROWS, KID_SUBSET_SIZE, KID_SUBSETS
 from patchloom.pipelines.evaluate.image_sets import ImageSet, SampleImages, sha256_at
-from patchloom.pipelines.evaluate.metrics import NEIGHBOURS, ComparedSets
+from patchloom.pipelines.evaluate.metrics import FEW_SAMPLES, NEIGHBOURS, ComparedSets
 from patchloom.pipelines.pages.pictures import is_own_picture, save_png, side_by_side
 from patchloom.pipelines.registry.quality import TITLES, Evaluation
 from patchloom.pipelines.registry.version_card import record_evaluation
@@ -192,16 +192,26 @@ def notes_on(evaluation: Evaluation) -> list[str]:
 def _frechet_notes(name: str, evaluation: Evaluation) -> list[str]:
     metrics, n, notes = evaluation.metrics, evaluation.identity.n_samples, []
     title = TITLES[name][0]
-    interval = metrics.get(f"{name}_interval_95")
-    if isinstance(interval, list):
+    if name in metrics and n < FEW_SAMPLES:
         notes.append(
             f"{title} of {n:,} samples is biased upwards. {_extrapolation_note(name, evaluation)}. "
-            f"In 95% of draws of {n:,} samples it is between "
-            f"{interval[0]:.4g} and {interval[1]:.4g}. Compare it only at the same n"
+            f"{_interval_note(name, evaluation)}. Compare it only at the same n"
         )
     if f"{name}_of_real_images" in metrics:
         notes.append(f"{n:,} real images have a {title} of {metrics[f'{name}_of_real_images']:.4g} from the other ones")
     return notes
+
+
+def _interval_note(name: str, evaluation: Evaluation) -> str:
+    """What the interval is for, or why it is not in the result."""
+    n, width = evaluation.identity.n_samples, evaluation.identity.width
+    interval = evaluation.metrics.get(f"{name}_interval_95")
+    if isinstance(interval, list):
+        return (
+            f"The mean over draws of {n:,} samples is between {interval[0]:.4g} and {interval[1]:.4g} (95% interval); "
+            "single draws deviate further"
+        )
+    return f"Its 95% interval is unknown: it takes {INTERVAL_ROWS * width:,} samples or more"
 
 
 def _extrapolation_note(name: str, evaluation: Evaluation) -> str:

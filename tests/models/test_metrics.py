@@ -8,13 +8,13 @@ from scipy.linalg import sqrtm
 from patchloom.models.metrics import (
     DistanceOfRows,
     Moments,
-    bootstrap_interval,
     colour_layout,
     extrapolated_distance,
     frechet_distance,
     gaussian_distance,
     inception_score,
     kernel_distance,
+    mean_interval,
     squared_mmd,
 )
 
@@ -132,15 +132,39 @@ def test_few_rows_are_not_extrapolated() -> None:
     assert extrapolated_distance(distance_to_truth(rows, np.ones(16))) is None
 
 
-def test_the_interval_holds_the_distances_of_other_draws() -> None:
-    truth = Moments(10**9, torch.ones(4, dtype=torch.float64), torch.eye(4, dtype=torch.float64) * (10**9 - 1))
-    draws = [np.random.default_rng(seed).standard_normal((150, 4)) for seed in range(60)]
-    distances = [DistanceOfRows(rows, truth.mean, truth.covariance) for rows in draws]
-    found = [distance(np.arange(150)) for distance in distances]
-    low, high = bootstrap_interval(distances[0], 200)
-    assert low < found[0] < high
-    width = np.percentile(found, 97.5) - np.percentile(found, 2.5)
-    assert 0.6 * width < high - low < 1.7 * width
+@pytest.mark.parametrize("rows_per_feature", [2, 5, 10, 50])
+def test_95_percent_of_intervals_contain_the_mean_distance(rows_per_feature: int) -> None:
+    n, repetitions, rng = rows_per_feature * 24, 2000, np.random.default_rng(rows_per_feature)
+    intervals, found = np.empty((repetitions, 2)), np.empty(repetitions)
+    for number in range(repetitions):
+        distance = distance_to_truth(rng.standard_normal((n, 24)) * 1.2 + 0.4, np.ones(24))
+        interval = mean_interval(distance)
+        assert interval is not None
+        intervals[number], found[number] = interval, distance(np.arange(n))
+    assert 0.93 < np.mean((intervals[:, 0] < found.mean()) & (found.mean() < intervals[:, 1])) < 0.97
+    # an interval for the mean: another draw is in it with probability P(|N(0, 2)| < 1.96) = .834
+    assert np.mean((intervals[1:, 0] < found[:-1]) & (found[:-1] < intervals[1:, 1])) == pytest.approx(0.834, abs=0.04)
+
+
+def test_the_standard_error_of_samples_of_the_reference_is_their_deviation() -> None:
+    found, variances = [], []
+    for seed in range(400):  # the distance is 0: there is no first-order term, and its estimate is all second order
+        distance = distance_to_truth(np.random.default_rng(seed).standard_normal((480, 48)), np.ones(48))
+        found.append(distance(np.arange(480)))
+        variances.append(distance.standard_error() ** 2)
+    assert np.mean(variances) ** 0.5 == pytest.approx(np.std(found), rel=0.15)
+
+
+def test_the_interval_of_a_constant_reference_is_that_of_a_mean_of_squares() -> None:
+    rows = np.random.default_rng(0).standard_normal((500, 2))
+    distance = DistanceOfRows(rows + 2, torch.zeros(2).double(), torch.zeros(2, 2).double())
+    deviation = ((rows + 2) ** 2).sum(1).std() / 500**0.5  # the distance is the mean of |row|^2
+    assert distance.standard_error() == pytest.approx(deviation, rel=0.01)
+
+
+def test_few_rows_have_no_interval() -> None:
+    rows = np.random.default_rng(0).standard_normal((31, 16))
+    assert mean_interval(distance_to_truth(rows, np.ones(16))) is None
 
 
 def test_kid_is_torchmetrics_on_the_same_subsets() -> None:

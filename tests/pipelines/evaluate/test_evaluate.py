@@ -86,8 +86,8 @@ def test_a_result_carries_what_it_depends_on(samples: Path, pixels: Path, tmp_pa
     assert identity["reference_transform"]["resolution"] == 16 and identity["guidance"] == 1
     assert "precision" not in identity  # as in results of versions without this option
     assert any("biased upwards" in note for note in result["notes"])
-    low, high = result["metrics"]["frechet_distance_interval_95"]
-    assert low < result["metrics"]["frechet_distance"] < high
+    assert "frechet_distance_interval_95" not in result["metrics"]  # of 10 samples and 48 features
+    assert any("95% interval is unknown: it takes 96 samples" in note for note in result["notes"])
     for name in ("nearest", "density"):
         assert (tmp_path / f"metrics.{name}.png").is_file()
 
@@ -281,6 +281,14 @@ def test_metrics_that_do_not_fit_are_refused(options: dict[str, Any], words: str
     folder = pictures(tmp_path / "a", noise(5))
     with pytest.raises(UserError, match=words):
         evaluate(str(folder), str(folder), **{"features": "colours", **options})
+
+
+def test_a_distance_of_enough_samples_has_an_interval_for_its_mean(network: str, tmp_path: Path) -> None:
+    ours, theirs = (pictures(tmp_path / name, noise(60, seed=seed)) for seed, name in enumerate(("a", "b")))
+    result = evaluate(str(ours), str(theirs), features=network, workers=0)  # 24 features
+    low, high = result["metrics"]["frechet_distance_interval_95"]
+    assert low < result["metrics"]["frechet_distance"] < high
+    assert any(f"The mean over draws of 60 samples is between {low:.4g} and" in note for note in result["notes"])
 
 
 @pytest.mark.parametrize(
