@@ -6,7 +6,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
-from helpers import start_cli, tiny_recipe
+from helpers import start_cli, tiny_recipe, wait_until
 
 from patchloom.errors import UserError
 from patchloom.pipelines.train.checkpointer import newest_checkpoint
@@ -67,10 +67,10 @@ def test_mistake_in_a_pool_keeps_its_message(ray_cluster: None, starts: bool) ->
 def test_checkpoints_that_cannot_be_written_are_reported(pixels: Path, tmp_path: Path, workers: str) -> None:
     recipe = tiny_recipe(train__images=200, train__checkpoint_every_images=50, preview__every_images=0)
     (tmp_path / "recipe.yaml").write_text(recipe_yaml(recipe))
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "checkpoints").write_text("a file is in the way of the folder")
     arguments = ("train", "recipe.yaml", "--data", str(pixels), "--out", "run", "--workers", workers, "--profile")
     process = start_cli(*arguments, cwd=tmp_path)
+    wait_until((tmp_path / "run" / "run.json").is_file, process)  # the first step is later
+    (tmp_path / "run" / "checkpoints").write_text("a file is in the way of the folder")
     output, _ = process.communicate(timeout=240)
     assert process.returncode == 0, output
     assert newest_checkpoint(tmp_path / "run") is None
