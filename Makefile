@@ -3,10 +3,11 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 FAKE_CUDA := .venv-fake-cuda
+LOWEST := .venv-lowest
 # For test-gpu and bench-gpu: GPU_PYTHON is any Python with torch, IMAGES an .npz with `images`, FEATURES the weights of Inception.
 GPU_PYTHON ?= $(if $(wildcard $(READY)),$(BIN)/python,$(PYTHON))
 
-.PHONY: demo test test-cluster test-gpu test-fake-cuda test-all check bench bench-gpu schema dist lock audit clean
+.PHONY: demo test test-cluster test-gpu test-fake-cuda test-lowest test-all check bench bench-gpu schema dist lock audit clean
 
 demo: $(READY)
 	@echo "make demo: from photographs to a registered model and samples (3 to 6 minutes on two cores)"
@@ -28,6 +29,11 @@ test-gpu:
 test-fake-cuda: $(FAKE_CUDA)/.ready
 	@echo "make test-fake-cuda: steps and sampling on GPUs that are not there, in all precisions (2 to 4 minutes)"
 	@$(FAKE_CUDA)/bin/python -m pytest -q tests/fake_cuda
+
+# the lower bounds in pyproject.toml, with the newest versions of what these need
+test-lowest: $(LOWEST)/.ready
+	@echo "make test-lowest: networks, datasets and training with the oldest versions that pyproject.toml allows (5 minutes)"
+	@CUDA_VISIBLE_DEVICES= $(LOWEST)/bin/python -m pytest -q -m "not slow and not ray and not gpu" tests/models tests/platform/dataset tests/pipelines/train/test_train.py
 
 test-all: $(READY)
 	@echo "make test-all: all tests, including the slow ones"
@@ -64,7 +70,7 @@ audit: $(READY)
 	@$(BIN)/python deploy/lock.py audit
 
 clean:
-	rm -rf .venv $(FAKE_CUDA) .mypy_cache .pytest_cache .ruff_cache *.egg-info
+	rm -rf .venv $(FAKE_CUDA) $(LOWEST) .mypy_cache .pytest_cache .ruff_cache *.egg-info
 
 $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "$(PYTHON) is Python " + sys.version.split()[0] + ", and Patchloom needs 3.11 or newer: run make PYTHON=python3.11 ...")'
@@ -79,3 +85,10 @@ $(FAKE_CUDA)/.ready: pyproject.toml constraints.txt
 	@$(FAKE_CUDA)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e . pytest pytest-xdist
 	@$(FAKE_CUDA)/bin/python -c 'import sys, torch; sys.exit(None if torch.version.cuda else "torch " + torch.__version__ + " was built without CUDA: run this on Linux, with the torch of PyPI")'
 	@touch $(FAKE_CUDA)/.ready
+
+$(LOWEST)/.ready: pyproject.toml
+	@echo "setting up $(LOWEST) (once; a download of about 3 GB on Linux: torch of PyPI comes with CUDA)"
+	@$(PYTHON) -m venv $(LOWEST)
+	@$(LOWEST)/bin/python -m pip install --quiet --disable-pip-version-check uv
+	@$(LOWEST)/bin/uv pip install --quiet --python $(LOWEST)/bin/python --resolution lowest-direct -e . "pytest>=8" "pytest-xdist>=3.6" "torchmetrics>=1.8" "moto[server]>=5"
+	@touch $(LOWEST)/.ready

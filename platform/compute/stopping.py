@@ -100,7 +100,7 @@ def call_until_stopped(work: Callable[[], Answer], control: RunControl | None) -
     """
     stop, future = _Stop(control) if control else None, _in_thread(work)
     try:
-        with _handling_sigterm(stop.on_signal if stop else None):
+        with _handling(signal.SIGTERM, stop.on_signal if stop else None):
             while not future.done():
                 time.sleep(CHECK_EVERY_S)
                 if stop:
@@ -118,10 +118,19 @@ def call_until_stopped(work: Callable[[], Answer], control: RunControl | None) -
 
 
 def call_here(work: Callable[[], Answer], control: RunControl | None) -> Answer:
-    """Call a function that trains in this thread. SIGTERM and the deadline ask it to stop, as above."""
+    """Call a function that trains in this thread. SIGTERM and the deadline ask it to stop, as above.
+
+    Ctrl-C ends it at once. Libraries catch the KeyboardInterrupt now and then; then it stops after its next step.
+    """
     if control is None:
         return work()
-    stop, ended = _Stop(control), threading.Event()
+    stop, ended, interrupted = _Stop(control), threading.Event(), threading.Event()
+
+    def on_interrupt(*_: object) -> None:
+        if not interrupted.is_set():
+            interrupted.set()
+            control.ask()
+        raise KeyboardInterrupt
 
     def on_signal(*_: object) -> None:
         stop.on_signal()
@@ -133,13 +142,17 @@ def call_here(work: Callable[[], Answer], control: RunControl | None) -> Answer:
 
     if control.stop_at is not None:
         threading.Thread(target=ask_in_time, name="deadline", daemon=True).start()
+    is_usual = signal.getsignal(signal.SIGINT) is signal.default_int_handler  # a process in the background ignores it
     try:
-        with _handling_sigterm(on_signal):
-            return work()
+        with _handling(signal.SIGTERM, on_signal), _handling(signal.SIGINT, on_interrupt if is_usual else None):
+            answer = work()
     except Terminated as error:
         raise Stopped(str(error)) from None
     finally:
         ended.set()
+    if interrupted.is_set():
+        raise KeyboardInterrupt
+    return answer
 
 
 def _in_thread(work: Callable[[], Answer]) -> Future[Answer]:
@@ -156,14 +169,17 @@ def _in_thread(work: Callable[[], Answer]) -> Future[Answer]:
 
 
 @contextmanager
-def _handling_sigterm(handler: Callable[..., None] | None) -> Iterator[None]:
-    """Call `handler` on SIGTERM during the block. Only the main thread can set signal handlers."""
+def _handling(number: signal.Signals, handler: Callable[..., None] | None) -> Iterator[None]:
+    """Call `handler` on a signal during the block. Only the main thread can set signal handlers."""
     if handler is None or threading.current_thread() is not threading.main_thread():
         yield
         return
-    with kept_sigterm_handler():
-        signal.signal(signal.SIGTERM, handler)
+    before: Any = signal.getsignal(number)
+    try:
+        signal.signal(number, handler)
         yield
+    finally:
+        signal.signal(number, before)
 
 
 @contextmanager
