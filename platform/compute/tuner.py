@@ -169,6 +169,7 @@ def run_on_tune(
     from patchloom.platform.compute.trial_failures import TrialFailures, describe_problem
 
     with ray_session(max(1, resources.workers), resources.nodes.object_store_gib):
+        _keep_secrets_from_trials()
         shape = resources.wait_for_room()
         trainable = tune.with_resources(_trainable(function), _placement(shape, resources.workers))
         system, path = scratch.system()
@@ -190,6 +191,14 @@ def run_on_tune(
             )
             tuner = _new_tuner(trainable, source, run, parallel, asha)
         return [EndedJob(result.config[JOB_KEY], describe_problem(result.error)) for result in tuner.fit()]
+
+
+def _keep_secrets_from_trials() -> None:
+    """Ray Tune gives the AWS keys of this process to its trials, and Ray logs them. Nodes have keys of their own."""
+    from ray.tune.execution import class_cache
+
+    secret = {name for name in class_cache.ENV_VARS_TO_PROPAGATE if name.startswith("AWS_")}
+    class_cache.ENV_VARS_TO_PROPAGATE.difference_update(secret)
 
 
 def _placement(shape: WorkerShape, workers: int) -> Any:

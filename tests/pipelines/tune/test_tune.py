@@ -4,6 +4,7 @@ import contextlib
 import json
 import signal
 import subprocess
+import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -371,3 +372,19 @@ def test_a_stopped_and_killed_search_ends_as_if_it_had_not_been(pixels: Path, tm
     chance = {"seconds", "run_id"}
     table, whole = ([{key: row[key] for key in row.keys() - chance} for row in rows] for rows in tables)
     assert table == whole
+
+
+@pytest.mark.slow
+def test_secrets_of_the_command_are_not_in_the_logs_of_ray(
+    pixels: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    secret = "planted-secret-of-a-store"
+    path = write_search(tmp_path, space={"patches.p": {"grid": [0.5]}})
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", secret)
+    with tempfile.TemporaryDirectory(dir="/tmp") as sessions:  # a short path, because Ray's sockets are in it
+        monkeypatch.setenv("RAY_TMPDIR", sessions)
+        process = start_cli("tune", path, "--data", str(pixels), "--out", str(tmp_path / "search"), cwd=tmp_path)
+        output, _ = process.communicate(timeout=300)
+        assert process.returncode == 0, output
+        logs = [log for log in Path(sessions).rglob("*.log") if log.is_file()]
+        assert logs and not [log for log in logs if secret in log.read_text(errors="replace")]
