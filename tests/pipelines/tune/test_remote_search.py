@@ -108,7 +108,7 @@ def test_a_remote_search_whose_driver_was_killed_continues_on_another_node(
     for name, content in before.items():
         assert TrialRow.parse(content, name) in rows
     assert not [name for name in there.files() if name.startswith(".")]
-    assert f"open {there}/report.html" in output
+    assert f"{there}/report.html" in output
 
 
 def has_state_of(search: Folder, finished: str) -> bool:
