@@ -153,7 +153,8 @@ def json_lines(rows: list[dict[str, Any]]) -> str:
 def whole_folder(path: Path) -> Iterator[Path]:
     """A temporary folder that replaces `path` at the end of the block, or is removed if the block raises.
 
-    What a user has put into the old folder moves into the new one.
+    What a user has put into the old folder moves into the new one. After a kill in between, it is in the old folder,
+    which then has a name that ends in `.replaced` and is never removed.
     """
     partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.partial")
     partial.mkdir(parents=True)
@@ -163,11 +164,15 @@ def whole_folder(path: Path) -> Iterator[Path]:
             if file.is_file():
                 with file.open("rb") as opened:
                     os.fsync(opened.fileno())
-        if path.exists():
-            for name in {entry.name for entry in path.iterdir()} - {entry.name for entry in partial.iterdir()}:
-                (path / name).rename(partial / name)
-            shutil.rmtree(path)
+        if not path.exists():
+            partial.rename(path)
+            return
+        replaced = partial.with_suffix(".replaced")
+        path.rename(replaced)
         partial.rename(path)
+        for name in {entry.name for entry in replaced.iterdir()} - {entry.name for entry in path.iterdir()}:
+            (replaced / name).rename(path / name)
+        shutil.rmtree(replaced)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
