@@ -129,7 +129,7 @@ def call_here(work: Callable[[], Answer], control: RunControl | None) -> Answer:
     def on_interrupt(*_: object) -> None:
         if not interrupted.is_set():
             interrupted.set()
-            control.ask()
+            threading.Thread(target=control.ask, name="interrupt", daemon=True).start()  # a store may not answer
         raise KeyboardInterrupt
 
     def on_signal(*_: object) -> None:
