@@ -32,7 +32,7 @@ test-fake-cuda: $(FAKE_CUDA)/.ready
 
 # the lower bounds in pyproject.toml, with the newest versions of what these need
 test-lowest: $(LOWEST)/.ready
-	@echo "make test-lowest: networks, datasets and training with the oldest versions that pyproject.toml allows (5 minutes)"
+	@echo "make test-lowest: networks, datasets and training with the oldest versions that pyproject.toml allows"
 	@CUDA_VISIBLE_DEVICES= $(LOWEST)/bin/python -m pytest -q -m "not slow and not ray and not gpu" tests/models tests/platform/dataset tests/pipelines/train/test_train.py
 
 test-all: $(READY)

@@ -253,18 +253,17 @@ def decision(order: Sequence[RankedSetting]) -> str:
     compared = ComparedSettings([setting.by_seed for setting in order])
     needed = compared.decisive_difference(0, 1)
     if needed is None:
-        return "Each setting has one seed, so this may be chance: add seeds with --restore --add-seeds 2."
-    seeds = (
-        f"{min(map(len, compared.values))} seeds of {len(order)} settings decide from a difference of {needed:.4f} on"
-    )
+        return (
+            "Each setting has one seed, so this may be chance: run more seeds of the best settings (--restore --add-seeds "
+            "in a grid search)."
+        )
+    rule = f"with {min(map(len, compared.values))} seeds per setting, a lead above {needed:.4f} is decided"
     if compared.winner == 0:
-        return f"This is decided: {seeds}."
+        return f"This is decided: {rule}."
     enough = compared.seeds_to_decide(0, 1)
     if enough is None:
-        return f"This is undecided: {seeds}, and more than {MOST_SEEDS:,} would be needed for this one."
-    return (
-        f"This is undecided: {seeds}. About {enough} seeds would decide it, if difference and spread stay as they are."
-    )
+        return f"This is undecided: {rule}. This lead would need more than {MOST_SEEDS:,} seeds."
+    return f"This is undecided: {rule}. About {enough} seeds would decide it, if lead and spread stay the same."
 
 
 def stochastic_by_p(comparison: EqualCostComparison) -> dict[float, RankedSetting]:
