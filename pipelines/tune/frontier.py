@@ -254,8 +254,8 @@ def decision(order: Sequence[RankedSetting]) -> str:
     needed = compared.decisive_difference(0, 1)
     if needed is None:
         return (
-            "Each setting has one seed, so this may be chance: run more seeds of the best settings (--restore --add-seeds "
-            "in a grid search)."
+            "Each setting has one seed, so this may be chance: run more seeds of the best settings (in a grid search: "
+            "--restore --add-seeds 2)."
         )
     rule = f"with {min(map(len, compared.values))} seeds per setting, a lead above {needed:.4f} is decided"
     if compared.winner == 0:
