@@ -7,10 +7,13 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from patchloom.errors import UserError
 from patchloom.pipelines.registry.wheel import wheel_bytes
 from patchloom.platform.files.folder import is_remote
-from patchloom.platform.recipe.run_recipe import find_config
+from patchloom.platform.recipe.files import BASE, ConfigFile, find_config
+from patchloom.platform.recipe.run_recipe import recipe_values
 from patchloom.platform.recipe.sections import read_yaml
 
 # Arguments of commands, by name. A file travels; data does not. A place is always a path or an address; a reference
@@ -81,7 +84,7 @@ def _pack_file(text: str, folder: Path) -> str:
 def _pack_named(name: str, file: Path, packed: Path, folder: Path) -> None:
     """Copy the recipe that a search names, and check the initial weights that a recipe names."""
     if name == "recipe":
-        _check_recipe(file)
+        _pack_recipe(file, folder / packed)
     if name != "search":
         return
     recipe = read_yaml(file).get("recipe")
@@ -90,15 +93,19 @@ def _pack_named(name: str, file: Path, packed: Path, folder: Path) -> None:
     target = Path(os.path.normpath(packed.parent / recipe))
     if not _is_inside(target):
         raise UserError(f"{file} names the recipe {recipe}, which cannot travel: put it in the folder of the search")
-    _check_recipe(file.parent / recipe)
-    _copy(file.parent / recipe, folder / target)
+    _pack_recipe(file.parent / recipe, folder / target)
 
 
-def _check_recipe(recipe: Path) -> None:
-    train = read_yaml(recipe).get("train")
+def _pack_recipe(recipe: Path, target: Path) -> None:
+    """Copy a recipe. A variant travels as one file with the keys of its bases, which can be in any folder here."""
+    values = recipe_values(ConfigFile.find(str(recipe)))
+    train = values.get("train")
     weights = train.get("init_from") if isinstance(train, dict) else None
     if isinstance(weights, str):
         _check_place(weights, False)
+    _copy(recipe, target)
+    if BASE in read_yaml(recipe):
+        target.write_text(yaml.safe_dump(values, sort_keys=False))
 
 
 def _is_inside(path: Path) -> bool:

@@ -10,9 +10,7 @@ from pydantic import BeforeValidator, Field, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
 
 from patchloom.errors import UserError
-from patchloom.platform.files.cache import working_copy
-from patchloom.platform.files.folder import Folder, is_remote
-from patchloom.platform.files.storage import existing_file
+from patchloom.platform.recipe.files import BASE, ConfigFile, merged, recipe_layers
 from patchloom.platform.recipe.sections import (
     Count,
     Fraction,
@@ -20,13 +18,11 @@ from patchloom.platform.recipe.sections import (
     Section,
     checked,
     parse_value,
-    read_yaml,
     set_key,
 )
 from patchloom.redaction import redacted
 
 BLOCK_TOLERANCE = 1e-9  # of the blocks of a patch size, whose shares are rounded: 1 - 0.9 is below 0.1
-SHIPPED = Path(__file__).parents[2] / "tune_configs"
 
 
 class DataSection(Section):
@@ -302,34 +298,12 @@ class Recipe(Section):
                 )
 
 
-def find_config(name: str) -> Path:
-    """The path of a YAML file, given by its path, its address or its name in tune_configs/."""
-    if is_remote(name):
-        return _fetched(name)
-    for place in (name, str(SHIPPED / name), str(SHIPPED / f"{name}.yaml")):
-        path = existing_file(place)
-        if path is not None:
-            return path.absolute()
-    shipped = ", ".join(sorted(path.name for path in SHIPPED.glob("*.yaml")))
-    raise UserError(f"{name} is not a file and not a shipped recipe; give a path, or one of {shipped}")
-
-
-def _fetched(address: str) -> Path:
-    """A local copy of a remote file."""
-    folder, name = Folder.of_file(address)
-    path = working_copy(folder, "recipe") / name
-    try:
-        folder.fetch(name, path)
-    except FileNotFoundError:
-        raise UserError(f"{folder}/{name} does not exist: check the address") from None
-    return path
-
-
 def load_recipe(name: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """Read a recipe.
 
     Args:
-        name: path or address of a YAML file, or the name of a shipped recipe such as "demo_pixels".
+        name: path or address of a YAML file, or the name of a shipped recipe such as "demo_pixels". The file may be a
+            variant: its `base` names another recipe, and its own keys replace those of the base.
         overrides: changes, such as ["patches.p=0.25", "train.images=10000"].
 
     Returns:
@@ -342,9 +316,28 @@ def load_recipe(name: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         recipe = patchloom.load_recipe("demo_pixels", ["patches.p=0.25"])
         print(recipe.patches.p)
     """
-    values = read_yaml(find_config(str(name)))
-    if "space" in values:
-        raise UserError(f"{name} is a search, not a recipe; run it with `patchloom tune`")
+    return _overridden(recipe_values(ConfigFile.find(str(name))), overrides)
+
+
+def recipe_values(file: ConfigFile) -> dict[str, Any]:
+    """The keys and values of a recipe file, over those of its bases. The result is not checked yet.
+
+    Raises:
+        UserError: a base is missing, is not a valid recipe, or has this recipe as its base.
+    """
+    values: dict[str, Any] = {}
+    *bases, (_, own) = recipe_layers(file)
+    for base, changes in bases:
+        values = merged(values, changes)
+        try:
+            check_recipe(values)
+        except UserError as error:
+            raise UserError(f"{base}: {error}") from None
+        del values["name"]  # each recipe has its own
+    return merged(values, own)
+
+
+def _overridden(values: dict[str, Any], overrides: Sequence[str]) -> Recipe:
     if overrides:
         values = _with_defaults(values)
     for override in overrides:
@@ -382,5 +375,18 @@ def recipe_yaml(recipe: Recipe) -> str:
 
 
 def recipe_schema() -> str:
-    """The JSON schema of recipes, with which editors complete and check YAML."""
-    return json.dumps(Recipe.model_json_schema(), indent=2) + "\n"
+    """The JSON schema of recipes, with which editors complete and check YAML.
+
+    A variant has a `base`, and needs only its own name next to it.
+    """
+    schema = Recipe.model_json_schema()
+    schema["properties"][BASE] = {
+        "description": "The recipe that this one is a variant of: a file relative to this one, or the name of a "
+        "shipped recipe. The keys here replace those of the base",
+        "minLength": 1,
+        "title": "Base",
+        "type": "string",
+    }
+    needs_length = {"properties": {"train": {"required": schema["$defs"]["TrainSection"].pop("required")}}}
+    schema |= {"required": ["name"], "if": {"required": [BASE]}, "else": {"required": ["train"], **needs_length}}
+    return json.dumps(schema, indent=2) + "\n"

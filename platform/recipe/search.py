@@ -10,9 +10,9 @@ from pydantic import Field, JsonValue, model_validator
 from pydantic_core import PydanticCustomError
 
 from patchloom.errors import UserError
-from patchloom.platform.files.storage import existing_file
-from patchloom.platform.recipe.run_recipe import Recipe, find_config, load_recipe
-from patchloom.platform.recipe.sections import Count, Fraction, Positive, Section, checked, read_yaml
+from patchloom.platform.recipe.files import ConfigFile
+from patchloom.platform.recipe.run_recipe import Recipe, check_recipe, recipe_values
+from patchloom.platform.recipe.sections import Count, Fraction, Positive, Section, checked
 
 if TYPE_CHECKING:
     from optuna import Trial
@@ -262,17 +262,17 @@ def load_search(name: str | Path) -> tuple[Search, Recipe]:
     """Read a search and its recipe.
 
     Args:
-        name: path of a YAML file, or name of a shipped search. Its `recipe` is a file in the same folder, or the
-            name of a shipped recipe.
+        name: path or address of a YAML file, or name of a shipped search. Its `recipe` is a file relative to its
+            folder, or the name of a shipped recipe.
 
     Raises:
         UserError: one of them is missing or not valid. The message names the path of each wrong key.
     """
-    path = find_config(str(name))
-    values = read_yaml(path)
+    file = ConfigFile.find(str(name))
+    values = file.read()
     if "space" not in values and "train" in values:
         raise UserError(f"{name} is a recipe, not a search (which has a `space`); train it with `patchloom train`")
     search = checked(Search, values)
-    base = load_recipe(existing_file(str(path.parent / search.recipe)) or search.recipe)
+    base = check_recipe(recipe_values(file.named(search.recipe)))
     search.check_early_stopping(base)
     return search, base

@@ -17,7 +17,7 @@ from docker.utils.build import exclude_paths
 from pydantic import ValidationError
 
 from patchloom.pipelines.cli.app import app
-from patchloom.platform.recipe.run_recipe import find_config
+from patchloom.platform.recipe.files import find_config
 
 ROOT = Path(__file__).parents[2]
 DEPLOY = ROOT / "deploy"

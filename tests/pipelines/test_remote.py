@@ -100,6 +100,12 @@ def test_models_pages_and_recipes_can_be_remote(s3: str, trained: Path, tmp_path
     page = report(str(trained), f"{s3}/pages/run.html")
     assert Folder.at(f"{s3}/pages").read("run.html") == page.read_bytes()
     assert load_recipe(f"{there}/recipe.yaml", ["patches.p=0.25"]).patches.p == 0.25
+    for base in ("recipe.yaml", f"{there}/recipe.yaml"):
+        there.write("variant.yaml", f"base: {base}\nname: variant\nseed: 77\n".encode())
+        assert load_recipe(f"{there}/variant.yaml") == load_recipe(f"{there}/recipe.yaml", ["name=variant", "seed=77"])
+    there.write("variant.yaml", b"base: ../recipe.yaml\nname: variant\n")
+    with pytest.raises(UserError, match=r"\.\./recipe\.yaml"):
+        load_recipe(f"{there}/variant.yaml")
     with pytest.raises(UserError, match="no-file does not exist"):
         load_recipe(f"{there}/no-file")
     with pytest.raises(UserError, match="local path"):

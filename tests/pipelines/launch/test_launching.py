@@ -22,6 +22,8 @@ from patchloom.pipelines.launch.settings import travelling_settings
 from patchloom.platform.compute.answering import check_ray_address
 from patchloom.platform.compute.job_server import JobServer
 from patchloom.platform.files.storage import file_sha256
+from patchloom.platform.recipe.run_recipe import load_recipe
+from patchloom.platform.recipe.search import load_search
 
 ROOT = Path(__file__).parents[3]
 
@@ -198,6 +200,29 @@ def test_the_recipe_of_a_search_travels_with_it(tmp_path: Path, monkeypatch: pyt
     (here / "a/search.yaml").write_text("recipe: ../../far.yaml")
     with pytest.raises(UserError, match="far"):
         pack_command(["../a/search.yaml"], {"search": "../a/search.yaml"}, job)
+
+
+def test_a_variant_travels_with_the_keys_of_its_bases(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    here, job = tmp_path / "here", tmp_path / "job"
+    here.mkdir()
+    monkeypatch.chdir(here)
+    (tmp_path / "far.yaml").write_text("base: demo_pixels\nname: far\npatches: {p: 0.25}\n")
+    (here / "mine.yaml").write_text("base: ../far.yaml\nname: mine\nseed: 5\n")
+    (here / "search.yaml").write_text("name: s\nrecipe: mine.yaml\nbudget: {images: 9}\nspace: {seed: {grid: [1]}}\n")
+    expected = load_recipe("mine.yaml")
+    assert (expected.patches.p, expected.seed) == (0.25, 5)
+    for argument, value in (("recipe", "mine.yaml"), ("search", "search.yaml")):
+        assert pack_command([value], {argument: value}, job / argument) == [value]
+    monkeypatch.chdir(job)
+    assert load_recipe("recipe/mine.yaml") == load_search("search/search.yaml")[1] == expected
+    monkeypatch.chdir(here)
+    for change, named in (
+        ("base: nowhere.yaml", r"nowhere\.yaml"),
+        ("train: {images: 5, init_from: mine.yaml}", r"mine\.yaml"),
+    ):
+        (tmp_path / "far.yaml").write_text(f"name: far\n{change}\n")
+        with pytest.raises(UserError, match=named):
+            pack_command(["mine.yaml"], {"recipe": "mine.yaml"}, job)
 
 
 def test_initial_weights_of_a_recipe_do_not_travel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

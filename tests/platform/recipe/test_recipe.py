@@ -9,7 +9,8 @@ from helpers import tiny_recipe
 from pydantic import ValidationError
 
 from patchloom.errors import UserError
-from patchloom.platform.recipe.run_recipe import SHIPPED, check_recipe, load_recipe, recipe_yaml
+from patchloom.platform.recipe.files import SHIPPED
+from patchloom.platform.recipe.run_recipe import check_recipe, load_recipe, recipe_yaml
 from patchloom.platform.recipe.search import Search, load_search
 
 MINIMAL: dict[str, Any] = {"name": "x", "train": {"images": 100}}

@@ -9,7 +9,8 @@ import pytest
 import yaml
 
 from patchloom.errors import UserError
-from patchloom.platform.recipe.run_recipe import SHIPPED, with_values
+from patchloom.platform.recipe.files import SHIPPED
+from patchloom.platform.recipe.run_recipe import with_values
 from patchloom.platform.recipe.search import BUDGET_SHARE, Search, load_search
 from patchloom.platform.recipe.sections import checked
 
