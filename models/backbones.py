@@ -62,8 +62,8 @@ def build_backbone(name: str, options: dict[str, Any]) -> nn.Module:
 
     Args:
         name: `package.module:Class`.
-        options: keyword arguments of its constructor: `resolution`, `channels_in` (image and coordinates),
-            `channels_out`, `classes`, and those of the recipe.
+        options: keyword arguments of its constructor: `resolution`, `channels_in` (image, coordinates and
+            condition), `channels_out`, `classes`, and those of the recipe.
 
     Raises:
         ValueError: the package is not allowed or cannot be imported, or has no such network.

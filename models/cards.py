@@ -13,7 +13,7 @@ from typing import Any, Self
 
 from patchloom.models.normalisation import Normalisation, spread_of
 
-MODEL_FORMAT = 1
+MODEL_FORMAT = 2  # of models with a condition, which earlier versions cannot build; of all others 1
 CHECKPOINT_FORMAT = 1
 
 
@@ -78,6 +78,7 @@ class DenoiserConfig(Card):
         classes: number of classes, 0 for an unconditional model.
         coordinates: encoding of the patch coordinates: "none", "linear", "implicit" or "periodic".
         patch_size: whether the network also gets the patch size. None in models from EDM snapshots: no.
+        condition_channels: channels of the condition image that the network also gets. None: no condition.
         sigma_data: standard deviation of the data that the preconditioning assumes.
     """
 
@@ -88,6 +89,7 @@ class DenoiserConfig(Card):
     classes: int
     coordinates: str
     patch_size: bool | None = None
+    condition_channels: int | None = None
     sigma_data: float
 
     def __post_init__(self) -> None:
@@ -100,6 +102,7 @@ NETWORK_BOUNDS = {
     "resolution": (1, 1 << 16),
     "channels": (1, 1 << 12),
     "classes": (0, 1 << 20),
+    "condition_channels": (0, 1 << 16),
     "sigma_data": (1e-6, 1e6),
     "width": (1, 1 << 14),
     "width_multipliers": (1, 1 << 8),
@@ -118,6 +121,7 @@ def check_bounds(config: DenoiserConfig) -> None:
     """Raise ValueError if a number of a configuration is beyond any network, or no number."""
     options = {} if ":" in config.network else dict(config.network_options)
     given = {name: getattr(config, name) for name in ("resolution", "channels", "classes", "sigma_data")} | options
+    given["condition_channels"] = 0 if config.condition_channels is None else config.condition_channels
     for name, (low, high) in NETWORK_BOUNDS.items():
         values = given.get(name, low)
         listed = values if isinstance(values, (list, tuple)) else (values,)
@@ -166,6 +170,37 @@ class AutoencoderCard(Card):
 
 
 @dataclass(frozen=True, kw_only=True)
+class ConditionCard(Card):
+    """The condition of a model: an image that its network gets next to the noisy image.
+
+    Args:
+        kind: what it is: "edges", "low-res", or "images" and arrays from a source of their own.
+        factor: for "low-res", the side of the image over that of the low-resolution image.
+        channels: channels K of a condition image, which has the size of the image in pixels.
+        dtype: type of its values: "uint8", "float16" or "float32".
+        downscale: side f of the blocks of pixels that are channels of one pixel of the network: 1 for pixels, and the
+            downscale of the autoencoder for latents. The network gets K * f^2 channels.
+        mean: one per channel K, in stored units.
+        scale: one per channel K. The network gets (value - mean) * scale.
+        dropout: share of crops in training whose condition was replaced by zeros. Guidance needs more than 0.
+    """
+
+    kind: str
+    factor: int | None = None
+    channels: int
+    dtype: str
+    downscale: int
+    mean: tuple[float, ...]
+    scale: tuple[float, ...]
+    dropout: float = 0.0
+
+    def normalisation(self) -> Normalisation:
+        """The map from stored values, K * f^2 channels, to those of the network."""
+        repeated = ([value for value in values for _ in range(self.downscale**2)] for values in (self.mean, self.scale))
+        return Normalisation("pixels", *map(tuple, repeated))
+
+
+@dataclass(frozen=True, kw_only=True)
 class PatchesCard(Card):
     """How a model was trained on patches (Patch Diffusion, Eq. 5); `other` holds the recipe's other keys.
 
@@ -211,6 +246,7 @@ class ModelCard(Card):
         class_names: names of the classes, in the order of their numbers.
         empty_classes: numbers of classes without training images. None if there are none.
         label_dropout: share of labels that training dropped. Guidance needs more than 0.
+        condition: the condition images of the model. None if it has none.
         patches: how the model was trained on patches. None for imports.
         imported_from: the imported file. None for trained models.
         dataset_fingerprint: the training dataset. None for imports.
@@ -222,7 +258,7 @@ class ModelCard(Card):
         weights_sha256: sha256 of `model.safetensors`; `save_model` sets it.
     """
 
-    format_version: int = MODEL_FORMAT
+    format_version: int = 1
     kind: str = "denoiser"
     name: str = ""
     denoiser: DenoiserConfig = field(metadata={"card": DenoiserConfig})
@@ -231,6 +267,7 @@ class ModelCard(Card):
     class_names: tuple[str, ...] = ()
     empty_classes: tuple[int, ...] | None = None
     label_dropout: float = 0.0
+    condition: ConditionCard | None = field(metadata={"card": ConditionCard}, default=None)
     patches: PatchesCard | None = field(metadata={"card": PatchesCard}, default=None)
     imported_from: ImportCard | None = field(metadata={"card": ImportCard}, default=None)
     dataset_fingerprint: str | None = None

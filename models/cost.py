@@ -111,6 +111,8 @@ def measured_seconds_of_crop(
             group = plan.share(workers - 1, workers)[0]  # the last worker has the largest share
             shape = (len(group.crops), denoiser.channels, resolution, resolution)
             rows = StoredRows(torch.randn(shape, device=device), torch.full((shape[0],), -1, device=device))
+            if channels := denoiser.condition_channels:
+                rows = replace(rows, condition=torch.randn(shape[0], channels, *shape[2:], device=device))
             started = _now(device)
             training_step(state, single_size, plan, [(group, rows)], normalisation, None)
             if number:

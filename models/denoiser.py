@@ -14,7 +14,7 @@ from patchloom.models.unet import UNETS, UNet
 class Denoiser(nn.Module):
     """D(x; sigma), the clean estimate of a noisy image or patch (EDM, Eq. 7; Patch Diffusion, Eq. 4).
 
-    The coordinates of the patch are further input channels. c_in does not scale them.
+    The coordinates of the patch and a condition image are further input channels. c_in does not scale them.
 
     Args:
         network: `network(x, c_noise, labels)`, such as a `UNet`.
@@ -24,6 +24,7 @@ class Denoiser(nn.Module):
         coordinates: encoding of the coordinates: "linear", "periodic", "implicit" (linear, with 1x1 convolutions
             first in the network) or "none".
         patch_size: whether the network gets the side of the patch over that of the image.
+        condition_channels: channels of the condition; 0 for none.
         sigma_data: standard deviation of the data.
     """
 
@@ -36,12 +37,14 @@ class Denoiser(nn.Module):
         classes: int = 0,
         coordinates: str = "linear",
         patch_size: bool = False,
+        condition_channels: int = 0,
         sigma_data: float = 0.5,
     ) -> None:
         super().__init__()
         self.model = network
         self.channels, self.resolution, self.classes = channels, resolution, classes
         self.coordinates, self.patch_size, self.sigma_data = coordinates, patch_size, sigma_data
+        self.condition_channels = condition_channels
 
     def forward(
         self,
@@ -49,6 +52,7 @@ class Denoiser(nn.Module):
         sigma: Tensor | float,
         coordinates: Tensor | None = None,
         labels: Tensor | None = None,
+        condition: Tensor | None = None,
         *,
         augmentation: Tensor | None = None,
     ) -> Tensor:
@@ -59,13 +63,14 @@ class Denoiser(nn.Module):
             sigma: noise levels, (B,) or scalar, in units of the data.
             coordinates: (B, 2, H, W), x first. Default: the full grid of the input's size.
             labels: one-hot (B, K). Default: the zero vector (no class).
+            condition: (B, K, H, W) values of the network, for the same pixels. Default: zeros (no condition).
             augmentation: (B, A) labels of `augment`. Default: unchanged images.
 
         Returns:
             (B, C, H, W) float32.
 
         Raises:
-            ValueError: the network has no channels for the coordinates or labels, or cannot halve the sides.
+            ValueError: the network has no channels for the coordinates, labels or condition, or cannot halve the sides.
         """
         noisy = noisy.to(torch.float32)
         batch = len(noisy)
@@ -80,7 +85,7 @@ class Denoiser(nn.Module):
         c_noise = sigma.log() / 4
 
         conditions = self._conditions(noisy, coordinates, augmentation)
-        x = self._join_coordinates(c_in * noisy, coordinates)
+        x = self._join_condition(self._join_coordinates(c_in * noisy, coordinates), condition)
         estimate: Tensor = self.model(x, c_noise, self._labels(labels, batch, noisy.device), **conditions)
         return c_skip * noisy + c_out * estimate.to(torch.float32)
 
@@ -94,6 +99,19 @@ class Denoiser(nn.Module):
             coordinates = coordinate_grid(height, width, x.device)[None].expand(batch, -1, -1, -1)
         encoding = "linear" if self.coordinates == "implicit" else self.coordinates
         return torch.cat([x, encode_coordinates(coordinates.to(torch.float32), encoding)], dim=1)
+
+    def _join_condition(self, x: Tensor, condition: Tensor | None) -> Tensor:
+        batch, _, height, width = x.shape
+        if not self.condition_channels:
+            if condition is not None:
+                raise ValueError("condition: the network has no channels for a condition; leave it out")
+            return x
+        shape = (batch, self.condition_channels, height, width)
+        if condition is None:
+            condition = torch.zeros(shape, device=x.device)
+        if condition.shape != shape:
+            raise ValueError(f"condition: its shape is {tuple(condition.shape)}, and the network needs {shape}")
+        return torch.cat([x, condition.to(torch.float32)], dim=1)
 
     def _conditions(self, noisy: Tensor, coordinates: Tensor | None, augmentation: Tensor | None) -> dict[str, Tensor]:
         """Further keyword arguments of the network, if any."""
@@ -131,6 +149,7 @@ def build_denoiser(config: DenoiserConfig) -> Denoiser:
         classes=config.classes,
         coordinates=config.coordinates,
         patch_size=bool(config.patch_size),
+        condition_channels=config.condition_channels or 0,
         sigma_data=config.sigma_data,
     )
 
@@ -138,7 +157,7 @@ def build_denoiser(config: DenoiserConfig) -> Denoiser:
 def _build_network(config: DenoiserConfig) -> nn.Module:
     options = {
         "resolution": config.resolution,
-        "channels_in": config.channels + COORDINATE_CHANNELS[config.coordinates],
+        "channels_in": config.channels + COORDINATE_CHANNELS[config.coordinates] + (config.condition_channels or 0),
         "channels_out": config.channels,
         "classes": config.classes,
         **config.network_options,

@@ -13,6 +13,7 @@ from patchloom.models import samplers
 from patchloom.models.cards import ModelCard
 from patchloom.models.checkpoints import SamplingModel
 from patchloom.models.codec import from_pixels, to_pixels
+from patchloom.models.conditions import check_condition, network_condition
 from patchloom.models.denoiser import halvings_of
 from patchloom.models.guidance import EVERYWHERE, guided, guides_at, keep_centre
 from patchloom.models.noise import LADDERS
@@ -79,11 +80,10 @@ def check_fit(sampling: Sampling, card: ModelCard) -> None:
     Raises:
         ValueError: guidance for a model trained without it, or a size that the networks cannot halve.
     """
-    if sampling.guidance != 1 and not (card.class_names and card.label_dropout > 0):
-        lacks = "label dropout" if card.class_names else "classes"
+    if sampling.guidance != 1 and (lacks := _lacks_for_guidance(card)):
         raise ValueError(
-            f"guidance: {sampling.guidance:g} needs a model trained with classes and label dropout, "
-            f"and this model has no {lacks}; leave it at 1"
+            f"guidance: {sampling.guidance:g} needs a model trained with classes and label dropout, or with "
+            f"a condition and condition dropout, and this model has no {lacks}; leave it at 1"
         )
     multiple = 2 ** halvings_of(card.denoiser) * (card.autoencoder.downscale if card.autoencoder else 1)
     if sampling.size and any(side % multiple or side < 1 for side in sampling.size):
@@ -91,6 +91,15 @@ def check_fit(sampling: Sampling, card: ModelCard) -> None:
             f"size: {sampling.size[0]}x{sampling.size[1]} is not a multiple of {multiple} pixels on both sides; "
             f"choose multiples of {multiple}"
         )
+
+
+def _lacks_for_guidance(card: ModelCard) -> str:
+    """What the training lacked, without which the network has no estimate without label and condition; or nothing."""
+    if not card.class_names and card.condition is None:
+        return "classes"
+    if card.class_names and not card.label_dropout:
+        return "label dropout"
+    return "condition dropout" if card.condition is not None and not card.condition.dropout else ""
 
 
 def image_size(model: SamplingModel, sampling: Sampling) -> tuple[int, int]:
@@ -106,6 +115,7 @@ def generate(
     sampling: Sampling,
     centre: Tensor | None = None,
     check: Callable[[], None] | None = None,
+    condition: Tensor | None = None,
 ) -> Tensor:
     """Generate one batch of images on the full grid of coordinates (Patch Diffusion, section 3.4).
 
@@ -119,16 +129,18 @@ def generate(
         sampling: the options.
         centre: (C, h, w) uint8, an image that is kept in the middle of a larger canvas.
         check: called before each evaluation of the network; ends the sampling by an exception.
+        condition: (B, K, H, W), a condition image per image, with values as in the dataset, for models that need one.
 
     Returns:
         (B, C, H, W) uint8.
 
     Raises:
-        ValueError: the size does not fit the network, or the values overflowed in half precision.
+        ValueError: the size does not fit the network, a condition is missing or does not fit, or the values overflowed
+            in half precision.
     """
     device = next(model.denoiser.parameters()).device
     with half_precision(device, sampling.precision):
-        return _generate(model, seeds, labels, sampling, centre, check, device)
+        return _generate(model, seeds, labels, sampling, centre, check, condition, device)
 
 
 def _generate(
@@ -138,9 +150,13 @@ def _generate(
     sampling: Sampling,
     centre: Tensor | None,
     check: Callable[[], None] | None,
+    condition: Tensor | None,
     device: torch.device,
 ) -> Tensor:
     denoiser = model.denoiser
+    check_condition(model.card.condition, None if condition is None else condition.shape, image_size(model, sampling))
+    if condition is not None and model.card.condition is not None:
+        condition = network_condition(model.card.condition, condition.to(device, non_blocking=True))
     downscale = model.autoencoder.downscale if model.autoencoder else 1
     height, width = (side // downscale for side in image_size(model, sampling))
     noise = SeededNoise(seeds, (denoiser.channels, height, width))
@@ -153,6 +169,7 @@ def _generate(
     denoise = guided(
         model.replayed or denoiser, classes, sampling.guidance, sampling.guidance_between or EVERYWHERE, coordinates,
         in_one_batch=device.type != "cpu",  # fewer launches
+        condition=condition,
     )  # fmt: skip
     if centre is not None:
         denoise = keep_centre(
@@ -220,6 +237,7 @@ def generate_padded(
     sampling: Sampling,
     centre: Tensor | None = None,
     check: Callable[[], None] | None = None,
+    condition: Tensor | None = None,
 ) -> Tensor:
     """`generate` in batches of exactly `batch` images; the last one is padded.
 
@@ -233,6 +251,7 @@ def generate_padded(
         sampling: the options.
         centre: (C, h, w) uint8, an image that is kept in the middle of a larger canvas.
         check: called before each evaluation of the network; ends the sampling by an exception.
+        condition: (N, K, H, W), a condition image per seed, with values as in the dataset, for models that need one.
 
     Returns:
         (N, C, H, W) uint8, one image per seed.
@@ -245,5 +264,8 @@ def generate_padded(
         batch_seeds, batch_labels = seeds[start : start + batch], labels[start : start + batch]
         count = len(batch_seeds)
         batch_seeds, batch_labels = (values + values[-1:] * (batch - count) for values in (batch_seeds, batch_labels))
-        images.append(generate(model, batch_seeds, batch_labels, sampling, centre, check)[:count])
+        shown = None if condition is None else condition[start : start + batch]
+        if shown is not None and count < batch:
+            shown = torch.cat([shown, shown[-1:].expand(batch - count, -1, -1, -1)])
+        images.append(generate(model, batch_seeds, batch_labels, sampling, centre, check, shown)[:count])
     return torch.cat(images)

@@ -30,6 +30,7 @@ def denoising_loss(
     labels: Tensor | None = None,
     reduction: str = "mean",
     augmentation: Tensor | None = None,
+    condition: Tensor | None = None,
 ) -> Tensor:
     """The weighted squared error of each patch (Patch Diffusion, Eq. 4; EDM, Eq. 8).
 
@@ -42,12 +43,14 @@ def denoising_loss(
         labels: one-hot (B, K); None for no class.
         reduction: over the channels and pixels of a patch: "mean", or "sum" as in the released code.
         augmentation: (B, A) labels of `augment`; None for unchanged images.
+        condition: (B, K, s, s) values of the network; None for no condition.
 
     Returns:
         (B,) losses.
     """
     spread = sigma[:, None, None, None]
-    estimate = denoiser(clean + spread * noise, sigma, coordinates, labels, augmentation=augmentation)
+    further = () if condition is None else (condition,)
+    estimate = denoiser(clean + spread * noise, sigma, coordinates, labels, *further, augmentation=augmentation)
     error = (estimate - clean).square().flatten(1)
     error = error.sum(1) if reduction == "sum" else error.mean(1)
     weighted: Tensor = edm_weight(sigma, denoiser.sigma_data) * error
@@ -78,6 +81,7 @@ def held_out_loss(
     sigmas: tuple[float, ...] = HELD_OUT_SIGMAS,
     seed: int = 0,
     batch_size: int = 32,
+    condition: Tensor | None = None,
 ) -> dict[float, float]:
     """The mean weighted loss on full-size images at fixed noise levels.
 
@@ -90,6 +94,7 @@ def held_out_loss(
         sigmas: noise levels.
         seed: seed of the noise.
         batch_size: images per evaluation.
+        condition: (N, K, R, R) values of the network, or None.
 
     Returns:
         The mean loss by noise level.
@@ -103,7 +108,8 @@ def held_out_loss(
             rows = slice(start, start + batch_size)
             images = clean[rows]
             level = torch.full((len(images),), sigma, device=clean.device)
-            chosen = None if labels is None else labels[rows]
-            total += float(denoising_loss(denoiser, images, noise[rows], level, labels=chosen).double().sum())
+            chosen, shown = (None if given is None else given[rows] for given in (labels, condition))
+            found = denoising_loss(denoiser, images, noise[rows], level, labels=chosen, condition=shown)
+            total += float(found.double().sum())
         losses[sigma] = total / len(clean)
     return losses

@@ -120,7 +120,10 @@ def sampling_bytes(model: SamplingModel, sampling: Sampling, batch: int, device:
     with MetaOperations(device, HALF_PRECISIONS.get(sampling.precision)), LiveBytes() as live:
         x, slope, predicted = torch.empty(3, batch, denoiser.channels, height, width, dtype=torch.float64, device=meta)
         classes = torch.empty(batch, denoiser.classes, device=meta) if denoiser.classes else None
-        denoise = guided(denoiser, classes, sampling.guidance, in_one_batch=in_one_batch)
+        shown = (
+            torch.empty(batch, count, height, width, device=meta) if (count := denoiser.condition_channels) else None
+        )
+        denoise = guided(denoiser, classes, sampling.guidance, in_one_batch=in_one_batch, condition=shown)
         slope = slope - denoise(predicted, torch.tensor(1.0, dtype=torch.float64))
         to_pixels(x, model.normalisation, model.autoencoder)
     return weight_bytes(model) + int(live.peak)
@@ -145,7 +148,10 @@ def training_bytes(config: DenoiserConfig, settings: StepSettings, group: CropGr
         parameter.grad = torch.empty_like(parameter)
     with MetaOperations(device, HALF_PRECISIONS.get(settings.precision)), LiveBytes() as live:
         image = torch.empty(len(group.crops), channels, resolution, resolution, device=meta)
-        rows = StoredRows(image, image.new_empty(len(image), dtype=torch.int64), image.clone() if has_std else None)
+        count = config.condition_channels
+        shown = image.new_empty(len(image), count, resolution, resolution) if count else None
+        std = image.clone() if has_std else None
+        rows = StoredRows(image, image.new_empty(len(image), dtype=torch.int64), std, shown)
         batch = CropBatch(
             0, group.blocks, settings.block_size, channels, resolution, group.size.pixels, has_std, meta,
             settings.augmentation,

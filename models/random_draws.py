@@ -104,7 +104,8 @@ class RandomDraws:
     """The random numbers of B crops.
 
     Args:
-        label_kept: (B,) uniform; the label is kept if it is not below the label dropout.
+        label_kept: (B,) uniform; the label is kept if it is not below the label dropout, and the condition if it is not
+            below the condition dropout.
         mirrored: (B,) uniform; the image is mirrored if it is not below 0.5.
         sigma: (B,) standard normal, for the noise level.
         corner: (B, 2) uniform, for the position of the crop.

@@ -60,10 +60,16 @@ class ReplayedNetwork:
         self._recordings: OrderedDict[tuple[object, ...], _Recording] = OrderedDict()  # by what they depend on
 
     def __call__(
-        self, noisy: Tensor, sigma: Tensor, coordinates: Tensor | None = None, labels: Tensor | None = None
+        self,
+        noisy: Tensor,
+        sigma: Tensor,
+        coordinates: Tensor | None = None,
+        labels: Tensor | None = None,
+        condition: Tensor | None = None,
     ) -> Tensor:
         """`Denoiser.forward` for a single noise level."""
-        shapes = tuple(None if tensor is None else tensor.shape for tensor in (noisy, coordinates, labels))
+        others = (coordinates, labels, condition)
+        shapes = tuple(None if tensor is None else tensor.shape for tensor in (noisy, *others))
         kind = noisy.device.type
         half = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
         recording = self._recordings.get((*shapes, half))
@@ -71,16 +77,16 @@ class ReplayedNetwork:
             while len(self._recordings) >= KEPT_GRAPHS:
                 self._recordings.popitem(last=False)
             try:
-                recording = _Recording(self.denoiser, self._record, noisy, coordinates, labels)
+                recording = _Recording(self.denoiser, self._record, noisy, others)
             except RuntimeError as error:  # also torch.OutOfMemoryError
                 warnings.warn(f"sampling without CUDA graphs: {' '.join(str(error).split())}", stacklevel=2)
                 self._record = None
         if recording is None:
-            estimate: Tensor = self.denoiser(noisy, sigma, coordinates, labels)
+            estimate: Tensor = self.denoiser(noisy, sigma, *others)
             return estimate
         self._recordings[(*shapes, half)] = recording
         self._recordings.move_to_end((*shapes, half))
-        return recording(noisy, sigma, coordinates, labels)
+        return recording(noisy, sigma, others)
 
 
 class _Recording:
@@ -91,16 +97,15 @@ class _Recording:
         denoiser: Denoiser,
         record: Callable[[NetworkCall], NetworkCall],
         noisy: Tensor,
-        coordinates: Tensor | None,
-        labels: Tensor | None,
+        others: tuple[Tensor | None, ...],
     ) -> None:
         self.sigma = torch.ones((), device=noisy.device)
-        self.inputs = [None if tensor is None else tensor.clone() for tensor in (noisy, coordinates, labels)]
+        self.inputs = [None if tensor is None else tensor.clone() for tensor in (noisy, *others)]
         self.replay = record(lambda: denoiser(self.inputs[0], self.sigma, *self.inputs[1:]))
 
-    def __call__(self, noisy: Tensor, sigma: Tensor, *conditions: Tensor | None) -> Tensor:
+    def __call__(self, noisy: Tensor, sigma: Tensor, others: tuple[Tensor | None, ...]) -> Tensor:
         self.sigma.fill_(float(sigma))
-        for own, given in zip(self.inputs, (noisy, *conditions), strict=True):
+        for own, given in zip(self.inputs, (noisy, *others), strict=True):
             if own is not None and given is not None:
                 own.copy_(given)
         return self.replay().clone()  # the next evaluation writes to the same tensor

@@ -47,11 +47,13 @@ class StoredRows:
         image: (B, C, R, R) pixels, or means of latents.
         label: (B,) class numbers, -1 for no class.
         std: (B, C, R, R) standard deviations of latents; None for pixels and deterministic autoencoders.
+        condition: (B, K, R, R) float32, condition images as values of the network; None for networks without.
     """
 
     image: Tensor
     label: Tensor
     std: Tensor | None = None
+    condition: Tensor | None = None
 
 
 def one_hot(labels: Tensor, classes: int) -> Tensor:
@@ -81,6 +83,9 @@ def crop_losses(
         The loss and the noise level of each crop, both (B,).
     """
     images = rows.image if rows.std is None else rows.image + rows.std * draws.posterior
+    channels = images.shape[1]
+    if rows.condition is not None:  # further channels, which move with those of the image
+        images = torch.cat([images, rows.condition], dim=1)
     if settings.mirror:  # the coordinates are not mirrored
         images = torch.where(draws.mirrored[:, None, None, None] < 0.5, images, images.flip(3))
     grid = augmentation = None
@@ -88,7 +93,11 @@ def crop_losses(
         images, grid = augment(images, draws.augmentation)
         augmentation = augmentation_labels(draws.augmentation)
     patches, coordinates = crop(images, offsets(draws.corner, images.shape[-1], size), size, grid)
-    labels = None
+    labels = condition = None
+    if rows.condition is not None:
+        patches, condition = patches[:, :channels], patches[:, channels:]
+        kept = draws.label_kept >= settings.condition_dropout  # with equal rates, label and condition go together
+        condition = torch.where(kept[:, None, None, None], condition, 0)
     if denoiser.classes:
         kept = draws.label_kept >= settings.label_dropout
         labels = one_hot(torch.where(kept, rows.label, -1), denoiser.classes)
@@ -99,6 +108,7 @@ def crop_losses(
         losses = denoising_loss(
             denoiser, normalisation.normalise(patches), draws.noise, sigma,
             coordinates if denoiser.coordinates != "none" else None, labels, settings.reduction, augmentation,
+            condition,
         )  # fmt: skip
     return losses, sigma
 

@@ -23,6 +23,7 @@ class StepSettings:
         noise_std: standard deviation of ln(sigma).
         reduction: how a crop's loss is reduced over its pixels: "mean" or "sum".
         label_dropout: share of labels that are dropped.
+        condition_dropout: share of crops whose condition is dropped: where a label is dropped at this rate.
         mirror: whether images are mirrored at random.
         augmentation: probability of EDM's augmentations; 0 for none.
         draw: how the patch sizes of a step are drawn: "shared", "stratified" or "independent".
@@ -42,6 +43,7 @@ class StepSettings:
     noise_std: float = 1.2
     reduction: str = "mean"
     label_dropout: float = 0.0
+    condition_dropout: float = 0.0
     mirror: bool = False
     augmentation: float = 0.0
     draw: str = "shared"

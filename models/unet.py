@@ -128,7 +128,7 @@ class UNet(nn.Module, ABC):
         """(B, C, H, W) -> (B, channels_out, H, W).
 
         Args:
-            x: (B, C, H, W), with the coordinate channels.
+            x: (B, C, H, W), with the channels of coordinates and condition.
             noise_condition: (B,) c_noise.
             labels: one-hot (B, K), or None.
             augmentation: (B, A) labels of `augment`; None for unchanged images.
@@ -165,7 +165,7 @@ class SongUNet(UNet):
 
     Args:
         resolution: side of the full image.
-        channels_in: channels of the input, with coordinates.
+        channels_in: channels of the input, with coordinates and condition.
         channels_out: channels of the output.
         classes: number of classes; 0 for none.
         width: base width (EDM, Table 7).
