@@ -16,6 +16,7 @@ PEAK_FLOPS = {
 }  # fmt: skip
 SIDES = (256, 512, 1024, 2048, 4096, 8192)  # sides of the matrices that measure the peak
 LONG_ENOUGH_S = 0.01
+TRAINING_OVER_FORWARD = 3  # a backward pass costs as much as two forward passes
 
 
 def training_flops(config: DenoiserConfig, size: int) -> int:
@@ -33,7 +34,7 @@ def training_flops(config: DenoiserConfig, size: int) -> int:
     denoiser = skeleton(config)
     if isinstance(denoiser.model, UNet):
         denoiser.model.check_size(size, size)
-        return 3 * _forward_flops(denoiser.model, size)
+        return TRAINING_OVER_FORWARD * _forward_flops(denoiser.model, size)
     try:
         return _counted(config, size, "meta")
     except NotImplementedError:  # a backbone may not support the meta device
@@ -91,7 +92,7 @@ def _counted(config: DenoiserConfig, size: int, device: str) -> int:
         noisy = torch.zeros(1, config.channels, size, size)
         with FlopCounterMode(display=False) as counter, torch.no_grad():
             denoiser(noisy, torch.ones(1))
-    return 3 * int(counter.get_total_flops())
+    return TRAINING_OVER_FORWARD * int(counter.get_total_flops())
 
 
 def parameter_count(denoiser: Denoiser) -> int:

@@ -20,7 +20,6 @@ RegisteredName = Annotated[str, typer.Argument(help="Name of the registered mode
 VersionNumber = Annotated[int, typer.Argument(min=1, help="Number of the version")]
 FolderToWrite = Annotated[str, typer.Argument(help="Folder to write: a path, or an address such as s3://...")]
 ModelFolderToWrite = Annotated[str, typer.Argument(help="New folder for the model")]
-PreparedDataset = Annotated[str, typer.Option(help="Prepared dataset: a folder or a remote address")]
 Settings = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a recipe key; can be repeated")
 ]

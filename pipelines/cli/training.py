@@ -11,7 +11,6 @@ from patchloom.models.backbones import allow_backbones
 from patchloom.pipelines.cli.options import (
     Backbones,
     Gpus,
-    PreparedDataset,
     ResourceSettings,
     Settings,
     TrainWorkers,
@@ -23,7 +22,9 @@ from patchloom.platform.files.folder import Folder
 from patchloom.platform.files.storage import whole_number
 
 if TYPE_CHECKING:
+    from patchloom.pipelines.train.data_shape import DataShape
     from patchloom.platform.compute.resources import Resources
+    from patchloom.platform.recipe.run_recipe import Recipe
 
 RunFolder = Annotated[str | None, typer.Option(help="Run folder to write; required without --dry-run")]
 MinWorkers = Annotated[
@@ -35,6 +36,17 @@ Microbatch = Annotated[
     typer.Option(
         min=1, help="Most crops on a device at once, to save memory; the batch stays the same  [default: all]"
     ),
+]
+Like = Annotated[
+    str | None,
+    typer.Option(
+        metavar="HxWxC",
+        help="With --dry-run: estimate for images or latents of this height, width and channels, such as 64x64x3, "
+        "instead of a dataset",
+    ),
+]
+LikeClasses = Annotated[
+    int | None, typer.Option(min=0, metavar="N", help="With --like: number of classes  [default: 0]")
 ]
 MaxHours = Annotated[
     float | None,
@@ -154,6 +166,8 @@ def train(
     measure: Annotated[
         bool, typer.Option("--measure", help="With --dry-run: measure the seconds per step of each patch size")
     ] = False,
+    like: Like = None,
+    like_classes: LikeClasses = None,
     allow_backbone: Backbones = None,
 ) -> None:
     """Train a recipe on a prepared dataset."""
@@ -163,19 +177,20 @@ def train(
     allow_backbones(*allow_backbone or [])
     if resume and out is None:
         recipe, out = None, recipe
+    check_like(like, like_classes, data, dry_run)
     nodes = chosen_resources(resources, wait, workers, gpus)
-    run = required_run(recipe, data, out, resume)
+    run = required_run(recipe, data or like, out, resume)
     loaded = load_recipe(recipe, set_ or []) if recipe else recipe_of_run(run, set_ or [])
-    data = data or dataset_of_run(run)
     if dry_run:
         from patchloom.pipelines.train.dry_run import run_plan
 
-        print(run_plan(loaded, data, max(1, train_workers(nodes)), measure, microbatch))
+        shape = like_shape(like, like_classes, loaded)
+        print(run_plan(loaded, shape or data or dataset_of_run(run), max(1, train_workers(nodes)), measure, microbatch))
         return
     from patchloom.pipelines.train.training import train
 
     result = train(
-        loaded, data, required_out(out, "run"), workers=train_workers(nodes),
+        loaded, data or dataset_of_run(run), required_out(out, "run"), workers=train_workers(nodes),
         min_workers=min_workers or nodes.min_workers, microbatch=microbatch, compile=compile_, profile=profile,
         resume=resume, resources=nodes, max_hours=_remaining(max_hours),
     )  # fmt: skip
@@ -192,9 +207,28 @@ def required_run(recipe: str | None, data: str | None, out: str | None, resume: 
     return out or ""
 
 
+def check_like(like: str | None, classes: int | None, data: str | None, dry_run: bool) -> None:
+    """Raise UserError where --like or --like-classes has no meaning."""
+    if like is None and classes is not None:
+        raise UserError(f"--like-classes {classes} needs --like: the classes of a dataset are known")
+    if like is not None and not dry_run:
+        raise UserError(f"--like {like} is for --dry-run: add it, or give a dataset with --data")
+    if like is not None and data is not None:
+        raise UserError(f"--like {like} and --data {data} are two kinds of data: leave one of them out")
+
+
+def like_shape(like: str | None, classes: int | None, recipe: "Recipe") -> "DataShape | None":
+    """The shape that --like gives; raises UserError if it is not one."""
+    from patchloom.pipelines.train.data_shape import DataShape
+
+    return None if like is None else DataShape.parse(like, classes or 0, recipe.data.kind)
+
+
 def tune(
     search: Annotated[str, typer.Argument(help="Search: a YAML file, or the name of a shipped search")],
-    data: PreparedDataset,
+    data: Annotated[
+        str | None, typer.Option(help="Prepared dataset: a folder or a remote address; only --like goes without")
+    ] = None,
     out: Annotated[str | None, typer.Option(help="Search folder to write; required without --dry-run")] = None,
     restore: Annotated[
         bool, typer.Option("--restore", help="Continue a stopped search; finished trials are kept")
@@ -226,24 +260,32 @@ def tune(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the trials, their cost and the expected time, then exit")
     ] = False,
+    like: Like = None,
+    like_classes: LikeClasses = None,
     allow_backbone: Backbones = None,
 ) -> None:
     """Search recipe keys in short runs of equal cost.
 
     The result is a ranking of the values of p, the schedule or other keys, with a page that shows it.
     """
+    check_like(like, like_classes, data, dry_run)
+    if not data and not like:
+        raise UserError("--data is missing: give a prepared dataset, or --like with --dry-run")
     nodes = chosen_resources(resources, wait, workers, gpus, for_trials=True)
     from patchloom.platform.compute.tuner import TuneResources
 
     allow_backbones(*allow_backbone or [])
     if dry_run:
         from patchloom.pipelines.tune.dry_run import search_plan
+        from patchloom.platform.recipe.search import load_search
 
+        shape = like_shape(like, like_classes, load_search(search)[1])
         parallel = TuneResources(concurrent, nodes.workers or 0).parallel_trials(os.cpu_count() or 1) or 1
-        print(search_plan(search, data, parallel))
+        print(search_plan(search, shape or data or "", parallel))
         return
     from patchloom.pipelines.tune.tuning import tune
 
+    assert data is not None  # --like is only for --dry-run
     result = tune(
         search, data, required_out(out, "search"), restore=restore, add_seeds=add_seeds,
         concurrent=concurrent,

@@ -6,19 +6,21 @@ from dataclasses import dataclass, replace
 from patchloom.models.cards import DenoiserConfig
 from patchloom.models.cost import Gain, estimated_gain, largest_group, measured_seconds_of_crop
 from patchloom.models.denoiser import build_denoiser, skeleton
-from patchloom.models.flops import parameter_count, training_flops
+from patchloom.models.flops import TRAINING_OVER_FORWARD, parameter_count, training_flops
 from patchloom.models.memory import training_bytes
 from patchloom.models.normalisation import identity_normalisation
 from patchloom.models.step import HALF_PRECISIONS
 from patchloom.models.step_plan import StepSettings
-from patchloom.pipelines.train.model_card import new_model_card
+from patchloom.pipelines.train.data_shape import DataShape, opened
+from patchloom.pipelines.train.model_card import new_denoiser_config
 from patchloom.pipelines.train.run import step_settings
 from patchloom.pipelines.train.shard_plan import unchecked_plan
 from patchloom.platform.compute.devices import own_device
-from patchloom.platform.dataset.prepared import open_dataset
+from patchloom.platform.dataset.prepared import Dataset
 from patchloom.platform.recipe.run_recipe import BLOCK_TOLERANCE, Recipe
 
 FLOAT32_BYTES = 4
+STATED_RATE = 1e14  # FLOP/s of a GPU, for GPU-hours: about a third of the peak of an A100 in bf16. An assumption
 
 
 @dataclass(frozen=True)
@@ -38,31 +40,19 @@ class SizeEstimate:
     flops_per_crop: int
 
 
-@dataclass(frozen=True)
-class RunEstimate:
-    """What a run is expected to do and cost.
+@dataclass(frozen=True, kw_only=True)
+class RunCounts:
+    """What a run does, and its FLOPs.
 
     Args:
         parameters: parameters of the network.
-        train_rows: rows of the dataset to train on.
         updates: optimisation steps.
         sizes: per patch size, full images first.
-        state_bytes: memory per worker of weights, gradients, optimiser and averages, without activations.
-        step_bytes: further memory per worker at the peak of a step; None if the network cannot be simulated.
-        gains: by draw of patch sizes, the gain over training on full images only.
-        cost_of_crop: by side of the patch, what the gains were computed from: FLOPs, or measured seconds.
-        data: what each node reads and keeps of the dataset, as a sentence.
     """
 
     parameters: int
-    train_rows: int
     updates: int
     sizes: tuple[SizeEstimate, ...]
-    state_bytes: int
-    step_bytes: int | None
-    gains: Mapping[str, Gain]
-    cost_of_crop: Mapping[int, float]
-    data: str
 
     @property
     def crops(self) -> int:
@@ -79,15 +69,79 @@ class RunEstimate:
         """Expected FLOPs of all steps, forward and backward."""
         return sum(size.crops * size.flops_per_crop for size in self.sizes)
 
+    @property
+    def evaluation_flops(self) -> int:
+        """FLOPs of one evaluation of the network at full size, as in sampling. A multiply-add counts as 2."""
+        return self.sizes[0].flops_per_crop // TRAINING_OVER_FORWARD
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunEstimate(RunCounts):
+    """What a run is expected to do and need.
+
+    Args:
+        train_rows: rows of the dataset to train on; None without a dataset.
+        state_bytes: memory per worker of weights, gradients, optimiser and averages, without activations.
+        step_bytes: further memory per worker at the peak of a step; None if the network cannot be simulated.
+        gains: by draw of patch sizes, the gain over training on full images only.
+        cost_of_crop: by side of the patch, what the gains were computed from: FLOPs, or measured seconds.
+        data: what each node reads and keeps of the dataset, as a sentence.
+    """
+
+    train_rows: int | None
+    state_bytes: int
+    step_bytes: int | None
+    gains: Mapping[str, Gain]
+    cost_of_crop: Mapping[int, float]
+    data: str
+
+
+def gpu_hours(flops: float) -> float:
+    """Hours that one GPU needs for so many FLOPs at `STATED_RATE`."""
+    return flops / STATED_RATE / 3600
+
+
+def gpu_hours_text(flops: float) -> str:
+    """FLOPs as hours of one GPU, with the rate that this assumes."""
+    hours = gpu_hours(flops)
+    return f"{f'{hours:,.3g}' if hours >= 0.01 else 'under 0.01'} GPU-hours at {STATED_RATE / 1e12:g} TFLOP/s"
+
+
+def count_run(recipe: Recipe, dataset: str | DataShape) -> RunCounts:
+    """Count what a run would do. Takes a fraction of a second; `describe_plan` also estimates what it needs.
+
+    Args:
+        recipe: the recipe.
+        dataset: a prepared dataset, or the shape of one that does not exist yet.
+
+    Raises:
+        UserError: the recipe does not fit the dataset.
+    """
+    return _counts(recipe, new_denoiser_config(recipe, opened(dataset)))
+
+
+def _counts(recipe: Recipe, network: DenoiserConfig) -> RunCounts:
+    settings = step_settings(recipe, network.resolution)
+    sizes = tuple(
+        SizeEstimate(
+            pixels=size.pixels,
+            share_of_updates=size.probability,
+            crops=round(settings.updates * size.probability * settings.batch_size * size.batch_multiplier),
+            flops_per_crop=training_flops(network, size.pixels),
+        )
+        for size in settings.schedule.sizes
+    )
+    return RunCounts(parameters=parameter_count(skeleton(network)), updates=settings.updates, sizes=sizes)
+
 
 def describe_plan(
-    recipe: Recipe, dataset: str, workers: int = 1, measure: bool = False, microbatch: int | None = None
+    recipe: Recipe, dataset: str | DataShape, workers: int = 1, measure: bool = False, microbatch: int | None = None
 ) -> RunEstimate:
     """Estimate a run without starting it.
 
     Args:
         recipe: the recipe.
-        dataset: a prepared dataset.
+        dataset: a prepared dataset, or the shape of one that does not exist yet.
         workers: number of workers that the gains are for.
         measure: measure some steps of each patch size here, and compute the gains from seconds instead of FLOPs.
         microbatch: largest number of crops that a worker trains on at the same time.
@@ -95,35 +149,35 @@ def describe_plan(
     Raises:
         UserError: the recipe does not fit the dataset.
     """
-    rows = open_dataset(dataset)
-    network = new_model_card(recipe, rows).denoiser
-    settings = step_settings(recipe, network.resolution)
-    parameters = parameter_count(skeleton(network))
-    cost_of_crop = {size.pixels: float(training_flops(network, size.pixels)) for size in settings.schedule.sizes}
-    sizes = tuple(
-        SizeEstimate(
-            pixels=size.pixels,
-            share_of_updates=size.probability,
-            crops=round(settings.updates * size.probability * settings.batch_size * size.batch_multiplier),
-            flops_per_crop=round(cost_of_crop[size.pixels]),
-        )
-        for size in settings.schedule.sizes
-    )
+    data = opened(dataset)
+    network = new_denoiser_config(recipe, data)
+    settings, counts = step_settings(recipe, network.resolution), _counts(recipe, network)
+    cost_of_crop = {size.pixels: float(size.flops_per_crop) for size in counts.sizes}
     if measure:
         denoiser = build_denoiser(network).to(own_device()).train()
         cost_of_crop = measured_seconds_of_crop(denoiser, settings, identity_normalisation(denoiser.channels), workers)
     return RunEstimate(
-        parameters=parameters,
-        train_rows=len(rows.split("train", recipe.data.held_out_fraction)),
-        updates=settings.updates,
-        sizes=sizes,
+        parameters=counts.parameters,
+        updates=counts.updates,
+        sizes=counts.sizes,
+        train_rows=_train_rows(recipe, data),
         # weights, gradients, Adam's two moments and the averages
-        state_bytes=parameters * FLOAT32_BYTES * (4 + len(recipe.ema)),
-        step_bytes=_step_bytes(network, settings, workers, microbatch, rows.kind == "latents"),
+        state_bytes=counts.parameters * FLOAT32_BYTES * (4 + len(recipe.ema)),
+        step_bytes=_step_bytes(network, settings, workers, microbatch, data.kind == "latents"),
         gains={draw: estimated_gain(drawn, cost_of_crop, workers) for draw, drawn in _draws(settings, workers).items()},
         cost_of_crop=cost_of_crop,
-        data=unchecked_plan(rows, recipe).describe(recipe.train.images),
+        data=_reading(recipe, data),
     )
+
+
+def _train_rows(recipe: Recipe, data: Dataset | DataShape) -> int | None:
+    return len(data.split("train", recipe.data.held_out_fraction)) if isinstance(data, Dataset) else None
+
+
+def _reading(recipe: Recipe, data: Dataset | DataShape) -> str:
+    if isinstance(data, DataShape):
+        return f"data: none yet; estimated for {data}"
+    return unchecked_plan(data, recipe).describe(recipe.train.images)
 
 
 def _step_bytes(
@@ -162,7 +216,7 @@ def _memory_text(plan: RunEstimate) -> str:
 
 
 def run_plan(
-    recipe: Recipe, dataset: str, workers: int = 1, measure: bool = False, microbatch: int | None = None
+    recipe: Recipe, dataset: str | DataShape, workers: int = 1, measure: bool = False, microbatch: int | None = None
 ) -> str:
     """The text of `patchloom train --dry-run`. The arguments are those of `describe_plan`."""
     plan = describe_plan(recipe, dataset, workers, measure, microbatch)
@@ -174,13 +228,16 @@ def run_plan(
         f"    {draw:<11}  {gain.per_image:.2f}x per counted image, {gain.per_update:.2f}x per update"
         for draw, gain in plan.gains.items()
     ]
+    rows = "" if plan.train_rows is None else f", {plan.train_rows:,} training rows"
+    evaluation = plan.evaluation_flops / 1e9
     return "\n".join([
-        f"{recipe.name}: {plan.parameters:,} parameters, {plan.train_rows:,} training rows",
+        f"{recipe.name}: {plan.parameters:,} parameters{rows}",
         f"  {'patch':>6}  {'share of updates':>16}  {'crops':>12}  {'GFLOP per crop':>14}",
         *sizes,
         f"  {plan.updates:,} updates, {plan.crops:,} counted images (crops), "
         f"{plan.full_size_images:,} full-size images",
-        f"  {plan.flops / 1e12:,.2f} TFLOP in total (forward and backward)",
+        f"  {plan.flops / 1e12:,.2f} TFLOP in total (forward and backward), {gpu_hours_text(plan.flops)}",
+        f"  {evaluation:,.4g} GFLOP ({evaluation / 2:,.4g} G multiply-adds) per evaluation of the network at full size",
         _memory_text(plan),
         f"  {plan.data}",
         f"  gain over p = 1 with {workers} worker{'s' if workers > 1 else ''}, "

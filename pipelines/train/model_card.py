@@ -9,6 +9,7 @@ from patchloom.models.cards import AutoencoderCard, DenoiserConfig, ModelCard, P
 from patchloom.models.denoiser import halvings_of
 from patchloom.models.normalisation import Normalisation, pixel_normalisation, spread_of
 from patchloom.models.patches import patch_side
+from patchloom.pipelines.train.data_shape import DataShape
 from patchloom.platform.dataset.prepared import Dataset
 from patchloom.platform.recipe.run_recipe import Recipe
 from patchloom.platform.records.dataset import DatasetCard
@@ -30,27 +31,39 @@ RECIPE_NETWORKS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
+def new_denoiser_config(recipe: Recipe, data: Dataset | DataShape) -> DenoiserConfig:
+    """The network that this recipe makes of a dataset, or of data of this shape.
+
+    Raises:
+        UserError: the recipe does not fit the data.
+    """
+    shape, model = DataShape.of(data), recipe.model
+    _check_fit(recipe, shape)
+    network, options = _network(recipe)
+    denoiser = DenoiserConfig(
+        network=network,
+        network_options=options,
+        resolution=shape.resolution,
+        channels=shape.channels,
+        classes=shape.classes if model.class_conditional else 0,
+        coordinates=model.coordinates,
+        patch_size=model.patch_size_condition,
+        sigma_data=model.sigma_data,
+    )
+    _check_sizes(recipe, denoiser)
+    if isinstance(data, Dataset):
+        _check_rows(recipe, data)
+    return denoiser
+
+
 def new_model_card(recipe: Recipe, dataset: Dataset) -> ModelCard:
     """The card of the model that this recipe makes of this dataset.
 
     Raises:
         UserError: the recipe does not fit the dataset.
     """
-    card, model = dataset.card, recipe.model
-    _check_fit(recipe, dataset)
-    class_names = dataset.class_names if model.class_conditional else []
-    network, options = _network(recipe)
-    denoiser = DenoiserConfig(
-        network=network,
-        network_options=options,
-        resolution=card.resolution,
-        channels=card.channels,
-        classes=len(class_names),
-        coordinates=model.coordinates,
-        patch_size=model.patch_size_condition,
-        sigma_data=model.sigma_data,
-    )
-    _check_sizes(recipe, denoiser)
+    card, denoiser = dataset.card, new_denoiser_config(recipe, dataset)
+    class_names = dataset.class_names if denoiser.classes else []
     return ModelCard(
         name=recipe.name,
         denoiser=denoiser,
@@ -58,7 +71,7 @@ def new_model_card(recipe: Recipe, dataset: Dataset) -> ModelCard:
         autoencoder=AutoencoderCard.from_json(card.autoencoder.to_dict()) if card.autoencoder else None,
         class_names=tuple(class_names),
         empty_classes=_empty_classes(card) if class_names else None,
-        label_dropout=model.label_dropout,
+        label_dropout=recipe.model.label_dropout,
         patches=PatchesCard.from_json(recipe.patches.model_dump(mode="json")),
         dataset_fingerprint=dataset.fingerprint,
         code_version=__version__,
@@ -126,13 +139,13 @@ def unexpected_data(recipe: Recipe, card: DatasetCard) -> str | None:
     return f"{recipe.name} was made for other data: {'; '.join(other)}" if other else None
 
 
-def _check_fit(recipe: Recipe, dataset: Dataset) -> None:
-    """Raise UserError if the recipe needs something that the dataset does not have."""
-    data, is_latent = recipe.data, dataset.card.kind == "latents"
-    if recipe.model.class_conditional and not dataset.class_names:
+def _check_fit(recipe: Recipe, shape: DataShape) -> None:
+    """Raise UserError if the recipe needs something that data of this shape do not have."""
+    data, is_latent = recipe.data, shape.kind == "latents"
+    if recipe.model.class_conditional and not shape.classes:
         raise UserError(
-            "model.class_conditional is true, and the dataset has no classes: set it to false, or prepare a folder "
-            "with one sub-folder per class"
+            "model.class_conditional is true, and the data have no classes: set it to false, or prepare a folder with "
+            "one sub-folder per class (with --like, give --like-classes)"
         )
     if data.mirror and is_latent:
         raise UserError("data.mirror is true, and mirroring a latent does not mirror the image: set it to false")
@@ -140,8 +153,12 @@ def _check_fit(recipe: Recipe, dataset: Dataset) -> None:
         latents = "latents cannot be augmented, only images"
         reason = latents if is_latent else "a backbone does not take augmentation labels"
         raise UserError(f"data.augment is {data.augment:g}, and {reason}: set it to 0")
-    if not len(dataset.split("train", data.held_out_fraction)):
+
+
+def _check_rows(recipe: Recipe, dataset: Dataset) -> None:
+    """Raise UserError if no row of the dataset is left for training."""
+    held_out = recipe.data.held_out_fraction
+    if not len(dataset.split("train", held_out)):
         raise UserError(
-            f"data.held_out_fraction {data.held_out_fraction:g} leaves none of {len(dataset)} rows for training: "
-            "lower it"
+            f"data.held_out_fraction {held_out:g} leaves none of {len(dataset)} rows for training: lower it"
         )

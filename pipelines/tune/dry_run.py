@@ -10,8 +10,10 @@ from multiprocessing import get_context
 from statistics import mean
 
 from patchloom.models.backbones import allow_backbones, allowed_backbones
-from patchloom.pipelines.train.dry_run import describe_plan
+from patchloom.pipelines.train.data_shape import DataShape, opened
+from patchloom.pipelines.train.dry_run import count_run, gpu_hours_text
 from patchloom.pipelines.tune.planning import (
+    PlannedData,
     Trial,
     check_space,
     held_out_flops,
@@ -21,48 +23,64 @@ from patchloom.pipelines.tune.planning import (
     trial_recipe,
 )
 from patchloom.pipelines.tune.ranking import setting_title
-from patchloom.platform.dataset.prepared import Dataset, open_dataset
+from patchloom.platform.dataset.prepared import open_dataset
 from patchloom.platform.progress import clock, say
 from patchloom.platform.recipe.run_recipe import Recipe
 from patchloom.platform.recipe.search import Search, load_search
 
 
-def search_plan(search: str, dataset: str, concurrent: int = 1) -> str:
+def search_plan(search: str, dataset: str | DataShape, concurrent: int = 1) -> str:
     """The settings of a search with their counts and costs, and the time that all trials would take, as text.
+
+    The time is measured with a dataset only: a shape can be that of a search for another machine.
 
     For an adaptive search, whose settings are not known yet, every trial counts like the base recipe.
 
     Args:
         search: the path of a YAML file, or the name of a shipped search.
-        dataset: a prepared dataset.
+        dataset: a prepared dataset, or the shape of one that does not exist yet.
         concurrent: trials that run in parallel.
 
     Raises:
         UserError: the search does not fit the dataset.
     """
     definition, base = load_search(search)
-    planned, title = _planned_trials(definition, base, open_dataset(dataset))
-    first_repeats = [trial.recipe for trial in planned if trial.repeat == 0]
-    start_seconds, trial_seconds = seconds_to_start(), iter(_measure_in_parallel(first_repeats, dataset, concurrent))
+    planned, title = _planned_trials(definition, base, opened(dataset))
+    measured = None if isinstance(dataset, DataShape) else _measured_times(planned, dataset, concurrent)
+    seconds = iter(measured.of_trials if measured else ())
     lines, flops, busy_seconds = [title], 0.0, [0.0] * concurrent
     for number, trial in enumerate(planned):
         if trial.repeat == 0:
-            cost = _trial_cost(trial, dataset, next(trial_seconds))
+            cost = _trial_cost(trial, dataset, next(seconds, None))
             title = setting_title(trial.settings) or base.name
             equal = f", for equal {trial.equal}" if trial.equal else ""
             lines.append(f"  {number:>3}  {title}{equal}: {cost.text}")
         flops += cost.flops
         # the next trial starts where a process is free first
-        busy_seconds[busy_seconds.index(min(busy_seconds))] += start_seconds + cost.seconds
-    return "\n".join([
-        *lines,
-        f"  {flops / 1e12:,.3f} TFLOP in total, about {clock(start_seconds + max(busy_seconds))} with {concurrent} in "
-        f"parallel. Steps and the start of a process ({clock(start_seconds)}) were measured here"
-        f"{_what_is_not_counted(definition)}.",
-    ])  # fmt: skip
+        busy_seconds[busy_seconds.index(min(busy_seconds))] += (measured.start if measured else 0) + cost.seconds
+    total = f"  {flops / 1e12:,.3f} TFLOP in total, {gpu_hours_text(flops)}"
+    if measured:
+        total += (
+            f", and here about {clock(measured.start + max(busy_seconds))} with {concurrent} in parallel. Steps and "
+            f"the start of a process ({clock(measured.start)}) were measured here{_what_is_not_counted(definition)}."
+        )
+    return "\n".join([*lines, total])
 
 
-def _planned_trials(search: Search, base: Recipe, dataset: Dataset) -> tuple[list[Trial], str]:
+@dataclass(frozen=True)
+class _MeasuredTimes:
+    """Seconds to start a process, and of the steps of each trial that has another setting than the ones before."""
+
+    start: float
+    of_trials: list[float]
+
+
+def _measured_times(planned: Sequence[Trial], dataset: str, concurrent: int) -> _MeasuredTimes:
+    recipes = [trial.recipe for trial in planned if trial.repeat == 0]
+    return _MeasuredTimes(seconds_to_start(), _measure_in_parallel(recipes, dataset, concurrent))
+
+
+def _planned_trials(search: Search, base: Recipe, dataset: PlannedData) -> tuple[list[Trial], str]:
     """The trials, and a title that says how many there are."""
     if search.is_adaptive:
         check_space(search, base, dataset)
@@ -88,16 +106,17 @@ class _TrialCost:
     text: str
 
 
-def _trial_cost(trial: Trial, dataset: str, seconds: float) -> _TrialCost:
+def _trial_cost(trial: Trial, dataset: str | DataShape, seconds: float | None) -> _TrialCost:
+    """The cost of a trial; without the seconds where nothing was measured."""
     if trial.recipe is None:
         return _TrialCost(0.0, 0.0, f"does not fit ({trial.problem.partition(': ')[2]})")
-    plan = describe_plan(trial.recipe, dataset)
-    held_out = held_out_flops(trial.recipe, open_dataset(dataset))
+    plan = count_run(trial.recipe, dataset)
+    held_out = held_out_flops(trial.recipe, opened(dataset))
     text = (
         f"{plan.updates:,} updates, {plan.crops:,} counted images, {plan.flops / 1e12:,.3f} TFLOP and "
         f"{held_out / 1e12:,.3f} for held-out losses"
     )
-    return _TrialCost(plan.flops, seconds, f"{text}, {clock(seconds)}")
+    return _TrialCost(plan.flops, seconds or 0.0, text if seconds is None else f"{text}, {clock(seconds)}")
 
 
 def _measure_in_parallel(recipes: Sequence[Recipe | None], dataset: str, concurrent: int) -> list[float]:

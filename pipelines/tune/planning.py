@@ -10,12 +10,13 @@ from patchloom.errors import UserError
 from patchloom.models.cards import DenoiserConfig
 from patchloom.models.cost import measured_seconds_of_crop, step_cost
 from patchloom.models.denoiser import build_denoiser
-from patchloom.models.flops import training_flops
+from patchloom.models.flops import TRAINING_OVER_FORWARD, training_flops
 from patchloom.models.loss import HELD_OUT_SIGMAS
 from patchloom.models.normalisation import identity_normalisation
 from patchloom.models.precision import one_thread
 from patchloom.models.step_plan import StepSettings, plan_step
-from patchloom.pipelines.train.model_card import new_model_card
+from patchloom.pipelines.train.data_shape import DataShape
+from patchloom.pipelines.train.model_card import new_denoiser_config
 from patchloom.pipelines.train.run import step_settings
 from patchloom.pipelines.tune.ranking import setting_title
 from patchloom.platform.compute.devices import own_device
@@ -26,10 +27,10 @@ from patchloom.platform.recipe.search import BUDGET_SHARE, Search, TrialBudget
 TRIED_DRAWS = 8
 WALKED_STEPS = 20_000
 SAME_COST_WITHIN = 0.01  # a trial whose cost differs by less is not run again for an equal cost
-TRAINING_OVER_FORWARD = 3  # a backward pass costs as much as two forward passes
 
 
 CostUnit = Literal["images", "updates", "flops"]
+PlannedData = Dataset | DataShape  # a search can be planned before there is a dataset
 
 
 @dataclass(frozen=True)
@@ -49,14 +50,14 @@ class Trial:
 
 
 def plan_trials(
-    search: Search, base: Recipe, dataset: Dataset, lengths: list[int | None] | None = None, added_seeds: int = 0
+    search: Search, base: Recipe, dataset: PlannedData, lengths: list[int | None] | None = None, added_seeds: int = 0
 ) -> list[Trial]:
     """Every trial of a grid search in order. A setting that does not fit the dataset has a problem and no recipe.
 
     Args:
         search: the search.
         base: the recipe that the settings change.
-        dataset: the dataset of all trials.
+        dataset: the dataset of all trials, or its shape.
         lengths: counted images per setting that an earlier call found; a budget in seconds is measured only once.
         added_seeds: further repeats of each setting, after all trials of the search.
 
@@ -80,7 +81,7 @@ def plan_trials(
 
 
 def _of_equal_cost(
-    search: Search, dataset: Dataset, trials: list[Trial], unit: CostUnit
+    search: Search, dataset: PlannedData, trials: list[Trial], unit: CostUnit
 ) -> list[tuple[Trial, TrialBudget]]:
     """A trial of each setting that costs as much as the cheapest trial, in a unit; without those that do already."""
     recipes = {number: trial.recipe for number, trial in enumerate(trials) if trial.recipe is not None}
@@ -95,7 +96,7 @@ def _of_equal_cost(
     return found
 
 
-def _repeated(search: Search, dataset: Dataset, trial: Trial, budget: TrialBudget, repeat: int) -> Trial:
+def _repeated(search: Search, dataset: PlannedData, trial: Trial, budget: TrialBudget, repeat: int) -> Trial:
     """The trial with the seed of a repeat. With `equal_costs`, its drawn patch sizes decide how many steps it takes."""
     if trial.recipe is None:
         return replace(trial, repeat=repeat)
@@ -105,7 +106,7 @@ def _repeated(search: Search, dataset: Dataset, trial: Trial, budget: TrialBudge
     return replace(trial, repeat=repeat, recipe=recipe)
 
 
-def _length_of_cost(recipe: Recipe, dataset: Dataset, budget: TrialBudget) -> int:
+def _length_of_cost(recipe: Recipe, dataset: PlannedData, budget: TrialBudget) -> int:
     """The counted images of a recipe whose drawn steps together spend a budget of images or FLOPs.
 
     A recipe of more than `WALKED_STEPS` steps keeps its length: its random sizes change the cost by less than 1 %. So
@@ -127,14 +128,14 @@ def _length_of_cost(recipe: Recipe, dataset: Dataset, budget: TrialBudget) -> in
         spent, steps = spent + cost, steps + 1
 
 
-def _expected_cost(recipe: Recipe, dataset: Dataset, unit: CostUnit) -> int | float:
+def _expected_cost(recipe: Recipe, dataset: PlannedData, unit: CostUnit) -> int | float:
     if unit == "flops":
         return trial_flops(recipe, dataset)
     return recipe.train.images if unit == "images" else _denoiser_and_settings(recipe, dataset)[1].updates
 
 
 def _planned_trial(
-    search: Search, base: Recipe, dataset: Dataset, number: int, setting: dict[str, JsonValue], length: int | None
+    search: Search, base: Recipe, dataset: PlannedData, number: int, setting: dict[str, JsonValue], length: int | None
 ) -> Trial:
     where = f"setting {number} ({setting_title(setting)})"
     try:
@@ -154,10 +155,10 @@ def recipe_of_setting(search: Search, base: Recipe, setting: dict[str, JsonValue
 
 
 def trial_recipe(
-    search: Search, recipe: Recipe, dataset: Dataset, setting: dict[str, JsonValue], length: int | None = None
+    search: Search, recipe: Recipe, dataset: PlannedData, setting: dict[str, JsonValue], length: int | None = None
 ) -> Recipe:
     """The recipe of a trial, as long as its budget allows; raises UserError if it does not fit the dataset."""
-    new_model_card(recipe, dataset)
+    new_denoiser_config(recipe, dataset)
     share = setting.get(BUDGET_SHARE, 1)
     assert isinstance(share, (int, float))
     images = length or max(1, round(images_for(search.budget, recipe, dataset) * share))
@@ -183,7 +184,7 @@ def full_length_recipe(base: Recipe, settings: dict[str, JsonValue]) -> Recipe:
     return with_values(base, {key: value for key, value in settings.items() if key != BUDGET_SHARE})
 
 
-def check_space(search: Search, base: Recipe, dataset: Dataset) -> None:
+def check_space(search: Search, base: Recipe, dataset: PlannedData) -> None:
     """Try a few draws of an adaptive search; raises UserError if none of them fits the dataset."""
     generator, problems = random.Random(search.seed), list[str]()
     for _ in range(TRIED_DRAWS):
@@ -196,7 +197,7 @@ def check_space(search: Search, base: Recipe, dataset: Dataset) -> None:
     raise UserError(f"no setting of the space fits the dataset; for example {problems[0]}")
 
 
-def images_for(budget: TrialBudget, recipe: Recipe, dataset: Dataset) -> int:
+def images_for(budget: TrialBudget, recipe: Recipe, dataset: PlannedData) -> int:
     """The counted images that a recipe can train on within a budget, from the mean cost of its steps."""
     denoiser, settings = _denoiser_and_settings(recipe, dataset)
     per_update = settings.batch_size * settings.schedule.mean_multiplier
@@ -210,12 +211,12 @@ def images_for(budget: TrialBudget, recipe: Recipe, dataset: Dataset) -> int:
     return max(1, round(budget.seconds / seconds_of_update(recipe, dataset) * per_update))
 
 
-def _denoiser_and_settings(recipe: Recipe, dataset: Dataset) -> tuple[DenoiserConfig, StepSettings]:
-    denoiser = new_model_card(recipe, dataset).denoiser
+def _denoiser_and_settings(recipe: Recipe, dataset: PlannedData) -> tuple[DenoiserConfig, StepSettings]:
+    denoiser = new_denoiser_config(recipe, dataset)
     return denoiser, step_settings(recipe, denoiser.resolution)
 
 
-def search_flops(search: Search, base: Recipe, dataset: Dataset, planned: list[Trial]) -> float:
+def search_flops(search: Search, base: Recipe, dataset: PlannedData, planned: list[Trial]) -> float:
     """The expected FLOPs of all trials. For an adaptive search, every trial counts like the base recipe."""
     if planned:
         return sum(trial_flops(trial.recipe, dataset) for trial in planned if trial.recipe)
@@ -223,7 +224,7 @@ def search_flops(search: Search, base: Recipe, dataset: Dataset, planned: list[T
     return search.trials * trial_flops(typical, dataset)
 
 
-def trial_flops(recipe: Recipe, dataset: Dataset) -> float:
+def trial_flops(recipe: Recipe, dataset: PlannedData) -> float:
     """The expected FLOPs of the steps of a trial."""
     denoiser, settings = _denoiser_and_settings(recipe, dataset)
     return settings.updates * _flops_of_update(denoiser, settings)
@@ -234,13 +235,13 @@ def _flops_of_update(denoiser: DenoiserConfig, settings: StepSettings) -> float:
     return step_cost(settings, cost_of_crop, 1)[0]
 
 
-def seconds_of_update(recipe: Recipe, dataset: Dataset) -> float:
+def seconds_of_update(recipe: Recipe, dataset: PlannedData) -> float:
     """The mean seconds per step, measured now with one thread (as in a trial) or on the GPU."""
     settings, seconds_of_crop = _measured_crops(recipe, dataset)
     return step_cost(settings, seconds_of_crop, 1)[0]
 
 
-def seconds_of_trial(recipe: Recipe, dataset: Dataset) -> float:
+def seconds_of_trial(recipe: Recipe, dataset: PlannedData) -> float:
     """The seconds of the steps and held-out losses of a trial, without its start, from a few measured steps."""
     settings, seconds_of_crop = _measured_crops(recipe, dataset)
     forward = seconds_of_crop[settings.schedule.sizes[0].pixels] / TRAINING_OVER_FORWARD
@@ -248,22 +249,24 @@ def seconds_of_trial(recipe: Recipe, dataset: Dataset) -> float:
     return settings.updates * step_cost(settings, seconds_of_crop, 1)[0] + held_out_seconds
 
 
-def held_out_flops(recipe: Recipe, dataset: Dataset) -> float:
+def held_out_flops(recipe: Recipe, dataset: PlannedData) -> float:
     """The FLOPs of all held-out losses of a trial."""
     denoiser, _ = _denoiser_and_settings(recipe, dataset)
     forward = training_flops(denoiser, denoiser.resolution) / TRAINING_OVER_FORWARD
     return held_out_evaluations(recipe, dataset) * forward
 
 
-def held_out_evaluations(recipe: Recipe, dataset: Dataset) -> int:
+def held_out_evaluations(recipe: Recipe, dataset: PlannedData) -> int:
     """Evaluations of the network at full size for all held-out losses of a trial."""
-    train, rows = recipe.train, len(dataset.split("held_out", recipe.data.held_out_fraction))
+    train, rows = recipe.train, recipe.train.held_out_images
+    if isinstance(dataset, Dataset):
+        rows = min(rows, len(dataset.split("held_out", recipe.data.held_out_fraction)))
     every = train.held_out_every_images or recipe.preview.every_images
     measurements = 1 + (train.images // every if every else 0)
-    return measurements * min(rows, train.held_out_images) * len(HELD_OUT_SIGMAS)
+    return measurements * rows * len(HELD_OUT_SIGMAS)
 
 
-def _measured_crops(recipe: Recipe, dataset: Dataset) -> tuple[StepSettings, dict[int, float]]:
+def _measured_crops(recipe: Recipe, dataset: PlannedData) -> tuple[StepSettings, dict[int, float]]:
     denoiser, settings = _denoiser_and_settings(recipe, dataset)
     with one_thread():
         network = build_denoiser(denoiser).to(own_device()).train()

@@ -185,6 +185,27 @@ def test_dry_run_prints_the_plan_and_writes_nothing(
     assert sorted(tmp_path.iterdir()) == before
 
 
+def test_like_replaces_a_dataset_in_dry_runs_only(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_main(monkeypatch, "train", "celeba64", "--dry-run", "--like", "64x64x3") == 0
+    assert "61,806,723" in capsys.readouterr().out
+    conditional = ("train", "demo_latents", "--dry-run", "--like", "16x16x4")
+    assert run_main(monkeypatch, *conditional, "--like-classes", "6") == 0
+    for wrong in (
+        conditional,
+        ("train", "celeba64", "--like", "64x64x3", "--out", "run"),
+        ("train", "celeba64", "--like", "64x64x3", "--data", "data", "--dry-run"),
+        ("train", "celeba64", "--like-classes", "6", "--data", "data", "--dry-run"),
+        ("train", "celeba64", "--dry-run"),
+        ("tune", "p_search", "--like", "64x64x3", "--out", "search"),
+        ("tune", "p_search", "--out", "search"),
+    ):
+        assert run_main(monkeypatch, *wrong) == 2
+        said = capsys.readouterr().err
+        assert "--like" in said or "--data" in said
+
+
 @pytest.mark.ray
 def test_inspect_prints_the_card_and_detects_a_changed_byte(
     images: Path, ray_cluster: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
