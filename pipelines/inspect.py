@@ -14,13 +14,15 @@ from patchloom.models.autoencoder import load_autoencoder, weights_sha256
 from patchloom.models.cards import ModelCard
 from patchloom.models.checkpoints import load_sampling_model
 from patchloom.pipelines.pages.pictures import contact_sheet, save_png
-from patchloom.pipelines.prepare.shard_maker import sums
+from patchloom.pipelines.prepare.notes import statistics
+from patchloom.pipelines.prepare.shard_maker import condition_sums, sums
 from patchloom.platform.dataset.keys import KeyTable
 from patchloom.platform.dataset.prepared import CARD, Dataset, open_dataset
 from patchloom.platform.files.folder import Folder
 from patchloom.platform.files.storage import each_json_line
 from patchloom.platform.progress import progress
 from patchloom.platform.records.dataset import DatasetCard
+from patchloom.platform.records.prepare import ChannelSums
 from patchloom.platform.tracking.registry import fetch_model
 
 DATASET_SHEET = "contact_sheet.png"
@@ -106,7 +108,11 @@ def verify_dataset(dataset: Dataset) -> None:
     ):
         if value != recorded:
             raise _difference(dataset, what, value, recorded)
-    for what, values, figures in (("mean", found.mean, card.mean), ("std", found.std, card.std)):
+    figures_of = [("mean", found.mean, card.mean), ("std", found.std, card.std)]
+    if card.condition:
+        figures_of.append(("mean of the conditions", found.condition_mean, card.condition.mean))
+        figures_of.append(("std of the conditions", found.condition_std, card.condition.std))
+    for what, values, figures in figures_of:
         if not np.allclose(values, figures, rtol=1e-9, atol=1e-12):
             raise _difference(dataset, what, values.tolist(), figures)
     if card.autoencoder:
@@ -128,12 +134,14 @@ class _RowFigures:
     rows_by_class: list[int]
     mean: np.ndarray
     std: np.ndarray
+    condition_mean: np.ndarray
+    condition_std: np.ndarray
 
 
 def _read_all_rows(dataset: Dataset) -> _RowFigures:
     """Count all rows, of which a bounded number is in memory; equal keys are found by sorting their hashes on disk."""
     keys, classes = KeyTable(), np.zeros(len(dataset.card.classes), np.int64)
-    totals: dict[str, np.ndarray] = {}
+    sums_of_rows, sums_of_conditions = list[ChannelSums](), list[ChannelSums]()
     row_bytes = max(1, int(dataset.shards.sizes.sum()) // max(1, len(dataset)))
     most, starts = max(1, INSPECTED_BYTES // row_bytes), dataset.reader.starts.tolist()
     pieces = (
@@ -147,13 +155,13 @@ def _read_all_rows(dataset: Dataset) -> _RowFigures:
             labels = columns["label"]
             known = labels[(labels >= 0) & (labels < len(classes))]
             classes += np.bincount(known, minlength=len(classes))
-            for name, values in sums({name: columns[name] for name in TENSORS if name in columns}).items():
-                totals[name] = totals.get(name, 0) + np.array(values, dtype=np.float64)
+            sums_of_rows.append(ChannelSums(**sums({name: columns[name] for name in TENSORS if name in columns})))
+            if dataset.card.condition:
+                sums_of_conditions.append(ChannelSums(**condition_sums(columns, dataset.card.condition.channels)))
             dataset.forget_before(piece.stop)
             meter.update(piece.stop)
-    mean = totals["sum"] / totals["count"]
-    std = np.sqrt(np.maximum(totals["squares"] / totals["count"] - mean**2, 0))
-    return _RowFigures(len(keys) - len(keys.repeated()), classes.tolist(), mean, std)
+    conditions = statistics(sums_of_conditions) if sums_of_conditions else (np.empty(0), np.empty(0))
+    return _RowFigures(len(keys) - len(keys.repeated()), classes.tolist(), *statistics(sums_of_rows), *conditions)
 
 
 def statistics_table(card: DatasetCard) -> str:
@@ -168,6 +176,12 @@ def statistics_table(card: DatasetCard) -> str:
         f"  channel {number}: mean {mean:.4f}, std {std:.4f}"
         for number, (mean, std) in enumerate(zip(card.mean, card.std, strict=True))
     ]
+    if card.condition:
+        figures = zip(card.condition.mean, card.condition.std, strict=True)
+        lines += [
+            f"  condition ({card.condition.kind}), channel {number}: mean {mean:.4f}, std {std:.4f}"
+            for number, (mean, std) in enumerate(figures)
+        ]
     return "\n".join(lines)
 
 

@@ -41,6 +41,14 @@ EncodeWith = Annotated[
         "[default: Stable Diffusion's at 256 pixels and above, else none]"
     ),
 ]
+Condition = Annotated[
+    str | None,
+    typer.Option(
+        metavar="edges|low-res:F|SOURCE",
+        help="Store an image for the network to follow with each image: Canny edges, the image at 1/F of its "
+        "resolution, or images or .npy arrays of the same names from another source",
+    ),
+]
 ShortSide = Annotated[
     int | None,
     typer.Option(
@@ -80,6 +88,7 @@ def prepare(
     autoencoder: EncodeWith = None,
     precision: Annotated[str, typer.Option(help="Arithmetic of the encoder: fp32 or bf16")] = "fp32",
     mirror: Annotated[bool, typer.Option("--mirror", help="With latents: encode mirror images too")] = False,
+    condition: Condition = None,
     short_side: ShortSide = None,
     stride: Stride = None,
     allow_backbone: Backbones = None,
@@ -96,7 +105,7 @@ def prepare(
     prepare(
         source, dataset, resolution=resolution, crop=crop, resize=resize, channels=channels, min_side=min_side,
         labels=labels, image_member=image_member, autoencoder=autoencoder, precision=precision, mirror=mirror,
-        short_side=short_side, stride=stride, workers=nodes.workers, resources=nodes,
+        condition=condition, short_side=short_side, stride=stride, workers=nodes.workers, resources=nodes,
     )  # fmt: skip
 
 

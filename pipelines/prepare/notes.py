@@ -4,7 +4,7 @@ import base64
 import hashlib
 import tempfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
@@ -18,8 +18,16 @@ from patchloom.platform.dataset.shard_table import INLINE_SHARDS, SHARD_LIST, Sh
 from patchloom.platform.files.folder import Folder
 from patchloom.platform.files.spool import Spool
 from patchloom.platform.files.storage import file_sha256
-from patchloom.platform.records.dataset import ClassRows, DatasetCard, IndexFile, ShardListFile, SkippedInputs, SplitBy
-from patchloom.platform.records.prepare import PreparationPlan, ShardNote
+from patchloom.platform.records.dataset import (
+    ClassRows,
+    DatasetCard,
+    DatasetCondition,
+    IndexFile,
+    ShardListFile,
+    SkippedInputs,
+    SplitBy,
+)
+from patchloom.platform.records.prepare import ChannelSums, PreparationPlan, ShardNote
 
 
 def note_name(number: int) -> str:
@@ -63,7 +71,8 @@ class Findings:
     reasons: Counter[str] = field(default_factory=Counter)
     classes: Counter[int] = field(default_factory=Counter)
     shape: list[int] = field(default_factory=list)
-    sums: dict[str, list[np.ndarray]] = field(default_factory=lambda: {"count": [], "sum": [], "squares": []})
+    sums: list[ChannelSums] = field(default_factory=list)
+    condition_sums: list[ChannelSums] = field(default_factory=list)
     shards: ShardLister = field(default_factory=ShardLister)
     source_digest: "hashlib._Hash" = field(default_factory=hashlib.sha256)
     shard_list: ShardListFile | None = None
@@ -79,17 +88,17 @@ class Findings:
         self.rows += note.rows
         self.classes.update(note.classes or {})
         self.shape = self.shape or note.shape or []
-        for name, values in self.sums.items():
-            if note.sums:
-                values.append(np.array(note.sums[name]))
+        self.sums += [note.sums] if note.sums else []
+        self.condition_sums += [note.condition_sums] if note.condition_sums else []
         assert note.bytes is not None and note.sha256 is not None  # there are rows
         self.shards.add(number, note.rows, note.bytes, note.sha256)
 
-    def statistics(self) -> tuple[np.ndarray, np.ndarray]:
-        """Mean and standard deviation per channel."""
-        count, total, squares = (np.sum(self.sums[name], axis=0) for name in ("count", "sum", "squares"))
-        mean = total / count
-        return mean, np.sqrt(np.maximum(squares / count - mean**2, 0))
+
+def statistics(sums: Sequence[ChannelSums]) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and standard deviation per channel, of all values of several sums."""
+    count, total, squares = (np.sum([each[name] for each in sums], axis=0) for name in ("count", "sum", "squares"))
+    mean = total / count
+    return mean, np.sqrt(np.maximum(squares / count - mean**2, 0))
 
 
 def gather(notes: ShardNotes) -> Findings:
@@ -130,7 +139,7 @@ def split_unit(plan: PreparationPlan, parent: DatasetCard | None) -> SplitBy:
 
 def dataset_card(plan: PreparationPlan, found: Findings) -> DatasetCard:
     """The card of a dataset from the notes of all its shards."""
-    mean, std = found.statistics()
+    mean, std = statistics(found.sums)
     parent = open_dataset(plan.source).card if plan.source_kind == "dataset" else None
     return DatasetCard(
         format_version=DatasetCard.FORMAT if found.shard_list else 1,  # older versions cannot read the list
@@ -148,9 +157,18 @@ def dataset_card(plan: PreparationPlan, found: Findings) -> DatasetCard:
         mirror=plan.mirror,
         split_by=split_unit(plan, parent),
         autoencoder=plan.autoencoder,
+        condition=_condition_record(plan, found),
         source_sha256=plan.inputs_sha256 if parent else found.source_digest.hexdigest(),
         preparation=plan.identity(),
         shards=[] if found.shard_list else found.shards.inline(),
         shard_list=found.shard_list,
         index=found.index,
     )
+
+
+def _condition_record(plan: PreparationPlan, found: Findings) -> DatasetCondition | None:
+    if plan.condition is None:
+        return None
+    mean, std = statistics(found.condition_sums)
+    known = plan.condition.model_dump(exclude={"source_kind"})
+    return DatasetCondition(**known, mean=mean.tolist(), std=std.tolist())

@@ -7,16 +7,20 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+import numpy as np
+
 from patchloom.errors import UserError
+from patchloom.pipelines.prepare.conditions import computed_condition, described_condition
 from patchloom.pipelines.prepare.encoders import fetch_autoencoder, image_channels
 from patchloom.pipelines.prepare.images import CROPS, FILTERS, MODES, Transform, decode, size_of
 from patchloom.pipelines.prepare.inputs import DatasetLines, InputLines, KeptLines, MirroredLines
-from patchloom.platform.dataset.prepared import open_dataset
+from patchloom.platform.dataset.condition_source import ConditionSource
+from patchloom.platform.dataset.prepared import Dataset, open_dataset
 from patchloom.platform.dataset.readers import SourceReader
 from patchloom.platform.dataset.sources import Source, count_endings, open_source
 from patchloom.platform.progress import say
 from patchloom.platform.records.dataset import DatasetAutoencoder, ImageTransform
-from patchloom.platform.records.prepare import PreparationPlan, PreparedInput
+from patchloom.platform.records.prepare import ConditionPlan, PreparationPlan, PreparedInput
 
 PRECISIONS = ("fp32", "bf16")
 SHARD_ROWS, SHARD_BYTES = 512, 64 << 20  # limits of a small shard: rows, and bytes of its decoded images
@@ -50,11 +54,12 @@ class Preparation:
         return replace(self, plan=self.plan.model_copy(update={"shard_rows": rows}))
 
     def _row_bytes(self) -> int:
-        """The size of a stored row: an image, or the mean and std of a latent in float16."""
-        autoencoder = self.plan.autoencoder
+        """The size of a stored row: an image, or the mean and std of a latent in float16, and the condition."""
+        autoencoder, condition, pixels = self.plan.autoencoder, self.plan.condition, self.side * self.side
+        shown = pixels * condition.channels * np.dtype(condition.dtype).itemsize if condition else 0
         if autoencoder is None:
-            return self.side * self.side * (self.plan.transform.channels if self.plan.transform else 3)
-        return (self.side // autoencoder.downscale) ** 2 * autoencoder.latent_channels * 4
+            return shown + pixels * (self.plan.transform.channels if self.plan.transform else 3)
+        return shown + pixels // autoencoder.downscale**2 * autoencoder.latent_channels * 4
 
 
 def default_shard_rows(inputs: int, side: int, row_bytes: int) -> int:
@@ -69,7 +74,7 @@ def default_shard_rows(inputs: int, side: int, row_bytes: int) -> int:
         side: side of the images in pixels.
         row_bytes: size of a stored row.
     """
-    small = max(1, min(SHARD_ROWS, SHARD_BYTES // (side * side * 3)))
+    small = max(1, min(SHARD_ROWS, SHARD_BYTES // max(side * side * 3, row_bytes)))
     return max(small, min(-(-inputs // SHARDS_BEFORE_GROWTH), LARGEST_SHARD_BYTES // row_bytes))
 
 
@@ -94,7 +99,7 @@ def check_transform(transform: Transform) -> Transform:
     return replace(transform, short_side=short_side, stride=stride)
 
 
-def plan_dataset(address: str, autoencoder: str | None, precision: str) -> Preparation:
+def plan_dataset(address: str, autoencoder: str | None, precision: str, condition: str | None = None) -> Preparation:
     """Plan to encode a prepared dataset of pixels."""
     dataset = open_dataset(address)
     if dataset.kind != "pixels":
@@ -109,11 +114,30 @@ def plan_dataset(address: str, autoencoder: str | None, precision: str) -> Prepa
         transform=None,
         class_names=dataset.class_names,
         inputs_sha256=dataset.fingerprint,
+        condition=_condition_of_rows(dataset, condition),
     )
     inputs = DatasetLines(len(dataset))
     return _with_encoder(
         Preparation(plan, inputs, dataset.card.resolution, address), autoencoder, precision, dataset.card.channels
     )
+
+
+def _condition_of_rows(dataset: Dataset, option: str | None) -> ConditionPlan | None:
+    """The condition of a dataset that is encoded: its own, or one that is computed from its images."""
+    card = dataset.card
+    if option is None:
+        known = card.condition.model_dump(exclude={"mean", "std"}) if card.condition else None
+        return ConditionPlan(**known) if known else None
+    if card.condition is not None:
+        raise UserError(
+            f"{dataset.address} has conditions ({card.condition.kind}), which are kept: leave --condition out"
+        )
+    computed = computed_condition(option, card.channels, card.resolution)
+    if computed is None:
+        raise UserError(
+            f"--condition {option} is a source, and SOURCE a prepared dataset: give it when images are prepared"
+        )
+    return computed
 
 
 def plan_images(
@@ -123,24 +147,28 @@ def plan_images(
     transform: Transform,
     autoencoder: str | None,
     precision: str,
+    condition: str | None = None,
 ) -> Preparation:
-    """Plan to prepare the images of a source, and to encode them if there is an autoencoder."""
+    """Plan to prepare the images of a source with their conditions, and to encode them if there is an autoencoder."""
     source = open_source(address, labels, image_member)
     if source.unmatched_labels:
         say(f"  labels without an input in {source.name}: {source.unmatched_labels:,}")
     reader = SourceReader(source.kind, source.address)
     if not transform.resolution:
         transform = replace(transform, resolution=_first_side(reader, source))
-    digest = hashlib.sha256()
-    inputs = KeptLines(_prepared_inputs(source, reader, transform, digest.update))
+    digest, side, channels = hashlib.sha256(), transform.resolution, transform.channels
+    computed = computed_condition(condition, channels, side) if condition else None
+    conditions = ConditionSource(condition) if condition and computed is None else None
+    inputs = KeptLines(_prepared_inputs(source, reader, transform, digest.update, conditions))
     plan = PreparationPlan(
         source=source.address,
         source_kind=source.kind,
         transform=ImageTransform(**asdict(transform)),
         class_names=source.class_names,
         inputs_sha256=digest.hexdigest(),
+        condition=computed if conditions is None else _described(conditions),
+        condition_source=conditions.address if conditions is not None else None,
     )
-    side, channels = transform.resolution, transform.channels
     if autoencoder is None and side >= LATENTS_FROM_PIXELS and channels == 3:
         autoencoder = SD_VAE
     return _with_encoder(
@@ -159,19 +187,41 @@ def _first_side(reader: SourceReader, source: Source) -> int:
 
 
 def _prepared_inputs(
-    source: Source, reader: SourceReader, transform: Transform, hash_input: Callable[[bytes], None]
+    source: Source,
+    reader: SourceReader,
+    transform: Transform,
+    hash_input: Callable[[bytes], None],
+    conditions: ConditionSource | None,
 ) -> Iterator[PreparedInput]:
     """The inputs of a source, or their windows. What the bytes of the dataset depend on is hashed on the way."""
     repeated = iter(source.repeated)
     next_repeated = next(repeated, -1)
+    matches = conditions.matched(one.key for one in source.inputs) if conditions is not None else None
+    if conditions is not None and matches is not None and matches.unused:
+        say(f"  conditions without an input in {conditions.name}: {matches.unused:,}")
     for number, one in enumerate(source.inputs):
         error = one.error
         if number == next_repeated:
             error, next_repeated = "duplicate key", next(repeated, -1)
-        whole = PreparedInput(one.place, one.key, one.label, error=error)
+        place, sizes = None, [one.size_bytes]
+        if matches is not None:
+            _, place, size_bytes, problem = next(matches.rows)
+            error, sizes = error or problem, [*sizes, size_bytes]
+        whole = PreparedInput(one.place, one.key, one.label, error=error, condition=place)
         for entry in _windows(reader, whole, transform) if transform.crop == "windows" else (whole,):
-            hash_input(json.dumps([entry.key, entry.label, one.size_bytes]).encode())
+            hash_input(json.dumps([entry.key, entry.label, *sizes]).encode())
             yield entry
+
+
+def _described(conditions: ConditionSource) -> ConditionPlan:
+    """The channels and type of the first condition that can be read, which the others must have too."""
+    reader = conditions.reader()
+    for _, place, _, error in conditions.rows():
+        with contextlib.suppress(Exception):  # the shard of its image lists it with the reason
+            if error is None:
+                found = described_condition(reader.read(place))
+                return found.model_copy(update={"source_kind": conditions.kind})
+    raise UserError(f"none of the {len(conditions)} conditions in {conditions.name} can be read: give images or arrays")
 
 
 def _windows(reader: SourceReader, whole: PreparedInput, transform: Transform) -> Iterator[PreparedInput]:
@@ -204,7 +254,10 @@ def _with_encoder(preparation: Preparation, autoencoder: str | None, precision: 
     card = DatasetAutoencoder(**replace(fetched, precision=precision).to_json())
     if preparation.side % card.downscale:
         raise UserError(f"--resolution {preparation.side} is not a multiple of {card.downscale}, as latents need")
-    plan = preparation.plan.model_copy(update={"autoencoder": card})
+    condition = preparation.plan.condition
+    if condition is not None:
+        condition = condition.model_copy(update={"downscale": card.downscale})
+    plan = preparation.plan.model_copy(update={"autoencoder": card, "condition": condition})
     return replace(preparation, plan=plan, encoder=folder)
 
 

@@ -42,7 +42,7 @@ from patchloom.platform.dataset.prepared import CARD, Dataset, is_dataset, open_
 from patchloom.platform.files.folder import Folder
 from patchloom.platform.files.outputs import check_output_folder
 from patchloom.platform.progress import say
-from patchloom.platform.records.prepare import PlanFile
+from patchloom.platform.records.prepare import PLAN_ADDRESSES, PlanFile
 
 HEAD_START_S = 10.0  # about as long as the start of Ray
 LIST_BYTES = 4 << 20  # of inputs, after which a new file begins: few requests, and little to keep in memory
@@ -62,6 +62,7 @@ def prepare(
     autoencoder: str | None = None,
     precision: str = "fp32",
     mirror: bool = False,
+    condition: str | None = None,
     short_side: int | None = None,
     stride: int | None = None,
     shard_rows: int | None = None,
@@ -87,6 +88,9 @@ def prepare(
             Default: Stable Diffusion's for images of at least 256 pixels.
         precision: precision of the encoder, "fp32" or "bf16".
         mirror: also encode the mirror images, for latents.
+        condition: an image that networks get next to the noisy one, stored with each image: "edges" (Canny's edges),
+            "low-res:4" (the image at a fourth of its resolution, enlarged), or a source of images or .npy arrays
+            (H, W, K) with the keys of the images, which are cropped and resized like them.
         short_side: windows: photographs are resized to this short side, in pixels. Default: 4 x resolution.
         stride: windows: pixels between windows. Default: resolution / 10.
         shard_rows: rows per shard. Default: at most 512, and at most 64 MiB of pixels; more if there would be more than
@@ -106,12 +110,12 @@ def prepare(
         print(len(dataset), dataset.card["mean"])
     """
     if is_dataset(Folder.at(source)):
-        preparation = plan_dataset(source, autoencoder, precision)
+        preparation = plan_dataset(source, autoencoder, precision, condition)
     else:
         transform = check_transform(Transform(
             resolution or 0, crop, resize, channels=channels, min_side=min_side, short_side=short_side, stride=stride
         ))  # fmt: skip
-        preparation = plan_images(source, labels, image_member, transform, autoencoder, precision)
+        preparation = plan_images(source, labels, image_member, transform, autoencoder, precision, condition)
     if mirror:
         preparation = with_mirror_images(preparation)
     run_job(PrepareJob(Folder.at(dataset), preparation.with_shards(shard_rows)), workers, resources)
@@ -131,8 +135,10 @@ class PrepareJob(Job[PlannedShard, str]):
         self.on_gpus = preparation.encoder is not None
         self.title = "encoding" if self.on_gpus else "preparing"
         self.head_start_s = 0.0 if self.on_gpus or os.environ.get("RAY_ADDRESS") else HEAD_START_S
-        self.paths = UsedPaths(read=(self.plan.source,), written=(folder.address,))
-        self.argument = ShardMakerArgument(folder.address, allowed_backbones(), self.plan.source)
+        condition = self.plan.condition_source
+        sources = (self.plan.source, *([condition] if condition else []))
+        self.paths = UsedPaths(read=sources, written=(folder.address,))
+        self.argument = ShardMakerArgument(folder.address, allowed_backbones(), self.plan.source, condition)
         self.notes = ShardNotes(folder, -(-self.total // self.plan.shard_rows))
 
     def check_folder(self) -> None:
@@ -151,7 +157,7 @@ class PrepareJob(Job[PlannedShard, str]):
             return False
         if self.folder.has(PLAN_FILE):
             found = PlanFile.parse(self.folder.read(PLAN_FILE), f"{self.folder}/{PLAN_FILE}")
-            check_same(self.folder, "an unfinished preparation", found.plan, self.plan, ignored=("source",))
+            check_same(self.folder, "an unfinished preparation", found.plan, self.plan, ignored=PLAN_ADDRESSES)
         else:
             plan_file = PlanFile(identity=self.plan.identity(), plan=self.plan)
             self.folder.write_json(PLAN_FILE, plan_file.to_dict())

@@ -8,7 +8,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -16,6 +16,7 @@ import pyarrow.compute as pc
 
 from patchloom.errors import UserError
 from patchloom.models.backbones import allow_backbones
+from patchloom.pipelines.prepare.conditions import ConditionMaker
 from patchloom.pipelines.prepare.images import Transform, decode, size_of
 from patchloom.pipelines.prepare.notes import note_name, split_unit
 from patchloom.platform.compute.devices import own_device
@@ -36,6 +37,8 @@ if TYPE_CHECKING:
 ENCODE_BATCH = 16  # fixed, and the last batch is padded, so that a latent does not depend on its neighbours
 VALUES_PER_SUM = 1 << 17  # uint8 values that fit into the cache
 NOT_FINITE = "its latent is not finite in float16"
+Content = TypeVar("Content")
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,11 +60,29 @@ class ShardMakerArgument:
         folder: the address of the dataset.
         backbones: the packages that it may import.
         source: the address of the source with its keys, which the plan in the folder lacks; None: as in the plan.
+        condition_source: the address of the source of conditions, likewise.
     """
 
     folder: str
     backbones: tuple[str, ...] = ()
     source: str | None = None
+    condition_source: str | None = None
+
+
+@dataclass(frozen=True)
+class InputContent:
+    """An image, and its condition if that has a source of its own, as the sources have them."""
+
+    image: bytes | np.ndarray
+    condition: bytes | np.ndarray | None = None
+
+
+@dataclass(frozen=True)
+class DecodedInput:
+    """An image as (R, R, C) uint8, and its condition, if there is one, as (R, R, K)."""
+
+    image: np.ndarray
+    condition: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
@@ -100,6 +121,23 @@ class PixelRows:
     def tensors(self) -> dict[str, np.ndarray]:
         """The columns of the shard."""
         return {"image": self._images[: self._rows]}
+
+
+class ConditionRows:
+    """Collects the conditions of a shard."""
+
+    def __init__(self, maker: ConditionMaker, most: int, side: int) -> None:
+        self._maker, self._rows = maker, 0
+        self._conditions = np.empty((most, maker.plan.channels, side, side), maker.plan.dtype)
+
+    def add(self, condition: np.ndarray) -> None:
+        """Add a condition, (K, H, W)."""
+        self._conditions[self._rows] = condition
+        self._rows += 1
+
+    def tensors(self) -> dict[str, np.ndarray]:
+        """The column of the shard."""
+        return {"condition": self._maker.stored(self._conditions[: self._rows])}
 
 
 class LatentRows:
@@ -141,10 +179,16 @@ class ShardMaker:
         self.folder = Folder(argument.folder)
         plan = PlanFile.parse(self.folder.read(PLAN_FILE), f"{self.folder}/{PLAN_FILE}").plan
         self.plan = plan.model_copy(update={"source": argument.source or plan.source})
+        condition_source = argument.condition_source or plan.condition_source
         self.transform = Transform(**self.plan.transform.to_dict()) if self.plan.transform else None
         is_dataset = self.plan.source_kind == "dataset"
         self.pixels = open_dataset(self.plan.source) if is_dataset else None
         self.reader = None if is_dataset else SourceReader(self.plan.source_kind, self.plan.source)
+        self.conditions = self.condition_reader = None
+        if plan.condition is not None:
+            self.conditions = ConditionMaker(plan.condition, self.transform or Transform(0))
+            if condition_source is not None:
+                self.condition_reader = SourceReader(plan.condition.source_kind or "files", condition_source)
         self.split_by = split_unit(self.plan, self.pixels.card if self.pixels else None)
         self.autoencoder, threads = None, 1
         if self.plan.autoencoder:
@@ -168,7 +212,7 @@ class ShardMaker:
             warnings.simplefilter("ignore")  # Pillow's: inputs that cannot be used are listed
             content = self._rows(inputs) if self.pixels else self._images(inputs)
         if self.autoencoder is not None and content.keys:
-            values = content.tensors.values()
+            values = [content.tensors[name] for name in ("mean", "std") if name in content.tensors]
             is_bad = ~np.logical_and.reduce([np.isfinite(moment).all((1, 2, 3)) for moment in values])
             content = content.without(is_bad, NOT_FINITE)
         note = ShardNote(
@@ -194,6 +238,11 @@ class ShardMaker:
             "shape": list(next(iter(content.tensors.values())).shape[1:]),
             "classes": Counter(content.labels),
             "sums": sums(content.tensors),
+            **(
+                {"condition_sums": condition_sums(content.tensors, plan.channels)}
+                if (plan := self.plan.condition)
+                else {}
+            ),
             "hashes": base64.b64encode(unit_hashes(content.keys, self.split_by).tobytes()).decode(),
         }
 
@@ -205,53 +254,74 @@ class ShardMaker:
         assert self.pixels is not None
         card = self.pixels.card
         collected = self._collector(len(inputs), (card.channels, card.resolution, card.resolution))
+        conditions = ConditionRows(self.conditions, len(inputs), card.resolution) if self.conditions else None
         keys, labels = list[str](), list[int]()
         for first in range(0, len(inputs), ENCODE_BATCH):
             batch = inputs[first : first + ENCODE_BATCH]
             rows = self.pixels.rows([entry.place[0] for entry in batch])
-            for entry, key, label, image in zip(batch, rows["key"], rows["label"], rows["image"], strict=True):
+            for number, (entry, key, label) in enumerate(zip(batch, rows["key"], rows["label"], strict=True)):
+                image = rows["image"][number]
                 collected.add(image[..., ::-1] if entry.mirror else image)
+                if conditions is not None and self.conditions is not None:
+                    if "condition" in rows:
+                        condition = rows["condition"][number]
+                    else:
+                        condition = self.conditions.of_pixels(image.transpose(1, 2, 0)).transpose(2, 0, 1)
+                    conditions.add(condition[..., ::-1] if entry.mirror else condition)
                 keys.append(key + MIRRORED * entry.mirror)
                 labels.append(int(label))
-        return ShardContent(keys, labels, collected.tensors(), [], self.plan.inputs_sha256)
+        shown = conditions.tensors() if conditions is not None else {}
+        return ShardContent(keys, labels, collected.tensors() | shown, [], self.plan.inputs_sha256)
 
     def _images(self, inputs: list[PreparedInput]) -> ShardContent:
         """Images of the source. Those that cannot be used are skipped with the reason."""
         assert self.transform is not None and self.reader is not None
         side, channels = self.transform.resolution, self.transform.channels
         collected = self._collector(len(inputs), (channels, side, side))
+        conditions = ConditionRows(self.conditions, len(inputs), side) if self.conditions else None
         keys, labels, skipped = list[str](), list[int](), list[SkippedInput]()
         digest = hashlib.sha256()
         self.reader.expect(entry.place for entry in inputs if entry.error is None)
+        if self.condition_reader is not None:
+            self.condition_reader.expect(entry.condition for entry in inputs if entry.error is None and entry.condition)
         for entry, (found, content_digest) in zip(inputs, self._decoded(inputs), strict=True):
             digest.update(content_digest)
             key = entry.key + MIRRORED * entry.mirror
             if isinstance(found, Exception):
                 skipped.append(SkippedInput(key=key, error=self._reason(found)))
                 continue
-            collected.add((found[:, ::-1] if entry.mirror else found).transpose(2, 0, 1))
+            collected.add(_planes(found.image, entry.mirror))
+            if conditions is not None and found.condition is not None:
+                conditions.add(_planes(found.condition, entry.mirror))
             keys.append(key)
             labels.append(entry.label)
-        return ShardContent(keys, labels, collected.tensors(), skipped, digest.hexdigest())
+        shown = conditions.tensors() if conditions is not None else {}
+        return ShardContent(keys, labels, collected.tensors() | shown, skipped, digest.hexdigest())
 
-    def _decoded(self, inputs: list[PreparedInput]) -> Iterator[tuple[np.ndarray | Exception, bytes]]:
-        """(R, R, C) uint8, or the error, of every input, with the sha256 of its bytes in the source."""
+    def _decoded(self, inputs: list[PreparedInput]) -> Iterator[tuple[DecodedInput | Exception, bytes]]:
+        """Every input, or the error, with the sha256 of its bytes in the source."""
         assert self.transform is not None
         if self.transform.crop == "windows":
             yield from self._windows(inputs, self.transform)
             return
-        transform = self.transform
+        transform, conditions = self.transform, self.conditions
 
-        def apply(content: bytes | np.ndarray) -> np.ndarray:
-            return transform.apply(decode(content, transform.channels))
+        def apply(content: InputContent) -> DecodedInput:
+            image = decode(content.image, transform.channels)
+            pixels = transform.apply(image)
+            if conditions is None:
+                return DecodedInput(pixels)
+            if content.condition is None:
+                return DecodedInput(pixels, conditions.of_pixels(pixels))
+            return DecodedInput(pixels, conditions.of_file(content.condition, image.size))
 
         yield from self.decoders.map(apply, (self._content(entry) for entry in inputs))
 
     def _windows(
         self, inputs: list[PreparedInput], transform: Transform
-    ) -> Iterator[tuple[np.ndarray | Exception, bytes]]:
+    ) -> Iterator[tuple[DecodedInput | Exception, bytes]]:
         """Windows of photographs. Each photograph is read once per shard."""
-        place, photograph, digest = None, None, b""
+        place, photograph, shown, digest = None, None, None, b""
         for entry in inputs:
             if entry.place != place:
                 content, digest = self._content(entry)
@@ -260,34 +330,60 @@ class ShardMaker:
                     if isinstance(content, Exception):
                         raise content
                     if entry.window is None:  # planning could not divide it, and this says why
-                        transform.windows(size_of(content))
-                    place, photograph = entry.place, transform.photograph(decode(content, transform.channels))
+                        transform.windows(size_of(content.image))
+                    image = decode(content.image, transform.channels)
+                    if self.conditions is not None and content.condition is not None:
+                        shown = self.conditions.photograph(content.condition, image.size)
+                    place, photograph = entry.place, transform.photograph(image)
                 assert photograph is not None and entry.window is not None
-                yield transform.window(photograph, *entry.window), digest
+                yield self._window(transform, photograph, shown, *entry.window), digest
             except Exception as error:
                 yield error, digest
 
-    def _content(self, entry: PreparedInput) -> tuple[bytes | np.ndarray | Exception, bytes]:
+    def _window(
+        self, transform: Transform, photograph: np.ndarray, shown: np.ndarray | None, y: int, x: int
+    ) -> DecodedInput:
+        """A window with its condition, which is computed from the window or is that of a condition (H, W, K)."""
+        pixels, side = transform.window(photograph, y, x), transform.resolution
+        if self.conditions is None:
+            return DecodedInput(pixels)
+        return DecodedInput(
+            pixels, self.conditions.of_pixels(pixels) if shown is None else shown[y : y + side, x : x + side]
+        )
+
+    def _content(self, entry: PreparedInput) -> tuple[InputContent | Exception, bytes]:
         """The content of an input, or the error, and its sha256."""
         assert self.reader is not None
         try:
             if entry.error is not None:
                 raise ValueError(entry.error)
-            content = self.reader.read(entry.place)
+            image, condition = self.reader.read(entry.place), None
+            if self.condition_reader is not None and entry.condition is not None:
+                condition = self.condition_reader.read(entry.condition)
         except Exception as error:
             if isinstance(error, StoreError) and error.is_passing:  # the store is down; the image may be fine
                 raise
             return error, b""
-        return content, hashlib.sha256(content if isinstance(content, bytes) else content.tobytes()).digest()
+        return InputContent(image, condition), _digest(image) + (b"" if condition is None else _digest(condition))
 
     def _reason(self, error: Exception) -> str:
         """Why an input was skipped, without anything that depends on this machine."""
         message = " ".join(str(error).split())
-        for source in (self.plan.source, str(Folder(self.plan.source))):
+        addresses = [address for address in (self.plan.source, self.plan.condition_source) if address]
+        for source in [form for address in addresses for form in (address, str(Folder(address)))]:
             message = message.replace(f"{source}/", "").replace(source, "the source")
         if "BytesIO" in message:  # Pillow's message contains the address of the object
             message = "cannot identify image file"
         return message if type(error) in (ValueError, UserError) else f"{type(error).__name__}: {message}"
+
+
+def _digest(content: bytes | np.ndarray) -> bytes:
+    return hashlib.sha256(content if isinstance(content, bytes) else content.tobytes()).digest()
+
+
+def _planes(pixels: np.ndarray, mirror: bool) -> np.ndarray:
+    """(H, W, C) -> (C, H, W), mirrored if wanted."""
+    return (pixels[:, ::-1] if mirror else pixels).transpose(2, 0, 1)
 
 
 class Decoders:
@@ -302,16 +398,16 @@ class Decoders:
 
     def map(
         self,
-        function: Callable[[Any], np.ndarray],
-        contents: Iterable[tuple[bytes | np.ndarray | Exception, bytes]],
-    ) -> Iterator[tuple[np.ndarray | Exception, bytes]]:
+        function: Callable[[Content], Result],
+        contents: Iterable[tuple[Content | Exception, bytes]],
+    ) -> Iterator[tuple[Result | Exception, bytes]]:
         """`function` of each content, or its exception, with the digest of the content."""
 
-        def apply(content: bytes | np.ndarray | Exception) -> np.ndarray | Exception:
+        def apply(content: Content | Exception) -> Result | Exception:
             if isinstance(content, Exception):
                 return content
             try:
-                return np.asarray(function(content))
+                return function(content)
             except Exception as error:
                 return error
 
@@ -319,7 +415,7 @@ class Decoders:
             for content, digest in contents:
                 yield apply(content), digest
             return
-        prefetched: deque[tuple[Future[np.ndarray | Exception], bytes]] = deque()
+        prefetched: deque[tuple[Future[Result | Exception], bytes]] = deque()
         for content, digest in contents:
             prefetched.append((self._pool.submit(apply, content), digest))
             if len(prefetched) > 2 * self.threads:
@@ -341,6 +437,12 @@ def sums(tensors: dict[str, np.ndarray]) -> dict[str, list[float]]:
         if "std" in tensors:
             squares = squares + (tensors["std"].astype(np.float64) ** 2).sum((0, 2, 3))
     return {"count": [count] * values.shape[1], "sum": total.tolist(), "squares": squares.tolist()}
+
+
+def condition_sums(tensors: dict[str, np.ndarray], channels: int) -> dict[str, list[float]]:
+    """`sums` of the column `condition` by channel of the condition images, of which the column may have parts."""
+    values = tensors["condition"]
+    return sums({"condition": values.reshape(len(values), channels, -1, values.shape[-1])})
 
 
 def _sums_of_levels(levels: np.ndarray) -> tuple[int, int]:

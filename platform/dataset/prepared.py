@@ -1,7 +1,7 @@
 """Prepared datasets: images or latents in memory-mapped Arrow files, and a card.
 
 DATASET/dataset.json                 the card, written last; a dataset with a card is complete
-DATASET/shards/part-00000.arrow ...  rows in the order of the source: key, image | mean (and std), label
+DATASET/shards/part-00000.arrow ...  rows in the order of the source: key, image | mean (and std), (condition,) label
 DATASET/shards.npy                   rows, bytes and checksum of each shard, if there are too many for the card
 DATASET/index.npy                    a hash of the key of each row, if there are many rows
 DATASET/skipped.jsonl                one line per input that could not be used

@@ -107,7 +107,7 @@ def open_source(address: str, labels: str | None = None, image_member: str | Non
     Raises:
         UserError: the source does not exist, is damaged or contains no images.
     """
-    kind, folder, names = _kind_of(address)
+    kind, folder, names = kind_of_source(address)
     listing = LISTERS[kind](folder, names, image_member)
     name = str(Folder.at(address))
     rows, keys = RowSpool(), KeyTable()
@@ -197,7 +197,7 @@ def _first_folder(key: str) -> str | None:
     return key.partition("/")[0] if "/" in key else None
 
 
-def _kind_of(address: str) -> tuple[str, Folder, dict[str, int]]:
+def kind_of_source(address: str) -> tuple[str, Folder, dict[str, int]]:
     """The kind of a source, its folder, and its archives and tables in that folder with their sizes in bytes."""
     folder, (parent, name) = Folder.at(address), Folder.of_file(address)
     if not folder.is_remote and not folder.path.exists():

@@ -60,6 +60,24 @@ class DatasetAutoencoder(Record):
     precision: Literal["fp32", "bf16"] = "fp32"
 
 
+class DatasetCondition(Record):
+    """The condition images of a dataset, in the column `condition`.
+
+    `kind` is "edges" or "low-res" with its `factor`, which are computed from the images, or "images" from a source of
+    their own. `channels` are those of a condition image K, which has the size of the image in pixels. The column has
+    K * downscale^2 channels at the resolution of the dataset: for latents, each block of pixels is one pixel. `mean`
+    and `std` are population figures per channel K, in stored units.
+    """
+
+    kind: Literal["edges", "low-res", "images"]
+    factor: int | None = Field(default=None, exclude_if=_is_none)
+    channels: int
+    dtype: Literal["uint8", "float16", "float32"]
+    downscale: int
+    mean: list[float]
+    std: list[float]
+
+
 class ShardFile(Record):
     """One Arrow file of the dataset. `file` is its path relative to the dataset."""
 
@@ -112,6 +130,7 @@ class DatasetCard(VersionedRecord):
     mirror: bool = False
     split_by: SplitBy = "key"
     autoencoder: DatasetAutoencoder | None
+    condition: DatasetCondition | None = Field(default=None, exclude_if=_is_none)
     source_sha256: str
     preparation: str
     shards: list[ShardFile]

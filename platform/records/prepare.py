@@ -4,20 +4,37 @@ import hashlib
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import Field, TypeAdapter, ValidationError
 
 from patchloom.errors import UserError
 from patchloom.platform.records.dataset import DatasetAutoencoder, ImageTransform
 from patchloom.platform.records.record import Record
+
+PLAN_ADDRESSES = ("source", "condition_source")  # fields of a plan; the bytes of a dataset do not depend on them
+
+
+def _is_none(value: object) -> bool:
+    return value is None
+
+
+class ConditionPlan(Record):
+    """The conditions of a dataset, as in its card. `source_kind` is the kind of their own source, if they have one."""
+
+    kind: Literal["edges", "low-res", "images"]
+    factor: int | None = Field(default=None, exclude_if=_is_none)
+    channels: int
+    dtype: Literal["uint8", "float16", "float32"]
+    downscale: int = 1
+    source_kind: str | None = Field(default=None, exclude_if=_is_none)
 
 
 class PreparationPlan(Record):
     """Everything that the bytes of the shards depend on.
 
     `source_kind` is a kind of `platform/dataset/sources.py`, or "dataset". A prepared dataset as the source has no
-    transform. `inputs_sha256` covers the keys, labels and sizes of the inputs.
+    transform. `inputs_sha256` covers the keys, labels and sizes of the inputs and of their conditions.
     """
 
     source: str
@@ -28,10 +45,12 @@ class PreparationPlan(Record):
     mirror: bool = False
     shard_rows: int = 0
     inputs_sha256: str
+    condition: ConditionPlan | None = Field(default=None, exclude_if=_is_none)
+    condition_source: str | None = Field(default=None, exclude_if=_is_none)
 
     def identity(self) -> str:
-        """A hash of the plan without the address of the source. Calls with equal identities continue each other."""
-        values = {name: value for name, value in self.to_dict().items() if name != "source"}
+        """A hash of the plan without the addresses of sources. Calls with equal identities continue each other."""
+        values = {name: value for name, value in self.to_dict().items() if name not in PLAN_ADDRESSES}
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
@@ -53,6 +72,7 @@ class PreparedInput:
         window: (y, x) of the window of a photograph.
         mirror: whether the image is mirrored.
         error: why it is skipped without being read.
+        condition: where its condition is in the source of conditions, if there is one.
     """
 
     place: list[Any]
@@ -61,6 +81,7 @@ class PreparedInput:
     window: tuple[int, int] | None = None
     mirror: bool = False
     error: str | None = None
+    condition: list[Any] | None = None
 
 
 _INPUT = TypeAdapter(PreparedInput)
@@ -102,6 +123,7 @@ class ShardNote(Record):
     """The note of a finished shard. The fields of the file are None if no input of the shard can be used.
 
     `hashes` are those of the keys of its rows, 8 bytes each, as base64. Notes of older versions have none.
+    `condition_sums` are those of the conditions, if there are any.
     """
 
     inputs: int
@@ -115,3 +137,4 @@ class ShardNote(Record):
     classes: dict[int, int] | None = None
     sums: ChannelSums | None = None
     hashes: str | None = None
+    condition_sums: ChannelSums | None = Field(default=None, exclude_if=_is_none)

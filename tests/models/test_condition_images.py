@@ -190,7 +190,7 @@ def test_a_missing_or_wrong_condition_is_refused(tiny_denoiser: Build) -> None:
     sampling, shown = Sampling(steps=2), torch.zeros(1, 2, R, R)
     with pytest.raises(ValueError, match="16x16"):
         generate(model, [0], [-1], sampling)
-    with pytest.raises(ValueError, match="3 x 16 x 16.*2 x 16 x 16"):
+    with pytest.raises(ValueError, match=r"3 x 16 x 16.*2 x 16 x 16"):
         generate(model, [0], [-1], sampling, condition=torch.zeros(1, 3, R, R))
     with pytest.raises(ValueError, match="without conditions"):
         generate(plain, [0], [-1], sampling, condition=shown)
