@@ -5,6 +5,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
+from gaussian_worlds import ideal, marginal
 from scipy import stats
 from torch import Tensor
 
@@ -13,17 +14,10 @@ from patchloom.models.guidance import guided
 from patchloom.models.noise import karras_sigmas, training_sigmas
 from patchloom.models.samplers import SeededNoise, heun
 
-SPREAD = 0.5  # of the Gaussian data
-
-
-def ideal(x: Tensor, sigma: Tensor) -> Tensor:
-    """The mean of x0 ~ N(0, SPREAD^2) given x = x0 + sigma * noise."""
-    return x * SPREAD**2 / (SPREAD**2 + sigma**2)
-
 
 def exact(start: Tensor, sigma_max: float, sigma: float) -> Tensor:
     """The probability-flow path: dx/dsigma = x sigma / (SPREAD^2 + sigma^2), so x grows as sqrt(SPREAD^2 + sigma^2)."""
-    return start * ((SPREAD**2 + sigma**2) / (SPREAD**2 + sigma_max**2)) ** 0.5
+    return start * (marginal(sigma) / marginal(sigma_max)) ** 0.5
 
 
 @pytest.mark.parametrize("steps", [2, 18, 256])

@@ -8,6 +8,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
+from gaussian_worlds import SPREAD, ideal, marginal
 from torch import Tensor
 
 from patchloom.models.denoiser import Denoiser
@@ -27,7 +28,6 @@ from patchloom.models.samplers import (
 
 Sampler = Callable[..., Tensor]
 
-SPREAD = 0.5  # of the Gaussian data
 DETERMINISTIC: dict[str, Sampler] = {"heun": heun, "euler": euler, "ddim": ddim, "dpmpp-2m": dpmpp_2m, "plms": plms}
 STOCHASTIC: dict[str, Sampler] = {
     "ancestral": ancestral,
@@ -40,16 +40,6 @@ ALL = {**DETERMINISTIC, **STOCHASTIC}
 
 def each(samplers: dict[str, Sampler]) -> pytest.MarkDecorator:
     return pytest.mark.parametrize("sampler", list(samplers.values()), ids=list(samplers))
-
-
-def ideal(x: Tensor, sigma: Tensor) -> Tensor:
-    """The mean of x0 ~ N(0, SPREAD^2) given x = x0 + sigma * noise."""
-    return x * SPREAD**2 / (SPREAD**2 + sigma**2)
-
-
-def marginal(sigma: Tensor) -> float:
-    """The variance of N(0, SPREAD^2) data with noise of this level."""
-    return SPREAD**2 + float(sigma) ** 2
 
 
 def drawn(seed: int, *shape: int) -> Tensor:
