@@ -183,6 +183,8 @@ class ConditionCard(Card):
         mean: one per channel K, in stored units.
         scale: one per channel K. The network gets (value - mean) * scale.
         dropout: share of crops in training whose condition was replaced by zeros. Guidance needs more than 0.
+        crop: how the images of the dataset were cropped: "center", "dhariwal", "none" or "windows". None if not known.
+        resize: the filter that they were resized with. None if not known.
     """
 
     kind: str
@@ -193,6 +195,8 @@ class ConditionCard(Card):
     mean: tuple[float, ...]
     scale: tuple[float, ...]
     dropout: float = 0.0
+    crop: str | None = None
+    resize: str | None = None
 
     def normalisation(self) -> Normalisation:
         """The map from stored values, K * f^2 channels, to those of the network."""

@@ -19,20 +19,23 @@ class DataShape:
         resolution: side of an image or latent.
         channels: channels of an image or latent.
         classes: number of classes; 0 for none.
+        condition_channels: channels of the conditions at this resolution; 0 for none.
     """
 
     kind: Literal["pixels", "latents"]
     resolution: int
     channels: int
     classes: int = 0
+    condition_channels: int = 0
 
     @staticmethod
     def of(data: "Dataset | DataShape") -> "DataShape":
         """The shape of a dataset."""
         if isinstance(data, DataShape):
             return data
-        card = data.card
-        return DataShape(card.kind, card.resolution, card.channels, len(card.classes))
+        card, condition = data.card, data.card.condition
+        conditions = condition.channels * condition.downscale**2 if condition else 0
+        return DataShape(card.kind, card.resolution, card.channels, len(card.classes), conditions)
 
     @staticmethod
     def parse(text: str, classes: int = 0, kind: Literal["pixels", "latents"] | None = None) -> "DataShape":
@@ -64,7 +67,8 @@ class DataShape:
 
     def __str__(self) -> str:
         classes = f" of {self.classes} classes" if self.classes else ""
-        return f"{self.kind} of {self.resolution} x {self.resolution} x {self.channels}{classes}"
+        conditions = f" with conditions of {self.condition_channels} channels" if self.condition_channels else ""
+        return f"{self.kind} of {self.resolution} x {self.resolution} x {self.channels}{classes}{conditions}"
 
 
 def opened(data: str | DataShape) -> Dataset | DataShape:

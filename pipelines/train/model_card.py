@@ -5,7 +5,14 @@ from typing import Any
 from patchloom import __version__
 from patchloom.errors import UserError
 from patchloom.models.augment import LABELS
-from patchloom.models.cards import AutoencoderCard, DenoiserConfig, ModelCard, PatchesCard
+from patchloom.models.cards import (
+    MODEL_FORMAT,
+    AutoencoderCard,
+    ConditionCard,
+    DenoiserConfig,
+    ModelCard,
+    PatchesCard,
+)
 from patchloom.models.denoiser import halvings_of
 from patchloom.models.normalisation import Normalisation, pixel_normalisation, spread_of
 from patchloom.models.patches import patch_side
@@ -48,6 +55,7 @@ def new_denoiser_config(recipe: Recipe, data: Dataset | DataShape) -> DenoiserCo
         classes=shape.classes if model.class_conditional else 0,
         coordinates=model.coordinates,
         patch_size=model.patch_size_condition,
+        condition_channels=shape.condition_channels or None if model.condition else None,
         sigma_data=model.sigma_data,
     )
     _check_sizes(recipe, denoiser)
@@ -64,7 +72,9 @@ def new_model_card(recipe: Recipe, dataset: Dataset) -> ModelCard:
     """
     card, denoiser = dataset.card, new_denoiser_config(recipe, dataset)
     class_names = dataset.class_names if denoiser.classes else []
+    condition = _condition(recipe, card)
     return ModelCard(
+        format_version=MODEL_FORMAT if condition else 1,
         name=recipe.name,
         denoiser=denoiser,
         normalisation=_normalisation(recipe, card),
@@ -72,6 +82,7 @@ def new_model_card(recipe: Recipe, dataset: Dataset) -> ModelCard:
         class_names=tuple(class_names),
         empty_classes=_empty_classes(card) if class_names else None,
         label_dropout=recipe.model.label_dropout,
+        condition=condition,
         patches=PatchesCard.from_json(recipe.patches.model_dump(mode="json")),
         dataset_fingerprint=dataset.fingerprint,
         code_version=__version__,
@@ -112,6 +123,31 @@ def _normalisation(recipe: Recipe, card: DatasetCard) -> Normalisation:
     return AutoencoderCard.from_json(card.autoencoder.to_dict()).normalisation()
 
 
+def _condition(recipe: Recipe, card: DatasetCard) -> ConditionCard | None:
+    """The conditions of the dataset, and the map from their values to those of the network."""
+    condition, transform = card.condition, card.transform
+    if condition is None or not recipe.model.condition:
+        return None
+    if condition.dtype == "uint8":
+        values = pixel_normalisation(condition.channels)
+        mean, scale = values.mean, values.scale
+    else:
+        mean = tuple(condition.mean)
+        scale = tuple(1 / spread_of(*channel) for channel in zip(condition.mean, condition.std, strict=True))
+    return ConditionCard(
+        kind=condition.kind,
+        factor=condition.factor,
+        channels=condition.channels,
+        dtype=condition.dtype,
+        downscale=condition.downscale,
+        mean=mean,
+        scale=scale,
+        dropout=recipe.model.condition_dropout,
+        crop=transform.crop if transform else None,
+        resize=transform.resize if transform else None,
+    )
+
+
 def _check_sizes(recipe: Recipe, denoiser: DenoiserConfig) -> None:
     """Raise UserError unless the network can halve every patch size often enough."""
     try:
@@ -146,6 +182,11 @@ def _check_fit(recipe: Recipe, shape: DataShape) -> None:
         raise UserError(
             "model.class_conditional is true, and the data have no classes: set it to false, or prepare a folder with "
             "one sub-folder per class (with --like, give --like-classes)"
+        )
+    if recipe.model.condition_dropout and not shape.condition_channels:
+        raise UserError(
+            f"model.condition_dropout is {recipe.model.condition_dropout:g}, and the data have no conditions: set it "
+            "to 0, or prepare the images with --condition"
         )
     if data.mirror and is_latent:
         raise UserError("data.mirror is true, and mirroring a latent does not mirror the image: set it to false")

@@ -12,8 +12,9 @@ from safetensors import SafetensorError
 from patchloom.errors import UserError
 from patchloom.models.autoencoder import copy_autoencoder
 from patchloom.models.backbones import allow_backbones
-from patchloom.models.cards import ModelCard
+from patchloom.models.cards import ConditionCard, ModelCard
 from patchloom.models.checkpoints import load_checkpoint, save_model
+from patchloom.models.conditions import depth_to_space
 from patchloom.models.denoiser import Denoiser, build_denoiser, to_channels_last
 from patchloom.models.ema import HalfLifeEMA, PowerEMA, WeightAverage
 from patchloom.models.flops import training_flops
@@ -86,6 +87,7 @@ def step_settings(recipe: Recipe, resolution: int, draws_version: int = CURRENT_
         noise_std=recipe.noise.std,
         reduction=recipe.loss.reduction,
         label_dropout=recipe.model.label_dropout,
+        condition_dropout=recipe.model.condition_dropout,
         mirror=recipe.data.mirror,
         augmentation=recipe.data.augment,
         draw=patches.draw,
@@ -96,10 +98,27 @@ def step_settings(recipe: Recipe, resolution: int, draws_version: int = CURRENT_
 
 
 class RowReader:
-    """Reads rows of the dataset as tensors on the device."""
+    """Reads rows of the dataset as tensors on the device.
 
-    def __init__(self, dataset: Dataset, recipe: Recipe, device: torch.device, draws_version: int) -> None:
+    Args:
+        dataset: the dataset.
+        recipe: the recipe of the run.
+        device: the device of the worker.
+        draws_version: version of the order of rows.
+        condition: the conditions that the network gets; None: they are not read.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        recipe: Recipe,
+        device: torch.device,
+        draws_version: int,
+        condition: ConditionCard | None = None,
+    ) -> None:
         self.dataset, self.device = dataset, device
+        self.condition = condition.normalisation() if condition else None
+        self.columns = (*STORED_COLUMNS, *(["condition"] if condition else []))
         self.train = dataset.split("train", recipe.data.held_out_fraction)
         self.held_out = dataset.split("held_out", recipe.data.held_out_fraction)
         self.plan = recipe_plan(dataset, recipe, draws_version)
@@ -111,12 +130,22 @@ class RowReader:
 
     def at(self, indices: np.ndarray) -> StoredRows:
         """The rows at these indices of the dataset."""
-        columns = self.dataset.rows(indices, STORED_COLUMNS)
-        label = copied(columns["label"], self.device)
+        columns = self.dataset.rows(indices, self.columns)
+        label, condition = copied(columns["label"], self.device), None
+        if self.condition is not None:
+            condition = self.condition.normalise(copied(columns["condition"], self.device))
         if self.dataset.kind == "pixels":
-            return StoredRows(copied(columns["image"], self.device), label)
+            return StoredRows(copied(columns["image"], self.device), label, condition=condition)
         moments = {name: copied(columns[name], self.device).float() for name in ("mean", "std") if name in columns}
-        return StoredRows(moments["mean"], label, moments.get("std"))  # a deterministic autoencoder has no std
+        # a deterministic autoencoder has no std
+        return StoredRows(moments["mean"], label, moments.get("std"), condition)
+
+    def condition_images(self, count: int) -> np.ndarray:
+        """(n, K, H, W), condition images of up to `count` held-out rows; of training rows if none are held out."""
+        chosen = (self.held_out if len(self.held_out) else self.train).spread(count)
+        card = self.dataset.card.condition
+        assert card is not None
+        return depth_to_space(self.dataset.rows(chosen, ["condition"])["condition"], card.downscale)
 
 
 @dataclass
@@ -191,7 +220,7 @@ def open_run(worker: Worker, job: TrainJob) -> TrainingRun:
         load_checkpoint(newest, state)
     if job.compile:  # after the averages were copied, which sample without compiling
         compile_network(denoiser, settings.schedule)
-    reader = RowReader(open_dataset(job.dataset), recipe, device, job.draws_version)
+    reader = RowReader(open_dataset(job.dataset), recipe, device, job.draws_version, job.card.condition)
     return TrainingRun(job, settings, reader, state, worker, device)
 
 

@@ -80,7 +80,19 @@ class ModelSection(Section):
     patch_size_condition: bool = Field(False, description="Also give the network the patch size (Eq. 4)")
     class_conditional: bool = False
     label_dropout: Fraction = Field(0.0, description="Fraction of labels dropped, for guidance; 0.1 in the paper")
+    condition: bool = Field(True, description="Give the network the condition images of the dataset, if it has any")
+    condition_dropout: Fraction = Field(
+        0.0,
+        description="Fraction of condition images replaced by zeros, for guidance; with equal fractions, label and "
+        "condition are dropped together",
+    )
     sigma_data: Positive = 0.5
+
+    @model_validator(mode="after")
+    def _dropped_conditions_are_used(self) -> "ModelSection":
+        if self.condition_dropout and not self.condition:
+            raise PydanticCustomError("condition", "condition_dropout is set without a condition; set condition: true")
+        return self
 
     @model_validator(mode="after")
     def _network_is_named_once(self) -> "ModelSection":

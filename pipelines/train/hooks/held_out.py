@@ -26,7 +26,7 @@ class HeldOutHook(Hook):
         rows = self._rows()
         denoiser = snapshot.denoiser
         labels = one_hot(rows.label, denoiser.classes) if denoiser.classes else None
-        by_sigma = held_out_loss(denoiser, run.normalisation.normalise(rows.image), labels)
+        by_sigma = held_out_loss(denoiser, run.normalisation.normalise(rows.image), labels, condition=rows.condition)
         return {
             "held_out_loss": sum(by_sigma.values()) / len(by_sigma),
             "held_out_loss_by_sigma": {f"{sigma:g}": loss for sigma, loss in by_sigma.items()},

@@ -1,5 +1,6 @@
 """Previews: a grid of samples of the averaged weights, and their Fréchet distance to the training images."""
 
+import numpy as np
 import torch
 
 from patchloom.models.autoencoder import Autoencoder, load_autoencoder
@@ -25,6 +26,7 @@ class PreviewHook(Hook):
         super().__init__(run)
         self._autoencoder: Autoencoder | None = None  # of latents, loaded for the first preview
         self._reference: torch.Tensor | None = None  # features of training images
+        self._condition_images: np.ndarray | None = None  # of held-out rows
 
     def measure(self, due: Due, snapshot: Snapshot) -> LineFields:
         """Sample and save `previews/step-00001000.png`."""
@@ -32,7 +34,8 @@ class PreviewHook(Hook):
         if not due.preview or not preview.every_images:
             return {}
         model, name = self._sampling_model(snapshot), f"previews/step-{snapshot.step:08d}.png"
-        save_png(contact_sheet(self._sample(model, preview.count).numpy()), self.run.folder / name)
+        images = self._sample(model, preview.count).numpy()
+        save_png(contact_sheet(self._with_conditions(images)), self.run.folder / name)
         fields: LineFields = {"preview": name}
         if preview.frechet_samples:
             with side_product("the Fréchet distance of the preview"):  # the picture is made already
@@ -44,8 +47,25 @@ class PreviewHook(Hook):
         sampling, images = Sampling(steps=self.run.recipe.preview.steps), []
         for start in range(0, count, SAMPLE_BATCH):
             seeds = list(range(start, min(start + SAMPLE_BATCH, count)))
-            images.append(generate(model, seeds, default_labels(seeds, self.run.card.sampled_classes), sampling).cpu())
+            labels = default_labels(seeds, self.run.card.sampled_classes)
+            shown = torch.from_numpy(self._conditions(seeds)) if self.run.card.condition else None
+            images.append(generate(model, seeds, labels, sampling, condition=shown).cpu())
         return torch.cat(images)
+
+    def _conditions(self, seeds: list[int]) -> np.ndarray:
+        """The condition of each seed: those of some held-out rows take turns."""
+        if self._condition_images is None:
+            self._condition_images = self.run.reader.condition_images(self.run.recipe.preview.count)
+        images: np.ndarray = self._condition_images[np.array(seeds) % len(self._condition_images)]
+        return images
+
+    def _with_conditions(self, images: np.ndarray) -> np.ndarray:
+        """Samples with the condition of each to its left, where both are pictures: (N or 2 N, C, H, W)."""
+        condition, channels = self.run.card.condition, images.shape[1]
+        if condition is None or condition.dtype != "uint8" or condition.channels not in (1, channels):
+            return images
+        shown = self._conditions(list(range(len(images)))).repeat(channels // condition.channels, axis=1)
+        return np.stack([shown, images], axis=1).reshape(-1, *images.shape[1:])
 
     def _sampling_model(self, snapshot: Snapshot) -> SamplingModel:
         """The averaged weights as a model."""
