@@ -4,6 +4,9 @@ BIN := .venv/bin
 READY := .venv/.ready
 FAKE_CUDA := .venv-fake-cuda
 LOWEST := .venv-lowest
+# A test compares its Inception with ours. It needs torchvision, which must fit torch, so it is installed without it, and where
+# no import finds it: torchmetrics would import it, and fail.
+TORCH_FIDELITY := torch-fidelity==0.4.0
 # For test-gpu and bench-gpu: GPU_PYTHON is any Python with torch, IMAGES an .npz with `images`, FEATURES the weights of Inception.
 GPU_PYTHON ?= $(if $(wildcard $(READY)),$(BIN)/python,$(PYTHON))
 
@@ -77,6 +80,7 @@ $(READY): pyproject.toml constraints.txt
 	@echo "setting up .venv (once; a few minutes, mostly for torch)"
 	@$(PYTHON) -m venv .venv
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target .venv/torch-fidelity $(TORCH_FIDELITY)
 	@touch $(READY)
 
 $(FAKE_CUDA)/.ready: pyproject.toml constraints.txt

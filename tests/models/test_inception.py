@@ -1,8 +1,14 @@
 """Inception: TensorFlow's resize against its definition, its layout, and weights of either naming."""
 
+import importlib
+import sys
+from pathlib import Path
+from types import ModuleType
+
 import numpy as np
 import pytest
 import torch
+from helpers import photograph
 
 from patchloom.errors import CheckpointError
 from patchloom.models.features import TorchScriptFeatures, features_of_file
@@ -31,6 +37,9 @@ def network() -> Inception:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         network = Inception().eval().requires_grad_(False)
+        for parameter in network.parameters():
+            if parameter.ndim == 4:  # the scale is the same in all layers, so the last ones depend on the image
+                torch.nn.init.kaiming_normal_(parameter)
         for name, buffer in network.named_buffers():
             if "num_batches" not in name:  # means and variances as training leaves them
                 buffer.copy_(torch.rand_like(buffer) + 0.5 if name.endswith("var") else torch.randn_like(buffer) * 0.1)
@@ -43,6 +52,50 @@ def test_features_have_the_shapes_of_fid_and_sfid(network: Inception) -> None:
         "pool64": (2, 64), "pool": (2, 2048), "spatial": (2, 2023),
     }  # fmt: skip
     assert sum(parameter.numel() for parameter in network.parameters()) == 21_802_784 - 17_216  # of the 1008-class port
+
+
+TORCH_FIDELITY = Path(sys.prefix) / "torch-fidelity" / "torch_fidelity"  # `make .venv/.ready` installs it there
+
+
+@pytest.fixture(scope="module")
+def torch_fidelity(network: Inception, tmp_path_factory: pytest.TempPathFactory) -> torch.nn.Module:
+    """The Inception of torch-fidelity, with the weights of ours and a random classifier."""
+    if not TORCH_FIDELITY.is_dir():
+        pytest.skip(f"{TORCH_FIDELITY} is missing: `make .venv/.ready` installs it")
+    weights = tmp_path_factory.mktemp("weights") / "weights.pth"
+    # its __init__ imports torchvision; an empty package in its place finds the same files
+    package = ModuleType("torch_fidelity")
+    package.__path__ = [str(TORCH_FIDELITY)]
+    with pytest.MonkeyPatch.context() as patched, torch.random.fork_rng():
+        head = {"fc.weight": torch.randn(1008, 2048), "fc.bias": torch.zeros(1008)}
+        torch.save(network.state_dict() | head, weights)
+        patched.setitem(sys.modules, "torch_fidelity", package)
+        module = importlib.import_module("torch_fidelity.feature_extractor_inceptionv3")
+        theirs: torch.nn.Module = module.FeatureExtractorInceptionV3("inception", ["64", "2048"], str(weights))
+    for name in [name for name in sys.modules if name.startswith("torch_fidelity.")]:
+        del sys.modules[name]
+    weights.unlink()
+    return theirs
+
+
+@pytest.mark.parametrize(("height", "width"), [(32, 32), (300, 350)])
+def test_features_are_those_of_torch_fidelity(
+    network: Inception, torch_fidelity: torch.nn.Module, height: int, width: int
+) -> None:
+    cat = torch.from_numpy(photograph("chelsea.png")[:height, -width:].copy()).permute(2, 0, 1)
+    images = torch.stack([cat, 255 - cat.flip(2)])
+    spatial: list[torch.Tensor] = []
+    branch = torch_fidelity.get_submodule("Mixed_6d.branch1x1")
+    hook = branch.register_forward_hook(lambda _, __, output: spatial.append(output[:, :7]))
+    early, pool = torch_fidelity(images)
+    hook.remove()
+    state, classifier = inception_state(torch_fidelity.state_dict())
+    assert classifier is not None and torch.equal(classifier, torch_fidelity.get_parameter("fc.weight"))
+    wanted = {"pool64": early, "spatial": spatial[0].permute(0, 2, 3, 1).flatten(1), "pool": pool}
+    for found in (network(images), load_inception(state)(images)):
+        for name, rows in wanted.items():
+            assert rows.diff(dim=0).abs().max() > 0.2 * rows.abs().max()  # the images have different features
+            assert (found[name] - rows).abs().max() < 1e-5 * rows.abs().max(), name
 
 
 def test_folded_normalisations_change_nothing(network: Inception) -> None:
