@@ -198,6 +198,12 @@ class ConditionCard(Card):
     crop: str | None = None
     resize: str | None = None
 
+    @property
+    def summary(self) -> str:
+        """What the condition is, in a few words."""
+        factor = f" by {self.factor}" if self.factor else ""
+        return f"{self.kind}{factor}, {self.channels} channel{'s' if self.channels > 1 else ''} of {self.dtype}"
+
     def normalisation(self) -> Normalisation:
         """The map from stored values, K * f^2 channels, to those of the network."""
         repeated = ([value for value in values for _ in range(self.downscale**2)] for values in (self.mean, self.scale))

@@ -102,7 +102,7 @@ def _lacks_for_guidance(card: ModelCard) -> str:
     return "condition dropout" if card.condition is not None and not card.condition.dropout else ""
 
 
-def image_size(model: SamplingModel, sampling: Sampling) -> tuple[int, int]:
+def image_size(model: SamplingModel | ModelCard, sampling: Sampling) -> tuple[int, int]:
     """Height and width of the images in pixels."""
     return sampling.size or (model.denoiser.resolution * (model.autoencoder.downscale if model.autoencoder else 1),) * 2
 

@@ -20,10 +20,34 @@ from patchloom.platform.recipe.sections import read_yaml
 # can also be a name, such as models:/NAME@ALIAS.
 FILE_ARGUMENTS = frozenset({"recipe", "search", "labels", "seeds", "resources"})
 PLACES = frozenset(
-    {"source", "dataset", "data", "out", "samples", "folder", "run", "snapshot", "save_reference", "store"}
+    {
+        "source",
+        "dataset",
+        "data",
+        "out",
+        "samples",
+        "folder",
+        "run",
+        "snapshot",
+        "save_reference",
+        "store",
+        "conditions",
+    }
 )
 REFERENCES = frozenset(
-    {"what", "model", "one", "other", "reference", "autoencoder", "init_from", "features", "picture", "outpaint"}
+    {
+        "what",
+        "model",
+        "one",
+        "other",
+        "reference",
+        "autoencoder",
+        "init_from",
+        "features",
+        "picture",
+        "outpaint",
+        "condition",
+    }
 )
 YAML = (".yaml", ".yml")
 WRITTEN = {"out", "save_reference", "store"}  # places that a command may make

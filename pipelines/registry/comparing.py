@@ -116,6 +116,8 @@ def _image_shape(card: ModelCard) -> tuple[int, int]:
 
 def _check_one_size(one: ModelCard, other: ModelCard) -> None:
     """Raise UserError, before any sampling, if the images of two models do not fit into one picture."""
+    if one.condition or other.condition:
+        raise UserError("a model needs a condition image for each seed, and the picture is of seeds: pass --no-picture")
     shapes = _image_shape(one), _image_shape(other)
     if shapes[0] != shapes[1]:
         found = " and ".join(f"{side}x{side} with {channels} channels" for channels, side in shapes)

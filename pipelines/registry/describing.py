@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from patchloom.models.checkpoints import verified_card
 from patchloom.pipelines.registry.quality import Evaluation, evaluations_of
+from patchloom.pipelines.registry.version_card import CONDITIONS
 from patchloom.platform.files.storage import local_path
 from patchloom.platform.recipe.run_recipe import Recipe, load_recipe
 from patchloom.platform.tracking.registry import (
@@ -42,16 +43,18 @@ class ModelDescription:
     images_seen: int | None
     held_out_loss: str | None
     class_names: list[str]
+    condition: str | None
     evaluations: list[Evaluation]
     recipe: Recipe | None  # None for an import
     folder: str
     sample: str
 
     def to_json(self) -> str:
-        """What `models show --json` prints; each evaluation has its digest."""
+        """What `models show --json` prints; each evaluation has its digest. `condition` may be missing."""
         evaluations = [found.to_dict() | {"digest": found.digest} for found in self.evaluations]
         recipe = self.recipe.model_dump(mode="json") if self.recipe else {}
-        return json.dumps(dataclasses.asdict(self) | {"evaluations": evaluations, "recipe": recipe})
+        values = dataclasses.asdict(self) | {"evaluations": evaluations, "recipe": recipe}
+        return json.dumps({key: value for key, value in values.items() if key != "condition" or value is not None})
 
 
 def describe_model(reference: str) -> ModelDescription:
@@ -89,10 +92,11 @@ def describe_model(reference: str) -> ModelDescription:
         images_seen=card.images_seen,
         held_out_loss=tags.get("held_out_loss"),
         class_names=list(card.class_names),
+        condition=card.condition.summary if card.condition else None,
         evaluations=evaluations_of(tags),
         recipe=recipe_of(fetched),
         folder=str(fetched.folder),
-        sample=f"patchloom sample {fetched.reference} samples --seeds 0-63",
+        sample=f"patchloom sample {fetched.reference} samples --seeds 0-63{CONDITIONS if card.condition else ''}",
     )
 
 
@@ -117,7 +121,7 @@ def show_model(reference: str, picture: str | None = None) -> str:
     place = None if picture is None else local_path(picture)
     model = describe_model(reference)
     lines = [model.reference + (f"  ({', '.join(model.aliases)})" if model.aliases else "")]
-    for name in ("kind", "resolution", "network", "images_seen", "held_out_loss"):
+    for name in ("kind", "resolution", "network", "condition", "images_seen", "held_out_loss"):
         value = getattr(model, name)
         lines += [] if value is None else [f"  {name}: {value}"]
     lines += [f"  classes: {', '.join(model.class_names) or 'none'}"]

@@ -51,6 +51,7 @@ class VersionTags:
     held_out_loss: str | None = None
     address: str | None = None  # of the model, if the version refers to it and has no copy
     preview: str | None = None  # `version_card.PREVIEW`
+    condition: str | None = None
 
     def as_tags(self) -> dict[str, str]:
         """The tags, as text."""
@@ -188,6 +189,7 @@ def _tags_of_model(card: ModelCard) -> VersionTags:
         updates=card.updates,
         weights_sha256=card.weights_sha256,
         code_version=card.code_version,
+        condition=card.condition.summary if card.condition else None,
     )
 
 

@@ -11,6 +11,7 @@ from patchloom.platform.tracking.registry import describe_version, find_version,
 from patchloom.platform.tracking.runs import log_artifacts, log_metrics, run_exists
 from patchloom.platform.tracking.store import shown_uri
 
+CONDITIONS = " --conditions FOLDER"  # of the command that samples from a model with a condition
 PREVIEW = "preview"  # the tag with the name of the preview picture among the artifacts of the version's run
 
 
@@ -33,7 +34,10 @@ def card_text(name: str, version: str, run_id: str, tags: dict[str, str]) -> str
     lines += ["| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in facts.items()), ""]
     for found in evaluations_of(tags):
         lines += [f"Evaluation `{found.digest}`: {found.numbers()} ({found.circumstances()})", ""]
-    return "\n".join([*lines, f"Sample from it: `patchloom sample models:/{name}/{version} samples --seeds 0-63`"])
+    command = (
+        f"patchloom sample models:/{name}/{version} samples --seeds 0-63{CONDITIONS if 'condition' in tags else ''}"
+    )
+    return "\n".join([*lines, f"Sample from it: `{command}`"])
 
 
 def record_evaluation(result: Evaluation, lineage: ModelLineage, files: list[Path]) -> None:

@@ -24,6 +24,11 @@ class SampleOptions(SamplingOptions):
     labels: str | None = option(
         None, "A file with the class of each seed: .csv, .jsonl or .parquet with columns seed and label, or .txt"
     )
+    conditions: str | None = option(
+        None,
+        "For models with a condition: a folder of edge images, masks, arrays, ..., or a dataset prepared with "
+        "--condition; seed i follows the i-th one, and they take turns",
+    )
     outpaint: str | None = option(None, "An image file that fills the center; the rest of a larger --size is sampled")
     format: str = option("png", "File format", choices=FORMAT_NAMES)
     shard_size: int | None = option(None, "Images per archive (default 1000) and per unit of work", minimum=1)

@@ -3,17 +3,25 @@
 import inspect
 import threading
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import torch
 
 from patchloom.errors import UserError
 from patchloom.models.cards import ModelCard
 from patchloom.models.checkpoints import SamplingModel, load_sampling_model
-from patchloom.models.generate import Sampling, check_fit, class_number, default_labels, generate_padded
+from patchloom.models.generate import (
+    Sampling,
+    check_fit,
+    class_number,
+    default_labels,
+    generate_padded,
+    image_size,
+)
 from patchloom.models.precision import fixed_arithmetic
 from patchloom.pipelines.sample.options import DEFAULT_BATCH, sampler_parameters
 from patchloom.platform.compute.devices import own_device
@@ -59,11 +67,21 @@ def sample_rows(
     Raises:
         ValueError: an option does not fit the model, a seed is not a whole number, or the model does not know a class.
     """
+    refuse_condition(model.card)
     rows = checked_rows(seeds, labels, model.card)
     for number, row in enumerate(rows):
         if row.error:
             raise ValueError(f"row {number}: {row.error}")
     return [row.label for row in rows], sample_checked(model, rows, sampling, batch, check)
+
+
+def refuse_condition(card: ModelCard) -> None:
+    """Raise ValueError for a model with a condition, where only seeds and classes can be given."""
+    if card.condition is not None:
+        raise ValueError(
+            f"this model needs a condition image ({card.condition.kind}) for each seed, which cannot be given here: "
+            "use `patchloom sample --conditions`, or patchloom.Sampler with a column `condition`"
+        )
 
 
 @dataclass(frozen=True)
@@ -109,14 +127,23 @@ def sample_checked(
     sampling: Sampling,
     batch: int,
     check: Callable[[], None] | None = None,
+    conditions: Sequence[np.ndarray] | None = None,
 ) -> np.ndarray:
-    """Sample one image per row; (N, C, H, W) uint8, black for a row with an error."""
+    """Sample one image per row, with a condition (K, H, W) per row if the model needs one.
+
+    Returns:
+        (N, C, H, W) uint8, black for a row with an error.
+    """
     check_fit(sampling, model.card)
     if batch < 1:
         raise ValueError(f"batch: {batch} is less than 1")
     good = [number for number, row in enumerate(rows) if not row.error]
     seeds, classes = [rows[number].seed for number in good], [rows[number].label for number in good]
-    sampled = sample_classes(model, seeds, classes, sampling, batch, check)
+    shown = None
+    if conditions is not None:
+        empty = np.empty((0, *conditions[0].shape)) if conditions else np.empty(0)
+        shown = np.stack([conditions[number] for number in good]) if good else empty
+    sampled = sample_classes(model, seeds, classes, sampling, batch, check, shown)
     images = np.zeros((len(rows), *sampled.shape[1:]), np.uint8)
     images[good] = sampled
     return images
@@ -129,10 +156,12 @@ def sample_classes(
     sampling: Sampling,
     batch: int,
     check: Callable[[], None] | None = None,
+    conditions: np.ndarray | None = None,
 ) -> np.ndarray:
-    """Sample one image per seed and class number, as `sample_rows` does; (N, C, H, W) uint8."""
+    """Sample one image per seed, class number and condition, as `sample_rows` does; (N, C, H, W) uint8."""
+    shown = None if conditions is None else torch.from_numpy(conditions)
     with _one_at_a_time, fixed_arithmetic():
-        return generate_padded(model, seeds, classes, batch, sampling, check=check).cpu().numpy()
+        return generate_padded(model, seeds, classes, batch, sampling, check=check, condition=shown).cpu().numpy()
 
 
 def class_numbers(seeds: list[int], labels: Iterable[Any] | None, card: ModelCard) -> list[int]:
@@ -207,8 +236,9 @@ class Sampler:
         """Sample one image per row.
 
         Args:
-            batch: columns `seed` and, if wanted, `label` (class by name or number; missing: all classes in turn).
-                Other columns are kept.
+            batch: columns `seed` and, if wanted, `label` (class by name or number; missing: all classes in turn). For a
+                model with a condition also `condition`: (H, W) or (H, W, K) arrays of the size of the samples and the
+                type of the dataset's conditions. Other columns are kept.
 
         Returns:
             The columns of the batch, `image` as (N, H, W, C) uint8 and, with `on_error="column"`, `error`.
@@ -219,15 +249,41 @@ class Sampler:
         if "seed" not in batch:
             raise UserError(f"seed: this column is missing; the batch has {', '.join(batch) or 'no columns'}")
         rows = checked_rows(batch["seed"], batch.get("label"), self._model.card)
+        conditions = None
+        if self._model.card.condition is not None:
+            rows, conditions = self._with_conditions(rows, batch)
         errors = [row.error for row in rows]
         if self._on_error == "raise" and any(errors):
             raise UserError(next(filter(None, errors)))
         try:
-            images = sample_checked(self._model, rows, self._sampling, self._batch)
+            images = sample_checked(self._model, rows, self._sampling, self._batch, conditions=conditions)
         except ValueError as error:
             raise UserError(str(error)) from None
         found = {"error": np.array(errors, dtype=object)} if self._on_error == "column" else {}
         return {**batch, "image": np.ascontiguousarray(images.transpose(0, 2, 3, 1)), **found}
+
+    def _with_conditions(
+        self, rows: list[CheckedRow], batch: dict[str, np.ndarray]
+    ) -> tuple[list[CheckedRow], list[np.ndarray]]:
+        """The rows, with an error where the condition does not fit, and the (K, H, W) conditions."""
+        card, (height, width) = self._model.card.condition, image_size(self._model, self._sampling)
+        assert card is not None
+        if "condition" not in batch:
+            raise UserError(
+                f"condition: this column is missing, and the model needs a condition ({card.kind}) per seed"
+            )
+        shape, found = (height, width, card.channels), list[np.ndarray]()
+        for number, value in enumerate(batch["condition"]):
+            values = np.asarray(value)
+            values = values[:, :, None] if values.ndim == 2 else values
+            if values.shape != shape or values.dtype != card.dtype:
+                problem = (
+                    f"condition: is {values.dtype} of shape {values.shape}, and must be {card.dtype} of shape {shape}"
+                )
+                rows[number] = replace(rows[number], error=rows[number].error or problem)
+                values = np.zeros(shape, card.dtype)
+            found.append(values.transpose(2, 0, 1))
+        return rows, found
 
 
 _own = inspect.signature(Sampler.__init__).parameters

@@ -1,5 +1,6 @@
 """Sample: seeds in, a folder of images out. A second call only samples the missing images."""
 
+import hashlib
 import inspect
 import time
 from dataclasses import asdict, dataclass
@@ -9,10 +10,12 @@ from patchloom.errors import UserError
 from patchloom.models.backbones import allowed_backbones
 from patchloom.models.cards import ModelCard
 from patchloom.models.checkpoints import sampling_skeleton, verified_card
-from patchloom.models.generate import Sampling, check_fit
+from patchloom.models.conditions import check_condition
+from patchloom.models.generate import Sampling, check_fit, image_size
 from patchloom.models.memory import sampling_bytes
 from patchloom.pipelines.pages.pictures import png_bytes
 from patchloom.pipelines.sample.batches import default_batch
+from patchloom.pipelines.sample.conditions import CONDITIONS_FILE, condition_lines, open_sample_conditions
 from patchloom.pipelines.sample.folder import (
     CONTACT_SHEET,
     MANIFEST,
@@ -43,6 +46,7 @@ from patchloom.platform.progress import say
 from patchloom.platform.records.samples import (
     ModelLineage,
     OutpaintedImage,
+    SampledConditions,
     SampledModel,
     SamplingCard,
 )
@@ -111,6 +115,8 @@ def sample(
         size: (height, width) in pixels. Default: the trained size.
         canvas: coordinates at another size: rescale or extrapolate. Default: rescale.
         precision: arithmetic of the network and the autoencoder: fp32, bf16 or fp16. Default: fp32.
+        conditions: for models with a condition: a folder of edge images, masks, arrays, ..., or a dataset prepared with
+            a condition; seed i follows the i-th one, and they take turns.
         outpaint: an image file that fills the center of a larger size.
         format: png, zip, webdataset, parquet or npz. Default: png.
         shard_size: images per archive, and per unit of work. Default: 1000 per archive.
@@ -220,6 +226,14 @@ class SampleJob(Job[SeedShard, SampledShard]):
             downscale = card.autoencoder.downscale if card.autoencoder else 1
             is_grey = card.normalisation.kind == "pixels" and card.denoiser.channels == 1
             self.center, center_sha256 = read_center(options.outpaint, options.size, downscale, is_grey)
+        self.condition_lines, conditions = b"", None
+        if options.conditions is None or card.condition is None:
+            check_condition(card.condition, None if options.conditions is None else (), image_size(card, sampling))
+        else:
+            opened = open_sample_conditions(options.conditions, card.condition, image_size(card, sampling))
+            self.condition_lines = b"".join(condition_lines(opened))
+            sha256 = hashlib.sha256(self.condition_lines).hexdigest()
+            conditions = SampledConditions(count=len(opened), sha256=sha256)
         batch, device = _batch_and_device(folder, fetched, sampling, options.batch, workers, resources)
         is_archive = FORMATS[options.format].pack is not None
         self.folder, self.total, self.images, self.shard_size = folder, len(self.seeds), 0, options.shard_size
@@ -232,6 +246,7 @@ class SampleJob(Job[SeedShard, SampledShard]):
             labels=labels,
             label=label,
             outpaint=OutpaintedImage(sha256=center_sha256) if center_sha256 else None,
+            **({"conditions": conditions} if conditions else {}),
             format=options.format,
             shard_size=(options.shard_size or ARCHIVE_IMAGES) if is_archive else None,
             batch=batch,
@@ -239,17 +254,20 @@ class SampleJob(Job[SeedShard, SampledShard]):
             **({"device": device} if device else {}),
             lineage=ModelLineage(run_id=fetched.run_id, name=fetched.name, version=fetched.version),
         )
-        self.paths = UsedPaths(read=(fetched.reference,), written=(folder.address,))
+        read = (fetched.reference, *([options.conditions] if options.conditions else []))
+        self.paths = UsedPaths(read=read, written=(folder.address,))
         self.argument = ShardSamplerArgument(
             fetched.reference, folder.address, store_environment(), tuple(allowed_backbones()), sampling, batch,
-            options.format, self.card.shard_size, self.center is not None, device,
+            options.format, self.card.shard_size, self.center is not None, device, _shared_address(options.conditions),
         )  # fmt: skip
 
     def start(self) -> bool:
-        """Write `sampling.json` and the image of the center."""
+        """Write `sampling.json`, and the image of the center or the list of conditions."""
         write_or_check_card(self.folder, self.card)
         if self.center is not None:
             self.folder.write(CENTER_IMAGE, png_bytes(self.center))
+        if self.condition_lines:
+            self.folder.write(CONDITIONS_FILE, self.condition_lines)
         return True
 
     def missing(self) -> list[SeedShard]:
@@ -268,6 +286,11 @@ class SampleJob(Job[SeedShard, SampledShard]):
     def finish(self) -> None:
         """Complete the manifest and draw the contact sheet."""
         self.images = complete_folder(self.folder, self.card.format, self.images)
+
+
+def _shared_address(conditions: str | None) -> str | None:
+    """The address of the conditions in any working directory."""
+    return None if conditions is None else Folder.at(conditions).address
 
 
 def _batch_and_device(

@@ -12,9 +12,10 @@ import torch
 
 from patchloom.errors import UserError
 from patchloom.models.backbones import allow_backbones
-from patchloom.models.generate import Sampling, generate_padded
+from patchloom.models.generate import Sampling, generate_padded, image_size
 from patchloom.models.precision import fixed_arithmetic
 from patchloom.pipelines.pages.pictures import png_pixels
+from patchloom.pipelines.sample.conditions import conditions_of, open_sample_conditions
 from patchloom.pipelines.sample.folder import MANIFEST, parse_entries
 from patchloom.pipelines.sample.formats import FORMATS, EncodedImage, content_sha256, read_contents
 from patchloom.pipelines.sample.sampler import load_model_for_sampling
@@ -56,7 +57,8 @@ class SeedShard:
 class ShardSamplerArgument:
     """What a worker needs to sample shards. `model`, `folder` and `stores` are addresses that work on any node.
 
-    `device` is the kind of device that the images in the folder were sampled on; None if it is unknown.
+    `device` is the kind of device that the images in the folder were sampled on; None if it is unknown. `conditions` is
+    the address of the conditions, if the model needs them.
     """
 
     model: str
@@ -69,6 +71,7 @@ class ShardSamplerArgument:
     shard_size: int | None
     has_center: bool
     device: str | None = None
+    conditions: str | None = None
 
 
 @dataclass(frozen=True)
@@ -93,6 +96,11 @@ class ShardSampler:
         self.center = None
         if argument.has_center:
             self.center = torch.from_numpy(png_pixels(self.folder.read(CENTER_IMAGE)).copy())
+        self.conditions, card = None, self.model.card.condition
+        if argument.conditions is not None and card is not None:
+            self.conditions = open_sample_conditions(
+                argument.conditions, card, image_size(self.model, argument.sampling)
+            )
         kind = next(self.model.denoiser.parameters()).device.type
         if argument.device not in (None, kind):
             raise UserError(
@@ -125,7 +133,10 @@ class ShardSampler:
         """One batch of images, (N, C, H, W) uint8."""
         argument = self.argument
         try:
-            images = generate_padded(self.model, seeds, labels, argument.batch, argument.sampling, self.center)
+            shown = None if self.conditions is None else torch.from_numpy(conditions_of(self.conditions, seeds))
+            images = generate_padded(
+                self.model, seeds, labels, argument.batch, argument.sampling, self.center, condition=shown
+            )
         except ValueError as error:
             raise UserError(str(error)) from None
         return images.cpu().numpy()

@@ -9,7 +9,7 @@ from patchloom.errors import UserError
 from patchloom.models.cards import ModelCard
 from patchloom.models.generate import Sampling, check_fit
 from patchloom.pipelines.sample.request_limits import RequestLimits
-from patchloom.pipelines.sample.sampler import class_numbers
+from patchloom.pipelines.sample.sampler import class_numbers, refuse_condition
 
 LARGEST_SEED = 2**64 - 1
 LONGEST_ANSWER = 500  # characters of a refusal, which may repeat what the request had
@@ -92,6 +92,7 @@ def checked_request(body: bytes, card: ModelCard, limits: ServerLimits, batch: i
         side = card.denoiser.resolution * (card.autoencoder.downscale if card.autoencoder else 1)
         limits.check(len(request.seeds), sampling, batch, side)
         check_fit(sampling, card)
+        refuse_condition(card)
         classes = class_numbers(request.seeds, request.labels, card)
     except (ValueError, UserError) as error:
         raise RefusedRequest(422, " ".join(str(error).split())[:LONGEST_ANSWER]) from None

@@ -24,19 +24,18 @@ class ConditionSource:
 
     Args:
         address: a source as for `open_source`.
+        option: the option that names it, for messages.
 
     Raises:
         UserError: the source does not exist, is damaged or contains no condition.
     """
 
-    def __init__(self, address: str) -> None:
+    def __init__(self, address: str, option: str = "--condition") -> None:
         self.kind, folder, names = kind_of_source(address)
         self.address, self.name = folder.address, str(Folder.at(address))
         self._rows = RowSpool.of(_listed(self.kind, folder, names))
         if not self._rows:
-            raise UserError(
-                f"--condition {self.name} contains no images or .npy arrays: give the conditions of the images"
-            )
+            raise UserError(f"{option} {self.name} contains no images or .npy arrays: give a condition for each image")
 
     def __len__(self) -> int:
         return len(self._rows)

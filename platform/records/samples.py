@@ -32,12 +32,26 @@ class OutpaintedImage(Record):
     sha256: str
 
 
+class SampledConditions(Record):
+    """The number of conditions of the samples, and the sha256 of the file that lists them, `conditions.jsonl`."""
+
+    count: int
+    sha256: str
+
+
+class ConditionEntry(Record):
+    """One line of `conditions.jsonl`: the key of a condition, and the sha256 of its file, or of the values of a row."""
+
+    file: str
+    sha256: str
+
+
 class SamplingCard(VersionedRecord):
     """How a folder of samples was made: `sampling.json`.
 
     The options of the sampler (`steps`, `sampler`, ...) are declared in `models/sampling_options.py`. The card keeps
-    them as further fields, and writes them after `model`. `device` is the kind of device of the workers, "cpu" or
-    "cuda"; None in folders of earlier versions.
+    them as further fields, and writes them after `model`. `conditions` is only written for models that need them.
+    `device` is the kind of device of the workers, "cpu" or "cuda"; None in folders of earlier versions.
     """
 
     FORMAT: ClassVar[int] = 1
@@ -48,6 +62,7 @@ class SamplingCard(VersionedRecord):
     labels: Literal["balanced", "fixed", "file"]
     label: int | None
     outpaint: OutpaintedImage | None
+    conditions: SampledConditions | None = None
     format: str
     shard_size: int | None
     batch: int
