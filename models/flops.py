@@ -1,6 +1,7 @@
 """FLOPs: of one crop in training, and the peak of a device."""
 
 import time
+from collections.abc import Iterable
 
 import torch
 from torch import nn
@@ -31,7 +32,16 @@ def training_flops(config: DenoiserConfig, size: int) -> int:
     Raises:
         ValueError: the network cannot be built, or cannot halve the size.
     """
+    return _training_flops(config, skeleton(config), size)
+
+
+def flops_by_size(config: DenoiserConfig, sizes: Iterable[int]) -> dict[int, int]:
+    """`training_flops` of crops of several sizes, by size. Builds the network once."""
     denoiser = skeleton(config)
+    return {size: _training_flops(config, denoiser, size) for size in sizes}
+
+
+def _training_flops(config: DenoiserConfig, denoiser: Denoiser, size: int) -> int:
     if isinstance(denoiser.model, UNet):
         denoiser.model.check_size(size, size)
         return TRAINING_OVER_FORWARD * _forward_flops(denoiser.model, size)

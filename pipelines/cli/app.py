@@ -18,7 +18,7 @@ from patchloom.pipelines.cli.machine import benchmark, demo, doctor
 from patchloom.pipelines.cli.models import models_app
 from patchloom.pipelines.cli.results import evaluate, report
 from patchloom.pipelines.cli.sample import sample
-from patchloom.pipelines.cli.training import autoencoder_train, train, tune
+from patchloom.pipelines.cli.training import autoencoder_train, recipes, train, tune
 from patchloom.platform.compute.stopping import exit_on_sigterm
 from patchloom.redaction import RedactedStream, printable
 
@@ -50,6 +50,7 @@ app.command(epilog="Example: patchloom inspect dataset")(inspect)
 autoencoder_app.command("train", epilog="Example: patchloom autoencoder train dataset --out ae --register my-vae")(
     autoencoder_train
 )
+app.command(epilog="Example: patchloom recipes")(recipes)
 app.command(epilog="Example: patchloom train demo_pixels --data dataset --out run --set patches.p=0.25 --workers 2")(
     train
 )

@@ -11,11 +11,13 @@ from patchloom.models.backbones import allow_backbones
 from patchloom.pipelines.cli.options import (
     Backbones,
     Gpus,
+    Json,
     ResourceSettings,
     Settings,
     TrainWorkers,
     Wait,
     chosen_resources,
+    print_json,
     required_out,
 )
 from patchloom.platform.files.folder import Folder
@@ -205,6 +207,17 @@ def required_run(recipe: str | None, data: str | None, out: str | None, resume: 
         if not value and not (resume and out):
             raise UserError(f"{name} is missing: see patchloom train --help, or continue a run with --resume RUN")
     return out or ""
+
+
+def recipes(as_json: Json = False) -> None:
+    """List the shipped recipes and searches with their costs."""
+    from patchloom.pipelines.recipes import recipes_text, shipped_recipes
+
+    found = shipped_recipes()
+    if as_json:
+        print_json([recipe.to_json() for recipe in found])
+    else:
+        print(recipes_text(found))
 
 
 def check_like(like: str | None, classes: int | None, data: str | None, dry_run: bool) -> None:

@@ -66,9 +66,9 @@ class DataShape:
         return DataShape(kind or "pixels", height, channels, classes)
 
     def __str__(self) -> str:
-        classes = f" of {self.classes} classes" if self.classes else ""
+        classes = f" of {self.classes:,} classes" if self.classes else ""
         conditions = f" with conditions of {self.condition_channels} channels" if self.condition_channels else ""
-        return f"{self.kind} of {self.resolution} x {self.resolution} x {self.channels}{classes}{conditions}"
+        return f"{self.resolution} x {self.resolution} x {self.channels} {self.kind}{classes}{conditions}"
 
 
 def opened(data: str | DataShape) -> Dataset | DataShape:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from patchloom.models.cards import DenoiserConfig
 from patchloom.models.cost import Gain, estimated_gain, largest_group, measured_seconds_of_crop
 from patchloom.models.denoiser import build_denoiser, skeleton
-from patchloom.models.flops import TRAINING_OVER_FORWARD, parameter_count, training_flops
+from patchloom.models.flops import TRAINING_OVER_FORWARD, flops_by_size, parameter_count
 from patchloom.models.memory import training_bytes
 from patchloom.models.normalisation import identity_normalisation
 from patchloom.models.step import HALF_PRECISIONS
@@ -122,12 +122,13 @@ def count_run(recipe: Recipe, dataset: str | DataShape) -> RunCounts:
 
 def _counts(recipe: Recipe, network: DenoiserConfig) -> RunCounts:
     settings = step_settings(recipe, network.resolution)
+    flops = flops_by_size(network, (size.pixels for size in settings.schedule.sizes))
     sizes = tuple(
         SizeEstimate(
             pixels=size.pixels,
             share_of_updates=size.probability,
             crops=round(settings.updates * size.probability * settings.batch_size * size.batch_multiplier),
-            flops_per_crop=training_flops(network, size.pixels),
+            flops_per_crop=flops[size.pixels],
         )
         for size in settings.schedule.sizes
     )

@@ -10,7 +10,7 @@ from patchloom.errors import UserError
 from patchloom.models.cards import DenoiserConfig
 from patchloom.models.cost import measured_seconds_of_crop, step_cost
 from patchloom.models.denoiser import build_denoiser
-from patchloom.models.flops import TRAINING_OVER_FORWARD, training_flops
+from patchloom.models.flops import TRAINING_OVER_FORWARD, flops_by_size, training_flops
 from patchloom.models.loss import HELD_OUT_SIGMAS
 from patchloom.models.normalisation import identity_normalisation
 from patchloom.models.precision import one_thread
@@ -117,7 +117,7 @@ def _length_of_cost(recipe: Recipe, dataset: PlannedData, budget: TrialBudget) -
     wanted = budget.flops or budget.images
     if wanted is None or not is_random or settings.updates > WALKED_STEPS:
         return recipe.train.images
-    of_crop = {size.pixels: training_flops(denoiser, size.pixels) for size in settings.schedule.sizes}
+    of_crop = flops_by_size(denoiser, (size.pixels for size in settings.schedule.sizes))
     spent, steps = 0.0, 0
     while True:
         plan = plan_step(settings, steps, 0)
@@ -231,7 +231,7 @@ def trial_flops(recipe: Recipe, dataset: PlannedData) -> float:
 
 
 def _flops_of_update(denoiser: DenoiserConfig, settings: StepSettings) -> float:
-    cost_of_crop = {size.pixels: float(training_flops(denoiser, size.pixels)) for size in settings.schedule.sizes}
+    cost_of_crop = flops_by_size(denoiser, (size.pixels for size in settings.schedule.sizes))
     return step_cost(settings, cost_of_crop, 1)[0]
 
 
