@@ -93,8 +93,8 @@ class ShippedRecipe:
 def shipped_recipes() -> list[ShippedRecipe]:
     """All recipes and searches that ship with Patchloom: those of the paper in its order, then the others by name."""
     names = {path.stem: "space" in read_yaml(path) for path in sorted(SHIPPED.glob("*.yaml"))}
-    order = [system.recipe for system in PAPER]
-    order += [name for name in names if name not in order and not name.endswith(SMALL)]
+    systems, twins = [system.recipe for system in PAPER], {small_twin(name) for name in names}
+    order = systems + [name for name in names if name not in systems and name not in twins]
     order += [name for name in map(small_twin, order) if name in names]
     return [_shipped_search(name) if names[name] else _shipped_recipe(name) for name in order]
 
