@@ -94,5 +94,5 @@ $(LOWEST)/.ready: pyproject.toml
 	@echo "setting up $(LOWEST) (once; a download of about 3 GB on Linux: torch of PyPI comes with CUDA)"
 	@$(PYTHON) -m venv $(LOWEST)
 	@$(LOWEST)/bin/python -m pip install --quiet --disable-pip-version-check uv
-	@$(LOWEST)/bin/uv pip install --quiet --python $(LOWEST)/bin/python --resolution lowest-direct -e . "pytest>=8" "pytest-xdist>=3.6" "torchmetrics>=1.8" "moto[server]>=5"
+	@$(LOWEST)/bin/uv pip install --quiet --python $(LOWEST)/bin/python --resolution lowest-direct -e . "pytest>=8" "pytest-xdist>=3.6" "torchmetrics>=1.8" "moto[server]>=5" "lmdb>=1.6"
 	@touch $(LOWEST)/.ready

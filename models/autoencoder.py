@@ -19,7 +19,7 @@ from patchloom.errors import CheckpointError
 from patchloom.models.backbones import import_allowed
 from patchloom.models.cards import AutoencoderCard
 from patchloom.models.manifest import MANIFEST_FILE, check_manifest, check_regular, write_manifest
-from patchloom.models.pickles import is_pickle
+from patchloom.pickles import is_pickle
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL

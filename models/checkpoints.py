@@ -18,11 +18,11 @@ from patchloom.models.denoiser import Denoiser, build_checked, skeleton, to_chan
 from patchloom.models.ema import PowerEMA, PowerProfile
 from patchloom.models.manifest import check_manifest, check_regular, sha256_of_file, write_manifest
 from patchloom.models.normalisation import Normalisation
-from patchloom.models.pickles import is_pickle
 from patchloom.models.replay import ReplayedNetwork
 from patchloom.models.snapshots import load_edm_snapshot, read_edm_snapshot
 from patchloom.models.step import TrainingState
 from patchloom.models.unet import UNet
+from patchloom.pickles import is_pickle
 
 __all__ = [
     "CheckpointError",

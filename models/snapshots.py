@@ -24,7 +24,7 @@ from patchloom.errors import CheckpointError
 from patchloom.models.cards import DenoiserConfig
 from patchloom.models.denoiser import Denoiser, build_checked
 from patchloom.models.patches import COORDINATE_CHANNELS
-from patchloom.models.pickles import scan_pickle
+from patchloom.pickles import scan_pickle
 
 PRECONDITIONINGS = ("EDMPrecond", "Patch_EDMPrecond")
 MOST_DIMENSIONS, MOST_MODULES, MOST_DEPTH = 8, 20_000, 50  # of a tensor and of a network

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 PARSERS = (
-    "image", "zip", "tar", "tar.gz", "parquet", "arrow", "npz", "labels.json", "labels.csv", "labels.jsonl",
+    "image", "zip", "tar", "tar.gz", "nested.tar", "idx", "cifar", "lmdb", "parquet", "arrow", "npz",
+    "labels.json", "labels.csv", "labels.jsonl",
     "recipe.yaml", "search.yaml", "model.json", "safetensors", "pickle", "dataset.json", "shards/part-00000.arrow",
     "manifest", "request",
 )  # fmt: skip

@@ -16,6 +16,7 @@ FOLDERS = ("models", "platform", "pipelines", "tune_configs", "benchmarks")
 ORDER = (
     "redaction",
     "errors",
+    "pickles",
     "models",
     *(f"platform.{part}" for part in ("progress", "files", "recipe", "records", "compute", "dataset", "tracking")),
     *(f"pipelines.{part}" for part in ("pages", "prepare", "train", "sample", "registry", "evaluate", "tune")),
@@ -70,7 +71,7 @@ SOURCES = {
 def own_imports(module: str) -> set[str]:
     """Modules of the package that a module imports."""
     names = {name.removeprefix("patchloom.") for name in imports_of(SOURCES[module]) if name.startswith("patchloom.")}
-    return names - {"errors", "redaction"}
+    return names - {"errors", "redaction", "pickles"}
 
 
 def test_imports_follow_the_order_of_parts() -> None:

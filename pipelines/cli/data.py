@@ -13,8 +13,9 @@ from patchloom.redaction import printable
 ImageSource = Annotated[
     str,
     typer.Argument(
-        help="Images: a folder (classes are its first-level sub-folders), .zip, .tar, WebDataset shards, .parquet, "
-        ".arrow, .npz or a saved Hugging Face dataset. Or a prepared dataset of pixels, to encode as latents"
+        help="Images: a folder (classes are its first-level sub-folders), .zip, .tar (also of tars, as ImageNet's), "
+        "WebDataset shards, .parquet, .arrow, .npz, a saved Hugging Face dataset, LMDB (LSUN), idx files (MNIST) or "
+        "CIFAR's archives. Or a prepared dataset of pixels, to encode as latents"
     ),
 ]
 Resolution = Annotated[
@@ -32,6 +33,14 @@ LabelsFile = Annotated[
     typer.Option(
         help="Labels file: .csv, .jsonl or .parquet with key and label, or EDM's dataset.json  "
         "[default: labels in SOURCE]"
+    ),
+]
+ClassFolder = Annotated[
+    str | None,
+    typer.Option(
+        metavar="FOLDER",
+        help="Which folder of an image is its class, instead of its label: first, last or none  [default: labels in "
+        "SOURCE, else the first folder that is not around everything, a split (train, test) or storage (00000)]",
     ),
 ]
 EncodeWith = Annotated[
@@ -85,6 +94,7 @@ def prepare(
             metavar="ENDING", help="WebDataset: which member is the image, such as input.png  [default: the only image]"
         ),
     ] = None,
+    classes: ClassFolder = None,
     autoencoder: EncodeWith = None,
     precision: Annotated[str, typer.Option(help="Arithmetic of the encoder: fp32 or bf16")] = "fp32",
     mirror: Annotated[bool, typer.Option("--mirror", help="With latents: encode mirror images too")] = False,
@@ -104,8 +114,9 @@ def prepare(
 
     prepare(
         source, dataset, resolution=resolution, crop=crop, resize=resize, channels=channels, min_side=min_side,
-        labels=labels, image_member=image_member, autoencoder=autoencoder, precision=precision, mirror=mirror,
-        condition=condition, short_side=short_side, stride=stride, workers=nodes.workers, resources=nodes,
+        labels=labels, image_member=image_member, classes=classes, autoencoder=autoencoder, precision=precision,
+        mirror=mirror, condition=condition, short_side=short_side, stride=stride, workers=nodes.workers,
+        resources=nodes,
     )  # fmt: skip
 
 

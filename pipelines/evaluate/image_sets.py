@@ -24,8 +24,8 @@ from patchloom.pipelines.sample.folder import (
     read_sampling_card,
 )
 from patchloom.platform.compute.devices import own_device
+from patchloom.platform.dataset.image_names import is_hidden, is_image
 from patchloom.platform.dataset.label_files import opened_here
-from patchloom.platform.dataset.listing import is_hidden, is_image
 from patchloom.platform.dataset.prepared import CARD as DATASET_CARD
 from patchloom.platform.dataset.prepared import open_dataset
 from patchloom.platform.dataset.readers import npz_images

@@ -148,9 +148,12 @@ def plan_images(
     autoencoder: str | None,
     precision: str,
     condition: str | None = None,
+    classes: str | None = None,
 ) -> Preparation:
     """Plan to prepare the images of a source with their conditions, and to encode them if there is an autoencoder."""
-    source = open_source(address, labels, image_member)
+    source = open_source(address, labels, image_member, classes)
+    for note in source.notes:
+        say(f"  {note}")
     if source.unmatched_labels:
         say(f"  labels without an input in {source.name}: {source.unmatched_labels:,}")
     reader = SourceReader(source.kind, source.address)

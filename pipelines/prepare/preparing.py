@@ -59,6 +59,7 @@ def prepare(
     min_side: int = 0,
     labels: str | None = None,
     image_member: str | None = None,
+    classes: str | None = None,
     autoencoder: str | None = None,
     precision: str = "fp32",
     mirror: bool = False,
@@ -75,7 +76,7 @@ def prepare(
 
     Args:
         source: a folder of images, .zip, .tar, WebDataset shards, .parquet, .arrow, .npz, a saved Hugging Face
-            dataset, or a prepared dataset of pixels. It may be remote.
+            dataset, an LMDB, MNIST's idx files, CIFAR's archives, or a prepared dataset of pixels. It may be remote.
         dataset: the folder to write: a path, or s3://, gs://, ...
         resolution: side of the prepared images, in pixels. Not needed for crop="none".
         crop: "center", "dhariwal" (as ADM), "none", or "windows" of large photographs.
@@ -84,6 +85,9 @@ def prepare(
         min_side: smaller images are skipped, in pixels.
         labels: a file of keys and labels: .csv, .tsv, .jsonl or .parquet, or EDM's dataset.json.
         image_member: WebDataset: which member of a key is the image, such as "input.png". Needed if a key has several.
+        classes: which folder is the class of an image, instead of its label: "first", "last" (the one that contains
+            it) or "none". Default: labels of the source; without any, the first folder that is not around everything,
+            a split such as train, or numbered for storage such as 00000.
         autoencoder: encode to latents with this autoencoder: models:/..., a folder or a hub id; "none" for pixels.
             Default: Stable Diffusion's for images of at least 256 pixels.
         precision: precision of the encoder, "fp32" or "bf16".
@@ -110,12 +114,14 @@ def prepare(
         print(len(dataset), dataset.card["mean"])
     """
     if is_dataset(Folder.at(source)):
+        if classes is not None:
+            raise UserError(f"--classes {classes}: {source} is a prepared dataset, which has its classes")
         preparation = plan_dataset(source, autoencoder, precision, condition)
     else:
         transform = check_transform(Transform(
             resolution or 0, crop, resize, channels=channels, min_side=min_side, short_side=short_side, stride=stride
         ))  # fmt: skip
-        preparation = plan_images(source, labels, image_member, transform, autoencoder, precision, condition)
+        preparation = plan_images(source, labels, image_member, transform, autoencoder, precision, condition, classes)
     if mirror:
         preparation = with_mirror_images(preparation)
     run_job(PrepareJob(Folder.at(dataset), preparation.with_shards(shard_rows)), workers, resources)

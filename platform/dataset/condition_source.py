@@ -7,8 +7,9 @@ from operator import itemgetter
 from typing import Any
 
 from patchloom.errors import UserError
+from patchloom.platform.dataset.image_names import IMAGE_EXTENSIONS, is_hidden
 from patchloom.platform.dataset.labels import plain_key
-from patchloom.platform.dataset.listing import IMAGE_EXTENSIONS, LISTERS, is_hidden
+from patchloom.platform.dataset.listing import LISTERS
 from patchloom.platform.dataset.readers import Place, SourceReader, zip_images
 from patchloom.platform.dataset.sources import kind_of_source
 from patchloom.platform.files.folder import Folder

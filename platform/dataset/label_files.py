@@ -20,6 +20,7 @@ LABEL_COLUMNS = ("label", "labels", "class", "category", "cls", "fine_label")
 NAME_COLUMNS = ("key", "file_name", "filename", "file", "path", "image", "name")
 TABLE_ENDINGS = (".csv", ".tsv", ".jsonl", ".parquet")
 TABLE_NAMES = tuple(f"{stem}{ending}" for stem in ("labels", "metadata") for ending in TABLE_ENDINGS)
+ROOT_TABLES = (*TABLE_NAMES, "dataset.json")  # in the root folder of a source
 PARQUET_BATCH_ROWS = 1024
 DELIMITERS = ",;\t"
 KNOWN_FILES = "a .csv, .tsv, .jsonl or .parquet file, or EDM's dataset.json"

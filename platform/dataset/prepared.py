@@ -20,8 +20,8 @@ import numpy as np
 import pyarrow as pa
 
 from patchloom.errors import UserError
+from patchloom.platform.dataset.image_names import is_image
 from patchloom.platform.dataset.index import INDEX_FILE, Split, read_hashes, unit_hashes, write_hashes
-from patchloom.platform.dataset.listing import is_image
 from patchloom.platform.dataset.remote_shards import RemoteShards
 from patchloom.platform.dataset.shard_table import ShardTable
 from patchloom.platform.dataset.shards import LocalShards, ShardFiles, ShardReader

@@ -15,7 +15,10 @@ from typing import IO, Any, BinaryIO, TypeVar, cast
 import numpy as np
 
 from patchloom.errors import UserError
+from patchloom.platform.dataset.cifar_batches import read_cifar_batch
+from patchloom.platform.dataset.image_names import is_image
 from patchloom.platform.dataset.labels import first_of
+from patchloom.platform.dataset.lmdb_values import LmdbFile, lmdb_file
 from patchloom.platform.dataset.tables import open_table
 from patchloom.platform.dataset.zip_directory import zip_entries
 from patchloom.platform.files.arrays import ArrayHeader, read_array_header, read_values
@@ -35,12 +38,14 @@ Place = list[str | int]
 
 GAP_BYTES, RUN_BYTES = 1 << 18, 32 << 20  # limits of what one request reads: between two members, and in all
 MEMBER_PIECE_BYTES = 1 << 18  # of a member that is read in pieces
-GZIP_MIN_BYTES = 18
+GZIP_MIN_BYTES, GZIP_ENDINGS = 18, (".gz", ".tgz")
 ROOM_STEP_BYTES = 1 << 30  # that are asked of the cache at once
 MOST_LABEL_BYTES = 1 << 20  # of a row of labels, such as one-hot vectors
 Opened = TypeVar("Opened")
 
 LARGER = "is larger than the directory of the archive says"
+LMDB_NAME = "data.mdb"
+TAR_ENDINGS = (".tar", ".tar.gz", ".tgz")
 ZIP_HEADER_BYTES, TYPICAL_HEADER_BYTES = 30, 160  # of a member, without and with its name and extra fields
 
 
@@ -49,25 +54,19 @@ class SourceReader:
 
     def __init__(self, kind: str, address: str) -> None:
         self.folder = Folder(address)
-        methods: dict[str, Callable[..., bytes | np.ndarray]] = {
-            "files": self._file,
-            "zip": self._member,
-            "tar": self._tar_member,
-            "table": self._cell,
-            "npz": self._row,
-        }
-        self._read, self._kind = methods[kind], kind
+        self._kind = kind
         self._open: dict[tuple[str, str], Any] = {}
         self._runs: dict[tuple[str, int], int] = {}
         self._piece_at, self._piece = ("", 0), b""  # what was read last: its file and first byte, and the bytes
+        self._batch_at, self._batch = ("", 0), np.empty(0, np.uint8)  # of CIFAR, also the one that was read last
 
     def read(self, place: Place) -> bytes | np.ndarray:
         """The encoded image at a place, or its pixels as an (H, W, C) uint8 array."""
-        return self._read(*place)
+        return READ_BY_KIND[self._kind](self, *place)  # no bound method, which would keep files open
 
     def expect(self, places: Iterable[Place]) -> None:
         """Prepare to read these inputs in this order. Members of archives in a store then need few requests."""
-        if self.folder.is_remote and self._kind in ("tar", "zip"):
+        if self.folder.is_remote and self._kind in ("tar", "zip", "idx", "cifar"):
             more = TYPICAL_HEADER_BYTES if self._kind == "zip" else 0
             self._runs = member_runs((str(name), int(first), int(size) + more) for name, first, size, *_ in places)
 
@@ -104,10 +103,30 @@ class SourceReader:
         return content
 
     def _tar_member(self, name: str, offset: int, size: int) -> bytes:
-        return self._bytes(name, tar_file, offset, check_image_bytes(size))
+        return self._bytes(name, plain_file, offset, check_image_bytes(size))
 
     def _row(self, name: str, row: int) -> np.ndarray:
         return np.array(self._opened(name, npz_images)[row])
+
+    def _pixels(self, name: str, first: int, size: int, *shape: int) -> np.ndarray:
+        """Pixels without a format: of shape (H, W), or (C, H, W)."""
+        values = np.frombuffer(self._bytes(name, plain_file, first, check_image_bytes(size)), np.uint8)
+        if values.size != size:
+            raise ValueError(f"has {values.size:,} of {size:,} bytes")
+        pixels = values.reshape(shape)
+        return pixels.transpose(1, 2, 0) if len(shape) == 3 else pixels
+
+    def _cifar_image(self, name: str, first: int, size: int, *rest: int) -> np.ndarray:
+        """Row `rest` of a pickled batch, or pixels of that shape in a binary one."""
+        if len(rest) > 1:
+            return self._pixels(name, first, size, *rest)
+        if self._batch_at != (name, first):
+            content = self.folder.read_from(self._opened(name, plain_file), first, size)
+            self._batch_at, self._batch = (name, first), read_cifar_batch(content).images
+        return np.array(self._batch[rest[0]])
+
+    def _value(self, name: str, key: str) -> bytes:
+        return self._opened(name, open_lmdb).value(bytes.fromhex(key))
 
     def _cell(self, name: str, column: str, row: int) -> bytes:
         value = self._opened(name, open_table).cell(column, row)
@@ -124,6 +143,18 @@ class SourceReader:
         if not self.folder.is_remote:
             inner_path(self.folder.path, name, table)
         return self._file(name)
+
+
+READ_BY_KIND: dict[str, Callable[..., bytes | np.ndarray]] = {
+    "files": SourceReader._file,
+    "zip": SourceReader._member,
+    "tar": SourceReader._tar_member,
+    "table": SourceReader._cell,
+    "npz": SourceReader._row,
+    "idx": SourceReader._pixels,
+    "cifar": SourceReader._cifar_image,
+    "lmdb": SourceReader._value,
+}
 
 
 def member_runs(members: Iterable[tuple[str, int, int]]) -> dict[tuple[str, int], int]:
@@ -201,13 +232,42 @@ def zip_member(folder: Folder, name: str, offset: int, size: int, crc: int, unpa
 
 def tar_member(folder: Folder, name: str, offset: int, size: int) -> Iterator[bytes]:
     """The content of a member of a tar archive in pieces."""
-    with tar_file(folder, name) as file:
+    with plain_file(folder, name) as file:
         file.seek(offset)
         yield from _pieces(file, size)
 
 
 # by the kind of the archive; the arguments are its folder, and the place of the member
 ARCHIVE_MEMBERS: dict[str, Callable[..., Iterator[bytes]]] = {"zip": zip_member, "tar": tar_member}
+
+
+def open_lmdb(folder: Folder, name: str) -> LmdbFile:
+    """An LMDB. A remote one, and one in a zip archive as LSUN's are, is copied once to the cache of this node."""
+    in_zip = name.lower().endswith(".zip")
+    if not folder.is_remote and not in_zip:
+        return lmdb_file(folder.path / name, f"{folder}/{name}")
+    place = lmdb_in_zip(folder, name) if in_zip else None
+    size = int(place[-1]) if place else folder.size(name)
+
+    def fill(target: Path) -> None:
+        if place is None:
+            folder.fetch(name, target / LMDB_NAME)
+            return
+        with reading_damaged(f"{folder}/{name}", "a complete zip file"), (target / LMDB_NAME).open("wb") as unpacked:
+            unpacked.writelines(ARCHIVE_MEMBERS["zip"](folder, *place))
+
+    _, here = cached_copy("archives", copy_name(folder, name, LMDB_NAME), size, fill)
+    return lmdb_file(here / LMDB_NAME, f"{folder}/{name}")
+
+
+def lmdb_in_zip(folder: Folder, name: str) -> Place | None:
+    """The place of the LMDB in a zip archive; None if an image comes before it, or there is none."""
+    for member, place, _ in zip_images(folder, name):
+        if is_image(member):
+            return None
+        if member.rpartition("/")[2] == LMDB_NAME:
+            return place
+    return None
 
 
 def _pieces(file: BinaryIO, size: int) -> Iterator[bytes]:
@@ -333,9 +393,9 @@ def _check_images(header: ArrayHeader, name: str, packed_bytes: int) -> None:
         )
 
 
-def tar_file(folder: Folder, name: str) -> BinaryIO:
-    """A tar file for random access. A compressed one is unpacked once into the cache of this node."""
-    if name.lower().endswith(".tar"):
+def plain_file(folder: Folder, name: str) -> BinaryIO:
+    """A file for random access. One that gzip compressed is unpacked once into the cache of this node."""
+    if not name.lower().endswith(GZIP_ENDINGS):
         return folder.open(name)
     if folder.size(name) < GZIP_MIN_BYTES:
         raise UserError(f"{folder}/{name} is not a complete gzip file (too short): download it again")
@@ -349,14 +409,22 @@ def tar_file(folder: Folder, name: str) -> BinaryIO:
             gzip.open(file) as source,
             (target / "plain.tar").open("wb") as unpacked,
         ):
-            _unpack_tar(cast(IO[bytes], source), unpacked, target.parent, f"{folder}/{name}", size)
+            unpack_within_bounds(cast(IO[bytes], source), unpacked, target.parent, f"{folder}/{name}", size)
 
     _, here = cached_copy("archives", copy_name(folder, name), min(4 * size, most_unpacked_bytes(size)), unpack)
     return (here / "plain.tar").open("rb")
 
 
-def _unpack_tar(source: IO[bytes], unpacked: IO[bytes], cache: Path, name: str, packed_bytes: int) -> None:
-    """Unpack an archive of unknown size as far as the cache has room, and no bomb."""
+def unpack_within_bounds(source: IO[bytes], unpacked: IO[bytes], cache: Path, name: str, packed_bytes: int) -> None:
+    """Unpack a file of unknown size as far as the cache has room, and no bomb.
+
+    Args:
+        source: what is unpacked, open for reading.
+        unpacked: where it goes, a file in the cache.
+        cache: the folder of the cache that it is in.
+        name: the packed file, for messages.
+        packed_bytes: its size.
+    """
     written, room, most = 0, 0, most_unpacked_bytes(packed_bytes)
     while piece := source.read(COPY_BYTES):
         if written + len(piece) > most:

@@ -2,10 +2,9 @@
 
 `open_source` lists the inputs of a source in its order: the key, class and place of each. `SourceReader` reads an
 input by its place, in any process. A new format needs an entry in `FILE_ENDINGS` here, one in `LISTERS` in
-`listing.py`, and a method in `SourceReader`.
+`listing.py`, a method of `SourceReader`, and one in `READ_BY_KIND`.
 """
 
-import re
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -14,25 +13,34 @@ from typing import Any
 import numpy as np
 
 from patchloom.errors import UserError
+from patchloom.platform.dataset.folder_classes import FolderNames, check_class_folder
+from patchloom.platform.dataset.image_names import IMAGE_EXTENSIONS, is_hidden, is_image
 from patchloom.platform.dataset.keys import KeyTable
 from patchloom.platform.dataset.label_files import TABLE_ENDINGS, read_labels
 from patchloom.platform.dataset.labels import Label, Labels, column_of_labels, number_classes
-from patchloom.platform.dataset.listing import IMAGE_EXTENSIONS, LISTERS, ListedInput, Listing, is_hidden, is_image
-from patchloom.platform.dataset.readers import Place
+from patchloom.platform.dataset.listed import ListedInput, Listing
+from patchloom.platform.dataset.listing import LISTERS
+from patchloom.platform.dataset.raw_listing import CIFAR_FILE, cifar_batches, is_cifar_archive
+from patchloom.platform.dataset.readers import TAR_ENDINGS, Place, lmdb_in_zip
 from patchloom.platform.files.folder import Folder
 from patchloom.platform.files.inside import inner_name
 from patchloom.platform.files.spool import RowSpool
 
-STORAGE_FOLDER = re.compile(r"[0-9]{5}")  # of EDM's tools: not a class, if dataset.json has no labels
 FILE_ENDINGS = {
     "zip": (".zip",),
     "npz": (".npz",),
-    "tar": (".tar", ".tar.gz", ".tgz"),
+    "tar": TAR_ENDINGS,
     "table": (".parquet", ".arrow", ".feather"),
+    "idx": ("idx3-ubyte", "idx3-ubyte.gz"),
+    "lmdb": (".mdb", ".lmdb"),
 }
+LMDB_LOCKS = ("lock.mdb", ".mdb-lock", ".lmdb-lock")
 NO_MATCH = (-1, None)
 ARCHIVE_ENDINGS = sum(FILE_ENDINGS.values(), ())
-SUPPORTED_SOURCES = "a folder of images, .zip, .tar, .tar.gz, .parquet, .arrow, .npz, a saved Hugging Face dataset"
+SUPPORTED_SOURCES = (
+    "a folder of images, .zip, .tar, .tar.gz, .parquet, .arrow, .npz, a saved Hugging Face dataset, an LMDB, idx "
+    "files, CIFAR's archives"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +92,7 @@ class Source:
         repeated: the positions of inputs whose key an earlier input has, in ascending order.
         unmatched_labels: number of labels whose key has no input.
         others: number of files that are not images, by ending.
+        notes: what was taken as classes, and what else could be meant, in lines.
     """
 
     kind: str
@@ -94,19 +103,24 @@ class Source:
     repeated: np.ndarray
     unmatched_labels: int = 0
     others: Counter[str] = field(default_factory=Counter)
+    notes: tuple[str, ...] = ()
 
 
-def open_source(address: str, labels: str | None = None, image_member: str | None = None) -> Source:
+def open_source(
+    address: str, labels: str | None = None, image_member: str | None = None, classes: str | None = None
+) -> Source:
     """List the inputs of a source.
 
     Args:
         address: a local path or remote address.
         labels: a separate file of keys and labels.
         image_member: WebDataset: the ending of the members that are the images, such as "input.png".
+        classes: which folder is the class instead of what labels say: "first", "last" or "none".
 
     Raises:
-        UserError: the source does not exist, is damaged or contains no images.
+        UserError: the source does not exist, is damaged or contains no images, or an option does not fit it.
     """
+    check_class_folder(classes, labels)
     kind, folder, names = kind_of_source(address)
     listing = LISTERS[kind](folder, names, image_member)
     name = str(Folder.at(address))
@@ -115,39 +129,48 @@ def open_source(address: str, labels: str | None = None, image_member: str | Non
     for position, one in enumerate(listing.inputs):
         rows.append(one.row())
         keys.add(one.key, position)
-        found.take(one, listing.has_folders)
+        found.take(one, listing.has_folders, classes)
     if not rows or (image_member and not found.readable):
         raise UserError(_no_images(name, kind, listing, names, image_member))
+    if classes in ("first", "last") and not listing.has_folders:
+        raise UserError(f"--classes {classes}: the images of {name} are not in folders; leave the option out")
     given = read_labels(labels) if labels else listing.labels
-    class_names, inputs, unmatched = _labelled(listing, rows, found, given)
+    if classes is not None or (not given and found.labels.keys() == {None}):
+        class_names, inputs, note = _by_folder(rows, found, given, classes)
+        unmatched = 0
+    else:
+        class_names, inputs, unmatched = _labelled(listing, rows, found, given)
+        note = f"classes: {len(class_names):,}, from labels"
+    notes = tuple(filter(None, (listing.note, note)))
     unmatched += listing.unmatched
-    return Source(kind, folder.address, name, class_names, inputs, keys.repeated(), unmatched, listing.others)
+    return Source(kind, folder.address, name, class_names, inputs, keys.repeated(), unmatched, listing.others, notes)
 
 
 @dataclass
 class _Found:
-    """The different labels and first folders of inputs, in the order of their first inputs."""
+    """The different labels of inputs, in the order of their first inputs, and the names of their folders."""
 
     labels: dict[Label, None] = field(default_factory=dict)
-    folders: dict[Label, None] = field(default_factory=dict)
+    folders: FolderNames = field(default_factory=FolderNames)
     readable: int = 0
 
-    def take(self, one: ListedInput, has_folders: bool) -> None:
+    def take(self, one: ListedInput, has_folders: bool, classes: str | None) -> None:
         """Add an input."""
         self.labels[one.label] = None
         self.readable += one.error is None
-        if has_folders and len(self.labels) == 1:  # folders are not classes if there are labels
-            self.folders[_first_folder(one.key)] = None
+        if has_folders and (classes or len(self.labels) == 1):  # else folders are not classes if there are labels
+            self.folders.take(one.key)
 
 
 def _no_images(name: str, kind: str, listing: Listing, names: dict[str, int], image_member: str | None) -> str:
     """Why a source has no inputs, in one line."""
-    if kind in ("table", "npz"):
+    if kind in ("table", "npz", "lmdb"):
         return f"{name} has no rows: give {SUPPORTED_SOURCES}"
     if image_member:
         return f"{name} has no member that ends in .{image_member.removeprefix('.')}: check --image-member"
     endings = " ".join(sorted(IMAGE_EXTENSIONS))
-    hint = f"; did you mean {name}/{next(iter(names))}?" if kind == "files" and names else ""
+    is_folder = kind == "files" or (kind == "tar" and len(names) > 1)
+    hint = f"; did you mean {name}/{next(iter(names))}?" if is_folder and names else ""
     found = f" (found {count_endings(listing.others)})" if listing.others else ""
     return f"{name} contains no images: no file, also in sub-folders, ends in {endings}{found}{hint}"
 
@@ -163,11 +186,6 @@ def _labelled(
 ) -> tuple[list[str], SourceInputs, int]:
     """The class names, the inputs with their class as a number, and the number of labels without an input."""
     names = given.class_names if given is not None else None
-    if not given and found.labels.keys() == {None}:
-        folders = found.folders if listing.has_folders else {}
-        is_storage = given is not None and all(STORAGE_FOLDER.fullmatch(str(name)) for name in folders if name)
-        class_names, of_folder = _numbers([] if is_storage else list(folders), names)
-        return class_names, SourceInputs(rows, lambda key, label: of_folder.get(_first_folder(key), -1)), 0
     own = list(found.labels)
     as_column = dict(
         zip(own, column_of_labels(own, listing.labels.class_names if listing.labels is not None else None), strict=True)
@@ -187,14 +205,20 @@ def _labelled(
     return class_names, SourceInputs(labelled, lambda key, label: numbers[label]), matches.unused
 
 
+def _by_folder(
+    rows: RowSpool, found: _Found, given: Labels | None, wanted: str | None
+) -> tuple[list[str], SourceInputs, str]:
+    """The class names, the inputs whose classes are folders, and which folders these are."""
+    choice = found.folders.choose(wanted)
+    names = given.class_names if given is not None and wanted is None else None
+    class_names, numbers = _numbers(list(choice.names), names)
+    return class_names, SourceInputs(rows, lambda key, label: numbers.get(choice.class_of(key), -1)), choice.note
+
+
 def _numbers(labels: list[Label], class_names: list[str] | None) -> tuple[list[str], dict[Label, int]]:
     """The class names, and the class number of each of the different labels of a source."""
     class_names, numbers = number_classes(labels, class_names)
     return class_names, dict(zip(labels, numbers, strict=True))
-
-
-def _first_folder(key: str) -> str | None:
-    return key.partition("/")[0] if "/" in key else None
 
 
 def kind_of_source(address: str) -> tuple[str, Folder, dict[str, int]]:
@@ -203,7 +227,7 @@ def kind_of_source(address: str) -> tuple[str, Folder, dict[str, int]]:
     if not folder.is_remote and not folder.path.exists():
         raise UserError(f"{folder} does not exist: give {SUPPORTED_SOURCES}")
     if parent.has(name):
-        return _kind_of_file(name, folder), parent, {name: parent.size(name)}
+        return _kind_inside(_kind_of_file(name, folder), parent, name), parent, {name: parent.size(name)}
     if folder.has("dataset_dict.json"):
         splits = sorted({name.split("/")[0] for name, _ in _visible_files(folder) if "/" in name})
         raise UserError(
@@ -222,18 +246,29 @@ def kind_of_source(address: str) -> tuple[str, Folder, dict[str, int]]:
         if missing:
             raise UserError(f"{folder}/{missing[0]} is missing from a saved Hugging Face dataset: save it again")
         return "table", folder, dict.fromkeys(files, -1)
-    archives: dict[str, int] = {}
+    archives, others = dict[str, int](), dict[str, int]()
     for name, size in _visible_files(folder):
         if is_image(name):
             return "files", folder, {}
-        if name.lower().endswith(ARCHIVE_ENDINGS):
+        if name.lower().endswith(ARCHIVE_ENDINGS) and not name.lower().endswith(LMDB_LOCKS):
             archives[name] = size
+        elif CIFAR_FILE.fullmatch(name.rpartition("/")[2]):
+            others[name] = size
     archives = dict(sorted(archives.items()))
-    for kind in ("tar", "table"):  # tables next to shards describe the shards
+    for kind in ("tar", "table", "idx", "lmdb"):  # tables next to shards describe the shards
         chosen = {name: size for name, size in archives.items() if name.lower().endswith(FILE_ENDINGS[kind])}
         if chosen:
-            return kind, folder, chosen
-    return "files", folder, archives
+            return _kind_inside(kind, folder, *chosen), folder, chosen
+    return ("cifar", folder, others) if cifar_batches(others) else ("files", folder, archives)
+
+
+def _kind_inside(kind: str, folder: Folder, *names: str) -> str:
+    """The kind of archives, after a look into a single one: CIFAR comes in a tar, and LSUN's LMDBs in a zip."""
+    if len(names) == 1 and kind == "tar" and is_cifar_archive(folder, names[0]):
+        return "cifar"
+    if len(names) == 1 and kind == "zip" and lmdb_in_zip(folder, names[0]):
+        return "lmdb"
+    return kind
 
 
 def _visible_files(folder: Folder) -> Iterator[tuple[str, int]]:

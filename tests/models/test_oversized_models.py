@@ -30,7 +30,7 @@ from patchloom.models.checkpoints import (
 )
 from patchloom.models.denoiser import Denoiser
 from patchloom.models.normalisation import pixel_normalisation
-from patchloom.models.pickles import scan_pickle
+from patchloom.pickles import scan_pickle
 
 LOAD = "from patchloom.models.checkpoints import CheckpointError, load_edm_snapshot, load_model"
 BILLION = 10**9

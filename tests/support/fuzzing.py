@@ -7,6 +7,7 @@ import gzip
 import hashlib
 import io
 import json
+import pickle
 import random
 import re
 import resource
@@ -25,6 +26,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
 import torch
+from downloaded_datasets import idx, python_2_pickle
 from PIL import Image
 
 from patchloom.errors import Error
@@ -112,6 +114,12 @@ def files_of(name: str) -> list[bytes]:
             link = tarfile.TarInfo("c.png")
             link.type, link.linkname = tarfile.LNKTYPE, "b.png"
             tar.addfile(link)
+    elif name == "nested.tar":
+        with tarfile.open(fileobj=file, mode="w") as tar:
+            for number in range(2):
+                header, content = tarfile.TarInfo(f"n{number}.tar"), files_of("tar")[0][:20000]
+                header.size = len(content)
+                tar.addfile(header, io.BytesIO(content))
     elif name == "tar.gz":
         return [gzip.compress(files_of("tar")[0])]
     elif name == "parquet":
@@ -125,20 +133,85 @@ def files_of(name: str) -> list[bytes]:
 
 
 def reads_source(folder: Path, ending: str) -> Parse:
-    """Opens a source and reads its inputs; whatever is wrong with one of them is the reason why it is skipped."""
+    """Opens a source and reads its inputs."""
 
     def parse(content: bytes) -> None:
         path = folder / f"source.{ending}"
         path.write_bytes(content)
-        source = open_source(str(path))
-        reader = SourceReader(source.kind, source.address)
-        for one in source.inputs:
-            try:
-                decode(reader.read(one.place))
-            except (MemoryError, RecursionError):
-                raise
-            except Exception:
-                continue
+        read_inputs(path)
+
+    return parse
+
+
+def read_inputs(path: Path) -> None:
+    """Opens a source and reads its inputs; whatever is wrong with one of them is the reason why it is skipped."""
+    source = open_source(str(path))
+    reader = SourceReader(source.kind, source.address)
+    for one in source.inputs:
+        try:
+            decode(reader.read(one.place))
+        except (MemoryError, RecursionError):
+            raise
+        except Exception:
+            continue
+
+
+def reads_idx(folder: Path) -> Parse:
+    """Reads an idx file as images, and as the labels of good images."""
+    images, labels = folder / "a-images-idx3-ubyte", folder / "a-labels-idx1-ubyte"
+
+    def parse(content: bytes) -> None:
+        labels.write_bytes(content)
+        images.write_bytes(idx(np.zeros((6, 4, 4), np.uint8)))
+        refused = _error_of(images)
+        images.write_bytes(content)
+        labels.unlink()
+        refused = _error_of(images) or refused
+        if refused is not None:
+            raise refused
+
+    return parse
+
+
+def _error_of(source: Path) -> Error | None:
+    """Reads a source; returns the error of Patchloom that it raises."""
+    try:
+        read_inputs(source)
+    except Error as error:
+        return error
+    return None
+
+
+def cifar_files() -> list[bytes]:
+    """Batches of CIFAR: pickled by Python 2 and 3, and binary."""
+    batch = {b"data": np.zeros((1, 3072), np.uint8), b"labels": [3]}
+    return [python_2_pickle(batch), *(pickle.dumps(batch, protocol) for protocol in (0, 2, 4, 5)), bytes(2 * 3073)]
+
+
+def reads_cifar(folder: Path) -> Parse:
+    """Reads a batch as a pickled and as a binary one."""
+    paths = [folder / "pickled" / "data_batch_1", folder / "binary" / "data_batch_1.bin"]
+    for path in paths:
+        path.parent.mkdir()
+
+    def parse(content: bytes) -> None:
+        for path in paths:
+            path.write_bytes(content)
+        refused = [error for path in paths if (error := _error_of(path.parent)) is not None]
+        if len(refused) == len(paths):
+            raise refused[0]
+
+    return parse
+
+
+def reads_lmdb(folder: Path) -> Parse:
+    """Reads an LMDB with a damaged value."""
+    import lmdb
+
+    def parse(content: bytes) -> None:
+        with lmdb.open(str(folder / "lmdb"), map_size=1 << 26) as database, database.begin(write=True) as transaction:
+            transaction.put(b"a", content)
+        read_inputs(folder / "lmdb")
 
     return parse
 
@@ -237,8 +310,14 @@ def parser(name: str, folder: Path) -> tuple[list[bytes], Parse]:
     recipes = Path(__file__).parents[2] / "tune_configs"
     if name == "image":
         return [image(kind) for kind in ("PNG", "JPEG", "WEBP", "AVIF", "BMP", "TIFF", "GIF")], parse_image
-    if name in ("zip", "tar", "tar.gz", "parquet", "arrow", "npz"):
+    if name in ("zip", "tar", "tar.gz", "nested.tar", "parquet", "arrow", "npz"):
         return files_of(name), reads_source(folder, name)
+    if name == "idx":
+        return [idx(np.zeros((2, 4, 4), np.uint8)), idx(np.arange(6, dtype=np.uint8))], reads_idx(folder)
+    if name == "cifar":
+        return cifar_files(), reads_cifar(folder)
+    if name == "lmdb":
+        return [image(kind) for kind in ("WEBP", "JPEG")], reads_lmdb(folder)
     if name == "labels.json":
         return [b'{"labels": [["a.png", 1], ["b.png", 2]], "classes": ["x", "y", "z"]}'], reads_file(
             folder, name, read_labels
@@ -277,7 +356,8 @@ def parser(name: str, folder: Path) -> tuple[list[bytes], Parse]:
 
 
 PARSERS = (
-    "image", "zip", "tar", "tar.gz", "parquet", "arrow", "npz", "labels.json", "labels.csv", "labels.jsonl",
+    "image", "zip", "tar", "tar.gz", "nested.tar", "idx", "cifar", "lmdb", "parquet", "arrow", "npz",
+    "labels.json", "labels.csv", "labels.jsonl",
     "recipe.yaml", "search.yaml", "model.json", "safetensors", "pickle", "dataset.json", "shards/part-00000.arrow",
     "manifest", "request",
 )  # fmt: skip
@@ -296,7 +376,7 @@ def failures(name: str, count: int, folder: Path, mebibytes: int) -> Iterator[st
     warnings.simplefilter("ignore")
     inputs, parse = parser(name, folder)
     for content in inputs:
-        parse(content) if name not in ("safetensors", "pickle", "manifest") else None
+        parse(content) if name not in ("safetensors", "pickle", "manifest", "idx") else None
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (used + (mebibytes << 20),) * 2)
     signal.signal(signal.SIGALRM, _too_slow)

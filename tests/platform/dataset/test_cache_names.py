@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from patchloom.platform.dataset.readers import npz_images, tar_file
+from patchloom.platform.dataset.readers import npz_images, plain_file
 from patchloom.platform.files.folder import Folder
 
 
@@ -68,7 +68,7 @@ def test_gzip_with_the_checksum_of_another_has_its_own_members(tmp_path: Path) -
         (tmp_path / name).mkdir()
         (tmp_path / name / "a.tar.gz").write_bytes(gzip.compress(content, 0, mtime=0))
     for name, content in (("one", one), ("other", other)):
-        with tar_file(Folder(str(tmp_path / name)), "a.tar.gz") as file:
+        with plain_file(Folder(str(tmp_path / name)), "a.tar.gz") as file:
             assert file.read() == content
 
 

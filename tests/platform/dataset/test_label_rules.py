@@ -388,8 +388,8 @@ def test_the_documented_columns_are_read_as_documented() -> None:
 
 
 def test_the_documented_endings_and_columns_are_those_of_the_code() -> None:
+    from patchloom.platform.dataset.image_names import IMAGE_EXTENSIONS
     from patchloom.platform.dataset.label_files import LABEL_COLUMNS, NAME_COLUMNS, TABLE_ENDINGS
-    from patchloom.platform.dataset.listing import IMAGE_EXTENSIONS
     from patchloom.platform.dataset.sources import FILE_ENDINGS
 
     page = (Path(__file__).parents[3] / "docs" / "formats.md").read_text()

@@ -290,10 +290,10 @@ def test_a_row_without_an_image_is_an_input_that_cannot_be_read(tmp_path: Path) 
 
 
 def test_a_remote_source_may_be_a_whole_bucket() -> None:
-    with fsspec.open("memory://top/cat/a.png", "wb") as file:
-        file.write(ENCODED[0])
-    assert inputs_of("memory://top") == (["cat/a.png"], [0], ["cat"])
-    assert inputs_of("memory://top/") == (["cat/a.png"], [0], ["cat"])
+    for name in ("cat/a.png", "dog/b.png"):
+        fsspec.filesystem("memory").pipe_file(f"/top/{name}", ENCODED[0])
+    assert inputs_of("memory://top") == (["cat/a.png", "dog/b.png"], [0, 1], ["cat", "dog"])
+    assert inputs_of("memory://top/") == inputs_of("memory://top")
 
 
 def test_a_folder_of_images_may_contain_an_unrelated_state_json(tmp_path: Path) -> None:

@@ -1,0 +1,45 @@
+"""Downloaded datasets on Ray: workers read the same rows as one process does, each by its place."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from downloaded_datasets import CIFAR_LABELS, CIFAR_PIXELS, cifar_python, imagenet, lsun, mnist
+
+from patchloom.pipelines.prepare import prepare
+
+pytestmark = pytest.mark.ray
+
+
+@pytest.mark.parametrize("write", [cifar_python, imagenet, lsun, mnist])
+def test_bytes_do_not_depend_on_the_workers(write: Callable[[Path], Path], tmp_path: Path, ray_cluster: None) -> None:
+    (tmp_path / "source").mkdir()
+    source = str(write(tmp_path / "source"))
+    one, two = (
+        prepare(source, str(tmp_path / f"{workers}"), resolution=4, workers=workers, shard_rows=2) for workers in (0, 2)
+    )
+    assert one.card == two.card and one.card.rows == one.card.inputs > 0
+
+
+def test_killed_preparation_of_batches_continues(tmp_path: Path) -> None:
+    source, folder = str(cifar_python(tmp_path)), tmp_path / "prepared"
+    whole = prepare(source, str(tmp_path / "whole"), resolution=32, crop="none", workers=0, shard_rows=3)
+    from patchloom.pipelines.prepare import preparing
+
+    class StopError(Exception):
+        pass
+
+    kept = list[int]()
+
+    def keep(self: preparing.PrepareJob, unit: preparing.PlannedShard, result: str) -> None:
+        kept.append(unit.number)
+        if len(kept) == 2:
+            raise StopError
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(StopError):
+        patch.setattr(preparing.PrepareJob, "keep", keep)
+        prepare(source, str(folder), resolution=32, crop="none", workers=0, shard_rows=3)
+    again = prepare(source, str(folder), resolution=32, crop="none", workers=0, shard_rows=3)
+    assert again.card == whole.card
+    rows = again.rows(range(len(again)))
+    assert (rows["image"] == CIFAR_PIXELS).all() and rows["label"].tolist() == CIFAR_LABELS
