@@ -18,6 +18,7 @@ TWO_CORES_RATE = 1e11  # FLOP/s of the small recipes (docs/LOG.md: steps reach 5
 LEAST_GPU_HOURS = 0.1  # a cost below it is given as time of two cores
 CHANNELS = {"pixels": 3, "latents": 4}  # of data that a recipe does not say more about
 ANY_CLASSES = 10
+EDGE_CHANNELS = 1
 SMALL = "_small"
 V100S = 16  # of each run in Tables 1 and 4 and Figure 2 of the paper
 
@@ -107,8 +108,13 @@ def small_twin(name: str) -> str:
 def _shipped_recipe(name: str) -> ShippedRecipe:
     recipe, system = load_recipe(name), next((system for system in PAPER if system.recipe == name), None)
     shape = system.shape if system else shape_of_recipe(recipe)
-    data = f"{replace(shape, classes=0)}{', classes' if shape.classes else ''}"
+    more = {"classes": shape.classes, "conditions": shape.condition_channels}
+    data = ", ".join([_sides(shape), *(name for name, count in more.items() if count)])
     return ShippedRecipe(name, _title(name), data, _cost(counted(recipe, shape)), False)
+
+
+def _sides(shape: DataShape) -> str:
+    return str(replace(shape, classes=0, condition_channels=0))
 
 
 def _shipped_search(name: str) -> ShippedRecipe:
@@ -130,9 +136,10 @@ def _title(name: str) -> str:
 
 
 def shape_of_recipe(recipe: Recipe) -> DataShape:
-    """The shape of the data that a recipe was made for, with a usual number of channels and any number of classes."""
+    """The shape of the data that a recipe was made for, with usual numbers of channels and any number of classes."""
     kind, classes = recipe.data.kind or "pixels", ANY_CLASSES if recipe.model.class_conditional else 0
-    return DataShape(kind, recipe.data.resolution or 64, CHANNELS[kind], classes)
+    conditions = EDGE_CHANNELS if recipe.model.condition_dropout else 0
+    return DataShape(kind, recipe.data.resolution or 64, CHANNELS[kind], classes, conditions)
 
 
 def counted(recipe: Recipe, shape: DataShape) -> RunCounts:
@@ -169,7 +176,7 @@ def paper_table() -> str:
     for system in PAPER:
         counts = counted(load_recipe(system.recipe), system.shape)
         rows.append([
-            f"`{system.recipe}`", system.data, str(replace(system.shape, classes=0)),
+            f"`{system.recipe}`", system.data, _sides(system.shape),
             f"{counts.parameters / 1e6:.1f} M", f"{counts.evaluation_flops / 1e9:,.1f}",
             f"{gpu_hours(counts.flops):,.1f}", f"{V100S * system.hours:,.0f}" if system.hours else "not stated",
             system.fid or "none", system.source,
@@ -187,7 +194,7 @@ def small_table() -> str:
         shape = shape_of_recipe(recipe)
         counts = counted(recipe, shape)
         rows.append([
-            f"`{small_twin(system.recipe)}`", str(replace(shape, classes=0)), f"{counts.parameters / 1e6:.1f} M",
+            f"`{small_twin(system.recipe)}`", _sides(shape), f"{counts.parameters / 1e6:.1f} M",
             f"{counts.evaluation_flops / 1e9:.2f}", f"{recipe.train.images:,}", clock(counts.flops / TWO_CORES_RATE),
         ])  # fmt: skip
     return _markdown(["recipe", "shape", "parameters", "GFLOP", "counted images", "time on 2 cores"], rows)

@@ -50,6 +50,9 @@ Like = Annotated[
 LikeClasses = Annotated[
     int | None, typer.Option(min=0, metavar="N", help="With --like: number of classes  [default: 0]")
 ]
+LikeCondition = Annotated[
+    int | None, typer.Option(min=0, metavar="N", help="With --like: channels of the condition images  [default: 0]")
+]
 MaxHours = Annotated[
     float | None,
     typer.Option(
@@ -170,6 +173,7 @@ def train(
     ] = False,
     like: Like = None,
     like_classes: LikeClasses = None,
+    like_condition: LikeCondition = None,
     allow_backbone: Backbones = None,
 ) -> None:
     """Train a recipe on a prepared dataset."""
@@ -179,14 +183,14 @@ def train(
     allow_backbones(*allow_backbone or [])
     if resume and out is None:
         recipe, out = None, recipe
-    check_like(like, like_classes, data, dry_run)
+    check_like(like, like_classes or like_condition, data, dry_run)
     nodes = chosen_resources(resources, wait, workers, gpus)
     run = required_run(recipe, data or like, out, resume)
     loaded = load_recipe(recipe, set_ or []) if recipe else recipe_of_run(run, set_ or [])
     if dry_run:
         from patchloom.pipelines.train.dry_run import run_plan
 
-        shape = like_shape(like, like_classes, loaded)
+        shape = like_shape(like, like_classes, like_condition, loaded)
         print(run_plan(loaded, shape or data or dataset_of_run(run), max(1, train_workers(nodes)), measure, microbatch))
         return
     from patchloom.pipelines.train.training import train
@@ -220,21 +224,21 @@ def recipes(as_json: Json = False) -> None:
         print(recipes_text(found))
 
 
-def check_like(like: str | None, classes: int | None, data: str | None, dry_run: bool) -> None:
-    """Raise UserError where --like or --like-classes has no meaning."""
-    if like is None and classes is not None:
-        raise UserError(f"--like-classes {classes} needs --like: the classes of a dataset are known")
+def check_like(like: str | None, more: int | None, data: str | None, dry_run: bool) -> None:
+    """Raise UserError where --like, or `more`, the value of an option that describes it further, has no meaning."""
+    if like is None and more is not None:
+        raise UserError("--like-classes and --like-condition need --like: those of a dataset are known")
     if like is not None and not dry_run:
         raise UserError(f"--like {like} is for --dry-run: add it, or give a dataset with --data")
     if like is not None and data is not None:
         raise UserError(f"--like {like} and --data {data} are two kinds of data: leave one of them out")
 
 
-def like_shape(like: str | None, classes: int | None, recipe: "Recipe") -> "DataShape | None":
+def like_shape(like: str | None, classes: int | None, condition: int | None, recipe: "Recipe") -> "DataShape | None":
     """The shape that --like gives; raises UserError if it is not one."""
     from patchloom.pipelines.train.data_shape import DataShape
 
-    return None if like is None else DataShape.parse(like, classes or 0, recipe.data.kind)
+    return None if like is None else DataShape.parse(like, classes or 0, condition or 0, recipe.data.kind)
 
 
 def tune(
@@ -275,13 +279,14 @@ def tune(
     ] = False,
     like: Like = None,
     like_classes: LikeClasses = None,
+    like_condition: LikeCondition = None,
     allow_backbone: Backbones = None,
 ) -> None:
     """Search recipe keys in short runs of equal cost.
 
     The result is a ranking of the values of p, the schedule or other keys, with a page that shows it.
     """
-    check_like(like, like_classes, data, dry_run)
+    check_like(like, like_classes or like_condition, data, dry_run)
     if not data and not like:
         raise UserError("--data is missing: give a prepared dataset, or --like with --dry-run")
     nodes = chosen_resources(resources, wait, workers, gpus, for_trials=True)
@@ -292,7 +297,7 @@ def tune(
         from patchloom.pipelines.tune.dry_run import search_plan
         from patchloom.platform.recipe.search import load_search
 
-        shape = like_shape(like, like_classes, load_search(search)[1])
+        shape = like_shape(like, like_classes, like_condition, load_search(search)[1])
         parallel = TuneResources(concurrent, nodes.workers or 0).parallel_trials(os.cpu_count() or 1) or 1
         print(search_plan(search, shape or data or "", parallel))
         return

@@ -38,12 +38,15 @@ class DataShape:
         return DataShape(card.kind, card.resolution, card.channels, len(card.classes), conditions)
 
     @staticmethod
-    def parse(text: str, classes: int = 0, kind: Literal["pixels", "latents"] | None = None) -> "DataShape":
+    def parse(
+        text: str, classes: int = 0, conditions: int = 0, kind: Literal["pixels", "latents"] | None = None
+    ) -> "DataShape":
         """The shape that a text such as 64x64x3 means: height, width and channels.
 
         Args:
             text: the text.
             classes: number of classes.
+            conditions: channels of the condition images.
             kind: what the data are. Default: pixels.
 
         Raises:
@@ -57,13 +60,13 @@ class DataShape:
             raise UserError(
                 f"--like {text}: images are square after `patchloom prepare`; write {height}x{height}x{channels}"
             )
-        for name, value in {"resolution": height, "channels": channels}.items():
+        for name, value in {"resolution": height, "channels": channels, "condition_channels": conditions}.items():
             least, most = NETWORK_BOUNDS[name]
             if not least <= value <= most:
                 raise UserError(f"--like {text}: {name} {value} is not between {least} and {most}")
         if not 0 <= classes <= MOST_CLASSES:
             raise UserError(f"--like-classes {classes} is not between 0 and {MOST_CLASSES}")
-        return DataShape(kind or "pixels", height, channels, classes)
+        return DataShape(kind or "pixels", height, channels, classes, conditions)
 
     def __str__(self) -> str:
         classes = f" of {self.classes:,} classes" if self.classes else ""

@@ -186,7 +186,7 @@ def _check_fit(recipe: Recipe, shape: DataShape) -> None:
     if recipe.model.condition_dropout and not shape.condition_channels:
         raise UserError(
             f"model.condition_dropout is {recipe.model.condition_dropout:g}, and the data have no conditions: set it "
-            "to 0, or prepare the images with --condition"
+            "to 0, or prepare the images with --condition (with --like, give --like-condition)"
         )
     if data.mirror and is_latent:
         raise UserError("data.mirror is true, and mirroring a latent does not mirror the image: set it to false")

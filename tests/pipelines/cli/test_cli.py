@@ -192,11 +192,14 @@ def test_like_replaces_a_dataset_in_dry_runs_only(
     assert "61,806,723" in capsys.readouterr().out
     conditional = ("train", "demo_latents", "--dry-run", "--like", "16x16x4")
     assert run_main(monkeypatch, *conditional, "--like-classes", "6") == 0
+    edges = ("train", "edges_small", "--dry-run", "--like", "32x32x3", "--like-condition", "1")
+    assert run_main(monkeypatch, *edges) == 0
     for wrong in (
         conditional,
         ("train", "celeba64", "--like", "64x64x3", "--out", "run"),
         ("train", "celeba64", "--like", "64x64x3", "--data", "data", "--dry-run"),
         ("train", "celeba64", "--like-classes", "6", "--data", "data", "--dry-run"),
+        ("train", "celeba64", "--like-condition", "1", "--data", "data", "--dry-run"),
         ("train", "celeba64", "--dry-run"),
         ("tune", "p_search", "--like", "64x64x3", "--out", "search"),
         ("tune", "p_search", "--out", "search"),

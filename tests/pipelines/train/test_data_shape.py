@@ -41,6 +41,16 @@ def test_classes_are_needed_by_conditional_recipes_only() -> None:
     assert conditional[1] - conditional[0] == 2 * 8  # a row of the embedding, as wide as that of the noise, per class
 
 
+def test_conditions_are_further_channels_of_the_input() -> None:
+    recipe = tiny_recipe(model__class_conditional=False)
+    plain, edges = (describe_plan(recipe, DataShape.parse("16x16x3", conditions=count)) for count in (0, 1))
+    assert edges.parameters - plain.parameters == 3 * 3 * 8  # a 3 x 3 convolution of width 8
+    with pytest.raises(UserError, match="--like-condition"):
+        describe_plan(
+            tiny_recipe(model__class_conditional=False, model__condition_dropout=0.1), DataShape("pixels", 16, 3)
+        )
+
+
 @pytest.mark.parametrize("text", ["", "64", "64x64", "64x64x3x10", "64x32x3", "0x0x3", "64x64x0", "axbxc", "-4x-4x3"])
 def test_another_text_is_no_shape(text: str) -> None:
     with pytest.raises(UserError, match=f"--like {text}"):
