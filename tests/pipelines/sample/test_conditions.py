@@ -16,8 +16,10 @@ from mlflow.exceptions import MlflowException
 from PIL import Image
 
 from patchloom.errors import UserError
+from patchloom.models.autoencoder import new_autoencoder, save_autoencoder
 from patchloom.models.cards import ConditionCard
 from patchloom.models.checkpoints import load_sampling_model
+from patchloom.models.conditions import depth_to_space
 from patchloom.models.generate import Sampling, generate_padded
 from patchloom.pipelines.evaluate import evaluate
 from patchloom.pipelines.prepare import prepare
@@ -181,6 +183,36 @@ def test_a_registered_model_says_what_it_needs(folder: Path, served: SamplerMode
     assert described.condition == "edges, 1 channel of uint8" and "--conditions" in described.sample
     with pytest.raises(MlflowException, match="--conditions"):
         served.predict(None, pd.DataFrame({"seed": [0]}), {"steps": 2})
+
+
+def test_latents_are_trained_and_sampled_with_conditions_at_full_detail(images: Path, tmp_path: Path) -> None:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        (tmp_path / "ae").mkdir()
+        save_autoencoder(new_autoencoder((8, 8, 8), 2), tmp_path / "ae")
+    made = prepare(
+        str(images),
+        str(tmp_path / "data"),
+        resolution=32,
+        condition="edges",
+        autoencoder=str(tmp_path / "ae"),
+        workers=0,
+    )
+    recipe = tiny_recipe(train__images=100, data__whiten=True)
+    run = train(recipe, str(made.path), str(tmp_path / "run"), workers=0)
+    model = load_sampling_model(run.model)
+    assert model.denoiser.condition_channels == 16 and model.card.condition is not None
+    assert (model.card.condition.channels, model.card.condition.downscale) == (1, 4)
+    shown = torch.from_numpy(depth_to_space(made.rows(SEEDS)["condition"], 4))
+    labels = [seed % 2 for seed in SEEDS]
+    wanted = generate_padded(model, SEEDS, labels, 4, Sampling(steps=2), condition=shown)
+    sample(str(run.folder), str(tmp_path / "samples"), SEEDS, conditions=str(made.path), **OPTIONS)
+    assert np.array_equal(png_pixels(tmp_path / "samples"), wanted.numpy()) and wanted.shape == (7, 3, 32, 32)
+    (tmp_path / "files").mkdir()
+    for number, picture in enumerate(shown[:, 0].numpy()):
+        Image.fromarray(picture).save(tmp_path / "files" / f"{number}.png")
+    sample(str(run.folder), str(tmp_path / "same"), SEEDS, conditions=str(tmp_path / "files"), **OPTIONS)
+    assert np.array_equal(png_pixels(tmp_path / "same"), png_pixels(tmp_path / "samples"))
 
 
 CARD = ConditionCard(
