@@ -102,7 +102,7 @@ class BenchmarkedJob(Job[SeedShard, SampledShard]):
     def __init__(self, model: Path, out: Path, shards: int) -> None:
         self.total, self.results = SHARD * shards, list[SampledShard]()
         self.argument = ShardSamplerArgument(
-            str(model), str(out), store_environment(), (), SAMPLING, SHARD // 2, "png", None, False
+            str(model), str(out), store_environment(), (), SAMPLING, SHARD // 2, "png", None, None
         )
 
     def missing(self) -> list[SeedShard]:

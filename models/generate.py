@@ -3,6 +3,7 @@
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from inspect import signature
 from typing import Any
 
@@ -12,14 +13,15 @@ from torch import Tensor
 from patchloom.models import samplers
 from patchloom.models.cards import ModelCard
 from patchloom.models.checkpoints import SamplingModel
-from patchloom.models.codec import from_pixels, to_pixels
+from patchloom.models.codec import to_pixels
 from patchloom.models.conditions import check_condition, network_condition
 from patchloom.models.denoiser import halvings_of
-from patchloom.models.guidance import EVERYWHERE, guided, guides_at, keep_centre
+from patchloom.models.guidance import EVERYWHERE, guided, guides_at
+from patchloom.models.inpainting import GRADIENTS, KnownPixels
 from patchloom.models.noise import LADDERS
 from patchloom.models.patches import extended_grid
 from patchloom.models.precision import half_precision
-from patchloom.models.samplers import Denoise, Noise, SeededNoise
+from patchloom.models.samplers import Denoise, Noise, SeededNoise, resampled
 from patchloom.models.sampling_options import SAMPLER_NAMES, SamplingOptions
 from patchloom.models.step import one_hot
 
@@ -41,12 +43,13 @@ class Sampling(SamplingOptions):
         """The (steps + 1,) float64 noise levels, ending in 0."""
         return LADDERS[self.ladder](self.steps)
 
-    def __call__(self, denoise: Denoise, noise: Noise) -> Tensor:
+    def __call__(self, denoise: Denoise, noise: Noise, repeats: int = 1) -> Tensor:
         """Sample with this sampler.
 
         Args:
             denoise: denoise(x, sigma) -> clean estimate.
             noise: noise() -> (B, C, H, W) standard normal; the first call gives the start.
+            repeats: how often each step is made (see `resampled`).
 
         Returns:
             (B, C, H, W) float64.
@@ -54,15 +57,23 @@ class Sampling(SamplingOptions):
         options: dict[str, Any] = {}
         if self.sampler == "heun":
             low, high = self.churn_between or EVERYWHERE
-            options = {"churn": self.churn, "churn_min": low, "churn_max": high, "churn_noise": self.churn_noise}
+            churn = self.churn / self.steps if repeats > 1 else self.churn  # the steps are sampled one by one
+            options = {"churn": churn, "churn_min": low, "churn_max": high, "churn_noise": self.churn_noise}
         sampler, sigmas = SAMPLERS[self.sampler], self.sigmas()
         if "noise" in signature(sampler).parameters:
             options["noise"] = noise
-        return sampler(denoise, noise().double() * float(sigmas[0]), sigmas, **options)
+        start, chosen = noise().double() * float(sigmas[0]), partial(sampler, **options)
+        if repeats == 1:
+            return chosen(denoise, start, sigmas)
+        return resampled(chosen, denoise, start, sigmas, noise, repeats)
 
     @property
     def network_evaluations(self) -> int:
-        """Network evaluations per image, counted by sampling an empty image."""
+        """Network evaluations per image."""
+        return self.evaluations_given(None)
+
+    def evaluations_given(self, known: KnownPixels | None) -> int:
+        """Network evaluations per image, counted by sampling an empty image; a gradient counts as one."""
         count = 0
 
         def counted(x: Tensor, sigma: Tensor) -> Tensor:
@@ -70,8 +81,8 @@ class Sampling(SamplingOptions):
             count += 2 if guides_at(float(sigma), self.guidance, self.guidance_between or EVERYWHERE) else 1
             return x
 
-        self(counted, lambda: torch.zeros(1, 1, 1, 1))
-        return count
+        self(counted, lambda: torch.zeros(1, 1, 1, 1), known.repeats if known else 1)
+        return count * (1 + GRADIENTS if known and known.needs_gradients else 1)
 
 
 def check_fit(sampling: Sampling, card: ModelCard) -> None:
@@ -113,7 +124,7 @@ def generate(
     seeds: list[int],
     labels: list[int],
     sampling: Sampling,
-    centre: Tensor | None = None,
+    known: KnownPixels | None = None,
     check: Callable[[], None] | None = None,
     condition: Tensor | None = None,
 ) -> Tensor:
@@ -127,7 +138,7 @@ def generate(
         seeds: one per image.
         labels: class number of each image, -1 for no class.
         sampling: the options.
-        centre: (C, h, w) uint8, an image that is kept in the middle of a larger canvas.
+        known: the pixels that all images share; the others are sampled to fit.
         check: called before each evaluation of the network; ends the sampling by an exception.
         condition: (B, K, H, W), a condition image per image, with values as in the dataset, for models that need one.
 
@@ -140,7 +151,7 @@ def generate(
     """
     device = next(model.denoiser.parameters()).device
     with half_precision(device, sampling.precision):
-        return _generate(model, seeds, labels, sampling, centre, check, condition, device)
+        return _generate(model, seeds, labels, sampling, known, check, condition, device)
 
 
 def _generate(
@@ -148,7 +159,7 @@ def _generate(
     seeds: list[int],
     labels: list[int],
     sampling: Sampling,
-    centre: Tensor | None,
+    known: KnownPixels | None,
     check: Callable[[], None] | None,
     condition: Tensor | None,
     device: torch.device,
@@ -166,18 +177,19 @@ def _generate(
     coordinates = None
     if denoiser.coordinates != "none" and sampling.canvas == "extrapolate":
         coordinates = extended_grid(height, width, denoiser.resolution, device)
+    network: Callable[..., Tensor] = model.replayed or denoiser
+    if known is not None and known.needs_gradients:
+        network = denoiser  # a replay has no gradients
     denoise = guided(
-        model.replayed or denoiser, classes, sampling.guidance, sampling.guidance_between or EVERYWHERE, coordinates,
+        network, classes, sampling.guidance, sampling.guidance_between or EVERYWHERE, coordinates,
         in_one_batch=device.type != "cpu",  # fewer launches
         condition=condition,
     )  # fmt: skip
-    if centre is not None:
-        denoise = keep_centre(
-            denoise, from_pixels(centre[None].to(device, non_blocking=True), model.normalisation, model.autoencoder)
-        )
     if check is not None:
         denoise = _checked_before(denoise, check)
-    x = sampling(denoise, lambda: noise().to(device, non_blocking=True))
+    if known is not None:
+        denoise = known.estimates(denoise, model.normalisation, model.autoencoder, device)
+    x = sampling(denoise, lambda: noise().to(device, non_blocking=True), known.repeats if known else 1)
     if sampling.precision != "fp32" and not x.isfinite().all():
         raise ValueError(f"precision: the samples are not finite in {sampling.precision}; use fp32")
     return to_pixels(x, model.normalisation, model.autoencoder)
@@ -235,7 +247,7 @@ def generate_padded(
     labels: list[int],
     batch: int,
     sampling: Sampling,
-    centre: Tensor | None = None,
+    known: KnownPixels | None = None,
     check: Callable[[], None] | None = None,
     condition: Tensor | None = None,
 ) -> Tensor:
@@ -249,7 +261,7 @@ def generate_padded(
         labels: class number of each image, -1 for no class.
         batch: images per batch.
         sampling: the options.
-        centre: (C, h, w) uint8, an image that is kept in the middle of a larger canvas.
+        known: the pixels that all images share; the others are sampled to fit.
         check: called before each evaluation of the network; ends the sampling by an exception.
         condition: (N, K, H, W), a condition image per seed, with values as in the dataset, for models that need one.
 
@@ -267,5 +279,5 @@ def generate_padded(
         shown = None if condition is None else condition[start : start + batch]
         if shown is not None and count < batch:
             shown = torch.cat([shown, shown[-1:].expand(batch - count, -1, -1, -1)])
-        images.append(generate(model, batch_seeds, batch_labels, sampling, centre, check, shown)[:count])
+        images.append(generate(model, batch_seeds, batch_labels, sampling, known, check, shown)[:count])
     return torch.cat(images)

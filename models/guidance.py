@@ -1,4 +1,4 @@
-"""Guidance: estimates moved away from the unconditional one, and estimates with a fixed centre."""
+"""Guidance: estimates moved away from the unconditional one."""
 
 from collections.abc import Callable
 
@@ -60,23 +60,3 @@ def _then_zeros(given: Tensor | None) -> Tensor | None:
 def guides_at(sigma: float, guidance: float, interval: tuple[float, float] = EVERYWHERE) -> bool:
     """Whether guidance acts at this noise level, which needs a second evaluation."""
     return guidance != 1 and interval[0] < sigma <= interval[1]
-
-
-def keep_centre(denoise: Denoise, centre: Tensor) -> Denoise:
-    """Fix the centre of the canvas and sample its surroundings (Patch Diffusion, section 4.5).
-
-    The known values replace the estimate, so every sampler moves the noise there straight to them.
-
-    Args:
-        denoise: the denoiser, as a sampler calls it.
-        centre: (B or 1, C, h, w) clean values of the network, not larger than the canvas.
-    """
-    height, width = centre.shape[2:]
-
-    def with_centre(x: Tensor, sigma: Tensor) -> Tensor:
-        estimate = denoise(x, sigma).clone()
-        top, left = (x.shape[2] - height) // 2, (x.shape[3] - width) // 2
-        estimate[:, :, top : top + height, left : left + width] = centre.to(estimate)
-        return estimate
-
-    return with_centre

@@ -19,6 +19,7 @@ from patchloom.models.codec import to_pixels
 from patchloom.models.denoiser import skeleton
 from patchloom.models.generate import Sampling, image_size
 from patchloom.models.guidance import guided
+from patchloom.models.inpainting import Reconstruction
 from patchloom.models.normalisation import identity_normalisation
 from patchloom.models.random_draws import CropBatch
 from patchloom.models.step import HALF_PRECISIONS, StoredRows, crop_losses, seeded_dropout
@@ -104,7 +105,9 @@ def _converted(value: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 @torch.no_grad()
-def sampling_bytes(model: SamplingModel, sampling: Sampling, batch: int, device: str) -> int:
+def sampling_bytes(
+    model: SamplingModel, sampling: Sampling, batch: int, device: str, with_gradients: bool = False
+) -> int:
     """The peak of live bytes while a batch is sampled, with the weights.
 
     Args:
@@ -112,6 +115,7 @@ def sampling_bytes(model: SamplingModel, sampling: Sampling, batch: int, device:
         sampling: the options.
         batch: images per batch.
         device: type of the device that will sample, "cpu" or "cuda".
+        with_gradients: whether each estimate needs gradients through the network (`Reconstruction`).
     """
     meta = torch.device("meta")
     denoiser, in_one_batch = model.denoiser, device != "cpu"
@@ -124,6 +128,8 @@ def sampling_bytes(model: SamplingModel, sampling: Sampling, batch: int, device:
             torch.empty(batch, count, height, width, device=meta) if (count := denoiser.condition_channels) else None
         )
         denoise = guided(denoiser, classes, sampling.guidance, in_one_batch=in_one_batch, condition=shown)
+        if with_gradients:
+            denoise = Reconstruction(denoise, x, torch.ones_like(x, dtype=torch.bool))
         slope = slope - denoise(predicted, torch.tensor(1.0, dtype=torch.float64))
         to_pixels(x, model.normalisation, model.autoencoder)
     return weight_bytes(model) + int(live.peak)

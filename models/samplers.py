@@ -250,6 +250,39 @@ def plms(denoise: Denoise, start: Tensor, sigmas: Tensor) -> Tensor:
     return x
 
 
+def resampled(
+    sampler: Callable[[Denoise, Tensor, Tensor], Tensor],
+    denoise: Denoise,
+    start: Tensor,
+    sigmas: Tensor,
+    noise: Noise,
+    repeats: int,
+) -> Tensor:
+    """Every step of a sampler several times, each time from new noise (RePaint: Lugmayr et al. 2022, Algorithm 1).
+
+    For estimates with known values: after a step, the noise of the higher level is added again, so that the unknown
+    values get further steps to fit the known ones. Samplers of several steps forget their earlier steps.
+
+    Args:
+        sampler: a sampler, called with the two noise levels of each step.
+        denoise: denoise(x, sigma) -> clean estimate, such as one of `keep_known`.
+        start: (B, C, H, W) noise, already scaled by sigmas[0].
+        sigmas: (steps + 1,) decreasing noise levels.
+        noise: noise() -> (B, C, H, W) standard normal.
+        repeats: how often each step is made; 1 is plain sampling.
+
+    Returns:
+        (B, C, H, W) float64.
+    """
+    x = start.to(torch.float64)
+    for sigma, lower in pairwise(_on_cpu(sigmas)):
+        for further in reversed(range(repeats)):
+            x = sampler(denoise, x, torch.stack([sigma, lower]))
+            if further:
+                x = x + float((sigma**2 - lower**2).sqrt()) * _drawn(noise, x)
+    return x
+
+
 def _weighted(slopes: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
     total = torch.zeros_like(slopes[0])
     for slope, weight in zip(slopes, weights, strict=True):

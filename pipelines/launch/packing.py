@@ -47,6 +47,8 @@ REFERENCES = frozenset(
         "picture",
         "outpaint",
         "condition",
+        "inpaint",
+        "mask",
     }
 )
 YAML = (".yaml", ".yml")

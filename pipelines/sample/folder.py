@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from itertools import groupby, islice
 from operator import itemgetter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -22,7 +23,7 @@ from patchloom.platform.dataset.label_files import opened_here
 from patchloom.platform.files.folder import Folder, in_threads
 from patchloom.platform.files.outputs import check_output_folder
 from patchloom.platform.files.spool import sorted_rows
-from patchloom.platform.records.samples import ManifestEntry, SamplingCard
+from patchloom.platform.records.samples import KeptImage, ManifestEntry, SamplingCard
 
 SAMPLING_CARD, MANIFEST, CONTACT_SHEET, JOINED_NPZ = (
     "sampling.json", "manifest.jsonl", "contact_sheet.png", "samples.npz",
@@ -50,7 +51,9 @@ def write_or_check_card(folder: Folder, card: SamplingCard) -> None:
     """
     if folder.has(SAMPLING_CARD):
         found = read_sampling_card(folder)
-        later = {name: value for name, value in LATER_OPTIONS.items() if name not in found}
+        later: dict[str, Any] = {name: value for name, value in LATER_OPTIONS.items() if name not in found}
+        if found.outpaint is not None:
+            later["outpaint"] = KeptImage.model_validate({"method": found.outpaint.method, **found.outpaint.to_dict()})
         found = found.model_copy(update=later)
         check_same(folder, "samples", found, card, ignored=("model.reference", "lineage"))
     else:

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
 # declared here because `formats.py` imports numpy and pyarrow
 FORMAT_NAMES = ("png", "zip", "webdataset", "parquet", "npz")
+INPAINTING_METHODS = ("reconstruct", "resample", "replace")
 DEFAULT_BATCH = 8  # on CPUs, and wherever requests are small
 
 
@@ -30,6 +31,14 @@ class SampleOptions(SamplingOptions):
         "--condition; seed i follows the i-th one, and they take turns",
     )
     outpaint: str | None = option(None, "An image file that fills the center; the rest of a larger --size is sampled")
+    inpaint: str | None = option(None, "An image file of which the white part of --mask is kept; the rest is sampled")
+    mask: str | None = option(None, "With --inpaint: an image file of the same size, white where pixels are kept")
+    outpaint_method: str = option(
+        "reconstruct",
+        "How --outpaint and --inpaint fit the rest to the kept pixels: reconstruct (with gradients through the "
+        "network), resample (each step 4 times), both at 4 times the cost, or replace (leaves visible borders)",
+        choices=INPAINTING_METHODS,
+    )
     format: str = option("png", "File format", choices=FORMAT_NAMES)
     shard_size: int | None = option(None, "Images per archive (default 1000) and per unit of work", minimum=1)
     batch: int | None = option(
@@ -38,6 +47,13 @@ class SampleOptions(SamplingOptions):
         "folder 8 on CPUs and up to 64 on GPUs, by their memory",
         minimum=1,
     )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if (self.inpaint is None) != (self.mask is None):
+            raise ValueError("inpaint and mask: one needs the other; give both --inpaint IMAGE and --mask MASK")
+        if self.inpaint is not None and self.outpaint is not None:
+            raise ValueError("inpaint and outpaint: only one image can be kept; leave one of them out")
 
     def sampling(self) -> "Sampling":
         """The options of the sampler alone."""

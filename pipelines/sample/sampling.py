@@ -13,7 +13,6 @@ from patchloom.models.checkpoints import sampling_skeleton, verified_card
 from patchloom.models.conditions import check_condition
 from patchloom.models.generate import Sampling, check_fit, image_size
 from patchloom.models.memory import sampling_bytes
-from patchloom.pipelines.pages.pictures import png_bytes
 from patchloom.pipelines.sample.batches import default_batch
 from patchloom.pipelines.sample.conditions import CONDITIONS_FILE, condition_lines, open_sample_conditions
 from patchloom.pipelines.sample.folder import (
@@ -27,11 +26,11 @@ from patchloom.pipelines.sample.folder import (
     write_or_check_card,
 )
 from patchloom.pipelines.sample.formats import FORMATS
+from patchloom.pipelines.sample.known_images import read_known_image
 from patchloom.pipelines.sample.options import SampleOptions, option_parameters
-from patchloom.pipelines.sample.outpainting import read_center
 from patchloom.pipelines.sample.seeds import Seeds, choose_labels, listed_seeds, parse_seeds
 from patchloom.pipelines.sample.shard_sampler import (
-    CENTER_IMAGE,
+    KNOWN_IMAGE,
     SampledShard,
     SeedShard,
     ShardSampler,
@@ -45,7 +44,6 @@ from patchloom.platform.files.folder import Folder
 from patchloom.platform.progress import say
 from patchloom.platform.records.samples import (
     ModelLineage,
-    OutpaintedImage,
     SampledConditions,
     SampledModel,
     SamplingCard,
@@ -118,6 +116,10 @@ def sample(
         conditions: for models with a condition: a folder of edge images, masks, arrays, ..., or a dataset prepared with
             a condition; seed i follows the i-th one, and they take turns.
         outpaint: an image file that fills the center of a larger size.
+        inpaint: an image file of which the white part of `mask` is kept; the rest is sampled.
+        mask: with `inpaint`, an image file of the same size, white where pixels are kept.
+        outpaint_method: how the rest is fitted to the kept pixels: reconstruct, resample or replace. Default:
+            reconstruct.
         format: png, zip, webdataset, parquet or npz. Default: png.
         shard_size: images per archive, and per unit of work. Default: 1000 per archive.
         batch: images per network batch. Default: that of the folder; for a new folder 8 on CPUs, and on GPUs up to 64,
@@ -167,7 +169,8 @@ def sample_plan(
     card, sampling = job.card, job.argument.sampling
     try:
         skeleton = sampling_skeleton(job.model_folder)
-        needed = sampling_bytes(skeleton, sampling, card.batch, card.device or "cpu")
+        with_gradients = job.known is not None and job.known.pixels().needs_gradients
+        needed = sampling_bytes(skeleton, sampling, card.batch, card.device or "cpu", with_gradients)
         memory = f"{needed / 2**20:,.0f} MiB per worker at the peak: weights and activations"
     except NotImplementedError:  # a backbone may not support the meta device
         memory = "unknown memory"
@@ -220,12 +223,8 @@ class SampleJob(Job[SeedShard, SampledShard]):
         fetched, sampling = fetch_model(model), options.sampling()
         self.model_folder, card = fetched.folder, verified_card(fetched.folder)
         self.classes, labels, label = choose_labels(self.seeds, card, options.label, options.labels)
+        self.known, sampling = read_known_image(options, sampling, card)
         check_fit(sampling, card)
-        self.center, center_sha256 = None, None
-        if options.outpaint is not None:
-            downscale = card.autoencoder.downscale if card.autoencoder else 1
-            is_grey = card.normalisation.kind == "pixels" and card.denoiser.channels == 1
-            self.center, center_sha256 = read_center(options.outpaint, options.size, downscale, is_grey)
         self.condition_lines, conditions = b"", None
         if options.conditions is None or card.condition is None:
             check_condition(card.condition, None if options.conditions is None else (), image_size(card, sampling))
@@ -234,7 +233,9 @@ class SampleJob(Job[SeedShard, SampledShard]):
             self.condition_lines = b"".join(condition_lines(opened))
             sha256 = hashlib.sha256(self.condition_lines).hexdigest()
             conditions = SampledConditions(count=len(opened), sha256=sha256)
-        batch, device = _batch_and_device(folder, fetched, sampling, options.batch, workers, resources)
+        pixels = self.known.pixels() if self.known else None
+        with_gradients = pixels is not None and pixels.needs_gradients
+        batch, device = _batch_and_device(folder, fetched, sampling, with_gradients, options.batch, workers, resources)
         is_archive = FORMATS[options.format].pack is not None
         self.folder, self.total, self.images, self.shard_size = folder, len(self.seeds), 0, options.shard_size
         self.card = SamplingCard(
@@ -242,30 +243,32 @@ class SampleJob(Job[SeedShard, SampledShard]):
             kind="samples",
             model=_sampled_model(fetched, card),
             **asdict(sampling),
-            network_evaluations=sampling.network_evaluations,
+            network_evaluations=sampling.evaluations_given(pixels),
             labels=labels,
             label=label,
-            outpaint=OutpaintedImage(sha256=center_sha256) if center_sha256 else None,
+            outpaint=self.known.record if self.known and options.outpaint else None,
             **({"conditions": conditions} if conditions else {}),
             format=options.format,
             shard_size=(options.shard_size or ARCHIVE_IMAGES) if is_archive else None,
             batch=batch,
             threads=1,
             **({"device": device} if device else {}),
+            **({"inpaint": self.known.record} if self.known and options.inpaint else {}),
             lineage=ModelLineage(run_id=fetched.run_id, name=fetched.name, version=fetched.version),
         )
         read = (fetched.reference, *([options.conditions] if options.conditions else []))
         self.paths = UsedPaths(read=read, written=(folder.address,))
         self.argument = ShardSamplerArgument(
             fetched.reference, folder.address, store_environment(), tuple(allowed_backbones()), sampling, batch,
-            options.format, self.card.shard_size, self.center is not None, device, _shared_address(options.conditions),
+            options.format, self.card.shard_size, self.known.method if self.known else None, device,
+            _shared_address(options.conditions),
         )  # fmt: skip
 
     def start(self) -> bool:
-        """Write `sampling.json`, and the image of the center or the list of conditions."""
+        """Write `sampling.json`, and the image that is kept or the list of conditions."""
         write_or_check_card(self.folder, self.card)
-        if self.center is not None:
-            self.folder.write(CENTER_IMAGE, png_bytes(self.center))
+        if self.known is not None:
+            self.folder.write(KNOWN_IMAGE, self.known.png())
         if self.condition_lines:
             self.folder.write(CONDITIONS_FILE, self.condition_lines)
         return True
@@ -297,6 +300,7 @@ def _batch_and_device(
     folder: Folder,
     model: FetchedModel,
     sampling: Sampling,
+    with_gradients: bool,
     batch: int | None,
     workers: int | None,
     resources: Resources,
@@ -307,7 +311,7 @@ def _batch_and_device(
         return batch or found.batch, found.device
     check_samples_folder(folder)
     device = job_device(workers, resources)
-    return batch or default_batch(model.folder, sampling, device.kind, device.memory_bytes), device.kind
+    return batch or default_batch(model.folder, sampling, device.kind, device.memory_bytes, with_gradients), device.kind
 
 
 def _sampled_model(fetched: FetchedModel, card: ModelCard) -> SampledModel:

@@ -14,10 +14,10 @@ from patchloom.errors import UserError
 from patchloom.models.backbones import allow_backbones
 from patchloom.models.generate import Sampling, generate_padded, image_size
 from patchloom.models.precision import fixed_arithmetic
-from patchloom.pipelines.pages.pictures import png_pixels
 from patchloom.pipelines.sample.conditions import conditions_of, open_sample_conditions
 from patchloom.pipelines.sample.folder import MANIFEST, parse_entries
 from patchloom.pipelines.sample.formats import FORMATS, EncodedImage, content_sha256, read_contents
+from patchloom.pipelines.sample.known_images import pixels_of_png
 from patchloom.pipelines.sample.sampler import load_model_for_sampling
 from patchloom.pipelines.sample.seeds import SeedClasses, Seeds
 from patchloom.platform.compute.jobs import NOTES_FOLDER
@@ -25,7 +25,7 @@ from patchloom.platform.files.folder import Folder
 from patchloom.platform.records.samples import ManifestEntry
 from patchloom.platform.tracking.store import store_environment
 
-CENTER_IMAGE = "outpaint.png"
+KNOWN_IMAGE = "known.png"
 NO_CLASSES = SeedClasses()
 REMOTE_WRITERS = 16  # hides the latency of a store
 
@@ -57,8 +57,9 @@ class SeedShard:
 class ShardSamplerArgument:
     """What a worker needs to sample shards. `model`, `folder` and `stores` are addresses that work on any node.
 
-    `device` is the kind of device that the images in the folder were sampled on; None if it is unknown. `conditions` is
-    the address of the conditions, if the model needs them.
+    `device` is the kind of device that the images in the folder were sampled on; None if it is unknown.
+    `known_method` is the method of in-painting, for folders with an image that is kept in part.
+    `conditions` is the address of the conditions, if the model needs them.
     """
 
     model: str
@@ -69,7 +70,7 @@ class ShardSamplerArgument:
     batch: int
     format: str
     shard_size: int | None
-    has_center: bool
+    known_method: str | None
     device: str | None = None
     conditions: str | None = None
 
@@ -93,9 +94,9 @@ class ShardSampler:
         self.argument, self.folder = argument, Folder(argument.folder)
         self.format = FORMATS[argument.format]
         self.model = load_model_for_sampling(argument.model)
-        self.center = None
-        if argument.has_center:
-            self.center = torch.from_numpy(png_pixels(self.folder.read(CENTER_IMAGE)).copy())
+        self.known = None
+        if argument.known_method is not None:
+            self.known = pixels_of_png(self.folder.read(KNOWN_IMAGE), argument.known_method)
         self.conditions, card = None, self.model.card.condition
         if argument.conditions is not None and card is not None:
             self.conditions = open_sample_conditions(
@@ -135,7 +136,7 @@ class ShardSampler:
         try:
             shown = None if self.conditions is None else torch.from_numpy(conditions_of(self.conditions, seeds))
             images = generate_padded(
-                self.model, seeds, labels, argument.batch, argument.sampling, self.center, condition=shown
+                self.model, seeds, labels, argument.batch, argument.sampling, self.known, condition=shown
             )
         except ValueError as error:
             raise UserError(str(error)) from None

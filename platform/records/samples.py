@@ -26,10 +26,12 @@ class ModelLineage(Record):
     version: str | None
 
 
-class OutpaintedImage(Record):
-    """The sha256 of the image file in the center of the samples."""
+class KeptImage(Record):
+    """The image file that samples keep in part: its sha256, and that of the mask for in-painting."""
 
     sha256: str
+    mask_sha256: str | None = None
+    method: str = "replace"  # that of folders of earlier versions
 
 
 class SampledConditions(Record):
@@ -51,7 +53,8 @@ class SamplingCard(VersionedRecord):
 
     The options of the sampler (`steps`, `sampler`, ...) are declared in `models/sampling_options.py`. The card keeps
     them as further fields, and writes them after `model`. `conditions` is only written for models that need them.
-    `device` is the kind of device of the workers, "cpu" or "cuda"; None in folders of earlier versions.
+    `device` is the kind of device of the workers, "cpu" or "cuda"; None in folders of earlier versions. `inpaint` is
+    only written for in-painting.
     """
 
     FORMAT: ClassVar[int] = 1
@@ -61,13 +64,14 @@ class SamplingCard(VersionedRecord):
     network_evaluations: int
     labels: Literal["balanced", "fixed", "file"]
     label: int | None
-    outpaint: OutpaintedImage | None
+    outpaint: KeptImage | None
     conditions: SampledConditions | None = None
     format: str
     shard_size: int | None
     batch: int
     threads: int
     device: str | None = None
+    inpaint: KeptImage | None = None
     lineage: ModelLineage
 
     def to_dict(self) -> dict[str, Any]:

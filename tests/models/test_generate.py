@@ -19,6 +19,7 @@ from patchloom.models.generate import (
     generate_padded,
 )
 from patchloom.models.guidance import guided
+from patchloom.models.inpainting import KnownPixels
 from patchloom.models.layers import Convolution
 from patchloom.models.noise import karras_sigmas
 from patchloom.models.precision import fixed_arithmetic, one_thread
@@ -80,8 +81,10 @@ def test_labels_go_in_turn_by_seed_and_are_minus_1_without_classes() -> None:
 @pytest.mark.parametrize("canvas", ["rescale", "extrapolate"])
 def test_every_grey_level_of_a_reference_stays_as_it_is(model: SamplingModel, sampler: str, canvas: str) -> None:
     reference = torch.arange(256, dtype=torch.uint8).reshape(1, 16, 16).repeat(3, 1, 1)
+    canvas_image, mask = torch.zeros(3, 24, 32, dtype=torch.uint8), torch.zeros(24, 32, dtype=torch.bool)
+    canvas_image[:, 4:20, 8:24], mask[4:20, 8:24] = reference, True
     sampling = Sampling(sampler, steps=6, size=(24, 32), canvas=canvas, guidance=1.3)
-    made = generate(model, [1, 2], [0, -1], sampling, reference)
+    made = generate(model, [1, 2], [0, -1], sampling, KnownPixels(canvas_image, mask, "reconstruct"))
     assert made.shape == (2, 3, 24, 32)
     assert (made[:, :, 4:20, 8:24] == reference).all()
     assert not torch.equal(made[0], made[1])

@@ -16,6 +16,7 @@ from patchloom.models.cost import largest_group
 from patchloom.models.denoiser import build_denoiser, skeleton
 from patchloom.models.ema import HalfLifeEMA
 from patchloom.models.generate import Sampling, generate
+from patchloom.models.inpainting import KnownPixels
 from patchloom.models.memory import LiveBytes, largest_batch, sampling_bytes, training_bytes
 from patchloom.models.normalisation import Normalisation, pixel_normalisation
 from patchloom.models.patches import patch_schedule
@@ -77,6 +78,21 @@ def test_sampling_needs_what_is_estimated(
         real, empty = (pixel_model(made(config).eval()) for made in (build_denoiser, skeleton))
     peak = tracked_peak(lambda: generate(real, list(range(batch)), [0] * batch, sampling), real)
     assert sampling_bytes(empty, sampling, batch, "cpu") == pytest.approx(peak, rel=0.15)
+
+
+def test_gradients_of_reconstruction_need_what_is_estimated(tiny_config: Callable[..., DenoiserConfig]) -> None:
+    options = {"width": 32, "width_multipliers": [1, 2], "blocks": 1, "attention": [8]}
+    config, sampling = tiny_config(network="song", network_options=options), Sampling(steps=2)
+    real, empty = (pixel_model(made(config).eval()) for made in (build_denoiser, skeleton))
+    mask = torch.zeros(16, 16, dtype=torch.bool)
+    mask[4:12, 4:12] = True
+    known = KnownPixels(torch.zeros(3, 16, 16, dtype=torch.uint8), mask, "reconstruct")
+    weights = sum(parameter.nbytes for parameter in real.denoiser.parameters())
+    with LiveBytes() as live:
+        generate(real, list(range(8)), [-1] * 8, sampling, known)
+    estimated = sampling_bytes(empty, sampling, 8, "cpu", with_gradients=True)
+    assert estimated == pytest.approx(weights + live.peak, rel=0.15)
+    assert estimated > 2 * sampling_bytes(empty, sampling, 8, "cpu")
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])

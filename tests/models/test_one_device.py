@@ -17,11 +17,13 @@ from patchloom.models.denoiser import Denoiser, skeleton
 from patchloom.models.ema import HalfLifeEMA, PowerEMA, WeightAverage
 from patchloom.models.generate import SAMPLERS, Sampling, generate
 from patchloom.models.gradients import Gradients
+from patchloom.models.inpainting import KnownPixels
 from patchloom.models.loss import SIGMA_BINS
 from patchloom.models.normalisation import Normalisation, pixel_normalisation
 from patchloom.models.patches import COORDINATE_CHANNELS, patch_schedule
 from patchloom.models.step import StoredRows, TrainingState, training_step
 from patchloom.models.step_plan import StepSettings, plan_step
+from patchloom.pipelines.sample.options import INPAINTING_METHODS
 
 META = torch.device("meta")
 LATENTS = Normalisation("latents", (0.1, 0.2, 0.3, 0.4), (1.0, 2.0, 3.0, 4.0))
@@ -139,18 +141,22 @@ def test_every_sampler_stays_on_its_device(sampler: str, guidance: dict[str, Any
     assert (images.device, images.dtype, images.shape) == (META, torch.uint8, (3, 3, SIDE, SIDE))
 
 
+@pytest.mark.parametrize("method", INPAINTING_METHODS)
 @pytest.mark.parametrize(
     ("network", "latents", "canvas"),
     [("DDPM++", True, "extrapolate"), ("NCSN++", False, "rescale"), ("ADM", False, "extrapolate")],
 )
 def test_sampling_of_every_network_around_a_centre_stays_on_its_device(
-    network: str, latents: bool, canvas: str
+    network: str, latents: bool, canvas: str, method: str
 ) -> None:
     config = small_config(network, classes=5, channels=4 if latents else 3)
     model = meta_model(config, skeleton(config), latents)
     sampling = Sampling("euler", 2, size=(48, 64), canvas=canvas, guidance=1.3)
+    mask = torch.zeros(48, 64, dtype=torch.bool)
+    mask[16:32, 16:48] = True
+    known = KnownPixels(torch.zeros(3, 48, 64, dtype=torch.uint8), mask, method)
     with OneDevice(META):
-        images = generate(model, [0, 1], [0, 1], sampling, torch.zeros(3, SIDE, SIDE, dtype=torch.uint8))
+        images = generate(model, [0, 1], [0, 1], sampling, known)
     assert (images.device, images.shape) == (META, (2, 3, 48, 64))
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from patchloom.models.denoiser import Denoiser
 from patchloom.models.generate import SAMPLERS, Sampling
-from patchloom.models.guidance import guided, keep_centre
+from patchloom.models.guidance import guided
 from patchloom.models.noise import karras_sigmas, linear_sigmas
 from patchloom.models.samplers import (
     SeededNoise,
@@ -335,42 +335,6 @@ def test_noise_of_a_seed_is_standard_normal_and_uncorrelated() -> None:
     np.testing.assert_allclose(draws.mean(dim=1), 0, atol=0.04)
     np.testing.assert_allclose(draws.std(dim=1), 1, atol=0.03)
     np.testing.assert_allclose(torch.corrcoef(draws), np.eye(8), atol=0.05)
-
-
-# Out-painting
-
-CANVAS, MIDDLE = (2, 3, 9, 8), (..., slice(3, 6), slice(2, 6))
-
-
-@each(ALL)
-@pytest.mark.parametrize("ladder", [karras_sigmas, linear_sigmas], ids=["karras", "linear"])
-@pytest.mark.parametrize("surroundings", [ideal, lambda x, sigma: torch.sin(7 * x)], ids=["ideal", "wild"])
-def test_every_sampler_leaves_the_given_centre_in_the_middle(
-    sampler: Sampler, ladder: Callable[[int], Tensor], surroundings: Callable[[Tensor, Tensor], Tensor]
-) -> None:
-    centre, sigmas = drawn(1, 2, 3, 3, 4), ladder(18)
-    made = sampled(sampler, keep_centre(surroundings, centre), 80 * drawn(0, *CANVAS), sigmas)
-    torch.testing.assert_close(made[MIDDLE], centre, rtol=0, atol=1e-12)
-    assert torch.isfinite(made).all()
-
-
-@each(DETERMINISTIC)
-def test_the_noise_in_the_centre_falls_with_the_level_and_keeps_its_direction(sampler: Sampler) -> None:
-    recorded, start, centre = Recorded(), 80 * drawn(0, *CANVAS), drawn(1, 1, 3, 3, 4)
-    sampler(keep_centre(recorded, centre), start, karras_sigmas(18))
-    direction = (start[MIDDLE] - centre) / 80
-    for x, sigma in recorded.calls:
-        torch.testing.assert_close(x[MIDDLE], centre + sigma * direction, rtol=0, atol=1e-12)
-
-
-def test_keeping_the_centre_changes_neither_the_surroundings_nor_the_input() -> None:
-    x = drawn(0, *CANVAS)
-    before = x.clone()
-    kept = keep_centre(lambda x, sigma: x, torch.zeros(1, 3, 3, 4))(x, torch.tensor(1.0))
-    assert torch.equal(x, before)
-    assert (kept[MIDDLE] == 0).all()
-    kept[MIDDLE] = before[MIDDLE]
-    assert torch.equal(kept, before)
 
 
 # Guidance between two levels

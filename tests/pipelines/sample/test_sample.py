@@ -123,10 +123,13 @@ def test_guided_class(champion: str, tmp_path: Path) -> None:
     assert json.loads((folder / "sampling.json").read_text())["network_evaluations"] == 2 * (2 * 3 - 1)
 
 
-def test_outpainting_keeps_the_image_in_the_center(champion: str, images: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("method", "evaluations"), [("replace", 3), ("resample", 12), ("reconstruct", 12)])
+def test_outpainting_keeps_the_image_in_the_center(
+    champion: str, images: Path, tmp_path: Path, method: str, evaluations: int
+) -> None:
     centre, folder = images / "coffee" / "00.png", tmp_path / "samples"
     sample(champion, str(folder), [0, 1], sampler="dpmpp-2m-sde", size=(24, 32), canvas="extrapolate",
-           outpaint=str(centre), workers=0, **OPTIONS)  # fmt: skip
+           outpaint=str(centre), outpaint_method=method, workers=0, **OPTIONS)  # fmt: skip
     wanted = np.asarray(Image.open(centre))
     made = [np.asarray(Image.open(folder / "000000" / f"00000{seed}.png")) for seed in (0, 1)]
     for image in made:
@@ -134,8 +137,51 @@ def test_outpainting_keeps_the_image_in_the_center(champion: str, images: Path, 
         assert (image[4:20, 8:24] == wanted).all()
     assert abs(made[0].astype(int) - made[1])[:, :8].max() > 10
     options = json.loads((folder / "sampling.json").read_text())
-    assert options["size"] == [24, 32] and options["network_evaluations"] == 3
-    assert options["outpaint"]["sha256"] == hashlib.sha256(centre.read_bytes()).hexdigest()
+    assert options["size"] == [24, 32] and options["network_evaluations"] == evaluations
+    assert options["outpaint"] == {"sha256": hashlib.sha256(centre.read_bytes()).hexdigest(), "method": method}
+
+
+def test_inpainting_keeps_the_white_part_of_the_mask(champion: str, images: Path, tmp_path: Path) -> None:
+    image, folder = images / "coffee" / "00.png", tmp_path / "samples"
+    pixels = np.asarray(Image.open(image))
+    mask = np.random.default_rng(0).integers(0, 2, pixels.shape[:2], dtype=np.uint8) * 255
+    Image.fromarray(mask).save(tmp_path / "mask.png")
+    arguments = {"inpaint": str(image), "mask": str(tmp_path / "mask.png"), "workers": 0, **OPTIONS}
+    sample(champion, str(folder), [0, 1], **arguments)
+    made = [np.asarray(Image.open(folder / "000000" / f"00000{seed}.png")) for seed in (0, 1)]
+    for sampled in made:
+        assert (sampled[mask > 0] == pixels[mask > 0]).all()
+        assert (sampled[mask == 0] != pixels[mask == 0]).any()
+    assert (made[0][mask == 0] != made[1][mask == 0]).any()
+    (folder / "000000" / "000001.png").unlink()
+    sample(champion, str(folder), [0, 1], **arguments)  # the missing one again
+    assert (np.asarray(Image.open(folder / "000000" / "000001.png")) == made[1]).all()
+    with pytest.raises(UserError):
+        sample(champion, str(folder), [0, 1], **{**arguments, "outpaint_method": "replace"})
+
+
+def test_a_folder_of_an_earlier_version_was_out_painted_by_replacing(
+    champion: str, images: Path, tmp_path: Path
+) -> None:
+    folder, arguments = tmp_path / "samples", {"size": (24, 24), "outpaint": str(images / "coffee" / "00.png")}
+    sample(champion, str(folder), [0], outpaint_method="replace", workers=0, **arguments, **OPTIONS)
+    card = json.loads((folder / "sampling.json").read_text())
+    card["outpaint"] = {"sha256": card["outpaint"]["sha256"]}
+    (folder / "sampling.json").write_text(json.dumps(card))
+    assert sample(champion, str(folder), [0, 1], outpaint_method="replace", workers=0, **arguments, **OPTIONS).made == 1
+    with pytest.raises(UserError):
+        sample(champion, str(folder), [0, 1, 2], outpaint_method="reconstruct", workers=0, **arguments, **OPTIONS)
+
+
+@pytest.mark.parametrize("mask", [np.zeros((16, 16), np.uint8), np.full((16, 16), 255, np.uint8), np.eye(8) > 0])
+def test_a_mask_that_keeps_nothing_or_all_or_has_another_size_is_an_error(
+    champion: str, images: Path, tmp_path: Path, mask: np.ndarray
+) -> None:
+    Image.fromarray(mask).save(tmp_path / "mask.png")
+    options = {"inpaint": str(images / "coffee" / "00.png"), "mask": str(tmp_path / "mask.png"), **OPTIONS}
+    with pytest.raises(UserError, match="mask"):
+        sample(champion, str(tmp_path / "samples"), [0], workers=0, **options)
+    assert not (tmp_path / "samples").exists()
 
 
 @pytest.mark.parametrize(("text", "seeds"), [("0-3", [0, 1, 2, 3]), ("5,0,9", [0, 5, 9]), ("0-2,2,7", [0, 1, 2, 7])])
