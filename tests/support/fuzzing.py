@@ -327,7 +327,10 @@ def parser(name: str, folder: Path) -> tuple[list[bytes], Parse]:
     if name == "labels.jsonl":
         return [b'{"key": "a.png", "label": 1}\n{"key": "b.png", "label": 2}\n'], reads_file(folder, name, read_labels)
     if name == "recipe.yaml":
-        return [(recipes / "celeba64.yaml").read_bytes()], reads_file(folder, name, load_recipe)
+        good = [
+            (recipes / f"{one}.yaml").read_bytes() for one in ("celeba64", "afhq64_cat_edm")
+        ]  # without and with bases
+        return good, reads_file(folder, name, load_recipe)
     if name == "search.yaml":
         return [(recipes / "demo_pixels_search.yaml").read_bytes()], reads_file(folder, name, load_search)
     if name == "model.json":
