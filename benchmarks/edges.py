@@ -6,6 +6,7 @@ prints the agreement of the edges of the samples with their controls, and with t
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -86,7 +87,7 @@ def main() -> None:
         for guidance in (1.0, 2.0):
             place = folder / f"samples-{seed}-{guidance:g}"
             seeds = f"0-{2 * CONTROLS - 1}" if seed == 0 else f"0-{CONTROLS - 1}"
-            options = {"conditions": str(folder / "controls"), "guidance": guidance, "batch": 16}
+            options: dict[str, Any] = {"conditions": str(folder / "controls"), "guidance": guidance, "batch": 16}
             sample(str(run), str(place), seeds, workers=0, **options)
             images = sampled(place)[:CONTROLS]
             followed, chance = scores(images, controls)
