@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from downloaded_datasets import idx
 from helpers import run_python
 
 from patchloom.pipelines.prepare.planning import default_shard_rows
@@ -92,6 +93,36 @@ def a_webdataset(folder: Path, inputs: int) -> tuple[Path, None]:
     return folder / f"{inputs}.tar", None
 
 
+def a_tar_of_tars(folder: Path, inputs: int) -> tuple[Path, None]:
+    """A tar of a tar for each thousand images."""
+    with (folder / f"{inputs}.tar").open("wb") as file:
+        for first in range(0, inputs, 1000):
+            numbers = range(first, first + 1000)
+            inner = b"".join(tarfile.TarInfo(f"{number:08d}.png").tobuf(tarfile.USTAR_FORMAT) for number in numbers)
+            member = tarfile.TarInfo(f"n{first:08d}.tar")
+            member.size = len(inner) + 10240
+            file.write(member.tobuf(tarfile.USTAR_FORMAT) + inner + bytes(10240))
+        file.write(bytes(10240))
+    return folder / f"{inputs}.tar", None
+
+
+def idx_files(folder: Path, inputs: int) -> tuple[Path, None]:
+    """Images and labels as MNIST's."""
+    (folder / f"{inputs}-images-idx3-ubyte").write_bytes(idx(np.zeros((inputs, 4, 4), np.uint8)))
+    (folder / f"{inputs}-labels-idx1-ubyte").write_bytes(idx(np.arange(inputs, dtype=np.int64).astype(np.uint8)))
+    return folder / f"{inputs}-images-idx3-ubyte", None
+
+
+def an_lmdb(folder: Path, inputs: int) -> tuple[Path, None]:
+    """A database of empty values."""
+    import lmdb
+
+    with lmdb.open(str(folder / f"{inputs}"), map_size=1 << 30) as database, database.begin(write=True) as transaction:
+        for number in range(inputs):
+            transaction.put(b"%040d" % number, b"")
+    return folder / f"{inputs}", None
+
+
 def peak_kib(source: Path, labels: Path | None, inputs: int) -> int:
     code = PLAN.replace("SOURCE", repr(str(source))).replace("LABELS", repr(labels and str(labels)))
     done = run_python(code)
@@ -108,6 +139,7 @@ def peak_kib(source: Path, labels: Path | None, inputs: int) -> int:
         *(pytest.param(write, inputs, marks=pytest.mark.slow)
           for write in (a_zip_with_labels, a_zip_of_edm, a_tar_of_edm, a_webdataset, a_folder, a_flat_folder)
           for inputs in (MANY, MOST)),
+        *(pytest.param(write, MANY, marks=pytest.mark.slow) for write in (a_tar_of_tars, idx_files, an_lmdb)),
         pytest.param(an_array, MOST, marks=pytest.mark.slow),
     ],
 )  # fmt: skip
