@@ -23,7 +23,7 @@ from patchloom.platform.compute.devices import own_device
 from patchloom.platform.compute.jobs import INPUTS_FOLDER, PLAN_FILE
 from patchloom.platform.dataset.index import MIRRORED, unit_hashes
 from patchloom.platform.dataset.prepared import open_dataset, shard_bytes
-from patchloom.platform.dataset.readers import SourceReader
+from patchloom.platform.dataset.readers import SourceReader, UnopenedError
 from patchloom.platform.dataset.shard_table import shard_name
 from patchloom.platform.files.copies import local_copy
 from patchloom.platform.files.folder import Folder
@@ -360,6 +360,8 @@ class ShardMaker:
             image, condition = self.reader.read(entry.place), None
             if self.condition_reader is not None and entry.condition is not None:
                 condition = self.condition_reader.read(entry.condition)
+        except UnopenedError:  # this node has no room, or no package for it; the image may be fine
+            raise
         except Exception as error:
             if isinstance(error, StoreError) and error.is_passing:  # the store is down; the image may be fine
                 raise

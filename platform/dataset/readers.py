@@ -32,6 +32,7 @@ from patchloom.platform.files.bounds import (
 from patchloom.platform.files.cache import cached_copy, copy_name, make_room
 from patchloom.platform.files.folder import COPY_BYTES, Folder
 from patchloom.platform.files.inside import inner_path
+from patchloom.platform.files.patience import StoreError
 
 # Where an input is in its source: the name of a file, then numbers such as an offset, or a column and a row.
 Place = list[str | int]
@@ -49,8 +50,18 @@ TAR_ENDINGS = (".tar", ".tar.gz", ".tgz")
 ZIP_HEADER_BYTES, TYPICAL_HEADER_BYTES = 30, 160  # of a member, without and with its name and extra fields
 
 
+class UnopenedError(UserError):
+    """A file of the source cannot be opened on this node, such as for want of room or of a package.
+
+    It was opened when the source was listed, so that its inputs are not to blame.
+    """
+
+
 class SourceReader:
-    """Reads inputs of a source by their places, in any process. A damaged input raises an exception."""
+    """Reads inputs of a source by their places, in any process.
+
+    A damaged input raises an exception, and a file of the source that cannot be opened here `UnopenedError`.
+    """
 
     def __init__(self, kind: str, address: str) -> None:
         self.folder = Folder(address)
@@ -83,7 +94,12 @@ class SourceReader:
         """A file of the source, kept open until another one is needed, because inputs are read in order."""
         key = (name, open_file.__name__)
         if key not in self._open:
-            self._open = {key: open_file(self.folder, name)}
+            try:
+                self._open = {key: open_file(self.folder, name)}
+            except StoreError:
+                raise
+            except UserError as error:
+                raise UnopenedError(str(error)) from None
         opened: Opened = self._open[key]
         return opened
 
