@@ -20,6 +20,7 @@ from patchloom.platform.dataset.labels import Label, Labels, label_of
 from patchloom.platform.dataset.listed import ListedInput, Listing
 from patchloom.platform.dataset.readers import TAR_ENDINGS, Place, plain_file
 from patchloom.platform.dataset.tar_headers import tar_headers
+from patchloom.platform.dataset.tar_listing import buffered_tar
 from patchloom.platform.files.bounds import check_image_bytes, reading_damaged
 from patchloom.platform.files.folder import Folder
 
@@ -152,7 +153,7 @@ def list_cifar(folder: Folder, names: dict[str, int], image_member: str | None) 
 def is_cifar_archive(folder: Folder, tar: str) -> bool:
     """Whether a tar contains batches of CIFAR, and no image or tar among its first members."""
     names = list[str]()
-    with reading_damaged(f"{folder}/{tar}", "a complete tar file"), plain_file(folder, tar) as file:
+    with reading_damaged(f"{folder}/{tar}", "a complete tar file"), buffered_tar(folder, tar) as file:
         for member in itertools.islice(tar_headers(file), MOST_CIFAR_FILES):
             if is_image(member.name) or member.name.lower().endswith(TAR_ENDINGS):
                 return False
@@ -161,7 +162,7 @@ def is_cifar_archive(folder: Folder, tar: str) -> bool:
 
 
 def _parts_of_tar(folder: Folder, tar: str) -> Iterator[_CifarPart]:
-    with reading_damaged(f"{folder}/{tar}", "a complete tar file"), plain_file(folder, tar) as file:
+    with reading_damaged(f"{folder}/{tar}", "a complete tar file"), buffered_tar(folder, tar) as file:
         for member in itertools.islice(tar_headers(file), MOST_CIFAR_FILES):
             if not is_hidden(member.name):
                 yield _CifarPart(member.name.removeprefix("./"), tar, member.first_byte, member.size_bytes)

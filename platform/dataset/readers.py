@@ -221,7 +221,10 @@ def zip_member(folder: Folder, name: str, offset: int, size: int, crc: int, unpa
     """
     if unpacked > most_unpacked_bytes(size):
         raise ValueError(f"has {size:,} bytes and {unpacked:,} after unpacking, which could be a decompression bomb")
-    with folder.open(name) as file:
+    opened: Any = folder.open(name)
+    with io.BufferedReader(
+        opened, min(COPY_BYTES, max(size, MEMBER_PIECE_BYTES))
+    ) as file:  # a request each, on a store
         file.seek(offset)
         header = file.read(ZIP_HEADER_BYTES)
         file.seek(offset + _zip_data_start(header))

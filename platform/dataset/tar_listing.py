@@ -126,7 +126,7 @@ class _TarMember:
 def _tar_members(folder: Folder, tar: str) -> Iterator[_TarMember]:
     """The files of a tar archive, and those of the tars in it, which are in a folder with the name of their tar."""
     address = f"{folder}/{tar}"
-    with _buffered_tar(folder, tar) as file:
+    with buffered_tar(folder, tar) as file:
         for one in _members_in(file, address):
             if not one.is_tar:
                 yield one
@@ -184,7 +184,7 @@ class _TarPart(io.RawIOBase):
         return content
 
 
-def _buffered_tar(folder: Folder, tar: str) -> io.BufferedReader:
+def buffered_tar(folder: Folder, tar: str) -> io.BufferedReader:
     """A tar file that is read in pieces; on a store, each of them is a request."""
     opened: Any = plain_file(folder, tar)
     return io.BufferedReader(opened, REMOTE_PIECE_BYTES if folder.is_remote else LOCAL_PIECE_BYTES)

@@ -358,6 +358,16 @@ def test_splits_are_read_together_with_the_folders_below_as_classes(tmp_path: Pa
     assert open_source(str(archive)).class_names == []
 
 
+def test_prepare_counts_the_classes_that_were_chosen(tmp_path: Path) -> None:
+    source = str(afhq(tmp_path))
+    wanted = {None: {"cat": 3, "dog": 3, "wild": 3}, "first": {"test": 3, "train": 6}, "none": {}}
+    for classes, counts in wanted.items():
+        dataset = prepare(source, str(tmp_path / f"{classes}"), resolution=4, workers=0, classes=classes)
+        assert {one.name: one.rows for one in dataset.card.classes} == counts and len(dataset) == 9
+    with pytest.raises(UserError, match="prepared dataset"):
+        prepare(str(tmp_path / "first"), str(tmp_path / "again"), classes="last", autoencoder="none")
+
+
 def test_splits_next_to_other_folders_are_classes(tmp_path: Path) -> None:
     names = write_files(tmp_path / "a", {f"{name}/1.png": b"" for name in ("train", "bus")})
     assert open_source(str(names)).class_names == ["bus", "train"]
