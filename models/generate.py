@@ -24,6 +24,7 @@ from patchloom.models.precision import half_precision
 from patchloom.models.samplers import Denoise, Noise, SeededNoise, resampled
 from patchloom.models.sampling_options import SAMPLER_NAMES, SamplingOptions
 from patchloom.models.step import one_hot
+from patchloom.models.windows import WindowedNetwork
 
 SAMPLERS: dict[str, Callable[..., Tensor]] = {name: getattr(samplers, name.replace("-", "_")) for name in SAMPLER_NAMES}
 IMAGE_CHANNELS = 3  # of what an autoencoder decodes
@@ -101,6 +102,12 @@ def check_fit(sampling: Sampling, card: ModelCard) -> None:
         raise ValueError(
             f"size: {sampling.size[0]}x{sampling.size[1]} is not a multiple of {multiple} pixels on both sides; "
             f"choose multiples of {multiple}"
+        )
+    trained = card.denoiser.resolution * (card.autoencoder.downscale if card.autoencoder else 1)
+    if sampling.canvas == "windows" and sampling.size and min(sampling.size) < trained:
+        raise ValueError(
+            f"size: {sampling.size[0]}x{sampling.size[1]} is smaller on one side than a window of {trained}x{trained}; "
+            f"choose at least {trained} pixels"
         )
 
 
@@ -180,6 +187,8 @@ def _generate(
     network: Callable[..., Tensor] = model.replayed or denoiser
     if known is not None and known.needs_gradients:
         network = denoiser  # a replay has no gradients
+    if sampling.canvas == "windows":
+        network = WindowedNetwork(network, denoiser.resolution)
     denoise = guided(
         network, classes, sampling.guidance, sampling.guidance_between or EVERYWHERE, coordinates,
         in_one_batch=device.type != "cpu",  # fewer launches

@@ -24,6 +24,7 @@ from patchloom.models.normalisation import identity_normalisation
 from patchloom.models.random_draws import CropBatch
 from patchloom.models.step import HALF_PRECISIONS, StoredRows, crop_losses, seeded_dropout
 from patchloom.models.step_plan import CropGroup, StepSettings
+from patchloom.models.windows import WindowedNetwork
 
 _Arguments = tuple[Any, ...]
 _Keywords = Mapping[str, Any] | None
@@ -127,7 +128,8 @@ def sampling_bytes(
         shown = (
             torch.empty(batch, count, height, width, device=meta) if (count := denoiser.condition_channels) else None
         )
-        denoise = guided(denoiser, classes, sampling.guidance, in_one_batch=in_one_batch, condition=shown)
+        network = WindowedNetwork(denoiser, denoiser.resolution) if sampling.canvas == "windows" else denoiser
+        denoise = guided(network, classes, sampling.guidance, in_one_batch=in_one_batch, condition=shown)
         if with_gradients:
             denoise = Reconstruction(denoise, x, torch.ones_like(x, dtype=torch.bool))
         slope = slope - denoise(predicted, torch.tensor(1.0, dtype=torch.float64))

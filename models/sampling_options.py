@@ -8,7 +8,7 @@ from typing import Any
 # names of functions: dpmpp-2m is `dpmpp_2m` in `models/samplers.py`, karras is `karras_sigmas` in `models/noise.py`
 SAMPLER_NAMES = ("heun", "euler", "ddim", "ancestral", "dpmpp-2m", "dpmpp-2m-sde", "plms")
 LADDER_NAMES = ("karras", "vp", "ve", "linear", "iddpm")
-CANVASES = ("rescale", "extrapolate")
+CANVASES = ("rescale", "extrapolate", "windows")
 MOST_STEPS = 100_000  # far beyond what changes an image
 MOST_SIZE_PIXELS = 1 << 26  # height times width of a sampled image
 SAMPLING_PRECISIONS = ("fp32", "bf16", "fp16")
@@ -63,7 +63,8 @@ class SamplingOptions:
     canvas: str = option(
         "rescale",
         "Coordinates at another --size: rescale spans [-1, 1] again (Patch Diffusion, section 4.5), extrapolate "
-        "continues the trained spacing beyond it",
+        "continues the trained spacing beyond it; windows denoises overlapping windows of the trained size, each as a "
+        "full image, and blends them (MultiDiffusion)",
         choices=CANVASES,
     )
     precision: str = option(

@@ -111,7 +111,7 @@ def sample(
         label: one class for all seeds, by name or number. Default: all classes take turns.
         labels: a file with the class of each seed: .csv, .jsonl or .parquet with columns seed and label, or .txt.
         size: (height, width) in pixels. Default: the trained size.
-        canvas: coordinates at another size: rescale or extrapolate. Default: rescale.
+        canvas: how another size is sampled: rescale or extrapolate the coordinates, or in windows. Default: rescale.
         precision: arithmetic of the network and the autoencoder: fp32, bf16 or fp16. Default: fp32.
         conditions: for models with a condition: a folder of edge images, masks, arrays, ..., or a dataset prepared with
             a condition; seed i follows the i-th one, and they take turns.

@@ -24,6 +24,7 @@ from patchloom.models.layers import Convolution
 from patchloom.models.noise import karras_sigmas
 from patchloom.models.precision import fixed_arithmetic, one_thread
 from patchloom.models.samplers import SeededNoise
+from patchloom.models.sampling_options import CANVASES
 
 SEEDS = [3, 14, 15, 92, 65, 35, 89]
 
@@ -78,7 +79,7 @@ def test_labels_go_in_turn_by_seed_and_are_minus_1_without_classes() -> None:
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
-@pytest.mark.parametrize("canvas", ["rescale", "extrapolate"])
+@pytest.mark.parametrize("canvas", CANVASES)
 def test_every_grey_level_of_a_reference_stays_as_it_is(model: SamplingModel, sampler: str, canvas: str) -> None:
     reference = torch.arange(256, dtype=torch.uint8).reshape(1, 16, 16).repeat(3, 1, 1)
     canvas_image, mask = torch.zeros(3, 24, 32, dtype=torch.uint8), torch.zeros(24, 32, dtype=torch.bool)

@@ -144,7 +144,7 @@ def test_every_sampler_stays_on_its_device(sampler: str, guidance: dict[str, Any
 @pytest.mark.parametrize("method", INPAINTING_METHODS)
 @pytest.mark.parametrize(
     ("network", "latents", "canvas"),
-    [("DDPM++", True, "extrapolate"), ("NCSN++", False, "rescale"), ("ADM", False, "extrapolate")],
+    [("DDPM++", True, "extrapolate"), ("NCSN++", False, "windows"), ("ADM", False, "extrapolate")],
 )
 def test_sampling_of_every_network_around_a_centre_stays_on_its_device(
     network: str, latents: bool, canvas: str, method: str
