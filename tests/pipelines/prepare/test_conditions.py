@@ -203,3 +203,12 @@ def test_conditions_of_latents_are_those_of_the_pixels_and_mirrored_with_them(
 )
 def test_keys_match_without_the_ending_of_the_file(key: str, wanted: str) -> None:
     assert condition_key(key) == wanted
+
+
+@pytest.mark.ray
+def test_workers_make_the_same_bytes(photographs: Path, tmp_path: Path) -> None:
+    for name, workers in (("alone", 0), ("workers", 2)):
+        options: dict[str, Any] = {"condition": str(photographs), "shard_rows": 3, "workers": workers}
+        prepare(str(photographs), str(tmp_path / name), resolution=SIDE, **options)
+    assert shard_hashes(tmp_path / "alone") == shard_hashes(tmp_path / "workers")
+    assert (tmp_path / "alone" / "dataset.json").read_bytes() == (tmp_path / "workers" / "dataset.json").read_bytes()
