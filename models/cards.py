@@ -15,6 +15,7 @@ from patchloom.models.normalisation import Normalisation, spread_of
 
 MODEL_FORMAT = 2  # of models with a condition, which earlier versions cannot build; of all others 1
 CHECKPOINT_FORMAT = 1
+CONTROLNET = "controlnet"  # the name of the network that a base model has its part in
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,7 +72,7 @@ class DenoiserConfig(Card):
     """The constructor arguments of a denoiser: enough to build it without its weights.
 
     Args:
-        network: "song", "dhariwal", or "package.module:Class" for a backbone from another package.
+        network: "song", "dhariwal", "controlnet", or "package.module:Class" for a backbone from another package.
         network_options: further keyword arguments of the network's constructor.
         resolution: side of a full image or latent, in pixels.
         channels: channels of the image or latent.

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from patchloom.models.backbones import build_backbone
-from patchloom.models.cards import DenoiserConfig, check_bounds
+from patchloom.models.cards import CONTROLNET, DenoiserConfig, check_bounds
+from patchloom.models.controlnet import ControlNetwork
 from patchloom.models.patches import COORDINATE_CHANNELS, coordinate_grid, encode_coordinates
 from patchloom.models.unet import UNETS, UNet
 
@@ -17,7 +18,8 @@ class Denoiser(nn.Module):
     The coordinates of the patch and a condition image are further input channels. c_in does not scale them.
 
     Args:
-        network: `network(x, c_noise, labels)`, such as a `UNet`.
+        network: `network(x, c_noise, labels)`, such as a `UNet`. A `ControlNetwork` has its own preconditioning, and
+            embeddings of texts in place of labels.
         channels: channels of the image or latent.
         resolution: side of the full image.
         classes: number of classes; 0 for none.
@@ -62,7 +64,7 @@ class Denoiser(nn.Module):
             noisy: (B, C, H, W) of any float dtype.
             sigma: noise levels, (B,) or scalar, in units of the data.
             coordinates: (B, 2, H, W), x first. Default: the full grid of the input's size.
-            labels: one-hot (B, K). Default: the zero vector (no class).
+            labels: one-hot (B, K), or text embeddings (B, tokens, width). Default: zeros (no class, no text).
             condition: (B, K, H, W) values of the network, for the same pixels. Default: zeros (no condition).
             augmentation: (B, A) labels of `augment`. Default: unchanged images.
 
@@ -77,17 +79,21 @@ class Denoiser(nn.Module):
         if not isinstance(sigma, Tensor) or (sigma.ndim == 0 and sigma.device.type == "cpu"):
             sigma = torch.full((), float(sigma), device=noisy.device)  # a copy from the host would wait for the device
         sigma = sigma.to(noisy.device, torch.float32).expand(batch)
-        spread = sigma[:, None, None, None]
-        total = (spread**2 + self.sigma_data**2).sqrt()
-        c_skip = (self.sigma_data / total) ** 2
-        c_out = spread * self.sigma_data / total
-        c_in = 1 / total
-        c_noise = sigma.log() / 4
+        if isinstance(self.model, ControlNetwork):
+            c_skip, c_out, c_in, c_noise = self.model.preconditioning(sigma)
+        else:
+            c_skip, c_out, c_in, c_noise = self._preconditioning(sigma)
 
         conditions = self._conditions(noisy, coordinates, augmentation)
         x = self._join_condition(self._join_coordinates(c_in * noisy, coordinates), condition)
         estimate: Tensor = self.model(x, c_noise, self._labels(labels, batch, noisy.device), **conditions)
         return c_skip * noisy + c_out * estimate.to(torch.float32)
+
+    def _preconditioning(self, sigma: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """c_skip, c_out and c_in, (B, 1, 1, 1), and c_noise, (B,), for (B,) noise levels (EDM, Table 1)."""
+        spread = sigma[:, None, None, None]
+        total = (spread**2 + self.sigma_data**2).sqrt()
+        return (self.sigma_data / total) ** 2, spread * self.sigma_data / total, 1 / total, sigma.log() / 4
 
     def _join_coordinates(self, x: Tensor, coordinates: Tensor | None) -> Tensor:
         batch, _, height, width = x.shape
@@ -122,7 +128,14 @@ class Denoiser(nn.Module):
             conditions["patch_fraction"] = torch.full((len(noisy),), fraction, device=noisy.device)
         return conditions
 
+    @property
+    def text_shape(self) -> tuple[int, int] | None:
+        """Tokens and width of the text embeddings that take the place of labels; None for a network without text."""
+        return self.model.text_shape if isinstance(self.model, ControlNetwork) else None
+
     def _labels(self, labels: Tensor | None, batch: int, device: torch.device) -> Tensor | None:
+        if self.text_shape is not None:
+            return torch.zeros(batch, *self.text_shape, device=device) if labels is None else labels.to(torch.float32)
         if not self.classes:
             if labels is not None:
                 raise ValueError("labels: the network has no classes; leave them out")
@@ -164,13 +177,24 @@ def _build_network(config: DenoiserConfig) -> nn.Module:
     }
     if ":" in config.network:
         return build_backbone(config.network, options)
+    if config.network == CONTROLNET:
+        try:
+            return ControlNetwork(**options)
+        except (
+            TypeError,
+            KeyError,
+            ArithmeticError,
+            RuntimeError,
+        ) as error:  # a damaged card, or weights of another UNet
+            problem = " ".join(str(error).split())[:200]
+            raise ValueError(f"the ControlNet cannot be built ({problem}): check the base model") from None
     if config.network in UNETS:
         try:
             return UNETS[config.network](**options, patch_size=bool(config.patch_size))
         except (TypeError, ArithmeticError, RuntimeError) as error:  # an unknown option, or one of another type
             problem = " ".join(str(error).split())[:200]
             raise ValueError(f"the network {config.network} cannot be built ({problem}): check its options") from None
-    known = ", ".join(sorted(UNETS))
+    known = ", ".join([*sorted(UNETS), CONTROLNET])
     raise ValueError(f"network {config.network!r} is unknown: choose one of {known}, or package.module:Class")
 
 
@@ -227,4 +251,4 @@ def halvings_of(config: DenoiserConfig) -> int:
         ValueError: as `build_denoiser`.
     """
     network = skeleton(config).model
-    return network.halvings if isinstance(network, UNet) else 0
+    return network.halvings if isinstance(network, UNet | ControlNetwork) else 0

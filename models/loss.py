@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from patchloom.models.controlnet import ControlNetwork
 from patchloom.models.denoiser import Denoiser
 from patchloom.models.random_draws import derive_seed
 
@@ -40,7 +41,7 @@ def denoising_loss(
         noise: (B, C, s, s) of unit variance.
         sigma: (B,) noise levels.
         coordinates: (B, 2, s, s); None for full images, or for a network without coordinate channels.
-        labels: one-hot (B, K); None for no class.
+        labels: one-hot (B, K), or text embeddings (B, tokens, width); None for no class or text.
         reduction: over the channels and pixels of a patch: "mean", or "sum" as in the released code.
         augmentation: (B, A) labels of `augment`; None for unchanged images.
         condition: (B, K, s, s) values of the network; None for no condition.
@@ -53,8 +54,15 @@ def denoising_loss(
     estimate = denoiser(clean + spread * noise, sigma, coordinates, labels, *further, augmentation=augmentation)
     error = (estimate - clean).square().flatten(1)
     error = error.sum(1) if reduction == "sum" else error.mean(1)
-    weighted: Tensor = edm_weight(sigma, denoiser.sigma_data) * error
+    weighted: Tensor = _weight(denoiser, sigma) * error
     return weighted
+
+
+def _weight(denoiser: Denoiser, sigma: Tensor) -> Tensor:
+    network = getattr(denoiser, "model", None)
+    if isinstance(network, ControlNetwork):  # the loss that its base was trained with
+        return network.loss_weight(sigma)
+    return edm_weight(sigma, denoiser.sigma_data)
 
 
 def losses_by_sigma(losses: Tensor, sigma: Tensor) -> Tensor:

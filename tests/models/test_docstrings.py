@@ -17,7 +17,7 @@ OF_A_PAPER = ("augment", "denoiser", "ema", "guidance", "loss", "noise", "patche
 # what is ours, or is no equation
 OWN = {
     "augment": {"augment"},
-    "denoiser": {"build_checked", "build_denoiser", "halvings_of", "skeleton", "to_channels_last"},
+    "denoiser": {"build_checked", "build_denoiser", "halvings_of", "skeleton", "text_shape", "to_channels_last"},
     "ema": {"update", "decay", "combine", "power_of_width"},
     "guidance": {"guides_at"},
     "loss": {"losses_by_sigma", "held_out_loss"},
