@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -25,7 +26,7 @@ SCHEDULER_CONFIG = "scheduler/scheduler_config.json"
 CONTROL_WIDTHS = (16, 32, 96, 256)  # of the embedding of the control image, which is halved between two of them
 SCHEDULE_KEYS = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "prediction_type")
 PREDICTIONS = ("epsilon", "v_prediction")
-MOST_CONFIG_VALUE, MOST_CONFIG_VALUES = 1 << 14, 64
+MOST_CONFIG_VALUE, MOST_CONFIG_VALUES, MOST_LAYERS = 1 << 14, 64, 64
 
 
 class FrozenNetwork:
@@ -79,6 +80,7 @@ class ControlNetwork(nn.Module):
         from diffusers import ControlNetModel
 
         _check_unet(unet, channels_out, classes, base)
+        _check_config(schedule)
         network = _frozen_unet(base, base_sha256, unet)
         self._frozen = FrozenNetwork(network)
         self.channels, self.downscale, self.prediction = channels_out, downscale, str(schedule["prediction_type"])
@@ -298,6 +300,10 @@ def _check_unet(unet: Mapping[str, Any], channels: int, classes: int, base: str)
 def _check_config(values: Any) -> None:
     """Raise ValueError if a number or a list of a configuration is beyond any network."""
     inner = list(values.values()) if isinstance(values, Mapping) else values
+    if isinstance(values, Mapping):
+        for key in ("layers_per_block", "transformer_layers_per_block"):
+            if np.max(values.get(key) or 1) > MOST_LAYERS:
+                raise ValueError(f"a configuration has {key} {values[key]}")
     if isinstance(inner, list | tuple):
         if not isinstance(values, Mapping) and len(inner) > MOST_CONFIG_VALUES:
             raise ValueError(f"a configuration has a list of {len(inner):,} values")

@@ -113,6 +113,8 @@ def measured_seconds_of_crop(
             rows = StoredRows(torch.randn(shape, device=device), torch.full((shape[0],), -1, device=device))
             if channels := denoiser.condition_channels:
                 rows = replace(rows, condition=torch.randn(shape[0], channels, *shape[2:], device=device))
+            if denoiser.text_shape is not None:
+                rows = replace(rows, text=torch.randn(shape[0], *denoiser.text_shape, device=device))
             started = _now(device)
             training_step(state, single_size, plan, [(group, rows)], normalisation, None)
             if number:

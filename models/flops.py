@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from patchloom.models.cards import DenoiserConfig
+from patchloom.models.controlnet import ControlNetwork
 from patchloom.models.denoiser import Denoiser, build_denoiser, skeleton
 from patchloom.models.layers import Block, Convolution
 from patchloom.models.unet import UNet
@@ -23,7 +24,8 @@ TRAINING_OVER_FORWARD = 3  # a backward pass costs as much as two forward passes
 def training_flops(config: DenoiserConfig, size: int) -> int:
     """FLOPs of one crop in training: forward and backward, with attention.
 
-    A multiply-add counts as 2, and the backward pass as twice the forward pass.
+    A multiply-add counts as 2, and the backward pass as twice the forward pass. That of a ControlNet is counted,
+    because its frozen base needs less.
 
     Args:
         config: the network.
@@ -41,10 +43,21 @@ def flops_by_size(config: DenoiserConfig, sizes: Iterable[int]) -> dict[int, int
     return {size: _training_flops(config, denoiser, size) for size in sizes}
 
 
+def evaluation_flops(config: DenoiserConfig, size: int) -> int:
+    """FLOPs of one evaluation of the network; arguments and errors are those of `training_flops`."""
+    return _evaluation_flops(config, skeleton(config), size)
+
+
 def _training_flops(config: DenoiserConfig, denoiser: Denoiser, size: int) -> int:
+    if isinstance(denoiser.model, ControlNetwork):
+        return _counted(config, size, "meta", backward=True)
+    return TRAINING_OVER_FORWARD * _evaluation_flops(config, denoiser, size)
+
+
+def _evaluation_flops(config: DenoiserConfig, denoiser: Denoiser, size: int) -> int:
     if isinstance(denoiser.model, UNet):
         denoiser.model.check_size(size, size)
-        return TRAINING_OVER_FORWARD * _forward_flops(denoiser.model, size)
+        return _forward_flops(denoiser.model, size)
     try:
         return _counted(config, size, "meta")
     except NotImplementedError:  # a backbone may not support the meta device
@@ -94,15 +107,17 @@ def _filter_flops(layer: Convolution, channels: int, side: int) -> int:
     return 2 * channels * layer.resample_filter.numel() * pixels
 
 
-def _counted(config: DenoiserConfig, size: int, device: str) -> int:
+def _counted(config: DenoiserConfig, size: int, device: str, backward: bool = False) -> int:
     from torch.utils.flop_counter import FlopCounterMode
 
     with torch.device(device):
         denoiser = build_denoiser(config).eval()
         noisy = torch.zeros(1, config.channels, size, size)
-        with FlopCounterMode(display=False) as counter, torch.no_grad():
-            denoiser(noisy, torch.ones(1))
-    return TRAINING_OVER_FORWARD * int(counter.get_total_flops())
+        with FlopCounterMode(display=False) as counter, torch.set_grad_enabled(backward):
+            estimate = denoiser(noisy, torch.ones(1))
+            if backward:
+                estimate.sum().backward()
+    return int(counter.get_total_flops())
 
 
 def parameter_count(denoiser: Denoiser) -> int:

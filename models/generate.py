@@ -1,5 +1,6 @@
 """Generation: images from seeds. The image of a seed does not depend on the other images of its batch."""
 
+import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -11,10 +12,11 @@ import torch
 from torch import Tensor
 
 from patchloom.models import samplers
-from patchloom.models.cards import ModelCard
+from patchloom.models.cards import CONTROLNET, ModelCard
 from patchloom.models.checkpoints import SamplingModel
 from patchloom.models.codec import to_pixels
 from patchloom.models.conditions import check_condition, network_condition
+from patchloom.models.controlnet import ControlNetwork
 from patchloom.models.denoiser import halvings_of
 from patchloom.models.guidance import EVERYWHERE, guided, guides_at
 from patchloom.models.inpainting import GRADIENTS, KnownPixels
@@ -40,17 +42,36 @@ class Sampling(SamplingOptions):
         super().__post_init__()
         self.sigmas()  # raises ValueError if the ladder has fewer steps
 
-    def sigmas(self) -> Tensor:
-        """The (steps + 1,) float64 noise levels, ending in 0."""
-        return LADDERS[self.ladder](self.steps)
+    def sigmas(self, limits: tuple[float, float] | None = None) -> Tensor:
+        """The (steps + 1,) float64 noise levels, ending in 0.
 
-    def __call__(self, denoise: Denoise, noise: Noise, repeats: int = 1) -> Tensor:
+        Args:
+            limits: the lowest and highest level that the network knows, between which the ladder is.
+        """
+        ladder = LADDERS[self.ladder]
+        if limits is None:
+            return ladder(self.steps)
+        ends = signature(ladder).parameters
+        if "sigma_max" in ends:
+            low, high = max(limits[0], ends["sigma_min"].default), min(limits[1], ends["sigma_max"].default)
+            return ladder(self.steps, sigma_min=low, sigma_max=high)
+        levels = ladder(self.steps)
+        logs, (low, high) = levels[:-1].log(), map(math.log, limits)
+        if logs[-1] < low or logs[0] > high:  # other ladders are scaled, in ln(sigma)
+            low, high = max(low, float(logs[-1])), min(high, float(logs[0]))
+            logs = (low + (logs - logs[-1]) * ((high - low) / (logs[0] - logs[-1]).clamp(min=1e-9))).clamp(low, high)
+        return torch.cat([logs.exp(), levels[-1:]])
+
+    def __call__(
+        self, denoise: Denoise, noise: Noise, repeats: int = 1, limits: tuple[float, float] | None = None
+    ) -> Tensor:
         """Sample with this sampler.
 
         Args:
             denoise: denoise(x, sigma) -> clean estimate.
             noise: noise() -> (B, C, H, W) standard normal; the first call gives the start.
             repeats: how often each step is made (see `resampled`).
+            limits: as for `sigmas`.
 
         Returns:
             (B, C, H, W) float64.
@@ -60,7 +81,7 @@ class Sampling(SamplingOptions):
             low, high = self.churn_between or EVERYWHERE
             churn = self.churn / self.steps if repeats > 1 else self.churn  # the steps are sampled one by one
             options = {"churn": churn, "churn_min": low, "churn_max": high, "churn_noise": self.churn_noise}
-        sampler, sigmas = SAMPLERS[self.sampler], self.sigmas()
+        sampler, sigmas = SAMPLERS[self.sampler], self.sigmas(limits)
         if "noise" in signature(sampler).parameters:
             options["noise"] = noise
         start, chosen = noise().double() * float(sigmas[0]), partial(sampler, **options)
@@ -113,6 +134,8 @@ def check_fit(sampling: Sampling, card: ModelCard) -> None:
 
 def _lacks_for_guidance(card: ModelCard) -> str:
     """What the training lacked, without which the network has no estimate without label and condition; or nothing."""
+    if card.denoiser.network == CONTROLNET:  # its base has one
+        return ""
     if not card.class_names and card.condition is None:
         return "classes"
     if card.class_names and not card.label_dropout:
@@ -134,6 +157,7 @@ def generate(
     known: KnownPixels | None = None,
     check: Callable[[], None] | None = None,
     condition: Tensor | None = None,
+    text: Tensor | None = None,
 ) -> Tensor:
     """Generate one batch of images on the full grid of coordinates (Patch Diffusion, section 3.4).
 
@@ -148,6 +172,7 @@ def generate(
         known: the pixels that all images share; the others are sampled to fit.
         check: called before each evaluation of the network; ends the sampling by an exception.
         condition: (B, K, H, W), a condition image per image, with values as in the dataset, for models that need one.
+        text: (B, tokens, width), a text embedding per image, for models with texts. Default: no text.
 
     Returns:
         (B, C, H, W) uint8.
@@ -158,7 +183,7 @@ def generate(
     """
     device = next(model.denoiser.parameters()).device
     with half_precision(device, sampling.precision):
-        return _generate(model, seeds, labels, sampling, known, check, condition, device)
+        return _generate(model, seeds, labels, sampling, known, check, condition, text, device)
 
 
 def _generate(
@@ -169,6 +194,7 @@ def _generate(
     known: KnownPixels | None,
     check: Callable[[], None] | None,
     condition: Tensor | None,
+    text: Tensor | None,
     device: torch.device,
 ) -> Tensor:
     denoiser = model.denoiser
@@ -181,6 +207,12 @@ def _generate(
     classes = (
         one_hot(torch.tensor(labels).to(device, non_blocking=True), denoiser.classes) if denoiser.classes else None
     )
+    if denoiser.text_shape is not None:
+        if text is not None and text.shape[1:] != denoiser.text_shape:
+            raise ValueError(f"text: is {tuple(text.shape[1:])} tokens x width, and must be {denoiser.text_shape}")
+        classes = None if text is None else text.to(device, torch.float32, non_blocking=True)
+    elif text is not None:
+        raise ValueError("text: this model was trained without texts; leave it out")
     coordinates = None
     if denoiser.coordinates != "none" and sampling.canvas == "extrapolate":
         coordinates = extended_grid(height, width, denoiser.resolution, device)
@@ -198,7 +230,8 @@ def _generate(
         denoise = _checked_before(denoise, check)
     if known is not None:
         denoise = known.estimates(denoise, model.normalisation, model.autoencoder, device)
-    x = sampling(denoise, lambda: noise().to(device, non_blocking=True), known.repeats if known else 1)
+    limits = denoiser.model.sigma_range if isinstance(denoiser.model, ControlNetwork) else None
+    x = sampling(denoise, lambda: noise().to(device, non_blocking=True), known.repeats if known else 1, limits)
     if sampling.precision != "fp32" and not x.isfinite().all():
         raise ValueError(f"precision: the samples are not finite in {sampling.precision}; use fp32")
     return to_pixels(x, model.normalisation, model.autoencoder)
@@ -259,6 +292,7 @@ def generate_padded(
     known: KnownPixels | None = None,
     check: Callable[[], None] | None = None,
     condition: Tensor | None = None,
+    text: Tensor | None = None,
 ) -> Tensor:
     """`generate` in batches of exactly `batch` images; the last one is padded.
 
@@ -273,6 +307,7 @@ def generate_padded(
         known: the pixels that all images share; the others are sampled to fit.
         check: called before each evaluation of the network; ends the sampling by an exception.
         condition: (N, K, H, W), a condition image per seed, with values as in the dataset, for models that need one.
+        text: (N, tokens, width), a text embedding per seed, for models with texts. Default: no text.
 
     Returns:
         (N, C, H, W) uint8, one image per seed.
@@ -288,5 +323,8 @@ def generate_padded(
         shown = None if condition is None else condition[start : start + batch]
         if shown is not None and count < batch:
             shown = torch.cat([shown, shown[-1:].expand(batch - count, -1, -1, -1)])
-        images.append(generate(model, batch_seeds, batch_labels, sampling, known, check, shown)[:count])
+        texts = None if text is None else text[start : start + batch]
+        if texts is not None and count < batch:
+            texts = torch.cat([texts, texts[-1:].expand(batch - count, -1, -1)])
+        images.append(generate(model, batch_seeds, batch_labels, sampling, known, check, shown, texts)[:count])
     return torch.cat(images)

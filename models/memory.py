@@ -16,7 +16,8 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from patchloom.models.cards import DenoiserConfig
 from patchloom.models.checkpoints import SamplingModel
 from patchloom.models.codec import to_pixels
-from patchloom.models.denoiser import skeleton
+from patchloom.models.controlnet import ControlNetwork
+from patchloom.models.denoiser import Denoiser, skeleton
 from patchloom.models.generate import Sampling, image_size
 from patchloom.models.guidance import guided
 from patchloom.models.inpainting import Reconstruction
@@ -159,7 +160,8 @@ def training_bytes(config: DenoiserConfig, settings: StepSettings, group: CropGr
         count = config.condition_channels
         shown = image.new_empty(len(image), count, resolution, resolution) if count else None
         std = image.clone() if has_std else None
-        rows = StoredRows(image, image.new_empty(len(image), dtype=torch.int64), std, shown)
+        text = image.new_empty(len(image), *shape, dtype=torch.float16) if (shape := denoiser.text_shape) else None
+        rows = StoredRows(image, image.new_empty(len(image), dtype=torch.int64), std, shown, text)
         batch = CropBatch(
             0, group.blocks, settings.block_size, channels, resolution, group.size.pixels, has_std, meta,
             settings.augmentation,
@@ -176,7 +178,16 @@ def weight_bytes(model: SamplingModel) -> int:
     """The bytes of the weights of a model and its autoencoder."""
     coder = vars(model.autoencoder).values() if model.autoencoder else ()
     networks = [model.denoiser, *(part for part in coder if isinstance(part, nn.Module))]
-    return sum(tensor.nbytes for network in networks for tensor in chain(network.parameters(), network.buffers()))
+    return frozen_bytes(model.denoiser) + sum(map(_bytes_of, networks))
+
+
+def frozen_bytes(denoiser: Denoiser) -> int:
+    """The bytes of the base of a ControlNet; 0 for other networks."""
+    return _bytes_of(denoiser.model.frozen) if isinstance(denoiser.model, ControlNetwork) else 0
+
+
+def _bytes_of(network: nn.Module) -> int:
+    return sum(tensor.nbytes for tensor in chain(network.parameters(), network.buffers()))
 
 
 def largest_batch(limit_bytes: float, bytes_of: Callable[[int], int], least: int, most: int) -> int:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from patchloom.models.augment import augment, augmentation_labels
+from patchloom.models.controlnet import ControlNetwork
 from patchloom.models.denoiser import Denoiser
 from patchloom.models.ema import WeightAverage
 from patchloom.models.gradients import Gradients, StartSum
@@ -48,12 +49,34 @@ class StoredRows:
         label: (B,) class numbers, -1 for no class.
         std: (B, C, R, R) standard deviations of latents; None for pixels and deterministic autoencoders.
         condition: (B, K, R, R) float32, condition images as values of the network; None for networks without.
+        text: (B, tokens, width) text embeddings; None for networks without.
     """
 
     image: Tensor
     label: Tensor
     std: Tensor | None = None
     condition: Tensor | None = None
+    text: Tensor | None = None
+
+
+def network_labels(denoiser: Denoiser, rows: StoredRows, is_kept: Tensor | None = None) -> Tensor | None:
+    """What the network gets as labels.
+
+    Args:
+        denoiser: the network.
+        rows: the rows.
+        is_kept: (B,) bool, which labels are not dropped. Default: all.
+
+    Returns:
+        Text embeddings (B, tokens, width), or one-hot (B, K), with zeros where they are dropped; None without classes
+        and texts.
+    """
+    if rows.text is not None:
+        text = rows.text.float()
+        return text if is_kept is None else torch.where(is_kept[:, None, None], text, 0)
+    if not denoiser.classes:
+        return None
+    return one_hot(rows.label if is_kept is None else torch.where(is_kept, rows.label, -1), denoiser.classes)
 
 
 def one_hot(labels: Tensor, classes: int) -> Tensor:
@@ -93,15 +116,17 @@ def crop_losses(
         images, grid = augment(images, draws.augmentation)
         augmentation = augmentation_labels(draws.augmentation)
     patches, coordinates = crop(images, offsets(draws.corner, images.shape[-1], size), size, grid)
-    labels = condition = None
+    condition = None
     if rows.condition is not None:
         patches, condition = patches[:, :channels], patches[:, channels:]
         kept = draws.label_kept >= settings.condition_dropout  # with equal rates, label and condition go together
         condition = torch.where(kept[:, None, None, None], condition, 0)
-    if denoiser.classes:
-        kept = draws.label_kept >= settings.label_dropout
-        labels = one_hot(torch.where(kept, rows.label, -1), denoiser.classes)
-    sigma = training_sigmas(draws.sigma, settings.noise_mean, settings.noise_std)
+    labels = network_labels(denoiser, rows, draws.label_kept >= settings.label_dropout)
+    network = getattr(denoiser, "model", None)
+    if isinstance(network, ControlNetwork):
+        sigma = network.training_levels(draws.sigma)
+    else:
+        sigma = training_sigmas(draws.sigma, settings.noise_mean, settings.noise_std)
     half = HALF_PRECISIONS.get(settings.precision)
     # only here: the augmentation is matrix products, and half precision would move its coordinates by a pixel
     with torch.autocast(images.device.type, half) if half else nullcontext():

@@ -58,6 +58,14 @@ Condition = Annotated[
         "resolution, or images or .npy arrays of the same names from another source",
     ),
 ]
+Text = Annotated[
+    str | None,
+    typer.Option(
+        metavar="FILE.npz",
+        help="Store a text embedding with each image, which ControlNets need: arrays of shape tokens x width, by the "
+        "names of the images, and no_text, the embedding of the empty text",
+    ),
+]
 ShortSide = Annotated[
     int | None,
     typer.Option(
@@ -99,6 +107,7 @@ def prepare(
     precision: Annotated[str, typer.Option(help="Arithmetic of the encoder: fp32 or bf16")] = "fp32",
     mirror: Annotated[bool, typer.Option("--mirror", help="With latents: encode mirror images too")] = False,
     condition: Condition = None,
+    text: Text = None,
     short_side: ShortSide = None,
     stride: Stride = None,
     allow_backbone: Backbones = None,
@@ -115,7 +124,7 @@ def prepare(
     prepare(
         source, dataset, resolution=resolution, crop=crop, resize=resize, channels=channels, min_side=min_side,
         labels=labels, image_member=image_member, classes=classes, autoencoder=autoencoder, precision=precision,
-        mirror=mirror, condition=condition, short_side=short_side, stride=stride, workers=nodes.workers,
+        mirror=mirror, condition=condition, text=text, short_side=short_side, stride=stride, workers=nodes.workers,
         resources=nodes,
     )  # fmt: skip
 

@@ -155,11 +155,17 @@ def models_import(
 
 
 @models_app.command("export", epilog="Example: patchloom models export models:/my-model@champion my-model")
-def models_export(model: ModelReference, out: ModelFolderToWrite) -> None:
+def models_export(
+    model: ModelReference,
+    out: ModelFolderToWrite,
+    diffusers: Annotated[
+        bool, typer.Option("--diffusers", help="Write the ControlNet of the model as a folder for diffusers")
+    ] = False,
+) -> None:
     """Copy a model out of the registry, as safetensors and JSON."""
     from patchloom.pipelines.registry.convert import export_model
 
-    export_model(model, out)
+    export_model(model, out, diffusers=diffusers)
 
 
 @models_app.command("average", epilog="Example: patchloom models average run wider --sigma-rel 0.15")

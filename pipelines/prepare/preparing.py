@@ -21,6 +21,7 @@ from patchloom.pipelines.prepare.planning import (
     plan_dataset,
     plan_images,
     with_mirror_images,
+    with_texts,
 )
 from patchloom.pipelines.prepare.shard_maker import (
     PlannedShard,
@@ -38,7 +39,7 @@ from patchloom.platform.compute.jobs import (
 )
 from patchloom.platform.compute.resources import DEFAULT_RESOURCES, Resources
 from patchloom.platform.compute.shared_paths import UsedPaths
-from patchloom.platform.dataset.prepared import CARD, Dataset, is_dataset, open_dataset
+from patchloom.platform.dataset.prepared import CARD, NO_TEXT_FILE, Dataset, is_dataset, open_dataset
 from patchloom.platform.files.folder import Folder
 from patchloom.platform.files.outputs import check_output_folder
 from patchloom.platform.progress import say
@@ -64,6 +65,7 @@ def prepare(
     precision: str = "fp32",
     mirror: bool = False,
     condition: str | None = None,
+    text: str | None = None,
     short_side: int | None = None,
     stride: int | None = None,
     shard_rows: int | None = None,
@@ -95,6 +97,8 @@ def prepare(
         condition: an image that networks get next to the noisy one, stored with each image: "edges" (Canny's edges),
             "low-res:4" (the image at a fourth of its resolution, enlarged), or a source of images or .npy arrays
             (H, W, K) with the keys of the images, which are cropped and resized like them.
+        text: an .npz file with an embedding (tokens, width) of the text of each image, by the keys of the images, and
+            `no_text`, that of the empty text. ControlNets need them.
         short_side: windows: photographs are resized to this short side, in pixels. Default: 4 x resolution.
         stride: windows: pixels between windows. Default: resolution / 10.
         shard_rows: rows per shard. Default: at most 512, and at most 64 MiB of pixels; more if there would be more than
@@ -122,6 +126,7 @@ def prepare(
             resolution or 0, crop, resize, channels=channels, min_side=min_side, short_side=short_side, stride=stride
         ))  # fmt: skip
         preparation = plan_images(source, labels, image_member, transform, autoencoder, precision, condition, classes)
+    preparation = with_texts(preparation, text)
     if mirror:
         preparation = with_mirror_images(preparation)
     run_job(PrepareJob(Folder.at(dataset), preparation.with_shards(shard_rows)), workers, resources)
@@ -141,10 +146,10 @@ class PrepareJob(Job[PlannedShard, str]):
         self.on_gpus = preparation.encoder is not None
         self.title = "encoding" if self.on_gpus else "preparing"
         self.head_start_s = 0.0 if self.on_gpus or os.environ.get("RAY_ADDRESS") else HEAD_START_S
-        condition = self.plan.condition_source
-        sources = (self.plan.source, *([condition] if condition else []))
+        condition, text = self.plan.condition_source, self.plan.text_source
+        sources = (self.plan.source, *(source for source in (condition, text) if source))
         self.paths = UsedPaths(read=sources, written=(folder.address,))
-        self.argument = ShardMakerArgument(folder.address, allowed_backbones(), self.plan.source, condition)
+        self.argument = ShardMakerArgument(folder.address, allowed_backbones(), self.plan.source, condition, text)
         self.notes = ShardNotes(folder, -(-self.total // self.plan.shard_rows))
 
     def check_folder(self) -> None:
@@ -218,6 +223,8 @@ class PrepareJob(Job[PlannedShard, str]):
         found = gather(self.notes)
         if not found.rows:
             self._refuse(found.reasons)
+        if self.preparation.no_text:
+            self.folder.write(NO_TEXT_FILE, self.preparation.no_text)
         self.folder.write_json(CARD, dataset_card(self.plan, found).to_dict())
         remove_work(self.folder)
         others = self.preparation.other_files

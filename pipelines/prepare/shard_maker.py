@@ -25,11 +25,19 @@ from patchloom.platform.dataset.index import MIRRORED, unit_hashes
 from patchloom.platform.dataset.prepared import open_dataset, shard_bytes
 from patchloom.platform.dataset.readers import SourceReader, UnopenedError
 from patchloom.platform.dataset.shard_table import shard_name
+from patchloom.platform.dataset.texts import TextEmbeddings
 from patchloom.platform.files.copies import local_copy
 from patchloom.platform.files.folder import Folder
 from patchloom.platform.files.patience import StoreError
 from patchloom.platform.records.dataset import DatasetAutoencoder
-from patchloom.platform.records.prepare import PlanFile, PreparedInput, ShardNote, SkippedInput, parse_inputs
+from patchloom.platform.records.prepare import (
+    PlanFile,
+    PreparedInput,
+    ShardNote,
+    SkippedInput,
+    TextPlan,
+    parse_inputs,
+)
 
 if TYPE_CHECKING:
     from patchloom.models.autoencoder import Autoencoder
@@ -61,12 +69,14 @@ class ShardMakerArgument:
         backbones: the packages that it may import.
         source: the address of the source with its keys, which the plan in the folder lacks; None: as in the plan.
         condition_source: the address of the source of conditions, likewise.
+        text_source: the address of the file of text embeddings, likewise.
     """
 
     folder: str
     backbones: tuple[str, ...] = ()
     source: str | None = None
     condition_source: str | None = None
+    text_source: str | None = None
 
 
 @dataclass(frozen=True)
@@ -140,6 +150,34 @@ class ConditionRows:
         return {"condition": self._maker.stored(self._conditions[: self._rows])}
 
 
+class TextRows:
+    """Collects the text embeddings of a shard, if the dataset has them.
+
+    Args:
+        plan: what they are; None for a dataset without.
+        texts: the embeddings by key; None for those of the dataset that is encoded.
+        most: the number of rows at most.
+    """
+
+    def __init__(self, plan: TextPlan | None, texts: TextEmbeddings | None, most: int) -> None:
+        self._texts, self._rows = texts, 0
+        self._values = None if plan is None else np.empty((most, plan.tokens, plan.width), np.float16)
+
+    def of(self, key: str, known: np.ndarray | None = None) -> np.ndarray | None:
+        """The embedding for a key, or the known one of a row; raises ValueError if there is none."""
+        return known if self._texts is None else self._texts.of(key)
+
+    def add(self, text: np.ndarray | None) -> None:
+        """Add an embedding, (tokens, width)."""
+        if self._values is not None:
+            self._values[self._rows] = text
+            self._rows += 1
+
+    def tensors(self) -> dict[str, np.ndarray]:
+        """The column of the shard."""
+        return {} if self._values is None else {"text": self._values[: self._rows]}
+
+
 class LatentRows:
     """Collects the latents of a shard. Only one batch of its images is in memory."""
 
@@ -189,6 +227,8 @@ class ShardMaker:
             self.conditions = ConditionMaker(plan.condition, self.transform or Transform(0))
             if condition_source is not None:
                 self.condition_reader = SourceReader(plan.condition.source_kind or "files", condition_source)
+        text_source = argument.text_source or plan.text_source
+        self.texts = TextEmbeddings(text_source) if text_source is not None else None
         self.split_by = split_unit(self.plan, self.pixels.card if self.pixels else None)
         self.autoencoder, threads = None, 1
         if self.plan.autoencoder:
@@ -255,12 +295,18 @@ class ShardMaker:
         card = self.pixels.card
         collected = self._collector(len(inputs), (card.channels, card.resolution, card.resolution))
         conditions = ConditionRows(self.conditions, len(inputs), card.resolution) if self.conditions else None
-        keys, labels = list[str](), list[int]()
+        keys, labels, skipped = list[str](), list[int](), list[SkippedInput]()
+        texts = TextRows(self.plan.text, self.texts, len(inputs))
         for first in range(0, len(inputs), ENCODE_BATCH):
             batch = inputs[first : first + ENCODE_BATCH]
             rows = self.pixels.rows([entry.place[0] for entry in batch])
             for number, (entry, key, label) in enumerate(zip(batch, rows["key"], rows["label"], strict=True)):
-                image = rows["image"][number]
+                image, known = rows["image"][number], rows["text"][number] if "text" in rows else None
+                try:
+                    texts.add(texts.of(key, known))
+                except ValueError as error:
+                    skipped.append(SkippedInput(key=key + MIRRORED * entry.mirror, error=str(error)))
+                    continue
                 collected.add(image[..., ::-1] if entry.mirror else image)
                 if conditions is not None and self.conditions is not None:
                     if "condition" in rows:
@@ -271,7 +317,8 @@ class ShardMaker:
                 keys.append(key + MIRRORED * entry.mirror)
                 labels.append(int(label))
         shown = conditions.tensors() if conditions is not None else {}
-        return ShardContent(keys, labels, collected.tensors() | shown, [], self.plan.inputs_sha256)
+        tensors = collected.tensors() | shown | texts.tensors()
+        return ShardContent(keys, labels, tensors, skipped, self.plan.inputs_sha256)
 
     def _images(self, inputs: list[PreparedInput]) -> ShardContent:
         """Images of the source. Those that cannot be used are skipped with the reason."""
@@ -280,15 +327,19 @@ class ShardMaker:
         collected = self._collector(len(inputs), (channels, side, side))
         conditions = ConditionRows(self.conditions, len(inputs), side) if self.conditions else None
         keys, labels, skipped = list[str](), list[int](), list[SkippedInput]()
-        digest = hashlib.sha256()
+        digest, texts = hashlib.sha256(), TextRows(self.plan.text, self.texts, len(inputs))
         self.reader.expect(entry.place for entry in inputs if entry.error is None)
         if self.condition_reader is not None:
             self.condition_reader.expect(entry.condition for entry in inputs if entry.error is None and entry.condition)
         for entry, (found, content_digest) in zip(inputs, self._decoded(inputs), strict=True):
             digest.update(content_digest)
             key = entry.key + MIRRORED * entry.mirror
-            if isinstance(found, Exception):
-                skipped.append(SkippedInput(key=key, error=self._reason(found)))
+            try:
+                if isinstance(found, Exception):
+                    raise found
+                texts.add(texts.of(entry.key))
+            except Exception as error:
+                skipped.append(SkippedInput(key=key, error=self._reason(error)))
                 continue
             collected.add(_planes(found.image, entry.mirror))
             if conditions is not None and found.condition is not None:
@@ -296,7 +347,8 @@ class ShardMaker:
             keys.append(key)
             labels.append(entry.label)
         shown = conditions.tensors() if conditions is not None else {}
-        return ShardContent(keys, labels, collected.tensors() | shown, skipped, digest.hexdigest())
+        tensors = collected.tensors() | shown | texts.tensors()
+        return ShardContent(keys, labels, tensors, skipped, digest.hexdigest())
 
     def _decoded(self, inputs: list[PreparedInput]) -> Iterator[tuple[DecodedInput | Exception, bytes]]:
         """Every input, or the error, with the sha256 of its bytes in the source."""

@@ -20,6 +20,8 @@ from patchloom.models.checkpoints import (
     save_model,
     verified_card,
 )
+from patchloom.models.controlnet import ControlNetwork
+from patchloom.models.denoiser import skeleton
 from patchloom.models.ema import PowerProfile, combine, reconstruction
 from patchloom.models.normalisation import pixel_normalisation
 from patchloom.pipelines.prepare.encoders import fetch_autoencoder
@@ -100,18 +102,20 @@ def _fitting_autoencoder(reference: str, snapshot: Path, channels: int) -> tuple
     return folder, card
 
 
-def export_model(model: str, out: str) -> Path:
-    """Verify a model and copy its folder, as safetensors and JSON.
+def export_model(model: str, out: str, *, diffusers: bool = False) -> Path:
+    """Verify a model and copy its folder, as safetensors and JSON, or write the ControlNet in it for diffusers.
 
     Args:
         model: `models:/NAME@ALIAS`, `models:/NAME/VERSION`, `runs:/ID/model`, or a model or run folder.
         out: the new folder; may be remote.
+        diffusers: write a folder that `diffusers.ControlNetModel.from_pretrained` loads. Its control image has the
+            condition in [0, 1] and, for a model with coordinates, the channels x and y of `coordinate_grid`.
 
     Returns:
         The new folder; for a remote one a local copy.
 
     Raises:
-        UserError: there is no such model, or the folder is not empty.
+        UserError: there is no such model, the folder is not empty, or it is for diffusers and the model no ControlNet.
         CheckpointError: the weights do not match their checksum.
 
     Example:
@@ -120,10 +124,25 @@ def export_model(model: str, out: str) -> Path:
     folder = _new_folder(out)
     fetched = fetch_model(model)
     card = verified_card(fetched.folder)
+    if diffusers:
+        with _written(folder) as partial:
+            _write_controlnet(fetched.folder, card, partial)
+        say(f"  {card.name} -> {folder}; read it with diffusers.ControlNetModel.from_pretrained")
+        return _place_of(folder)
     with _written(folder) as partial:
         shutil.copytree(fetched.folder, partial, dirs_exist_ok=True)
     say(f"  {card.name} -> {folder}/model.safetensors; read it with safetensors.torch.load_file")
     return _place_of(folder)
+
+
+def _write_controlnet(model: Path, card: ModelCard, folder: Path) -> None:
+    """Write the ControlNet of a model in the format of diffusers. Its base is not needed."""
+    network = skeleton(card.denoiser).model
+    if not isinstance(network, ControlNetwork):
+        raise UserError(f"{card.name} is a {card.denoiser.network}, and only ControlNets are exported for diffusers")
+    weights = load_file(model / "model.safetensors")
+    network.load_state_dict({name.removeprefix("model."): value for name, value in weights.items()}, assign=True)
+    network.controlnet.save_pretrained(folder)
 
 
 def average_model(run: str, out: str, sigma_rel: float) -> Path:

@@ -34,6 +34,9 @@ class SampleConditions(Protocol):
     def read(self, number: int) -> tuple[ConditionEntry, np.ndarray]:
         """A condition as (K, H, W), and its line in `conditions.jsonl`; raises UserError if it cannot be used."""
 
+    def text(self, number: int) -> np.ndarray | None:
+        """The text embedding (tokens, width) of a condition; None if there are none."""
+
 
 def open_sample_conditions(address: str, card: ConditionCard, size: tuple[int, int]) -> SampleConditions:
     """The conditions at an address.
@@ -54,6 +57,12 @@ def open_sample_conditions(address: str, card: ConditionCard, size: tuple[int, i
 def conditions_of(conditions: SampleConditions, seeds: list[int]) -> np.ndarray:
     """(n, K, H, W), the conditions of seeds: seed i has condition i modulo their number."""
     return np.stack([conditions.read(seed % len(conditions))[1] for seed in seeds])
+
+
+def texts_of(conditions: SampleConditions, seeds: list[int]) -> np.ndarray | None:
+    """(n, tokens, width), the text embeddings of the conditions of seeds; None if there are none."""
+    texts = [conditions.text(seed % len(conditions)) for seed in seeds]
+    return None if texts[0] is None else np.stack([text for text in texts if text is not None])
 
 
 def condition_lines(conditions: SampleConditions) -> Iterator[bytes]:
@@ -86,9 +95,17 @@ class _DatasetConditions:
 
     def read(self, number: int) -> tuple[ConditionEntry, np.ndarray]:
         """The condition of a row."""
-        row = self._dataset.rows([number], ["key", "condition"])
+        row = self._dataset.rows([number], ["key", "condition", "text"])
         (condition,) = depth_to_space(row["condition"], self._downscale)
-        return ConditionEntry(file=row["key"][0], sha256=_sha256(condition)), condition
+        text = row["text"].tobytes() if "text" in row else b""  # samples may follow it, too
+        return ConditionEntry(file=row["key"][0], sha256=_sha256(condition.tobytes() + text)), condition
+
+    def text(self, number: int) -> np.ndarray | None:
+        """The text of a row, if the dataset has texts."""
+        if self._dataset.card.text is None:
+            return None
+        found: np.ndarray = self._dataset.rows([number], ["text"])["text"][0]
+        return found
 
 
 class _FileConditions:
@@ -115,6 +132,9 @@ class _FileConditions:
         except Exception as error:  # Pillow raises many types
             raise UserError(f"--conditions {self._name}: {key} {' '.join(str(error).split())[:300]}") from None
         return ConditionEntry(file=key, sha256=_sha256(content)), condition
+
+    def text(self, number: int) -> None:
+        """Files of images have no texts."""
 
 
 def finished_condition(content: bytes | np.ndarray, card: ConditionCard, size: tuple[int, int]) -> np.ndarray:

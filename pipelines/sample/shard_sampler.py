@@ -14,7 +14,7 @@ from patchloom.errors import UserError
 from patchloom.models.backbones import allow_backbones
 from patchloom.models.generate import Sampling, generate_padded, image_size
 from patchloom.models.precision import fixed_arithmetic
-from patchloom.pipelines.sample.conditions import conditions_of, open_sample_conditions
+from patchloom.pipelines.sample.conditions import conditions_of, open_sample_conditions, texts_of
 from patchloom.pipelines.sample.folder import MANIFEST, parse_entries
 from patchloom.pipelines.sample.formats import FORMATS, EncodedImage, content_sha256, read_contents
 from patchloom.pipelines.sample.known_images import pixels_of_png
@@ -134,10 +134,14 @@ class ShardSampler:
         """One batch of images, (N, C, H, W) uint8."""
         argument = self.argument
         try:
-            shown = None if self.conditions is None else torch.from_numpy(conditions_of(self.conditions, seeds))
+            shown = text = None
+            if self.conditions is not None:
+                shown = torch.from_numpy(conditions_of(self.conditions, seeds))
+                text = texts_of(self.conditions, seeds) if self.model.denoiser.text_shape else None
             images = generate_padded(
-                self.model, seeds, labels, argument.batch, argument.sampling, self.known, condition=shown
-            )
+                self.model, seeds, labels, argument.batch, argument.sampling, self.known, condition=shown,
+                text=None if text is None else torch.from_numpy(text),
+            )  # fmt: skip
         except ValueError as error:
             raise UserError(str(error)) from None
         return images.cpu().numpy()

@@ -20,6 +20,8 @@ class DataShape:
         channels: channels of an image or latent.
         classes: number of classes; 0 for none.
         condition_channels: channels of the conditions at this resolution; 0 for none.
+        downscale: pixels of a condition image per pixel of this resolution, along one side.
+        text: tokens and width of the text embeddings; None for none.
     """
 
     kind: Literal["pixels", "latents"]
@@ -27,6 +29,8 @@ class DataShape:
     channels: int
     classes: int = 0
     condition_channels: int = 0
+    downscale: int = 1
+    text: tuple[int, int] | None = None
 
     @staticmethod
     def of(data: "Dataset | DataShape") -> "DataShape":
@@ -35,7 +39,11 @@ class DataShape:
             return data
         card, condition = data.card, data.card.condition
         conditions = condition.channels * condition.downscale**2 if condition else 0
-        return DataShape(card.kind, card.resolution, card.channels, len(card.classes), conditions)
+        text = (card.text.tokens, card.text.width) if card.text else None
+        return DataShape(
+            card.kind, card.resolution, card.channels, len(card.classes), conditions,
+            condition.downscale if condition else 1, text,
+        )  # fmt: skip
 
     @staticmethod
     def parse(

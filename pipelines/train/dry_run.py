@@ -6,8 +6,8 @@ from dataclasses import dataclass, replace
 from patchloom.models.cards import DenoiserConfig
 from patchloom.models.cost import Gain, estimated_gain, largest_group, measured_seconds_of_crop
 from patchloom.models.denoiser import build_denoiser, skeleton
-from patchloom.models.flops import TRAINING_OVER_FORWARD, flops_by_size, parameter_count
-from patchloom.models.memory import training_bytes
+from patchloom.models.flops import evaluation_flops, flops_by_size, parameter_count
+from patchloom.models.memory import frozen_bytes, training_bytes
 from patchloom.models.normalisation import identity_normalisation
 from patchloom.models.step import HALF_PRECISIONS
 from patchloom.models.step_plan import StepSettings
@@ -48,11 +48,13 @@ class RunCounts:
         parameters: parameters of the network.
         updates: optimisation steps.
         sizes: per patch size, full images first.
+        evaluation_flops: FLOPs of one evaluation of the network at full size, as in sampling. A multiply-add is 2.
     """
 
     parameters: int
     updates: int
     sizes: tuple[SizeEstimate, ...]
+    evaluation_flops: int
 
     @property
     def crops(self) -> int:
@@ -68,11 +70,6 @@ class RunCounts:
     def flops(self) -> int:
         """Expected FLOPs of all steps, forward and backward."""
         return sum(size.crops * size.flops_per_crop for size in self.sizes)
-
-    @property
-    def evaluation_flops(self) -> int:
-        """FLOPs of one evaluation of the network at full size, as in sampling. A multiply-add counts as 2."""
-        return self.sizes[0].flops_per_crop // TRAINING_OVER_FORWARD
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,7 +129,12 @@ def _counts(recipe: Recipe, network: DenoiserConfig) -> RunCounts:
         )
         for size in settings.schedule.sizes
     )
-    return RunCounts(parameters=parameter_count(skeleton(network)), updates=settings.updates, sizes=sizes)
+    return RunCounts(
+        parameters=parameter_count(skeleton(network)),
+        updates=settings.updates,
+        sizes=sizes,
+        evaluation_flops=evaluation_flops(network, network.resolution),
+    )
 
 
 def describe_plan(
@@ -161,9 +163,10 @@ def describe_plan(
         parameters=counts.parameters,
         updates=counts.updates,
         sizes=counts.sizes,
+        evaluation_flops=counts.evaluation_flops,
         train_rows=_train_rows(recipe, data),
         # weights, gradients, Adam's two moments and the averages
-        state_bytes=counts.parameters * FLOAT32_BYTES * (4 + len(recipe.ema)),
+        state_bytes=counts.parameters * FLOAT32_BYTES * (4 + len(recipe.ema)) + frozen_bytes(skeleton(network)),
         step_bytes=_step_bytes(network, settings, workers, microbatch, data.kind == "latents"),
         gains={draw: estimated_gain(drawn, cost_of_crop, workers) for draw, drawn in _draws(settings, workers).items()},
         cost_of_crop=cost_of_crop,

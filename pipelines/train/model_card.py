@@ -6,6 +6,7 @@ from patchloom import __version__
 from patchloom.errors import UserError
 from patchloom.models.augment import LABELS
 from patchloom.models.cards import (
+    CONTROLNET,
     MODEL_FORMAT,
     AutoencoderCard,
     ConditionCard,
@@ -13,6 +14,7 @@ from patchloom.models.cards import (
     ModelCard,
     PatchesCard,
 )
+from patchloom.models.controlnet import describe_base
 from patchloom.models.denoiser import halvings_of
 from patchloom.models.normalisation import Normalisation, pixel_normalisation, spread_of
 from patchloom.models.patches import patch_side
@@ -46,7 +48,7 @@ def new_denoiser_config(recipe: Recipe, data: Dataset | DataShape) -> DenoiserCo
     """
     shape, model = DataShape.of(data), recipe.model
     _check_fit(recipe, shape)
-    network, options = _network(recipe)
+    network, options = _network(recipe, shape)
     denoiser = DenoiserConfig(
         network=network,
         network_options=options,
@@ -56,7 +58,7 @@ def new_denoiser_config(recipe: Recipe, data: Dataset | DataShape) -> DenoiserCo
         coordinates=model.coordinates,
         patch_size=model.patch_size_condition,
         condition_channels=shape.condition_channels or None if model.condition else None,
-        sigma_data=model.sigma_data,
+        sigma_data=1.0 if model.base else model.sigma_data,
     )
     _check_sizes(recipe, denoiser)
     if isinstance(data, Dataset):
@@ -93,9 +95,11 @@ def _empty_classes(card: DatasetCard) -> tuple[int, ...] | None:
     return tuple(number for number, entry in enumerate(card.classes) if not entry.rows) or None
 
 
-def _network(recipe: Recipe) -> tuple[str, dict[str, Any]]:
+def _network(recipe: Recipe, shape: DataShape) -> tuple[str, dict[str, Any]]:
     """The name of the network and the keyword arguments of its constructor."""
     model = recipe.model
+    if model.base is not None:
+        return CONTROLNET, _controlnet(model.base, shape)
     if model.backbone is not None:
         return model.backbone, model.backbone_options
     network, options = RECIPE_NETWORKS[model.network]
@@ -111,6 +115,28 @@ def _network(recipe: Recipe) -> tuple[str, dict[str, Any]]:
         "augmentation": LABELS if recipe.data.augment else 0,
         **options,
     }
+
+
+def _controlnet(base: str, shape: DataShape) -> dict[str, Any]:
+    """The options of a ControlNet; raises UserError if the data do not fit the base."""
+    if shape.text is None or not shape.condition_channels:
+        missing = "--text" if shape.condition_channels else "--condition"
+        raise UserError(
+            f"model.network is controlnet, which needs a condition image and a text embedding with each image: prepare "
+            f"the images with {missing}"
+        )
+    try:
+        described = describe_base(base)
+    except ValueError as error:
+        raise UserError(f"model.base: {error}") from None
+    tokens, width = shape.text
+    if width != described["unet"].get("cross_attention_dim"):
+        raise UserError(
+            f"model.base: the texts of {base} have the width {described['unet'].get('cross_attention_dim')}, and those "
+            f"of the dataset {width}: prepare it with the embeddings of the base's text encoder"
+        )
+    control_channels = shape.condition_channels // shape.downscale**2
+    return {**described, "control_channels": control_channels, "downscale": shape.downscale, "tokens": tokens}
 
 
 def _normalisation(recipe: Recipe, card: DatasetCard) -> Normalisation:

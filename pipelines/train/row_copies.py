@@ -43,6 +43,6 @@ class CopyStream:
         computing = torch.cuda.current_stream(self.device)
         computing.wait_event(mark)
         for each in rows:
-            for tensor in (each.image, each.label, each.std, each.condition):
+            for tensor in (each.image, each.label, each.std, each.condition, each.text):
                 if tensor is not None:
                     tensor.record_stream(computing)  # its memory is not reused before this stream is done with it

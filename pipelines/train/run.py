@@ -15,6 +15,7 @@ from patchloom.models.backbones import allow_backbones
 from patchloom.models.cards import ConditionCard, ModelCard
 from patchloom.models.checkpoints import load_checkpoint, save_model
 from patchloom.models.conditions import depth_to_space
+from patchloom.models.controlnet import ControlNetwork
 from patchloom.models.denoiser import Denoiser, build_denoiser, to_channels_last
 from patchloom.models.ema import HalfLifeEMA, PowerEMA, WeightAverage
 from patchloom.models.flops import training_flops
@@ -106,6 +107,7 @@ class RowReader:
         device: the device of the worker.
         draws_version: version of the order of rows.
         condition: the conditions that the network gets; None: they are not read.
+        has_text: read the text embeddings, which the network gets.
     """
 
     def __init__(
@@ -115,10 +117,11 @@ class RowReader:
         device: torch.device,
         draws_version: int,
         condition: ConditionCard | None = None,
+        has_text: bool = False,
     ) -> None:
         self.dataset, self.device = dataset, device
         self.condition = condition.normalisation() if condition else None
-        self.columns = (*STORED_COLUMNS, *(["condition"] if condition else []))
+        self.columns = (*STORED_COLUMNS, *(["condition"] if condition else []), *(["text"] if has_text else []))
         self.train = dataset.split("train", recipe.data.held_out_fraction)
         self.held_out = dataset.split("held_out", recipe.data.held_out_fraction)
         self.plan = recipe_plan(dataset, recipe, draws_version)
@@ -134,15 +137,25 @@ class RowReader:
         label, condition = copied(columns["label"], self.device), None
         if self.condition is not None:
             condition = self.condition.normalise(copied(columns["condition"], self.device))
+        text = copied(columns["text"], self.device) if "text" in columns else None
         if self.dataset.kind == "pixels":
-            return StoredRows(copied(columns["image"], self.device), label, condition=condition)
+            return StoredRows(copied(columns["image"], self.device), label, condition=condition, text=text)
         moments = {name: copied(columns[name], self.device).float() for name in ("mean", "std") if name in columns}
         # a deterministic autoencoder has no std
-        return StoredRows(moments["mean"], label, moments.get("std"), condition)
+        return StoredRows(moments["mean"], label, moments.get("std"), condition, text)
+
+    def shown_rows(self, count: int) -> np.ndarray:
+        """The indices of up to `count` rows for previews: held-out rows, or training rows if none are held out."""
+        return (self.held_out if len(self.held_out) else self.train).spread(count)
+
+    def texts(self, count: int) -> np.ndarray:
+        """(n, tokens, width), the text embeddings of `shown_rows`."""
+        found: np.ndarray = self.dataset.rows(self.shown_rows(count), ["text"])["text"]
+        return found
 
     def condition_images(self, count: int) -> np.ndarray:
-        """(n, K, H, W), condition images of up to `count` held-out rows; of training rows if none are held out."""
-        chosen = (self.held_out if len(self.held_out) else self.train).spread(count)
+        """(n, K, H, W), the condition images of `shown_rows`."""
+        chosen = self.shown_rows(count)
         card = self.dataset.card.condition
         assert card is not None
         return depth_to_space(self.dataset.rows(chosen, ["condition"])["condition"], card.downscale)
@@ -203,10 +216,12 @@ def open_run(worker: Worker, job: TrainJob) -> TrainingRun:
     settings = step_settings(recipe, job.card.denoiser.resolution, job.draws_version)
     set_rounding(recipe.train.precision)
     torch.manual_seed(derive_seed(recipe.seed, "weights"))
-    denoiser = build_denoiser(job.card.denoiser)
+    denoiser, dataset = build_denoiser(job.card.denoiser), open_dataset(job.dataset)
     newest = starting_checkpoint(worker, folder)
     if newest is None and recipe.train.init_from is not None:
         transfer(denoiser, load_initial_weights(folder))
+    if isinstance(denoiser.model, ControlNetwork):
+        denoiser.model.no_text.copy_(torch.from_numpy(dataset.no_text()))
     denoiser = denoiser.to(device).train()
     if newest is None:
         share_initial_weights(worker, denoiser)
@@ -220,7 +235,7 @@ def open_run(worker: Worker, job: TrainJob) -> TrainingRun:
         load_checkpoint(newest, state)
     if job.compile:  # after the averages were copied, which sample without compiling
         compile_network(denoiser, settings.schedule)
-    reader = RowReader(open_dataset(job.dataset), recipe, device, job.draws_version, job.card.condition)
+    reader = RowReader(dataset, recipe, device, job.draws_version, job.card.condition, denoiser.text_shape is not None)
     return TrainingRun(job, settings, reader, state, worker, device)
 
 

@@ -67,7 +67,7 @@ def open_run_folder(
     with fenced(address) as owner, command_copy(address, owner) as path, locked(path):
         is_new = not (path / RUN_FILE).is_file()
         if not is_new:
-            _check_same(path, address, recipe, dataset, resume)
+            _check_same(path, address, recipe, dataset, card, resume)
         answers = is_reachable()
         if recipe.train.init_from is not None and newest_checkpoint(path) is None:
             copy_weights = checked_initial_weights(address, recipe.train.init_from, card.denoiser)
@@ -76,7 +76,7 @@ def open_run_folder(
         if is_new:
             _check_backbone(card)
             _write_recipe(path, address, recipe)
-            _write_card(path, address, dataset)
+            _write_card(path, address, dataset, card)
         if copy_weights is not None:  # after the card, by which the folder is known as a run
             copy_weights()
         ensure_run = functools.partial(ensure_mlflow_run, path, address, parent_run)
@@ -87,7 +87,7 @@ def open_run_folder(
         yield OpenRun(path, address, ensure_run, answers, owner)
 
 
-def _check_same(path: Path, address: Folder, recipe: Recipe, dataset: Dataset, resume: bool) -> None:
+def _check_same(path: Path, address: Folder, recipe: Recipe, dataset: Dataset, model: ModelCard, resume: bool) -> None:
     """Raise UserError unless the folder contains a run of this dataset and recipe, or of a shorter one."""
     if not resume:
         raise UserError(f"{address} contains a run: pass --resume to continue it, or choose another --out")
@@ -99,6 +99,12 @@ def _check_same(path: Path, address: Folder, recipe: Recipe, dataset: Dataset, r
             f"{address} was started with another dataset: fingerprint {card.dataset_fingerprint[:12]} "
             f"({card.dataset}) in the run and {dataset.fingerprint[:12]} ({dataset.address}) here: pass the dataset of "
             "the run, or a new --out"
+        )
+    if card.base_sha256 != (base := model.denoiser.network_options.get("base_sha256")):
+        raise UserError(
+            f"{address} was started with weights of model.base with sha256 {str(card.base_sha256)[:12]}, and those of "
+            f"{recipe.model.base} have {str(base)[:12]}: set PATCHLOOM_BASE_MODEL to the folder of the former, or "
+            "pass a new --out"
         )
     begun = load_recipe(path / RECIPE_FILE)
     check_continues(address, begun, recipe)
@@ -134,7 +140,8 @@ def _write_recipe(path: Path, address: Folder, recipe: Recipe) -> None:
         address.put(path / RECIPE_FILE, RECIPE_FILE)
 
 
-def _write_card(path: Path, address: Folder, dataset: Dataset) -> None:
+def _write_card(path: Path, address: Folder, dataset: Dataset, model: ModelCard) -> None:
+    base = model.denoiser.network_options.get("base_sha256")
     RunCard(
         format_version=RunCard.FORMAT,
         kind="train",
@@ -142,6 +149,7 @@ def _write_card(path: Path, address: Folder, dataset: Dataset) -> None:
         dataset=dataset.address,
         dataset_fingerprint=dataset.fingerprint,
         code_version=__version__,
+        **({"base_sha256": base} if base else {}),
     ).write(path)
     if address.is_remote:
         address.put(path / RUN_FILE, RUN_FILE)

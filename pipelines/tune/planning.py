@@ -10,7 +10,7 @@ from patchloom.errors import UserError
 from patchloom.models.cards import DenoiserConfig
 from patchloom.models.cost import measured_seconds_of_crop, step_cost
 from patchloom.models.denoiser import build_denoiser
-from patchloom.models.flops import TRAINING_OVER_FORWARD, flops_by_size, training_flops
+from patchloom.models.flops import TRAINING_OVER_FORWARD, evaluation_flops, flops_by_size
 from patchloom.models.loss import HELD_OUT_SIGMAS
 from patchloom.models.normalisation import identity_normalisation
 from patchloom.models.precision import one_thread
@@ -252,8 +252,7 @@ def seconds_of_trial(recipe: Recipe, dataset: PlannedData) -> float:
 def held_out_flops(recipe: Recipe, dataset: PlannedData) -> float:
     """The FLOPs of all held-out losses of a trial."""
     denoiser, _ = _denoiser_and_settings(recipe, dataset)
-    forward = training_flops(denoiser, denoiser.resolution) / TRAINING_OVER_FORWARD
-    return held_out_evaluations(recipe, dataset) * forward
+    return held_out_evaluations(recipe, dataset) * float(evaluation_flops(denoiser, denoiser.resolution))
 
 
 def held_out_evaluations(recipe: Recipe, dataset: PlannedData) -> int:

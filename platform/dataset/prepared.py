@@ -5,6 +5,7 @@ DATASET/shards/part-00000.arrow ...  rows in the order of the source: key, image
 DATASET/shards.npy                   rows, bytes and checksum of each shard, if there are too many for the card
 DATASET/index.npy                    a hash of the key of each row, if there are many rows
 DATASET/skipped.jsonl                one line per input that could not be used
+DATASET/no_text.npy                  for datasets with texts: the embedding of the empty text
 DATASET/autoencoder/                 for latents: the autoencoder that encoded them
 """
 
@@ -34,6 +35,7 @@ from patchloom.platform.progress import Meter, progress
 from patchloom.platform.records.dataset import DatasetCard, ShardFile
 
 CARD, DATASETS = "dataset.json", "datasets"  # the kind of their copies in the cache
+NO_TEXT_FILE = "no_text.npy"
 NOT_DATASETS = {  # what a folder without a dataset is, by a file in it, and what to do
     ".work/plan.json": "an unfinished one: repeat the `patchloom prepare` that made it",
     "run.json": "a run: give the dataset that it was trained on, and the run with --out",
@@ -132,6 +134,14 @@ class Dataset:
         if wanted.size and (wanted.min() < 0 or wanted.max() >= len(self)):
             raise IndexError(f"rows {wanted.min()} to {wanted.max()} are not within 0 to {len(self) - 1}")
         return self.reader.read(wanted, columns)
+
+    def no_text(self) -> np.ndarray:
+        """The embedding of the empty text, (tokens, width) float16; raises UserError if it is missing or damaged."""
+        path, text = self.path / NO_TEXT_FILE, self.card.text
+        if text is None or not path.is_file() or file_sha256(path) != text.no_text_sha256:
+            raise UserError(f"{path} is missing or damaged: copy the dataset again, or prepare it with --text")
+        found: np.ndarray = np.load(path, allow_pickle=False)
+        return found
 
     def forget_before(self, row: int) -> None:
         """Close the memory maps of the shards that end at this row or before, for readers that do not go back."""
@@ -294,7 +304,12 @@ def _open_remote(remote: Folder, card: DatasetCard) -> Dataset:
 
 def _other_files(remote: Folder, card: DatasetCard) -> dict[str, int]:
     """The sizes of the files of a remote dataset that are not shards, by name."""
-    names = [CARD, "skipped.jsonl", *(listed.file for listed in (card.shard_list, card.index) if listed)]
+    names = [
+        CARD,
+        "skipped.jsonl",
+        *([NO_TEXT_FILE] if card.text else []),
+        *(listed.file for listed in (card.shard_list, card.index) if listed),
+    ]
     if card.autoencoder is not None:
         names += [f"autoencoder/{name}" for name in remote.folder("autoencoder").files()]
     return {name: remote.size(name) for name in names if remote.has(name)}

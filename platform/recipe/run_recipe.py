@@ -59,9 +59,15 @@ def _encoding(value: Any) -> Any:
 
 
 class ModelSection(Section):
-    """The network: DDPM++ and NCSN++ (EDM's SongUNet), ADM (EDM's DhariwalUNet), or your own `backbone`."""
+    """The network: DDPM++ and NCSN++ (EDM's SongUNet), ADM (EDM's DhariwalUNet), a ControlNet, or your `backbone`."""
 
-    network: Literal["ddpmpp", "ncsnpp", "adm"] = "ddpmpp"
+    network: Literal["ddpmpp", "ncsnpp", "adm", "controlnet"] = "ddpmpp"
+    base: str | None = Field(
+        None,
+        min_length=1,
+        description="network: controlnet: the frozen Stable Diffusion that it controls, by hub id or as a folder in "
+        "the format of diffusers",
+    )
     width: Count = 128
     width_multipliers: Annotated[tuple[Count, ...], Field(min_length=1)] = (1, 2, 2, 2)
     blocks: Count = 4
@@ -95,12 +101,26 @@ class ModelSection(Section):
         return self
 
     @model_validator(mode="after")
+    def _controlnet_has_a_base(self) -> "ModelSection":
+        if (self.network == "controlnet") != (self.base is not None):
+            raise PydanticCustomError("base", "network: controlnet and base need each other; set both, or neither")
+        if self.base is None:
+            return self
+        named = ("width", "width_multipliers", "blocks", "attention", "dropout", "class_conditional", "condition",
+                 "patch_size_condition", "sigma_data")  # fmt: skip
+        if changed := [name for name in named if getattr(self, name) != type(self).model_fields[name].default]:
+            raise PydanticCustomError("base", f"{', '.join(changed)}: not used with network: controlnet; remove them")
+        if self.coordinates == "implicit":
+            raise PydanticCustomError("base", "a ControlNet has no implicit coordinates; set coordinates: linear")
+        return self
+
+    @model_validator(mode="after")
     def _network_is_named_once(self) -> "ModelSection":
         if self.backbone is None:
             if self.backbone_options:
                 raise PydanticCustomError("backbone", "backbone_options are set without a backbone; set model.backbone")
             return self
-        named = ("network", "width", "width_multipliers", "blocks", "attention", "dropout")
+        named = ("network", "base", "width", "width_multipliers", "blocks", "attention", "dropout")
         changed = [name for name in named if getattr(self, name) != type(self).model_fields[name].default]
         if changed:
             raise PydanticCustomError(
@@ -293,6 +313,21 @@ class Recipe(Section):
             raise PydanticCustomError("ranks", "train.emulated_ranks above 1 need patches.draw: independent")
         if self.patches.draw == "stratified":
             self._check_stratified_blocks()
+        return self
+
+    @model_validator(mode="after")
+    def _controlnet_is_trained_like_its_base(self) -> "Recipe":
+        if self.model.base is None:
+            return self
+        if self.data.whiten or self.data.mirror or self.data.augment:
+            raise PydanticCustomError(
+                "base",
+                "data: a ControlNet needs latents as its base knows them; set whiten: false, mirror: false, augment: 0",
+            )
+        if self.noise != NoiseSection():
+            raise PydanticCustomError(
+                "base", "noise: not used with network: controlnet, whose base has its own; remove it"
+            )
         return self
 
     def _check_stratified_blocks(self) -> None:

@@ -78,6 +78,17 @@ class DatasetCondition(Record):
     std: list[float]
 
 
+class DatasetText(Record):
+    """The text embeddings of a dataset, in the column `text`: (tokens, width) float16 for each row.
+
+    `no_text.npy` next to the card has the embedding of the empty text; `no_text_sha256` is of that file.
+    """
+
+    tokens: int
+    width: int
+    no_text_sha256: str
+
+
 class ShardFile(Record):
     """One Arrow file of the dataset. `file` is its path relative to the dataset."""
 
@@ -131,6 +142,7 @@ class DatasetCard(VersionedRecord):
     split_by: SplitBy = "key"
     autoencoder: DatasetAutoencoder | None
     condition: DatasetCondition | None = Field(default=None, exclude_if=_is_none)
+    text: DatasetText | None = Field(default=None, exclude_if=_is_none)
     source_sha256: str
     preparation: str
     shards: list[ShardFile]

@@ -9,10 +9,11 @@ from typing import Any, Literal
 from pydantic import Field, TypeAdapter, ValidationError
 
 from patchloom.errors import UserError
-from patchloom.platform.records.dataset import DatasetAutoencoder, ImageTransform
+from patchloom.platform.records.dataset import DatasetAutoencoder, DatasetText, ImageTransform
 from patchloom.platform.records.record import Record
 
-PLAN_ADDRESSES = ("source", "condition_source")  # fields of a plan; the bytes of a dataset do not depend on them
+# fields of a plan; the bytes of a dataset do not depend on them
+PLAN_ADDRESSES = ("source", "condition_source", "text_source")
 
 
 def _is_none(value: object) -> bool:
@@ -28,6 +29,12 @@ class ConditionPlan(Record):
     dtype: Literal["uint8", "float16", "float32"]
     downscale: int = 1
     source_kind: str | None = Field(default=None, exclude_if=_is_none)
+
+
+class TextPlan(DatasetText):
+    """The text embeddings of a dataset, as in its card. `sha256` is of their file; None for those of a dataset."""
+
+    sha256: str | None = Field(default=None, exclude_if=_is_none)
 
 
 class PreparationPlan(Record):
@@ -47,6 +54,8 @@ class PreparationPlan(Record):
     inputs_sha256: str
     condition: ConditionPlan | None = Field(default=None, exclude_if=_is_none)
     condition_source: str | None = Field(default=None, exclude_if=_is_none)
+    text: TextPlan | None = Field(default=None, exclude_if=_is_none)
+    text_source: str | None = Field(default=None, exclude_if=_is_none)
 
     def identity(self) -> str:
         """A hash of the plan without the addresses of sources. Calls with equal identities continue each other."""

@@ -30,6 +30,7 @@ class RunCard(VersionedRecord):
     dataset: str | None = None  # its address; older autoencoder runs do not store it
     dataset_fingerprint: str
     code_version: str = ""
+    base_sha256: str | None = None  # of the weights of a ControlNet's base
 
     @classmethod
     def read(cls, folder: Path) -> Self:

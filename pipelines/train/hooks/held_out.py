@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 from patchloom.models.loss import held_out_loss
-from patchloom.models.step import StoredRows, one_hot
+from patchloom.models.step import StoredRows, network_labels
 from patchloom.pipelines.train.hooks.hook import Due, Hook
 from patchloom.pipelines.train.snapshot import Snapshot
 from patchloom.platform.records.run import LineFields
@@ -25,7 +25,7 @@ class HeldOutHook(Hook):
             return {}
         rows = self._rows()
         denoiser = snapshot.denoiser
-        labels = one_hot(rows.label, denoiser.classes) if denoiser.classes else None
+        labels = network_labels(denoiser, rows)
         by_sigma = held_out_loss(denoiser, run.normalisation.normalise(rows.image), labels, condition=rows.condition)
         return {
             "held_out_loss": sum(by_sigma.values()) / len(by_sigma),

@@ -27,6 +27,7 @@ class PreviewHook(Hook):
         self._autoencoder: Autoencoder | None = None  # of latents, loaded for the first preview
         self._reference: torch.Tensor | None = None  # features of training images
         self._condition_images: np.ndarray | None = None  # of held-out rows
+        self._texts: np.ndarray | None = None  # of the same rows
 
     def measure(self, due: Due, snapshot: Snapshot) -> LineFields:
         """Sample and save `previews/step-00001000.png`."""
@@ -49,7 +50,8 @@ class PreviewHook(Hook):
             seeds = list(range(start, min(start + SAMPLE_BATCH, count)))
             labels = default_labels(seeds, self.run.card.sampled_classes)
             shown = torch.from_numpy(self._conditions(seeds)) if self.run.card.condition else None
-            images.append(generate(model, seeds, labels, sampling, condition=shown).cpu())
+            text = self._texts_of(seeds) if model.denoiser.text_shape else None
+            images.append(generate(model, seeds, labels, sampling, condition=shown, text=text).cpu())
         return torch.cat(images)
 
     def _conditions(self, seeds: list[int]) -> np.ndarray:
@@ -58,6 +60,12 @@ class PreviewHook(Hook):
             self._condition_images = self.run.reader.condition_images(self.run.recipe.preview.count)
         images: np.ndarray = self._condition_images[np.array(seeds) % len(self._condition_images)]
         return images
+
+    def _texts_of(self, seeds: list[int]) -> torch.Tensor:
+        """The text embedding of each seed, of the row whose condition it has."""
+        if self._texts is None:
+            self._texts = self.run.reader.texts(self.run.recipe.preview.count)
+        return torch.from_numpy(self._texts[np.array(seeds) % len(self._texts)])
 
     def _with_conditions(self, images: np.ndarray) -> np.ndarray:
         """Samples with the condition of each to its left, where both are pictures: (N or 2 N, C, H, W)."""

@@ -27,7 +27,7 @@ MINIMAL: dict[str, Any] = {"name": "x", "train": {"images": 100}}
         ({"train": {"images": 0}}, "train.images", ["0"]),
         ({"train": {"images": "many"}}, "train.images", ["'many'"]),
         ({"train": {"images": 9, "batch_size": 12}}, "train", ["batch_size 12", "block_size 8"]),
-        ({"model": {"network": "vit"}}, "model.network", ["'vit'", "'ddpmpp', 'ncsnpp' or 'adm'"]),
+        ({"model": {"network": "vit"}}, "model.network", ["'vit'", "'ddpmpp', 'ncsnpp', 'adm' or 'controlnet'"]),
         ({"patches": {"sizes": []}}, "patches", ["p", "0.5"]),
         ({"patches": {"sizes": [{"fraction": 1, "weight": 1, "batch_multiplier": 1}]}}, "patches", ["fraction"]),
     ],
