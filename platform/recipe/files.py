@@ -1,5 +1,6 @@
 """Recipe files: where recipes and searches are found, and variants, which name another recipe as their `base`."""
 
+import difflib
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -39,7 +40,7 @@ class ConfigFile:
             return ConfigFile(*Folder.of_file(name))
         path = existing_file(name) or _shipped(name)
         if path is None:
-            raise UserError(f"{name} is not a file and not a shipped recipe; give a path, or one of {_shipped_names()}")
+            raise UserError(f"{name} is not a file and not a shipped recipe; give {_choices('a path', name)}")
         return ConfigFile(*Folder.of_file(path.absolute()))
 
     def __str__(self) -> str:
@@ -79,7 +80,7 @@ class ConfigFile:
         if shipped is None:
             raise UserError(
                 f"{self} names the recipe {name}, which is neither a file in {self.folder} nor a shipped recipe: give "
-                f"a path relative to this folder, or one of {_shipped_names()}"
+                f"{_choices('a path relative to this folder', name)}"
             )
         return ConfigFile(*Folder.of_file(shipped))
 
@@ -88,8 +89,10 @@ def _shipped(name: str) -> Path | None:
     return existing_file(str(SHIPPED / name)) or existing_file(str(SHIPPED / f"{name}.yaml"))
 
 
-def _shipped_names() -> str:
-    return ", ".join(sorted(path.name for path in SHIPPED.glob("*.yaml")))
+def _choices(path: str, name: str) -> str:
+    """What to give instead of a name: a path, a shipped recipe with a similar name, or another one."""
+    close = difflib.get_close_matches(name, [path.stem for path in SHIPPED.glob("*.yaml")])
+    return f"{', '.join([path, *close])} or a name that `patchloom recipes` lists"
 
 
 def find_config(name: str) -> Path:

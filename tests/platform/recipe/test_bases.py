@@ -65,7 +65,7 @@ def test_each_recipe_has_a_name(write: Write) -> None:
 @pytest.mark.parametrize(
     ("base", "named"),
     [
-        ("none.yaml", ["a.yaml", "none.yaml", "celeba64.yaml"]),
+        ("celeba46.yaml", ["a.yaml", "celeba46.yaml", "celeba64"]),
         ("a.yaml", ["a.yaml -> a.yaml"]),
         ("b.yaml", ["a.yaml -> b.yaml -> c.yaml -> b.yaml"]),
         ("wrong.yaml", ["wrong.yaml: patches.pp"]),

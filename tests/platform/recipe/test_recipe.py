@@ -94,7 +94,9 @@ def test_a_file_that_is_not_a_recipe_is_refused(tmp_path: Path) -> None:
         load_recipe(tmp_path / "list.yaml")
     with pytest.raises(UserError, match=r"broken\.yaml"):
         load_recipe(tmp_path / "broken.yaml")
-    with pytest.raises(UserError, match=r"demo_latents\.yaml"):
+    with pytest.raises(UserError, match=r"demo_latents\b"):
+        load_recipe("demo_latent")
+    with pytest.raises(UserError, match="patchloom recipes"):
         load_recipe("nonesuch")
 
 
