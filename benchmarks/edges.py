@@ -24,6 +24,7 @@ from patchloom.platform.files.folder import Folder
 from patchloom.platform.recipe.run_recipe import load_recipe
 
 CONTROLS, SHOWN = 64, 12
+PICTURED = (0, 2.0)  # the seed of training and the guidance of the picture, with two samples per control
 SHIFTS = (9, 23, 38)  # of the controls, for pairs that do not belong together
 
 
@@ -86,13 +87,13 @@ def main() -> None:
         train(recipe, str(data), str(run), workers=0, resume=True)
         for guidance in (1.0, 2.0):
             place = folder / f"samples-{seed}-{guidance:g}"
-            seeds = f"0-{2 * CONTROLS - 1}" if seed == 0 else f"0-{CONTROLS - 1}"
+            seeds = f"0-{2 * CONTROLS - 1}" if (seed, guidance) == PICTURED else f"0-{CONTROLS - 1}"
             options: dict[str, Any] = {"conditions": str(folder / "controls"), "guidance": guidance, "batch": 16}
             sample(str(run), str(place), seeds, workers=0, **options)
             images = sampled(place)[:CONTROLS]
             followed, chance = scores(images, controls)
             print(f"seed {seed}, guidance {guidance:g}: F1 {followed:.3f}, other controls {chance:.3f}", flush=True)
-    images, chosen = sampled(folder / "samples-0-1"), np.linspace(0, CONTROLS - 1, SHOWN).astype(int)
+    images, chosen = sampled(folder / "samples-0-2"), np.linspace(0, CONTROLS - 1, SHOWN).astype(int)
     rows = [controls.repeat(3, axis=1)[chosen], images[chosen], images[CONTROLS + chosen], originals[chosen]]
     save_png(side_by_side(rows, scale=2), folder / "edges.png")
 
