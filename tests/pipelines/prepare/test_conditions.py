@@ -18,6 +18,7 @@ from patchloom.models.conditions import depth_to_space
 from patchloom.pipelines.inspect import inspect
 from patchloom.pipelines.prepare import prepare
 from patchloom.platform.dataset.condition_source import condition_key
+from patchloom.platform.files.folder import Folder
 
 SIDE = 16
 
@@ -212,3 +213,16 @@ def test_workers_make_the_same_bytes(photographs: Path, tmp_path: Path) -> None:
         prepare(str(photographs), str(tmp_path / name), resolution=SIDE, **options)
     assert shard_hashes(tmp_path / "alone") == shard_hashes(tmp_path / "workers")
     assert (tmp_path / "alone" / "dataset.json").read_bytes() == (tmp_path / "workers" / "dataset.json").read_bytes()
+
+
+def test_conditions_in_a_store_are_those_of_a_folder(photographs: Path, s3: str, tmp_path: Path) -> None:
+    remote = Folder(f"{s3}/conditions")
+    with zipfile.ZipFile(tmp_path / "all.zip", "w") as archive:
+        for path in sorted(photographs.iterdir()):
+            remote.write(f"files/{path.name}", path.read_bytes())
+            archive.write(path, path.name)
+    remote.put(tmp_path / "all.zip", "all.zip")
+    wanted = make(photographs, tmp_path / "local", condition=str(photographs)).rows(range(8))["condition"]
+    for name in ("files", "all.zip"):
+        made = make(photographs, tmp_path / f"from {name}", condition=f"{s3}/conditions/{name}")
+        assert np.array_equal(made.rows(range(8))["condition"], wanted)

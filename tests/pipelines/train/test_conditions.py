@@ -11,7 +11,7 @@ from helpers import assert_equal_models, tiny_recipe
 from PIL import Image
 
 from patchloom.errors import UserError
-from patchloom.models.checkpoints import load_sampling_model, read_card
+from patchloom.models.checkpoints import load_model, load_sampling_model, read_card
 from patchloom.models.normalisation import pixel_normalisation
 from patchloom.pipelines.prepare import prepare
 from patchloom.pipelines.train import train
@@ -127,3 +127,17 @@ def test_dropped_conditions_need_conditions(folder: Path) -> None:
     values["model"] |= {"condition": False, "condition_dropout": 0.1}
     with pytest.raises(UserError, match="condition"):
         check_recipe(values)
+
+
+def test_a_model_without_a_condition_is_where_a_run_with_one_begins(folder: Path, tmp_path: Path) -> None:
+    unconditional = recipe(model__condition=False, train__images=100)
+    first = train(unconditional, str(folder / "with"), str(tmp_path / "first"), workers=0)
+    still = recipe(
+        train__images=8, train__init_from=str(first.model), optimizer__lr_rampup_images=10**9, patches__p=1.0
+    )
+    second = train(still, str(folder / "with"), str(tmp_path / "second"), workers=0)
+    x, sigma = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0)), torch.tensor([0.3, 1.0])
+    shown = torch.ones(2, 3, 16, 16)
+    with torch.no_grad():  # one step of a learning rate that has hardly begun to grow
+        found = load_model(second.model)(x, sigma, condition=shown)
+        torch.testing.assert_close(found, load_model(first.model)(x, sigma), atol=1e-4, rtol=1e-3)
