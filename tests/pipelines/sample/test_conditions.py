@@ -88,7 +88,8 @@ def test_the_folder_records_each_condition(folder: Path, samples: Path, pixels: 
         assert line["sha256"] == hashlib.sha256((folder / "edges" / line["file"]).read_bytes()).hexdigest()
     card = json.loads((samples / "sampling.json").read_text())
     assert card["conditions"] == {"count": 5, "sha256": hashlib.sha256(content).hexdigest()}
-    evaluate(str(samples), str(pixels), metrics=["fd"], features="colours")
+    measured = evaluate(str(samples), str(pixels), metrics=["fd"], features="colours")
+    assert measured.identity["conditions"] == card["conditions"]  # results on other conditions are not compared
 
 
 def test_missing_samples_are_made_again_and_others_are_added(folder: Path, samples: Path) -> None:
