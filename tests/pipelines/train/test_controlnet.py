@@ -28,6 +28,7 @@ from patchloom.pipelines.sample import sample
 from patchloom.pipelines.train import train
 from patchloom.pipelines.train.dry_run import describe_plan, run_plan
 from patchloom.platform.dataset import open_dataset
+from patchloom.platform.files.folder import Folder
 from patchloom.platform.files.storage import file_sha256
 from patchloom.platform.recipe import Recipe, check_recipe
 
@@ -82,6 +83,15 @@ def test_rows_have_the_texts_of_their_keys(folder: Path, tmp_path: Path) -> None
         is_latent = name in ("mean", "std")  # whose last bit depends on the places in a batch
         assert np.allclose(values, rows[name], atol=2e-3) if is_latent else np.array_equal(values, rows[name])
     assert encoded.card.text == dataset.card.text and np.array_equal(encoded.no_text(), dataset.no_text())
+
+
+def test_texts_can_be_in_a_store(folder: Path, s3: str) -> None:
+    Folder(f"{s3}/texts").put(folder / "texts.npz", "texts.npz")
+    prepare(str(folder / "images.npz"), f"{s3}/texts/data", crop="none", condition="edges",
+            text=f"{s3}/texts/texts.npz", workers=0)  # fmt: skip
+    there, here = open_dataset(f"{s3}/texts/data"), open_dataset(folder / "data")
+    assert np.array_equal(there.no_text(), here.no_text())
+    assert np.array_equal(there.rows(range(9), ["text"])["text"], here.rows(range(9), ["text"])["text"])
 
 
 def test_files_that_are_no_texts_are_refused(folder: Path, tmp_path: Path) -> None:
