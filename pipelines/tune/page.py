@@ -108,7 +108,7 @@ def search_section(folder: Path) -> Markup:
         recommendation=frontier.recommendation(order, _budget(search)),
         counts=[*_counts(all_trials, order), *_spent_per_trial(trials, _budget(search))],
         method=_method(search, seeds),
-        frontier=plots.frontier_plot(folder, trials, search.metric),
+        frontier=plots.frontier_plot(folder, all_trials, search.metric),
         comparisons=[_shown_comparison(comparison) for comparison in comparisons.values() if comparison],
         not_compared=_not_compared([by for by, comparison in comparisons.items() if not comparison], search),
         ramps=_ramps(search),

@@ -24,7 +24,8 @@ from patchloom.platform.records.search import TRIALS_FILE, TrialRow
 
 STOPPED_COLOUR = "#9aa5b1"
 MAX_LEGEND_ENTRIES = 10
-TICKS = (0.1, 0.3, 0.5, 0.7, 0.9)  # as parts of an axis
+TICKS = 6  # of an axis, at most
+LEAST_SHARE = 0.25  # of the largest cost that an axis of costs spans, so that equal costs look equal
 TOP = 8
 
 
@@ -60,17 +61,19 @@ class _Axis:
     end: float
 
     @classmethod
-    def over(cls, values: Sequence[float], start: float, end: float) -> "_Axis":
+    def over(cls, values: Sequence[float], start: float, end: float, least_share: float = 0.0) -> "_Axis":
         low, high = min(values), max(values)
-        space = 0.08 * (high - low) or 0.08 * abs(high) or 1.0
+        space = max(0.08 * (high - low), (least_share * abs(high) - (high - low)) / 2) or 0.08 * abs(high) or 1.0
         return cls(low - space, high + space, start, end)
 
     def position(self, value: float) -> float:
         return self.start + (value - self.low) / (self.high - self.low) * (self.end - self.start)
 
     def ticks(self) -> list["_Tick"]:
-        values = [self.low + part * (self.high - self.low) for part in TICKS]
-        return [_Tick(self.position(value), f"{value:.3g}") for value in values]
+        from matplotlib.ticker import MaxNLocator
+
+        values = MaxNLocator(TICKS).tick_values(self.low, self.high)
+        return [_Tick(self.position(value), f"{value:g}") for value in values if self.low <= value <= self.high]
 
 
 @dataclass(frozen=True)
@@ -94,7 +97,7 @@ def frontier_plot(folder: Path, trials: Sequence[TrialRow], metric: str) -> Plot
     shown = [trial for trial in trials if trial.value_of(metric) is not None and trial.flops is not None]
     values = [((trial.flops or 0.0) / 1e12, float(trial[metric])) for trial in shown]
     size = _PlotSize()
-    x_axis = _Axis.over([cost for cost, _ in values], size.margin, size.width)
+    x_axis = _Axis.over([cost for cost, _ in values], size.margin, size.width, LEAST_SHARE)
     y_axis = _Axis.over([quality for _, quality in values], size.bottom, TOP)
     front = pareto_front(values)
     points = []
