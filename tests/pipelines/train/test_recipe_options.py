@@ -148,7 +148,7 @@ def test_preview_that_cannot_be_measured_or_made_does_not_end_the_run(
     assert_equal_models(one.folder, trained)
     assert "Fréchet" in capsys.readouterr().out
 
-    def fail(*arguments: object) -> None:
+    def fail(*arguments: object, **named: object) -> None:
         raise RuntimeError("out of memory")
 
     monkeypatch.setattr("patchloom.pipelines.train.hooks.previews.generate", fail)
