@@ -32,6 +32,7 @@ PLACES = frozenset(
         "save_reference",
         "store",
         "conditions",
+        "text",
     }
 )
 REFERENCES = frozenset(
