@@ -43,6 +43,14 @@ ClassFolder = Annotated[
         "SOURCE, else the first folder that is not around everything, a split (train, test) or storage (00000)]",
     ),
 ]
+SourceSplit = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME",
+        help="Which images of CIFAR, idx files, or folders named train, test or val: train, test, val or all  "
+        "[default: train of CIFAR and idx files, else all]",
+    ),
+]
 EncodeWith = Annotated[
     str | None,
     typer.Option(
@@ -103,6 +111,7 @@ def prepare(
         ),
     ] = None,
     classes: ClassFolder = None,
+    split: SourceSplit = None,
     autoencoder: EncodeWith = None,
     precision: Annotated[str, typer.Option(help="Arithmetic of the encoder: fp32 or bf16")] = "fp32",
     mirror: Annotated[bool, typer.Option("--mirror", help="With latents: encode mirror images too")] = False,
@@ -123,9 +132,9 @@ def prepare(
 
     prepare(
         source, dataset, resolution=resolution, crop=crop, resize=resize, channels=channels, min_side=min_side,
-        labels=labels, image_member=image_member, classes=classes, autoencoder=autoencoder, precision=precision,
-        mirror=mirror, condition=condition, text=text, short_side=short_side, stride=stride, workers=nodes.workers,
-        resources=nodes,
+        labels=labels, image_member=image_member, classes=classes, split=split, autoencoder=autoencoder,
+        precision=precision, mirror=mirror, condition=condition, text=text, short_side=short_side, stride=stride,
+        workers=nodes.workers, resources=nodes,
     )  # fmt: skip
 
 

@@ -155,9 +155,10 @@ def plan_images(
     precision: str,
     condition: str | None = None,
     classes: str | None = None,
+    split: str | None = None,
 ) -> Preparation:
     """Plan to prepare the images of a source with their conditions, and to encode them if there is an autoencoder."""
-    source = open_source(address, labels, image_member, classes)
+    source = open_source(address, labels, image_member, classes, split)
     for note in source.notes:
         say(f"  {note}")
     if source.unmatched_labels:

@@ -61,6 +61,7 @@ def prepare(
     labels: str | None = None,
     image_member: str | None = None,
     classes: str | None = None,
+    split: str | None = None,
     autoencoder: str | None = None,
     precision: str = "fp32",
     mirror: bool = False,
@@ -90,6 +91,8 @@ def prepare(
         classes: which folder is the class of an image, instead of its label: "first", "last" (the one that contains
             it) or "none". Default: labels of the source; without any, the first folder that is not around everything,
             a split such as train, or numbered for storage such as 00000.
+        split: which images to read, where the source has splits: "train", "test", "val" or "all". Default: "train" of
+            CIFAR and of idx files, "all" of folders and archives.
         autoencoder: encode to latents with this autoencoder: models:/..., a folder or a hub id; "none" for pixels.
             Default: Stable Diffusion's for images of at least 256 pixels.
         precision: precision of the encoder, "fp32" or "bf16".
@@ -120,12 +123,16 @@ def prepare(
     if is_dataset(Folder.at(source)):
         if classes is not None:
             raise UserError(f"--classes {classes}: {source} is a prepared dataset, which has its classes")
+        if split is not None:
+            raise UserError(f"--split {split}: {source} is a prepared dataset, which has no splits")
         preparation = plan_dataset(source, autoencoder, precision, condition)
     else:
         transform = check_transform(Transform(
             resolution or 0, crop, resize, channels=channels, min_side=min_side, short_side=short_side, stride=stride
         ))  # fmt: skip
-        preparation = plan_images(source, labels, image_member, transform, autoencoder, precision, condition, classes)
+        preparation = plan_images(
+            source, labels, image_member, transform, autoencoder, precision, condition, classes, split
+        )
     preparation = with_texts(preparation, text)
     if mirror:
         preparation = with_mirror_images(preparation)

@@ -10,9 +10,9 @@ from dataclasses import dataclass, field
 
 from patchloom.errors import UserError
 from patchloom.platform.dataset.labels import MOST_CLASSES
+from patchloom.platform.dataset.splits import Splits, split_named
 
 CLASS_FOLDERS = ("first", "last", "none")  # the values of --classes
-SPLIT_FOLDER = re.compile(r"(train|training|test|testing|val|valid|validation)([-_]?[0-9]+)?", re.IGNORECASE)
 STORAGE_FOLDER = re.compile(r"[0-9]{5,}")  # classes with numbers for names, such as 0 to 9 or 000 to 999, are shorter
 MOST_LEVELS = 8  # of folders in folders, where a class is looked for
 SHOWN_FOLDERS = 3
@@ -66,6 +66,15 @@ class FolderNames:
             if len(names) <= MOST_CLASSES:  # one more than that is refused as classes
                 names[name] = None
 
+    def splits(self) -> Splits:
+        """The splits that all folders of the first level are named for, or of one below a folder around everything."""
+        for level, names in enumerate(self.levels):
+            if all(map(split_named, names)):
+                return Splits({name: split_named(name) for name in names}, level)
+            if len(names) > 1:
+                break
+        return Splits({})
+
     def choose(self, wanted: str | None) -> FolderChoice:
         """Which folder is the class.
 
@@ -87,8 +96,8 @@ class FolderNames:
         for level, names in enumerate(self.levels):
             if len(names) == 1:
                 passed.append(f"{_listed(names)} is the only folder")
-            elif all(SPLIT_FOLDER.fullmatch(name) for name in names):
-                passed.append(f"{_listed(names)} are splits, and all of them are read")
+            elif all(map(split_named, names)):
+                passed.append(f"{_listed(names)} are splits")
             elif all(STORAGE_FOLDER.fullmatch(name) for name in names):
                 passed.append(f"{_listed(names)} are numbered for storage")
                 break

@@ -7,6 +7,7 @@ from typing import Any
 
 from patchloom.platform.dataset.labels import Label, Labels
 from patchloom.platform.dataset.readers import Place
+from patchloom.platform.dataset.splits import Splits
 
 
 @dataclass(slots=True)
@@ -34,7 +35,7 @@ class Listing:
         has_folders: keys are paths, and one of their folders can be the class.
         unmatched: number of labels next to images that are not there.
         others: number of files that are not images, by ending.
-        note: which parts of a known dataset are read, in one line.
+        splits: the splits of a known dataset; None: folders can be splits.
     """
 
     inputs: Iterator[ListedInput] = field(default_factory=lambda: iter(()))
@@ -42,7 +43,7 @@ class Listing:
     has_folders: bool = False
     unmatched: int = 0
     others: Counter[str] = field(default_factory=Counter)
-    note: str = ""
+    splits: Splits | None = None
 
 
 def readable_input(one: ListedInput) -> ListedInput:

@@ -19,6 +19,7 @@ from patchloom.platform.dataset.image_names import is_hidden, is_image
 from patchloom.platform.dataset.labels import Label, Labels, label_of
 from patchloom.platform.dataset.listed import ListedInput, Listing
 from patchloom.platform.dataset.readers import TAR_ENDINGS, Place, plain_file
+from patchloom.platform.dataset.splits import Splits, split_named
 from patchloom.platform.dataset.tar_headers import tar_headers
 from patchloom.platform.dataset.tar_listing import buffered_tar
 from patchloom.platform.files.bounds import check_image_bytes, reading_damaged
@@ -43,8 +44,9 @@ def list_idx(folder: Folder, names: dict[str, int], image_member: str | None) ->
     files = {name.removesuffix(".gz"): name for name in sorted(names, reverse=True)}  # the unpacked one of two
     parts = {name: _idx_part(name) for name in sorted(files.values())}
     listing = Listing()
-    if len(parts) > 1:
-        listing.note = f"idx files: {', '.join(parts.values())}; all of them are read (give one file to read only that)"
+    if len(parts) > 1:  # otherwise the file was meant, whatever it is named
+        bases = {part.rpartition("/")[2] for part in parts.values()}
+        listing.splits = Splits({base: split_named(re.split(r"[-_.]", base)[-1]) for base in bases}, default="train")
     listing.inputs = itertools.chain.from_iterable(
         _idx_rows(folder, name, f"{part}/" if len(parts) > 1 else "") for name, part in parts.items()
     )
@@ -145,7 +147,7 @@ def list_cifar(folder: Folder, names: dict[str, int], image_member: str | None) 
         raise UserError(f"{folder} contains CIFAR more than once, in {', '.join(places)}: give one of them")
     class_names = _cifar_names(folder, parts, batches[0])
     listing = Listing(labels=Labels(first, class_names=class_names) if class_names else None)
-    listing.note = f"batches of CIFAR: {', '.join(part.stem for part in batches)}; all of them are read"
+    listing.splits = Splits({part.stem: split_named(part.stem) for part in batches}, default="train")
     listing.inputs = itertools.chain.from_iterable(_cifar_rows(folder, part) for part in batches)
     return listing
 

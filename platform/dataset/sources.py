@@ -7,7 +7,7 @@ input by its place, in any process. A new format needs an entry in `FILE_ENDINGS
 
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -22,6 +22,7 @@ from patchloom.platform.dataset.listed import ListedInput, Listing
 from patchloom.platform.dataset.listing import LISTERS
 from patchloom.platform.dataset.raw_listing import CIFAR_FILE, cifar_batches, is_cifar_archive
 from patchloom.platform.dataset.readers import TAR_ENDINGS, Place, lmdb_in_zip
+from patchloom.platform.dataset.splits import ALL_SPLITS, Splits, check_split
 from patchloom.platform.files.folder import Folder
 from patchloom.platform.files.inside import inner_name
 from patchloom.platform.files.spool import RowSpool
@@ -63,20 +64,20 @@ class SourceInputs:
     """
 
     def __init__(self, rows: RowSpool, number: Callable[[str, Label], int]) -> None:
-        self._rows, self._number = rows, number
+        self.rows, self.number = rows, number
 
     def __len__(self) -> int:
-        return len(self._rows)
+        return len(self.rows)
 
     def __iter__(self) -> Iterator[SourceInput]:
-        return map(self._input, self._rows)
+        return map(self._input, self.rows)
 
     def __getitem__(self, position: int) -> SourceInput:
-        return self._input(self._rows[position])
+        return self._input(self.rows[position])
 
     def _input(self, row: tuple[Any, ...]) -> SourceInput:
         key, place, size_bytes, label, error = row
-        return SourceInput(key, self._number(key, label), place, size_bytes, error)
+        return SourceInput(key, self.number(key, label), place, size_bytes, error)
 
 
 @dataclass(frozen=True)
@@ -92,7 +93,7 @@ class Source:
         repeated: the positions of inputs whose key an earlier input has, in ascending order.
         unmatched_labels: number of labels whose key has no input.
         others: number of files that are not images, by ending.
-        notes: what was taken as classes, and what else could be meant, in lines.
+        notes: which splits are read and what was taken as classes, and what else could be meant, in lines.
     """
 
     kind: str
@@ -107,7 +108,11 @@ class Source:
 
 
 def open_source(
-    address: str, labels: str | None = None, image_member: str | None = None, classes: str | None = None
+    address: str,
+    labels: str | None = None,
+    image_member: str | None = None,
+    classes: str | None = None,
+    split: str | None = None,
 ) -> Source:
     """List the inputs of a source.
 
@@ -116,11 +121,13 @@ def open_source(
         labels: a separate file of keys and labels.
         image_member: WebDataset: the ending of the members that are the images, such as "input.png".
         classes: which folder is the class instead of what labels say: "first", "last" or "none".
+        split: which inputs to read: "train", "test", "val" or "all"; None: the default of the source.
 
     Raises:
         UserError: the source does not exist, is damaged or contains no images, or an option does not fit it.
     """
     check_class_folder(classes, labels)
+    check_split(split)
     kind, folder, names = kind_of_source(address)
     listing = LISTERS[kind](folder, names, image_member)
     name = str(Folder.at(address))
@@ -129,7 +136,7 @@ def open_source(
     for position, one in enumerate(listing.inputs):
         rows.append(one.row())
         keys.add(one.key, position)
-        found.take(one, listing.has_folders, classes)
+        found.take(one, listing.has_folders)
     if not rows or (image_member and not found.readable):
         raise UserError(_no_images(name, kind, listing, names, image_member))
     if classes in ("first", "last") and not listing.has_folders:
@@ -141,9 +148,10 @@ def open_source(
     else:
         class_names, inputs, unmatched = _labelled(listing, rows, found, given)
         note = f"classes: {len(class_names):,}, from labels"
-    notes = tuple(filter(None, (listing.note, note)))
     unmatched += listing.unmatched
-    return Source(kind, folder.address, name, class_names, inputs, keys.repeated(), unmatched, listing.others, notes)
+    notes = (note,) if note else ()
+    source = Source(kind, folder.address, name, class_names, inputs, keys.repeated(), unmatched, listing.others, notes)
+    return _of_split(source, listing.splits or found.folders.splits(), split)
 
 
 @dataclass
@@ -154,11 +162,11 @@ class _Found:
     folders: FolderNames = field(default_factory=FolderNames)
     readable: int = 0
 
-    def take(self, one: ListedInput, has_folders: bool, classes: str | None) -> None:
+    def take(self, one: ListedInput, has_folders: bool) -> None:
         """Add an input."""
         self.labels[one.label] = None
         self.readable += one.error is None
-        if has_folders and (classes or len(self.labels) == 1):  # else folders are not classes if there are labels
+        if has_folders:
             self.folders.take(one.key)
 
 
@@ -213,6 +221,23 @@ def _by_folder(
     names = given.class_names if given is not None and wanted is None else None
     class_names, numbers = _numbers(list(choice.names), names)
     return class_names, SourceInputs(rows, lambda key, label: numbers.get(choice.class_of(key), -1)), choice.note
+
+
+def _of_split(source: Source, splits: Splits, wanted: str | None) -> Source:
+    """The source without the inputs of other splits. Its classes stay, so that they have one number in all splits."""
+    chosen = splits.choose(wanted, source.name)
+    left_out = Counter[str | None]()
+    if chosen != ALL_SPLITS:
+        rows, keys = RowSpool(), KeyTable()
+        for row in source.inputs.rows:
+            split = splits.of(row[0])
+            if split == chosen:
+                keys.add(row[0], len(rows))
+                rows.append(row)
+            else:
+                left_out[split] += 1
+        source = replace(source, inputs=SourceInputs(rows, source.inputs.number), repeated=keys.repeated())
+    return replace(source, notes=tuple(filter(None, (splits.note(chosen, left_out), *source.notes))))
 
 
 def _numbers(labels: list[Label], class_names: list[str] | None) -> tuple[list[str], dict[Label, int]]:

@@ -32,7 +32,7 @@ def test_bytes_do_not_depend_on_the_workers(write: Callable[[Path], Path], tmp_p
 
 def test_killed_preparation_of_batches_continues(tmp_path: Path) -> None:
     source, folder = str(cifar_python(tmp_path)), tmp_path / "prepared"
-    whole = prepare(source, str(tmp_path / "whole"), resolution=32, crop="none", workers=0, shard_rows=3)
+    whole = prepare(source, str(tmp_path / "whole"), resolution=32, crop="none", split="all", workers=0, shard_rows=3)
 
     class StopError(Exception):
         pass
@@ -46,8 +46,11 @@ def test_killed_preparation_of_batches_continues(tmp_path: Path) -> None:
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(StopError):
         patch.setattr(preparing.PrepareJob, "keep", keep)
-        prepare(source, str(folder), resolution=32, crop="none", workers=0, shard_rows=3)
-    again = prepare(source, str(folder), resolution=32, crop="none", workers=0, shard_rows=3)
+        prepare(source, str(folder), resolution=32, crop="none", split="all", workers=0, shard_rows=3)
+    for split in (None, "test"):
+        with pytest.raises(UserError, match="unfinished preparation"):
+            prepare(source, str(folder), resolution=32, crop="none", split=split, workers=0, shard_rows=3)
+    again = prepare(source, str(folder), resolution=32, crop="none", split="all", workers=0, shard_rows=3)
     assert again.card == whole.card
     rows = again.rows(range(len(again)))
     assert (rows["image"] == CIFAR_PIXELS).all() and rows["label"].tolist() == CIFAR_LABELS

@@ -97,6 +97,11 @@ DATASETS: dict[str, tuple[Callable[[Path], Path], tuple[Any, Any, Any]]] = {
 }
 
 
+def open_whole(address: str, name: str) -> Source:
+    """Open a dataset with all its splits, if it has any."""
+    return open_source(address, split="all" if "CIFAR" in name or "MNIST" in name else None)
+
+
 def upload(place: Path, address: str) -> str:
     """Upload a file, or all files of a folder, with other clients than ours."""
     bucket, prefix = address.split("://")[1].split("/", 1)
@@ -115,7 +120,7 @@ def test_a_dataset_is_read_as_it_is_downloaded_on_every_file_system(name: str, t
     place = write(tmp_path)
     folder = name.replace(" ", "_")
     for address in (str(place), upload(place, f"memory://sets/{folder}"), upload(place, f"{s3}/sets/{folder}")):
-        source = open_source(address)
+        source = open_whole(address, name)
         assert keys_of(source) == keys and classes_of(source) == classes, address
         assert len(source.repeated) == 0 and source.unmatched_labels == 0
         for found, wanted in zip(pixels_of(source), pixels, strict=True):
@@ -125,7 +130,7 @@ def test_a_dataset_is_read_as_it_is_downloaded_on_every_file_system(name: str, t
 @pytest.mark.parametrize("name", DATASETS)
 def test_inputs_are_read_in_any_order_by_their_place(name: str, tmp_path: Path) -> None:
     write, (_, _, pixels) = DATASETS[name]
-    source = open_source(str(write(tmp_path)))
+    source = open_whole(str(write(tmp_path)), name)
     reader, places = SourceReader(source.kind, source.address), [one.place for one in source.inputs]
     reader.expect(places)
     for row in [*reversed(range(len(places))), *range(len(places)), len(places) - 1, 0]:
@@ -133,8 +138,9 @@ def test_inputs_are_read_in_any_order_by_their_place(name: str, tmp_path: Path) 
 
 
 def test_a_prepared_dataset_has_the_rows_classes_and_bytes_of_the_download(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"resolution": 32, "crop": "none", "split": "all", "workers": 0, "shard_rows": 3}
     found = [
-        prepare(str(write(tmp_path)), str(tmp_path / f"{number}"), resolution=32, crop="none", workers=0, shard_rows=3)
+        prepare(str(write(tmp_path)), str(tmp_path / f"{number}"), **options)
         for number, write in enumerate((cifar_python, cifar_binary))
     ]
     for dataset in found:
@@ -230,7 +236,7 @@ def test_one_idx_file_is_read_alone(tmp_path: Path) -> None:
 
 def test_packed_and_unpacked_idx_files_are_read_once(tmp_path: Path) -> None:
     mnist(mnist(tmp_path), "")
-    assert keys_of(open_source(str(tmp_path))) == MNIST_KEYS
+    assert keys_of(open_source(str(tmp_path), split="all")) == MNIST_KEYS
 
 
 GOOD_IDX = idx(DIGITS[:2])
@@ -324,6 +330,136 @@ def test_hard_links_in_inner_tars_are_their_target(tmp_path: Path) -> None:
     source = open_source(str(outer))
     assert keys_of(source) == ["x.png", "n01/a.JPEG", "n01/b.JPEG"]
     assert [found[0, 0, 0] for found in pixels_of(source)] == [9, 1, 1]
+
+
+# which splits are read
+
+
+def afhq_tar(here: Path) -> Path:
+    """AFHQ in a tar, below a folder around everything."""
+    folder = afhq(here)
+    files = [(f"afhq/{path.relative_to(folder)}", path.read_bytes()) for path in sorted(folder.rglob("*.png"))]
+    return write_tar(here / "afhq.tar", files)
+
+
+def coco(here: Path) -> Path:
+    """COCO's splits, whose names have a year."""
+    names = {"train2017": 4, "val2014": 1, "val2017": 2, "test2017": 3}
+    return write_files(
+        here / "coco", {f"{name}/{row}.png": photo(row) for name, rows in names.items() for row in range(rows)}
+    )
+
+
+def emnist(here: Path) -> Path:
+    """EMNIST, whose files have a variant in their names."""
+    for name in ("train", "test"):
+        rows = DIGITS[:5] if name == "train" else DIGITS[5:]
+        (here / f"emnist-letters-{name}-images-idx3-ubyte").write_bytes(idx(rows))
+    return here
+
+
+# each dataset with the number of images in each split, and the split that is read if none is chosen
+SPLIT_COUNTS: dict[str, tuple[Callable[[Path], Path], dict[str, int], str]] = {
+    "CIFAR-10 for Python": (cifar_python, {"train": 8, "test": 4}, "train"),
+    "binary CIFAR-10": (cifar_binary, {"train": 8, "test": 4}, "train"),
+    "CIFAR-100 for Python": (cifar_100, {"train": 4, "test": 4}, "train"),
+    "binary CIFAR-100": (cifar_100_binary, {"train": 4, "test": 4}, "train"),
+    "MNIST": (mnist, {"train": 5, "test": 2}, "train"),
+    "EMNIST": (emnist, {"train": 5, "test": 2}, "train"),
+    "AFHQ": (afhq, {"train": 6, "test": 3}, "all"),
+    "AFHQ in a tar": (afhq_tar, {"train": 6, "test": 3}, "all"),
+    "COCO": (coco, {"train": 4, "val": 3, "test": 3}, "all"),
+}
+
+
+@pytest.mark.parametrize("name", SPLIT_COUNTS)
+def test_each_input_is_in_one_split(name: str, tmp_path: Path) -> None:
+    write, counts, default = SPLIT_COUNTS[name]
+    place = str(write(tmp_path))
+    found = {split: open_source(place, split=split) for split in (*counts, "all")}
+    assert {split: len(source.inputs) for split, source in found.items()} == counts | {"all": sum(counts.values())}
+    whole = found["all"]
+    chosen = {one.key: one for split in counts for one in found[split].inputs}
+    assert [chosen[one.key] for one in whole.inputs] == list(whole.inputs)
+    assert all(source.class_names == whole.class_names for source in found.values())
+    for split in counts:
+        keys = keys_of(found[split])
+        assert keys == [key for key in keys_of(whole) if key in set(keys)]
+    assert list(open_source(place).inputs) == list(found[default].inputs)
+
+
+def test_splits_of_cifar_are_its_batches(tmp_path: Path) -> None:
+    place = str(cifar_python(tmp_path))
+    assert keys_of(open_source(place, split="test")) == CIFAR_KEYS[8:]
+    assert np.array_equal(pixels_of(open_source(place)), COLOURS[:8])
+
+
+def test_the_note_counts_what_is_left_out(tmp_path: Path) -> None:
+    notes = " ".join(open_source(str(cifar_python(tmp_path))).notes)
+    assert all(word in notes for word in ("train", "4", "test", "--split all"))
+    assert "--split all" not in " ".join(open_source(str(afhq(tmp_path))).notes)
+
+
+def test_a_source_with_only_one_split_is_read(tmp_path: Path) -> None:
+    batch = python_2_pickle(cifar_dictionary(2))
+    folder = write_files(tmp_path / "cifar", {"test_batch": batch})
+    assert len(open_source(str(folder)).inputs) == len(open_source(str(folder), split="test").inputs) == 4
+    mnist(tmp_path)
+    for name, rows in (("train", 5), ("t10k", 2)):
+        assert len(open_source(str(tmp_path / f"{name}-images-idx3-ubyte.gz")).inputs) == rows
+
+
+def test_images_outside_of_splits_are_read_with_all_of_them(tmp_path: Path) -> None:
+    names = ("train/1.png", "train/2.png", "testing/1.png", "1.png")
+    place = str(write_files(tmp_path / "a", {name: photo(1) for name in names}))
+    assert len(open_source(place).inputs) == 4
+    assert keys_of(open_source(place, split="test")) == ["testing/1.png"]
+    digits = ("train", "t10k", "extra")
+    write_files(tmp_path / "b", {f"{name}-images-idx3-ubyte": idx(DIGITS[:2]) for name in digits})
+    assert Counter(key.split("/")[0] for key in keys_of(open_source(str(tmp_path / "b")))) == {"train": 2}
+    assert len(open_source(str(tmp_path / "b"), split="all").inputs) == 6
+
+
+def test_duplicate_keys_are_found_in_their_split(tmp_path: Path) -> None:
+    names = ["train/a.png", "test/b.png", "train/c.png", "test/d.png", "test/b.png"]
+    place = str(write_tar(tmp_path / "a.tar", [(name, photo(1)) for name in names]))
+    found = {split: open_source(place, split=split).repeated.tolist() for split in ("train", "test", "all")}
+    assert found == {"train": [], "test": [2], "all": [4]}
+
+
+def test_labels_of_other_splits_have_inputs(tmp_path: Path) -> None:
+    place = afhq(tmp_path)
+    keys = [path.relative_to(place).as_posix() for path in sorted(place.rglob("*.png"))]
+    (place / "labels.csv").write_text("key,label\n" + "".join(f"{key},{row % 2}\n" for row, key in enumerate(keys)))
+    source = open_source(str(place), split="test")
+    assert classes_of(source) == ["0", "1", "0"] and source.unmatched_labels == 0
+
+
+@pytest.mark.parametrize("split", ["training", "t10k", "", "val", "train"])
+def test_splits_that_a_source_does_not_have_are_refused(split: str, tmp_path: Path) -> None:
+    places = [write_files(tmp_path / "flat", {"a.png": photo(1)}), lsun(tmp_path)]
+    places += [write_files(tmp_path / "classes", {f"{name}/1.png": photo(1) for name in ("train", "bus")})]
+    if split != "train":
+        places += [cifar_python(tmp_path), afhq(tmp_path)]
+    for place in places:
+        with pytest.raises(UserError, match=f"--split {split}"):
+            open_source(str(place), split=split)
+
+
+def test_prepare_counts_the_rows_of_a_split(tmp_path: Path) -> None:
+    source = str(afhq(tmp_path))
+    found = {
+        split: prepare(source, str(tmp_path / f"{split}"), resolution=4, workers=0, split=split)
+        for split in (None, "all", "train", "test")
+    }
+    assert {split: len(dataset) for split, dataset in found.items()} == {None: 9, "all": 9, "train": 6, "test": 3}
+    assert {one.name: one.rows for one in found["test"].card.classes} == {"cat": 1, "dog": 1, "wild": 1}
+    assert found["all"].card == found[None].card
+    for split in ("train", None):
+        with pytest.raises(UserError, match="another dataset"):
+            prepare(source, str(tmp_path / "test"), resolution=4, workers=0, split=split)
+    with pytest.raises(UserError, match="prepared dataset"):
+        prepare(str(tmp_path / "test"), str(tmp_path / "again"), split="test", autoencoder="none")
 
 
 # which folder is the class
