@@ -54,7 +54,7 @@ MISTAKES = {
     ),
     "unknown recipe": (
         ["train", "nonesuch", "--data", "{pixels}", "--out", "{tmp}/out"],
-        ["nonesuch", "demo_pixels.yaml"],
+        ["nonesuch", "patchloom recipes"],
     ),
     "search given as a recipe": (
         ["train", "demo_search", "--data", "{pixels}", "--out", "{tmp}/out"],
