@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -17,6 +18,12 @@ from helpers import environment, photograph, tiny_recipe
 from PIL import Image
 
 CLASSES = ("chelsea", "coffee")
+
+
+def pytest_configure() -> None:
+    """Commands that tests start get Ctrl-C, also where a shell runs the tests in the background, which ignores it."""
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -71,7 +71,9 @@ class ConfigFile:
             return ConfigFile.find(name)
         if self.folder.is_remote:
             parent, _, last = name.rpartition("/")
-            there = self.folder.folder(parent) if parent else self.folder  # refuses paths out of the folder
+            if ".." in parent.split("/"):
+                raise UserError(f"{self} names the recipe {name}, which is outside of {self.folder}: give its address")
+            there = self.folder.folder(parent) if parent else self.folder
             if there.has(last):
                 return ConfigFile(there, last)
         elif path := existing_file(str(self.folder.path / name)):

@@ -119,7 +119,7 @@ def test_chain_with_keys_in_every_address_leaks_none(
     there = f"{s3.replace('://', f'://{KEYS}@')}/{tmp_path.name}"
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRET)
     source = Folder.at(f"{there}/images")
-    for name in list(Folder.at(images).files())[:20]:
+    for name in list(Folder.at(images).files())[::2]:  # of both classes
         source.put(images / name, name)
     recipe = tiny_recipe(train__images=64, preview__every_images=0)
     (tmp_path / "recipe.yaml").write_text(recipe_yaml(recipe))
