@@ -5,6 +5,7 @@ from itertools import product
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 Network = Callable[..., Tensor]
 
@@ -44,13 +45,14 @@ class WindowedNetwork:
         ramp = (torch.arange(self.side, device=x.device) + 0.5) / self.side
         ramp = torch.minimum(ramp, 1 - ramp)
         weight = ramp[:, None] * ramp
-        total, weights = torch.zeros_like(x, dtype=torch.float32), torch.zeros_like(x[:1, :1], dtype=torch.float32)
-        corners = product(*(window_starts(size, self.side) for size in x.shape[2:]))
-        for top, left in corners:
+        height, width = x.shape[2:]
+        total, weights = x.new_zeros((), dtype=torch.float32), x.new_zeros((), dtype=torch.float32)
+        for top, left in product(window_starts(height, self.side), window_starts(width, self.side)):
             window = (..., slice(top, top + self.side), slice(left, left + self.side))
             further = () if condition is None else (condition[window],)
             estimate = self.network(x[window], sigma, None, labels, *further)
-            total, weights = _added(total, window, weight * estimate), _added(weights, window, weight)
+            around = (left, width - left - self.side, top, height - top - self.side)
+            total, weights = total + pad(weight * estimate, around), weights + pad(weight, around)
         return total / weights
 
 
@@ -58,10 +60,3 @@ def window_starts(size: int, side: int) -> Sequence[int]:
     """Where windows of a side begin, evenly spaced and overlapping by half of their side or more."""
     count = 1 + -(-2 * (size - side) // side)
     return [round(number * (size - side) / max(count - 1, 1)) for number in range(count)]
-
-
-def _added(total: Tensor, window: tuple[object, ...], part: Tensor) -> Tensor:
-    """The total with a part added in a window, as a new tensor, which gradients can follow."""
-    total = total.clone()
-    total[window] += part  # type: ignore[index]
-    return total

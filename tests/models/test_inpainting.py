@@ -89,10 +89,10 @@ def test_the_images_of_a_batch_do_not_depend_on_each_other() -> None:
 
 # A Gaussian field, of which the middle is known
 
-SIDE, KNOWN, LENGTH, DRAWS = 24, slice(6, 18), 6.0, 128
+SIDE, LENGTH, DRAWS = 24, 6.0, 128
 
 
-def exponential_field(side: int = SIDE, length: float = LENGTH) -> GaussianField:
+def exponential_field(side: int, length: float) -> GaussianField:
     """A field of standard deviation .5, with the covariance exp(-distance / length)."""
     places = torch.cartesian_prod(torch.arange(side), torch.arange(side)).double()
     covariance = 0.25 * torch.exp(-torch.cdist(places, places) / length)
@@ -102,20 +102,21 @@ def exponential_field(side: int = SIDE, length: float = LENGTH) -> GaussianField
 class KnownMiddle:
     """A field given its middle: what the rest is like in theory, and how samples compare with it."""
 
-    def __init__(self, seed: int) -> None:
-        self.field = exponential_field()
-        self.mask = torch.zeros(1, 1, SIDE, SIDE, dtype=torch.bool)
-        self.mask[..., KNOWN, KNOWN] = True
+    def __init__(self, seed: int, side: int = SIDE, length: float = LENGTH) -> None:
+        self.field, self.side, self.middle = exponential_field(side, length), side, slice(side // 4, side - side // 4)
+        self.mask = torch.zeros(1, 1, side, side, dtype=torch.bool)
+        self.mask[..., self.middle, self.middle] = True
         self.known = self.mask.flatten()
         truth = self.field.draw(1, seed).double().flatten()
         covariance = self.field.covariance
         weights = torch.linalg.solve(covariance[self.known][:, self.known], covariance[self.known][:, ~self.known]).T
-        self.mean, self.covariance = truth.clone(), torch.zeros_like(covariance)
-        self.mean[~self.known] = weights @ truth[self.known]
+        mean, given = truth.clone(), torch.zeros_like(covariance)
+        mean[~self.known] = weights @ truth[self.known]
         rest = covariance[~self.known][:, ~self.known] - weights @ covariance[self.known][:, ~self.known]
         unknown = (~self.known).nonzero()
-        self.covariance[unknown, unknown.T] = rest
-        self.values = truth.view(1, 1, SIDE, SIDE) * self.mask
+        given[unknown, unknown.T] = rest
+        self.given = GaussianField(mean, given)
+        self.values = truth.view(1, 1, side, side) * self.mask
 
     def denoise(self, x: Tensor, sigma: Tensor) -> Tensor:
         """The exact denoiser of the field, which does not know the middle."""
@@ -123,34 +124,30 @@ class KnownMiddle:
 
     def denoise_given(self, x: Tensor, sigma: Tensor) -> Tensor:
         """The exact denoiser of the field given the middle."""
-        given = GaussianField(self.mean, self.covariance)
-        clean = given.denoise(x.flatten(1), sigma.expand(len(x))).view_as(x)
+        clean = self.given.denoise(x.flatten(1), sigma.expand(len(x))).view_as(x)
         return torch.where(self.mask, self.values, clean)
 
     def border(self) -> tuple[Tensor, Tensor]:
         """The numbers of the pixels on both sides of the border: inside, outside."""
-        numbers = torch.arange(SIDE * SIDE).view(SIDE, SIDE)
-        first, last = KNOWN.start, KNOWN.stop - 1
-        inside = [numbers[first, KNOWN], numbers[last, KNOWN], numbers[KNOWN, first], numbers[KNOWN, last]]
-        outside = [
-            numbers[first - 1, KNOWN],
-            numbers[last + 1, KNOWN],
-            numbers[KNOWN, first - 1],
-            numbers[KNOWN, last + 1],
-        ]
+        numbers, known = torch.arange(self.side**2).view(self.side, self.side), self.middle
+        first, last = known.start, known.stop - 1
+        inside = [numbers[first, known], numbers[last, known], numbers[known, first], numbers[known, last]]
+        above, below, left, right = first - 1, last + 1, first - 1, last + 1
+        outside = [numbers[above, known], numbers[below, known], numbers[known, left], numbers[known, right]]
         return torch.cat(inside), torch.cat(outside)
 
     def compare(self, samples: Tensor) -> tuple[float, float]:
         """The rms step across the border over the true one, and the rms deviation of the mean of the samples.
 
         The deviation is in standard deviations of the field. The mean of exact samples has sqrt(v / n), where v is the
-        mean variance of the surroundings given the middle: .070 here for 128 samples.
+        mean variance of the surroundings given the middle: .070 for 128 samples.
         """
         inside, outside = self.border()
         rows = samples.flatten(1)
         step = (rows[:, inside] - rows[:, outside]).square().mean().sqrt()
-        true = ((self.mean[inside] - self.mean[outside]) ** 2 + self.covariance.diagonal()[outside]).mean().sqrt()
-        deviation = (rows.mean(0) - self.mean)[~self.known].square().mean().sqrt() / 0.5
+        mean, variance = self.given.mean, self.given.covariance.diagonal()
+        true = ((mean[inside] - mean[outside]) ** 2 + variance[outside]).mean().sqrt()
+        deviation = (rows.mean(0) - mean)[~self.known].square().mean().sqrt() / 0.5
         return float(step / true), float(deviation)
 
 
@@ -159,9 +156,9 @@ def world(request: pytest.FixtureRequest) -> KnownMiddle:
     return KnownMiddle(request.param)
 
 
-def outpainted(denoise: Denoise, repeats: int = 1) -> Tensor:
+def outpainted(denoise: Denoise, repeats: int = 1, side: int = SIDE) -> Tensor:
     """128 images by the default sampler, 18 steps of Heun."""
-    return Sampling()(denoise, SeededNoise(list(range(DRAWS)), (1, SIDE, SIDE)), repeats)
+    return Sampling()(denoise, SeededNoise(list(range(DRAWS)), (1, side, side)), repeats)
 
 
 def test_reconstruction_joins_as_the_field_does(world: KnownMiddle) -> None:
@@ -181,6 +178,26 @@ def test_resampling_is_between_replacing_and_reconstruction(world: KnownMiddle) 
     assert step > 1.5 and deviation > 0.25
     assert 1.1 < resampled_step < 0.8 * step
     assert 0.15 < resampled_deviation < 0.9 * deviation
+
+
+@pytest.mark.slow
+def test_methods_on_six_larger_fields() -> None:
+    """The table of docs/decisions/032; -s prints it."""
+    found: dict[str, list[tuple[float, float]]] = {"exact": [], "reconstruct": [], "resample": [], "replace": []}
+    for seed in range(6):
+        world = KnownMiddle(seed, side=32, length=8.0)
+        kept = keep_known(world.denoise, world.values, world.mask)
+        reconstruction = Reconstruction(world.denoise, world.values, world.mask)
+        methods = {"exact": world.denoise_given, "reconstruct": reconstruction, "resample": kept, "replace": kept}
+        for method, denoise in methods.items():
+            repeats = 4 if method == "resample" else 1
+            found[method].append(world.compare(outpainted(denoise, repeats, side=32)))
+    for method, values in found.items():
+        for name, row in zip(("step", "deviation"), np.array(values).T, strict=True):
+            print(f"{method}: {name} {row.mean():.3f} ({row.min():.3f} to {row.max():.3f})")
+    assert max(step for step, _ in found["reconstruct"]) < 1.15
+    assert max(deviation for _, deviation in found["reconstruct"]) < 0.15
+    assert min(step for step, _ in found["replace"]) > 1.4
 
 
 @pytest.mark.parametrize("sigma", [0.05, 0.5, 5.0, 50.0])
