@@ -14,7 +14,7 @@ from patchloom.models.step_plan import StepSettings
 from patchloom.pipelines.train.data_shape import DataShape, opened
 from patchloom.pipelines.train.model_card import new_denoiser_config
 from patchloom.pipelines.train.run import step_settings
-from patchloom.pipelines.train.shard_plan import unchecked_plan
+from patchloom.pipelines.train.shard_plan import training_rows, unchecked_plan
 from patchloom.platform.compute.devices import own_device
 from patchloom.platform.dataset.prepared import Dataset
 from patchloom.platform.recipe.run_recipe import BLOCK_TOLERANCE, Recipe
@@ -164,7 +164,7 @@ def describe_plan(
         updates=counts.updates,
         sizes=counts.sizes,
         evaluation_flops=counts.evaluation_flops,
-        train_rows=_train_rows(recipe, data),
+        train_rows=len(training_rows(data, recipe)) if isinstance(data, Dataset) else None,
         # weights, gradients, Adam's two moments and the averages
         state_bytes=counts.parameters * FLOAT32_BYTES * (4 + len(recipe.ema)) + frozen_bytes(skeleton(network)),
         step_bytes=_step_bytes(network, settings, workers, microbatch, data.kind == "latents"),
@@ -174,8 +174,13 @@ def describe_plan(
     )
 
 
-def _train_rows(recipe: Recipe, data: Dataset | DataShape) -> int | None:
-    return len(data.split("train", recipe.data.held_out_fraction)) if isinstance(data, Dataset) else None
+def _rows_text(recipe: Recipe, dataset: str | DataShape, train_rows: int | None) -> str:
+    """`, 500 of 3,000 training rows`; without a dataset, only a number that the recipe has."""
+    of_recipe, data = recipe.data.images, opened(dataset)
+    if of_recipe is None or isinstance(data, DataShape):
+        rows = train_rows or of_recipe
+        return "" if rows is None else f", {rows:,} training rows"
+    return f", {of_recipe:,} of {len(data.split('train', recipe.data.held_out_fraction)):,} training rows"
 
 
 def _reading(recipe: Recipe, data: Dataset | DataShape) -> str:
@@ -232,7 +237,7 @@ def run_plan(
         f"    {draw:<11}  {gain.per_image:.2f}x per counted image, {gain.per_update:.2f}x per update"
         for draw, gain in plan.gains.items()
     ]
-    rows = "" if plan.train_rows is None else f", {plan.train_rows:,} training rows"
+    rows = _rows_text(recipe, dataset, plan.train_rows)
     evaluation = plan.evaluation_flops / 1e9
     return "\n".join([
         f"{recipe.name}: {plan.parameters:,} parameters{rows}",

@@ -19,6 +19,7 @@ from patchloom.models.denoiser import halvings_of
 from patchloom.models.normalisation import Normalisation, pixel_normalisation, spread_of
 from patchloom.models.patches import patch_side
 from patchloom.pipelines.train.data_shape import DataShape
+from patchloom.pipelines.train.shard_plan import training_rows
 from patchloom.platform.dataset.prepared import Dataset
 from patchloom.platform.recipe.run_recipe import Recipe
 from patchloom.platform.records.dataset import DatasetCard
@@ -223,9 +224,9 @@ def _check_fit(recipe: Recipe, shape: DataShape) -> None:
 
 
 def _check_rows(recipe: Recipe, dataset: Dataset) -> None:
-    """Raise UserError if no row of the dataset is left for training."""
+    """Raise UserError if the dataset has not enough rows for training."""
     held_out = recipe.data.held_out_fraction
-    if not len(dataset.split("train", held_out)):
+    if not len(training_rows(dataset, recipe)):
         raise UserError(
             f"data.held_out_fraction {held_out:g} leaves none of {len(dataset)} rows for training: lower it"
         )

@@ -28,7 +28,7 @@ from patchloom.models.transfer import transfer
 from patchloom.pipelines.train.agreement import share_initial_weights, starting_checkpoint
 from patchloom.pipelines.train.initial_weights import load_initial_weights
 from patchloom.pipelines.train.row_copies import copied
-from patchloom.pipelines.train.shard_plan import recipe_plan
+from patchloom.pipelines.train.shard_plan import recipe_plan, training_rows
 from patchloom.pipelines.train.timer import WaitTimer
 from patchloom.platform.compute.metrics import MetricRecorder
 from patchloom.platform.compute.workers import Worker
@@ -122,7 +122,7 @@ class RowReader:
         self.dataset, self.device = dataset, device
         self.condition = condition.normalisation() if condition else None
         self.columns = (*STORED_COLUMNS, *(["condition"] if condition else []), *(["text"] if has_text else []))
-        self.train = dataset.split("train", recipe.data.held_out_fraction)
+        self.train = training_rows(dataset, recipe)
         self.held_out = dataset.split("held_out", recipe.data.held_out_fraction)
         self.plan = recipe_plan(dataset, recipe, draws_version)
 

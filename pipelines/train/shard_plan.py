@@ -8,6 +8,7 @@ import numpy as np
 from patchloom.errors import UserError
 from patchloom.models.random_draws import CURRENT_DRAWS, Rows, WindowedOrder
 from patchloom.models.step_plan import draw_source
+from patchloom.platform.dataset.index import Split
 from patchloom.platform.dataset.prepared import Dataset
 from patchloom.platform.dataset.remote_shards import RemoteShards, ShardsInNeed
 from patchloom.platform.files.cache import CACHE_GIB
@@ -17,6 +18,11 @@ from patchloom.platform.recipe.run_recipe import Recipe
 LOOK_AHEAD_CROPS = 65_536  # whose shards are found at once
 CHECKED_WINDOWS = 4096  # the windows of more epochs differ by about a shard
 SPARE_SHARDS = 2  # next to the windows, for previews and the held-out loss
+
+
+def training_rows(dataset: Dataset, recipe: Recipe) -> Split:
+    """The rows that a recipe trains on; raises UserError if the dataset does not have so many."""
+    return dataset.split("train", recipe.data.held_out_fraction, recipe.data.images)
 
 
 def recipe_plan(dataset: Dataset, recipe: Recipe, draws_version: int = CURRENT_DRAWS) -> "ShardPlan":
@@ -33,7 +39,7 @@ def recipe_plan(dataset: Dataset, recipe: Recipe, draws_version: int = CURRENT_D
 
 def unchecked_plan(dataset: Dataset, recipe: Recipe, draws_version: int = CURRENT_DRAWS) -> "ShardPlan":
     """Like `recipe_plan`, also if the cache of this node is too small."""
-    train = dataset.split("train", recipe.data.held_out_fraction)
+    train = training_rows(dataset, recipe)
     rows = np.diff(train.starts)
     if recipe.data.order == "windowed":
         return ShardPlan(dataset, rows, WindowedOrder(rows, recipe.data.window_rows, recipe.seed))
@@ -82,8 +88,9 @@ class ShardPlan:
         if self.files is not None and not self._has_said:
             self._has_said = True
             if missing := self.files.missing_bytes(shards):
-                whole = "the dataset" if len(shards) == len(self.rows_of_shards) else "the first window"
-                say(f"  fetching {gib(missing)} GiB ({whole}); training starts when its first rows are here")
+                part = "the first window" if isinstance(self.order, WindowedOrder) else "the shards with its rows"
+                what = "the dataset" if len(shards) == len(self.rows_of_shards) else part
+                say(f"  fetching {gib(missing)} GiB ({what}); training starts when its first rows are here")
 
     def close(self) -> None:
         """Stop to fetch."""
@@ -103,7 +110,7 @@ class ShardPlan:
                 return
 
     def cache_bytes(self, crops: int) -> int:
-        """The least size of the cache: all of a remote dataset, or any two windows that follow each other.
+        """The least size of the cache: all shards with rows to train on, or any two windows that follow each other.
 
         Args:
             crops: crops of the run.
@@ -112,7 +119,8 @@ class ShardPlan:
         sizes, base_bytes = self.dataset.shards.sizes, self.files.parts.base_bytes
         whole = int(base_bytes + sizes.sum())
         if not isinstance(self.order, WindowedOrder):
-            return whole
+            used_bytes = base_bytes + self._used_sizes.sum()
+            return min(int(used_bytes + SPARE_SHARDS * sizes.max()), whole)
         largest, window = 0, self.order.window_at(0)
         for _ in range(CHECKED_WINDOWS):
             following = self.order.window_at(window.crops.stop)
@@ -121,6 +129,12 @@ class ShardPlan:
                 break
             window = following
         return min(int(base_bytes + largest + SPARE_SHARDS * sizes.max()), whole)
+
+    @property
+    def _used_sizes(self) -> np.ndarray:
+        """The bytes of each shard that has rows to train on."""
+        found: np.ndarray = self.dataset.shards.sizes[self.rows_of_shards > 0]
+        return found
 
     def check_cache(self, crops: int, windowed: WindowedOrder | None = None) -> None:
         """Check that the cache of this node can hold what a run needs at the same time.
@@ -155,12 +169,15 @@ class ShardPlan:
         """What each node reads and keeps in a run of so many crops, as a sentence."""
         if self.files is None:
             return f"data: read in place from {self.dataset.path}"
-        whole, least, parts = self.dataset.shards.sizes.sum(), self.cache_bytes(crops), self.files.parts
+        used, least, parts = self._used_sizes, self.cache_bytes(crops), self.files.parts
+        shards = len(self.dataset.shards)
+        rows = "the dataset" if len(used) == shards else f"{len(used):,} of {shards:,} shards"
+        rows += f" ({gib(used.sum())} GiB)"
         order = "in the global order"
-        copies = f"copies the dataset ({gib(whole)} GiB) to its cache"
+        copies = f"copies {rows} to its cache"
         if isinstance(self.order, WindowedOrder):
             order = f"in {self.order.windows:,} windows per epoch"
-            copies = f"reads the dataset ({gib(whole)} GiB) through its cache, at most once per epoch,"
+            copies = f"reads {rows} through its cache, at most once per epoch,"
         room = f"room for {gib(parts.capacity_bytes(), math.floor)} here in {parts.cache}"
         return f"data: each node {copies} {order}; the cache needs {gib(least)} GiB ({room})"
 

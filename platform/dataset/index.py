@@ -2,7 +2,7 @@
 
 import hashlib
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from io import BytesIO
 from pathlib import Path
 from typing import IO
@@ -17,6 +17,7 @@ HEADER_BYTES = 128  # of an index file, before its hashes
 HASHES_AT_ONCE = 1 << 18
 ROWS_PER_COUNT = 512  # of a split, for which the number of earlier rows is kept
 ENTRIES_AT_ONCE = 1024
+RANK_BITS = 16  # of a rank, by which rows are counted to find the least rank of so many
 
 
 def unit_hashes(keys: Iterable[str], split_by: SplitBy) -> np.ndarray:
@@ -68,35 +69,31 @@ class Split:
     """The rows of a split of a dataset, in ascending order: one bit per row and one count per `ROWS_PER_COUNT` rows.
 
     Args:
-        hashes: the hashes of all rows in their order, some at a time; parts have whole blocks, except the last one.
+        parts: for each row of the dataset in its order whether it is in the split, some at a time; parts have whole
+            blocks, except the last one.
         starts: (S + 1,) int64: where the rows of each shard begin, and the number of rows.
-        held_out_fraction: the expected fraction of held-out rows.
-        is_held_out: whether these are the held-out rows, or those for training.
 
     Example:
         train = dataset.split("train", 0.05)
         dataset.rows(train.rows([0, len(train) - 1]))
     """
 
-    def __init__(
-        self, hashes: Iterable[np.ndarray], starts: np.ndarray, held_out_fraction: float, is_held_out: bool
-    ) -> None:
+    def __init__(self, parts: Iterable[np.ndarray], starts: np.ndarray) -> None:
         total = int(starts[-1])
         self._total_rows = total
         self._bits = np.zeros((-(-total // ROWS_PER_COUNT), ROWS_PER_COUNT // 8), np.uint8)
         self._before = np.zeros(len(self._bits) + 1, np.int64)  # rows of the split before each block
         self.starts = np.zeros(len(starts), np.int64)  # entries of the split before each shard
         first = count = shard = 0
-        for part in hashes:
-            chosen = _held_out(part, held_out_fraction) == is_held_out
+        for chosen in parts:
             packed = np.packbits(chosen)
             self._bits.reshape(-1)[first // 8 : first // 8 + len(packed)] = packed
             counts = np.concatenate([[count], count + np.cumsum(chosen)])
-            blocks = np.arange(0, len(part), ROWS_PER_COUNT)
+            blocks = np.arange(0, len(chosen), ROWS_PER_COUNT)
             self._before[first // ROWS_PER_COUNT : first // ROWS_PER_COUNT + len(blocks)] = counts[blocks]
-            last = int(np.searchsorted(starts, first + len(part), side="right"))
+            last = int(np.searchsorted(starts, first + len(chosen), side="right"))
             self.starts[shard:last] = counts[starts[shard:last] - first]
-            first, count, shard = first + len(part), int(counts[-1]), last
+            first, count, shard = first + len(chosen), int(counts[-1]), last
         self._before[-1] = count
 
     def __len__(self) -> int:
@@ -135,7 +132,61 @@ class Split:
         return np.flatnonzero(np.unpackbits(self._bits, count=self._total_rows))
 
 
-def _held_out(hashes: np.ndarray, fraction: float) -> np.ndarray:
-    """Whether hash < fraction * 2^64, without rounding the hash."""
+def is_held_out(hashes: np.ndarray, fraction: float) -> np.ndarray:
+    """(n,) bool: whether hash < fraction * 2^64, without rounding the hash."""
     limit = math.ceil(fraction * 2**64)
     return hashes < np.uint64(limit) if 0 <= limit < 2**64 else np.full(len(hashes), limit > 0)
+
+
+def row_ranks(hashes: np.ndarray, first: int, split_by: SplitBy, is_mirrored: bool) -> np.ndarray:
+    """(n,) uint64: the ranks of rows, by which a few of them are chosen; a mirror image has the rank of its image.
+
+    The windows of a region have one hash, and are ranked apart: a few images then come from many regions.
+
+    Args:
+        hashes: (n,) uint64, the hashes of the rows.
+        first: the position of the first of them in the dataset.
+        split_by: what a hash is of.
+        is_mirrored: whether each image is followed by its mirror image.
+    """
+    if split_by == "key":
+        return hashes
+    places = np.arange(first, first + len(hashes), dtype=np.uint64) // np.uint64(2 if is_mirrored else 1)
+    mixed: np.ndarray = hashes + places * np.uint64(0x9E3779B97F4A7C15)  # SplitMix64 (Steele et al. 2014)
+    mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    mixed ^= mixed >> np.uint64(31)
+    return mixed
+
+
+def highest_ranked(parts: Callable[[], Iterable[tuple[np.ndarray, np.ndarray]]], count: int) -> Iterator[np.ndarray]:
+    """Whether each row is one of so many with the highest ranks; of rows with equal ranks, the first ones are.
+
+    Fewer rows are a part of more rows. The memory does not grow with the number of rows.
+
+    Args:
+        parts: gives, some rows at a time, (n,) bool: which may be chosen, and (n,) uint64: their ranks. Called three
+            times.
+        count: the number of rows to choose; at least 1.
+
+    Raises:
+        ValueError: fewer rows may be chosen.
+    """
+    shift = np.uint64(64 - RANK_BITS)
+    counts = np.zeros(1 << RANK_BITS, np.int64)
+    for allowed, ranks in parts():
+        counts += np.bincount((ranks[allowed] >> shift).astype(np.int64), minlength=len(counts))
+    at_least = counts[::-1].cumsum()[::-1]  # rows whose first bits are these or higher
+    if at_least[0] < count:
+        raise ValueError(f"{at_least[0]:,} rows may be chosen, not {count:,}")
+    last = int(np.flatnonzero(at_least >= count)[-1])
+    same_bits = [ranks[allowed & ((ranks >> shift).astype(np.int64) == last)] for allowed, ranks in parts()]
+    found, wanted = np.sort(np.concatenate(same_bits)), count - int(at_least[last] - counts[last])
+    least = found[-wanted]
+    equal = wanted - int((found > least).sum())
+    for allowed, ranks in parts():
+        chosen = allowed & (ranks > least)
+        first = np.flatnonzero(allowed & (ranks == least))[:equal]
+        chosen[first] = True
+        equal -= len(first)
+        yield chosen

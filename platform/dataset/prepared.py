@@ -22,7 +22,16 @@ import pyarrow as pa
 
 from patchloom.errors import UserError
 from patchloom.platform.dataset.image_names import is_image
-from patchloom.platform.dataset.index import INDEX_FILE, Split, read_hashes, unit_hashes, write_hashes
+from patchloom.platform.dataset.index import (
+    INDEX_FILE,
+    Split,
+    highest_ranked,
+    is_held_out,
+    read_hashes,
+    row_ranks,
+    unit_hashes,
+    write_hashes,
+)
 from patchloom.platform.dataset.remote_shards import RemoteShards
 from patchloom.platform.dataset.shard_table import ShardTable
 from patchloom.platform.dataset.shards import LocalShards, ShardFiles, ShardReader
@@ -92,7 +101,7 @@ class Dataset:
         self._identity = hashlib.sha256(card.to_json().encode()).hexdigest()[:32]
         name = hashlib.sha256(f"{self._identity} {path}".encode()).hexdigest()[:32]
         self.reader = ShardReader(self.shards, files or LocalShards(path, self.shards), name)
-        self._splits: dict[tuple[str, float], Split] = {}
+        self._splits: dict[tuple[str, float, int | None], Split] = {}
 
     def __len__(self) -> int:
         return int(self.reader.starts[-1])
@@ -147,15 +156,17 @@ class Dataset:
         """Close the memory maps of the shards that end at this row or before, for readers that do not go back."""
         self.reader.forget_before(row)
 
-    def split(self, name: str, held_out_fraction: float = 0.05) -> Split:
-        """The rows of a split, without 8 bytes per row. They depend only on the keys.
+    def split(self, name: str, held_out_fraction: float = 0.05, images: int | None = None) -> Split:
+        """The rows of a split, without 8 bytes per row. They depend only on the keys and their order.
 
         Args:
             name: "train" or "held_out".
             held_out_fraction: the expected fraction of held-out rows; a recipe has it as `data.held_out_fraction`.
+            images: only so many of the rows for training, which are a part of any larger number of them; a recipe has
+                it as `data.images`. Held-out rows are always all.
 
         Raises:
-            UserError: the split is unknown, or a shard or the index is damaged.
+            UserError: the split is unknown, it has fewer rows, or a shard or the index is damaged.
 
         Example:
             train = dataset.split("train")
@@ -163,10 +174,31 @@ class Dataset:
         """
         if name not in ("train", "held_out"):
             raise UserError(f"split {name!r} is unknown; choose train or held_out")
-        if (name, held_out_fraction) not in self._splits:
-            split = Split(self._hashes(), self.reader.starts, held_out_fraction, name == "held_out")
-            self._splits[name, held_out_fraction] = split
-        return self._splits[name, held_out_fraction]
+        found = self._splits.get((name, held_out_fraction, images))
+        if found is None:
+            parts = self._chosen(name, held_out_fraction, images)
+            found = self._splits[name, held_out_fraction, images] = Split(parts, self.reader.starts)
+        return found
+
+    def _chosen(self, split: str, held_out_fraction: float, images: int | None) -> Iterator[np.ndarray]:
+        """Whether each row is in a split, some rows at a time. The arguments are those of `split`."""
+        if split == "held_out" or images is None:
+            return (is_held_out(part, held_out_fraction) == (split == "held_out") for part in self._hashes())
+        rows = len(self.split("train", held_out_fraction))
+        if images > rows:
+            raise UserError(
+                f"data.images: {images:,} images are wanted, and {self.address} has {rows:,} rows for training: choose "
+                f"at most {rows:,}, or none for all"
+            )
+
+        def ranked() -> Iterator[tuple[np.ndarray, np.ndarray]]:
+            first = 0
+            for hashes in self._hashes():
+                ranks = row_ranks(hashes, first, self.card.split_by, self.card.mirror)
+                yield ~is_held_out(hashes, held_out_fraction), ranks
+                first += len(hashes)
+
+        return highest_ranked(ranked, images)
 
     def indices(self, split: str, held_out_fraction: float = 0.05) -> np.ndarray:
         """The positions of the rows of a split, in ascending order, 8 bytes each; `split` needs less memory.

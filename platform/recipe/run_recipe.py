@@ -35,6 +35,11 @@ class DataSection(Section):
         None, description="Side of the images or latents that the recipe was made for; another one gives a warning"
     )
     held_out_fraction: Fraction = 0.05
+    images: Count | None = Field(
+        None,
+        description="Train on so many of the rows for training, the same ones in every run of a dataset; fewer are a "
+        "part of more. A mirror image of prepare --mirror is a row. Default: all",
+    )
     whiten: bool = Field(
         True,
         description="Latents: normalise each channel to mean 0 and std sigma_data",

@@ -92,11 +92,15 @@ class PreviewHook(Hook):
         return frechet_distance(colour_layout(self._sample(model, count)), self._reference)
 
     def _training_features(self, model: SamplingModel, count: int) -> torch.Tensor:
-        """Features of up to `count` training images, spread over the rows."""
-        chosen = self.run.reader.train.spread(count)
+        """Features of up to `count` images for training, spread over the rows.
+
+        They are chosen from all of them, also with `data.images`: runs that differ in it have one reference.
+        """
+        reader = self.run.reader
+        chosen = reader.dataset.split("train", self.run.recipe.data.held_out_fraction).spread(count)
         features = []
         for start in range(0, len(chosen), SAMPLE_BATCH):
-            stored = self.run.reader.at(chosen[start : start + SAMPLE_BATCH]).image
+            stored = reader.at(chosen[start : start + SAMPLE_BATCH]).image
             images = stored if model.autoencoder is None else model.autoencoder.decode(stored)
             features.append(colour_layout(images.cpu()))
         return torch.cat(features)

@@ -1,6 +1,7 @@
 """Training on a remote dataset that is larger than the cache: every row once per epoch, and the same after a kill."""
 
 import os
+import re
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -151,6 +152,20 @@ def test_dry_run_says_what_is_read_and_kept(local: Path, remote: Folder, quarter
     assert in_place.describe(600) == f"data: read in place from {local}"
     whole = unchecked_plan(open_dataset(str(remote)), windowed(data__order="global"))
     assert "to its cache in the global order" in whole.describe(600)
+    few = unchecked_plan(open_dataset(str(remote)), windowed(data__order="global", data__images=3))
+    assert re.search(r"copies [123] of 64 shards", few.describe(600)) and few.cache_bytes(600) < quarter
+
+
+def test_a_few_images_need_a_cache_for_their_shards_only(local: Path, remote: Folder, quarter: int) -> None:
+    few = windowed(data__order="global", data__images=8)
+    here, far = (RowReader(open_dataset(place), few, CPU, 2) for place in (local, str(remote)))
+    wanted = here.train.indices().tolist()
+    assert len(wanted) == 8
+    for epoch in range(2):
+        crops = range(8 * epoch, 8 * epoch + 8)
+        assert torch.equal(far.rows(crops).image, here.rows(crops).image)
+        assert sorted(far.rows(crops).label.tolist()) == wanted
+    far.plan.close()
 
 
 @pytest.mark.slow

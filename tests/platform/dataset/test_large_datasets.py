@@ -13,7 +13,7 @@ from helpers import dataset_card
 
 from patchloom.errors import UserError
 from patchloom.platform.dataset import shards as shards_module
-from patchloom.platform.dataset.index import Split, read_hashes, unit_hashes, write_hashes
+from patchloom.platform.dataset.index import Split, is_held_out, read_hashes, unit_hashes, write_hashes
 from patchloom.platform.dataset.prepared import INDEXED_ROWS, open_dataset, write_shard
 from patchloom.platform.dataset.shard_table import ShardLister
 from patchloom.platform.files.cache import cache_entries
@@ -76,9 +76,10 @@ def test_a_split_has_the_rows_whose_hash_is_below_the_fraction(fraction: float) 
     hashes[[0, 5, 19_999]] = [0, 2**64 - 1, 1]
     starts = np.array([0, 0, 1, 511, 512, 7000, 7000, 20_000])  # two shards are empty
     wanted = np.array([int(value) < fraction * 2**64 for value in hashes])
-    for is_held_out in (True, False):
-        rows = np.flatnonzero(wanted == is_held_out)
-        split = Split(np.split(hashes, [512, 10_240]), starts, fraction, is_held_out)
+    for of_held_out in (True, False):
+        rows = np.flatnonzero(wanted == of_held_out)
+        parts = (is_held_out(part, fraction) == of_held_out for part in np.split(hashes, [512, 10_240]))
+        split = Split(parts, starts)
         assert len(split) == len(rows) and np.array_equal(split.indices(), rows)
         assert np.array_equal(split.rows(range(len(rows))), rows)
         some = np.random.default_rng(2).integers(0, max(len(rows), 1), 50 if len(rows) else 0)
