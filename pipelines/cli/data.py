@@ -69,9 +69,18 @@ Condition = Annotated[
 Text = Annotated[
     str | None,
     typer.Option(
-        metavar="FILE.npz",
-        help="Store a text embedding with each image, which ControlNets need: arrays of shape tokens x width, by the "
-        "names of the images, and no_text, the embedding of the empty text",
+        metavar="FILE",
+        help="Store a text embedding with each image, which ControlNets need: captions (.csv, .jsonl or .parquet with "
+        "key and text) for --text-encoder, or an .npz file with arrays of shape tokens x width, by the names of the "
+        "images, and no_text, the embedding of the empty text",
+    ),
+]
+TextEncoderReference = Annotated[
+    str | None,
+    typer.Option(
+        metavar="REF",
+        help="Encode the captions of --text with the text encoder of this Stable Diffusion: a folder with tokenizer/ "
+        "and text_encoder/, or a Hugging Face name (needs patchloom[text])",
     ),
 ]
 ShortSide = Annotated[
@@ -117,6 +126,7 @@ def prepare(
     mirror: Annotated[bool, typer.Option("--mirror", help="With latents: encode mirror images too")] = False,
     condition: Condition = None,
     text: Text = None,
+    text_encoder: TextEncoderReference = None,
     short_side: ShortSide = None,
     stride: Stride = None,
     allow_backbone: Backbones = None,
@@ -133,7 +143,8 @@ def prepare(
     prepare(
         source, dataset, resolution=resolution, crop=crop, resize=resize, channels=channels, min_side=min_side,
         labels=labels, image_member=image_member, classes=classes, split=split, autoencoder=autoencoder,
-        precision=precision, mirror=mirror, condition=condition, text=text, short_side=short_side, stride=stride,
+        precision=precision, mirror=mirror, condition=condition, text=text, text_encoder=text_encoder,
+        short_side=short_side, stride=stride,
         workers=nodes.workers, resources=nodes,
     )  # fmt: skip
 

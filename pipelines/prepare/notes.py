@@ -28,7 +28,7 @@ from patchloom.platform.records.dataset import (
     SkippedInputs,
     SplitBy,
 )
-from patchloom.platform.records.prepare import ChannelSums, PreparationPlan, ShardNote
+from patchloom.platform.records.prepare import ChannelSums, PreparationPlan, ShardNote, TextPlan
 
 
 def note_name(number: int) -> str:
@@ -138,8 +138,8 @@ def split_unit(plan: PreparationPlan, parent: DatasetCard | None) -> SplitBy:
     return "region" if plan.transform is not None and plan.transform.crop == "windows" else "key"
 
 
-def dataset_card(plan: PreparationPlan, found: Findings) -> DatasetCard:
-    """The card of a dataset from the notes of all its shards."""
+def dataset_card(plan: PreparationPlan, found: Findings, no_text: bytes = b"") -> DatasetCard:
+    """The card of a dataset from the notes of all its shards, and from its file of the embedding of the empty text."""
     mean, std = statistics(found.sums)
     parent = open_dataset(plan.source).card if plan.source_kind == "dataset" else None
     return DatasetCard(
@@ -159,13 +159,18 @@ def dataset_card(plan: PreparationPlan, found: Findings) -> DatasetCard:
         split_by=split_unit(plan, parent),
         autoencoder=plan.autoencoder,
         condition=_condition_record(plan, found),
-        text=DatasetText(**plan.text.model_dump(exclude={"sha256"})) if plan.text else None,
+        text=_text_record(plan.text, no_text) if plan.text else None,
         source_sha256=plan.inputs_sha256 if parent else found.source_digest.hexdigest(),
         preparation=plan.identity(),
         shards=[] if found.shard_list else found.shards.inline(),
         shard_list=found.shard_list,
         index=found.index,
     )
+
+
+def _text_record(plan: TextPlan, no_text: bytes) -> DatasetText:
+    known = plan.model_dump(exclude={"sha256", "no_text_sha256"})
+    return DatasetText(**known, no_text_sha256=hashlib.sha256(no_text).hexdigest())
 
 
 def _condition_record(plan: PreparationPlan, found: Findings) -> DatasetCondition | None:

@@ -2,7 +2,6 @@
 
 import contextlib
 import hashlib
-import io
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
@@ -19,11 +18,9 @@ from patchloom.platform.dataset.condition_source import ConditionSource
 from patchloom.platform.dataset.prepared import Dataset, open_dataset
 from patchloom.platform.dataset.readers import SourceReader
 from patchloom.platform.dataset.sources import Source, count_endings, open_source
-from patchloom.platform.dataset.texts import TextEmbeddings
-from patchloom.platform.files.folder import Folder
 from patchloom.platform.progress import say
 from patchloom.platform.records.dataset import DatasetAutoencoder, ImageTransform
-from patchloom.platform.records.prepare import ConditionPlan, PreparationPlan, PreparedInput, TextPlan
+from patchloom.platform.records.prepare import ConditionPlan, PreparationPlan, PreparedInput
 
 PRECISIONS = ("fp32", "bf16")
 SHARD_ROWS, SHARD_BYTES = 512, 64 << 20  # limits of a small shard: rows, and bytes of its decoded images
@@ -43,6 +40,7 @@ class Preparation:
         encoder: the folder of the encoder, if there is one.
         other_files: the numbers of files that are not images, by ending, for messages.
         no_text: the file with the embedding of the empty text, if there are texts.
+        text_encoder: the folder of the encoder of captions, if there are any.
     """
 
     plan: PreparationPlan
@@ -52,6 +50,7 @@ class Preparation:
     encoder: Path | None = None
     other_files: str = ""
     no_text: bytes = b""
+    text_encoder: Path | None = None
 
     def with_shards(self, rows: int | None) -> "Preparation":
         """The preparation with this number of rows per shard, or a number that suits its inputs."""
@@ -269,28 +268,6 @@ def _with_encoder(preparation: Preparation, autoencoder: str | None, precision: 
         condition = condition.model_copy(update={"downscale": card.downscale})
     plan = preparation.plan.model_copy(update={"autoencoder": card, "condition": condition})
     return replace(preparation, plan=plan, encoder=folder)
-
-
-def with_texts(preparation: Preparation, address: str | None) -> Preparation:
-    """The preparation with the text embeddings of a file, or with those of the dataset that it encodes."""
-    plan = preparation.plan
-    if address is not None:
-        texts = TextEmbeddings(address)
-        content, sha256, source = array_bytes(texts.no_text), texts.sha256(), Folder.at(address).address
-    elif plan.source_kind == "dataset" and open_dataset(plan.source).card.text is not None:
-        content, sha256, source = array_bytes(open_dataset(plan.source).no_text()), None, None
-    else:
-        return preparation
-    tokens, width = np.load(io.BytesIO(content)).shape
-    text = TextPlan(tokens=tokens, width=width, sha256=sha256, no_text_sha256=hashlib.sha256(content).hexdigest())
-    return replace(preparation, plan=plan.model_copy(update={"text": text, "text_source": source}), no_text=content)
-
-
-def array_bytes(values: np.ndarray) -> bytes:
-    """An array as the content of an .npy file."""
-    written = io.BytesIO()
-    np.save(written, values)
-    return written.getvalue()
 
 
 def with_mirror_images(preparation: Preparation) -> Preparation:

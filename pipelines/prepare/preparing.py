@@ -8,11 +8,13 @@ import itertools
 import os
 from collections import Counter
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, ClassVar
 
 from patchloom.errors import UserError
 from patchloom.models.autoencoder import autoencoder_files
 from patchloom.models.backbones import allowed_backbones
+from patchloom.models.text_encoder import text_encoder_files
 from patchloom.pipelines.prepare.images import Transform
 from patchloom.pipelines.prepare.notes import ShardNotes, dataset_card, gather, note_name
 from patchloom.pipelines.prepare.planning import (
@@ -21,17 +23,18 @@ from patchloom.pipelines.prepare.planning import (
     plan_dataset,
     plan_images,
     with_mirror_images,
-    with_texts,
 )
 from patchloom.pipelines.prepare.shard_maker import (
     PlannedShard,
     ShardMaker,
     ShardMakerArgument,
 )
+from patchloom.pipelines.prepare.texts import with_texts
 from patchloom.platform.compute.jobs import (
     INPUTS_FOLDER,
     NOTES_FOLDER,
     PLAN_FILE,
+    TEXT_ENCODER_FOLDER,
     Job,
     check_same,
     remove_work,
@@ -67,6 +70,7 @@ def prepare(
     mirror: bool = False,
     condition: str | None = None,
     text: str | None = None,
+    text_encoder: str | None = None,
     short_side: int | None = None,
     stride: int | None = None,
     shard_rows: int | None = None,
@@ -100,8 +104,11 @@ def prepare(
         condition: an image that networks get next to the noisy one, stored with each image: "edges" (Canny's edges),
             "low-res:4" (the image at a fourth of its resolution, enlarged), or a source of images or .npy arrays
             (H, W, K) with the keys of the images, which are cropped and resized like them.
-        text: an .npz file with an embedding (tokens, width) of the text of each image, by the keys of the images, and
-            `no_text`, that of the empty text. ControlNets need them.
+        text: the texts of the images, by their keys: captions (.csv, .tsv, .jsonl or .parquet) for `text_encoder`, or
+            an .npz file with an embedding (tokens, width) of each text, and `no_text`, that of the empty text.
+            ControlNets need them.
+        text_encoder: encodes captions: a folder or hub id of a Stable Diffusion in the layout of diffusers, with
+            `tokenizer/` and `text_encoder/`.
         short_side: windows: photographs are resized to this short side, in pixels. Default: 4 x resolution.
         stride: windows: pixels between windows. Default: resolution / 10.
         shard_rows: rows per shard. Default: at most 512, and at most 64 MiB of pixels; more if there would be more than
@@ -133,7 +140,7 @@ def prepare(
         preparation = plan_images(
             source, labels, image_member, transform, autoencoder, precision, condition, classes, split
         )
-    preparation = with_texts(preparation, text)
+    preparation = with_texts(preparation, text, text_encoder)
     if mirror:
         preparation = with_mirror_images(preparation)
     run_job(PrepareJob(Folder.at(dataset), preparation.with_shards(shard_rows)), workers, resources)
@@ -150,7 +157,7 @@ class PrepareJob(Job[PlannedShard, str]):
     def __init__(self, folder: Folder, preparation: Preparation) -> None:
         self.folder, self.preparation, self.plan = folder, preparation, preparation.plan
         self.total = len(preparation.inputs)
-        self.on_gpus = preparation.encoder is not None
+        self.on_gpus = preparation.encoder is not None or preparation.text_encoder is not None
         self.title = "encoding" if self.on_gpus else "preparing"
         self.head_start_s = 0.0 if self.on_gpus or os.environ.get("RAY_ADDRESS") else HEAD_START_S
         condition, text = self.plan.condition_source, self.plan.text_source
@@ -179,17 +186,24 @@ class PrepareJob(Job[PlannedShard, str]):
         else:
             plan_file = PlanFile(identity=self.plan.identity(), plan=self.plan)
             self.folder.write_json(PLAN_FILE, plan_file.to_dict())
-        self._write_encoder()
+        self._write_encoders()
         return True
 
-    def _write_encoder(self) -> None:
-        encoder = self.preparation.encoder
-        if encoder is None:
-            return
-        written = self.folder.folder("autoencoder").files()
-        for name in autoencoder_files(encoder):
-            if written.get(name) != (encoder / name).stat().st_size:
-                self.folder.put(encoder / name, f"autoencoder/{name}")
+    def _write_encoders(self) -> None:
+        encoder, text_encoder = self.preparation.encoder, self.preparation.text_encoder
+        if encoder is not None:
+            self._put_new(encoder, autoencoder_files(encoder), "autoencoder")
+        if text_encoder is not None:
+            self._put_new(text_encoder, text_encoder_files(text_encoder), TEXT_ENCODER_FOLDER)
+        if self.preparation.no_text and not self.folder.has(NO_TEXT_FILE):  # that of an earlier call is kept
+            self.folder.write(NO_TEXT_FILE, self.preparation.no_text)
+
+    def _put_new(self, here: Path, names: list[str], there: str) -> None:
+        """Copy the files of a folder that an earlier call did not copy."""
+        written = self.folder.folder(there).files()
+        for name in names:
+            if written.get(name) != (here / name).stat().st_size:
+                self.folder.put(here / name, f"{there}/{name}")
 
     def missing(self) -> list[PlannedShard]:
         """Shards without a note. Their inputs are written, those of many shards into one file."""
@@ -230,9 +244,8 @@ class PrepareJob(Job[PlannedShard, str]):
         found = gather(self.notes)
         if not found.rows:
             self._refuse(found.reasons)
-        if self.preparation.no_text:
-            self.folder.write(NO_TEXT_FILE, self.preparation.no_text)
-        self.folder.write_json(CARD, dataset_card(self.plan, found).to_dict())
+        no_text = self.folder.read(NO_TEXT_FILE) if self.plan.text else b""
+        self.folder.write_json(CARD, dataset_card(self.plan, found, no_text).to_dict())
         remove_work(self.folder)
         others = self.preparation.other_files
         not_read = f" (other files, not read: {others})" if others else ""
@@ -245,6 +258,7 @@ class PrepareJob(Job[PlannedShard, str]):
         if self.preparation.encoder is not None:
             for name in autoencoder_files(self.preparation.encoder):
                 self.folder.remove(f"autoencoder/{name}")
+        self.folder.remove(NO_TEXT_FILE)
         found = "; ".join(f"{count} x {reason}" for reason, count in reasons.most_common(2))
         raise UserError(
             f"none of the {self.total} inputs in {self.preparation.source_name} can be used ({found}): "

@@ -20,7 +20,7 @@ from patchloom.pipelines.prepare.conditions import ConditionMaker
 from patchloom.pipelines.prepare.images import Transform, decode, size_of
 from patchloom.pipelines.prepare.notes import note_name, split_unit
 from patchloom.platform.compute.devices import own_device
-from patchloom.platform.compute.jobs import INPUTS_FOLDER, PLAN_FILE
+from patchloom.platform.compute.jobs import INPUTS_FOLDER, PLAN_FILE, TEXT_ENCODER_FOLDER
 from patchloom.platform.dataset.index import MIRRORED, unit_hashes
 from patchloom.platform.dataset.prepared import open_dataset, shard_bytes
 from patchloom.platform.dataset.readers import SourceReader, UnopenedError
@@ -41,6 +41,7 @@ from patchloom.platform.records.prepare import (
 
 if TYPE_CHECKING:
     from patchloom.models.autoencoder import Autoencoder
+    from patchloom.models.text_encoder import TextEncoder
 
 ENCODE_BATCH = 16  # fixed, and the last batch is padded, so that a latent does not depend on its neighbours
 VALUES_PER_SUM = 1 << 17  # uint8 values that fit into the cache
@@ -163,12 +164,9 @@ class TextRows:
         self._texts, self._rows = texts, 0
         self._values = None if plan is None else np.empty((most, plan.tokens, plan.width), np.float16)
 
-    def of(self, key: str, known: np.ndarray | None = None) -> np.ndarray | None:
-        """The embedding for a key, or the known one of a row; raises ValueError if there is none."""
-        return known if self._texts is None else self._texts.of(key)
-
-    def add(self, text: np.ndarray | None) -> None:
-        """Add an embedding, (tokens, width)."""
+    def add(self, key: str, entry: PreparedInput, known: np.ndarray | None = None) -> None:
+        """Add the embedding for the key of an input, or the known one of a row; raises ValueError if there is none."""
+        text = known if self._texts is None else self._texts.of(key)
         if self._values is not None:
             self._values[self._rows] = text
             self._rows += 1
@@ -176,6 +174,24 @@ class TextRows:
     def tensors(self) -> dict[str, np.ndarray]:
         """The column of the shard."""
         return {} if self._values is None else {"text": self._values[: self._rows]}
+
+
+class CaptionRows:
+    """Collects the captions of a shard, and embeds them: equal ones, as those of the windows of a photograph, once."""
+
+    def __init__(self, encoder: "TextEncoder") -> None:
+        self._encoder, self._captions = encoder, list[str]()
+
+    def add(self, key: str, entry: PreparedInput, known: np.ndarray | None = None) -> None:
+        """Add the caption of an input; raises ValueError if there is none."""
+        if entry.caption is None:
+            raise ValueError("has no text")
+        self._captions.append(entry.caption)
+
+    def tensors(self) -> dict[str, np.ndarray]:
+        """The column of the shard."""
+        numbers = {caption: number for number, caption in enumerate(dict.fromkeys(self._captions))}
+        return {"text": self._encoder.encode(list(numbers))[[numbers[caption] for caption in self._captions]]}
 
 
 class LatentRows:
@@ -229,6 +245,7 @@ class ShardMaker:
                 self.condition_reader = SourceReader(plan.condition.source_kind or "files", condition_source)
         text_source = argument.text_source or plan.text_source
         self.texts = TextEmbeddings(text_source) if text_source is not None else None
+        self.text_encoder = self._load_text_encoder() if plan.text and plan.text.has_captions else None
         self.split_by = split_unit(self.plan, self.pixels.card if self.pixels else None)
         self.autoencoder, threads = None, 1
         if self.plan.autoencoder:
@@ -243,6 +260,11 @@ class ShardMaker:
 
         dtype = torch.bfloat16 if card.precision == "bf16" else torch.float32
         return load_autoencoder(local_copy(self.folder.folder("autoencoder").address), own_device(), dtype)
+
+    def _load_text_encoder(self) -> "TextEncoder":
+        from patchloom.models.text_encoder import TextEncoder
+
+        return TextEncoder(local_copy(self.folder.folder(TEXT_ENCODER_FOLDER).address), own_device())
 
     def __call__(self, shard: PlannedShard, report: Callable[[int], None]) -> str:
         """Write the Arrow file of a shard, then its note. Returns the note as JSON."""
@@ -289,6 +311,11 @@ class ShardMaker:
     def _collector(self, most: int, shape: tuple[int, int, int]) -> PixelRows | LatentRows:
         return PixelRows(most, shape) if self.autoencoder is None else LatentRows(self.autoencoder)
 
+    def _text_rows(self, most: int) -> "TextRows | CaptionRows":
+        if self.text_encoder is None:
+            return TextRows(self.plan.text, self.texts, most)
+        return CaptionRows(self.text_encoder)
+
     def _rows(self, inputs: list[PreparedInput]) -> ShardContent:
         """Rows of a prepared dataset, and mirrored rows."""
         assert self.pixels is not None
@@ -296,14 +323,14 @@ class ShardMaker:
         collected = self._collector(len(inputs), (card.channels, card.resolution, card.resolution))
         conditions = ConditionRows(self.conditions, len(inputs), card.resolution) if self.conditions else None
         keys, labels, skipped = list[str](), list[int](), list[SkippedInput]()
-        texts = TextRows(self.plan.text, self.texts, len(inputs))
+        texts = self._text_rows(len(inputs))
         for first in range(0, len(inputs), ENCODE_BATCH):
             batch = inputs[first : first + ENCODE_BATCH]
             rows = self.pixels.rows([entry.place[0] for entry in batch])
             for number, (entry, key, label) in enumerate(zip(batch, rows["key"], rows["label"], strict=True)):
                 image, known = rows["image"][number], rows["text"][number] if "text" in rows else None
                 try:
-                    texts.add(texts.of(key, known))
+                    texts.add(key, entry, known)
                 except ValueError as error:
                     skipped.append(SkippedInput(key=key + MIRRORED * entry.mirror, error=str(error)))
                     continue
@@ -327,7 +354,7 @@ class ShardMaker:
         collected = self._collector(len(inputs), (channels, side, side))
         conditions = ConditionRows(self.conditions, len(inputs), side) if self.conditions else None
         keys, labels, skipped = list[str](), list[int](), list[SkippedInput]()
-        digest, texts = hashlib.sha256(), TextRows(self.plan.text, self.texts, len(inputs))
+        digest, texts = hashlib.sha256(), self._text_rows(len(inputs))
         self.reader.expect(entry.place for entry in inputs if entry.error is None)
         if self.condition_reader is not None:
             self.condition_reader.expect(entry.condition for entry in inputs if entry.error is None and entry.condition)
@@ -337,7 +364,7 @@ class ShardMaker:
             try:
                 if isinstance(found, Exception):
                     raise found
-                texts.add(texts.of(entry.key))
+                texts.add(entry.key, entry)
             except Exception as error:
                 skipped.append(SkippedInput(key=key, error=self._reason(error)))
                 continue

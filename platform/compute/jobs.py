@@ -27,6 +27,7 @@ from patchloom.platform.records.record import Record, flat_values
 WORK_FOLDER = ".work"  # in the job's folder, removed when the job is finished
 NOTES_FOLDER = f"{WORK_FOLDER}/notes"  # one file per finished unit
 PLAN_FILE, INPUTS_FOLDER = f"{WORK_FOLDER}/plan.json", f"{WORK_FOLDER}/inputs"  # of `prepare`
+TEXT_ENCODER_FOLDER = f"{WORK_FOLDER}/text_encoder"  # of `prepare`
 
 
 class Unit(Protocol):
@@ -151,7 +152,7 @@ def _sweep(folder: Folder | None) -> None:
 
 def remove_work(folder: Folder) -> None:
     """Remove what jobs write into the work folder, and the work folder if nothing else is in it."""
-    for name in (NOTES_FOLDER, INPUTS_FOLDER):
+    for name in (NOTES_FOLDER, INPUTS_FOLDER, TEXT_ENCODER_FOLDER):
         folder.remove_folder(name)
     folder.remove(PLAN_FILE)
     if not folder.is_remote:

@@ -108,13 +108,13 @@ def _edm_labels(name: str, file: BinaryIO) -> Labels | None:
 def _has_labels(name: str, file: BinaryIO) -> bool:
     with file:
         try:
-            first = next(_rows(name, file), None)
+            first = next(table_rows(name, file), None)
         except (ValueError, csv.Error, pyarrow.ArrowException):
             return True  # the error of parsing says what is wrong
     return not isinstance(first, Mapping) or first_of(LABEL_COLUMNS, first) is not None
 
 
-def _rows(name: str, file: BinaryIO) -> Iterator[LabelRow]:
+def table_rows(name: str, file: BinaryIO) -> Iterator[LabelRow]:
     """The rows of a table, one by one."""
     if name.lower().endswith((".csv", ".tsv")):
         text = io.TextIOWrapper(file, "utf-8-sig", newline="\n")
@@ -135,7 +135,7 @@ def _delimiter(header: str) -> str:
 
 
 def _table_labels(name: str, file: BinaryIO, keys: tuple[str, ...]) -> Labels | None:
-    rows = _rows(name, file)
+    rows = table_rows(name, file)
     first = next(rows, None)
     if first is None:
         return None
@@ -145,10 +145,10 @@ def _table_labels(name: str, file: BinaryIO, keys: tuple[str, ...]) -> Labels | 
             f"{name} has the columns {', '.join(map(str, first))} and needs one for keys and one for labels: "
             f"name them `{keys[0]}` and `label`"
         )
-    return Labels(name, ((_key(row[key]), row[label]) for row in itertools.chain([first], rows)))
+    return Labels(name, ((key_of_cell(row[key]), row[label]) for row in itertools.chain([first], rows)))
 
 
-def _key(value: Any) -> str:
+def key_of_cell(value: Any) -> str:
     """A key as text. A whole float is an integer: pandas stores integers with gaps as floats."""
     return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
 

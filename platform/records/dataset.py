@@ -81,12 +81,15 @@ class DatasetCondition(Record):
 class DatasetText(Record):
     """The text embeddings of a dataset, in the column `text`: (tokens, width) float16 for each row.
 
-    `no_text.npy` next to the card has the embedding of the empty text; `no_text_sha256` is of that file.
+    `no_text.npy` next to the card has the embedding of the empty text; `no_text_sha256` is of that file. `encoder` and
+    `encoder_sha256` are the name and the files of the encoder, if the dataset was prepared from captions.
     """
 
     tokens: int
     width: int
     no_text_sha256: str
+    encoder: str | None = Field(default=None, exclude_if=_is_none)
+    encoder_sha256: str | None = Field(default=None, exclude_if=_is_none)
 
 
 class ShardFile(Record):

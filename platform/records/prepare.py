@@ -32,9 +32,18 @@ class ConditionPlan(Record):
 
 
 class TextPlan(DatasetText):
-    """The text embeddings of a dataset, as in its card. `sha256` is of their file; None for those of a dataset."""
+    """The text embeddings of a dataset, as in its card.
+
+    `sha256` is of their file, or of the captions; None for those of a dataset. `no_text_sha256` is empty where
+    an encoder makes them: another machine may get other last bits, and `encoder_sha256` identifies them.
+    """
 
     sha256: str | None = Field(default=None, exclude_if=_is_none)
+
+    @property
+    def has_captions(self) -> bool:
+        """Whether an encoder makes the embeddings from captions."""
+        return not self.no_text_sha256
 
 
 class PreparationPlan(Record):
@@ -82,6 +91,7 @@ class PreparedInput:
         mirror: whether the image is mirrored.
         error: why it is skipped without being read.
         condition: where its condition is in the source of conditions, if there is one.
+        caption: its text, where an encoder makes its embedding.
     """
 
     place: list[Any]
@@ -91,6 +101,7 @@ class PreparedInput:
     mirror: bool = False
     error: str | None = None
     condition: list[Any] | None = None
+    caption: str | None = None
 
 
 _INPUT = TypeAdapter(PreparedInput)
