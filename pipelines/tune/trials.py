@@ -15,6 +15,7 @@ from patchloom.pipelines.train.control import newest_step
 from patchloom.pipelines.train.mlflow_run import end_tracking, ensure_mlflow_run
 from patchloom.pipelines.train.resuming import RECIPE_FILE
 from patchloom.pipelines.train.run import step_settings
+from patchloom.pipelines.train.shard_plan import training_rows
 from patchloom.pipelines.train.training import ShowLine, train
 from patchloom.pipelines.tune.planning import CostUnit, Trial, recipe_of_setting, trial_recipe
 from patchloom.platform.compute.messages import forward_messages
@@ -250,7 +251,9 @@ def _row_of_training(job: TrialJob, recipe: Recipe, show: ShowLine) -> TrialRow:
         show=show,
     )
     seconds = time.monotonic() - began
-    row = job.row("finished", **last_numbers(result.folder), seconds=seconds, run_id=result.run_id)
+    images = len(training_rows(open_dataset(shared.dataset), recipe))
+    numbers = last_numbers(result.folder) | {"seconds": seconds, "training_images": images}
+    row = job.row("finished", **numbers, run_id=result.run_id)
     measured_later = shared.search.metric == "final_distance"  # of samples, after all trials
     if row.value_of(shared.search.metric) is None and not measured_later:
         raise UserError(f"{shared.search.metric} was not measured in {job.folder}; its messages say why")

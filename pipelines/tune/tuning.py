@@ -13,10 +13,13 @@ import yaml
 from patchloom import __version__
 from patchloom.errors import UserError
 from patchloom.pipelines.evaluate.evaluation import evaluate
+from patchloom.pipelines.evaluate.memorisation import memorised_shares
 from patchloom.pipelines.pages.html import is_for_pages
 from patchloom.pipelines.registry.registering import register
 from patchloom.pipelines.sample.sampling import sample
 from patchloom.pipelines.train.mlflow_run import end_tracking
+from patchloom.pipelines.train.resuming import RECIPE_FILE
+from patchloom.pipelines.train.shard_plan import training_rows
 from patchloom.pipelines.tune.frontier import cost_of_best
 from patchloom.pipelines.tune.page import write_search_page
 from patchloom.pipelines.tune.planning import Trial, check_space, full_length_recipe, plan_trials, search_flops
@@ -44,7 +47,7 @@ from patchloom.platform.files.folder import Folder
 from patchloom.platform.files.outputs import check_output_folder
 from patchloom.platform.files.storage import locked, make_folder
 from patchloom.platform.progress import Meter, progress, say
-from patchloom.platform.recipe.run_recipe import Recipe, recipe_yaml
+from patchloom.platform.recipe.run_recipe import Recipe, load_recipe, recipe_yaml
 from patchloom.platform.recipe.search import FinalEvaluation, Search, load_search
 from patchloom.platform.records.run import PROGRESS_FILE, RUN_FILE
 from patchloom.platform.records.search import (
@@ -162,7 +165,7 @@ def tune(
             flops = search_flops(definition, base, rows, planned)
             trials = _run_trials(folder, shared, planned, where, flops)
             if definition.final is not None:
-                trials = measure_final_distances(folder, trials, definition.final, rows)
+                trials = measure_samples(folder, trials, definition.final, rows)
             order = ranked(of_budget(trials), definition.metric)
             if not holds_fence(folder, owner):
                 raise UserError(f"{folder} was taken over by another command: wait until that one ends")
@@ -364,31 +367,41 @@ def _shown_progress(trials: Path, meter: Meter) -> Iterator[None]:
         update()
 
 
-def measure_final_distances(
-    folder: Folder, trials: list[TrialRow], final: FinalEvaluation, dataset: Dataset
-) -> list[TrialRow]:
-    """Sample the model of every finished trial and measure the distance of its samples to the dataset.
+def measure_samples(folder: Folder, trials: list[TrialRow], final: FinalEvaluation, dataset: Dataset) -> list[TrialRow]:
+    """Sample the model of every finished trial, and measure the distance of its samples and how many are memorised.
 
-    Distances from an earlier call are kept. Returns the rows with their `final_distance`.
+    What an earlier call has measured is kept. Returns the rows with their `final_distance` and memorised shares.
     """
     return [
-        _with_final_distance(_trial_folder(folder, trial), trial, final, dataset)
+        _with_measured_samples(_trial_folder(folder, trial), trial, final, dataset)
         if trial.status == "finished" and trial.final_distance is None
         else trial
         for trial in trials
     ]
 
 
-def _with_final_distance(run: Folder, trial: TrialRow, final: FinalEvaluation, dataset: Dataset) -> TrialRow:
-    say(f"  trial {trial.name}: {final.samples} samples for the final distance")
+def _with_measured_samples(run: Folder, trial: TrialRow, final: FinalEvaluation, dataset: Dataset) -> TrialRow:
+    say(f"  trial {trial.name}: {final.samples} samples for the final evaluation")
     samples = run.folder("samples").address
     sample(run.address, samples, f"0-{final.samples - 1}", steps=final.steps)
     metric, name = ("fid", "fid") if final.features == "inception" else ("fd", "frechet_distance")
     measured = evaluate(samples, dataset.address, metrics=(metric,), features=final.features)
     distance = measured.metrics[name]
     assert isinstance(distance, float)
-    row = trial.model_copy(update={"final_distance": distance})
+    found = {"final_distance": distance, **_memorised(run, samples, final, dataset)}
+    row = trial.model_copy(update=found)
     run.write_json(TRIAL_FILE, row.to_dict())
     if row.run_id is not None:
-        log_metrics(row.run_id, {"final_distance": distance})
+        log_metrics(row.run_id, found)
     return row
+
+
+def _memorised(run: Folder, samples: str, final: FinalEvaluation, dataset: Dataset) -> dict[str, float]:
+    """The memorised shares of a `TrialRow`, compared with the images that the trial was trained on."""
+    recipe = load_recipe(local_copy(run.address, lambda name: name == RECIPE_FILE) / RECIPE_FILE)
+    held_out = dataset.split("held_out", recipe.data.held_out_fraction)
+    shares = memorised_shares(samples, dataset.address, training_rows(dataset, recipe), held_out, final.features)
+    if shares is None:
+        return {}
+    by_chance = {} if shares.held_out is None else {"memorised_by_chance": shares.held_out}
+    return {"memorised_share": shares.samples, **by_chance}

@@ -116,7 +116,7 @@ class SchedulerSection(Section):
 
 
 class FinalEvaluation(Section):
-    """Samples of each finished trial, and their distance, as by `patchloom sample` and `patchloom evaluate`."""
+    """Samples of each finished trial, their distance as by `patchloom evaluate`, and how many are memorised."""
 
     features: str = Field("inception", description="As in `patchloom evaluate`: inception, colours, a file ...")
     samples: Annotated[int, Field(ge=2)] = 256

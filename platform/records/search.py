@@ -68,6 +68,9 @@ class TrialRow(Record):
     preview_frechet_distance: float | None = None
     preview: str | None = None  # the newest preview's path in the trial's folder
     final_distance: float | None = None
+    training_images: int | None = None  # rows that it was trained on
+    memorised_share: float | None = None  # of the samples of its final distance
+    memorised_by_chance: float | None = None  # the same share of held-out images
 
     def value_of(self, metric: str) -> float | None:
         """The number of that name, None where the trial has none."""

@@ -20,6 +20,7 @@ from patchloom.errors import UserError
 from patchloom.models.flops import training_flops
 from patchloom.models.step_plan import plan_step
 from patchloom.pipelines.evaluate import evaluate
+from patchloom.pipelines.evaluate.memorisation import memorised_shares
 from patchloom.pipelines.sample import sample
 from patchloom.pipelines.train.checkpointer import newest_checkpoint
 from patchloom.pipelines.train.model_card import new_model_card
@@ -303,15 +304,22 @@ def test_a_frontier_and_trials_of_two_workers_end_in_time(ray_cluster: None, pix
 @pytest.mark.slow
 def test_a_final_distance_is_that_of_the_trials_samples(ray_cluster: None, pixels: Path, tmp_path: Path) -> None:
     final = {"features": "colours", "samples": 6, "steps": 2}
-    path = write_search(tmp_path, final=final, metric="final_distance")
+    space = {"data.images": {"grid": [12, None]}}
+    path = write_search(tmp_path, final=final, metric="final_distance", space=space)
     result = tune(path, str(pixels), str(tmp_path / "search"))
-    found = []
+    found, data = [], open_dataset(pixels)
+    rows = len(data.split("train", 0.2))
     for trial in result.trials:
         run = tmp_path / "search" / "trials" / trial["name"]
         sample(str(run), str(tmp_path / "again" / trial["name"]), "0-5", steps=2, workers=0)
         measured = evaluate(str(tmp_path / "again" / trial["name"]), str(pixels), metrics=("fd",), features="colours")
         assert trial["final_distance"] == pytest.approx(measured["metrics"]["frechet_distance"], rel=1e-6)
         found.append(trial["final_distance"])
+        images = trial["settings"]["data.images"]
+        train, held_out = data.split("train", 0.2, images), data.split("held_out", 0.2)
+        shares = memorised_shares(str(tmp_path / "again" / trial["name"]), str(pixels), train, held_out, "colours")
+        assert shares is not None and trial["training_images"] == (images or rows)
+        assert (trial["memorised_share"], trial["memorised_by_chance"]) == (shares.samples, shares.held_out)
     assert found == sorted(found)
 
 
