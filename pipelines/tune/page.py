@@ -10,6 +10,7 @@ from markupsafe import Markup
 from patchloom.errors import UserError
 from patchloom.pipelines.pages.html import Number, Table, document, render
 from patchloom.pipelines.tune import frontier, plots
+from patchloom.pipelines.tune.amounts import MEMORISED_BY_CHANCE, MEMORISED_SHARE, shown_amounts
 from patchloom.pipelines.tune.frontier import (
     COST_TITLES,
     EQUAL_WITHIN,
@@ -29,7 +30,7 @@ from patchloom.pipelines.tune.ranking import (
     of_budget,
     ranked,
     setting_title,
-    short_value,
+    value_title,
 )
 from patchloom.platform.files.folder import Folder
 from patchloom.platform.files.storage import write_atomic
@@ -48,6 +49,7 @@ COMMON_KEYS = {  # what people ask about first
     "model.width": "the width of the network",
     "optimizer.lr": "the learning rate",
     "train.batch_size": "the batch size",
+    "data.images": "the number of training images",
     "noise.mean": "the training noise",
 }
 
@@ -108,6 +110,7 @@ def search_section(folder: Path) -> Markup:
         recommendation=frontier.recommendation(order, _budget(search)),
         counts=[*_counts(all_trials, order), *_spent_per_trial(trials, _budget(search))],
         method=_method(search, seeds),
+        amounts=shown_amounts(trials, search),
         frontier=plots.frontier_plot(folder, all_trials, search.metric),
         comparisons=[_shown_comparison(comparison) for comparison in comparisons.values() if comparison],
         not_compared=_not_compared([by for by, comparison in comparisons.items() if not comparison], search),
@@ -271,16 +274,26 @@ def _proxy_tables(trials: Sequence[TrialRow], curves: Mapping[str, LossCurve]) -
     return tables
 
 
+def _memorised(order: Sequence[RankedSetting]) -> list[Column]:
+    """The columns of memorised shares, if they were measured."""
+    names = {MEMORISED_SHARE: "memorised", MEMORISED_BY_CHANCE: "by chance"}
+    return [
+        _mean_column(title, name, "{:.1%}")
+        for name, title in names.items()
+        if any(mean_of(setting.trials, name) is not None for setting in order)
+    ]
+
+
 def _settings_table(trials: Sequence[TrialRow], order: Sequence[RankedSetting], keys: Sequence[str]) -> Table:
     """Ranked settings first, then trials that were stopped or failed."""
     metric = order[0].metric
     more = [name for name in EXPENSIVE_METRICS if name != metric and order[0].best.value_of(name) is not None]
-    columns = [*(_mean_column(METRIC_TITLES[name], name, "{:.4g}") for name in more), *COLUMNS]
+    columns = [*(_mean_column(METRIC_TITLES[name], name, "{:.4g}") for name in more), *_memorised(order), *COLUMNS]
     header = [*(key.split(".")[-1] for key in keys), METRIC_TITLES[metric], *(column.title for column in columns)]
 
     def row(setting: TrialRow | RankedSetting, value: str, of: Sequence[TrialRow]) -> list[str]:
         # a key that depends on others may be missing
-        cells = [short_value(setting.settings.get(key, "")) for key in keys]
+        cells = [value_title(key, setting.settings.get(key, "")) for key in keys]
         return [*cells, value, *(column.text(of) for column in columns)]
 
     rows = [row(setting, setting.value(), setting.trials) for setting in order]

@@ -17,7 +17,7 @@ from patchloom.pipelines.tune.frontier import (
     pareto_front,
     stochastic_by_p,
 )
-from patchloom.pipelines.tune.ranking import HELD_OUT_LOSS, setting_title, short_value
+from patchloom.pipelines.tune.ranking import HELD_OUT_LOSS, setting_title, short_value, value_title
 from patchloom.platform.files.inside import inner_path
 from patchloom.platform.recipe.search import SCHEDULE_KEY
 from patchloom.platform.records.search import TRIALS_FILE, TrialRow
@@ -134,7 +134,7 @@ def _preview_of(run: Path, trial: TrialRow) -> Path | None:
 def _details(trial: TrialRow, cost: float, quality: float, metric: str) -> list[str]:
     return [
         f"trial {trial.name}, {trial.status}",
-        *(f"{key.split('.')[-1]} {short_value(value)}" for key, value in trial.settings.items()),
+        *(f"{key.split('.')[-1]} {value_title(key, value)}" for key, value in trial.settings.items()),
         f"{METRIC_TITLES[metric]} {quality:.4f}",
         f"{cost:.3f} TFLOP, {trial.updates:,} updates",
     ]

@@ -9,6 +9,7 @@ from pydantic import JsonValue
 from patchloom.platform.records.search import TrialRow
 
 HELD_OUT_LOSS = "held_out_loss"
+IMAGES_KEY = "data.images"
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,12 @@ def _ranked_setting(trials: list[TrialRow], metric: str) -> RankedSetting:
 
 def setting_title(settings: dict[str, JsonValue]) -> str:
     """A setting by the last parts of its keys: `p 0.25, sizes 0.5/0.6/2 + 0.25/0.4/4`."""
-    return ", ".join(f"{key.split('.')[-1]} {short_value(value)}" for key, value in settings.items())
+    return ", ".join(f"{key.split('.')[-1]} {value_title(key, value)}" for key, value in settings.items())
+
+
+def value_title(key: str, value: JsonValue) -> str:
+    """The value of a key in a few characters; `data.images: null` is all images."""
+    return "all" if key == IMAGES_KEY and value is None else short_value(value)
 
 
 def short_value(value: JsonValue) -> str:

@@ -1,0 +1,82 @@
+"""Amounts of data: what the seeds decide at each number of images, and what the page of a search shows of it."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from patchloom.pipelines.tune.amounts import amounts_of_data, chance_by_amount, decided_by_amount
+from patchloom.pipelines.tune.page import search_section
+from patchloom.pipelines.tune.ranking import setting_title
+from patchloom.platform.files.folder import Folder
+from patchloom.platform.files.storage import write_json
+from patchloom.platform.records.run import ProgressLine, write_progress
+from patchloom.platform.records.search import TrialRow, read_trials, write_trials
+
+# differences of the two seeds are .1, 0, .1 and 0, so residuals are .025 each: 8 * .025^2 with 3 degrees of freedom is
+# an error of .0408, and t is 3.182: a difference of .1299 is decided
+LOSSES = {(10, 0.5): (1.0, 1.1), (10, 1): (2.0, 2.0), (40, 0.5): (1.1, 1.1), (40, 1): (1.0, 1.1)}
+
+
+def rows_of(losses: dict[tuple[int | None, float], tuple[float, ...]], **more: Any) -> list[TrialRow]:
+    found = []
+    for (images, p), values in losses.items():
+        settings = {"data.images": images, "patches.p": p}
+        for repeat, loss in enumerate(values):
+            found.append(
+                TrialRow(name=f"{len(found):03d}", settings=settings, repeat=repeat, status="finished",
+                         held_out_loss=loss, images_seen=100, updates=4, flops=1e9, **more)
+            )  # fmt: skip
+    return found
+
+
+def test_each_number_of_images_is_decided_with_the_error_of_all() -> None:
+    amounts = amounts_of_data(rows_of(LOSSES))
+    assert amounts is not None and amounts.images == [10, 40] and list(amounts.lines) == ["p 0.5", "p 1"]
+    assert amounts.winners("held_out_loss") == {10: "p 0.5", 40: None}
+    sentence = decided_by_amount(amounts, "held_out_loss")
+    assert sentence.count("undecided") == 1 and sentence.count("(decided)") == 1
+    for gap, winner in ((0.129, None), (0.131, "p 1")):
+        other = amounts_of_data(rows_of({**LOSSES, (40, 0.5): (1.05 + gap, 1.05 + gap)}))
+        assert other is not None and other.winners("held_out_loss") == {10: "p 0.5", 40: winner}
+
+
+def test_one_seed_decides_nothing_at_any_number_of_images() -> None:
+    amounts = amounts_of_data(rows_of({key: values[:1] for key, values in LOSSES.items()}))
+    assert amounts is not None and amounts.winners("held_out_loss") == {10: None, 40: None}
+    assert "(decided)" not in decided_by_amount(amounts, "held_out_loss")
+
+
+def test_all_images_are_as_many_as_the_trial_had() -> None:
+    rows = [row.model_copy(update={"training_images": 700}) for row in rows_of({(None, 0.5): (1.0,)})]
+    amounts = amounts_of_data([*rows_of({(10, 0.5): (1.0,)}), *rows])
+    assert amounts is not None and amounts.images == [10, 700] and amounts.winners("held_out_loss") == {}
+    assert amounts_of_data(rows) is None and setting_title(rows[0].settings) == "images all, p 0.5"
+
+
+def test_chance_is_the_mean_share_of_held_out_images() -> None:
+    few, many = rows_of({(10, 0.5): (1.0, 1.0)}), rows_of({(40, 0.5): (1.0, 1.0)}, memorised_by_chance=0.25)
+    few = [row.model_copy(update={"memorised_by_chance": share}) for row, share in zip(few, (0.5, 0.25), strict=True)]
+    amounts = amounts_of_data(few + many)
+    assert amounts is not None and chance_by_amount(amounts) == {10: 0.375, 40: 0.25}
+
+
+@pytest.mark.parametrize("is_measured", [False, True])
+def test_page_plots_what_was_measured_over_the_number_of_images(tmp_path: Path, is_measured: bool) -> None:
+    search = {"space": {"data.images": {"grid": [10, 40]}, "patches.p": {"grid": [0.5, 1]}}, "budget": {"images": 100},
+              "name": "amounts", "recipe": "base.yaml", "repeats": 2, "final": {"features": "colours"}}  # fmt: skip
+    write_json(tmp_path / "search.json", {"format_version": 2, "kind": "search", "run_id": "0", "images": [],
+                                          "search": search, "dataset_fingerprint": "a"})  # fmt: skip
+    measured = {"final_distance": 0.5, "memorised_share": 0.3, "memorised_by_chance": 0.4} if is_measured else {}
+    write_trials(Folder.at(tmp_path), rows_of(LOSSES, **measured))
+    assert ("memorised_share" in (tmp_path / "trials.jsonl").read_text()) == is_measured
+    for row in read_trials(Folder.at(tmp_path)):
+        (tmp_path / "trials" / row.name).mkdir(parents=True)
+        point = {"step": 4, "updates": 4, "images_seen": 100, "flops": 1e9, "held_out_loss": row.held_out_loss}
+        write_progress(tmp_path / "trials" / row.name, [ProgressLine.model_validate(point)])
+    page = str(search_section(tmp_path))
+    headings = re.findall("<h3>(.*?)</h3>", page)
+    assert headings[0] == "Quality over the number of images"
+    assert ("Memorised samples" in headings) == is_measured
+    assert page.count("<td>30.0%</td>") == page.count("<td>40.0%</td>") == 4 * is_measured  # of each setting
