@@ -18,6 +18,8 @@ MEMORISED_SHARE, MEMORISED_BY_CHANCE = "memorised_share", "memorised_by_chance"
 MEASURED_TITLES = {**METRIC_TITLES, MEMORISED_SHARE: "memorised share"}
 ONLY_AMOUNTS = "all settings"  # the title of the line if no other key was varied
 
+LEAST_SHOWN_SHARE = 0.2  # the top of an axis of shares, at least
+
 SeedValues = dict[int, float]  # by the number of the repeat
 
 
@@ -79,7 +81,7 @@ def amounts_of_data(trials: Sequence[TrialRow]) -> AmountsOfData | None:
 class ShownAmounts:
     """What a page shows of a search over the number of training images."""
 
-    quality: Plot
+    quality: list[Plot]
     decisions: str
     memorised: Plot | None
     memorised_decisions: str
@@ -93,9 +95,9 @@ def shown_amounts(trials: Sequence[TrialRow], search: Search) -> ShownAmounts | 
         return None
     fields = [field for field in dict.fromkeys((search.metric, FINAL_DISTANCE)) if amounts.values(field)]
     return ShownAmounts(
-        quality=_quality_plot(amounts, fields),
+        quality=[_plot(amounts, field) for field in fields],
         decisions=" ".join(decided_by_amount(amounts, field) for field in fields),
-        memorised=_memorised_plot(amounts) if amounts.values(MEMORISED_SHARE) else None,
+        memorised=_plot(amounts, MEMORISED_SHARE) if amounts.values(MEMORISED_SHARE) else None,
         memorised_decisions=decided_by_amount(amounts, MEMORISED_SHARE),
         is_coarse=search.final is not None and search.final.features == COLOUR_FEATURES,
     )
@@ -104,17 +106,18 @@ def shown_amounts(trials: Sequence[TrialRow], search: Search) -> ShownAmounts | 
 def decided_by_amount(amounts: AmountsOfData, field: str) -> str:
     """What the seeds decide about a field at each number of images, in a sentence; empty if there is one line."""
     winners = amounts.winners(field) if amounts.values(field) else {}
-    if not winners:
-        return ""
-    parts = []
-    for title in dict.fromkeys(winner for winner in winners.values() if winner is not None):
-        parts.append(f"{title} has the lowest {MEASURED_TITLES[field]} with {_listed(winners, title)} (decided)")
-    if None in winners.values():
-        rest = f"with {_listed(winners, None)}"
-        is_first = f"which setting has the lowest {MEASURED_TITLES[field]} {rest} is undecided"
-        parts.append(f"{rest} it is undecided" if parts else is_first)
-    sentence = "; ".join(parts)
-    return f"{sentence[0].upper()}{sentence[1:]}."
+    parts = [
+        f"undecided with {_listed(winners, title)}"
+        if title is None
+        else f"lowest for {title} with {_listed(winners, title)} (decided)"
+        for title in sorted(set(winners.values()), key=lambda title: (title is None, title))
+    ]
+    return f"{_title(field)}: {'; '.join(parts)}." if parts else ""
+
+
+def _title(field: str) -> str:
+    """`Final Fréchet distance`."""
+    return f"{MEASURED_TITLES[field][0].upper()}{MEASURED_TITLES[field][1:]}"
 
 
 def _listed(winners: Mapping[int, str | None], wanted: str | None) -> str:
@@ -123,33 +126,20 @@ def _listed(winners: Mapping[int, str | None], wanted: str | None) -> str:
     return f"{', '.join(first)} and {last} images" if first else f"{last} images"
 
 
-def _quality_plot(amounts: AmountsOfData, fields: Sequence[str]) -> Plot:
-    """Fields over the number of training images, a line per setting of the other keys."""
+def _plot(amounts: AmountsOfData, field: str) -> Plot:
+    """A field over the number of training images, a line per setting of the other keys."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(11, 3.6), layout="constrained")
-    for axes, field in zip(figure.subplots(1, len(fields), squeeze=False)[0], fields, strict=True):
-        _draw_lines(axes, amounts, field)
-        tidy(axes)
-    return Plot(
-        svg(figure),
-        "Over the number of training images (logarithmic). Bars: standard deviation over seeds; none for one seed.",
-    )
-
-
-def _memorised_plot(amounts: AmountsOfData) -> Plot:
-    """The memorised share over the number of training images, with that of held-out images."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(11, 3.2), layout="constrained")
+    figure = Figure(figsize=(5.6, 3.4), layout="constrained")
     axes = figure.subplots()
-    _draw_lines(axes, amounts, MEMORISED_SHARE)
-    chance = chance_by_amount(amounts)
-    axes.plot(list(chance), list(chance.values()), "--", color=STOPPED_COLOUR, label="held-out images (chance)")
-    axes.set_ylim(0, 1)
-    axes.yaxis.set_major_formatter("{x:.0%}")
+    _draw_lines(axes, amounts, field)
+    if field == MEMORISED_SHARE:
+        chance = chance_by_amount(amounts)
+        axes.plot(list(chance), list(chance.values()), "--", color=STOPPED_COLOUR, label="held-out images (chance)")
+        axes.yaxis.set_major_formatter("{x:.0%}")
+        axes.set_ylim(0, max(LEAST_SHOWN_SHARE, axes.get_ylim()[1]))
     tidy(axes)
-    return Plot(svg(figure), "Memorised share of samples over the number of training images. Bars: as above.")
+    return Plot(svg(figure), f"{_title(field)} over the number of training images.")
 
 
 def chance_by_amount(amounts: AmountsOfData) -> dict[int, float]:

@@ -38,6 +38,7 @@ from patchloom.pipelines.tune.trials import (
     trial_job,
 )
 from patchloom.platform.compute.resources import DEFAULT_RESOURCES, Resources
+from patchloom.platform.compute.session import ray_session
 from patchloom.platform.compute.shared_paths import UsedPaths
 from patchloom.platform.compute.tuner import EndedJob, TuneResources, room_for_trials, run_on_tune
 from patchloom.platform.dataset.prepared import Dataset, open_dataset
@@ -372,12 +373,12 @@ def measure_samples(folder: Folder, trials: list[TrialRow], final: FinalEvaluati
 
     What an earlier call has measured is kept. Returns the rows with their `final_distance` and memorised shares.
     """
-    return [
-        _with_measured_samples(_trial_folder(folder, trial), trial, final, dataset)
-        if trial.status == "finished" and trial.final_distance is None
-        else trial
-        for trial in trials
-    ]
+    wanted = [trial for trial in trials if trial.status == "finished" and trial.final_distance is None]
+    with ray_session() if wanted else nullcontext():  # of all trials: a session takes seconds to start
+        return [
+            _with_measured_samples(_trial_folder(folder, trial), trial, final, dataset) if trial in wanted else trial
+            for trial in trials
+        ]
 
 
 def _with_measured_samples(run: Folder, trial: TrialRow, final: FinalEvaluation, dataset: Dataset) -> TrialRow:
