@@ -12,9 +12,9 @@ import numpy as np
 from PIL import Image
 from scipy.ndimage import maximum_filter
 
-from patchloom.pipelines.demo import PHOTOGRAPHS
 from patchloom.pipelines.pages.pictures import save_png, side_by_side
 from patchloom.pipelines.prepare.conditions import edges
+from patchloom.pipelines.prepare.photographs import copy_photographs
 from patchloom.pipelines.prepare.preparing import prepare
 from patchloom.pipelines.sample.folder import read_entries, read_samples
 from patchloom.pipelines.sample.sampling import sample
@@ -70,14 +70,8 @@ def scores(images: np.ndarray, controls: np.ndarray) -> tuple[float, float]:
 
 def main() -> None:
     """Measure, print one line per seed and guidance, and save a picture."""
-    import skimage
-
     folder = Path(sys.argv[1])
-    photographs = folder / "photographs"
-    for name in PHOTOGRAPHS:
-        place = photographs / Path(name).stem
-        place.mkdir(parents=True, exist_ok=True)
-        (place / name).write_bytes((Path(skimage.__file__).parent / "data" / name).read_bytes())
+    photographs = copy_photographs(folder / "photographs")
     data = folder / "data"
     dataset = prepare(str(photographs), str(data), resolution=32, crop="windows", condition="edges", workers=0)
     fraction = load_recipe("edges_small").data.held_out_fraction

@@ -10,6 +10,7 @@ from pathlib import Path
 from patchloom.errors import UserError
 from patchloom.pipelines.evaluate.evaluation import evaluate
 from patchloom.pipelines.inspect import dataset_sheet
+from patchloom.pipelines.prepare.photographs import PHOTOGRAPHS, copy_photographs
 from patchloom.pipelines.prepare.preparing import prepare
 from patchloom.pipelines.registry.registering import register
 from patchloom.pipelines.report import report
@@ -26,8 +27,6 @@ from patchloom.platform.tracking.client import require_reachable
 from patchloom.platform.tracking.runs import run_exists
 from patchloom.platform.tracking.store import shown_uri
 
-# These photographs are in the wheel of scikit-image. They are CC0 or in the public domain.
-PHOTOGRAPHS = ("astronaut.png", "chelsea.png", "coffee.png", "hubble_deep_field.jpg", "retina.jpg", "rocket.jpg")
 WORKERS = 2
 SEEDS = "0-63"
 
@@ -107,7 +106,7 @@ def _run_steps(demo: _DemoFolder) -> None:
 
 
 def _prepare_pixels(demo: _DemoFolder) -> str:
-    photographs, side = _copy_photographs(demo.folder / "photographs"), demo.variant.resolution
+    photographs, side = copy_photographs(demo.folder / "photographs"), demo.variant.resolution
     demo.begin(
         f"Prepare {side} x {side} windows of {len(PHOTOGRAPHS)} photographs",
         f"patchloom prepare {{demo}}/photographs {{demo}}/pixels --resolution {side} --crop windows",
@@ -186,18 +185,6 @@ def _check_folder(folder: Path, variant: DemoVariant) -> None:
                 "remove the folder"
             )
     write_atomic(mark, variant.name)
-
-
-def _copy_photographs(folder: Path) -> Path:
-    """Copy the photographs out of scikit-image, each into a folder of its own name, which is its class."""
-    import skimage
-
-    source = Path(skimage.__file__).parent / "data"
-    for name in PHOTOGRAPHS:
-        place = make_folder(folder / Path(name).stem) / name
-        if not place.is_file():
-            write_atomic(place, (source / name).read_bytes())
-    return folder
 
 
 def runnable(line: str) -> str:

@@ -14,7 +14,7 @@ from patchloom.errors import Stopped, Terminated, UserError, WorkersFailed
 from patchloom.pipelines.cli.cache import cache_app
 from patchloom.pipelines.cli.data import inspect, prepare
 from patchloom.pipelines.cli.launch import launch_app
-from patchloom.pipelines.cli.machine import benchmark, demo, doctor
+from patchloom.pipelines.cli.machine import benchmark, demo, doctor, reproduce
 from patchloom.pipelines.cli.models import models_app
 from patchloom.pipelines.cli.results import evaluate, report
 from patchloom.pipelines.cli.sample import sample
@@ -58,6 +58,7 @@ app.command(epilog="Example: patchloom tune demo_pixels_search --data dataset --
 app.command(epilog="Example: patchloom sample models:/my-model@champion samples --seeds 0-63")(sample)
 app.command(epilog="Example: patchloom evaluate samples --reference dataset")(evaluate)
 app.command(epilog="Example: patchloom report run report.html")(report)
+app.command(epilog="Example: patchloom reproduce figure2 --small --dry-run")(reproduce)
 app.command(epilog="Example: patchloom benchmark train.sizes sample --json")(benchmark)
 app.command(epilog="Example: patchloom doctor")(doctor)
 

@@ -2,7 +2,7 @@
 
 import os
 import sys
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -19,6 +19,68 @@ def demo(
     from patchloom.pipelines.demo import demo
 
     demo(out, pixels=pixels)
+
+
+def reproduce(
+    table: Annotated[
+        str,
+        typer.Argument(
+            help="table1, table2, table3, table4, figure2, figure3, schedule, samplers, extrapolation, images or "
+            "controlnet"
+        ),
+    ],
+    small: Annotated[
+        bool, typer.Option("--small", help="Make the same comparison in small, on two CPU cores in an hour or two")
+    ] = False,
+    data: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="[NAME=]SOURCE",
+            help="Images or a prepared dataset for the paper's data, such as celeba=img_align_celeba.zip; can be "
+            "repeated  [default with --small: photographs]",
+        ),
+    ] = None,
+    out: Annotated[str | None, typer.Option(help="Folder to write  [default: TABLE or TABLE-small]")] = None,
+    autoencoder: Annotated[
+        str | None,
+        typer.Option(
+            help="For latents: models:/..., a folder or a hub id  [default: Stable Diffusion's; with --small, one is "
+            "trained]"
+        ),
+    ] = None,
+    features: Annotated[
+        str | None, typer.Option(help="Features of the metrics  [default: inception; colours with --small]")
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option(help="For samplers and extrapolation: sample this model instead of training one")
+    ] = None,
+    workers: Annotated[
+        int | None, typer.Option(min=0, help="Workers of each training  [default: 1; 0 with --small]")
+    ] = (None),
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the cost and the commands, then exit")] = False,
+) -> None:
+    """Reproduce a table or figure of the paper.
+
+    Prints the cost first, runs the commands of each stage, and writes a page with the paper's numbers next to these.
+    Run the same command again to continue after an interruption.
+    """
+    from patchloom.pipelines.reproduce import reproduce, reproduction_plan
+
+    named = dict(_name_and_source(text) for text in data or [])
+    options: dict[str, Any] = {
+        "small": small, "data": named, "autoencoder": autoencoder, "features": features, "model": model,
+        "workers": workers,
+    }  # fmt: skip
+    if dry_run:
+        print(reproduction_plan(table, out, **options))
+    else:
+        reproduce(table, out, **options)
+
+
+def _name_and_source(text: str) -> tuple[str, str]:
+    """`cat=photos` as its two parts; the name is empty where there is none."""
+    name, mark, source = text.partition("=")
+    return (name, source) if mark and name.isalnum() else ("", text)
 
 
 def doctor(

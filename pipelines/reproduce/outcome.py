@@ -1,0 +1,376 @@
+"""Outcomes: what a reproduction found, next to what the paper has, as tables, sentences and pictures."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from markupsafe import Markup
+from pydantic import JsonValue
+
+from patchloom.pipelines.evaluate.page import METRICS_FILE
+from patchloom.pipelines.pages.html import Number, Picture, Table, document, render
+from patchloom.pipelines.pages.pictures import save_png, side_by_side
+from patchloom.pipelines.recipes import counted, shape_of_recipe
+from patchloom.pipelines.registry.quality import TITLES
+from patchloom.pipelines.reproduce.paper import DATA, PaperResult, PaperTable
+from patchloom.pipelines.reproduce.stages import (
+    PHOTOGRAPHS_DATA,
+    Place,
+    results_on,
+    run_of,
+    samples_of,
+    used_data,
+)
+from patchloom.pipelines.sample.folder import read_entries, read_samples
+from patchloom.pipelines.tune.decisions import ComparedSettings
+from patchloom.pipelines.tune.frontier import (
+    COST_TITLES,
+    FINAL_DISTANCE,
+    METRIC_TITLES,
+    EqualCostComparison,
+    compare_at_equal_cost,
+    compared_with_paper,
+    decision,
+)
+from patchloom.pipelines.tune.page import search_section
+from patchloom.pipelines.tune.ranking import RankedSetting, mean_of, ranked
+from patchloom.platform.dataset.prepared import open_dataset
+from patchloom.platform.files.folder import Folder
+from patchloom.platform.progress import aligned, clock
+from patchloom.platform.recipe.run_recipe import load_recipe
+from patchloom.platform.records.evaluation import EvaluationResult
+from patchloom.platform.records.run import last_progress
+from patchloom.platform.records.search import TrialRow, read_trials
+
+SHOWN_SAMPLES = 12
+COSTS = ("images_seen", "flops")  # the paper compares at equal counted images
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a reproduction found.
+
+    Args:
+        lead: what it is, in a sentence or two.
+        numbers: what it used.
+        tables: tables with titles.
+        findings: what they say, in sentences.
+        differences: what differs from the paper, in sentences.
+        figures: plots with captions.
+        pictures: pictures of samples.
+        details: pages of its parts, with titles.
+    """
+
+    lead: str
+    numbers: Sequence[Number]
+    tables: Sequence[tuple[str, Table]]
+    findings: Sequence[str]
+    differences: Sequence[str]
+    figures: Sequence[tuple[Markup, str]] = field(default=())
+    pictures: Sequence[Picture] = field(default=())
+    details: Sequence[tuple[str, Markup]] = field(default=())
+
+    def page(self, title: str, commands: Sequence[str]) -> str:
+        """It as one HTML file, with the commands that made it."""
+        return document(title, render("reproduction.html", outcome=self, commands=commands))
+
+    def text(self) -> str:
+        """Its tables and findings for a terminal."""
+        parts = [f"{title}\n{aligned([table.header, *table.rows])}" for title, table in self.tables]
+        return "\n\n".join([*parts, *self.findings])
+
+
+def table_outcome(table: PaperTable, place: Place, here: Path) -> Outcome:
+    """The outcome of a table whose commands have finished.
+
+    Args:
+        table: the table.
+        place: the folder of the reproduction.
+        here: a local folder with its cards; pictures are written there.
+    """
+    small = place.asked.small
+    names = used_data(table, place.asked)
+    if small and table.small_search:
+        parts = [_SearchPart.read(table, name, here) for name in names]
+        tables, findings = [part.table() for part in parts], [text for part in parts for text in part.findings()]
+        details = [(f"The search on {part.title}", search_section(here / part.name / "search")) for part in parts]
+        numbers = _search_numbers(parts)
+    else:
+        tables, numbers = [_systems_table(table, place, here)], _system_numbers(table, place, here)
+        findings, details = [], []
+    if table.title == "Table 3":
+        findings = [*findings, _cost_of_table_3()]
+    return Outcome(
+        lead=_lead(table, place),
+        numbers=numbers,
+        tables=tables,
+        findings=findings,
+        differences=_differences(table, place, here),
+        pictures=[_samples_picture(table, place, name, here) for name in names],
+        details=details,
+    )
+
+
+def _lead(table: PaperTable, place: Place) -> str:
+    size = "in small, on this machine's scale" if place.asked.small else "at full size"
+    return f"{table.title} of Patch Diffusion (Wang et al. 2023), {size}: {table.subject}. {_data_text(table, place)}"
+
+
+def _data_text(table: PaperTable, place: Place) -> str:
+    """What takes the place of the paper's data."""
+    wanted = [DATA[name].title for name in table.data]
+    if used_data(table, place.asked) == [PHOTOGRAPHS_DATA]:
+        return f"Windows of six photographs take the place of {_listed(wanted)}."
+    texts = [f"{Path(place.asked.data[name]).name} as {DATA[name].title}" for name in used_data(table, place.asked)]
+    missing = [DATA[name].title for name in table.data if name not in place.asked.data]
+    left_out = f" Not reproduced, for want of data: {_listed(missing)}." if missing else ""
+    return f"Data: {_listed(texts)}.{left_out}"
+
+
+def _listed(names: Sequence[str]) -> str:
+    return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
+
+
+@dataclass(frozen=True)
+class _SearchPart:
+    """A search of a table on one dataset."""
+
+    name: str
+    results: Sequence[PaperResult]  # of all datasets that this one stands for
+    trials: Sequence[TrialRow]
+    comparisons: Mapping[str, EqualCostComparison | None]
+
+    @classmethod
+    def read(cls, table: PaperTable, name: str, here: Path) -> "_SearchPart":
+        trials = read_trials(Folder.at(here / name / "search"))
+        results = table.results if name == PHOTOGRAPHS_DATA else results_on(table, name)
+        return cls(name, results, trials, {by: compare_at_equal_cost(trials, by) for by in COSTS})
+
+    @property
+    def title(self) -> str:
+        return DATA[self.name].title if self.name in DATA else self.name
+
+    @property
+    def systems(self) -> list[str]:
+        return list(dict.fromkeys(result.system for result in self.results))
+
+    def _setting(self, system: str, by: str) -> RankedSetting | None:
+        wanted = next(result for result in self.results if result.system == system).settings
+        comparison = self.comparisons[by]
+        return next((one for one in comparison.order if _has(one.settings, wanted)), None) if comparison else None
+
+    def _system_of(self, setting: RankedSetting) -> str:
+        return next(result.system for result in self.results if _has(setting.settings, result.settings))
+
+    def _paper(self, system: str) -> tuple[str, str]:
+        """FID and time in the paper, of every dataset that this one stands for."""
+        found = [result for result in self.results if result.system == system]
+        several = len({result.data for result in found}) > 1
+        fids = [f"{one.metrics['fid']:g}" + (f" ({one.data})" if several else "") for one in found]
+        return ", ".join(fids), ", ".join(dict.fromkeys(one.time for one in found))
+
+    def table(self) -> tuple[str, Table]:
+        """The systems with the paper's numbers and ours."""
+        header = ["system", "FID in the paper", "time in the paper"]
+        for by in COSTS:
+            other = "TFLOP" if by == "images_seen" else "counted images"
+            header += [f"held-out loss, equal {COST_TITLES[by]}", "colour distance", other]
+        rows = []
+        for system in self.systems:
+            row = [system, *self._paper(system)]
+            for by in COSTS:
+                row += _cells(self._setting(system, by), by)
+            rows.append(row)
+        seeds = len({trial.repeat for trial in self.trials})
+        return f"{self.title}: mean ± standard deviation over {seeds} seeds", Table(header, rows)
+
+    def findings(self) -> list[str]:
+        """What the comparison says, and whether that is the direction of the paper."""
+        found = []
+        for by in COSTS:
+            comparison = self.comparisons[by]
+            if comparison is None:
+                found.append(f"{self.title}: no comparison at equal {COST_TITLES[by]}, because a trial failed.")
+                continue
+            cost = f"{comparison.cost:,.0f}" if by == "images_seen" else f"{comparison.cost / 1e12:,.3g} TFLOP"
+            found.append(f"{self.title}, at equal {COST_TITLES[by]} ({cost}): {self._direction(comparison.order)}")
+            trials = [trial for setting in comparison.order for trial in setting.trials]
+            if all(trial.final_distance is not None for trial in trials):
+                found.append(f"By colour distance: {self._direction(ranked(trials, FINAL_DISTANCE))}")
+        if len(self.systems) > 2 and (by_images := self.comparisons["images_seen"]):
+            found.append(compared_with_paper(by_images))
+        return [*found, *self._cost_ratio()]
+
+    def _direction(self, order: Sequence[RankedSetting]) -> str:
+        best = self._system_of(order[0])
+        theirs = {
+            min((one for one in self.results if one.data == data), key=lambda one: one.metrics["fid"]).system
+            for data in dict.fromkeys(result.data for result in self.results)
+        }
+        is_decided = ComparedSettings([setting.by_seed for setting in order]).winner == 0
+        agreement = "as in the paper" if theirs == {best} else f"in the paper {_listed(sorted(theirs))}"
+        verdict = f"{agreement}. {decision(order)}"
+        if is_decided and theirs != {best}:
+            verdict = f"{agreement}: the direction differs. {decision(order)}"
+        metric = METRIC_TITLES[order[0].metric]
+        return f"{best} has the lowest {metric} ({order[0].value_of_n()}), {verdict}"
+
+    def _cost_ratio(self) -> list[str]:
+        """How much cheaper patches are per counted image."""
+        patches, full = (
+            next(
+                (
+                    self._setting(one.system, "images_seen")
+                    for one in self.results
+                    if one.settings.get("patches.p") == p
+                ),
+                None,
+            )
+            for p in (0.5, 1.0)
+        )
+        if patches is None or full is None:
+            return []
+        ratios = [
+            (mean_of(full.trials, unit) or 0) / value
+            for unit in ("flops", "seconds")
+            if (value := mean_of(patches.trials, unit))
+        ]
+        if len(ratios) < 2:
+            return []
+        return [
+            f"For as many counted images, full images took {ratios[0]:.2f} times the FLOPs and {ratios[1]:.2f} times "
+            "the time of p = 0.5, with the start and the measurements of each trial. The paper says about 2."
+        ]
+
+
+def _has(settings: Mapping[str, JsonValue], wanted: Mapping[str, JsonValue]) -> bool:
+    return all(settings.get(key) == value for key, value in wanted.items())
+
+
+def _cells(setting: RankedSetting | None, by: str) -> list[str]:
+    if setting is None:
+        return ["", "", ""]
+    distances = [trial.final_distance for trial in setting.trials if trial.final_distance is not None]
+    distance = ranked(setting.trials, FINAL_DISTANCE)[0].value() if len(distances) == len(setting.trials) else ""
+    unit, scale = ("flops", 1e12) if by == "images_seen" else ("images_seen", 1)
+    cost = (mean_of(setting.trials, unit) or 0) / scale
+    return [setting.value(), distance, f"{cost:,.2f}" if scale > 1 else f"{cost:,.0f}"]
+
+
+def _search_numbers(parts: Sequence[_SearchPart]) -> list[Number]:
+    trials = [trial for part in parts for trial in part.trials]
+    return [
+        Number("trials", f"{len(trials)}"),
+        Number("seeds of each setting", f"{len({trial.repeat for trial in trials})}"),
+        Number("TFLOP of training", f"{sum(trial.flops or 0 for trial in trials) / 1e12:,.1f}"),
+        Number("time of trials", clock(sum(trial.seconds or 0 for trial in trials))),
+    ]
+
+
+def _systems_of(table: PaperTable, place: Place) -> list[tuple[str, PaperResult]]:
+    return [(name, result) for name in used_data(table, place.asked) for result in results_on(table, name)]
+
+
+def _systems_table(table: PaperTable, place: Place, here: Path) -> tuple[str, Table]:
+    """Systems that were trained, sampled and measured one by one, next to the paper's numbers."""
+    rows, header = [], list[str]()
+    for name, result in _systems_of(table, place):
+        measured = EvaluationResult.read(here.joinpath(name, *samples_of(result), METRICS_FILE))
+        run = last_progress(here.joinpath(name, *run_of(result)))
+        names = [metric for metric in TITLES if metric in measured.metrics or metric in result.metrics]
+        title = DATA[result.data].title if name != PHOTOGRAPHS_DATA else name
+        row, header = [title, result.system, result.time], ["data", "system", "time in the paper"]
+        for metric in names:
+            if metric in result.metrics:
+                header.append(f"{TITLES[metric][0]} in the paper")
+                row.append(f"{result.metrics[metric]:g}")
+            if metric in measured.metrics:
+                header.append(f"{TITLES[metric][0]} here")
+                row.append(f"{measured.metrics[metric]:.4g}")
+        header += ["samples", "counted images", "TFLOP"]
+        row += [f"{measured.identity.n_samples:,}", f"{run.images_seen:,}", f"{run.flops / 1e12:,.1f}"]
+        rows.append(row)
+    return f"{table.title}: one training of each system", Table(header, rows)
+
+
+def _system_numbers(table: PaperTable, place: Place, here: Path) -> list[Number]:
+    runs = {(name, *run_of(result)) for name, result in _systems_of(table, place)}
+    lines = [last_progress(here.joinpath(*run)) for run in runs]
+    return [
+        Number("trained systems", f"{len(runs)}"),
+        Number("counted images", f"{sum(line.images_seen for line in lines):,}"),
+        Number("TFLOP of training", f"{sum(line.flops for line in lines) / 1e12:,.1f}"),
+        Number("time of all commands", clock(sum(stage.seconds for stage in place.asked.stages))),
+    ]
+
+
+def _cost_of_table_3() -> str:
+    flops = {}
+    for name in ("imagenet256", "adm256"):
+        recipe = load_recipe(name)
+        flops[name] = counted(recipe, shape_of_recipe(recipe)).evaluation_flops / 1e9
+    return (
+        f"An evaluation of LPDM-ADM at full size has {flops['imagenet256']:,.1f} GFLOP, or half as many multiply-adds; "
+        "the paper has 78, which fits neither. ADM in pixels has "
+        f"{flops['adm256'] / 2:,.0f} billion multiply-adds; the paper has 1120."
+    )
+
+
+def _differences(table: PaperTable, place: Place, here: Path) -> list[str]:
+    """What differs from the paper, in sentences."""
+    texts = []
+    for name in used_data(table, place.asked):
+        card = open_dataset(place.dataset(name, table.latents)).card
+        title = DATA[name].title if name in DATA else "data"
+        size = f"{card.resolution} x {card.resolution} x {card.channels}"
+        texts.append(f"{card.rows:,} rows of {size} {card.kind} as {title}.")
+    if not place.asked.small:
+        return [
+            *texts,
+            "One training of each system, as in the paper; GPUs, precision and batch are those of its recipe.",
+        ]
+    if not table.small_search:
+        return [
+            *texts,
+            "Small networks, trained once for minutes. Metrics on "
+            + place.asked.features
+            + " are not those of the paper.",
+        ]
+    trial = here / used_data(table, place.asked)[0] / "search" / "trials"
+    recipe = load_recipe(sorted(trial.glob("*/recipe.yaml"))[0])
+    full = load_recipe(table.results[0].recipe)
+    counts = counted(recipe, shape_of_recipe(recipe))
+    return [
+        *texts,
+        f"A network of {counts.parameters / 1e6:.2f} M parameters and {counts.evaluation_flops / 1e9:.2g} GFLOP for "
+        f"{shape_of_recipe(recipe)}, instead of {counted(full, shape_of_recipe(full)).parameters / 1e6:.1f} M.",
+        f"Thousands of counted images per trial, instead of {full.train.images / 1e6:,.0f} million: this says how "
+        "training starts. Each trial has a ramp and an average of its own length.",
+        "Held-out loss of the averaged weights on full-size images, and the Fréchet distance of mean tile colours of "
+        "samples, instead of FID. Neither needs to rank systems as FID does.",
+        "No setting was chosen to agree with the paper.",
+    ]
+
+
+def _samples_picture(table: PaperTable, place: Place, name: str, here: Path) -> Picture:
+    """The same seeds of every system, one row each, in the order of the paper."""
+    rows, titles = [], []
+    for result in results_on(table, name):
+        if place.asked.small and table.small_search:
+            trials = [
+                row for row in read_trials(Folder.at(here / name / "search")) if row.equal is None and row.repeat == 0
+            ]
+            found = next((row for row in trials if _has(row.settings, result.settings)), None)
+            samples = place.folder.folder(f"{name}/search/trials/{found.name}/samples") if found else None
+        else:
+            samples = place.folder.folder("/".join([name, *samples_of(result)]))
+        if samples is None or not samples.has("sampling.json"):
+            continue
+        entries = list(read_entries(samples))[:SHOWN_SAMPLES]
+        rows.append(read_samples(samples, entries))
+        titles.append(result.system)
+    path = here / f"{name}.png"
+    if rows:
+        save_png(side_by_side(rows, scale=max(1, 64 // rows[0].shape[2])), path)
+    equal = " Trials of equal FLOPs, first seed." if place.asked.small and table.small_search else ""
+    return Picture(path, f"The same seeds in each row: {', '.join(titles)}.{equal}", pixelated=True)

@@ -1,0 +1,239 @@
+"""Reproducing: runs the commands of a table one after the other, and writes a page that compares it with the paper."""
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from patchloom.errors import UserError, WorkersFailed
+from patchloom.pipelines.pages.html import is_for_pages
+from patchloom.pipelines.prepare.photographs import copy_photographs
+from patchloom.pipelines.recipes import TWO_CORES_RATE
+from patchloom.pipelines.reproduce.outcome import Outcome
+from patchloom.pipelines.reproduce.paper import DATA
+from patchloom.pipelines.reproduce.stages import PHOTOGRAPHS_DATA, Place, Stage
+from patchloom.pipelines.reproduce.subjects import SUBJECTS, Subject
+from patchloom.pipelines.train.dry_run import gpu_hours_text
+from patchloom.platform.dataset.prepared import is_dataset
+from patchloom.platform.files.copies import local_copy
+from patchloom.platform.files.folder import Folder
+from patchloom.platform.files.outputs import check_output_folder
+from patchloom.platform.files.storage import make_folder, write_atomic
+from patchloom.platform.progress import clock, say
+from patchloom.platform.records.reproduction import REPRODUCTION_FILE, Reproduction
+from patchloom.platform.tracking.client import require_reachable
+
+PAGE = "report.html"
+PIXEL_CHANNELS = 3
+MANY_BYTES = 10e9  # of prepared pixels, above which a plan says how many there are
+TERMINATE_WAIT_S = 60.0
+INTERRUPTED, TERMINATED, MISTAKE = 130, 143, 2  # exit codes of commands
+
+
+def reproduce(
+    table: str,
+    out: str | None = None,
+    *,
+    small: bool = False,
+    data: Mapping[str, str] | None = None,
+    autoencoder: str | None = None,
+    features: str | None = None,
+    model: str | None = None,
+    workers: int | None = None,
+) -> Path:
+    """Reproduce a table or figure of the paper, and write a page that compares it with the paper.
+
+    Each stage is a command, which is printed. A call after an interruption continues with the stage that was stopped.
+
+    Args:
+        table: a name in `SUBJECTS`, such as `table4`.
+        out: the folder to write; may be remote. Default: the name of the table, with `-small` if it is small.
+        small: make the same comparison with small networks, on two CPU cores in an hour or two.
+        data: sources of images by the paper's names (`celeba`, `cat`, ...), or one source for the first of them by "".
+            They may be prepared datasets of pixels. In small, photographs take the place of what is missing.
+        autoencoder: for tables of latents: models:/..., a folder or a hub id. Default: Stable Diffusion's; in small,
+            one that is trained on the data.
+        features: features of the metrics, as `evaluate` takes them. Default: `inception`; `colours` in small.
+        model: for subjects that only sample: a finished model, instead of one that is trained.
+        workers: workers of each training. Default: those of `train` and `tune`.
+
+    Returns:
+        The path of the page; for a remote folder of a local copy.
+
+    Raises:
+        UserError: the table is unknown, data are missing, a command refused its input, or the folder contains
+            something else.
+        WorkersFailed: a command failed.
+    """
+    subject, place = _planned(table, out, small, data, autoencoder, features, model, workers)
+    folder = place.folder
+    check_output_folder(folder, "reproduction", REPRODUCTION_FILE)
+    if folder.has(REPRODUCTION_FILE):
+        begun = Reproduction.read(folder)
+        if not begun.same_work(place.asked):
+            raise UserError(f"{folder} has another reproduction ({_described(begun)}): choose another --out")
+        place = Place(folder, begun, workers)
+    require_reachable()
+    stages = subject.stages(place)
+    say(_plan_text(subject, place, stages))
+    if not folder.is_remote:
+        make_folder(folder.path)
+    place.asked.write(folder)
+    if any(place.path(PHOTOGRAPHS_DATA) in stage.words for stage in stages):
+        copy_photographs(folder.path / PHOTOGRAPHS_DATA)
+    for number, stage in enumerate(stages, 1):
+        say(f"\n[{number}/{len(stages)}] {stage.title}\n  $ {_shown(stage, folder)}")
+        known = place.asked.seconds(stage.command)
+        if known is not None:
+            say(f"  done before, in {clock(known)}")
+            continue
+        began = time.monotonic()
+        _run(stage, folder)
+        place = Place(folder, place.asked.with_stage(stage.command, time.monotonic() - began), workers)
+        place.asked.write(folder)
+    here = local_copy(folder.address, is_for_pages)
+    outcome = write_page(place, here)
+    say(f"\n{outcome.text()}\n\nOpen {folder}/{PAGE}")
+    return here / PAGE
+
+
+def reproduction_plan(
+    table: str,
+    out: str | None = None,
+    *,
+    small: bool = False,
+    data: Mapping[str, str] | None = None,
+    autoencoder: str | None = None,
+    features: str | None = None,
+    model: str | None = None,
+    workers: int | None = None,
+) -> str:
+    """The text of `patchloom reproduce --dry-run`: the cost and the commands. At full size it needs no data."""
+    subject = _subject(table)
+    if not small and not data:
+        data = {name: name.upper() for name in subject.data}  # what a user puts there
+    subject, place = _planned(table, out, small, data, autoencoder, features, model, workers)
+    stages = subject.stages(place)
+    shown = [
+        f"[{number}/{len(stages)}] {one.title}\n  $ {_shown(one, place.folder)}" for number, one in enumerate(stages, 1)
+    ]
+    return "\n".join([_plan_text(subject, place, stages), *shown])
+
+
+def write_page(place: Place, here: Path) -> Outcome:
+    """Write the page of a finished reproduction; `here` is a local folder with its cards."""
+    subject, asked = SUBJECTS[place.asked.table], place.asked
+    outcome = subject.outcome(place, here)
+    title = f"{subject.title} of Patch Diffusion{', in small' if asked.small else ''}"
+    write_atomic(here / PAGE, outcome.page(title, [stage.command for stage in asked.stages]))
+    if place.folder.is_remote:
+        place.folder.put(here / PAGE, PAGE)
+    return outcome
+
+
+def _subject(table: str) -> Subject:
+    if table not in SUBJECTS:
+        raise UserError(f"{table} is not a table or figure that can be reproduced; choose from {', '.join(SUBJECTS)}")
+    return SUBJECTS[table]
+
+
+def _planned(
+    table: str, out: str | None, small: bool, data: Mapping[str, str] | None, autoencoder: str | None,
+    features: str | None, model: str | None, workers: int | None,
+) -> tuple[Subject, Place]:  # fmt: skip
+    subject = _subject(table)
+    sources = _named(subject, data or {})
+    if not small and not sources and model is None:
+        wanted = " ".join(f"--data {name}=SOURCE" for name in subject.data)
+        raise UserError(f"{table} at full size needs data: give {wanted}, one of them, or --small")
+    if model is not None and not subject.takes_model:
+        raise UserError(f"--model {model}: {table} trains its models; leave it out")
+    folder = Folder.at(out or f"{table}{'-small' if small else ''}")
+    if folder.is_remote and not sources and model is None:
+        raise UserError(f"--out {folder} is remote, and the photographs are on this machine: give --data")
+    asked = Reproduction(
+        table=table, small=small, data=sources, autoencoder=autoencoder, model=model,
+        features=features or ("colours" if small else "inception"),
+    )  # fmt: skip
+    return subject, Place(folder, asked, workers)
+
+
+def _named(subject: Subject, data: Mapping[str, str]) -> dict[str, str]:
+    """Sources by the paper's names."""
+    named = {name or subject.data[0]: source for name, source in data.items()}
+    unknown = [name for name in named if name not in subject.data]
+    if unknown:
+        raise UserError(f"--data {unknown[0]}=...: the data of {subject.title} are {', '.join(subject.data)}")
+    for name, source in named.items():
+        folder = Folder.at(source)
+        missing = not folder.is_remote and not folder.path.exists() and source != name.upper()
+        if missing:
+            raise UserError(f"--data {name}={source} does not exist: give images or a prepared dataset")
+    return named
+
+
+def _described(asked: Reproduction) -> str:
+    parts = [
+        asked.table,
+        *(["small"] if asked.small else []),
+        *(f"{name}={source}" for name, source in asked.data.items()),
+    ]
+    return ", ".join(parts)
+
+
+def _plan_text(subject: Subject, place: Place, stages: Sequence[Stage]) -> str:
+    """What is reproduced and what it costs."""
+    flops = sum(stage.flops for stage in stages)
+    lines = [f"{subject.title} of Patch Diffusion{', in small' if place.asked.small else ''}: {subject.text}"]
+    if place.asked.small:
+        rate = f"at {TWO_CORES_RATE / 1e9:g} GFLOP/s of two cores"
+        lines.append(
+            f"  {flops / 1e12:,.0f} TFLOP, about {clock(flops / TWO_CORES_RATE)} {rate}; starts and data are extra"
+        )
+        if not place.asked.data and place.asked.model is None:
+            lines.append("  data: photographs that ship with scikit-image; --data takes yours")
+        return "\n".join(lines)
+    lines.append(f"  {flops:.3g} FLOPs, {gpu_hours_text(flops)}; metrics and data are extra")
+    pixels = {
+        name: DATA[name].images * DATA[name].resolution ** 2 * PIXEL_CHANNELS
+        for name in place.asked.data
+        if name in DATA and not is_dataset(Folder.at(place.asked.data[name]))
+    }
+    if sum(pixels.values()) > MANY_BYTES:
+        lines.append(f"  about {sum(pixels.values()) / 1e9:,.0f} GB of prepared pixels")
+    return "\n".join(lines)
+
+
+def _shown(stage: Stage, folder: Folder) -> str:
+    """A command with the path of the folder relative to where this command runs."""
+    return stage.command if folder.is_remote else stage.command.replace(folder.address, os.path.relpath(folder.path))
+
+
+def _run(stage: Stage, folder: Folder) -> None:
+    """Run a command to its end. It continues what an earlier call began, and ends with this process."""
+    words = list(stage.words)
+    if stage.again and folder.has(stage.card):
+        words.append(stage.again)
+    process = subprocess.Popen([sys.executable, "-m", "patchloom", *words])
+    try:
+        code = process.wait()
+    except KeyboardInterrupt:  # the terminal has sent it to the command, too
+        process.wait()
+        raise
+    except BaseException:
+        process.terminate()
+        try:
+            process.wait(TERMINATE_WAIT_S)
+        except subprocess.TimeoutExpired:
+            process.kill()
+        raise
+    if code in (INTERRUPTED, -2):
+        raise KeyboardInterrupt
+    if code:
+        problem = f"`{stage.command}` {'was refused' if code == MISTAKE else f'failed with exit code {code}'}"
+        raise (UserError if code == MISTAKE else WorkersFailed)(f"{problem}, see above; {_CONTINUE}")
+
+
+_CONTINUE = "correct that, then run the same command again to continue with this stage"

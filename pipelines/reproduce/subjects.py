@@ -1,0 +1,39 @@
+"""Subjects: everything that can be reproduced, by name, each with its commands and its page."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from patchloom.pipelines.reproduce.outcome import Outcome, table_outcome
+from patchloom.pipelines.reproduce.paper import TABLES, PaperTable
+from patchloom.pipelines.reproduce.stages import Place, Stage, table_stages
+
+
+@dataclass(frozen=True)
+class Subject:
+    """Something that can be reproduced.
+
+    Args:
+        title: what it is called in the paper.
+        text: what it shows, in a few words.
+        data: the paper's names of its data.
+        stages: its commands.
+        outcome: what they found, from the folder and a local folder with its cards.
+        takes_model: whether it can start from a finished model.
+    """
+
+    title: str
+    text: str
+    data: list[str]
+    stages: Callable[[Place], list[Stage]]
+    outcome: Callable[[Place, Path], Outcome]
+    takes_model: bool = False
+
+
+def table_subject(table: PaperTable) -> Subject:
+    """A table or figure of the paper."""
+    return Subject(table.title, table.subject, table.data, partial(table_stages, table), partial(table_outcome, table))
+
+
+SUBJECTS = {name: table_subject(table) for name, table in TABLES.items()}
