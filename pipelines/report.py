@@ -13,6 +13,7 @@ from patchloom.pipelines.evaluate.page import (
     sampling_text,
 )
 from patchloom.pipelines.pages.html import Number, Picture, document, is_for_pages, is_own_page, render
+from patchloom.pipelines.reproduce import reproduction_section
 from patchloom.pipelines.train.page import run_section
 from patchloom.pipelines.tune.page import search_section, search_title
 from patchloom.platform.files.cache import working_copy
@@ -25,12 +26,13 @@ from patchloom.platform.records.autoencoder_run import AutoencoderRunCard
 from patchloom.platform.records.dataset import DatasetCard
 from patchloom.platform.records.demo import DEMO_FILE, DemoCard
 from patchloom.platform.records.evaluation import EvaluationResult
+from patchloom.platform.records.reproduction import REPRODUCTION_FILE
 from patchloom.platform.records.run import last_progress
 from patchloom.platform.tracking.store import shown_uri
 
 
 def report(folder: str, out: str) -> Path:
-    """Write one HTML page about a run, a search, a folder of samples or a demo.
+    """Write one HTML page about a run, a search, a folder of samples, a reproduction or a demo.
 
     Args:
         folder: the folder; may be remote.
@@ -50,14 +52,16 @@ def report(folder: str, out: str) -> Path:
     if not name or (here / name).is_dir():
         raise UserError(f"{out} is a folder: give the name of a file, such as {out.rstrip('/')}/report.html")
     check_new_file(place, name, "page of `report`", is_own_page)
-    title, body = _title_and_body(local_copy(folder, is_for_pages))
+    title, body = _title_and_body(folder, local_copy(folder, is_for_pages))
     write_atomic(here / name, document(title, body))
     if place.is_remote:
         place.put(here / name, name)
     return here / name
 
 
-def _title_and_body(folder: Path) -> tuple[str, Markup]:
+def _title_and_body(address: str, folder: Path) -> tuple[str, Markup]:
+    if (folder / REPRODUCTION_FILE).is_file():
+        return reproduction_section(address, folder)
     if (folder / DEMO_FILE).is_file():
         return "From photographs to samples", _demo_section(folder)
     if (folder / "search.json").is_file():
@@ -66,7 +70,9 @@ def _title_and_body(folder: Path) -> tuple[str, Markup]:
         return f"Run {folder.name}", run_section(folder)
     if (folder / "sampling.json").is_file():
         return f"Samples {folder.name}", samples_section(folder)
-    raise UserError(f"{folder} is not a run, search, samples or demo: give the --out folder of one of these commands")
+    raise UserError(
+        f"{folder} is not a run, search, samples, reproduction or demo: give the --out folder of one of these commands"
+    )
 
 
 def _demo_section(folder: Path) -> Markup:

@@ -22,7 +22,19 @@ ORDER = (
     *(f"pipelines.{part}" for part in ("pages", "prepare", "train", "sample", "registry", "evaluate", "tune")),
     *(
         f"pipelines.{part}"
-        for part in ("recipes", "pyfunc", "serve", "inspect", "cache", "launch", "doctor", "reproduce", "report", "demo", "cli")
+        for part in (
+            "recipes",
+            "pyfunc",
+            "serve",
+            "inspect",
+            "cache",
+            "launch",
+            "doctor",
+            "reproduce",
+            "report",
+            "demo",
+            "cli",
+        )
     ),
     "benchmarks",
 )

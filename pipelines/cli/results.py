@@ -64,10 +64,10 @@ def evaluate(
 
 
 def report(
-    folder: Annotated[str, typer.Argument(help="Folder of a run, a search, samples or a demo")],
+    folder: Annotated[str, typer.Argument(help="Folder of a run, a search, samples, a reproduction or a demo")],
     out: Annotated[str, typer.Argument(help="HTML file to write")],
 ) -> None:
-    """Write an HTML page about a run, search or samples."""
+    """Write an HTML page about a run, search, samples or reproduction."""
     from patchloom.pipelines.report import report
 
     page = report(folder, out)

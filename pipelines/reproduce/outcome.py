@@ -2,20 +2,21 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 from markupsafe import Markup
 from pydantic import JsonValue
 
 from patchloom.pipelines.evaluate.page import METRICS_FILE
-from patchloom.pipelines.pages.html import Number, Picture, Table, document, render
+from patchloom.pipelines.pages.html import Number, Picture, Table, render
 from patchloom.pipelines.pages.pictures import save_png, side_by_side
 from patchloom.pipelines.recipes import counted, shape_of_recipe
 from patchloom.pipelines.registry.quality import TITLES
 from patchloom.pipelines.reproduce.paper import DATA, PaperResult, PaperTable
 from patchloom.pipelines.reproduce.stages import (
     PHOTOGRAPHS_DATA,
-    Place,
+    ReproductionFolder,
     results_on,
     run_of,
     samples_of,
@@ -70,9 +71,9 @@ class Outcome:
     pictures: Sequence[Picture] = field(default=())
     details: Sequence[tuple[str, Markup]] = field(default=())
 
-    def page(self, title: str, commands: Sequence[str]) -> str:
-        """It as one HTML file, with the commands that made it."""
-        return document(title, render("reproduction.html", outcome=self, commands=commands))
+    def section(self, commands: Sequence[str]) -> Markup:
+        """The body of its page, with the commands that made it."""
+        return render("reproduction.html", outcome=self, commands=commands)
 
     def text(self) -> str:
         """Its tables and findings for a terminal."""
@@ -80,7 +81,7 @@ class Outcome:
         return "\n\n".join([*parts, *self.findings])
 
 
-def table_outcome(table: PaperTable, place: Place, here: Path) -> Outcome:
+def table_outcome(table: PaperTable, place: ReproductionFolder, here: Path) -> Outcome:
     """The outcome of a table whose commands have finished.
 
     Args:
@@ -91,7 +92,7 @@ def table_outcome(table: PaperTable, place: Place, here: Path) -> Outcome:
     small = place.asked.small
     names = used_data(table, place.asked)
     if small and table.small_search:
-        parts = [_SearchPart.read(table, name, here) for name in names]
+        parts = [SearchPart.read(table, name, here) for name in names]
         tables, findings = [part.table() for part in parts], [text for part in parts for text in part.findings()]
         details = [(f"The search on {part.title}", search_section(here / part.name / "search")) for part in parts]
         numbers = _search_numbers(parts)
@@ -111,12 +112,12 @@ def table_outcome(table: PaperTable, place: Place, here: Path) -> Outcome:
     )
 
 
-def _lead(table: PaperTable, place: Place) -> str:
+def _lead(table: PaperTable, place: ReproductionFolder) -> str:
     size = "in small, on this machine's scale" if place.asked.small else "at full size"
     return f"{table.title} of Patch Diffusion (Wang et al. 2023), {size}: {table.subject}. {_data_text(table, place)}"
 
 
-def _data_text(table: PaperTable, place: Place) -> str:
+def _data_text(table: PaperTable, place: ReproductionFolder) -> str:
     """What takes the place of the paper's data."""
     wanted = [DATA[name].title for name in table.data]
     if used_data(table, place.asked) == [PHOTOGRAPHS_DATA]:
@@ -132,26 +133,38 @@ def _listed(names: Sequence[str]) -> str:
 
 
 @dataclass(frozen=True)
-class _SearchPart:
-    """A search of a table on one dataset."""
+class SearchPart:
+    """The search of a table on one dataset.
+
+    Args:
+        name: the name of the data.
+        results: the paper's, on all datasets that this one stands for.
+        trials: its trials.
+    """
 
     name: str
-    results: Sequence[PaperResult]  # of all datasets that this one stands for
+    results: Sequence[PaperResult]
     trials: Sequence[TrialRow]
-    comparisons: Mapping[str, EqualCostComparison | None]
 
     @classmethod
-    def read(cls, table: PaperTable, name: str, here: Path) -> "_SearchPart":
-        trials = read_trials(Folder.at(here / name / "search"))
+    def read(cls, table: PaperTable, name: str, here: Path) -> "SearchPart":
+        """The search in the folder of a reproduction."""
         results = table.results if name == PHOTOGRAPHS_DATA else results_on(table, name)
-        return cls(name, results, trials, {by: compare_at_equal_cost(trials, by) for by in COSTS})
+        return cls(name, results, read_trials(Folder.at(here / name / "search")))
+
+    @cached_property
+    def comparisons(self) -> dict[str, EqualCostComparison | None]:
+        """The settings at equal cost, by the unit of the cost."""
+        return {by: compare_at_equal_cost(self.trials, by) for by in COSTS}
 
     @property
     def title(self) -> str:
+        """The name of the data for readers."""
         return DATA[self.name].title if self.name in DATA else self.name
 
     @property
     def systems(self) -> list[str]:
+        """The paper's names of what is compared, in its order."""
         return list(dict.fromkeys(result.system for result in self.results))
 
     def _setting(self, system: str, by: str) -> RankedSetting | None:
@@ -201,19 +214,31 @@ class _SearchPart:
             found.append(compared_with_paper(by_images))
         return [*found, *self._cost_ratio()]
 
+    def agrees(self, order: Sequence[RankedSetting]) -> bool | None:
+        """Whether the best of our settings is the best of the paper; None where the seeds do not decide which is best.
+
+        Args:
+            order: settings, best first.
+        """
+        if ComparedSettings([setting.by_seed for setting in order]).winner != 0:
+            return None
+        return self._best_of_paper() == {self._system_of(order[0])}
+
+    def _best_of_paper(self) -> set[str]:
+        """The systems with the lowest FID of a dataset in the paper."""
+        found = set()
+        for data in {result.data for result in self.results}:
+            results = [result for result in self.results if result.data == data]
+            found.add(min(results, key=lambda one: one.metrics["fid"]).system)
+        return found
+
     def _direction(self, order: Sequence[RankedSetting]) -> str:
-        best = self._system_of(order[0])
-        theirs = {
-            min((one for one in self.results if one.data == data), key=lambda one: one.metrics["fid"]).system
-            for data in dict.fromkeys(result.data for result in self.results)
-        }
-        is_decided = ComparedSettings([setting.by_seed for setting in order]).winner == 0
-        agreement = "as in the paper" if theirs == {best} else f"in the paper {_listed(sorted(theirs))}"
-        verdict = f"{agreement}. {decision(order)}"
-        if is_decided and theirs != {best}:
-            verdict = f"{agreement}: the direction differs. {decision(order)}"
-        metric = METRIC_TITLES[order[0].metric]
-        return f"{best} has the lowest {metric} ({order[0].value_of_n()}), {verdict}"
+        best, theirs = self._system_of(order[0]), _listed(sorted(self._best_of_paper()))
+        verdict = {True: "the direction of the paper", False: "the direction differs", None: "undecided here"}
+        return (
+            f"{best} has the lowest {METRIC_TITLES[order[0].metric]} ({order[0].value_of_n()}); in the paper {theirs} "
+            f"has the lowest FID: {verdict[self.agrees(order)]}. {decision(order)}"
+        )
 
     def _cost_ratio(self) -> list[str]:
         """How much cheaper patches are per counted image."""
@@ -257,7 +282,7 @@ def _cells(setting: RankedSetting | None, by: str) -> list[str]:
     return [setting.value(), distance, f"{cost:,.2f}" if scale > 1 else f"{cost:,.0f}"]
 
 
-def _search_numbers(parts: Sequence[_SearchPart]) -> list[Number]:
+def _search_numbers(parts: Sequence[SearchPart]) -> list[Number]:
     trials = [trial for part in parts for trial in part.trials]
     return [
         Number("trials", f"{len(trials)}"),
@@ -267,11 +292,11 @@ def _search_numbers(parts: Sequence[_SearchPart]) -> list[Number]:
     ]
 
 
-def _systems_of(table: PaperTable, place: Place) -> list[tuple[str, PaperResult]]:
+def _systems_of(table: PaperTable, place: ReproductionFolder) -> list[tuple[str, PaperResult]]:
     return [(name, result) for name in used_data(table, place.asked) for result in results_on(table, name)]
 
 
-def _systems_table(table: PaperTable, place: Place, here: Path) -> tuple[str, Table]:
+def _systems_table(table: PaperTable, place: ReproductionFolder, here: Path) -> tuple[str, Table]:
     """Systems that were trained, sampled and measured one by one, next to the paper's numbers."""
     rows, header = [], list[str]()
     for name, result in _systems_of(table, place):
@@ -293,7 +318,7 @@ def _systems_table(table: PaperTable, place: Place, here: Path) -> tuple[str, Ta
     return f"{table.title}: one training of each system", Table(header, rows)
 
 
-def _system_numbers(table: PaperTable, place: Place, here: Path) -> list[Number]:
+def _system_numbers(table: PaperTable, place: ReproductionFolder, here: Path) -> list[Number]:
     runs = {(name, *run_of(result)) for name, result in _systems_of(table, place)}
     lines = [last_progress(here.joinpath(*run)) for run in runs]
     return [
@@ -316,7 +341,7 @@ def _cost_of_table_3() -> str:
     )
 
 
-def _differences(table: PaperTable, place: Place, here: Path) -> list[str]:
+def _differences(table: PaperTable, place: ReproductionFolder, here: Path) -> list[str]:
     """What differs from the paper, in sentences."""
     texts = []
     for name in used_data(table, place.asked):
@@ -352,7 +377,7 @@ def _differences(table: PaperTable, place: Place, here: Path) -> list[str]:
     ]
 
 
-def _samples_picture(table: PaperTable, place: Place, name: str, here: Path) -> Picture:
+def _samples_picture(table: PaperTable, place: ReproductionFolder, name: str, here: Path) -> Picture:
     """The same seeds of every system, one row each, in the order of the paper."""
     rows, titles = [], []
     for result in results_on(table, name):

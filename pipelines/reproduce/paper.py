@@ -6,6 +6,9 @@ from dataclasses import dataclass, field
 
 from pydantic import JsonValue
 
+from patchloom.pipelines.recipes import PAPER
+from patchloom.pipelines.tune.frontier import PAPER_FID
+
 
 @dataclass(frozen=True)
 class PaperData:
@@ -63,6 +66,9 @@ class PaperResult:
         return re.sub(r"[^a-z0-9.]+", "-", self.system.lower()).strip("-")
 
 
+Results = tuple[PaperResult, ...]
+
+
 @dataclass(frozen=True)
 class PaperTable:
     """A table or figure of the paper.
@@ -79,7 +85,7 @@ class PaperTable:
 
     title: str
     subject: str
-    results: tuple[PaperResult, ...]
+    results: Results
     small_search: str = ""
     steps: int = 50
     churn: tuple[str, ...] = field(default=())
@@ -93,52 +99,44 @@ class PaperTable:
 
 PATCHES: Mapping[str, JsonValue] = {"patches.p": 0.5}
 FULL_IMAGES: Mapping[str, JsonValue] = {"patches.p": 1.0}
-_P_RESULTS = {  # FID and hours of Figure 2, by p
-    0.0: (14.51, 13.6), 0.1: (3.05, 20.1), 0.25: (2.10, 22.5), 0.5: (1.77, 24.6), 0.75: (1.65, 42.7), 1.0: (1.66, 48.5),
-}  # fmt: skip
-
-
-def _pair(
-    data: str,
-    recipe: str,
-    baseline: str,
-    fids: tuple[float, float],
-    times: tuple[str, str],
-    names: tuple[str, str],
-) -> tuple[PaperResult, PaperResult]:
-    """A baseline on full images, and the same with patches: FIDs, times and names in this order."""
-    return (
-        PaperResult(data, names[0], baseline, FULL_IMAGES, {"fid": fids[0]}, times[0]),
-        PaperResult(data, names[1], recipe, PATCHES, {"fid": fids[1]}, times[1]),
-    )
-
-
+_HOURS = {0.0: 13.6, 0.1: 20.1, 0.25: 22.5, 0.5: 24.6, 0.75: 42.7, 1.0: 48.5}  # of Figure 2, by p
+_FIDS = {system.recipe: system.fid for system in PAPER}
 _PDM, _LPDM = ("EDM-DDPM++", "PDM-DDPM++"), ("LDM-ADM", "LPDM-ADM")
 _TABLE_1, _TABLE_2, _TABLE_4 = ("about 48 h", "about 24 h"), ("8 days", "4 days"), ("about 18 h", "about 9 h")
 _P = tuple(
-    PaperResult("celeba", f"p = {p:g}", "celeba64", {"patches.p": p}, {"fid": fid}, f"{hours:g} h")
-    for p, (fid, hours) in _P_RESULTS.items()
+    PaperResult("celeba", f"p = {p:g}", "celeba64", {"patches.p": p}, {"fid": fid}, f"{_HOURS[p]:g} h")
+    for p, fid in PAPER_FID.items()
 )
 
 
-def _schedules(data: str, recipe: str, stochastic: float, progressive: float) -> tuple[PaperResult, PaperResult]:
-    return (
-        PaperResult(data, "stochastic", recipe, {"patches.schedule": "stochastic"}, {"fid": stochastic}),
-        PaperResult(data, "progressive", recipe, {"patches.schedule": "progressive"}, {"fid": progressive}),
+def _pair(data: str, recipes: tuple[str, str], times: tuple[str, str], names: tuple[str, str]) -> Results:
+    """A baseline on full images, and the same with patches."""
+    settings = (FULL_IMAGES, PATCHES)
+    return tuple(
+        PaperResult(data, names[one], recipes[one], settings[one], {"fid": float(_FIDS[recipes[one]])}, times[one])
+        for one in range(2)
+    )
+
+
+def _schedules(data: str, recipe: str, fids: tuple[float, float]) -> Results:
+    """The stochastic and the progressive schedule."""
+    return tuple(
+        PaperResult(data, name, recipe, {"patches.schedule": name}, {"fid": fid})
+        for name, fid in zip(("stochastic", "progressive"), fids, strict=True)
     )
 
 
 TABLES = {
     "table1": PaperTable(
         "Table 1", "patches and full images on faces",
-        _pair("celeba", "celeba64", "celeba64_edm", (1.66, 1.77), _TABLE_1, _PDM)
-        + _pair("ffhq", "ffhq64", "ffhq64_edm", (2.60, 3.11), _TABLE_1, _PDM),
+        _pair("celeba", ("celeba64_edm", "celeba64"), _TABLE_1, _PDM)
+        + _pair("ffhq", ("ffhq64_edm", "ffhq64"), _TABLE_1, _PDM),
         "table1_search_cpu",
     ),
     "table2": PaperTable(
         "Table 2", "patches and full images of latents",
-        _pair("bedroom", "lsun_bedroom256", "lsun_bedroom256_ldm", (4.32, 2.75), _TABLE_2, _LPDM)
-        + _pair("church", "lsun_church256", "lsun_church256_ldm", (4.66, 2.66), _TABLE_2, _LPDM),
+        _pair("bedroom", ("lsun_bedroom256_ldm", "lsun_bedroom256"), _TABLE_2, _LPDM)
+        + _pair("church", ("lsun_church256_ldm", "lsun_church256"), _TABLE_2, _LPDM),
         "table2_search_cpu", latents=True,
     ),
     "table3": PaperTable(
@@ -154,16 +152,16 @@ TABLES = {
     ),
     "table4": PaperTable(
         "Table 4", "patches and full images of small datasets",
-        _pair("cat", "afhq64_cat", "afhq64_cat_edm", (4.60, 3.11), _TABLE_4, _PDM)
-        + _pair("dog", "afhq64_dog", "afhq64_dog_edm", (4.94, 4.80), _TABLE_4, _PDM)
-        + _pair("wild", "afhq64_wild", "afhq64_wild_edm", (2.59, 1.93), _TABLE_4, _PDM),
+        _pair("cat", ("afhq64_cat_edm", "afhq64_cat"), _TABLE_4, _PDM)
+        + _pair("dog", ("afhq64_dog_edm", "afhq64_dog"), _TABLE_4, _PDM)
+        + _pair("wild", ("afhq64_wild_edm", "afhq64_wild"), _TABLE_4, _PDM),
         "table4_search_cpu",
     ),
     "figure2": PaperTable("Figure 2", "FID and cost over p", _P, "figure2_search_cpu"),
     "figure3": PaperTable("Figure 3", "samples of the same seeds over p", _P, "figure2_search_cpu"),
     "schedule": PaperTable(
         "Section 4.1", "stochastic and progressive schedules",
-        _schedules("celeba", "celeba64", 1.66, 2.05) + _schedules("ffhq", "ffhq64", 3.11, 3.85),
+        _schedules("celeba", "celeba64", (1.66, 2.05)) + _schedules("ffhq", "ffhq64", (3.11, 3.85)),
         "schedule_search_cpu",
     ),
 }  # fmt: skip

@@ -1,19 +1,20 @@
 """Reproducing: runs the commands of a table one after the other, and writes a page that compares it with the paper."""
 
 import os
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from markupsafe import Markup
+
 from patchloom.errors import UserError, WorkersFailed
-from patchloom.pipelines.pages.html import is_for_pages
-from patchloom.pipelines.prepare.photographs import copy_photographs
+from patchloom.pipelines.pages.html import document, is_for_pages
 from patchloom.pipelines.recipes import TWO_CORES_RATE
-from patchloom.pipelines.reproduce.outcome import Outcome
 from patchloom.pipelines.reproduce.paper import DATA
-from patchloom.pipelines.reproduce.stages import PHOTOGRAPHS_DATA, Place, Stage
+from patchloom.pipelines.reproduce.stages import ReproductionFolder, Stage
 from patchloom.pipelines.reproduce.subjects import SUBJECTS, Subject
 from patchloom.pipelines.train.dry_run import gpu_hours_text
 from patchloom.platform.dataset.prepared import is_dataset
@@ -25,11 +26,11 @@ from patchloom.platform.progress import clock, say
 from patchloom.platform.records.reproduction import REPRODUCTION_FILE, Reproduction
 from patchloom.platform.tracking.client import require_reachable
 
-PAGE = "report.html"
-PIXEL_CHANNELS = 3
+REPRODUCTION_PAGE = "report.html"
+RGB = 3
 MANY_BYTES = 10e9  # of prepared pixels, above which a plan says how many there are
 TERMINATE_WAIT_S = 60.0
-INTERRUPTED, TERMINATED, MISTAKE = 130, 143, 2  # exit codes of commands
+_INTERRUPTED, _MISTAKE = 130, 2  # exit codes of commands
 
 
 def reproduce(
@@ -74,15 +75,13 @@ def reproduce(
         begun = Reproduction.read(folder)
         if not begun.same_work(place.asked):
             raise UserError(f"{folder} has another reproduction ({_described(begun)}): choose another --out")
-        place = Place(folder, begun, workers)
+        place = ReproductionFolder(folder, begun, workers)
     require_reachable()
     stages = subject.stages(place)
     say(_plan_text(subject, place, stages))
     if not folder.is_remote:
         make_folder(folder.path)
     place.asked.write(folder)
-    if any(place.path(PHOTOGRAPHS_DATA) in stage.words for stage in stages):
-        copy_photographs(folder.path / PHOTOGRAPHS_DATA)
     for number, stage in enumerate(stages, 1):
         say(f"\n[{number}/{len(stages)}] {stage.title}\n  $ {_shown(stage, folder)}")
         known = place.asked.seconds(stage.command)
@@ -91,12 +90,19 @@ def reproduce(
             continue
         began = time.monotonic()
         _run(stage, folder)
-        place = Place(folder, place.asked.with_stage(stage.command, time.monotonic() - began), workers)
+        place = ReproductionFolder(folder, place.asked.with_stage(stage.command, time.monotonic() - began), workers)
         place.asked.write(folder)
+    asked = place.asked.model_copy(update={"finished": True})
+    asked.write(folder)
     here = local_copy(folder.address, is_for_pages)
-    outcome = write_page(place, here)
-    say(f"\n{outcome.text()}\n\nOpen {folder}/{PAGE}")
-    return here / PAGE
+    outcome = subject.outcome(ReproductionFolder(folder, asked, workers), here)
+    write_atomic(
+        here / REPRODUCTION_PAGE, document(_title(asked), outcome.section([one.command for one in asked.stages]))
+    )
+    if folder.is_remote:
+        folder.put(here / REPRODUCTION_PAGE, REPRODUCTION_PAGE)
+    say(f"\n{outcome.text()}\n\nOpen {folder}/{REPRODUCTION_PAGE}")
+    return here / REPRODUCTION_PAGE
 
 
 def reproduction_plan(
@@ -122,15 +128,27 @@ def reproduction_plan(
     return "\n".join([_plan_text(subject, place, stages), *shown])
 
 
-def write_page(place: Place, here: Path) -> Outcome:
-    """Write the page of a finished reproduction; `here` is a local folder with its cards."""
-    subject, asked = SUBJECTS[place.asked.table], place.asked
-    outcome = subject.outcome(place, here)
-    title = f"{subject.title} of Patch Diffusion{', in small' if asked.small else ''}"
-    write_atomic(here / PAGE, outcome.page(title, [stage.command for stage in asked.stages]))
-    if place.folder.is_remote:
-        place.folder.put(here / PAGE, PAGE)
-    return outcome
+def reproduction_section(folder: str, here: Path) -> tuple[str, Markup]:
+    """The title and the body of the page of a finished reproduction.
+
+    Args:
+        folder: its address.
+        here: a local folder with its cards; pictures are written there.
+
+    Raises:
+        UserError: it is not finished.
+    """
+    asked = Reproduction.read(Folder.at(folder))
+    if not asked.finished:
+        raise UserError(
+            f"{folder} is not finished: run `patchloom reproduce {asked.table}` again with the same options"
+        )
+    place = ReproductionFolder(Folder.at(folder), asked)
+    return _title(asked), SUBJECTS[asked.table].outcome(place, here).section([one.command for one in asked.stages])
+
+
+def _title(asked: Reproduction) -> str:
+    return f"{SUBJECTS[asked.table].title} of Patch Diffusion{', in small' if asked.small else ''}"
 
 
 def _subject(table: str) -> Subject:
@@ -142,7 +160,7 @@ def _subject(table: str) -> Subject:
 def _planned(
     table: str, out: str | None, small: bool, data: Mapping[str, str] | None, autoencoder: str | None,
     features: str | None, model: str | None, workers: int | None,
-) -> tuple[Subject, Place]:  # fmt: skip
+) -> tuple[Subject, ReproductionFolder]:  # fmt: skip
     subject = _subject(table)
     sources = _named(subject, data or {})
     if not small and not sources and model is None:
@@ -157,7 +175,7 @@ def _planned(
         table=table, small=small, data=sources, autoencoder=autoencoder, model=model,
         features=features or ("colours" if small else "inception"),
     )  # fmt: skip
-    return subject, Place(folder, asked, workers)
+    return subject, ReproductionFolder(folder, asked, workers)
 
 
 def _named(subject: Subject, data: Mapping[str, str]) -> dict[str, str]:
@@ -183,7 +201,7 @@ def _described(asked: Reproduction) -> str:
     return ", ".join(parts)
 
 
-def _plan_text(subject: Subject, place: Place, stages: Sequence[Stage]) -> str:
+def _plan_text(subject: Subject, place: ReproductionFolder, stages: Sequence[Stage]) -> str:
     """What is reproduced and what it costs."""
     flops = sum(stage.flops for stage in stages)
     lines = [f"{subject.title} of Patch Diffusion{', in small' if place.asked.small else ''}: {subject.text}"]
@@ -197,7 +215,7 @@ def _plan_text(subject: Subject, place: Place, stages: Sequence[Stage]) -> str:
         return "\n".join(lines)
     lines.append(f"  {flops:.3g} FLOPs, {gpu_hours_text(flops)}; metrics and data are extra")
     pixels = {
-        name: DATA[name].images * DATA[name].resolution ** 2 * PIXEL_CHANNELS
+        name: DATA[name].images * DATA[name].resolution ** 2 * RGB
         for name in place.asked.data
         if name in DATA and not is_dataset(Folder.at(place.asked.data[name]))
     }
@@ -213,6 +231,8 @@ def _shown(stage: Stage, folder: Folder) -> str:
 
 def _run(stage: Stage, folder: Folder) -> None:
     """Run a command to its end. It continues what an earlier call began, and ends with this process."""
+    if stage.before:
+        stage.before()
     words = list(stage.words)
     if stage.again and folder.has(stage.card):
         words.append(stage.again)
@@ -229,11 +249,11 @@ def _run(stage: Stage, folder: Folder) -> None:
         except subprocess.TimeoutExpired:
             process.kill()
         raise
-    if code in (INTERRUPTED, -2):
+    if code in (_INTERRUPTED, -signal.SIGINT):
         raise KeyboardInterrupt
     if code:
-        problem = f"`{stage.command}` {'was refused' if code == MISTAKE else f'failed with exit code {code}'}"
-        raise (UserError if code == MISTAKE else WorkersFailed)(f"{problem}, see above; {_CONTINUE}")
+        problem = f"`{stage.command}` {'was refused' if code == _MISTAKE else f'failed with exit code {code}'}"
+        raise (UserError if code == _MISTAKE else WorkersFailed)(f"{problem}, see above; {_CONTINUE}")
 
 
 _CONTINUE = "correct that, then run the same command again to continue with this stage"

@@ -1,10 +1,11 @@
 """Stages: the commands that reproduce a table, in order, with the FLOPs that each one is expected to need."""
 
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
 
 from patchloom.models.generate import Sampling
-from patchloom.pipelines.prepare.photographs import PHOTOGRAPHS
+from patchloom.pipelines.prepare.photographs import PHOTOGRAPHS, copy_photographs
 from patchloom.pipelines.recipes import counted, shape_of_recipe, small_twin
 from patchloom.pipelines.reproduce.paper import DATA, PaperResult, PaperTable
 from patchloom.pipelines.train.resuming import differing_keys
@@ -20,6 +21,7 @@ from patchloom.platform.records.search import SEARCH_FILE
 PHOTOGRAPHS_DATA = "photographs"
 SMALL_SAMPLES, FULL_SAMPLES = 256, 50_000  # of each model, where no search takes them
 SMALL_STEPS = 18
+SMALL_SIDE, SMALL_LATENTS_SIDE = 32, 64  # of images that are trained on as pixels, and of those that are encoded
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,7 @@ class Stage:
         flops: what it is expected to need; 0 for a negligible amount.
         card: a file that exists once the command has begun, relative to the folder of the reproduction.
         again: the option that continues it then.
+        before: writes files that it needs.
     """
 
     title: str
@@ -39,6 +42,7 @@ class Stage:
     flops: float = 0.0
     card: str = ""
     again: str = ""
+    before: Callable[[], object] | None = field(default=None, compare=False)
 
     @property
     def command(self) -> str:
@@ -47,7 +51,7 @@ class Stage:
 
 
 @dataclass(frozen=True)
-class Place:
+class ReproductionFolder:
     """The folder of a reproduction, and what its commands have in common.
 
     Args:
@@ -103,7 +107,7 @@ def results_on(table: PaperTable, name: str) -> list[PaperResult]:
     return [result for result in table.results if result.data == data]
 
 
-def table_stages(table: PaperTable, place: Place) -> list[Stage]:
+def table_stages(table: PaperTable, place: ReproductionFolder) -> list[Stage]:
     """All commands that reproduce a table, each once."""
     stages: list[Stage] = []
     for name in used_data(table, place.asked):
@@ -118,18 +122,25 @@ def table_stages(table: PaperTable, place: Place) -> list[Stage]:
     return list(first.values())
 
 
-def data_stages(place: Place, name: str, small: bool, latents: bool, condition: str = "") -> Iterator[Stage]:
+def data_stages(
+    place: ReproductionFolder, name: str, small: bool, latents: bool, condition: str = ""
+) -> Iterator[Stage]:
     """Prepare data, as pixels and, where needed, as latents."""
     title = PHOTOGRAPHS_DATA if name == PHOTOGRAPHS_DATA else DATA[name].title if name in DATA else name
-    side = (64 if latents else 32) if small else DATA[name].resolution
+    side = (SMALL_LATENTS_SIDE if latents else SMALL_SIDE) if small else DATA[name].resolution
     pixels = place.reference(name, latents)
     if not place.is_prepared(name):
         options = ["--resolution", str(side), *(["--autoencoder", "none"] if side >= 256 else [])]
         options += ["--crop", "windows"] if name == PHOTOGRAPHS_DATA else []
         options += ["--crop", "dhariwal"] if name == "imagenet" and not small else []
         options += ["--condition", condition] if condition else []
-        shown = f"windows of {len(PHOTOGRAPHS)} photographs" if name == PHOTOGRAPHS_DATA else title
-        yield Stage(f"Prepare {shown} of {side} x {side} pixels", ("prepare", place.source(name), pixels, *options))
+        words = ("prepare", place.source(name), pixels, *options)
+        if name == PHOTOGRAPHS_DATA:
+            copy = partial(copy_photographs, place.folder.path / PHOTOGRAPHS_DATA)
+            shown = f"{side} x {side} windows of {len(PHOTOGRAPHS)} photographs"
+            yield Stage(f"Prepare {shown}", words, before=copy)
+        else:
+            yield Stage(f"Prepare {title} at {side} x {side} pixels", words)
     if not latents:
         return
     autoencoder = place.asked.autoencoder or (place.path("autoencoder", "model") if small else "")
@@ -140,7 +151,7 @@ def data_stages(place: Place, name: str, small: bool, latents: bool, condition: 
     yield Stage(f"Encode {title} as latents", ("prepare", pixels, place.path("data", name), *encoder))
 
 
-def search_stage(place: Place, name: str, search: str, dataset: str, shape_data: str = "") -> Stage:
+def search_stage(place: ReproductionFolder, name: str, search: str, dataset: str, shape_data: str = "") -> Stage:
     """Run a search on data of a name."""
     definition, base = load_search(search)
     shape = shape_of_recipe(recipe_of_setting(definition, base, {}))
@@ -155,14 +166,14 @@ def search_stage(place: Place, name: str, search: str, dataset: str, shape_data:
     return Stage(title, words, flops, f"{name}/search/{SEARCH_FILE}", "--restore")
 
 
-def samples_flops(recipe: Recipe, samples: int, steps: int, guidance: float = 1.0) -> float:
+def samples_flops(recipe: Recipe, samples: int, steps: int, guidance: float = 1.0, sampler: str = "heun") -> float:
     """FLOPs of sampling with a model of a recipe."""
-    evaluations = Sampling(steps=steps, guidance=guidance).network_evaluations
+    evaluations = Sampling(sampler=sampler, steps=steps, guidance=guidance).network_evaluations
     return samples * evaluations * float(counted(recipe, shape_of_recipe(recipe)).evaluation_flops)
 
 
 def training_stage(
-    place: Place, title: str, recipe: str, settings: Iterable[str], dataset: str, names: tuple[str, ...]
+    place: ReproductionFolder, title: str, recipe: str, settings: Iterable[str], dataset: str, names: tuple[str, ...]
 ) -> Stage:
     """Train a recipe on a dataset; the run is at `names` in the folder."""
     changed = list(settings)
@@ -190,7 +201,7 @@ def samples_of(result: PaperResult) -> tuple[str, ...]:
     return result.slug, "samples"
 
 
-def _system_stages(table: PaperTable, place: Place, name: str) -> Iterator[Stage]:
+def _system_stages(table: PaperTable, place: ReproductionFolder, name: str) -> Iterator[Stage]:
     """Train, sample and evaluate each system on its data."""
     small = place.asked.small
     samples = SMALL_SAMPLES if small else FULL_SAMPLES

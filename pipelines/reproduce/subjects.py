@@ -5,9 +5,10 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from patchloom.pipelines.reproduce import extrapolation, samplers
 from patchloom.pipelines.reproduce.outcome import Outcome, table_outcome
 from patchloom.pipelines.reproduce.paper import TABLES, PaperTable
-from patchloom.pipelines.reproduce.stages import Place, Stage, table_stages
+from patchloom.pipelines.reproduce.stages import ReproductionFolder, Stage, table_stages
 
 
 @dataclass(frozen=True)
@@ -26,8 +27,8 @@ class Subject:
     title: str
     text: str
     data: list[str]
-    stages: Callable[[Place], list[Stage]]
-    outcome: Callable[[Place, Path], Outcome]
+    stages: Callable[[ReproductionFolder], list[Stage]]
+    outcome: Callable[[ReproductionFolder, Path], Outcome]
     takes_model: bool = False
 
 
@@ -36,4 +37,13 @@ def table_subject(table: PaperTable) -> Subject:
     return Subject(table.title, table.subject, table.data, partial(table_stages, table), partial(table_outcome, table))
 
 
-SUBJECTS = {name: table_subject(table) for name, table in TABLES.items()}
+SUBJECTS = {name: table_subject(table) for name, table in TABLES.items()} | {
+    "samplers": Subject(
+        "Table 1's samplers", "quality over network evaluations on one model", [samplers.SAMPLERS_DATA],
+        samplers.sampler_stages, samplers.sampler_outcome, takes_model=True,
+    ),
+    "extrapolation": Subject(
+        "Section 4.5", "larger canvases, around an image and without one", [extrapolation.CANVAS_DATA],
+        extrapolation.extrapolation_stages, extrapolation.extrapolation_outcome, takes_model=True,
+    ),
+}  # fmt: skip

@@ -27,10 +27,12 @@ class Reproduction(VersionedRecord):
     features: str
     model: str | None = None
     stages: list[FinishedStage] = Field(default_factory=list)
+    finished: bool = False
 
     def same_work(self, other: "Reproduction") -> bool:
         """Whether another one has the same commands, as far as they are finished or not."""
-        return self.model_copy(update={"stages": []}) == other.model_copy(update={"stages": []})
+        begin = {"stages": [], "finished": False}
+        return self.model_copy(update=begin) == other.model_copy(update=begin)
 
     def seconds(self, command: str) -> float | None:
         """How long a command took; None if it has not finished."""

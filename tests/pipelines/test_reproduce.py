@@ -1,19 +1,36 @@
-"""Reproductions: the commands of a table run, continue where they stopped, and end in a page with the paper's numbers."""
+"""Reproductions: the commands of a table run and continue where they stopped, and its page has the paper's numbers."""
 
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from patchloom.errors import UserError
+from patchloom.models.generate import Sampling
+from patchloom.models.sampling_options import SAMPLER_NAMES
+from patchloom.pipelines.recipes import PAPER, counted
+from patchloom.pipelines.report import report
 from patchloom.pipelines.reproduce import reproduce, reproduction_plan
-from patchloom.pipelines.reproduce.paper import TABLES, PaperResult, PaperTable
-from patchloom.pipelines.reproduce.stages import Place, changed_keys, table_stages
-from patchloom.pipelines.reproduce.subjects import SUBJECTS, Subject, table_subject
+from patchloom.pipelines.reproduce.extrapolation import border_ratio, window_ratio
+from patchloom.pipelines.reproduce.outcome import SearchPart
+from patchloom.pipelines.reproduce.paper import TABLES, PaperTable
+from patchloom.pipelines.reproduce.samplers import EVALUATIONS, steps_for
+from patchloom.pipelines.reproduce.stages import (
+    FULL_SAMPLES,
+    ReproductionFolder,
+    changed_keys,
+    samples_flops,
+    table_stages,
+)
+from patchloom.pipelines.reproduce.subjects import SUBJECTS
 from patchloom.platform.files.folder import Folder
-from patchloom.platform.files.storage import read_json
 from patchloom.platform.recipe import load_recipe
-from patchloom.platform.records.reproduction import REPRODUCTION_FILE, Reproduction
-from patchloom.platform.records.search import read_trials
+from patchloom.platform.records.reproduction import Reproduction
+from patchloom.platform.records.search import TrialRow, read_trials
 
 TINY_SEARCH = """
 name: tiny
@@ -34,6 +51,12 @@ equal_costs: [images]
 budget: {flops: 1.0e+9}
 final: {features: colours, samples: 4, steps: 2}
 """
+# FIDs of Wang et al. (2023): Tables 1, 2 and 4, baseline and patches
+PAIRS = {
+    "table1": {"celeba": (1.66, 1.77), "ffhq": (2.60, 3.11)},
+    "table2": {"bedroom": (4.32, 2.75), "church": (4.66, 2.66)},
+    "table4": {"cat": (4.60, 3.11), "dog": (4.94, 4.80), "wild": (2.59, 1.93)},
+}
 
 
 def tiny_table(folder: Path) -> PaperTable:
@@ -44,27 +67,156 @@ def tiny_table(folder: Path) -> PaperTable:
     return PaperTable(table.title, table.subject, table.results, str(search))
 
 
-@pytest.fixture
-def tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> PaperTable:
-    table = tiny_table(tmp_path)
-    monkeypatch.setitem(SUBJECTS, "table4", table_subject(table))
-    return table
+def asked(table: str, small: bool = False) -> Reproduction:
+    data = {} if small else dict.fromkeys(TABLES[table].data, "images")
+    return Reproduction(table=table, small=small, data=data, features="inception")
 
 
-@pytest.mark.ray
-def test_small_table_runs_and_continues(
-    tiny: PaperTable, pixels: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    out = tmp_path / "out"
-    page = reproduce("table4", str(out), small=True, data={"cat": str(pixels)}, workers=0)
-    text = page.read_text()
-    for number in ("4.6", "3.11", "about 18 h"):
-        assert number in text
-    trials = read_trials(Folder.at(out / "cat" / "search"))
-    assert len(trials) == 6 and all(trial.status == "finished" and trial.final_distance for trial in trials)
-    before = {path: path.stat().st_mtime_ns for path in (out / "cat").rglob("*.json")}
-    capsys.readouterr()
-    assert reproduce("table4", str(out), small=True, data={"cat": str(pixels)}, workers=0) == page
-    assert before == {path: path.stat().st_mtime_ns for path in (out / "cat").rglob("*.json")}
+@pytest.mark.parametrize("name", PAIRS)
+def test_tables_have_the_fids_of_the_paper(name: str) -> None:
+    found: dict[str, list[float]] = {}
+    for result in TABLES[name].results:
+        found.setdefault(result.data, []).append(result.metrics["fid"])
+    assert {data: tuple(fids) for data, fids in found.items()} == PAIRS[name]
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_each_system_is_trained_with_its_settings(name: str) -> None:
+    for result in TABLES[name].results:
+        recipe = load_recipe(result.recipe, changed_keys(result))
+        found = {"patches.p": recipe.patches.p, "patches.schedule": recipe.patches.schedule}
+        assert {key: found[key] for key in result.settings} == dict(result.settings)
+
+
+@pytest.mark.parametrize("name", ["table1", "table2", "table4"])
+def test_full_plan_costs_what_its_trainings_and_samples_cost(name: str, tmp_path: Path) -> None:
+    stages = table_stages(TABLES[name], ReproductionFolder(Folder.at(tmp_path), asked(name)))
+    systems = [system for system in PAPER if system.recipe in {result.recipe for result in TABLES[name].results}]
+    expected = sum(counted(load_recipe(system.recipe), system.shape).flops for system in systems)
+    each = [counted(load_recipe(system.recipe), system.shape).evaluation_flops for system in systems]
+    expected += FULL_SAMPLES * 99 * sum(each)  # 50 Heun steps
+    assert sum(stage.flops for stage in stages) == pytest.approx(expected, rel=1e-9)
+    assert len({stage.words for stage in stages}) == len(stages)
+
+
+def test_guidance_costs_a_second_evaluation() -> None:
+    recipe = load_recipe("imagenet256")
+    assert samples_flops(recipe, 10, 256, 1.3) == 2 * samples_flops(recipe, 10, 256) > 0
+
+
+def test_table_3_trains_once_for_both_guidances(tmp_path: Path) -> None:
+    stages = table_stages(TABLES["table3"], ReproductionFolder(Folder.at(tmp_path), asked("table3")))
+    assert [stage.words[0] for stage in stages] == ["prepare"] * 2 + ["train"] + ["sample", "evaluate"] * 2
+
+
+@pytest.mark.parametrize("sampler", SAMPLER_NAMES)
+def test_samplers_evaluate_the_network_equally_often(sampler: str) -> None:
+    steps = [steps_for(sampler, evaluations) for evaluations in EVALUATIONS]
+    assert tuple(Sampling(sampler=sampler, steps=one).network_evaluations for one in steps) == EVALUATIONS
+
+
+def test_border_is_the_step_across_it_over_the_other_steps() -> None:
+    region = np.zeros((12, 12), bool)
+    region[4:8, 4:8] = True
+    steps = np.add.outer(np.arange(12), np.arange(12)).astype(np.uint8)[None, None]  # every step is 1
+    assert border_ratio(steps, region) == pytest.approx(1)
+    raised = steps.copy()
+    raised[:, :, region] += 100  # two sides step by 101, two by -99
+    assert border_ratio(raised, region) == pytest.approx(np.sqrt((101**2 + 99**2) / 2))
+    assert window_ratio(np.arange(32, dtype=np.uint8)[None, None, None].repeat(8, axis=2)) == pytest.approx(1)
+
+
+def row(p: float, repeat: int, loss: float, images: int, flops: float, equal: str | None = None) -> TrialRow:
+    return TrialRow.model_validate({
+        "name": f"{p}-{repeat}-{equal}", "settings": {"patches.p": p}, "repeat": repeat, "status": "finished",
+        "images_seen": images, "flops": flops, "seconds": flops, "held_out_loss": loss, "equal": equal,
+        "held_out_loss_by_sigma": {"1": loss},
+    })  # fmt: skip
+
+
+def test_small_table_compares_at_both_costs() -> None:
+    """Full images are ahead at equal counted images, patches at equal FLOPs; each has the means of its own trials."""
+    trials = []
+    for repeat, noise in enumerate((-0.001, 0.001, 0)):
+        trials += [
+            row(0.5, repeat, 0.2 + noise, 2000, 1e12),
+            row(1, repeat, 0.3 + noise, 1000, 1e12),
+            row(0.5, repeat, 0.4 - noise, 1000, 0.5e12, "images"),
+        ]
+    results = [result for result in TABLES["table4"].results if result.data == "cat"]
+    part = SearchPart("cat", results, trials)
+    _, table = part.table()
+    by_system = {cells[0]: cells[1:] for cells in table.rows}
+    assert by_system["EDM-DDPM++"] == [
+        "4.6", "about 18 h", "0.3000 ± 0.0010", "", "1.00", "0.3000 ± 0.0010", "", "1,000",
+    ]  # fmt: skip
+    assert by_system["PDM-DDPM++"] == [
+        "3.11", "about 9 h", "0.4000 ± 0.0010", "", "0.50", "0.2000 ± 0.0010", "", "2,000",
+    ]  # fmt: skip
+    orders = [comparison.order for comparison in part.comparisons.values() if comparison]
+    assert [order[0].settings["patches.p"] for order in orders] == [1, 0.5]
+    assert [part.agrees(order) for order in orders] == [False, True]
+    assert part.findings()[-1].count("2.00") == 2  # FLOPs and time of full images over those of patches
+
+
+@pytest.mark.parametrize("name", SUBJECTS)
+def test_every_subject_can_be_planned(name: str) -> None:
+    for small in (False, True):
+        lines = reproduction_plan(name, small=small).splitlines()
+        commands = [line for line in lines if line.startswith("  $ patchloom ")]
+        assert len(commands) >= 2 and any(" 0 FLOPs" in line for line in lines) is False
+
+
+def test_mistakes_are_refused_before_anything_is_written(tmp_path: Path) -> None:
+    for table, data in (("table9", {}), ("table4", {}), ("table4", {"cow": "x"}), ("table4", {"cat": "missing"})):
+        with pytest.raises(UserError):
+            reproduce(table, str(tmp_path / "out"), data=data)
     with pytest.raises(UserError):
-        reproduce("table4", str(out), small=True, data={"dog": str(pixels)}, workers=0)
+        reproduce("table4", str(tmp_path / "out"), small=True, model="models:/x/1")
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own" / "thesis.tex").write_text("x")
+    with pytest.raises(UserError):
+        reproduce("table4", str(tmp_path / "own"), small=True)
+    assert [path.name for path in tmp_path.rglob("*")] == ["own", "thesis.tex"]
+
+
+RUN = """
+import sys
+sys.path.insert(0, sys.argv[4])
+from pathlib import Path
+from test_reproduce import tiny_table
+from patchloom.pipelines.reproduce import reproduce
+from patchloom.pipelines.reproduce.subjects import SUBJECTS, table_subject
+from patchloom.platform.compute.stopping import exit_on_sigterm
+exit_on_sigterm()
+SUBJECTS["table4"] = table_subject(tiny_table(Path(sys.argv[1])))
+reproduce("table4", sys.argv[2], small=True, data={"cat": sys.argv[3]}, workers=0)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+def test_small_table_is_killed_and_continues(images: Path, tmp_path: Path) -> None:
+    """SIGTERM while the search runs ends it with its command; the next call finishes, and keeps finished trials."""
+    out = tmp_path / "out"
+    command = [sys.executable, "-c", RUN, str(tmp_path), str(out), str(images), str(Path(__file__).parent)]
+    with subprocess.Popen(command) as process:
+        finished = out / "cat" / "search" / "trials"
+        while process.poll() is None and not list(finished.glob("*/trial.json")):
+            time.sleep(0.2)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(120) == 128 + signal.SIGTERM
+    kept = {path: path.read_bytes() for path in finished.glob("*/trial.json")}
+    assert 1 <= len(kept) < 6
+    with pytest.raises(UserError):
+        report(str(out), str(tmp_path / "page.html"))
+    assert subprocess.run(command, check=False).returncode == 0
+    trials = read_trials(Folder.at(out / "cat" / "search"))
+    assert len(trials) == 6 and all(trial.final_distance for trial in trials)
+    text = (out / "report.html").read_text()
+    assert all(number in text for number in ("4.6", "3.11", "about 18 h"))
+    assert report(str(out), str(tmp_path / "page.html")).read_text() == text
+    record = Reproduction.read(Folder.at(out))
+    assert record.finished and [stage.command.split()[1] for stage in record.stages] == ["prepare", "tune"]
+    assert subprocess.run(command, check=False).returncode == 0  # everything is finished
+    assert Reproduction.read(Folder.at(out)) == record
