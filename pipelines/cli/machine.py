@@ -25,8 +25,7 @@ def reproduce(
     table: Annotated[
         str,
         typer.Argument(
-            help="table1, table2, table3, table4, figure2, figure3, schedule, samplers, extrapolation, images or "
-            "controlnet"
+            help="table1, table2, table3, table4, figure2, figure3, schedule, samplers, efficiency or extrapolation"
         ),
     ],
     small: Annotated[

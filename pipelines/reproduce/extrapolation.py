@@ -9,7 +9,7 @@ from patchloom.models.sampling_options import CANVASES
 from patchloom.models.windows import window_starts
 from patchloom.pipelines.pages.html import Number, Picture, Table
 from patchloom.pipelines.pages.pictures import png_bytes, png_pixels, save_png, side_by_side
-from patchloom.pipelines.reproduce.outcome import Outcome
+from patchloom.pipelines.reproduce.outcome import Finding, Outcome
 from patchloom.pipelines.reproduce.paper import DATA
 from patchloom.pipelines.reproduce.samplers import data_of, model_stages
 from patchloom.pipelines.reproduce.stages import SMALL_SIDE, ReproductionFolder, Stage, samples_flops
@@ -161,20 +161,19 @@ def extrapolation_outcome(place: ReproductionFolder, here: Path) -> Outcome:
             Number("samples of each", f"{SAMPLES_AROUND}"),
             Number("time of all commands", clock(sum(stage.seconds for stage in place.asked.stages))),
         ],
-        tables=[
-            (
+        findings=[
+            Finding(
                 "Steps across the border of the given image, over the steps outside of it (rms; 1 is no border)",
                 Table(["canvas", "method", "mean", "of each image", "time"], rows),
+                [f"The smallest step across the border has {best[1]} on {best[0]} ({best[2]})."],
             ),
-            (
+            Finding(
                 f"Steps where windows end on {side} x {WIDE_FACTOR * side} pixels, over the other steps (rms)",
                 Table(["canvas", "ratio"], wide),
+                ["Only `windows` has windows; the numbers of the other canvases are what such columns have by chance."],
             ),
         ],
-        findings=[
-            f"The smallest step across the border has {best[1]} on {best[0]} ({best[2]}).",
-            "Only `windows` has windows; the numbers of the other canvases are what such columns have by chance.",
-        ],
+        texts=[],
         differences=[
             "The paper shows LSUN-Bedroom at 256 x 256 pixels on 384 x 384 (Figure 7) and 512 x 512 (Figure 11), from "
             "latents, and gives no number.",

@@ -26,6 +26,7 @@ from patchloom.pipelines.sample.folder import read_entries, read_samples
 from patchloom.pipelines.tune.decisions import ComparedSettings
 from patchloom.pipelines.tune.frontier import (
     COST_TITLES,
+    EQUAL_WITHIN,
     FINAL_DISTANCE,
     METRIC_TITLES,
     EqualCostComparison,
@@ -48,14 +49,23 @@ COSTS = ("images_seen", "flops")  # the paper compares at equal counted images
 
 
 @dataclass(frozen=True)
+class Finding:
+    """A table with its title, and what it says in sentences."""
+
+    title: str
+    table: Table
+    texts: Sequence[str] = field(default=())
+
+
+@dataclass(frozen=True)
 class Outcome:
     """What a reproduction found.
 
     Args:
         lead: what it is, in a sentence or two.
         numbers: what it used.
-        tables: tables with titles.
-        findings: what they say, in sentences.
+        findings: tables with what they say.
+        texts: what they say together, in sentences.
         differences: what differs from the paper, in sentences.
         figures: plots with captions.
         pictures: pictures of samples.
@@ -64,8 +74,8 @@ class Outcome:
 
     lead: str
     numbers: Sequence[Number]
-    tables: Sequence[tuple[str, Table]]
-    findings: Sequence[str]
+    findings: Sequence[Finding]
+    texts: Sequence[str]
     differences: Sequence[str]
     figures: Sequence[tuple[Markup, str]] = field(default=())
     pictures: Sequence[Picture] = field(default=())
@@ -77,8 +87,10 @@ class Outcome:
 
     def text(self) -> str:
         """Its tables and findings for a terminal."""
-        parts = [f"{title}\n{aligned([table.header, *table.rows])}" for title, table in self.tables]
-        return "\n\n".join([*parts, *self.findings])
+        parts = []
+        for one in self.findings:
+            parts.append("\n".join([one.title, aligned([one.table.header, *one.table.rows]), *one.texts]))
+        return "\n\n".join([*parts, *self.texts])
 
 
 def table_outcome(table: PaperTable, place: ReproductionFolder, here: Path) -> Outcome:
@@ -93,19 +105,22 @@ def table_outcome(table: PaperTable, place: ReproductionFolder, here: Path) -> O
     names = used_data(table, place.asked)
     if small and table.small_search:
         parts = [SearchPart.read(table, name, here) for name in names]
-        tables, findings = [part.table() for part in parts], [text for part in parts for text in part.findings()]
+        findings, texts = (
+            [one for part in parts for one in part.findings()],
+            [text for part in parts for text in part.texts()],
+        )
         details = [(f"The search on {part.title}", search_section(here / part.name / "search")) for part in parts]
         numbers = _search_numbers(parts)
     else:
-        tables, numbers = [_systems_table(table, place, here)], _system_numbers(table, place, here)
-        findings, details = [], []
+        findings, numbers = [_systems_table(table, place, here)], _system_numbers(table, place, here)
+        texts, details = [], []
     if table.title == "Table 3":
-        findings = [*findings, _cost_of_table_3()]
+        texts = [*texts, _cost_of_table_3()]
     return Outcome(
         lead=_lead(table, place),
         numbers=numbers,
-        tables=tables,
         findings=findings,
+        texts=texts,
         differences=_differences(table, place, here),
         pictures=[_samples_picture(table, place, name, here) for name in names],
         details=details,
@@ -113,8 +128,9 @@ def table_outcome(table: PaperTable, place: ReproductionFolder, here: Path) -> O
 
 
 def _lead(table: PaperTable, place: ReproductionFolder) -> str:
-    size = "in small, on this machine's scale" if place.asked.small else "at full size"
-    return f"{table.title} of Patch Diffusion (Wang et al. 2023), {size}: {table.subject}. {_data_text(table, place)}"
+    subject = f"{table.subject[0].upper()}{table.subject[1:]}"
+    size = "in small" if place.asked.small else "at full size"
+    return f"{subject} ({table.title} of Wang et al. 2023), {size}. {_data_text(table, place)}"
 
 
 def _data_text(table: PaperTable, place: ReproductionFolder) -> str:
@@ -160,7 +176,7 @@ class SearchPart:
     @property
     def title(self) -> str:
         """The name of the data for readers."""
-        return DATA[self.name].title if self.name in DATA else self.name
+        return DATA[self.name].title if self.name in DATA else self.name.capitalize()
 
     @property
     def systems(self) -> list[str]:
@@ -182,37 +198,34 @@ class SearchPart:
         fids = [f"{one.metrics['fid']:g}" + (f" ({one.data})" if several else "") for one in found]
         return ", ".join(fids), ", ".join(dict.fromkeys(one.time for one in found))
 
-    def table(self) -> tuple[str, Table]:
-        """The systems with the paper's numbers and ours."""
-        header = ["system", "FID in the paper", "time in the paper"]
-        for by in COSTS:
-            other = "TFLOP" if by == "images_seen" else "counted images"
-            header += [f"held-out loss, equal {COST_TITLES[by]}", "colour distance", other]
-        rows = []
-        for system in self.systems:
-            row = [system, *self._paper(system)]
-            for by in COSTS:
-                row += _cells(self._setting(system, by), by)
-            rows.append(row)
+    def findings(self) -> list[Finding]:
+        """For each cost, the systems with the paper's numbers and ours, and whether the direction is the same."""
         seeds = len({trial.repeat for trial in self.trials})
-        return f"{self.title}: mean ± standard deviation over {seeds} seeds", Table(header, rows)
-
-    def findings(self) -> list[str]:
-        """What the comparison says, and whether that is the direction of the paper."""
         found = []
         for by in COSTS:
-            comparison = self.comparisons[by]
-            if comparison is None:
-                found.append(f"{self.title}: no comparison at equal {COST_TITLES[by]}, because a trial failed.")
-                continue
-            cost = f"{comparison.cost:,.0f}" if by == "images_seen" else f"{comparison.cost / 1e12:,.3g} TFLOP"
-            found.append(f"{self.title}, at equal {COST_TITLES[by]} ({cost}): {self._direction(comparison.order)}")
-            trials = [trial for setting in comparison.order for trial in setting.trials]
-            if all(trial.final_distance is not None for trial in trials):
-                found.append(f"By colour distance: {self._direction(ranked(trials, FINAL_DISTANCE))}")
-        if len(self.systems) > 2 and (by_images := self.comparisons["images_seen"]):
-            found.append(compared_with_paper(by_images))
-        return [*found, *self._cost_ratio()]
+            cost = "TFLOP" if by == "images_seen" else "counted images"
+            header = ["system", "FID in the paper", "time in the paper", "held-out loss", "colour distance", cost]
+            rows = [[system, *self._paper(system), *_cells(self._setting(system, by), by)] for system in self.systems]
+            title = f"{self.title}, at equal {COST_TITLES[by]}: mean ± standard deviation over {seeds} seeds"
+            found.append(Finding(title, Table(header, rows), self._directions(by)))
+        return found
+
+    def _directions(self, by: str) -> list[str]:
+        """Whether the direction at an equal cost is that of the paper, by each metric."""
+        comparison = self.comparisons[by]
+        if comparison is None:
+            return [f"Not compared: a trial failed, or ended more than {EQUAL_WITHIN:.0%} off the others."]
+        found = [self._direction(comparison.order)]
+        trials = [trial for setting in comparison.order for trial in setting.trials]
+        if all(trial.final_distance is not None for trial in trials):
+            found.append(self._direction(ranked(trials, FINAL_DISTANCE)))
+        if len(self.systems) > 2 and by == "images_seen":
+            found.append(compared_with_paper(comparison))
+        return found
+
+    def texts(self) -> list[str]:
+        """How much cheaper patches are per counted image."""
+        return self._cost_ratio()
 
     def agrees(self, order: Sequence[RankedSetting]) -> bool | None:
         """Whether the best of our settings is the best of the paper; None where the seeds do not decide which is best.
@@ -234,11 +247,13 @@ class SearchPart:
 
     def _direction(self, order: Sequence[RankedSetting]) -> str:
         best, theirs = self._system_of(order[0]), _listed(sorted(self._best_of_paper()))
-        verdict = {True: "the direction of the paper", False: "the direction differs", None: "undecided here"}
-        return (
-            f"{best} has the lowest {METRIC_TITLES[order[0].metric]} ({order[0].value_of_n()}); in the paper {theirs} "
-            f"has the lowest FID: {verdict[self.agrees(order)]}. {decision(order)}"
-        )
+        paper = {
+            True: "The direction is that of the paper.",
+            False: f"The direction differs from the paper, where {theirs} has the lowest FID.",
+            None: f"In the paper, {theirs} has the lowest FID.",
+        }
+        metric = {FINAL_DISTANCE: "colour distance"}.get(order[0].metric, METRIC_TITLES[order[0].metric])
+        return f"{best} has the lowest {metric}, {order[0].value_of_n()}. {decision(order)} {paper[self.agrees(order)]}"
 
     def _cost_ratio(self) -> list[str]:
         """How much cheaper patches are per counted image."""
@@ -274,7 +289,7 @@ def _has(settings: Mapping[str, JsonValue], wanted: Mapping[str, JsonValue]) -> 
 
 def _cells(setting: RankedSetting | None, by: str) -> list[str]:
     if setting is None:
-        return ["", "", ""]
+        return ["not comparable", "", ""]
     distances = [trial.final_distance for trial in setting.trials if trial.final_distance is not None]
     distance = ranked(setting.trials, FINAL_DISTANCE)[0].value() if len(distances) == len(setting.trials) else ""
     unit, scale = ("flops", 1e12) if by == "images_seen" else ("images_seen", 1)
@@ -296,7 +311,7 @@ def _systems_of(table: PaperTable, place: ReproductionFolder) -> list[tuple[str,
     return [(name, result) for name in used_data(table, place.asked) for result in results_on(table, name)]
 
 
-def _systems_table(table: PaperTable, place: ReproductionFolder, here: Path) -> tuple[str, Table]:
+def _systems_table(table: PaperTable, place: ReproductionFolder, here: Path) -> Finding:
     """Systems that were trained, sampled and measured one by one, next to the paper's numbers."""
     rows, header = [], list[str]()
     for name, result in _systems_of(table, place):
@@ -315,7 +330,7 @@ def _systems_table(table: PaperTable, place: ReproductionFolder, here: Path) -> 
         header += ["samples", "counted images", "TFLOP"]
         row += [f"{measured.identity.n_samples:,}", f"{run.images_seen:,}", f"{run.flops / 1e12:,.1f}"]
         rows.append(row)
-    return f"{table.title}: one training of each system", Table(header, rows)
+    return Finding(f"{table.title}: one training of each system", Table(header, rows))
 
 
 def _system_numbers(table: PaperTable, place: ReproductionFolder, here: Path) -> list[Number]:

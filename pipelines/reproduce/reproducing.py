@@ -13,6 +13,7 @@ from markupsafe import Markup
 from patchloom.errors import UserError, WorkersFailed
 from patchloom.pipelines.pages.html import document, is_for_pages
 from patchloom.pipelines.recipes import TWO_CORES_RATE
+from patchloom.pipelines.reproduce.outcome import Outcome
 from patchloom.pipelines.reproduce.paper import DATA
 from patchloom.pipelines.reproduce.stages import ReproductionFolder, Stage
 from patchloom.pipelines.reproduce.subjects import SUBJECTS, Subject
@@ -95,10 +96,9 @@ def reproduce(
     asked = place.asked.model_copy(update={"finished": True})
     asked.write(folder)
     here = local_copy(folder.address, is_for_pages)
-    outcome = subject.outcome(ReproductionFolder(folder, asked, workers), here)
-    write_atomic(
-        here / REPRODUCTION_PAGE, document(_title(asked), outcome.section([one.command for one in asked.stages]))
-    )
+    place = ReproductionFolder(folder, asked, workers)
+    outcome = subject.outcome(place, here)
+    write_atomic(here / REPRODUCTION_PAGE, document(_title(asked), _section(outcome, place)))
     if folder.is_remote:
         folder.put(here / REPRODUCTION_PAGE, REPRODUCTION_PAGE)
     say(f"\n{outcome.text()}\n\nOpen {folder}/{REPRODUCTION_PAGE}")
@@ -144,7 +144,13 @@ def reproduction_section(folder: str, here: Path) -> tuple[str, Markup]:
             f"{folder} is not finished: run `patchloom reproduce {asked.table}` again with the same options"
         )
     place = ReproductionFolder(Folder.at(folder), asked)
-    return _title(asked), SUBJECTS[asked.table].outcome(place, here).section([one.command for one in asked.stages])
+    return _title(asked), _section(SUBJECTS[asked.table].outcome(place, here), place)
+
+
+def _section(outcome: Outcome, place: ReproductionFolder) -> Markup:
+    """The body of a page, with commands as they run next to the folder."""
+    address, name = place.folder.address, place.folder.name
+    return outcome.section([stage.command.replace(address, name) for stage in place.asked.stages])
 
 
 def _title(asked: Reproduction) -> str:

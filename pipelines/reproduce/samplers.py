@@ -12,7 +12,7 @@ from patchloom.pipelines.evaluate.page import METRICS_FILE
 from patchloom.pipelines.pages.html import Number, Picture, Table, svg, tidy
 from patchloom.pipelines.pages.pictures import save_png, side_by_side
 from patchloom.pipelines.registry.quality import TITLES
-from patchloom.pipelines.reproduce.outcome import Outcome
+from patchloom.pipelines.reproduce.outcome import Finding, Outcome
 from patchloom.pipelines.reproduce.stages import (
     PHOTOGRAPHS_DATA,
     ReproductionFolder,
@@ -113,8 +113,14 @@ def sampler_outcome(place: ReproductionFolder, here: Path) -> Outcome:
             Number("images of the reference", f"{first.n_reference or 0:,}"),
             Number("time of all commands", clock(sum(stage.seconds for stage in place.asked.stages))),
         ],
-        tables=[(f"{title} ({first.features}), with its 95 % interval over draws of samples", Table(header, rows))],
-        findings=[_finding(curves, evaluations, title) for evaluations in EVALUATIONS],
+        findings=[
+            Finding(
+                f"{title} ({first.features}), with its 95 % interval over draws of samples",
+                Table(header, rows),
+                [_ahead(curves, evaluations, title) for evaluations in EVALUATIONS],
+            )
+        ],
+        texts=[],
         differences=[
             f"The paper's Table 1 compares models that others trained, each with its own sampler (FID on CelebA-64: "
             f"{PAPER_FIDS}). Here only the sampler differs.",
@@ -145,7 +151,7 @@ def _cell(curve: SamplerCurve, evaluations: int) -> str:
     return f"{curve.distances[evaluations]:.3g}{shown}"
 
 
-def _finding(curves: Sequence[SamplerCurve], evaluations: int, title: str) -> str:
+def _ahead(curves: Sequence[SamplerCurve], evaluations: int, title: str) -> str:
     """Which sampler is ahead at a number of evaluations, and which ones are not distinguished from it."""
     order = sorted(curves, key=lambda curve: curve.distances[evaluations])
     best = order[0]
