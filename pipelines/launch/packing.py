@@ -2,6 +2,7 @@
 
 import io
 import os
+import re
 import shutil
 import zipfile
 from pathlib import Path
@@ -45,6 +46,7 @@ REFERENCES = frozenset(
         "autoencoder",
         "init_from",
         "features",
+        "text_encoder",
         "picture",
         "outpaint",
         "condition",
@@ -54,6 +56,8 @@ REFERENCES = frozenset(
 )
 YAML = (".yaml", ".yml")
 WRITTEN = {"out", "save_reference", "store"}  # places that a command may make
+WRITES_HERE = {"reproduce"}  # commands with a default folder to write
+NAMED_SOURCE = re.compile(r"^[a-z0-9]+=")
 MOST_BYTES = 10 << 20  # of a file that travels
 FILES = "files"  # the folder of files that are not below the working directory
 
@@ -86,8 +90,15 @@ def pack_command(words: list[str], arguments: dict[str, Any], folder: Path) -> l
                 _pack_named(name, Path(value), Path(packed), folder)
             words = [_renamed(word, value, packed) for word in words]
         elif name in PLACES | REFERENCES:
-            _check_place(value, name in PLACES)
+            _check_place(_without_name(value), name in PLACES)
+    if words[0] in WRITES_HERE and not (arguments.get("out") or arguments.get("dry_run")):
+        raise UserError(f"--out is missing: {words[0]} would write to a folder of the job, which is removed")
     return words
+
+
+def _without_name(value: str) -> str:
+    """The source in `celeba=s3://bucket/images`."""
+    return NAMED_SOURCE.sub("", value)
 
 
 def _renamed(word: str, old: str, new: str) -> str:
@@ -151,8 +162,9 @@ def _copy(path: Path, target: Path) -> None:
 
 def absolute_paths(arguments: dict[str, Any]) -> list[str]:
     """The absolute paths that a command reads and that exist on this machine, perhaps on it alone."""
-    values = [value for name, value in arguments.items() if name in (PLACES | REFERENCES) - WRITTEN]
-    paths = [Path(value) for value in values if isinstance(value, str) and value]
+    found = [value for name, value in arguments.items() if name in (PLACES | REFERENCES) - WRITTEN]
+    values = [one for value in found for one in (value if isinstance(value, list | tuple) else [value])]
+    paths = [Path(_without_name(value)) for value in values if isinstance(value, str) and value]
     return [str(path) for path in paths if path.is_absolute() and path.exists()]
 
 

@@ -26,6 +26,7 @@ from patchloom.platform.files.storage import make_folder, write_atomic
 from patchloom.platform.progress import clock, say
 from patchloom.platform.records.reproduction import REPRODUCTION_FILE, Reproduction
 from patchloom.platform.tracking.client import require_reachable
+from patchloom.redaction import redacted
 
 REPRODUCTION_PAGE = "report.html"
 RGB = 3
@@ -76,7 +77,7 @@ def reproduce(
         begun = Reproduction.read(folder)
         if not begun.same_work(place.asked):
             raise UserError(f"{folder} has another reproduction ({_described(begun)}): choose another --out")
-        place = ReproductionFolder(folder, begun, workers)
+        place = place.with_asked(place.asked.model_copy(update={"stages": begun.stages}))
     require_reachable()
     stages = subject.stages(place)
     say(_plan_text(subject, place, stages))
@@ -85,20 +86,19 @@ def reproduce(
     place.asked.write(folder)
     for number, stage in enumerate(stages, 1):
         say(f"\n[{number}/{len(stages)}] {stage.title}\n  $ {_shown(stage, folder)}")
-        known = place.asked.seconds(stage.command)
+        known = place.asked.seconds(redacted(stage.command))
         if known is not None:
             say(f"  done before, in {clock(known)}")
             continue
         began = time.monotonic()
         _run(stage, folder)
-        place = ReproductionFolder(folder, place.asked.with_stage(stage.command, time.monotonic() - began), workers)
+        place = place.with_asked(place.asked.with_stage(redacted(stage.command), time.monotonic() - began))
         place.asked.write(folder)
-    asked = place.asked.model_copy(update={"finished": True})
-    asked.write(folder)
+    place = place.with_asked(place.asked.model_copy(update={"finished": True}))
+    place.asked.write(folder)
     here = local_copy(folder.address, is_for_pages)
-    place = ReproductionFolder(folder, asked, workers)
     outcome = subject.outcome(place, here)
-    write_atomic(here / REPRODUCTION_PAGE, document(_title(asked), _section(outcome, place)))
+    write_atomic(here / REPRODUCTION_PAGE, document(_title(place.asked), _section(outcome, place)))
     if folder.is_remote:
         folder.put(here / REPRODUCTION_PAGE, REPRODUCTION_PAGE)
     say(f"\n{outcome.text()}\n\nOpen {folder}/{REPRODUCTION_PAGE}")

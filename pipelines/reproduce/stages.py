@@ -1,7 +1,7 @@
 """Stages: the commands that reproduce a table, in order, with the FLOPs that each one is expected to need."""
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 from patchloom.models.generate import Sampling
@@ -63,6 +63,10 @@ class ReproductionFolder:
     folder: Folder
     asked: Reproduction
     workers: int | None = None
+
+    def with_asked(self, asked: Reproduction) -> "ReproductionFolder":
+        """It with another record."""
+        return replace(self, asked=asked)
 
     def path(self, *names: str) -> str:
         """The address of a file or folder in it."""

@@ -4,6 +4,7 @@ from pydantic import Field
 
 from patchloom.platform.files.folder import Folder
 from patchloom.platform.records.record import Record, VersionedRecord
+from patchloom.redaction import redacted_values
 
 REPRODUCTION_FILE = "reproduction.json"
 
@@ -32,7 +33,8 @@ class Reproduction(VersionedRecord):
     def same_work(self, other: "Reproduction") -> bool:
         """Whether another one has the same commands, as far as they are finished or not."""
         begin = {"stages": [], "finished": False}
-        return self.model_copy(update=begin) == other.model_copy(update=begin)
+        mine, theirs = (redacted_values(one.model_copy(update=begin).to_dict()) for one in (self, other))
+        return bool(mine == theirs)
 
     def seconds(self, command: str) -> float | None:
         """How long a command took; None if it has not finished."""
@@ -43,8 +45,8 @@ class Reproduction(VersionedRecord):
         return self.model_copy(update={"stages": [*self.stages, FinishedStage(command=command, seconds=seconds)]})
 
     def write(self, folder: Folder) -> None:
-        """Write `reproduction.json`, whole or not at all."""
-        folder.write_json(REPRODUCTION_FILE, self.to_dict())
+        """Write `reproduction.json`, whole or not at all, and without keys."""
+        folder.write_json(REPRODUCTION_FILE, redacted_values(self.to_dict()))
 
     @classmethod
     def read(cls, folder: Folder) -> "Reproduction":

@@ -177,6 +177,16 @@ def test_mistakes_are_refused_before_anything_is_written(tmp_path: Path) -> None
     assert [path.name for path in tmp_path.rglob("*")] == ["own", "thesis.tex"]
 
 
+def test_record_has_no_keys_and_matches_the_same_call(tmp_path: Path) -> None:
+    with_keys = asked("table4").model_copy(update={"data": {"cat": "s3://AKIAKEY:hiddensecret@bucket/cats"}})
+    done = with_keys.with_stage("patchloom prepare", 2.5)
+    done.write(Folder.at(tmp_path))
+    assert "hiddensecret" not in (tmp_path / "reproduction.json").read_text()
+    found = Reproduction.read(Folder.at(tmp_path))
+    assert found.same_work(with_keys) and found.seconds("patchloom prepare") == 2.5
+    assert not found.same_work(asked("table4"))
+
+
 RUN = """
 import sys
 sys.path.insert(0, sys.argv[4])

@@ -237,6 +237,15 @@ def test_initial_weights_of_a_recipe_do_not_travel(tmp_path: Path, monkeypatch: 
             pack_command(["mine.yaml"], {"recipe": "mine.yaml"}, tmp_path / "job")
 
 
+def test_reproduction_needs_places_that_its_job_can_reach(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    there = {"data": ["celeba=s3://bucket/faces", "ffhq=s3://bucket/ffhq"], "out": "s3://bucket/table1"}
+    pack_command(["reproduce", "table1"], there, tmp_path / "job")
+    for changed in ({"data": ["celeba=faces"]}, {"out": "table1"}, {"out": None}):
+        with pytest.raises(UserError):
+            pack_command(["reproduce", "table1"], there | changed, tmp_path / "job")
+
+
 def test_every_argument_that_can_be_a_path_is_known() -> None:
     """A new option that takes text must be added to a set of packing.py, or here."""
     import typer
@@ -247,7 +256,7 @@ def test_every_argument_that_can_be_a_path_is_known() -> None:
         "crop", "resize", "image_member", "precision", "allow_backbone", "set_", "register", "register_best", "widths",
         "patch", "sampler", "ladder", "churn_between", "guidance_between", "size", "canvas", "label", "format",
         "metrics", "subjects", "name", "alias", "if_better", "command", "env", "address", "job", "env_file",
-        "where", "sort", "page", "kind", "like", "split", "classes", "outpaint_method",
+        "where", "sort", "page", "kind", "like", "split", "classes", "outpaint_method", "table",
     }  # fmt: skip
 
     def texts(group: Any) -> set[str]:
