@@ -45,6 +45,7 @@ class PaperSystem:
 
 
 PIXELS_64, LATENTS_32 = DataShape("pixels", 64, 3), DataShape("latents", 32, 4)
+CONTROLLED_64 = DataShape("latents", 64, 4, condition_channels=EDGE_CHANNELS)
 PAPER = (
     PaperSystem("celeba64", "CelebA", PIXELS_64, "Table 1, Figure 2", "1.77", 24.6),
     PaperSystem("celeba64_edm", "CelebA", PIXELS_64, "Table 1, Figure 2", "1.66", 48.5),
@@ -65,6 +66,8 @@ PAPER = (
     PaperSystem("afhq64_dog_edm", "AFHQv2-Dog", PIXELS_64, "Table 4", "4.94", 18),
     PaperSystem("afhq64_wild", "AFHQv2-Wild", PIXELS_64, "Table 4", "1.93", 9),
     PaperSystem("afhq64_wild_edm", "AFHQv2-Wild", PIXELS_64, "Table 4", "2.59", 18),
+    PaperSystem("controlnet", "HED maps", CONTROLLED_64, "section 4.3"),
+    PaperSystem("controlnet_full", "HED maps", CONTROLLED_64, "section 4.3"),
 )
 
 
@@ -138,7 +141,7 @@ def _title(name: str) -> str:
 def shape_of_recipe(recipe: Recipe) -> DataShape:
     """The shape of the data that a recipe was made for, with usual numbers of channels and any number of classes."""
     kind, classes = recipe.data.kind or "pixels", ANY_CLASSES if recipe.model.class_conditional else 0
-    conditions = EDGE_CHANNELS if recipe.model.condition_dropout else 0
+    conditions = EDGE_CHANNELS if recipe.model.condition_dropout or recipe.model.base else 0
     return DataShape(kind, recipe.data.resolution or 64, CHANNELS[kind], classes, conditions)
 
 

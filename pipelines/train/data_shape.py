@@ -1,7 +1,7 @@
 """Data shapes: all that a network and its costs depend on in a dataset, also where there is no dataset yet."""
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from patchloom.errors import UserError
@@ -75,6 +75,12 @@ class DataShape:
         if not 0 <= classes <= MOST_CLASSES:
             raise UserError(f"--like-classes {classes} is not between 0 and {MOST_CLASSES}")
         return DataShape(kind or "pixels", height, channels, classes, conditions)
+
+    def for_base(self, text: tuple[int, int], downscale: int) -> "DataShape":
+        """The shape with texts, and with conditions of more pixels, as for the base of a ControlNet."""
+        if self.text is not None:
+            return self
+        return replace(self, condition_channels=self.condition_channels * downscale**2, downscale=downscale, text=text)
 
     def __str__(self) -> str:
         classes = f" of {self.classes:,} classes" if self.classes else ""

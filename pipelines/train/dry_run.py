@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
+from patchloom.errors import UserError
 from patchloom.models.cards import DenoiserConfig
 from patchloom.models.cost import Gain, estimated_gain, largest_group, measured_seconds_of_crop
 from patchloom.models.denoiser import build_denoiser, skeleton
@@ -156,6 +157,8 @@ def describe_plan(
     network = new_denoiser_config(recipe, data)
     settings, counts = step_settings(recipe, network.resolution), _counts(recipe, network)
     cost_of_crop = {size.pixels: float(size.flops_per_crop) for size in counts.sizes}
+    if measure and recipe.model.base and isinstance(data, DataShape):
+        raise UserError(f"--measure needs the weights of {recipe.model.base} and its data: give a dataset with --data")
     if measure:
         denoiser = build_denoiser(network).to(own_device()).train()
         cost_of_crop = measured_seconds_of_crop(denoiser, settings, identity_normalisation(denoiser.channels), workers)

@@ -16,6 +16,7 @@ from patchloom.models.cards import (
 )
 from patchloom.models.controlnet import describe_base
 from patchloom.models.denoiser import halvings_of
+from patchloom.models.known_bases import BaseConfig, planned_base
 from patchloom.models.normalisation import Normalisation, pixel_normalisation, spread_of
 from patchloom.models.patches import patch_side
 from patchloom.pipelines.train.data_shape import DataShape
@@ -48,8 +49,11 @@ def new_denoiser_config(recipe: Recipe, data: Dataset | DataShape) -> DenoiserCo
         UserError: the recipe does not fit the data.
     """
     shape, model = DataShape.of(data), recipe.model
+    base = _base(model.base, is_planned=isinstance(data, DataShape)) if model.base else None
+    if base and isinstance(data, DataShape):
+        shape = data.for_base(base.text, base.downscale)
     _check_fit(recipe, shape)
-    network, options = _network(recipe, shape)
+    network, options = _network(recipe, shape, base)
     denoiser = DenoiserConfig(
         network=network,
         network_options=options,
@@ -96,11 +100,11 @@ def _empty_classes(card: DatasetCard) -> tuple[int, ...] | None:
     return tuple(number for number, entry in enumerate(card.classes) if not entry.rows) or None
 
 
-def _network(recipe: Recipe, shape: DataShape) -> tuple[str, dict[str, Any]]:
+def _network(recipe: Recipe, shape: DataShape, base: BaseConfig | None) -> tuple[str, dict[str, Any]]:
     """The name of the network and the keyword arguments of its constructor."""
     model = recipe.model
-    if model.base is not None:
-        return CONTROLNET, _controlnet(model.base, shape)
+    if base is not None:
+        return CONTROLNET, _controlnet(base, shape)
     if model.backbone is not None:
         return model.backbone, model.backbone_options
     network, options = RECIPE_NETWORKS[model.network]
@@ -118,26 +122,30 @@ def _network(recipe: Recipe, shape: DataShape) -> tuple[str, dict[str, Any]]:
     }
 
 
-def _controlnet(base: str, shape: DataShape) -> dict[str, Any]:
+def _base(base: str, is_planned: bool) -> BaseConfig:
+    """What is known of a base; for a plan without data, also without its files."""
+    try:
+        return planned_base(base) if is_planned else BaseConfig(describe_base(base))
+    except ValueError as error:
+        raise UserError(f"model.base: {error}") from None
+
+
+def _controlnet(base: BaseConfig, shape: DataShape) -> dict[str, Any]:
     """The options of a ControlNet; raises UserError if the data do not fit the base."""
     if shape.text is None or not shape.condition_channels:
-        missing = "--text" if shape.condition_channels else "--condition"
+        missing = "--text" if shape.condition_channels else "--condition (with --like, give --like-condition)"
         raise UserError(
             f"model.network is controlnet, which needs a condition image and a text embedding with each image: prepare "
             f"the images with {missing}"
         )
-    try:
-        described = describe_base(base)
-    except ValueError as error:
-        raise UserError(f"model.base: {error}") from None
     tokens, width = shape.text
-    if width != described["unet"].get("cross_attention_dim"):
+    if width != (wanted := base.options["unet"].get("cross_attention_dim")):
         raise UserError(
-            f"model.base: the texts of {base} have the width {described['unet'].get('cross_attention_dim')}, and those "
-            f"of the dataset {width}: prepare it with the embeddings of the base's text encoder"
+            f"model.base: the texts of {base.options['base']} have the width {wanted}, and those of the dataset "
+            f"{width}: prepare it with the embeddings of the base's text encoder"
         )
     control_channels = shape.condition_channels // shape.downscale**2
-    return {**described, "control_channels": control_channels, "downscale": shape.downscale, "tokens": tokens}
+    return {**base.options, "control_channels": control_channels, "downscale": shape.downscale, "tokens": tokens}
 
 
 def _normalisation(recipe: Recipe, card: DatasetCard) -> Normalisation:

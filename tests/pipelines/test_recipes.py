@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from patchloom.errors import UserError
 from patchloom.models.denoiser import skeleton
 from patchloom.models.flops import parameter_count
 from patchloom.pipelines.recipes import (
@@ -72,6 +73,32 @@ def test_adm_in_pixels_has_the_published_size_and_cost() -> None:
     assert round(counts.parameters / 1e6) == 554
     assert counts.evaluation_flops / 2e9 == pytest.approx(1120, rel=0.001)
     assert counts.updates == 1_980_000
+
+
+def test_controlnets_have_the_sizes_of_an_independent_count() -> None:
+    """361 M and 860 M: ControlNet and UNet of Stable Diffusion 1.5 as published. FLOPs: docs/LOG.md."""
+    recipe, shape = load_recipe("controlnet"), SYSTEMS["controlnet"].shape
+    network = skeleton(new_denoiser_config(recipe, shape))
+    frozen = network.model.frozen  # type: ignore[union-attr]
+    assert round(sum(one.numel() for one in frozen.parameters()) / 1e6, 1) == 859.5  # type: ignore[operator]
+    assert round(parameters_of(recipe, shape) / 1e6, 1) == 361.3
+    assert counts_of("controlnet") == {64: pytest.approx(2265, abs=1), 32: pytest.approx(492.6, abs=0.2),
+                                       16: pytest.approx(122.6, abs=0.1)}  # fmt: skip
+    counts = [counted(load_recipe(name), SYSTEMS[name].shape) for name in ("controlnet", "controlnet_full")]
+    assert [count.updates for count in counts] == [20_000, 20_000]
+    assert counts[1].flops / counts[0].flops == pytest.approx(1.48, abs=0.01)
+
+
+def test_a_plan_without_data_needs_no_files_of_a_known_base(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATCHLOOM_BASE_MODEL", "/nowhere")
+    recipe, shape = load_recipe("controlnet"), DataShape.parse("64x64x4", conditions=3, kind="latents")
+    assert "1,087 GFLOP" in run_plan(recipe, shape, microbatch=4)
+    with pytest.raises(UserError, match="--measure"):
+        run_plan(recipe, shape, measure=True)
+    with pytest.raises(UserError, match="--like-condition"):
+        run_plan(recipe, replace(shape, condition_channels=0))
+    with pytest.raises(UserError, match="/nowhere"):
+        run_plan(with_values(recipe, {"model.base": "./another"}), shape)
 
 
 def test_length_and_cost_follow_from_the_paper() -> None:
