@@ -228,13 +228,14 @@ def plms(denoise: Denoise, start: Tensor, sigmas: Tensor) -> Tensor:
     """PLMS, the linear multistep sampler of PNDM (Liu et al. 2022, Eq. 12 and 13), with a Heun step first.
 
     (B, C, H, W) noise -> (B, C, H, W) float64, with one evaluation per step and one more. The weights of the
-    slopes assume equal distances, so use a linear ladder.
+    slopes assume equal steps, and those of `karras_sigmas` are equal enough. Do not use `linear_sigmas`: almost all of
+    its levels are high ones, where images do not take shape.
 
     Example:
         def denoise(x, sigma):  # the ideal denoiser of standard normal data
             return x / (1 + sigma**2)
 
-        sigmas = patchloom.linear_sigmas(steps=18)
+        sigmas = patchloom.karras_sigmas(steps=18)
         noise = patchloom.SeededNoise(seeds=[0, 1], shape=(3, 8, 8))
         images = patchloom.plms(denoise, noise() * sigmas[0], sigmas)
     """
