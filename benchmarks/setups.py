@@ -87,10 +87,15 @@ class Trainer:
         self.resolution = config.resolution
 
     def rows(self, count: int) -> StoredRows:
-        """`count` rows of uint8 noise."""
+        """`count` rows of uint8 noise, with conditions and texts of noise if the network takes them."""
         shape = (count, self.channels, self.resolution, self.resolution)
         images = torch.randint(0, 256, shape, dtype=torch.uint8, device=self.device)
-        return StoredRows(images, torch.full((count,), -1, device=self.device))
+        shown, text = self.config.condition_channels, self.denoiser.text_shape
+        more = {
+            "condition": torch.randn(count, shown, *shape[2:], device=self.device) if shown else None,
+            "text": torch.randn(count, *text, device=self.device) if text else None,
+        }
+        return StoredRows(images, torch.full((count,), -1, device=self.device), **more)
 
     def steps(self, plans: list[StepPlan], settings: StepSettings | None = None) -> int:
         """Take these steps on one worker. Returns the number of counted crops."""

@@ -48,6 +48,9 @@ BENCHMARKS = {
     "train.workers": Benchmark("workers:by_draw", 5.0, "1, 2 and 4 workers, for each draw of patch sizes"),
     "train.overlap": Benchmark("overlap:slow_network", 1.0, "sums over a slow network during the backward pass"),
     "train.latents": Benchmark("latents:precomputed", 5.0, "stored latents compared with encoding in every step"),
+    "train.controlnet": Benchmark(
+        "controlnets:by_patch_size", 3.0, "ControlNet steps by patch size, and their gain compared with that of FLOPs"
+    ),
     "train.platform": Benchmark("platform_cost:against_bare_steps", 11.0, "the time `patchloom train` adds to a step"),
     "train.peers": Benchmark("peers:against_peers", 5.0, "training loops of other packages, at equal size"),
     "sample.plain": Benchmark("sampling:against_plain", 1.5, "sampling, compared with a plain loop"),
