@@ -225,7 +225,10 @@ class SearchPart:
 
     def texts(self) -> list[str]:
         """How much cheaper patches are per counted image."""
-        return self._cost_ratio()
+        settings = {
+            result.settings.get("patches.p"): self._setting(result.system, "images_seen") for result in self.results
+        }
+        return cost_ratio(settings.get(0.5), settings.get(1.0))
 
     def agrees(self, order: Sequence[RankedSetting]) -> bool | None:
         """Whether the best of our settings is the best of the paper; None where the seeds do not decide which is best.
@@ -255,32 +258,19 @@ class SearchPart:
         metric = {FINAL_DISTANCE: "colour distance"}.get(order[0].metric, METRIC_TITLES[order[0].metric])
         return f"{best} has the lowest {metric}, {order[0].value_of_n()}. {decision(order)} {paper[self.agrees(order)]}"
 
-    def _cost_ratio(self) -> list[str]:
-        """How much cheaper patches are per counted image."""
-        patches, full = (
-            next(
-                (
-                    self._setting(one.system, "images_seen")
-                    for one in self.results
-                    if one.settings.get("patches.p") == p
-                ),
-                None,
-            )
-            for p in (0.5, 1.0)
-        )
-        if patches is None or full is None:
-            return []
-        ratios = [
-            (mean_of(full.trials, unit) or 0) / value
-            for unit in ("flops", "seconds")
-            if (value := mean_of(patches.trials, unit))
-        ]
-        if len(ratios) < 2:
-            return []
-        return [
-            f"For as many counted images, full images took {ratios[0]:.2f} times the FLOPs and {ratios[1]:.2f} times "
-            "the time of p = 0.5, with the start and the measurements of each trial. The paper says about 2."
-        ]
+
+def cost_ratio(patches: RankedSetting | None, full: RankedSetting | None) -> list[str]:
+    """How much more full images cost than p = 0.5 for as many counted images, as a sentence; none without both."""
+    if patches is None or full is None:
+        return []
+    costs = [(mean_of(full.trials, unit), mean_of(patches.trials, unit)) for unit in ("flops", "seconds")]
+    ratios = [more / less for more, less in costs if more and less]
+    if len(ratios) < len(costs):
+        return []
+    return [
+        f"For as many counted images, full images took {ratios[0]:.2f} times the FLOPs and {ratios[1]:.2f} times "
+        "the time of p = 0.5, with the start and the measurements of each trial. The paper says about 2."
+    ]
 
 
 def _has(settings: Mapping[str, JsonValue], wanted: Mapping[str, JsonValue]) -> bool:

@@ -242,7 +242,9 @@ def _run(stage: Stage, folder: Folder) -> None:
     words = list(stage.words)
     if stage.again and folder.has(stage.card):
         words.append(stage.again)
-    process = subprocess.Popen([sys.executable, "-m", "patchloom", *words])
+    process = subprocess.Popen(
+        [sys.executable, "-m", stage.module, *words], env={**os.environ, **dict(stage.environment)}
+    )
     try:
         code = process.wait()
     except KeyboardInterrupt:  # the terminal has sent it to the command, too

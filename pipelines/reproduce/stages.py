@@ -30,11 +30,13 @@ class Stage:
 
     Args:
         title: what it does.
-        words: the command, after `patchloom`.
+        words: the command, after `patchloom` or another module.
         flops: what it is expected to need; 0 for a negligible amount.
         card: a file that exists once the command has begun, relative to the folder of the reproduction.
         again: the option that continues it then.
         before: writes files that it needs.
+        module: what it runs.
+        environment: variables that it needs, with their values.
     """
 
     title: str
@@ -43,11 +45,15 @@ class Stage:
     card: str = ""
     again: str = ""
     before: Callable[[], object] | None = field(default=None, compare=False)
+    module: str = "patchloom"
+    environment: tuple[tuple[str, str], ...] = ()
 
     @property
     def command(self) -> str:
         """It as a line."""
-        return " ".join(["patchloom", *self.words])
+        settings = [f"{name}={value}" for name, value in self.environment]
+        program = "patchloom" if self.module == "patchloom" else f"python -m {self.module}"
+        return " ".join([*settings, program, *self.words])
 
 
 @dataclass(frozen=True)
@@ -155,7 +161,9 @@ def data_stages(
     yield Stage(f"Encode {title} as latents", ("prepare", pixels, place.path("data", name), *encoder))
 
 
-def search_stage(place: ReproductionFolder, name: str, search: str, dataset: str, shape_data: str = "") -> Stage:
+def search_stage(
+    place: ReproductionFolder, name: str, search: str, dataset: str, environment: tuple[tuple[str, str], ...] = ()
+) -> Stage:
     """Run a search on data of a name."""
     definition, base = load_search(search)
     shape = shape_of_recipe(recipe_of_setting(definition, base, {}))
@@ -166,8 +174,8 @@ def search_stage(place: ReproductionFolder, name: str, search: str, dataset: str
     if definition.final is not None:
         flops += sum(samples_flops(recipe, definition.final.samples, definition.final.steps) for recipe in recipes)
     words = ("tune", search, "--data", dataset, "--out", place.path(name, "search"), *place.with_workers)
-    title = f"Compare {len(definition.settings())} settings on {shape_data or name}, {len(planned)} trials"
-    return Stage(title, words, flops, f"{name}/search/{SEARCH_FILE}", "--restore")
+    title = f"Compare {len(definition.settings())} settings on {name}, {len(planned)} trials"
+    return Stage(title, words, flops, f"{name}/search/{SEARCH_FILE}", "--restore", environment=environment)
 
 
 def samples_flops(recipe: Recipe, samples: int, steps: int, guidance: float = 1.0, sampler: str = "heun") -> float:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from patchloom.pipelines.reproduce import efficiency, extrapolation, samplers
+from patchloom.pipelines.reproduce import controlnet, efficiency, extrapolation, samplers
 from patchloom.pipelines.reproduce.outcome import Outcome, table_outcome
 from patchloom.pipelines.reproduce.paper import TABLES, PaperTable
 from patchloom.pipelines.reproduce.stages import ReproductionFolder, Stage, table_stages
@@ -41,6 +41,10 @@ SUBJECTS = {name: table_subject(table) for name, table in TABLES.items()} | {
     "samplers": Subject(
         "Table 1's samplers", "quality over network evaluations on one model", [samplers.SAMPLERS_DATA],
         samplers.sampler_stages, samplers.sampler_outcome, takes_model=True,
+    ),
+    "controlnet": Subject(
+        "Section 4.3", "patches and full images in fine-tuning a ControlNet", [controlnet.CONTROL_DATA],
+        controlnet.controlnet_stages, controlnet.controlnet_outcome,
     ),
     "efficiency": Subject(
         "Section 4.4", "patches and full images over the number of training images", [efficiency.EFFICIENCY_DATA],
