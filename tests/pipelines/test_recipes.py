@@ -86,13 +86,14 @@ def test_controlnets_have_the_sizes_of_an_independent_count() -> None:
                                        16: pytest.approx(122.6, abs=0.1)}  # fmt: skip
     counts = [counted(load_recipe(name), SYSTEMS[name].shape) for name in ("controlnet", "controlnet_full")]
     assert [count.updates for count in counts] == [20_000, 20_000]
+    assert counts[0].evaluation_flops == pytest.approx(1087e9, rel=1e-3)
     assert counts[1].flops / counts[0].flops == pytest.approx(1.48, abs=0.01)
 
 
 def test_a_plan_without_data_needs_no_files_of_a_known_base(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATCHLOOM_BASE_MODEL", "/nowhere")
-    recipe, shape = load_recipe("controlnet"), DataShape.parse("64x64x4", conditions=3, kind="latents")
-    assert "1,087 GFLOP" in run_plan(recipe, shape, microbatch=4)
+    recipe, shape = load_recipe("controlnet_small"), DataShape.parse("16x16x4", conditions=3, kind="latents")
+    assert "5,000 updates" in run_plan(recipe, shape, microbatch=4)
     with pytest.raises(UserError, match="--measure"):
         run_plan(recipe, shape, measure=True)
     with pytest.raises(UserError, match="--like-condition"):
