@@ -1,7 +1,7 @@
 """FLOPs: of one crop in training, and the peak of a device."""
 
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import nn
@@ -34,23 +34,36 @@ def training_flops(config: DenoiserConfig, size: int) -> int:
     Raises:
         ValueError: the network cannot be built, or cannot halve the size.
     """
-    return _training_flops(config, skeleton(config), size)
+    return flops_by_size(config, [size])[size]
 
 
 def flops_by_size(config: DenoiserConfig, sizes: Iterable[int]) -> dict[int, int]:
     """`training_flops` of crops of several sizes, by size. Builds the network once."""
-    denoiser = skeleton(config)
-    return {size: _training_flops(config, denoiser, size) for size in sizes}
+    return _by_size(config, sizes, _training_flops)
 
 
 def evaluation_flops(config: DenoiserConfig, size: int) -> int:
     """FLOPs of one evaluation of the network; arguments and errors are those of `training_flops`."""
-    return _evaluation_flops(config, skeleton(config), size)
+    return _by_size(config, [size], _evaluation_flops)[size]
+
+
+_known: dict[tuple[str, str], dict[int, int]] = {}  # a plan asks for the same counts again and again
+
+
+def _by_size(
+    config: DenoiserConfig, sizes: Iterable[int], count: Callable[[DenoiserConfig, Denoiser, int], int]
+) -> dict[int, int]:
+    """Counts by size. Each is made once in this process."""
+    known, wanted = _known.setdefault((count.__name__, repr(config)), {}), list(sizes)
+    if not known.keys() >= set(wanted):
+        denoiser = skeleton(config)
+        known |= {size: count(config, denoiser, size) for size in wanted if size not in known}
+    return {size: known[size] for size in wanted}
 
 
 def _training_flops(config: DenoiserConfig, denoiser: Denoiser, size: int) -> int:
     if isinstance(denoiser.model, ControlNetwork):
-        return _counted(config, size, "meta", backward=True)
+        return _counted(denoiser, size, "meta", backward=True)
     return TRAINING_OVER_FORWARD * _evaluation_flops(config, denoiser, size)
 
 
@@ -59,9 +72,9 @@ def _evaluation_flops(config: DenoiserConfig, denoiser: Denoiser, size: int) -> 
         denoiser.model.check_size(size, size)
         return _forward_flops(denoiser.model, size)
     try:
-        return _counted(config, size, "meta")
+        return _counted(denoiser, size, "meta")
     except NotImplementedError:  # a backbone may not support the meta device
-        return _counted(config, size, "cpu")
+        return _counted(build_denoiser(config), size, "cpu")
 
 
 def _forward_flops(network: UNet, size: int) -> int:
@@ -107,14 +120,13 @@ def _filter_flops(layer: Convolution, channels: int, side: int) -> int:
     return 2 * channels * layer.resample_filter.numel() * pixels
 
 
-def _counted(config: DenoiserConfig, size: int, device: str, backward: bool = False) -> int:
+def _counted(denoiser: Denoiser, size: int, device: str, backward: bool = False) -> int:
     from torch.utils.flop_counter import FlopCounterMode
 
     with torch.device(device):
-        denoiser = build_denoiser(config).eval()
-        noisy = torch.zeros(1, config.channels, size, size)
+        noisy = torch.zeros(1, denoiser.channels, size, size)
         with FlopCounterMode(display=False) as counter, torch.set_grad_enabled(backward):
-            estimate = denoiser(noisy, torch.ones(1))
+            estimate = denoiser.eval()(noisy, torch.ones(1))
             if backward:
                 estimate.sum().backward()
     return int(counter.get_total_flops())

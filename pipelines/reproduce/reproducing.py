@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 from markupsafe import Markup
@@ -20,9 +21,10 @@ from patchloom.pipelines.reproduce.subjects import SUBJECTS, Subject
 from patchloom.pipelines.train.dry_run import gpu_hours_text
 from patchloom.platform.dataset.prepared import is_dataset
 from patchloom.platform.files.copies import local_copy
+from patchloom.platform.files.fence import fenced
 from patchloom.platform.files.folder import Folder
 from patchloom.platform.files.outputs import check_output_folder
-from patchloom.platform.files.storage import make_folder, write_atomic
+from patchloom.platform.files.storage import locked, make_folder, write_atomic
 from patchloom.platform.progress import clock, say
 from patchloom.platform.records.reproduction import REPRODUCTION_FILE, Reproduction
 from patchloom.platform.tracking.client import require_reachable
@@ -81,19 +83,8 @@ def reproduce(
     require_reachable()
     stages = subject.stages(place)
     say(_plan_text(subject, place, stages))
-    if not folder.is_remote:
-        make_folder(folder.path)
-    place.asked.write(folder)
-    for number, stage in enumerate(stages, 1):
-        say(f"\n[{number}/{len(stages)}] {stage.title}\n  $ {_shown(stage, folder)}")
-        known = place.asked.seconds(redacted(stage.command))
-        if known is not None:
-            say(f"  done before, in {clock(known)}")
-            continue
-        began = time.monotonic()
-        _run(stage, folder)
-        place = place.with_asked(place.asked.with_stage(redacted(stage.command), time.monotonic() - began))
-        place.asked.write(folder)
+    with fenced(folder), nullcontext() if folder.is_remote else locked(make_folder(folder.path)):
+        place = _run_stages(place, stages)
     place = place.with_asked(place.asked.model_copy(update={"finished": True}))
     place.asked.write(folder)
     here = local_copy(folder.address, is_for_pages)
@@ -103,6 +94,22 @@ def reproduce(
         folder.put(here / REPRODUCTION_PAGE, REPRODUCTION_PAGE)
     say(f"\n{outcome.text()}\n\nOpen {folder}/{REPRODUCTION_PAGE}")
     return here / REPRODUCTION_PAGE
+
+
+def _run_stages(place: ReproductionFolder, stages: Sequence[Stage]) -> ReproductionFolder:
+    """Run the commands that have not finished; returns the folder with all of them finished."""
+    place.asked.write(place.folder)
+    for number, stage in enumerate(stages, 1):
+        say(f"\n[{number}/{len(stages)}] {stage.title}\n  $ {_shown(stage, place.folder)}")
+        known = place.asked.seconds(redacted(stage.command))
+        if known is not None:
+            say(f"  done before, in {clock(known)}")
+            continue
+        began = time.monotonic()
+        _run(stage, place.folder)
+        place = place.with_asked(place.asked.with_stage(redacted(stage.command), time.monotonic() - began))
+        place.asked.write(place.folder)
+    return place
 
 
 def reproduction_plan(
@@ -172,8 +179,9 @@ def _planned(
     if not small and not sources and model is None:
         wanted = " ".join(f"--data {name}=SOURCE" for name in subject.data)
         raise UserError(f"{table} at full size needs data: give {wanted}, one of them, or --small")
-    if model is not None and not subject.takes_model:
-        raise UserError(f"--model {model}: {table} trains its models; leave it out")
+    for name, value in {"model": model, "autoencoder": autoencoder, "features": features}.items():
+        if value is not None and name not in subject.options(small):
+            raise UserError(f"--{name} {value} has no effect on {table}{' --small' if small else ''}: leave it out")
     folder = Folder.at(out or f"{table}{'-small' if small else ''}")
     if folder.is_remote and not sources and model is None:
         raise UserError(f"--out {folder} is remote, and the photographs are on this machine: give --data")

@@ -10,6 +10,8 @@ from patchloom.pipelines.reproduce.outcome import Outcome, table_outcome
 from patchloom.pipelines.reproduce.paper import TABLES, PaperTable
 from patchloom.pipelines.reproduce.stages import ReproductionFolder, Stage, table_stages
 
+WITH_FEATURES, WITH_MODEL, WITH_ENCODER = frozenset({"features"}), frozenset({"model"}), frozenset({"autoencoder"})
+
 
 @dataclass(frozen=True)
 class Subject:
@@ -21,7 +23,7 @@ class Subject:
         data: the paper's names of its data.
         stages: its commands.
         outcome: what they found, from the folder and a local folder with its cards.
-        takes_model: whether it can start from a finished model.
+        takes: the options that it takes, of `model`, `autoencoder` and `features`; in small, those in `takes_in_small`.
     """
 
     title: str
@@ -29,22 +31,31 @@ class Subject:
     data: list[str]
     stages: Callable[[ReproductionFolder], list[Stage]]
     outcome: Callable[[ReproductionFolder, Path], Outcome]
-    takes_model: bool = False
+    takes: frozenset[str] = frozenset()
+    takes_in_small: frozenset[str] = frozenset()
+
+    def options(self, small: bool) -> frozenset[str]:
+        """The options that it takes."""
+        return self.takes_in_small if small else self.takes
 
 
 def table_subject(table: PaperTable) -> Subject:
     """A table or figure of the paper."""
-    return Subject(table.title, table.subject, table.data, partial(table_stages, table), partial(table_outcome, table))
+    encoder = WITH_ENCODER if table.latents else frozenset()
+    return Subject(
+        table.title, table.subject, table.data, partial(table_stages, table), partial(table_outcome, table),
+        takes=encoder | WITH_FEATURES, takes_in_small=encoder if table.small_search else encoder | WITH_FEATURES,
+    )  # fmt: skip
 
 
 SUBJECTS = {name: table_subject(table) for name, table in TABLES.items()} | {
     "samplers": Subject(
         "Table 1's samplers", "quality over network evaluations on one model", [samplers.SAMPLERS_DATA],
-        samplers.sampler_stages, samplers.sampler_outcome, takes_model=True,
+        samplers.sampler_stages, samplers.sampler_outcome, WITH_MODEL | WITH_FEATURES, WITH_MODEL | WITH_FEATURES,
     ),
     "controlnet": Subject(
         "Section 4.3", "patches and full images in fine-tuning a ControlNet", [controlnet.CONTROL_DATA],
-        controlnet.controlnet_stages, controlnet.controlnet_outcome,
+        controlnet.controlnet_stages, controlnet.controlnet_outcome, WITH_ENCODER, WITH_ENCODER,
     ),
     "efficiency": Subject(
         "Section 4.4", "patches and full images over the number of training images", [efficiency.EFFICIENCY_DATA],
@@ -52,6 +63,6 @@ SUBJECTS = {name: table_subject(table) for name, table in TABLES.items()} | {
     ),
     "extrapolation": Subject(
         "Section 4.5", "larger canvases, around an image and without one", [extrapolation.CANVAS_DATA],
-        extrapolation.extrapolation_stages, extrapolation.extrapolation_outcome, takes_model=True,
+        extrapolation.extrapolation_stages, extrapolation.extrapolation_outcome, WITH_MODEL | WITH_ENCODER, WITH_MODEL,
     ),
 }  # fmt: skip

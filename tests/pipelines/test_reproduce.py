@@ -168,8 +168,9 @@ def test_mistakes_are_refused_before_anything_is_written(tmp_path: Path) -> None
     for table, data in (("table9", {}), ("table4", {}), ("table4", {"cow": "x"}), ("table4", {"cat": "missing"})):
         with pytest.raises(UserError):
             reproduce(table, str(tmp_path / "out"), data=data)
-    with pytest.raises(UserError):
-        reproduce("table4", str(tmp_path / "out"), small=True, model="models:/x/1")
+    for option in ("model", "autoencoder", "features"):  # they would have no effect
+        with pytest.raises(UserError):
+            reproduce("table4", str(tmp_path / "out"), small=True, **{option: "x"})
     (tmp_path / "own").mkdir()
     (tmp_path / "own" / "thesis.tex").write_text("x")
     with pytest.raises(UserError):
