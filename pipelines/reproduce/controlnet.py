@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+from patchloom.errors import UserError
+from patchloom.models.conditions import depth_to_space
 from patchloom.models.controlnet import BASE_FOLDER
 from patchloom.pipelines.pages.html import Number, Picture, Table
 from patchloom.pipelines.pages.pictures import save_png, side_by_side
@@ -27,7 +29,7 @@ from patchloom.platform.recipe.run_recipe import load_recipe
 from patchloom.platform.records.run import last_progress
 from patchloom.platform.records.search import read_trials
 
-CONTROL_DATA = "edits"  # the images of Brooks et al. (2023), which the paper uses
+CONTROL_DATA, CAPTIONS = "edits", "captions"  # the data of Brooks et al. (2023), which the paper uses
 RESOLUTION, CONTROL_KIND = 512, "edges"
 SMALL_BASE = "patchloom.benchmarks.small_base"
 SYSTEMS = ("controlnet_full", "controlnet")  # full images, then patches
@@ -42,9 +44,13 @@ def controlnet_stages(place: ReproductionFolder) -> list[Stage]:
 
 def _full_stages(place: ReproductionFolder) -> list[Stage]:
     data, base = place.path("data", CONTROL_DATA), str(load_recipe("controlnet").model.base)
+    missing = [name for name in (CONTROL_DATA, CAPTIONS) if name not in place.asked.data]
+    if missing:
+        raise UserError(f"controlnet at full size needs images and their captions: give --data {missing[0]}=SOURCE")
     encoder = ("--autoencoder", place.asked.autoencoder) if place.asked.autoencoder else ()
     words = ("prepare", place.source(CONTROL_DATA), data, "--resolution", str(RESOLUTION), "--condition", CONTROL_KIND)
-    stages = [Stage("Encode images, edges and captions", (*words, "--text-encoder", base, *encoder))]
+    texts = ("--text", place.source(CAPTIONS), "--text-encoder", base)
+    stages = [Stage("Encode images, edges and captions", (*words, *texts, *encoder))]
     for name in SYSTEMS:
         stages.append(training_stage(place, f"Train {name}", name, (), data, (name, "run")))
         stages.append(_sampling(place, name, place.path(name, "run")))
@@ -163,8 +169,9 @@ def _samples_picture(place: ReproductionFolder, here: Path, names: tuple[str, ..
     folders = [place.folder.folder(f"samples/{name}") for name in names]
     images = [read_samples(folder, list(read_entries(folder))[:SHOWN_SAMPLES]) for folder in folders]
     dataset = open_dataset(place.dataset(data_of(place, CONTROL_DATA), latents=True))
-    edges = dataset.rows(range(len(images[0])), ["condition"])["condition"]
+    stored = dataset.rows(range(len(images[0])), ["condition"])["condition"]
+    downscale = dataset.card.condition.downscale if dataset.card.condition else 1
     path = here / "controlled.png"
-    shown = edges[:, :1].repeat(3, axis=1)
+    shown = depth_to_space(stored, downscale)[:, :1].repeat(3, axis=1)
     save_png(side_by_side([shown, *images], scale=max(1, 64 // images[0].shape[2])), path)
     return Picture(path, f"The edges, then samples that follow them: {', '.join(names)}.", pixelated=True)
