@@ -54,7 +54,8 @@ SUBJECTS = {name: table_subject(table) for name, table in TABLES.items()} | {
         samplers.sampler_stages, samplers.sampler_outcome, WITH_MODEL | WITH_FEATURES, WITH_MODEL | WITH_FEATURES,
     ),
     "controlnet": Subject(
-        "Section 4.3", "patches and full images in fine-tuning a ControlNet", [controlnet.CONTROL_DATA, controlnet.CAPTIONS],
+        "Section 4.3", "patches and full images in fine-tuning a ControlNet",
+        [controlnet.CONTROL_DATA, controlnet.CAPTIONS],
         controlnet.controlnet_stages, controlnet.controlnet_outcome, WITH_ENCODER, WITH_ENCODER,
     ),
     "efficiency": Subject(
