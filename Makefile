@@ -58,6 +58,7 @@ bench-gpu:
 
 schema: $(READY)
 	@$(BIN)/python -m patchloom.platform.recipe > tune_configs/recipe.schema.json
+	@$(BIN)/python -m patchloom.pipelines.recipes --costs > tune_configs/.costs && mv tune_configs/.costs tune_configs/recipe_costs.json
 
 # what the nodes of a cluster install (ray_cluster.yaml, deploy/)
 dist: $(READY)

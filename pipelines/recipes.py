@@ -1,6 +1,7 @@
 """Shipped recipes: which ones there are, what they cost, and which system of the paper each one trains."""
 
 import json
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cache
@@ -20,6 +21,7 @@ CHANNELS = {"pixels": 3, "latents": 4}  # of data that a recipe does not say mor
 ANY_CLASSES = 10
 EDGE_CHANNELS = 1
 SMALL = "_small"
+COSTS = SHIPPED / "recipe_costs.json"
 V100S = 16  # of each run in Tables 1 and 4 and Figure 2 of the paper
 
 
@@ -109,11 +111,33 @@ def small_twin(name: str) -> str:
 
 
 def _shipped_recipe(name: str) -> ShippedRecipe:
-    recipe, system = load_recipe(name), next((system for system in PAPER if system.recipe == name), None)
-    shape = system.shape if system else shape_of_recipe(recipe)
+    recipe = load_recipe(name)
+    shape = shipped_shape(name, recipe)
     more = {"classes": shape.classes, "conditions": shape.condition_channels}
     data = ", ".join([_sides(shape), *(name for name, count in more.items() if count)])
-    return ShippedRecipe(name, _title(name), data, _cost(counted(recipe, shape)), False)
+    return ShippedRecipe(name, _title(name), data, _cost(_flops_of_shipped()[name]), False)
+
+
+@cache
+def _flops_of_shipped() -> dict[str, int]:
+    """FLOPs of the training of each shipped recipe, as `recipe_costs` counted them: counting takes half a minute."""
+    found: dict[str, int] = json.loads(COSTS.read_text())
+    return found
+
+
+def recipe_costs() -> str:
+    """The content of `recipe_costs.json`: FLOPs of the training of each shipped recipe."""
+    names = [path.stem for path in sorted(SHIPPED.glob("*.yaml")) if "space" not in read_yaml(path)]
+    costs = {
+        name: counted(recipe, shipped_shape(name, recipe)).flops for name in names if (recipe := load_recipe(name))
+    }
+    return f"{json.dumps(costs, indent=2)}\n"
+
+
+def shipped_shape(name: str, recipe: Recipe) -> DataShape:
+    """The shape of the data that a shipped recipe was made for."""
+    system = next((system for system in PAPER if system.recipe == name), None)
+    return system.shape if system else shape_of_recipe(recipe)
 
 
 def _sides(shape: DataShape) -> str:
@@ -122,8 +146,9 @@ def _sides(shape: DataShape) -> str:
 
 def _shipped_search(name: str) -> ShippedRecipe:
     search, _ = load_search(name)
+    shorter = " and shorter ones" if search.equal_costs else ""
     trials = search.trials if search.is_adaptive else len(search.settings()) * search.repeats
-    return ShippedRecipe(name, _title(name), search.recipe, f"{trials} trials of {_budget(search)}", True)
+    return ShippedRecipe(name, _title(name), search.recipe, f"{trials} trials of {_budget(search)}{shorter}", True)
 
 
 def _budget(search: Search) -> str:
@@ -155,10 +180,10 @@ def _counted(recipe: str, shape: DataShape) -> RunCounts:
     return count_run(check_recipe(json.loads(recipe)), shape)
 
 
-def _cost(counts: RunCounts) -> str:
-    hours = gpu_hours(counts.flops)
+def _cost(flops: float) -> str:
+    hours = gpu_hours(flops)
     if hours < LEAST_GPU_HOURS:
-        return f"{clock(counts.flops / TWO_CORES_RATE)} on 2 cores"
+        return f"{clock(flops / TWO_CORES_RATE)} on 2 cores"
     return f"{hours:,.1f} GPU-hours"
 
 
@@ -208,4 +233,4 @@ def _markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 if __name__ == "__main__":
-    print(f"{paper_table()}\n\n{small_table()}")
+    print(recipe_costs() if "--costs" in sys.argv else f"{paper_table()}\n\n{small_table()}", end="")

@@ -17,6 +17,7 @@ from patchloom.pipelines.recipes import (
     PaperSystem,
     counted,
     paper_table,
+    recipe_costs,
     shape_of_recipe,
     shipped_recipes,
     small_table,
@@ -167,3 +168,8 @@ def test_every_shipped_file_is_listed(monkeypatch: pytest.MonkeyPatch, capsys: p
     assert listed == [one.to_json() for one in shipped_recipes()]
     costs = {one["name"]: one["cost"] for one in listed}
     assert costs["celeba64"] == "51.4 GPU-hours" and costs["loss_search_cpu"] == "8 trials of 1e+12 flops"
+
+
+def test_stated_costs_are_those_of_the_recipes() -> None:
+    """After a change of a recipe: make schema."""
+    assert (SHIPPED / "recipe_costs.json").read_text() == recipe_costs()
