@@ -146,7 +146,8 @@ def _sides(shape: DataShape) -> str:
 
 def _shipped_search(name: str) -> ShippedRecipe:
     search, _ = load_search(name)
-    shorter = " and shorter ones" if search.equal_costs else ""
+    others = [unit for unit in search.equal_costs if getattr(search.budget, unit) is None]
+    shorter = " and shorter ones" if others else ""
     trials = search.trials if search.is_adaptive else len(search.settings()) * search.repeats
     return ShippedRecipe(name, _title(name), search.recipe, f"{trials} trials of {_budget(search)}{shorter}", True)
 
