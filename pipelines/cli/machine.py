@@ -25,7 +25,8 @@ def reproduce(
     table: Annotated[
         str,
         typer.Argument(
-            help="table1, table2, table3, table4, figure2, figure3, schedule, samplers, efficiency or extrapolation"
+            help="table1, table2, table3, table4, figure2, figure3, schedule, samplers, controlnet, "
+            "efficiency or extrapolation"
         ),
     ],
     small: Annotated[

@@ -1,5 +1,6 @@
 """Reproducing: runs the commands of a table one after the other, and writes a page that compares it with the paper."""
 
+import difflib
 import os
 import signal
 import subprocess
@@ -166,7 +167,8 @@ def _title(asked: Reproduction) -> str:
 
 def _subject(table: str) -> Subject:
     if table not in SUBJECTS:
-        raise UserError(f"{table} is not a table or figure that can be reproduced; choose from {', '.join(SUBJECTS)}")
+        close = "".join(f"did you mean {name}? " for name in difflib.get_close_matches(table, SUBJECTS, 1))
+        raise UserError(f"{table} cannot be reproduced; {close}Choose from {', '.join(SUBJECTS)}")
     return SUBJECTS[table]
 
 

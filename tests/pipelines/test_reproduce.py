@@ -1,5 +1,6 @@
 """Reproductions: the commands of a table run and continue where they stopped, and its page has the paper's numbers."""
 
+import re
 import signal
 import subprocess
 import sys
@@ -162,6 +163,16 @@ def test_every_subject_can_be_planned(name: str) -> None:
         lines = reproduction_plan(name, small=small).splitlines()
         commands = [line for line in lines if line.startswith("  $ patchloom ")]
         assert len(commands) >= 2 and any(" 0 FLOPs" in line for line in lines) is False
+
+
+def test_help_lists_every_subject() -> None:
+    import typer
+
+    from patchloom.pipelines.cli.app import app
+
+    command = typer.main.get_command(app).commands["reproduce"]  # type: ignore[attr-defined]
+    help_text = next(one.help for one in command.params if one.name == "table")
+    assert re.findall(r"[a-z]+[0-9]?(?=,| or|$)", help_text) == list(SUBJECTS)
 
 
 def test_mistakes_are_refused_before_anything_is_written(tmp_path: Path) -> None:
