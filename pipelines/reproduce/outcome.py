@@ -45,6 +45,7 @@ from patchloom.platform.records.run import last_progress
 from patchloom.platform.records.search import TrialRow, read_trials
 
 SHOWN_SAMPLES = 12
+TIED_WITHIN = 0.01  # of an FID of the paper, which trains each system once
 COSTS = ("images_seen", "flops")  # the paper compares at equal counted images
 
 
@@ -238,22 +239,23 @@ class SearchPart:
         """
         if ComparedSettings([setting.by_seed for setting in order]).winner != 0:
             return None
-        return self._best_of_paper() == {self._system_of(order[0])}
+        return self._system_of(order[0]) in self._best_of_paper()
 
-    def _best_of_paper(self) -> set[str]:
-        """The systems with the lowest FID of a dataset in the paper."""
-        found = set()
+    def _best_of_paper(self) -> list[str]:
+        """The systems whose FID in the paper is the lowest, or as low, on every dataset that this one stands for."""
+        best = list(self.systems)
         for data in {result.data for result in self.results}:
-            results = [result for result in self.results if result.data == data]
-            found.add(min(results, key=lambda one: one.metrics["fid"]).system)
-        return found
+            fids = {one.system: one.metrics["fid"] for one in self.results if one.data == data}
+            best = [system for system in best if fids[system] <= min(fids.values()) * (1 + TIED_WITHIN)]
+        return best
 
     def _direction(self, order: Sequence[RankedSetting]) -> str:
-        best, theirs = self._system_of(order[0]), _listed(sorted(self._best_of_paper()))
+        best, theirs = self._system_of(order[0]), _listed(self._best_of_paper())
+        verb = "have" if len(self._best_of_paper()) > 1 else "has"
         paper = {
-            True: "The direction is that of the paper.",
-            False: f"The direction differs from the paper, where {theirs} has the lowest FID.",
-            None: f"In the paper, {theirs} has the lowest FID.",
+            True: f"In the paper, {theirs} {verb} the lowest FID: the same direction.",
+            False: f"In the paper, {theirs} {verb} the lowest FID: the direction differs.",
+            None: f"In the paper, {theirs} {verb} the lowest FID.",
         }
         metric = {FINAL_DISTANCE: "colour distance"}.get(order[0].metric, METRIC_TITLES[order[0].metric])
         return f"{best} has the lowest {metric}, {order[0].value_of_n()}. {decision(order)} {paper[self.agrees(order)]}"

@@ -28,6 +28,7 @@ from patchloom.pipelines.reproduce.stages import (
     table_stages,
 )
 from patchloom.pipelines.reproduce.subjects import SUBJECTS
+from patchloom.pipelines.tune.ranking import ranked
 from patchloom.platform.files.folder import Folder
 from patchloom.platform.recipe import load_recipe
 from patchloom.platform.records.reproduction import Reproduction
@@ -155,6 +156,18 @@ def test_small_table_compares_at_both_costs() -> None:
     assert [order[0].settings["patches.p"] for order in orders] == [1, 0.5]
     assert [part.agrees(order) for order in orders] == [False, True]
     assert part.texts()[0].count("2.00") == 2  # FLOPs and time of full images over those of patches
+
+
+def test_fids_of_the_paper_that_hardly_differ_are_a_tie() -> None:
+    """Figure 2 has 1.65 at p = .75 and 1.66 at p = 1: either is its direction, and p = .5 (1.77) is not."""
+    results = [one for one in TABLES["figure2"].results if one.settings["patches.p"] in (0.5, 0.75, 1.0)]
+    for best, wanted in ((0.5, False), (0.75, True), (1, True)):
+        trials = [
+            row(p, repeat, (0.1 if p == best else 0.9 + p) + repeat * (1 + p) / 1e4, 1000, 1e12)
+            for p in (0.5, 0.75, 1)
+            for repeat in (0, 1)
+        ]
+        assert SearchPart("celeba", results, trials).agrees(ranked(trials)) is wanted
 
 
 @pytest.mark.parametrize("name", SUBJECTS)
