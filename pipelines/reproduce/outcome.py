@@ -46,7 +46,7 @@ from patchloom.platform.records.search import TrialRow, read_trials
 
 SHOWN_SAMPLES = 12
 TIED_WITHIN = 0.01  # of an FID of the paper, which trains each system once
-COSTS = ("images_seen", "flops")  # the paper compares at equal counted images
+COMPARED_COSTS = ("images_seen", "flops")  # the paper compares at equal counted images
 
 
 @dataclass(frozen=True)
@@ -172,7 +172,7 @@ class SearchPart:
     @cached_property
     def comparisons(self) -> dict[str, EqualCostComparison | None]:
         """The settings at equal cost, by the unit of the cost."""
-        return {by: compare_at_equal_cost(self.trials, by) for by in COSTS}
+        return {by: compare_at_equal_cost(self.trials, by) for by in COMPARED_COSTS}
 
     @property
     def title(self) -> str:
@@ -203,7 +203,7 @@ class SearchPart:
         """For each cost, the systems with the paper's numbers and ours, and whether the direction is the same."""
         seeds = len({trial.repeat for trial in self.trials})
         found = []
-        for by in COSTS:
+        for by in COMPARED_COSTS:
             cost = "TFLOP" if by == "images_seen" else "counted images"
             header = ["system", "FID in the paper", "time in the paper", "held-out loss", "colour distance", cost]
             rows = [[system, *self._paper(system), *_cells(self._setting(system, by), by)] for system in self.systems]
