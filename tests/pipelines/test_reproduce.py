@@ -170,7 +170,9 @@ def test_fids_of_the_paper_that_hardly_differ_are_a_tie() -> None:
         assert SearchPart("celeba", results, trials).agrees(ranked(trials)) is wanted
 
 
-@pytest.mark.parametrize("name", SUBJECTS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] if name == "controlnet" else []) for name in SUBJECTS]
+)
 def test_every_subject_can_be_planned(name: str) -> None:
     for small in (False, True):
         lines = reproduction_plan(name, small=small).splitlines()
