@@ -205,8 +205,11 @@ class SearchPart:
         found = []
         for by in COMPARED_COSTS:
             cost = "TFLOP" if by == "images_seen" else "counted images"
-            header = ["system", "FID in the paper", "time in the paper", "held-out loss", "colour distance", cost]
-            rows = [[system, *self._paper(system), *_cells(self._setting(system, by), by)] for system in self.systems]
+            header = ["system", "paper: FID", "held-out loss", "colour distance", cost, "paper: time"]
+            rows = []
+            for system in self.systems:
+                fid, time = self._paper(system)
+                rows.append([system, fid, *_cells(self._setting(system, by), by), time])
             title = f"{self.title}, at equal {COST_TITLES[by]}: mean ± standard deviation over {seeds} seeds"
             found.append(Finding(title, Table(header, rows), self._directions(by)))
         return found
@@ -311,16 +314,16 @@ def _systems_table(table: PaperTable, place: ReproductionFolder, here: Path) -> 
         run = last_progress(here.joinpath(name, *run_of(result)))
         names = [metric for metric in TITLES if metric in measured.metrics or metric in result.metrics]
         title = DATA[result.data].title if name != PHOTOGRAPHS_DATA else name
-        row, header = [title, result.system, result.time], ["data", "system", "time in the paper"]
+        row, header = [title, result.system], ["data", "system"]
         for metric in names:
             if metric in result.metrics:
-                header.append(f"{TITLES[metric][0]} in the paper")
+                header.append(f"paper: {TITLES[metric][0]}")
                 row.append(f"{result.metrics[metric]:g}")
             if metric in measured.metrics:
-                header.append(f"{TITLES[metric][0]} here")
+                header.append(TITLES[metric][0])
                 row.append(f"{measured.metrics[metric]:.4g}")
-        header += ["samples", "counted images", "TFLOP"]
-        row += [f"{measured.identity.n_samples:,}", f"{run.images_seen:,}", f"{run.flops / 1e12:,.1f}"]
+        header += ["samples", "counted images", "TFLOP", "paper: time"]
+        row += [f"{measured.identity.n_samples:,}", f"{run.images_seen:,}", f"{run.flops / 1e12:,.1f}", result.time]
         rows.append(row)
     return Finding(f"{table.title}: one training of each system", Table(header, rows))
 

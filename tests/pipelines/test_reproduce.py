@@ -15,10 +15,10 @@ from patchloom.models.generate import Sampling
 from patchloom.models.sampling_options import SAMPLER_NAMES
 from patchloom.pipelines.recipes import PAPER, counted
 from patchloom.pipelines.report import report
-from patchloom.pipelines.reproduce import reproduce, reproduction_plan
+from patchloom.pipelines.reproduce import reproduce, reproduction_plan, stages
 from patchloom.pipelines.reproduce.extrapolation import border_ratio, window_ratio
-from patchloom.pipelines.reproduce.outcome import SearchPart
-from patchloom.pipelines.reproduce.paper import TABLES, PaperTable
+from patchloom.pipelines.reproduce.outcome import SearchPart, table_outcome
+from patchloom.pipelines.reproduce.paper import TABLES, PaperResult, PaperTable
 from patchloom.pipelines.reproduce.samplers import EVALUATIONS, steps_for
 from patchloom.pipelines.reproduce.stages import (
     FULL_SAMPLES,
@@ -27,11 +27,13 @@ from patchloom.pipelines.reproduce.stages import (
     samples_flops,
     table_stages,
 )
-from patchloom.pipelines.reproduce.subjects import SUBJECTS
+from patchloom.pipelines.reproduce.subjects import SUBJECTS, table_subject
 from patchloom.pipelines.tune.ranking import ranked
 from patchloom.platform.files.folder import Folder
 from patchloom.platform.recipe import load_recipe
+from patchloom.platform.records.evaluation import EvaluationResult
 from patchloom.platform.records.reproduction import Reproduction
+from patchloom.platform.records.run import last_progress
 from patchloom.platform.records.search import TrialRow, read_trials
 
 TINY_SEARCH = """
@@ -92,13 +94,13 @@ def test_each_system_is_trained_with_its_settings(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["table1", "table2", "table4"])
 def test_full_plan_costs_what_its_trainings_and_samples_cost(name: str, tmp_path: Path) -> None:
-    stages = table_stages(TABLES[name], ReproductionFolder(Folder.at(tmp_path), asked(name)))
+    found = table_stages(TABLES[name], ReproductionFolder(Folder.at(tmp_path), asked(name)))
     systems = [system for system in PAPER if system.recipe in {result.recipe for result in TABLES[name].results}]
     expected = sum(counted(load_recipe(system.recipe), system.shape).flops for system in systems)
     each = [counted(load_recipe(system.recipe), system.shape).evaluation_flops for system in systems]
     expected += FULL_SAMPLES * 99 * sum(each)  # 50 Heun steps
-    assert sum(stage.flops for stage in stages) == pytest.approx(expected, rel=1e-9)
-    assert len({stage.words for stage in stages}) == len(stages)
+    assert sum(stage.flops for stage in found) == pytest.approx(expected, rel=1e-9)
+    assert len({stage.words for stage in found}) == len(found)
 
 
 def test_guidance_costs_a_second_evaluation() -> None:
@@ -107,8 +109,8 @@ def test_guidance_costs_a_second_evaluation() -> None:
 
 
 def test_table_3_trains_once_for_both_guidances(tmp_path: Path) -> None:
-    stages = table_stages(TABLES["table3"], ReproductionFolder(Folder.at(tmp_path), asked("table3")))
-    assert [stage.words[0] for stage in stages] == ["prepare"] * 2 + ["train"] + ["sample", "evaluate"] * 2
+    found = table_stages(TABLES["table3"], ReproductionFolder(Folder.at(tmp_path), asked("table3")))
+    assert [stage.words[0] for stage in found] == ["prepare"] * 2 + ["train"] + ["sample", "evaluate"] * 2
 
 
 @pytest.mark.parametrize("sampler", SAMPLER_NAMES)
@@ -148,10 +150,10 @@ def test_small_table_compares_at_both_costs() -> None:
     results = [result for result in TABLES["table4"].results if result.data == "cat"]
     part = SearchPart("cat", results, trials)
     found = [{cells[0]: cells[1:] for cells in one.table.rows} for one in part.findings()]
-    assert found[0]["EDM-DDPM++"] == ["4.6", "about 18 h", "0.3000 ± 0.0010", "", "1.00"]
-    assert found[0]["PDM-DDPM++"] == ["3.11", "about 9 h", "0.4000 ± 0.0010", "", "0.50"]
-    assert found[1]["EDM-DDPM++"] == ["4.6", "about 18 h", "0.3000 ± 0.0010", "", "1,000"]
-    assert found[1]["PDM-DDPM++"] == ["3.11", "about 9 h", "0.2000 ± 0.0010", "", "2,000"]
+    assert found[0]["EDM-DDPM++"] == ["4.6", "0.3000 ± 0.0010", "", "1.00", "about 18 h"]
+    assert found[0]["PDM-DDPM++"] == ["3.11", "0.4000 ± 0.0010", "", "0.50", "about 9 h"]
+    assert found[1]["EDM-DDPM++"] == ["4.6", "0.3000 ± 0.0010", "", "1,000", "about 18 h"]
+    assert found[1]["PDM-DDPM++"] == ["3.11", "0.2000 ± 0.0010", "", "2,000", "about 9 h"]
     orders = [comparison.order for comparison in part.comparisons.values() if comparison]
     assert [order[0].settings["patches.p"] for order in orders] == [1, 0.5]
     assert [part.agrees(order) for order in orders] == [False, True]
@@ -254,3 +256,44 @@ def test_small_table_is_killed_and_continues(images: Path, tmp_path: Path) -> No
     assert record.finished and [stage.command.split()[1] for stage in record.stages] == ["prepare", "tune"]
     assert subprocess.run(command, check=False).returncode == 0  # everything is finished
     assert Reproduction.read(Folder.at(out)) == record
+
+
+TINY_RECIPE = """
+base: demo_pixels
+name: tiny
+data: {resolution: 16, held_out_fraction: 0.25}
+model: {width: 8, width_multipliers: [1], attention: []}
+train: {images: 64, batch_size: 8, checkpoint_every_images: 64, log_every_images: 32}
+preview: {every_images: 0}
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+def test_systems_are_trained_and_measured_one_by_one(
+    pixels: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One model is sampled without and with guidance, and its table has the numbers of the files of its commands."""
+    (tmp_path / "tiny.yaml").write_text(TINY_RECIPE)
+    numbers = ({"fid": 7.64, "precision": 0.73}, {"fid": 2.72, "precision": 0.84})
+    results = tuple(
+        PaperResult("cat", name, str(tmp_path / "tiny.yaml"), {"patches.p": 0.25}, metrics, guidance=guidance)
+        for name, metrics, guidance in zip(("LPDM", "LPDM, guidance 2"), numbers, (1.0, 2.0), strict=True)
+    )
+    table = PaperTable("Table 3", "guidance", results, steps=2)
+    monkeypatch.setitem(SUBJECTS, "table3", table_subject(table))
+    monkeypatch.setattr(stages, "FULL_SAMPLES", 12)
+    out = tmp_path / "out"
+    reproduce("table3", str(out), data={"cat": str(pixels)}, features="colours", workers=0)
+    record = Reproduction.read(Folder.at(out))
+    assert [one.command.split()[1] for one in record.stages] == ["train"] + ["sample", "evaluate"] * 2
+    assert load_recipe(out / "cat" / "lpdm" / "run" / "recipe.yaml").patches.p == 0.25
+    place, progress = ReproductionFolder(Folder.at(out), record), last_progress(out / "cat" / "lpdm" / "run")
+    finding = table_outcome(table, place, out).findings[0].table
+    for cells, result in zip(finding.rows, results, strict=True):
+        measured = EvaluationResult.read(out / "cat" / result.slug / "samples" / "metrics.json")
+        shown = dict(zip(finding.header, cells, strict=True))
+        assert float(shown["paper: FID"]) == result.metrics["fid"]
+        assert float(shown["Fréchet distance"]) == pytest.approx(measured.metrics["frechet_distance"], rel=1e-3)
+        assert shown["samples"] == "12" and shown["counted images"] == f"{progress.images_seen:,}"
+    assert (out / "cat.png").is_file()
