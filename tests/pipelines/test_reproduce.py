@@ -9,13 +9,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from patchloom.errors import UserError
 from patchloom.models.generate import Sampling
 from patchloom.models.sampling_options import SAMPLER_NAMES
 from patchloom.pipelines.recipes import PAPER, counted
 from patchloom.pipelines.report import report
-from patchloom.pipelines.reproduce import reproduce, reproduction_plan, stages
+from patchloom.pipelines.reproduce import extrapolation, reproduce, reproduction_plan, samplers, stages
 from patchloom.pipelines.reproduce.extrapolation import border_ratio, window_ratio
 from patchloom.pipelines.reproduce.outcome import SearchPart, table_outcome
 from patchloom.pipelines.reproduce.paper import TABLES, PaperResult, PaperTable
@@ -29,7 +30,9 @@ from patchloom.pipelines.reproduce.stages import (
 )
 from patchloom.pipelines.reproduce.subjects import SUBJECTS, table_subject
 from patchloom.pipelines.tune.ranking import ranked
+from patchloom.platform.dataset import open_dataset
 from patchloom.platform.files.folder import Folder
+from patchloom.platform.files.storage import read_json
 from patchloom.platform.recipe import load_recipe
 from patchloom.platform.records.evaluation import EvaluationResult
 from patchloom.platform.records.reproduction import Reproduction
@@ -297,3 +300,40 @@ def test_systems_are_trained_and_measured_one_by_one(
         assert float(shown["Fréchet distance"]) == pytest.approx(measured.metrics["frechet_distance"], rel=1e-3)
         assert shown["samples"] == "12" and shown["counted images"] == f"{progress.images_seen:,}"
     assert (out / "cat.png").is_file()
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+def test_samplers_are_measured_on_a_model(
+    pixels: Path, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in {"EVALUATIONS": (3, 5), "SMALL_COUNT": 8, "SAMPLER_NAMES": ("heun", "ddim")}.items():
+        monkeypatch.setattr(samplers, name, value)
+    out = tmp_path / "out"
+    page = reproduce("samplers", str(out), small=True, data={"": str(pixels)}, model=str(trained))
+    assert sorted(path.name for path in (out / "samples").iterdir()) == ["ddim-3", "ddim-5", "heun-3", "heun-5"]
+    cards = [read_json(path / "sampling.json") for path in sorted((out / "samples").iterdir())]
+    assert [card["network_evaluations"] for card in cards] == [3, 5, 3, 5]
+    for folder in (out / "samples").iterdir():
+        measured = EvaluationResult.read(folder / "metrics.json").metrics["frechet_distance"]
+        assert f"<td>{measured:.3g}" in page.read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+def test_canvases_are_sampled_around_held_out_images(
+    pixels: Path, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    changed = {"GIVEN_IMAGES": 1, "SAMPLES_AROUND": 2, "CANVAS_STEPS": 2, "CANVAS_FACTORS": (2.0,), "WIDE_FACTOR": 2}
+    for name, value in changed.items():
+        monkeypatch.setattr(extrapolation, name, value)
+    monkeypatch.setattr(extrapolation, "SMALL_SIDE", 16)
+    out = tmp_path / "out"
+    reproduce("extrapolation", str(out), small=True, data={"": str(pixels)}, model=str(trained))
+    given = np.asarray(Image.open(out / "references" / "0.png"))
+    rows = open_dataset(pixels).rows(range(len(open_dataset(pixels))))["image"].transpose(0, 2, 3, 1)
+    assert any((given == row).all() for row in rows)
+    for method in ("replace", "resample", "reconstruct"):
+        sampled = np.asarray(Image.open(out / "around" / f"32-{method}-0" / "000000" / "000000.png"))
+        assert sampled.shape == (32, 32, 3) and np.abs(sampled[8:24, 8:24].astype(int) - given).max() <= 1
+    assert {path.name for path in (out / "wide").iterdir()} == {"rescale", "extrapolate", "windows"}
