@@ -105,7 +105,7 @@ def table_outcome(table: PaperTable, place: ReproductionFolder, here: Path) -> O
     small = place.asked.small
     names = used_data(table, place.asked)
     if small and table.small_search:
-        parts = [SearchPart.read(table, name, here) for name in names]
+        parts = [SearchPart.read(table, name, place, here) for name in names]
         findings, texts = (
             [one for part in parts for one in part.findings()],
             [text for part in parts for text in part.texts()],
@@ -139,10 +139,15 @@ def _data_text(table: PaperTable, place: ReproductionFolder) -> str:
     wanted = [DATA[name].title for name in table.data]
     if used_data(table, place.asked) == [PHOTOGRAPHS_DATA]:
         return f"Windows of six photographs take the place of {_listed(wanted)}."
-    texts = [f"{Path(place.asked.data[name]).name} as {DATA[name].title}" for name in used_data(table, place.asked)]
+    texts = [_as_data(place, name) for name in used_data(table, place.asked)]
     missing = [DATA[name].title for name in table.data if name not in place.asked.data]
     left_out = f" Not reproduced, for want of data: {_listed(missing)}." if missing else ""
     return f"Data: {_listed(texts)}.{left_out}"
+
+
+def _as_data(place: ReproductionFolder, name: str) -> str:
+    """`cats.zip as AFHQv2-Cat`: what was given, and what it stands for."""
+    return f"{Path(place.asked.data[name]).name} as {DATA[name].title}"
 
 
 def _listed(names: Sequence[str]) -> str:
@@ -155,29 +160,28 @@ class SearchPart:
 
     Args:
         name: the name of the data.
+        title: what the data are, for readers.
         results: the paper's, on all datasets that this one stands for.
         trials: its trials.
     """
 
     name: str
+    title: str
     results: Sequence[PaperResult]
     trials: Sequence[TrialRow]
 
     @classmethod
-    def read(cls, table: PaperTable, name: str, here: Path) -> "SearchPart":
+    def read(cls, table: PaperTable, name: str, place: ReproductionFolder, here: Path) -> "SearchPart":
         """The search in the folder of a reproduction."""
-        results = table.results if name == PHOTOGRAPHS_DATA else results_on(table, name)
-        return cls(name, results, read_trials(Folder.at(here / name / "search")))
+        trials = read_trials(Folder.at(here / name / "search"))
+        if name == PHOTOGRAPHS_DATA:
+            return cls(name, name.capitalize(), table.results, trials)
+        return cls(name, _as_data(place, name), results_on(table, name), trials)
 
     @cached_property
     def comparisons(self) -> dict[str, EqualCostComparison | None]:
         """The settings at equal cost, by the unit of the cost."""
         return {by: compare_at_equal_cost(self.trials, by) for by in COMPARED_COSTS}
-
-    @property
-    def title(self) -> str:
-        """The name of the data for readers."""
-        return DATA[self.name].title if self.name in DATA else self.name.capitalize()
 
     @property
     def systems(self) -> list[str]:
@@ -313,7 +317,7 @@ def _systems_table(table: PaperTable, place: ReproductionFolder, here: Path) -> 
         measured = EvaluationResult.read(here.joinpath(name, *samples_of(result), METRICS_FILE))
         run = last_progress(here.joinpath(name, *run_of(result)))
         names = [metric for metric in TITLES if metric in measured.metrics or metric in result.metrics]
-        title = DATA[result.data].title if name != PHOTOGRAPHS_DATA else name
+        title = _as_data(place, name) if name != PHOTOGRAPHS_DATA else name
         row, header = [title, result.system], ["data", "system"]
         for metric in names:
             if metric in result.metrics:
@@ -356,9 +360,9 @@ def _differences(table: PaperTable, place: ReproductionFolder, here: Path) -> li
     texts = []
     for name in used_data(table, place.asked):
         card = open_dataset(place.dataset(name, table.latents)).card
-        title = DATA[name].title if name in DATA else "data"
+        title = _as_data(place, name) if name in place.asked.data else PHOTOGRAPHS_DATA.capitalize()
         size = f"{card.resolution} x {card.resolution} x {card.channels}"
-        texts.append(f"{card.rows:,} rows of {size} {card.kind} as {title}.")
+        texts.append(f"{title}: {card.rows:,} rows of {size} {card.kind}.")
     if not place.asked.small:
         return [
             *texts,
@@ -367,9 +371,7 @@ def _differences(table: PaperTable, place: ReproductionFolder, here: Path) -> li
     if not table.small_search:
         return [
             *texts,
-            "Small networks, trained once for minutes. Metrics on "
-            + place.asked.features
-            + " are not those of the paper.",
+            f"Small networks, trained once for minutes. Metrics on {place.asked.features} are not those of the paper.",
         ]
     trial = here / used_data(table, place.asked)[0] / "search" / "trials"
     recipe = load_recipe(sorted(trial.glob("*/recipe.yaml"))[0])

@@ -151,7 +151,7 @@ def test_small_table_compares_at_both_costs() -> None:
             row(0.5, repeat, 0.4 - noise, 1000, 0.5e12, "images"),
         ]
     results = [result for result in TABLES["table4"].results if result.data == "cat"]
-    part = SearchPart("cat", results, trials)
+    part = SearchPart("cat", "cats", results, trials)
     found = [{cells[0]: cells[1:] for cells in one.table.rows} for one in part.findings()]
     assert found[0]["EDM-DDPM++"] == ["4.6", "0.3000 ± 0.0010", "", "1.00", "about 18 h"]
     assert found[0]["PDM-DDPM++"] == ["3.11", "0.4000 ± 0.0010", "", "0.50", "about 9 h"]
@@ -172,7 +172,7 @@ def test_fids_of_the_paper_that_hardly_differ_are_a_tie() -> None:
             for p in (0.5, 0.75, 1)
             for repeat in (0, 1)
         ]
-        assert SearchPart("celeba", results, trials).agrees(ranked(trials)) is wanted
+        assert SearchPart("celeba", "faces", results, trials).agrees(ranked(trials)) is wanted
 
 
 @pytest.mark.parametrize(
