@@ -234,4 +234,4 @@ def _markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 if __name__ == "__main__":
-    print(recipe_costs() if "--costs" in sys.argv else f"{paper_table()}\n\n{small_table()}", end="")
+    print(recipe_costs() if "--costs" in sys.argv else f"{paper_table()}\n\n{small_table()}\n", end="")

@@ -2,7 +2,7 @@
 
 import os
 import sys
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -64,17 +64,14 @@ def reproduce(
     Prints the cost first, runs the commands of each stage, and writes a page with the paper's numbers next to these.
     Run the same command again to continue after an interruption.
     """
-    from patchloom.pipelines.reproduce import reproduce, reproduction_plan
+    from patchloom.pipelines.reproduce import ReproductionOptions, reproduce, reproduction_plan
 
     named = dict(_name_and_source(text) for text in data or [])
-    options: dict[str, Any] = {
-        "small": small, "data": named, "autoencoder": autoencoder, "features": features, "model": model,
-        "workers": workers,
-    }  # fmt: skip
+    options = ReproductionOptions(small, named, autoencoder, features, model, workers)
     if dry_run:
-        print(reproduction_plan(table, out, **options))
+        print(reproduction_plan(table, out, options))
     else:
-        reproduce(table, out, **options)
+        reproduce(table, out, options)
 
 
 def _name_and_source(text: str) -> tuple[str, str]:

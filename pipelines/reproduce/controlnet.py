@@ -22,15 +22,18 @@ from patchloom.pipelines.sample.folder import read_entries, read_samples
 from patchloom.pipelines.tune.frontier import COST_TITLES, EqualCostComparison, compare_at_equal_cost, decision
 from patchloom.pipelines.tune.page import search_section
 from patchloom.pipelines.tune.ranking import mean_of
+from patchloom.pipelines.tune.trials import trial_name
 from patchloom.platform.dataset.prepared import open_dataset
 from patchloom.platform.files.folder import Folder
 from patchloom.platform.progress import clock
 from patchloom.platform.recipe.run_recipe import load_recipe
+from patchloom.platform.recipe.search import load_search
 from patchloom.platform.records.run import last_progress
 from patchloom.platform.records.search import read_trials
 
 CONTROL_DATA, CAPTIONS = "edits", "captions"  # the data of Brooks et al. (2023), which the paper uses
 RESOLUTION, CONTROL_KIND = 512, "edges"
+CONTROL_SEARCH = "controlnet_search_cpu"
 SMALL_BASE = "patchloom.benchmarks.small_base"
 SYSTEMS = ("controlnet_full", "controlnet")  # full images, then patches
 NAMES = {"patches": "patches, p = 0.5", "full": "full images, no coordinates"}
@@ -58,12 +61,14 @@ def _full_stages(place: ReproductionFolder) -> list[Stage]:
 
 
 def _small_stages(place: ReproductionFolder) -> list[Stage]:
+    if CAPTIONS in place.asked.data:
+        raise UserError(f"--data {CAPTIONS}=... has no effect on controlnet --small, which has a text per class")
     name = data_of(place, CONTROL_DATA)
     pixels, latents = place.reference(name, latents=True), place.dataset(name, latents=True)
     *prepared, encode = data_stages(place, name, small=True, latents=True, condition=CONTROL_KIND)
     texts, base = place.path("texts.npz"), place.path("base")
     setting = ((BASE_FOLDER, base),)
-    search = search_stage(place, name, "controlnet_search_cpu", latents, setting)
+    search = search_stage(place, name, CONTROL_SEARCH, latents, setting)
     return [
         *prepared,
         Stage("Write a text embedding for each class", ("texts", pixels, texts), module=SMALL_BASE),
@@ -72,12 +77,15 @@ def _small_stages(place: ReproductionFolder) -> list[Stage]:
         search,
         *(
             _sampling(place, way, place.path(name, "search", "trials", trial), setting)
-            for way, trial in _TRIALS.items()
+            for way, trial in _trials_of_first_seed().items()
         ),
     ]
 
 
-_TRIALS = {"patches": "000", "full": "003"}  # of the first seed, at equal FLOPs
+def _trials_of_first_seed() -> dict[str, str]:
+    """The trials of both ways that spend the budget, by name: all seeds of a setting come before the next setting."""
+    search, _ = load_search(CONTROL_SEARCH)
+    return {way: trial_name(number * search.repeats) for number, way in enumerate(NAMES)}
 
 
 def _sampling(place: ReproductionFolder, name: str, model: str, environment: tuple[tuple[str, str], ...] = ()) -> Stage:
@@ -137,7 +145,7 @@ def _small_outcome(place: ReproductionFolder, here: Path) -> Outcome:
             "The paper states neither p nor a number for the quality: it shows pictures, and says that training is "
             "about two times faster without a loss of quality.",
         ],
-        pictures=[_samples_picture(place, here, tuple(_TRIALS))],
+        pictures=[_samples_picture(place, here, tuple(NAMES))],
         details=[("The search", search_section(here / name / "search"))],
     )
 

@@ -46,40 +46,22 @@ def extrapolation_stages(place: ReproductionFolder) -> list[Stage]:
         for method in METHODS:
             for number in range(GIVEN_IMAGES):
                 out = place.path(*_around(size, method, number))
-                words = (
-                    "sample",
-                    model,
-                    out,
-                    "--seeds",
-                    f"0-{SAMPLES_AROUND - 1}",
-                    "--steps",
-                    str(CANVAS_STEPS),
-                    "--size",
-                    f"{size}x{size}",
-                    "--canvas",
-                    "extrapolate",
-                )
+                words = _sampling(model, out, (size, size), "extrapolate")
                 kept = ("--outpaint", place.path(_reference(number)), "--outpaint-method", method)
                 title = f"Sample {size} x {size} around image {number + 1} with {method}"
                 flops = _flops(place, factor**2) * (1 if method == "replace" else REPEATED)
                 stages.append(Stage(title, words + kept, flops, before=partial(_write_reference, place, number)))
     for canvas in CANVASES:
         out = place.path(*_wide(canvas))
-        words = (
-            "sample",
-            model,
-            out,
-            "--seeds",
-            f"0-{SAMPLES_AROUND - 1}",
-            "--steps",
-            str(CANVAS_STEPS),
-            "--size",
-            f"{side}x{WIDE_FACTOR * side}",
-            "--canvas",
-            canvas,
-        )
+        words = _sampling(model, out, (side, WIDE_FACTOR * side), canvas)
         stages.append(Stage(f"Sample {side} x {WIDE_FACTOR * side} with {canvas}", words, _flops(place, WIDE_FACTOR)))
     return stages
+
+
+def _sampling(model: str, out: str, size: tuple[int, int], canvas: str) -> tuple[str, ...]:
+    """The command that samples a canvas of this height and width."""
+    seeds, side = f"0-{SAMPLES_AROUND - 1}", f"{size[0]}x{size[1]}"
+    return ("sample", model, out, "--seeds", seeds, "--steps", str(CANVAS_STEPS), "--size", side, "--canvas", canvas)
 
 
 def _flops(place: ReproductionFolder, area: float) -> float:

@@ -11,7 +11,7 @@ from pydantic import JsonValue
 from patchloom.pipelines.evaluate.page import METRICS_FILE
 from patchloom.pipelines.pages.html import Number, Picture, Table, render
 from patchloom.pipelines.pages.pictures import save_png, side_by_side
-from patchloom.pipelines.recipes import counted, shape_of_recipe
+from patchloom.pipelines.recipes import counted, shape_of_recipe, shipped_shape
 from patchloom.pipelines.registry.quality import TITLES
 from patchloom.pipelines.reproduce.paper import DATA, PaperResult, PaperTable
 from patchloom.pipelines.reproduce.stages import (
@@ -344,10 +344,8 @@ def _system_numbers(table: PaperTable, place: ReproductionFolder, here: Path) ->
 
 
 def _cost_of_table_3() -> str:
-    flops = {}
-    for name in ("imagenet256", "adm256"):
-        recipe = load_recipe(name)
-        flops[name] = counted(recipe, shape_of_recipe(recipe)).evaluation_flops / 1e9
+    shapes = {name: shipped_shape(name, load_recipe(name)) for name in ("imagenet256", "adm256")}
+    flops = {name: counted(load_recipe(name), shape).evaluation_flops / 1e9 for name, shape in shapes.items()}
     return (
         f"An evaluation of LPDM-ADM at full size has {flops['imagenet256']:,.1f} GFLOP, or half as many multiply-adds; "
         "the paper has 78, which fits neither. ADM in pixels has "

@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from markupsafe import Markup
@@ -38,17 +39,38 @@ TERMINATE_WAIT_S = 60.0
 _INTERRUPTED, _MISTAKE = 130, 2  # exit codes of commands
 
 
-def reproduce(
-    table: str,
-    out: str | None = None,
-    *,
-    small: bool = False,
-    data: Mapping[str, str] | None = None,
-    autoencoder: str | None = None,
-    features: str | None = None,
-    model: str | None = None,
-    workers: int | None = None,
-) -> Path:
+@dataclass(frozen=True)
+class ReproductionOptions:
+    """How a table is reproduced.
+
+    Args:
+        small: make the same comparison with small networks, on two CPU cores in an hour or two.
+        data: sources of images by the paper's names (`celeba`, `cat`, ...), or one source for the first of them by "".
+            They may be prepared datasets of pixels. In small, photographs take the place of all if none is given.
+        autoencoder: for tables of latents: models:/..., a folder or a hub id. Default: Stable Diffusion's; in small,
+            one that is trained on the data.
+        features: features of the metrics, as `evaluate` takes them. Default: `inception`; `colours` in small.
+        model: for subjects that only sample: a finished model, instead of one that is trained.
+        workers: workers of each training. Default: those of `train` and `tune`.
+    """
+
+    small: bool = False
+    data: Mapping[str, str] = field(default_factory=dict)
+    autoencoder: str | None = None
+    features: str | None = None
+    model: str | None = None
+    workers: int | None = None
+
+    @property
+    def for_subjects(self) -> dict[str, str | None]:
+        """The options that not every subject takes."""
+        return {"model": self.model, "autoencoder": self.autoencoder, "features": self.features}
+
+
+DEFAULT_OPTIONS = ReproductionOptions()
+
+
+def reproduce(table: str, out: str | None = None, options: ReproductionOptions = DEFAULT_OPTIONS) -> Path:
     """Reproduce a table or figure of the paper, and write a page that compares it with the paper.
 
     Each stage is a command, which is printed. A call after an interruption continues with the stage that was stopped.
@@ -56,14 +78,7 @@ def reproduce(
     Args:
         table: a name in `SUBJECTS`, such as `table4`.
         out: the folder to write; may be remote. Default: the name of the table, with `-small` if it is small.
-        small: make the same comparison with small networks, on two CPU cores in an hour or two.
-        data: sources of images by the paper's names (`celeba`, `cat`, ...), or one source for the first of them by "".
-            They may be prepared datasets of pixels. In small, photographs take the place of what is missing.
-        autoencoder: for tables of latents: models:/..., a folder or a hub id. Default: Stable Diffusion's; in small,
-            one that is trained on the data.
-        features: features of the metrics, as `evaluate` takes them. Default: `inception`; `colours` in small.
-        model: for subjects that only sample: a finished model, instead of one that is trained.
-        workers: workers of each training. Default: those of `train` and `tune`.
+        options: in which size, from which data, and with which models.
 
     Returns:
         The path of the page; for a remote folder of a local copy.
@@ -73,7 +88,7 @@ def reproduce(
             something else.
         WorkersFailed: a command failed.
     """
-    subject, place = _planned(table, out, small, data, autoencoder, features, model, workers)
+    subject, place = _planned(table, out, options)
     folder = place.folder
     check_output_folder(folder, "reproduction", REPRODUCTION_FILE)
     if folder.has(REPRODUCTION_FILE):
@@ -113,22 +128,12 @@ def _run_stages(place: ReproductionFolder, stages: Sequence[Stage]) -> Reproduct
     return place
 
 
-def reproduction_plan(
-    table: str,
-    out: str | None = None,
-    *,
-    small: bool = False,
-    data: Mapping[str, str] | None = None,
-    autoencoder: str | None = None,
-    features: str | None = None,
-    model: str | None = None,
-    workers: int | None = None,
-) -> str:
+def reproduction_plan(table: str, out: str | None = None, options: ReproductionOptions = DEFAULT_OPTIONS) -> str:
     """The text of `patchloom reproduce --dry-run`: the cost and the commands. At full size it needs no data."""
     subject = _subject(table)
-    if not small and not data:
-        data = {name: name.upper() for name in subject.data}  # what a user puts there
-    subject, place = _planned(table, out, small, data, autoencoder, features, model, workers)
+    if not options.small and not options.data:
+        options = replace(options, data={name: name.upper() for name in subject.data})  # what a user puts there
+    subject, place = _planned(table, out, options)
     stages = subject.stages(place)
     shown = [
         f"[{number}/{len(stages)}] {one.title}\n  $ {_shown(one, place.folder)}" for number, one in enumerate(stages, 1)
@@ -172,26 +177,23 @@ def _subject(table: str) -> Subject:
     return SUBJECTS[table]
 
 
-def _planned(
-    table: str, out: str | None, small: bool, data: Mapping[str, str] | None, autoencoder: str | None,
-    features: str | None, model: str | None, workers: int | None,
-) -> tuple[Subject, ReproductionFolder]:  # fmt: skip
-    subject = _subject(table)
-    sources = _named(subject, data or {})
+def _planned(table: str, out: str | None, options: ReproductionOptions) -> tuple[Subject, ReproductionFolder]:
+    subject, small, model = _subject(table), options.small, options.model
+    sources = _named(subject, options.data)
     if not small and not sources and model is None:
         wanted = " ".join(f"--data {name}=SOURCE" for name in subject.data)
         raise UserError(f"{table} at full size needs data: give {wanted}, one of them, or --small")
-    for name, value in {"model": model, "autoencoder": autoencoder, "features": features}.items():
+    for name, value in options.for_subjects.items():
         if value is not None and name not in subject.options(small):
             raise UserError(f"--{name} {value} has no effect on {table}{' --small' if small else ''}: leave it out")
     folder = Folder.at(out or f"{table}{'-small' if small else ''}")
-    if folder.is_remote and not sources and model is None:
+    if folder.is_remote and not sources:
         raise UserError(f"--out {folder} is remote, and the photographs are on this machine: give --data")
     asked = Reproduction(
-        table=table, small=small, data=sources, autoencoder=autoencoder, model=model,
-        features=features or ("colours" if small else "inception"),
+        table=table, small=small, data=sources, autoencoder=options.autoencoder, model=model,
+        features=options.features or ("colours" if small else "inception"),
     )  # fmt: skip
-    return subject, ReproductionFolder(folder, asked, workers)
+    return subject, ReproductionFolder(folder, asked, options.workers)
 
 
 def _named(subject: Subject, data: Mapping[str, str]) -> dict[str, str]:
