@@ -281,8 +281,9 @@ preview: {every_images: 0}
 
 @pytest.mark.slow
 @pytest.mark.ray
+@pytest.mark.parametrize("in_store", [False, True])
 def test_systems_are_trained_and_measured_one_by_one(
-    pixels: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    in_store: bool, pixels: Path, s3: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One model is sampled without and with guidance, and its table has the numbers of the files of its commands."""
     (tmp_path / "tiny.yaml").write_text(TINY_RECIPE)
@@ -294,20 +295,22 @@ def test_systems_are_trained_and_measured_one_by_one(
     table = PaperTable("Table 3", "guidance", results, steps=2)
     monkeypatch.setitem(SUBJECTS, "table3", table_subject(table))
     monkeypatch.setattr(stages, "FULL_SAMPLES", 12)
-    out = tmp_path / "out"
-    reproduce("table3", str(out), ReproductionOptions(data={"cat": str(pixels)}, features="colours", workers=0))
-    record = Reproduction.read(Folder.at(out))
+    out = f"{s3}/reproduced" if in_store else str(tmp_path / "out")
+    options = ReproductionOptions(data={"cat": str(pixels)}, features="colours", workers=0)
+    page = reproduce("table3", out, options)
+    here, record = page.parent, Reproduction.read(Folder.at(out))
     assert [one.command.split()[1] for one in record.stages] == ["train"] + ["sample", "evaluate"] * 2
-    assert load_recipe(out / "cat" / "lpdm" / "run" / "recipe.yaml").patches.p == 0.25
-    place, progress = ReproductionFolder(Folder.at(out), record), last_progress(out / "cat" / "lpdm" / "run")
-    finding = table_outcome(table, place, out).findings[0].table
+    assert load_recipe(here / "cat" / "lpdm" / "run" / "recipe.yaml").patches.p == 0.25
+    place, progress = ReproductionFolder(Folder.at(out), record), last_progress(here / "cat" / "lpdm" / "run")
+    finding = table_outcome(table, place, here).findings[0].table
     for cells, result in zip(finding.rows, results, strict=True):
-        measured = EvaluationResult.read(out / "cat" / result.slug / "samples" / "metrics.json")
+        measured = EvaluationResult.read(here / "cat" / result.slug / "samples" / "metrics.json")
         shown = dict(zip(finding.header, cells, strict=True))
         assert float(shown["paper: FID"]) == result.metrics["fid"]
         assert float(shown["Fréchet distance"]) == pytest.approx(measured.metrics["frechet_distance"], rel=1e-3)
         assert shown["samples"] == "12" and shown["counted images"] == f"{progress.images_seen:,}"
-    assert (out / "cat.png").is_file()
+    assert (here / "cat.png").is_file()
+    assert Folder.at(out).read("report.html") == page.read_bytes()
 
 
 @pytest.mark.slow
