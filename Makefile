@@ -10,7 +10,7 @@ TORCH_FIDELITY := torch-fidelity==0.4.0
 # For test-gpu and bench-gpu: GPU_PYTHON is any Python with torch, IMAGES an .npz with `images`, FEATURES the weights of Inception.
 GPU_PYTHON ?= $(if $(wildcard $(READY)),$(BIN)/python,$(PYTHON))
 
-.PHONY: demo test test-cluster test-gpu test-fake-cuda test-lowest test-all check bench bench-gpu schema dist lock audit clean
+.PHONY: demo test test-cluster test-gpu test-fake-cuda test-lowest test-all check docs bench bench-gpu schema dist lock audit clean
 
 demo: $(READY)
 	@echo "make demo: from photographs to a registered model and samples (3 to 6 minutes on two cores)"
@@ -48,6 +48,11 @@ check: $(READY)
 	@$(BIN)/ruff check .
 	@$(BIN)/mypy
 
+docs: $(READY)
+	@echo "make docs: the documentation as a site in site/, with warnings as errors; no network needed"
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+	@echo "open site/index.html, or for the search: $(BIN)/python -m http.server --directory site"
+
 bench: $(READY)
 	@echo "make bench: all benchmarks (about an hour on two cores; patchloom benchmark --list shows them)"
 	@$(BIN)/patchloom benchmark --out benchmarks/results
@@ -74,13 +79,13 @@ audit: $(READY)
 	@$(BIN)/python deploy/lock.py audit
 
 clean:
-	rm -rf .venv $(FAKE_CUDA) $(LOWEST) .mypy_cache .pytest_cache .ruff_cache *.egg-info
+	rm -rf site .venv $(FAKE_CUDA) $(LOWEST) .mypy_cache .pytest_cache .ruff_cache *.egg-info
 
 $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "$(PYTHON) is Python " + sys.version.split()[0] + ", and Patchloom needs 3.11 or newer: run make PYTHON=python3.11 ...")'
 	@echo "setting up .venv (once; a few minutes, mostly for torch)"
 	@$(PYTHON) -m venv .venv
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev,docs]"
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target .venv/torch-fidelity $(TORCH_FIDELITY)
 	@touch $(READY)
 

@@ -6,18 +6,15 @@ import shutil
 import subprocess
 import sys
 import tomllib
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from command_lines import command_lines, parse
 from compose_spec.models import ComposeSpecification
 from docker.utils.build import exclude_paths
 from pydantic import ValidationError
-
-from patchloom.pipelines.cli.app import app
-from patchloom.platform.recipe.files import find_config
 
 ROOT = Path(__file__).parents[2]
 DEPLOY = ROOT / "deploy"
@@ -113,37 +110,6 @@ def test_compose_file_has_no_secret_and_the_example_names_all(compose: dict[str,
     ignored = (ROOT / ".gitignore").read_text().splitlines()
     assert "/deploy/.env" in ignored and "/dist/" not in ignored  # `dist/` is there without the first slash
     assert "dist/" in ignored
-
-
-def command_lines(text: str) -> Iterator[list[str]]:
-    """Each `patchloom COMMAND ...` of a file, in comments too, as arguments."""
-    text = re.sub(r"^ *# ?", "", text, flags=re.MULTILINE)
-    text = re.sub(r"\\\n *", "", text)  # a line that goes on
-    text = re.sub(r"(entrypoint: >-\n) *(.*)\n *(.*)", r"\1\2 \3", text)  # a folded string of YAML
-    for line in re.findall(r"(?:^|[\s`])patchloom ([a-z]+ [^`|&;#\n]+)", text):
-        words = line.replace('"$@"', "").split()
-        yield [
-            re.sub(r"^\$.*$", "2", word.rstrip(".,:)"))
-            for word in re.sub(r"\$\(\(.*?\)\)", "2", " ".join(words)).split()
-        ]
-
-
-def parse(arguments: list[str]) -> None:
-    """Raise an error if the command line would, or if it names a recipe or a search that does not ship."""
-    import typer
-
-    group: Any = typer.main.get_command(app)
-    launch = group.commands["launch"]
-    if arguments[0] == "launch" and arguments[1] not in launch.commands:
-        launch.commands["run"].make_context("run", arguments[1:])
-        arguments = arguments[3 if arguments[1] == "--address" else 1 :]  # the command that runs on the cluster
-    while hasattr(group, "commands"):
-        name, *arguments = arguments
-        group = group.commands[name]
-    values = group.make_context(name, arguments).params
-    for named in (values.get("recipe"), values.get("search")):
-        if named and re.fullmatch(r"[a-z0-9_]+", named):  # not a file or a placeholder
-            find_config(named)
 
 
 def test_commands_in_files_and_docs_exist_with_their_options() -> None:

@@ -108,3 +108,22 @@ class Fragile(Autoencoder):
 
     def decode(self, latents: Tensor) -> Tensor:
         return nn.functional.interpolate(latents, scale_factor=4).to(torch.uint8)
+
+
+# --8<-- [start:blocks]
+class Blocks(Autoencoder):
+    """The mean of each block of 4 x 4 pixels is a latent pixel."""
+
+    downscale, latent_channels = 4, 3
+
+    @classmethod
+    def load(cls, folder: Path, device: torch.device | str, dtype: torch.dtype) -> "Blocks":
+        return cls()  # a codec with weights reads them from safetensors in this folder
+
+    def encode(self, images: Tensor) -> tuple[Tensor, None]:
+        return nn.functional.avg_pool2d(images.float() / 127.5 - 1, self.downscale), None
+
+    def decode(self, latents: Tensor) -> Tensor:
+        pixels = nn.functional.interpolate(latents, scale_factor=self.downscale)
+        return (pixels * 127.5 + 127.5).clamp(0, 255).round().to(torch.uint8)
+        # --8<-- [end:blocks]

@@ -1,5 +1,6 @@
 """A network from outside patchloom: diffusers' UNet2DModel behind a ten-line adapter."""
 
+# --8<-- [start:diffusers]
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ class DiffusersUNet(nn.Module):
         """(B, C, H, W), (B,), (B, K) -> (B, channels_out, H, W)."""
         classes = torch.zeros(len(x), 1) if labels is None else labels
         return self.network(x, 250 * noise_condition, self.map_label(classes)).sample
+        # --8<-- [end:diffusers]
 
 
 class TiedNetwork(nn.Module):
