@@ -161,11 +161,18 @@ def models_export(
     diffusers: Annotated[
         bool, typer.Option("--diffusers", help="Write the ControlNet of the model as a folder for diffusers")
     ] = False,
+    license_id: Annotated[
+        str,
+        typer.Option("--license", metavar="ID", help="License of the weights for the model card, such as cc-by-4.0"),
+    ] = "unknown",
 ) -> None:
-    """Copy a model out of the registry, as safetensors and JSON."""
+    """Copy a model out of the registry, as safetensors and JSON, with a model card.
+
+    The card, README.md, has the format of the Hugging Face Hub, so that the folder can be uploaded as it is.
+    """
     from patchloom.pipelines.registry.convert import export_model
 
-    export_model(model, out, diffusers=diffusers)
+    export_model(model, out, diffusers=diffusers, license_id=license_id)
 
 
 @models_app.command("average", epilog="Example: patchloom models average run wider --sigma-rel 0.15")

@@ -25,6 +25,7 @@ from patchloom.models.denoiser import skeleton
 from patchloom.models.ema import PowerProfile, combine, reconstruction
 from patchloom.models.normalisation import pixel_normalisation
 from patchloom.pipelines.prepare.encoders import fetch_autoencoder
+from patchloom.pipelines.registry.hub_card import UNKNOWN_LICENSE, check_license, write_hub_card
 from patchloom.pipelines.train.checkpointer import without_tensors
 from patchloom.platform.files.cache import working_copy
 from patchloom.platform.files.copies import local_copy
@@ -102,35 +103,42 @@ def _fitting_autoencoder(reference: str, snapshot: Path, channels: int) -> tuple
     return folder, card
 
 
-def export_model(model: str, out: str, *, diffusers: bool = False) -> Path:
+def export_model(model: str, out: str, *, diffusers: bool = False, license_id: str = UNKNOWN_LICENSE) -> Path:
     """Verify a model and copy its folder, as safetensors and JSON, or write the ControlNet in it for diffusers.
+
+    The new folder has a model card, README.md, in the format of the Hugging Face Hub: it can be uploaded as it is.
 
     Args:
         model: `models:/NAME@ALIAS`, `models:/NAME/VERSION`, `runs:/ID/model`, or a model or run folder.
         out: the new folder; may be remote.
         diffusers: write a folder that `diffusers.ControlNetModel.from_pretrained` loads. Its control image has the
             condition in [0, 1] and, for a model with coordinates, the channels x and y of `coordinate_grid`.
+        license_id: the license of the weights for the model card, an identifier of the Hub such as "cc-by-4.0".
 
     Returns:
         The new folder; for a remote one a local copy.
 
     Raises:
-        UserError: there is no such model, the folder is not empty, or it is for diffusers and the model no ControlNet.
+        UserError: there is no such model, the folder is not empty, it is for diffusers and the model no ControlNet,
+            or the license is no identifier.
         CheckpointError: the weights do not match their checksum.
 
     Example:
         folder = patchloom.export_model("models:/my-model@champion", "exported")
     """
+    check_license(license_id)
     folder = _new_folder(out)
     fetched = fetch_model(model)
     card = verified_card(fetched.folder)
     if diffusers:
         with _written(folder) as partial:
             _write_controlnet(fetched.folder, card, partial)
+            write_hub_card(partial, fetched, card, license_id, diffusers=True)
         say(f"  {card.name} -> {folder}; read it with diffusers.ControlNetModel.from_pretrained")
         return _place_of(folder)
     with _written(folder) as partial:
         shutil.copytree(fetched.folder, partial, dirs_exist_ok=True)
+        write_hub_card(partial, fetched, card, license_id, diffusers=False)
     say(f"  {card.name} -> {folder}/model.safetensors; read it with safetensors.torch.load_file")
     return _place_of(folder)
 

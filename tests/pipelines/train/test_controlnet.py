@@ -9,6 +9,7 @@ import pytest
 import torch
 from diffusers import ControlNetModel
 from helpers import assert_equal_models, tiny_recipe
+from huggingface_hub import ModelCard
 from PIL import Image
 from safetensors.torch import load_file
 from tiny_base import TOKENS, WIDTH, save_tiny_base
@@ -173,6 +174,10 @@ def test_a_version_is_exported_for_diffusers(folder: Path, run: Path, tmp_path: 
     reference = register(str(run), "edges-to-images")
     assert read_card(export_model(reference, str(tmp_path / "copy"))).denoiser.network == "controlnet"
     exported = ControlNetModel.from_pretrained(export_model(reference, str(tmp_path / "net"), diffusers=True))
+    for name, library in (("copy", "patchloom"), ("net", "diffusers")):
+        card = ModelCard.load(tmp_path / name / "README.md", ignore_metadata_errors=False)
+        assert (card.data.library_name, card.data.pipeline_tag) == (library, "text-to-image")
+        assert "controlnet" in card.data.tags and str(folder / "base").replace("_", "\\_") in card.text
     network: Any = load_sampling_model(run / "model").denoiser.model
     random = torch.Generator().manual_seed(0)
     x, image, text = (torch.randn(2, *shape, generator=random) for shape in ((4, 8, 8), (3, 16, 16), (TOKENS, WIDTH)))
