@@ -7,6 +7,7 @@ import io
 import os
 import subprocess
 import sys
+import venv
 import zipfile
 from pathlib import Path
 
@@ -44,6 +45,75 @@ def test_built_wheel_has_every_folder_and_runs_outside_the_repository(tmp_path: 
         str(tmp_path / "installed/patchloom/platform/recipe/__init__.py"),
         "demo-latents",
     ], done.stderr
+
+
+def test_wheel_has_every_file_of_the_package() -> None:
+    with zipfile.ZipFile(io.BytesIO(wheel_bytes())) as archive:  # the test above compares it with the built one
+        names = {name for name in archive.namelist() if name.startswith("patchloom/")}
+    folders = [ROOT / folder for folder in ("models", "platform", "pipelines", "tune_configs", "benchmarks")]
+    files = [path for folder in folders for path in folder.rglob("*") if path.is_file()]
+    files += [path for path in (ROOT / "patchloom").glob("*") if path.is_file()]
+    wanted = {path.relative_to(ROOT).as_posix().removeprefix("patchloom/") for path in files if is_packaged(path)}
+    assert {name.removeprefix("patchloom/") for name in names} == wanted
+    assert {Path(name).suffix for name in wanted} == {".py", ".typed", ".html", ".svg", ".yaml", ".json"}
+
+
+def is_packaged(path: Path) -> bool:
+    """Whether a file belongs into a wheel: not measurements, nor what Python and tools leave behind."""
+    name = path.relative_to(ROOT).as_posix()
+    return "__pycache__" not in name and "/." not in name and not name.startswith("benchmarks/results/")
+
+
+@pytest.fixture(scope="module")
+def tools(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The `bin` of an environment with `build` and `uv`."""
+    folder = tmp_path_factory.mktemp("tools")
+    venv.create(folder, with_pip=True)
+    done = run(folder / "bin" / "python", "-m", "pip", "install", "--quiet", "build", "uv")
+    if done.returncode:
+        pytest.skip(f"build and uv cannot be installed: {done.stderr.strip().splitlines()[-1:]}")
+    return folder / "bin"
+
+
+@pytest.fixture(scope="module")
+def built(tools: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The wheel, made from the source archive, which is made from the checkout."""
+    folder = tmp_path_factory.mktemp("dist")
+    done = run(tools / "python", "-m", "build", "--outdir", str(folder), str(ROOT))
+    assert done.returncode == 0, done.stderr
+    (wheel,) = folder.glob("patchloom-*.whl")
+    return wheel
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("installer", "command"), [("uv", ["doctor", "--json"]), ("pip", ["demo", "--pixels"])], ids=["uv", "pip"]
+)
+def test_wheel_runs_in_a_new_environment(
+    installer: str, command: list[str], tools: Path, built: Path, tmp_path: Path
+) -> None:
+    new = tmp_path / "new"
+    venv.create(new, with_pip=installer == "pip")
+    install = [new / "bin" / "python", "-m", "pip", "install", "--quiet"]
+    if installer == "uv":
+        install = [tools / "uv", "pip", "install", "--quiet", "--python", str(new / "bin" / "python")]
+    done = run(*install, "-c", str(ROOT / "constraints.txt"), str(built))
+    assert done.returncode == 0, done.stderr
+    place = run(new / "bin" / "python", "-c", "import patchloom; print(patchloom.__file__)", cwd=tmp_path)
+    assert Path(place.stdout.strip()).is_relative_to(new)
+    done = run(new / "bin" / "patchloom", *command, cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    if command[0] == "demo":
+        assert (tmp_path / "demo" / "report.html").stat().st_size > 100_000
+        assert len(list((tmp_path / "demo" / "samples").glob("*/*.png"))) == 64
+
+
+def run(program: Path, *arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    """Run a program as a user of it does, without the variables that let tests import the checkout."""
+    variables = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "OMP_NUM_THREADS")}
+    if cwd is not None:
+        variables["MLFLOW_TRACKING_URI"] = f"sqlite:///{cwd / 'mlflow.db'}"
+    return subprocess.run([program, *arguments], capture_output=True, text=True, cwd=cwd, env=variables)
 
 
 def test_wheel_of_a_registered_version_is_the_code_with_right_checksums() -> None:
