@@ -155,11 +155,12 @@ def _way(settings: dict[str, object]) -> str:
 
 
 def _finding(by: str, comparison: EqualCostComparison) -> Finding:
-    unit, scale, title = ("flops", 1e12, "TFLOP") if by == "images_seen" else ("images_seen", 1, "counted images")
-    rows = [
-        [_way({**one.settings}), one.value(), f"{(mean_of(one.trials, unit) or 0) / scale:,.4g}"]
-        for one in comparison.order
-    ]
+    other, title = ("flops", "TFLOP") if by == "images_seen" else ("images_seen", "counted images")
+    rows = []
+    for one in comparison.order:
+        spent = mean_of(one.trials, other) or 0
+        shown = f"{spent / 1e12:,.1f}" if other == "flops" else f"{spent:,.0f}"
+        rows.append([_way({**one.settings}), one.value(), shown])
     best = comparison.order[0]
     text = f"{_way({**best.settings})}: lowest held-out loss, {best.value_of_n()}. {decision(comparison.order)}"
     seeds = len(best.trials)

@@ -106,22 +106,16 @@ def table_outcome(table: PaperTable, place: ReproductionFolder, here: Path) -> O
     names = used_data(table, place.asked)
     if small and table.small_search:
         parts = [SearchPart.read(table, name, place, here) for name in names]
-        findings, texts = (
-            [one for part in parts for one in part.findings()],
-            [text for part in parts for text in part.texts()],
-        )
+        findings = [one for part in parts for one in part.findings()]
         details = [(f"The search on {part.title}", search_section(here / part.name / "search")) for part in parts]
         numbers = _search_numbers(parts)
     else:
-        findings, numbers = [_systems_table(table, place, here)], _system_numbers(table, place, here)
-        texts, details = [], []
-    if table.title == "Table 3":
-        texts = [*texts, _cost_of_table_3()]
+        findings, numbers, details = [_systems_table(table, place, here)], _system_numbers(table, place, here), []
     return Outcome(
         lead=_lead(table, place),
         numbers=numbers,
         findings=findings,
-        texts=texts,
+        texts=[_cost_of_table_3()] if table.title == "Table 3" else [],
         differences=_differences(table, place, here),
         pictures=[_samples_picture(table, place, name, here) for name in names],
         details=details,
@@ -215,7 +209,8 @@ class SearchPart:
                 fid, time = self._paper(system)
                 rows.append([system, fid, *_cells(self._setting(system, by), by), time])
             title = f"{self.title}, at equal {COST_TITLES[by]}: mean ± standard deviation over {seeds} seeds"
-            found.append(Finding(title, Table(header, rows), self._directions(by)))
+            texts = [*self._directions(by), *(self.cost() if by == "images_seen" else [])]
+            found.append(Finding(title, Table(header, rows), texts))
         return found
 
     def _directions(self, by: str) -> list[str]:
@@ -231,8 +226,8 @@ class SearchPart:
             found.append(compared_with_paper(comparison))
         return found
 
-    def texts(self) -> list[str]:
-        """How much cheaper patches are per counted image."""
+    def cost(self) -> list[str]:
+        """How much cheaper patches are per counted image, as a sentence."""
         settings = {
             result.settings.get("patches.p"): self._setting(result.system, "images_seen") for result in self.results
         }
@@ -408,4 +403,5 @@ def _samples_picture(table: PaperTable, place: ReproductionFolder, name: str, he
     if rows:
         save_png(side_by_side(rows, scale=max(1, 64 // rows[0].shape[2])), path)
     equal = " Trials of equal FLOPs, first seed." if place.asked.small and table.small_search else ""
-    return Picture(path, f"The same seeds in each row: {', '.join(titles)}.{equal}", pixelated=True)
+    data = "" if name == PHOTOGRAPHS_DATA else f"{_as_data(place, name)}. "
+    return Picture(path, f"{data}The same seeds in each row: {', '.join(titles)}.{equal}", pixelated=True)

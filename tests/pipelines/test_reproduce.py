@@ -167,7 +167,7 @@ def test_small_table_compares_at_both_costs() -> None:
     orders = [comparison.order for comparison in part.comparisons.values() if comparison]
     assert [order[0].settings["patches.p"] for order in orders] == [1, 0.5]
     assert [part.agrees(order) for order in orders] == [False, True]
-    assert part.texts()[0].count("2.00") == 2  # FLOPs and time of full images over those of patches
+    assert part.cost()[0].count("2.00") == 2  # FLOPs and time of full images over those of patches
 
 
 def test_fids_of_the_paper_that_hardly_differ_are_a_tie() -> None:
