@@ -10,7 +10,7 @@ TORCH_FIDELITY := torch-fidelity==0.4.0
 # For test-gpu and bench-gpu: GPU_PYTHON is any Python with torch, IMAGES an .npz with `images`, FEATURES the weights of Inception.
 GPU_PYTHON ?= $(if $(wildcard $(READY)),$(BIN)/python,$(PYTHON))
 
-.PHONY: demo test test-cluster test-gpu test-fake-cuda test-lowest test-all check docs bench bench-gpu schema dist lock audit clean
+.PHONY: demo test test-cluster test-pages test-gpu test-fake-cuda test-lowest test-all check docs bench bench-gpu schema dist lock audit clean
 
 demo: $(READY)
 	@echo "make demo: from photographs to a registered model and samples (3 to 6 minutes on two cores)"
@@ -23,6 +23,10 @@ test: $(READY)
 test-cluster: $(READY)
 	@echo "make test-cluster: commands and faults on a cluster of separate machines (Linux, root, iproute2 and PostgreSQL)"
 	@$(BIN)/python -m pytest -q -rs tests/cluster
+
+test-pages: $(READY)
+	@echo "make test-pages: every kind of page in a headless Chromium, at 1280 and 400 pixels; says so where there is no Chromium"
+	@$(BIN)/python -m pytest -q -rs -m pages tests
 
 # without the fixtures of the other tests, which need Ray and MLflow
 test-gpu:

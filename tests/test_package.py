@@ -86,12 +86,8 @@ def built(tools: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("installer", "command"), [("uv", ["doctor", "--json"]), ("pip", ["demo", "--pixels"])], ids=["uv", "pip"]
-)
-def test_wheel_runs_in_a_new_environment(
-    installer: str, command: list[str], tools: Path, built: Path, tmp_path: Path
-) -> None:
+@pytest.mark.parametrize("installer", ["pip", "uv"])
+def test_wheel_runs_the_demo_in_a_new_environment(installer: str, tools: Path, built: Path, tmp_path: Path) -> None:
     new = tmp_path / "new"
     venv.create(new, with_pip=installer == "pip")
     install = [new / "bin" / "python", "-m", "pip", "install", "--quiet"]
@@ -101,11 +97,10 @@ def test_wheel_runs_in_a_new_environment(
     assert done.returncode == 0, done.stderr
     place = run(new / "bin" / "python", "-c", "import patchloom; print(patchloom.__file__)", cwd=tmp_path)
     assert Path(place.stdout.strip()).is_relative_to(new)
-    done = run(new / "bin" / "patchloom", *command, cwd=tmp_path)
+    done = run(new / "bin" / "patchloom", "demo", "--pixels", cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
-    if command[0] == "demo":
-        assert (tmp_path / "demo" / "report.html").stat().st_size > 100_000
-        assert len(list((tmp_path / "demo" / "samples").glob("*/*.png"))) == 64
+    assert (tmp_path / "demo" / "report.html").stat().st_size > 100_000
+    assert len(list((tmp_path / "demo" / "samples").glob("*/*.png"))) == 64
 
 
 def run(program: Path, *arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:

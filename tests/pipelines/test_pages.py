@@ -1,0 +1,148 @@
+"""Pages in a real browser: every kind loads without errors, shows its pictures, and fits wide and narrow windows."""
+
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from browser import Browser, Look, find_browser
+from search_folders import write_search_folder
+
+from patchloom.pipelines.evaluate import evaluate
+from patchloom.pipelines.inspect import dataset_sheet
+from patchloom.pipelines.pages.html import Number, Picture, Table, document
+from patchloom.pipelines.report import report
+from patchloom.pipelines.reproduce.outcome import Finding, Outcome
+from patchloom.pipelines.sample import sample
+from patchloom.pipelines.tune.page import search_section
+from patchloom.platform.dataset import open_dataset
+from patchloom.platform.records.demo import DEMO_FILE, DemoCard
+
+pytestmark = pytest.mark.pages
+
+WIDTHS = (1280, 400)
+LEAST_SCALE = 0.7  # pixels per point: text of 10 points has 7 pixels
+LONG = "a/name/without/spaces/" * 8
+COMMAND = (
+    "patchloom train demo_pixels --data a-dataset-with-a-long-name --out run --set patches.p=0.25 --workers 2 --seed 3"
+)
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    program = find_browser()
+    if program is None:
+        pytest.skip("no Chromium: install one (apt install chromium), or set CHROMIUM to its path")
+    with Browser(program) as opened:
+        yield opened
+
+
+@pytest.fixture(scope="module")
+def samples(trained: Path, pixels: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Samples of the tiny run, measured."""
+    folder = tmp_path_factory.mktemp("pages") / "samples"
+    sample(str(trained), str(folder), "0-5", steps=2, workers=0)
+    evaluate(str(folder), str(pixels), features="colours", workers=0)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def search(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_search_folder(tmp_path_factory.mktemp("pages") / "search")
+
+
+@pytest.fixture(scope="module")
+def make_page(
+    trained: Path, pixels: Path, samples: Path, search: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], Path]:
+    """Makes a page of each kind."""
+    folder = tmp_path_factory.mktemp("made")
+
+    def unmeasured() -> Path:
+        place = shutil.copytree(samples, folder / "unmeasured", ignore=shutil.ignore_patterns("metrics*"))
+        return report(str(place), str(folder / "unmeasured.html"))
+
+    def started() -> Path:
+        place = shutil.copytree(trained, folder / LONG.replace("/", "-"))
+        (place / "progress.jsonl").unlink()
+        return report(str(place), str(folder / "started.html"))
+
+    def demo() -> Path:
+        place = folder / "demo"
+        for name, source in {"run": trained, "pixels": pixels, "samples": samples, "search": search}.items():
+            shutil.copytree(source, place / name)
+        dataset_sheet(open_dataset(pixels), place / "dataset.png")
+        card = DemoCard(chain="tiny", commands=[COMMAND] * 3, model="models:/tiny/1", tracking_uri=f"sqlite:///{LONG}")
+        (place / DEMO_FILE).write_text(card.to_json())
+        return report(str(place), str(folder / "demo.html"))
+
+    def reproduction() -> Path:
+        header = ["system", "FID of the paper", "held-out loss", "FID here", "relative FLOPs", "time of the paper"]
+        finding = Finding("Cats", Table(header, [["PDM-DDPM++", "3.11", "0.4 ± 0.1", "", "0.5", "about 9 h"]]), [LONG])
+        outcome = Outcome(
+            lead="A table of the paper.",
+            numbers=[Number("schedule", "progressive"), Number("counted images", "1,234,567,890")],
+            findings=[finding],
+            texts=["A sentence."],
+            differences=[LONG],
+            pictures=[Picture(samples / "contact_sheet.png", "Samples.")],
+            details=[("The search", search_section(search))],
+        )
+        page = folder / "reproduction.html"
+        page.write_text(document("Table 4 of Patch Diffusion", outcome.section([COMMAND])))
+        return page
+
+    makers = {
+        "run": lambda: report(str(trained), str(folder / "run.html")),
+        "started run": started,
+        "samples": lambda: report(str(samples), str(folder / "samples.html")),
+        "unmeasured samples": unmeasured,
+        "search": lambda: report(str(search), str(folder / "search.html")),
+        "demo": demo,
+        "reproduction": reproduction,
+    }
+    return lambda kind: makers[kind]()
+
+
+@pytest.mark.parametrize(
+    ("kind", "pictures", "plots"),
+    [
+        ("run", 1, 1), ("started run", 0, 0), ("samples", 3, 0), ("unmeasured samples", 1, 0), ("search", 0, 3),
+        ("demo", 6, 4), ("reproduction", 1, 3),
+    ],
+)  # fmt: skip
+def test_page_loads_and_fits(
+    kind: str, pictures: int, plots: int, browser: Browser, make_page: Callable[[str], Path], tmp_path: Path
+) -> None:
+    page = make_page(kind)
+    faults: list[str] = []
+    for width in WIDTHS:
+        look = browser.look(page, width, tmp_path / f"{width}.png")
+        assert look.images >= pictures and look.plots >= plots, look
+        faults += [f"{width}: {fault}" for fault in faults_of(look)]
+    assert not faults, "\n".join([f"{page}: pictures of it are in {tmp_path}", *faults])
+
+
+def faults_of(look: Look) -> list[str]:
+    broken, spilled = (f"broken: {text}" for text in look.broken), (f"spilled: {text}" for text in look.spilled)
+    wide = [f"wide: {text}" for text in look.wide] or ["scrolls horizontally"] * look.scrolls
+    small = [f"a plot has {scale:.2f} pixels per point" for scale in look.scales if scale < LEAST_SCALE]
+    return [*look.errors, *broken, *spilled, *wide, *small]
+
+
+FAULTY = """<!doctype html><html><body style="margin: 0"><img alt="gone" src="data:image/png;base64,AAAA">
+<img alt="outside" src="https://patchloom.invalid/a.png"><div style="width: 1000px">wide</div>
+<div style="width: 50px">progressiveprogressive</div>
+<div style="overflow: auto; width: 50px"><p style="width: 3000px">scrolled</p></div>
+<script>console.error("logged"); undefined.thrown;</script></body></html>"""
+
+
+def test_faults_of_a_page_are_seen(browser: Browser, tmp_path: Path) -> None:
+    (tmp_path / "faulty.html").write_text(FAULTY)
+    wide, narrow = (browser.look(tmp_path / "faulty.html", width) for width in WIDTHS)
+    assert not wide.scrolls and narrow.scrolls
+    assert [text.split()[-1] for text in narrow.wide] == ["wide"] and wide.wide == []
+    assert [text.split()[-1] for text in wide.spilled] == ["progressiveprogressive"]
+    assert wide.broken == ["gone", "outside"]
+    errors = "\n".join(wide.errors)
+    assert "logged" in errors and "TypeError" in errors and "asks for https://patchloom.invalid/a.png" in errors
