@@ -53,7 +53,7 @@ def models_list(
     """List versions of registered models.
 
     MLflow's server filters, sorts and pages. A metric has the name that MLflow shows. `fid` is the evaluation with the
-    most samples; `fid/n-50000/1a2b3c4d` is one way to measure.
+    most samples; `quality/fid n-50000 heun-18` is one way to measure.
     """
     from patchloom.pipelines.registry.listing import empty_list, models_table
     from patchloom.platform.tracking.versions import search_versions

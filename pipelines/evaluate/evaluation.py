@@ -96,7 +96,7 @@ def evaluate(
     if save_reference:
         _save_reference(sets, save_reference, _outputs(chosen))
     evaluation = Evaluation(metrics=_metrics(sets, chosen), identity=identity_of(sets, network, reference))
-    result = write_result(evaluation, sets, out or default_address(measured))
+    result = write_result(evaluation, sets, out or default_address(measured), reference)
     print_result(result)
     return result
 

@@ -15,7 +15,7 @@ from patchloom.pipelines.evaluate.image_sets import ImageSet, SampleImages, sha2
 from patchloom.pipelines.evaluate.metrics import FEW_SAMPLES, NEIGHBOURS, ComparedSets
 from patchloom.pipelines.pages.pictures import is_own_picture, save_png, side_by_side
 from patchloom.pipelines.registry.quality import TITLES, Evaluation
-from patchloom.pipelines.registry.version_card import record_evaluation
+from patchloom.pipelines.registry.version_card import ReferenceSet, record_evaluation
 from patchloom.platform.files.folder import Folder
 from patchloom.platform.files.outputs import check_new_file
 from patchloom.platform.files.storage import make_folder, write_json
@@ -95,7 +95,7 @@ def _picture_name(name: str, picture: str) -> str:
     return f"{Path(name).stem}.{picture}.png"
 
 
-def write_result(evaluation: Evaluation, sets: ComparedSets, address: str) -> EvaluationResult:
+def write_result(evaluation: Evaluation, sets: ComparedSets, address: str, reference: str) -> EvaluationResult:
     """Write the JSON file and its pictures, and add them to the registered version of the samples."""
     folder, name = Folder.of_file(address)
     if not folder.is_remote:
@@ -117,7 +117,8 @@ def write_result(evaluation: Evaluation, sets: ComparedSets, address: str) -> Ev
         for file in (place, *pictures):
             folder.put(file, file.name)
         if isinstance(images, SampleImages):
-            record_evaluation(evaluation, images.sampling.lineage, [place, *pictures])
+            compared = ReferenceSet(reference, evaluation.identity.reference)
+            record_evaluation(evaluation, images.sampling.lineage, [place, *pictures], compared)
     return result
 
 

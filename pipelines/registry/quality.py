@@ -1,12 +1,19 @@
 """Quality: evaluations of a model with everything they depend on, and which of them can be compared."""
 
+import re
+
 from pydantic import JsonValue
 
 from patchloom.errors import UserError
 from patchloom.platform.records.evaluation import EvaluationIdentity, MetricValue
 from patchloom.platform.records.record import Record
 
-TAG = "evaluation."  # prefix of a version's tag, followed by the digest: the newest evaluation of each identity
+# Prefix of a version's tag, followed by the digest: the newest evaluation of each identity, as JSON. MLflow's pages
+# hide tags whose names begin with `mlflow.`.
+TAG = "mlflow.patchloom.evaluation."
+OLD_TAG = "evaluation."  # of versions up to 0.1, which is still read
+GROUP = "quality"  # of the metrics in MLflow; it comes after the losses in the alphabet
+INCEPTION_FEATURES = "inception"
 # the title of each metric, and whether more is better
 TITLES = {
     "fid": ("FID", False),
@@ -55,6 +62,17 @@ class Evaluation(Record):
         """`FID 12.31, KID 0.002`: every metric, rounded."""
         return ", ".join(f"{TITLES[name][0]} {self.metrics[name]:.4g}" for name in TITLES if name in self.metrics)
 
+    def label(self) -> str:
+        """`n-50000 heun-18 guidance-1.3`: how this was measured, in characters that MLflow allows in names."""
+        identity = self.identity
+        parts = [f"n-{identity.n_samples}"]
+        if not identity.features.startswith(INCEPTION_FEATURES):
+            parts.insert(0, identity.features)
+        if "sampler" in identity:
+            parts.append(f"{identity['sampler']}-{identity['steps']}")
+            parts += [] if identity["guidance"] == 1 else [f"guidance-{identity['guidance']:g}"]
+        return re.sub(r"[^\w\-. ]", "-", " ".join(parts))
+
     def circumstances(self) -> str:
         """What the metrics depend on, in one line."""
         identity = self.identity
@@ -101,8 +119,13 @@ def is_better(metric: str, new: float, old: float) -> bool:
 
 def evaluations_of(tags: dict[str, str]) -> list[Evaluation]:
     """The results in the tags of a version, most samples first."""
-    found = [Evaluation.parse(value, f"the tag {key}") for key, value in tags.items() if key.startswith(TAG)]
-    return sorted(found, key=lambda result: (-result.identity.n_samples, result.digest))
+    by_digest = {
+        key.removeprefix(prefix): Evaluation.parse(value, f"the tag {key}")
+        for prefix in (OLD_TAG, TAG)  # the newer of two with one digest replaces the older
+        for key, value in tags.items()
+        if key.startswith(prefix)
+    }
+    return sorted(by_digest.values(), key=lambda result: (-result.identity.n_samples, result.digest))
 
 
 def _short(value: JsonValue) -> str:

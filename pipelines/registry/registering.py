@@ -25,8 +25,15 @@ from patchloom.platform.tracking.aliases import move_alias
 from patchloom.platform.tracking.client import require_reachable
 from patchloom.platform.tracking.names import check_alias, check_name
 from patchloom.platform.tracking.references import stored_model
-from patchloom.platform.tracking.registry import MODEL_FOLDER, register_pyfunc
-from patchloom.platform.tracking.runs import begin_run, end_run, log_artifacts, run_exists
+from patchloom.platform.tracking.registry import MODEL_FOLDER, logged_model, register_pyfunc
+from patchloom.platform.tracking.runs import (
+    begin_run,
+    end_run,
+    log_artifacts,
+    log_dataset,
+    log_metrics,
+    run_exists,
+)
 from patchloom.platform.tracking.store import shown_uri
 from patchloom.platform.tracking.versions import list_versions
 
@@ -124,7 +131,18 @@ def _register_run(folder: Path, name: str, address: str | None) -> str:
         version = _create_version(
             folder / "model", name, run_id, _tags_of_run(folder, card, run_card, preview), address
         )
+        _link_training(folder, name, version, run_card)
     return version
+
+
+def _link_training(folder: Path, name: str, version: str, run: RunCard) -> None:
+    """Show the last losses of a run and its dataset also with the logged model of a version."""
+    model_id, last, run_id = logged_model(name, version), last_progress(folder), str(run.run_id)
+    losses = {key: value for key in ("loss", "held_out_loss") if (value := last.get(key)) is not None}
+    if model_id and losses:
+        dataset = log_dataset(run_id, run.dataset or "", run.dataset_fingerprint)
+        # the time of the line, so that MLflow knows that the run has these values
+        log_metrics(run_id, losses, last.step, model_id=model_id, dataset=dataset, time_unix_s=last.time_unix_s)
 
 
 def _check_recorded(folder: Path, name: str, card: RunCard) -> None:
@@ -147,7 +165,9 @@ def _register_folder(folder: Path, name: str, address: str | None) -> str:
         parameters = {
             key: value for key, value in card.to_json().items() if key in ("denoiser", "imported_from", "average")
         }
-        run_id = begin_run(card.name, "import", parameters, tags)
+        run_id = begin_run(
+            card.name, "import", parameters, tags, description=f"A model that was registered from `{folder}`."
+        )
         version = _create_version(folder, name, run_id, _tags_of_model(card), address)
         end_run(run_id)
     return version

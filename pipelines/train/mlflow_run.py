@@ -6,6 +6,7 @@ from patchloom.platform.files.folder import Folder
 from patchloom.platform.progress import say
 from patchloom.platform.recipe.run_recipe import Recipe, load_recipe
 from patchloom.platform.records.run import RUN_FILE, RunCard
+from patchloom.platform.tracking.origin import command_line
 from patchloom.platform.tracking.runs import (
     begin_run,
     end_run,
@@ -19,7 +20,7 @@ from patchloom.platform.tracking.runs import (
 from patchloom.platform.tracking.store import check_answers, shown_uri
 
 
-def ensure_mlflow_run(folder: Path, address: Folder, parent_run: str | None = None) -> str:
+def ensure_mlflow_run(folder: Path, address: Folder, parent_run: str | None = None, run_name: str | None = None) -> str:
     """Find the MLflow run of a run folder, or create it.
 
     A run that started without MLflow, or with another tracking store, gets a new MLflow run.
@@ -28,6 +29,7 @@ def ensure_mlflow_run(folder: Path, address: Folder, parent_run: str | None = No
         folder: the run folder on this machine.
         address: the run folder itself, which may be remote.
         parent_run: id of the MLflow run of a search, if the run is a trial.
+        run_name: the name on MLflow's pages; by default that of the recipe with its p and schedule.
 
     Returns:
         The id of the MLflow run.
@@ -45,7 +47,9 @@ def ensure_mlflow_run(folder: Path, address: Folder, parent_run: str | None = No
         "patchloom.version": card.code_version,
         "patchloom.folder": str(address),
     }
-    run_id = begin_run(recipe.name, "train", recipe.model_dump(mode="json"), tags, parent_run)
+    name = run_name or setting_name(recipe)
+    description = _description(recipe, card)
+    run_id = begin_run(name, "train", recipe.model_dump(mode="json"), tags, parent_run, description)
     with failed_on_error(run_id):
         log_artifacts(run_id, folder / "recipe.yaml")
         log_dataset(run_id, card.dataset or "", card.dataset_fingerprint)
@@ -53,6 +57,33 @@ def ensure_mlflow_run(folder: Path, address: Folder, parent_run: str | None = No
     if address.is_remote:
         address.put(folder / RUN_FILE, RUN_FILE)
     return run_id
+
+
+def setting_name(recipe: Recipe) -> str:
+    """`demo-latents p=0.25 progressive`: a recipe with the setting of its patches."""
+    patches = recipe.patches
+    return f"{recipe.name} p={patches.p:g}" + (f" {patches.schedule}" if patches.p < 1 else "")
+
+
+def _description(recipe: Recipe, card: RunCard) -> str:
+    """What a run trains, as Markdown."""
+    patches, network = recipe.patches, recipe.model.backbone or recipe.model.network
+    sizes = " and ".join(f"{size.fraction:g}" for size in patches.sizes)
+    steps = "All steps are on full-size images."
+    if patches.p < 1:
+        steps = (
+            f"{patches.p:.0%} of the steps are on full-size images, the others on patches of {sizes} of their side "
+            f"({patches.schedule} schedule)."
+        )
+    lines = [
+        f"Trains the network `{network}` of the recipe `{recipe.name}` on {recipe.train.images:,} counted images.",
+        "",
+        f"- {steps}",
+        f"- Dataset: `{card.dataset}` (fingerprint `{card.dataset_fingerprint[:12]}`)",
+        f"- Seed: {recipe.seed}",
+    ]
+    command = command_line()
+    return "\n".join([*lines, f"- Command: `{command}`"] if command else lines)
 
 
 def _record_length(run_id: str, recipe: Recipe, folder: Path) -> None:

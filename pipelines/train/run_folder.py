@@ -55,7 +55,13 @@ class OpenRun:
 
 @contextmanager
 def open_run_folder(
-    address: Folder, recipe: Recipe, card: ModelCard, dataset: Dataset, resume: bool, parent_run: str | None
+    address: Folder,
+    recipe: Recipe,
+    card: ModelCard,
+    dataset: Dataset,
+    resume: bool,
+    parent_run: str | None,
+    run_name: str | None = None,
 ) -> Iterator[OpenRun]:
     """Lock a run folder, and create it or check that it belongs to this recipe and dataset.
 
@@ -79,7 +85,7 @@ def open_run_folder(
             _write_card(path, address, dataset, card)
         if copy_weights is not None:  # after the card, by which the folder is known as a run
             copy_weights()
-        ensure_run = functools.partial(ensure_mlflow_run, path, address, parent_run)
+        ensure_run = functools.partial(ensure_mlflow_run, path, address, parent_run, run_name)
         if answers and address.is_remote:  # before a worker copies run.json, and sends it back without the run's id
             ensure_run()
         if not answers:

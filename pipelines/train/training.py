@@ -72,6 +72,7 @@ def train(
     profile: bool = False,
     resume: bool = False,
     parent_run: str | None = None,
+    run_name: str | None = None,
     show: ShowLine | None = None,
     resources: Resources = DEFAULT_RESOURCES,
     max_hours: float | None = None,
@@ -91,6 +92,7 @@ def train(
         resume: continue from the newest checkpoint in `out`; a finished run returns at once. A larger `train.images`
             makes a run with the stochastic schedule longer, with the result of a run that had it from the start.
         parent_run: the id of the MLflow run that this run is a trial of.
+        run_name: the name of the run on MLflow's pages. By default that of the recipe with its p and schedule.
         show: called with each progress line, instead of showing a progress bar.
         resources: the nodes that the workers may use. By default all.
         max_hours: stop with a checkpoint before so many hours have passed since the call. By default never.
@@ -126,7 +128,7 @@ def train(
     with ExitStack() as stack:
         if workers and not Folder.at(out).has(RUN_FILE):
             resources = stack.enter_context(room_for_workers(workers, min_workers, resources, paths))
-        folder = stack.enter_context(open_run_folder(Folder.at(out), recipe, card, rows, resume, parent_run))
+        folder = stack.enter_context(open_run_folder(Folder.at(out), recipe, card, rows, resume, parent_run, run_name))
         job = TrainJob(
             recipe, card, rows.address, folder.address.address, allowed_backbones(), microbatch, compile, profile,
             folder.owner, draws_version=RunCard.read(folder.path).format_version,

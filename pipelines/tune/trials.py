@@ -18,6 +18,7 @@ from patchloom.pipelines.train.run import step_settings
 from patchloom.pipelines.train.shard_plan import training_rows
 from patchloom.pipelines.train.training import ShowLine, train
 from patchloom.pipelines.tune.planning import CostUnit, Trial, recipe_of_setting, trial_recipe
+from patchloom.pipelines.tune.ranking import setting_title
 from patchloom.platform.compute.messages import forward_messages
 from patchloom.platform.compute.resources import DEFAULT_RESOURCES, Resources
 from patchloom.platform.compute.session import begin_work
@@ -76,6 +77,13 @@ class TrialJob:
     def folder(self) -> Folder:
         """The run folder of the trial."""
         return self.shared.trials_folder.folder(self.name)
+
+    @property
+    def title(self) -> str:
+        """`trial 003: p 0.25, schedule stochastic, seed 1`: the name of the trial's run on MLflow's pages."""
+        seed = "" if self.recipe is None else f", seed {self.recipe.seed}"
+        cost = "" if self.equal is None else f", equal {self.equal}"
+        return f"trial {self.name}: {setting_title(self.settings)}{seed}{cost}"
 
     def row(self, status: Literal["finished", "stopped", "failed"], **fields: Any) -> TrialRow:
         """The trial's row of the table."""
@@ -192,7 +200,7 @@ def row_of_ended_trial(job: TrialJob, problem: str | None) -> TrialRow:
     here = local_copy(job.folder.address, without_tensors)
     if _took_all_steps(job, here):
         return _finish(job, here)
-    find_run = functools.partial(ensure_mlflow_run, here, job.folder, job.shared.parent_run)
+    find_run = functools.partial(ensure_mlflow_run, here, job.folder, job.shared.parent_run, job.title)
     with MlflowForwarder(here, find_run, lambda _: None):
         pass  # sends the lines that were left when the process was stopped
     end_tracking(here, "KILLED")
@@ -248,6 +256,7 @@ def _row_of_training(job: TrialJob, recipe: Recipe, show: ShowLine) -> TrialRow:
         resources=shared.resources,
         resume=True,
         parent_run=shared.parent_run,
+        run_name=job.title,
         show=show,
     )
     seconds = time.monotonic() - began

@@ -260,7 +260,9 @@ def _definition_yaml(search: Search) -> str:
 def _begin_mlflow_run(folder: Folder, search: Search, dataset: Dataset) -> str:
     values = search.model_dump(mode="json")
     tags = {"patchloom.dataset": dataset.fingerprint, "patchloom.version": __version__, "patchloom.folder": str(folder)}
-    run_id = begin_run(search.name, "search", values, tags)
+    keys = ", ".join(f"`{key}`" for key in search.space)
+    description = f"Searches {keys} in runs of `{search.recipe}`, ranked by `{search.metric}`. Its trials are below it."
+    run_id = begin_run(f"search {search.name}", "search", values, tags, description=description)
     log_dataset(run_id, dataset.address, dataset.fingerprint)
     return run_id
 

@@ -13,7 +13,9 @@ from patchloom.platform.tracking.client import open_registry
 from patchloom.platform.tracking.registry import MISSING, find_version
 
 KEPT_MOVES = 30  # per alias
-TAG_OF_MOVES = "patchloom.alias."  # followed by the alias, a dot, the time and a random number
+# Followed by the alias, a dot, the time and a random number. MLflow's pages hide tags that begin with `mlflow.`.
+TAG_OF_MOVES = "mlflow.patchloom.alias."
+OLD_TAG_OF_MOVES = "patchloom.alias."  # of versions up to 0.1, which is still read
 
 
 def aliased_version(name: str, alias: str) -> str | None:
@@ -71,7 +73,7 @@ def alias_moves(name: str, alias: str) -> list[AliasMove]:
 def alias_names(name: str) -> list[str]:
     """The aliases that a model has, and those that it had and whose history is kept."""
     model = _registered_model(name)
-    had = {key.split(".")[2] for key in model.tags if key.startswith(TAG_OF_MOVES)}
+    had = {alias for key in model.tags if (alias := _alias_of(key)) is not None}
     return sorted({*model.aliases, *had})
 
 
@@ -88,8 +90,16 @@ def _registered_model(name: str) -> Any:
 
 
 def _move_tags(tags: dict[str, str], alias: str) -> list[str]:
-    """The keys of the moves of one alias; they begin with the time."""
-    return sorted(key for key in tags if key.startswith(TAG_OF_MOVES) and key.split(".")[2] == alias)
+    """The keys of the moves of one alias, by the time after the last dot."""
+    return sorted((key for key in tags if _alias_of(key) == alias), key=lambda key: key.rpartition(".")[2])
+
+
+def _alias_of(key: str) -> str | None:
+    """The alias whose move a tag records; None for other tags."""
+    for prefix in (TAG_OF_MOVES, OLD_TAG_OF_MOVES):
+        if key.startswith(prefix):
+            return key.removeprefix(prefix).partition(".")[0]
+    return None
 
 
 def versions_in_turn(moves: list[AliasMove]) -> list[str]:

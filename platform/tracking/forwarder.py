@@ -19,14 +19,23 @@ RETRY_AFTER_S = 10.0
 CREATE_RUN_AFTER_S = 15.0  # of a run that has no line to send yet
 
 
+# MLflow shows a section of charts for each part before a slash, in alphabetical order, then the names without a slash.
+# So the losses are also sent in a group of their own, and the other groups have names that come after it.
+LOSS_GROUP = {"loss": "loss/train", "held_out_loss": "loss/held_out"}
+GROUPS = {
+    "held_out_loss_by_sigma": "loss_by_sigma_held_out",
+    "images_per_second_by_patch_size": "speed_by_patch_size",
+}
+
+
 def line_metrics(line: ProgressLine) -> dict[str, float]:
     """The numbers of a progress line by metric name; nested ones as `loss_by_patch_size/16`."""
     flat: dict[str, float] = {}
     for key, value in line.model_dump(exclude_unset=True, exclude={"step", "time_unix_s"}).items():
         if isinstance(value, dict):
-            flat |= {f"{key}/{inner}": float(number) for inner, number in value.items()}
+            flat |= {f"{GROUPS.get(key, key)}/{inner}": float(number) for inner, number in value.items()}
         elif isinstance(value, (int, float)):
-            flat[key] = float(value)
+            flat |= {name: float(value) for name in (key, LOSS_GROUP.get(key)) if name is not None}
     return flat
 
 

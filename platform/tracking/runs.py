@@ -4,20 +4,35 @@ import contextlib
 import json
 import time
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 from patchloom.platform.records.record import flat_values
 from patchloom.platform.tracking.client import connect, experiment_id
+from patchloom.platform.tracking.origin import origin_tags
 from patchloom.redaction import redacted, redacted_values
 
 FINISHED = "FINISHED"
 PARAM_CHARACTERS = 500  # MLflow's limit for the value of a parameter
 
 
+@dataclass(frozen=True)
+class LoggedDataset:
+    """A dataset as MLflow knows it."""
+
+    name: str
+    digest: str
+
+
 def begin_run(
-    name: str, kind: str, params: Mapping[str, object], tags: Mapping[str, str], parent: str | None = None
+    name: str,
+    kind: str,
+    params: Mapping[str, object],
+    tags: Mapping[str, str],
+    parent: str | None = None,
+    description: str = "",
 ) -> str:
-    """Create a run.
+    """Create a run, with tags for its user, its command and the commit of the code.
 
     Args:
         name: its name on MLflow's pages.
@@ -25,12 +40,15 @@ def begin_run(
         params: values by name, recorded as text; nested ones by dotted names such as `patches.p`.
         tags: further tags.
         parent: id of the run that this one belongs to.
+        description: what the run does, as Markdown.
 
     Returns:
         The id of the run.
     """
     client = connect()
-    all_tags = {"mlflow.runName": name, "patchloom.kind": kind, **tags}
+    all_tags = {"mlflow.runName": name, "patchloom.kind": kind, **origin_tags(kind), **tags}
+    if description:
+        all_tags["mlflow.note.content"] = description
     if parent:
         all_tags["mlflow.parentRunId"] = parent
     run_id = str(client.create_run(experiment_id(client), tags=redacted_values(all_tags)).info.run_id)
@@ -84,6 +102,11 @@ def recorded_value(run_id: str, key: str) -> str | None:
     return value
 
 
+def tags_of_run(run_id: str) -> dict[str, str]:
+    """The tags of a run."""
+    return dict(connect().get_run(run_id).data.tags)
+
+
 def tag_run(run_id: str, tags: Mapping[str, str]) -> None:
     """Set tags of a run."""
     client = connect()
@@ -101,21 +124,41 @@ def log_artifacts(run_id: str, *files: Path, under: str | None = None) -> None:
             client.log_artifact(run_id, str(file), under)
 
 
-def log_metrics(run_id: str, metrics: Mapping[str, float], step: int = 0, model_id: str | None = None) -> None:
-    """Record metrics of a step. With `model_id`, MLflow also shows them with this logged model."""
+def log_metrics(
+    run_id: str,
+    metrics: Mapping[str, float],
+    step: int = 0,
+    *,
+    model_id: str | None = None,
+    dataset: LoggedDataset | None = None,
+    time_unix_s: float | None = None,
+) -> None:
+    """Record metrics of a step.
+
+    Args:
+        run_id: the run.
+        metrics: values by name.
+        step: the step that they belong to.
+        model_id: a logged model, with which MLflow also shows them.
+        dataset: what the model was measured on; MLflow shows it with the logged model.
+        time_unix_s: when they were measured; now by default.
+    """
     from mlflow.entities import Metric
 
-    now = int(time.time() * 1000)
-    points = [Metric(key, float(value), now, step, model_id=model_id) for key, value in metrics.items()]
+    stamp = int((time.time() if time_unix_s is None else time_unix_s) * 1000)
+    # one request with a model and a dataset is for one model and one dataset
+    of = {"model_id": model_id, **({"dataset_name": dataset.name, "dataset_digest": dataset.digest} if dataset else {})}
+    points = [Metric(key, float(value), stamp, step, **of) for key, value in metrics.items()]
     connect().log_batch(run_id, metrics=points)
 
 
-def log_dataset(run_id: str, address: str, fingerprint: str) -> None:
-    """Record which prepared dataset a run uses."""
-    from mlflow.entities import Dataset, DatasetInput
+def log_dataset(run_id: str, address: str, fingerprint: str, context: str = "training") -> LoggedDataset:
+    """Record which dataset a run uses, and what for: `training` or `evaluation`."""
+    from mlflow.entities import Dataset, DatasetInput, InputTag
 
     address = redacted(address)
-    source = json.dumps({"uri": address if "://" in address else Path(address).as_uri()})
+    source = json.dumps({"uri": address if "://" in address else Path(address).absolute().as_uri()})
     name = address.rstrip("/").rsplit("/", 1)[-1]
     entity = Dataset(name=name, digest=fingerprint[:32], source_type="local", source=source)
-    connect().log_inputs(run_id, [DatasetInput(entity, [])])
+    connect().log_inputs(run_id, [DatasetInput(entity, [InputTag("mlflow.data.context", context)])])
+    return LoggedDataset(name, fingerprint[:32])

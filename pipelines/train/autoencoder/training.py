@@ -201,7 +201,10 @@ def ensure_autoencoder_run(folder: Path, dataset: Dataset) -> str:
     if card.run_id is not None and run_exists(card.run_id):
         return card.run_id
     tags = {"patchloom.dataset": card.dataset_fingerprint, "patchloom.version": card.code_version}
-    run_id = begin_run(folder.name, "autoencoder", asdict(card.settings), tags)
+    run_id = begin_run(
+        f"autoencoder {folder.name}", "autoencoder", asdict(card.settings), tags,
+        description=f"Trains an autoencoder on the images of `{dataset.address}`, for models of its latents.",
+    )  # fmt: skip
     with failed_on_error(run_id):
         log_dataset(run_id, dataset.address, dataset.fingerprint)
     card.model_copy(update={"run_id": run_id, "tracking_uri": shown_uri()}).write(folder)

@@ -15,10 +15,12 @@ from scipy.linalg import sqrtm
 from patchloom.errors import UserError
 from patchloom.pipelines.evaluate.evaluation import evaluate
 from patchloom.pipelines.evaluate.results import notes_on, seed_ranges
-from patchloom.pipelines.registry.quality import Evaluation, comparable, differences, evaluations_of
+from patchloom.pipelines.registry.quality import TAG, Evaluation, comparable, differences, evaluations_of
 from patchloom.pipelines.sample import sample
 from patchloom.platform.dataset import open_dataset
 from patchloom.platform.records.evaluation import EvaluationIdentity
+from patchloom.platform.records.run import RunCard
+from patchloom.platform.tracking.client import connect
 
 LEFT_OUT = r"0\.jpg"
 
@@ -101,15 +103,47 @@ def test_a_result_goes_to_the_models_version(samples: Path, pixels: Path, tmp_pa
     kept = {found.digest: found for found in evaluations_of(version.tags)}[result["digest"]]
     assert kept.metrics == result["metrics"] and kept.identity == result["identity"]
     assert version.tags["quality"].startswith("Fréchet distance")
-    metric = f"frechet_distance/n-10/{result['digest']}"
-    assert client.get_run(version.run_id).data.metrics[metric] == pytest.approx(result["metrics"]["frechet_distance"])
-    logged = {
-        metric.key: metric.value
-        for metric in client.get_logged_model(version.source.removeprefix("models:/")).metrics or []
-    }
-    assert metric in logged
+    metric, run = "quality/frechet_distance colour-layout-48 n-10 heun-2", client.get_run(version.run_id)
+    assert run.data.metrics[metric] == pytest.approx(result["metrics"]["frechet_distance"])
+    reference = open_dataset(pixels).fingerprint[:32]
+    logged = client.get_logged_model(version.source.removeprefix("models:/")).metrics or []
+    assert (metric, reference) in {(found.key, found.dataset_digest) for found in logged}
+    assert {"loss", "held_out_loss"} <= {found.key for found in logged if found.dataset_name == "pixels"}
+    shown = [key for key in version.tags if not key.startswith("mlflow.")]  # MLflow's pages hide the others
+    assert not [key for key in shown if version.tags[key].startswith("{")]
     files = {file.path for file in client.list_artifacts(version.run_id, f"evaluations/{result['digest']}")}
     assert f"evaluations/{result['digest']}/metrics.json" in files
+
+
+def test_results_that_cannot_be_compared_are_different_metrics(
+    samples: Path, pixels: Path, tmp_path: Path, trained: Path
+) -> None:
+    def curves() -> dict[str, float]:
+        found = connect().get_run(str(RunCard.read(trained).run_id)).data.metrics
+        return {key: value for key, value in found.items() if key.startswith("quality/frechet_distance colour")}
+
+    references = [pictures(tmp_path / name, noise(12, 16, seed=seed)) for seed, name in enumerate(("a", "b"))]
+    before = curves()
+    values = [
+        evaluate(str(samples), str(folder), features="colours", out=str(tmp_path / "metrics.json"))["metrics"]
+        for folder in (*references, references[0])
+    ]
+    inputs = connect().get_run(str(RunCard.read(trained).run_id)).inputs.dataset_inputs
+    contexts = [tag.value for found in inputs for tag in found.tags if found.dataset.name in ("a", "b")]
+    assert contexts == ["evaluation"] * 2
+    new = {key: value for key, value in curves().items() if key not in before}
+    assert sorted(new.values()) == pytest.approx(sorted(found["frechet_distance"] for found in values[:2]))
+
+
+def test_evaluations_of_earlier_versions_are_read() -> None:
+    one = Evaluation(
+        metrics={"fid": 3.0}, identity=EvaluationIdentity(features="inception", n_samples=5, reference="a")
+    )
+    other = one.model_copy(update={"metrics": {"fid": 2.0}})
+    old, new = f"evaluation.{one.digest}", f"{TAG}{one.digest}"
+    assert evaluations_of({old: json.dumps(one.to_dict())}) == [one]
+    both = {new: json.dumps(other.to_dict()), old: json.dumps(one.to_dict()), "kind": "pixels"}
+    assert evaluations_of(both) == [other]
 
 
 def test_workers_and_batches_change_nothing(

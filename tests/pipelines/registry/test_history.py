@@ -113,6 +113,17 @@ def test_history_is_bounded(plain_versions: Callable[[str, int], str]) -> None:
     assert len(alias_history(name).moves) == KEPT_MOVES == len(connect().get_registered_model(name).tags)
 
 
+def test_moves_that_earlier_versions_recorded_come_first(plain_versions: Callable[[str, int], str]) -> None:
+    name = plain_versions("aged", 3)
+    promote_model(name, "1")
+    client = connect()
+    for key, value in client.get_registered_model(name).tags.items():
+        client.delete_registered_model_tag(name, key)
+        client.set_registered_model_tag(name, key.replace("mlflow.patchloom.", "patchloom."), value)
+    promote_model(name, "3")
+    assert [move.version for move in alias_history(name).moves] == ["1", "3"] and alias_history(name).before == "1"
+
+
 def test_moves_of_two_processes_are_both_kept(plain_versions: Callable[[str, int], str]) -> None:
     plain_versions("hurried", 4)
     processes = [subprocess.Popen([sys.executable, "-c", MOVE, *pair]) for pair in (("1", "2"), ("3", "4"))]

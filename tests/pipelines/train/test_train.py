@@ -1,6 +1,7 @@
 """Training: counts, progress lines, the model folder, MLflow, and refusals."""
 
 import contextlib
+import getpass
 import os
 from pathlib import Path
 from typing import Any
@@ -73,7 +74,10 @@ def test_mlflow_contains_lines_parameters_and_preview(trained: Path) -> None:
     )  # every number, also system metrics; evaluations may add more
     assert {key: run.data.metrics[key] for key in expected} == pytest.approx(expected)
     assert {"straggler_loss", "model_flops_utilisation", "system/cpu_utilization_percentage"} <= set(run.data.metrics)
-    assert run.info.status == "FINISHED"
+    assert run.info.status == "FINISHED" and run.info.run_name == "tiny p=0.5 stochastic"
+    assert run.data.tags["mlflow.user"] == getpass.getuser()
+    assert run.data.tags["mlflow.source.name"] == "patchloom train" and "mlflow.note.content" in run.data.tags
+    assert sorted(key.partition("/")[0] for key in run.data.metrics if "/" in key)[0] == "loss"  # MLflow's first charts
     assert run.data.params["patches.p"] == "0.5"
     assert run.inputs.dataset_inputs[0].dataset.digest == read_json(trained / "run.json")["dataset_fingerprint"][:32]
     assert any("preview" in item.path for item in client.list_artifacts(run_id, "images"))

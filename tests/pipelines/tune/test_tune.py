@@ -70,6 +70,8 @@ def test_a_search_compares_its_trials_and_keeps_the_best(
         run = client.get_run(trial["run_id"])
         assert run.data.tags["mlflow.parentRunId"] == result.run_id
         assert run.data.params["patches.p"] == str(trial["settings"]["patches.p"])
+        setting = f"p {trial['settings']['patches.p']:g}"
+        assert run.info.run_name == f"trial {trial['name']}: {setting}, seed {tiny_recipe().seed}"
         assert run.data.metrics["held_out_loss"] == pytest.approx(trial["held_out_loss"])
     assert client.get_run(result.run_id).data.metrics["trials"] == 2
 
