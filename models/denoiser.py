@@ -260,7 +260,7 @@ def halvings_of(config: DenoiserConfig) -> int:
 
 @cache
 def _halvings_of_json(config: str) -> int:
-    """Cached: the plan of a search asks for each trial, and a skeleton takes .05 s, one of Stable Diffusion's size seconds."""
+    """Cached, because the plan of a search asks for every trial, and a skeleton takes .05 s, a large one seconds."""
     network = skeleton(DenoiserConfig.from_json(json.loads(config))).model
     assert isinstance(network, UNet | ControlNetwork)
     return network.halvings

@@ -134,7 +134,7 @@ def extrapolation_outcome(place: ReproductionFolder, here: Path) -> Outcome:
             rows.append([f"{size} x {size}", method, f"{np.mean(ratios):.2f}", shown, _seconds(place, size, method)])
         pictures.append(_around_picture(place, here, size))
     wide = [[canvas, f"{window_ratio(_read(place, _wide(canvas))):.3f}"] for canvas in CANVASES]
-    best = min(rows, key=lambda row: float(row[2]))
+    best = min(rows, key=lambda row: abs(float(row[2]) - 1))
     return Outcome(
         lead=f"Canvases larger than the {side} x {side} pixels of the training, with the coordinates continued beyond "
         "-1 and 1: around held-out images in every way that there is, and four times as wide.",
@@ -147,20 +147,20 @@ def extrapolation_outcome(place: ReproductionFolder, here: Path) -> Outcome:
             Finding(
                 "Steps across the border of the given image, over the steps outside of it (rms; 1 is no border)",
                 Table(["canvas", "method", "mean", "of each image", "time"], rows),
-                [f"The smallest step across the border has {best[1]} on {best[0]} ({best[2]})."],
+                [f"Closest to 1: {best[1]} on {best[0]} pixels, with {best[2]}."],
             ),
             Finding(
                 f"Steps where windows end on {side} x {WIDE_FACTOR * side} pixels, over the other steps (rms)",
                 Table(["canvas", "ratio"], wide),
-                ["Only `windows` has windows; the numbers of the other canvases are what such columns have by chance."],
+                ["Only the canvas of windows has ends there: the other two show what these columns have by chance."],
             ),
         ],
         texts=[],
         differences=[
             "The paper shows LSUN-Bedroom at 256 x 256 pixels on 384 x 384 (Figure 7) and 512 x 512 (Figure 11), from "
             "latents, and gives no number.",
-            "The paper keeps the given image fixed in each step, which is `replace`. `resample`, `reconstruct` and "
-            "`windows` are not from it.",
+            "The paper keeps the given image fixed in each step, which is the method replace. The methods resample and "
+            "reconstruct, and the canvas of windows, are not from it.",
         ],
         pictures=[*pictures, _wide_picture(place, here)],
     )
@@ -197,7 +197,7 @@ def _around_picture(place: ReproductionFolder, here: Path, size: int) -> Picture
             for method in METHODS
         ]
     path = here / f"around-{size}.png"
-    save_png(side_by_side(rows, scale=max(1, 96 // size)), path)
+    save_png(side_by_side(rows, scale=max(1, 128 // size)), path)
     caption = (
         f"{size} x {size}: the given image on the left, then samples around it. Rows of each: {', '.join(METHODS)}."
     )

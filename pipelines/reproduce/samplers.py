@@ -106,7 +106,7 @@ def sampler_outcome(place: ReproductionFolder, here: Path) -> Outcome:
     first = next(iter(results.values())).identity
     title = TITLES[metric][0]
     return Outcome(
-        lead="The samplers of Patchloom on one model: DDPM's is `ancestral`, PNDM's `plms`. Every sampler has the same "
+        lead="The samplers of Patchloom on one model: ancestral is DDPM's, plms is PNDM's. Every sampler has the same "
         "network evaluations in a column, and the same seeds.",
         numbers=[
             Number("samples of each", f"{first.n_samples:,}"),
