@@ -23,7 +23,7 @@ Steps
     inspect            a dataset or model -> its verified card
 
 Datasets, recipes and models
-    open               open_dataset, load_recipe, load_model
+    open               open_dataset, load_recipe, load_model, load_trials
     convert            import_model, export_model, average_model
     registry           list_versions, describe_model, compare_models,
                        promote_model, delete_model, prune_model,
@@ -86,6 +86,7 @@ if TYPE_CHECKING:
     from patchloom.pipelines.train import train
     from patchloom.pipelines.train.autoencoder import AutoencoderSettings, train_autoencoder
     from patchloom.pipelines.tune import tune
+    from patchloom.pipelines.tune.frame import load_trials
     from patchloom.platform.dataset import Dataset, open_dataset
     from patchloom.platform.recipe import Recipe as Recipe
     from patchloom.platform.recipe import load_recipe
@@ -127,6 +128,7 @@ __all__ = [
     "list_versions",
     "load_model",
     "load_recipe",
+    "load_trials",
     "open_dataset",
     "plms",
     "prepare",
@@ -165,6 +167,7 @@ _MODULES = {
     "pipelines.train": ("train",),
     "pipelines.train.autoencoder": ("AutoencoderSettings", "train_autoencoder"),
     "pipelines.tune": ("tune",),
+    "pipelines.tune.frame": ("load_trials",),
     "platform.dataset": ("Dataset", "open_dataset"),
     "platform.recipe": ("Recipe", "load_recipe"),
     "platform.tracking.versions": ("list_versions",),

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from helpers import SHARED_DATA, run_python, tiny_recipe
+from search_folders import write_search_folder
 
 import patchloom
 from patchloom.platform.recipe import recipe_yaml
@@ -30,6 +31,7 @@ INPUTS = {
     "inspect": ("dataset",),
     "list_versions": ("registry",),
     "load_model": ("registry",),
+    "load_trials": ("search",),
     "open_dataset": ("dataset",),
     "prepare": ("photos",),
     "promote_model": ("registry",),
@@ -121,6 +123,8 @@ def provide(
                 "name: tiny\nrecipe: recipe.yaml\nspace: {patches.p: {grid: [0.5, 1.0]}}\nbudget: {images: 40}\n"
             )
             put("recipe.yaml")
+        elif name == "search":
+            write_search_folder(Path(name))
         elif name == "averaged run":
             averages = [{"sigma_rel": width, "snapshot_every_images": 20} for width in (0.05, 0.1)]
             patchloom.train(tiny_recipe(train__images=80, ema=averages), str(pixels), "run", workers=0)
