@@ -17,7 +17,10 @@ ROOT = Path(__file__).parent.parent
 SECTIONS = re.compile(r"^(Args|Returns|Raises|Yields|Example):$", re.MULTILINE)
 ENTRY = re.compile(r"^([\w`*][\w`*./, -]*?): (.*)", re.DOTALL)
 TITLED = re.compile(r"^(?=[A-Z][A-Za-z, ]+$)", re.MULTILINE)  # the titles in the docstring of patchloom
-SHELL = re.compile(r"^```\n(?=(?:\w+=\S+ )*(?:patchloom|make|python|pip|export|mlflow|serve) )", re.MULTILINE)
+COMMAND = r"(?:\w+=\S+ )*(?:patchloom|make|python|pip|export|mlflow|serve|ray) "
+SHELL = re.compile(rf"^```\n(?=(?:# .*\n)*{COMMAND})(.*?)```$", re.MULTILINE | re.DOTALL)
+COMMENTED = re.compile(rf"^({COMMAND}.*?\S) +# (.*)$", re.MULTILINE)
+COMMENT_ABOVE = r"# \2\n\1"
 # classes that are described as a whole: their members are many, and those of torch and pydantic
 WHOLE = ("Denoiser", "Recipe")
 Node = ast.FunctionDef | ast.ClassDef
@@ -42,8 +45,8 @@ def on_files(files: Any, config: Any) -> Any:
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
-    """Blocks of commands get the colors of a shell."""
-    return SHELL.sub("```sh\n", markdown)
+    """Blocks of commands get the colors of a shell, and short lines: a comment is above its command."""
+    return SHELL.sub(lambda found: f"```sh\n{COMMENTED.sub(COMMENT_ABOVE, found[1])}```", markdown)
 
 
 def root_page(name: str) -> str:
@@ -116,7 +119,8 @@ def api_entry(definition: Definition, anchor: str, has_source: bool = False, is_
     node = definition.node
     lines = [f"### {node.name} {{#{anchor}}}", "", "```python", signature(node), "```", "", *docstring(node)]
     for method in [] if is_whole else definition.methods():
-        lines += [f"#### {node.name}.{method.name} {{#{anchor}.{method.name}}}", ""]
+        shown = method.name.replace("__", r"\_\_")
+        lines += [f"#### {node.name}.{shown} {{#{anchor}.{method.name}}}", ""]
         lines += ["```python", signature(method), "```", "", *docstring(method)]
     if has_source:
         source = textwrap.indent(f"```python\n{definition.source}\n```", "    ")
@@ -277,8 +281,9 @@ def command_section(path: str, command: Any) -> list[str]:
     context = command.make_context(path, [], resilient_parsing=True)
     usage = " ".join(command.collect_usage_pieces(context))
     lines = [f"## {path}", "", plain(command.help or ""), "", "```text", f"{path} {usage}", "```", ""]
-    if command.epilog:
-        lines += [plain(command.epilog), ""]
+    examples = re.findall(r"patchloom [^\n]+", command.epilog or "")
+    if examples:
+        lines += ["```sh", *examples, "```", ""]
     records = [
         parameter.get_help_record(context)
         for parameter in command.get_params(context)

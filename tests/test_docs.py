@@ -10,12 +10,14 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+from browser import Browser, find_browser
 from command_lines import BLOCK, all_commands, block_commands, check_command, check_mention, mentioned_commands
 
 import patchloom
 from patchloom.platform.recipe import check_recipe
 from patchloom.platform.recipe.files import ConfigFile
 from patchloom.platform.recipe.run_recipe import recipe_values
+from patchloom.platform.recipe.search import load_search
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -120,6 +122,18 @@ def test_recipes_of_all_pages_are_valid(tmp_path: Path) -> None:
             pytest.fail(f"{name_of(page)}: {error}")
 
 
+def test_searches_of_all_pages_are_valid(tmp_path: Path) -> None:
+    found = [(page, text) for page in PAGES for text in blocks(page, "yaml") if "space:" in text]
+    assert found
+    (tmp_path / "my.yaml").write_text("base: demo_pixels\nname: mine\n")
+    for page, text in found:
+        (tmp_path / "search.yaml").write_text(text)
+        try:
+            load_search(tmp_path / "search.yaml")
+        except ValueError as error:
+            pytest.fail(f"{name_of(page)}: {error}")
+
+
 def test_blocks_are_closed() -> None:
     for page in PAGES:
         assert len(BLOCK.findall(page.read_text())) * 2 == len(re.findall(r"^ *```", page.read_text(), re.MULTILINE)), (
@@ -155,3 +169,18 @@ def test_readme_is_one_screen_with_links_that_exist() -> None:
     assert "\nmake demo " in text and "\nmake test " in text
     for link in re.findall(r"\]\(([^)#:]+)(?:#[\w-]+)?\)", text):
         assert (ROOT / link).exists(), link
+
+
+@pytest.mark.pages
+@pytest.mark.parametrize("width", [1280, 400])
+def test_pages_of_the_site_in_a_browser(site: Path, width: int) -> None:
+    program = find_browser()
+    if program is None:
+        pytest.skip("there is no Chromium (apt-get install chromium, or set CHROMIUM)")
+    with Browser(program) as browser:
+        for page in sorted(site.rglob("*.html")):
+            if page.parent.name in ("decisions", "searches") or page.name == "404.html":
+                continue  # texts alone, a page of another kind, and one that is made for a server
+            look = browser.look(page, width)
+            outside = [error for error in look.errors if not error.startswith("asks for file://")]
+            assert (outside, look.broken, look.scrolls) == ([], [], False), f"{page.name}: {look.wide[:3]}"
