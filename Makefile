@@ -55,7 +55,7 @@ check: $(READY)
 docs: $(READY)
 	@echo "make docs: the documentation as a site in site/, with warnings as errors; no network needed"
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
-	@echo "open site/index.html, or for the search: $(BIN)/python -m http.server --directory site"
+	@echo "open site/index.html"
 
 bench: $(READY)
 	@echo "make bench: all benchmarks (about an hour on two cores; patchloom benchmark --list shows them)"

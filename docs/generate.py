@@ -49,6 +49,12 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
     return SHELL.sub(lambda found: f"```sh\n{COMMENTED.sub(COMMENT_ABOVE, found[1])}```", markdown)
 
 
+def on_post_build(config: Any) -> None:
+    """The index of the search as a script, which pages load that are opened without a server."""
+    folder = Path(config["site_dir"]) / "search"
+    (folder / "search_index.js").write_text(f"var __index = {(folder / 'search_index.json').read_text()}")
+
+
 def root_page(name: str) -> str:
     """A file of the root, with its links to docs/ as links of the site."""
     return re.sub(r"\]\(docs/", "](", (ROOT / name).read_text())

@@ -171,16 +171,46 @@ def test_readme_is_one_screen_with_links_that_exist() -> None:
         assert (ROOT / link).exists(), link
 
 
-@pytest.mark.pages
-@pytest.mark.parametrize("width", [1280, 400])
-def test_pages_of_the_site_in_a_browser(site: Path, width: int) -> None:
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
     program = find_browser()
     if program is None:
         pytest.skip("there is no Chromium (apt-get install chromium, or set CHROMIUM)")
     with Browser(program) as browser:
-        for page in sorted(site.rglob("*.html")):
-            if page.parent.name in ("decisions", "searches") or page.name == "404.html":
-                continue  # texts alone, a page of another kind, and one that is made for a server
-            look = browser.look(page, width)
-            outside = [error for error in look.errors if not error.startswith("asks for file://")]
-            assert (outside, look.broken, look.scrolls) == ([], [], False), f"{page.name}: {look.wide[:3]}"
+        yield browser
+
+
+@pytest.mark.pages
+@pytest.mark.parametrize("width", [1280, 400])
+def test_pages_of_the_site_in_a_browser(site: Path, browser: Browser, width: int) -> None:
+    for page in sorted(site.rglob("*.html")):
+        if page.parent.name in ("decisions", "searches") or page.name == "404.html":
+            continue  # texts alone, a page of another kind, and one that is made for a server
+        look = browser.look(page, width)
+        outside = [error for error in look.errors if not error.startswith("asks for file://")]
+        assert (outside, look.broken, look.scrolls) == ([], [], False), f"{page.name}: {look.wide[:3]}"
+
+
+SEARCH = """new Promise(done => {
+  const input = document.querySelector('.md-search__input');
+  const found = () => document.querySelectorAll('.md-search-result__link');
+  document.querySelector('#__search').click();
+  input.focus();
+  input.value = 'guidance';
+  const look = left => {
+    input.dispatchEvent(new KeyboardEvent('keyup', { bubbles: true, key: 'e' }));
+    if (found().length || !left) done([...found()].map(link => link.getAttribute('href')));
+    else setTimeout(() => look(left - 1), 200);
+  };
+  look(300);
+})"""
+
+
+@pytest.mark.pages
+def test_search_of_the_site_works_without_a_server(site: Path, browser: Browser) -> None:
+    browser.call("Emulation.setFocusEmulationEnabled", enabled=True)
+    browser.look(site / "how-to" / "search.html", 1280)
+    links = browser.call("Runtime.evaluate", expression=SEARCH, returnByValue=True, awaitPromise=True)["result"][
+        "value"
+    ]
+    assert any("concepts.html" in link for link in links)

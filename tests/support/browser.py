@@ -118,6 +118,10 @@ class Browser:
             picture.write_bytes(base64.b64decode(shot["data"]))
         return Look(errors=list(filter(None, (_error(event, address) for event in self._events))), **found)
 
+    def call(self, method: str, **parameters: Any) -> dict[str, Any]:
+        """Send a command of the DevTools protocol to the tab."""
+        return self._call(method, self._session, **parameters)
+
     def _call(self, method: str, session: str | None = None, **parameters: Any) -> dict[str, Any]:
         """Send a command and wait for its answer."""
         self._last += 1
