@@ -53,7 +53,7 @@ def make_photos(folder: Path, count: int = 10, side: int = 48) -> None:
         (folder / name).mkdir(parents=True)
         pixels = photograph(("chelsea.png", "coffee.png", "astronaut.png")[number])
         for index in range(count):
-            y, x = 5 * index, 7 * index
+            y, x = 2 * index, 4 * index
             Image.fromarray(pixels[y : y + side, x : x + side]).save(folder / name / f"{index:02d}.png")
 
 
@@ -142,7 +142,7 @@ def sampled() -> None:
 
 
 def with_features() -> None:
-    make_photos(Path("photos"), count=40)  # so that some are held out
+    make_photos(Path("photos"), count=80)  # so that some are held out
     sampled()
     runpy.run_path(str(SUPPORT / "own_features.py"))
     runpy.run_path(str(SUPPORT / "own_metric.py"))

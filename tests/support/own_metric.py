@@ -4,6 +4,7 @@
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image
 
 import patchloom
@@ -14,9 +15,9 @@ files = sorted(Path("samples").glob("*/*.png"))
 samples = np.stack([np.asarray(Image.open(file)) for file in files]).transpose(0, 3, 1, 2)
 
 
-def contrasts(images: np.ndarray) -> np.ndarray:
+def contrasts(images: np.ndarray) -> torch.Tensor:
     """(N, C) standard deviations of each image and channel."""
-    return images.std(axis=(2, 3)) / 255
+    return torch.from_numpy(images.std(axis=(2, 3)) / 255)
 
 
 print(patchloom.kernel_distance(contrasts(samples), contrasts(held_out)))
