@@ -97,6 +97,13 @@ class DenoiserConfig(Card):
         if isinstance(self.coordinates, bool):  # early models of format 1 hold true or false
             object.__setattr__(self, "coordinates", "linear" if self.coordinates else "none")
 
+    @property
+    def title(self) -> str:
+        """The network by its name in recipes and in the literature: `ddpmpp`, `ncsnpp`, `adm`, or a backbone's."""
+        if self.network == "song":  # EDM's SongUNet is both, depending on its options
+            return "ncsnpp" if self.network_options.get("embedding") == "fourier" else "ddpmpp"
+        return {"dhariwal": "adm"}.get(self.network, self.network)
+
 
 # the smallest and largest value of each number of a network's configuration
 NETWORK_BOUNDS = {

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from patchloom.errors import did_you_mean
 from patchloom.models import samplers
 from patchloom.models.cards import CONTROLNET, ModelCard
 from patchloom.models.checkpoints import SamplingModel
@@ -269,7 +270,7 @@ def class_number(label: int | str | None, class_names: Sequence[str]) -> int:
         return label
     known = ", ".join(class_names[:CLASSES_IN_ERRORS]) or "none, it has no classes"
     known += ", ..." if len(class_names) > CLASSES_IN_ERRORS else ""
-    raise ValueError(f"is not a class of this model: it knows {known}")
+    raise ValueError(f"is not a class of this model{did_you_mean(label, class_names)}: it knows {known}")
 
 
 def default_labels(seeds: list[int], classes: int | Sequence[int]) -> list[int]:

@@ -5,6 +5,8 @@ from dataclasses import dataclass, field, fields
 from math import inf
 from typing import Any
 
+from patchloom.errors import did_you_mean
+
 # names of functions: dpmpp-2m is `dpmpp_2m` in `models/samplers.py`, karras is `karras_sigmas` in `models/noise.py`
 SAMPLER_NAMES = ("heun", "euler", "ddim", "ancestral", "dpmpp-2m", "dpmpp-2m-sde", "plms")
 LADDER_NAMES = ("karras", "vp", "ve", "linear", "iddpm")
@@ -88,7 +90,8 @@ class SamplingOptions:
 
 def _check_option(name: str, value: Any, metadata: Mapping[str, Any]) -> None:
     if metadata["choices"] and value not in metadata["choices"]:
-        raise ValueError(f"{name}: {value} is unknown; choose one of {', '.join(metadata['choices'])}")
+        close = did_you_mean(value, metadata["choices"])
+        raise ValueError(f"{name}: {value} is unknown{close}; choose one of {', '.join(metadata['choices'])}")
     minimum, maximum = metadata["minimum"], metadata["maximum"]
     if minimum is not None and value is not None and not value >= minimum:
         raise ValueError(f"{name}: {value} is below {minimum:g}")

@@ -1,8 +1,17 @@
 """Errors: the exceptions that Patchloom raises on purpose, all below `Error`, except the end by SIGTERM."""
 
+import difflib
 import signal
+from collections.abc import Iterable
 
 from patchloom.redaction import redacted
+
+
+def did_you_mean(value: object, known: Iterable[str]) -> str:
+    """` (did you mean heun?)`, to follow a value that is not known; empty if no known one is similar."""
+    by_lower = {name.lower(): name for name in known}
+    close = difflib.get_close_matches(str(value).lower(), by_lower, n=1)
+    return f" (did you mean {by_lower[close[0]]}?)" if close else ""
 
 
 class Error(Exception):

@@ -8,7 +8,7 @@ from typing import Any
 from patchloom.platform.compute.nodes import ask_nodes
 from patchloom.platform.compute.session import ray_session
 from patchloom.platform.files.cache import CacheEntry, cache_entries, remove_entry
-from patchloom.platform.progress import clock, say
+from patchloom.platform.progress import clock
 
 DAY_S = 86_400
 
@@ -74,30 +74,35 @@ def _ask(function: Callable[[CacheWish], NodeCache], wish: CacheWish, cluster: b
     ]
 
 
-def show_cache(nodes: list[NodeCache]) -> None:
-    """Print the entries as a table, and their sum."""
+def cache_text(nodes: list[NodeCache]) -> str:
+    """The entries as a table, and their sum."""
+    lines = []
     for found in nodes:
         if found.node:
-            say(f"{found.node}:" + (f" FAILED, {found.problem}" if found.problem else ""))
+            lines.append(f"{found.node}:" + (f" FAILED, {found.problem}" if found.problem else ""))
         width = max((len(f"{entry.kind}/{entry.name}") for entry in found.entries), default=0)
         for entry in found.entries:
             age = clock(max(0.0, time.time() - entry.used_unix_s))
             state = "in use" if entry.in_use else "not sent yet" if entry.is_unsent else ""
             name = f"{entry.kind}/{entry.name}".ljust(width)
-            say(f"{name}  {_size(entry.size_bytes):>9}  used {age} ago  {state}".rstrip())
-    say(f"{_size(sum(entry.size_bytes for found in nodes for entry in found.entries))} in all")
+            lines.append(f"{name}  {_size(entry.size_bytes):>9}  used {age} ago  {state}".rstrip())
+    total = _size(sum(entry.size_bytes for found in nodes for entry in found.entries))
+    return "\n".join([*lines, f"{total} in all"])
 
 
-def show_cleared(nodes: list[NodeCache]) -> None:
-    """Print what was removed, and what stays and why."""
+def cleared_text(nodes: list[NodeCache]) -> str:
+    """What was removed, and what stays and why."""
+    lines = []
     for found in nodes:
         name = f"{found.node}: " if found.node else ""
         removed, kept = found.entries[: found.removed], found.entries[found.removed :]
         freed = _size(sum(entry.size_bytes for entry in removed))
-        say(f"{name}FAILED, {found.problem}" if found.problem else f"{name}removed {len(removed)} entries, {freed}")
+        removal = f"removed {len(removed)} entries, {freed}"
+        lines.append(f"{name}FAILED, {found.problem}" if found.problem else f"{name}{removal}")
         for entry in kept:
             why = "has work that is not sent yet" if entry.is_unsent else "is in use"
-            say(f"{name}kept {entry.kind}/{entry.name}, which {why}")
+            lines.append(f"{name}kept {entry.kind}/{entry.name}, which {why}")
+    return "\n".join(lines)
 
 
 def cache_json(nodes: list[NodeCache]) -> list[dict[str, Any]]:

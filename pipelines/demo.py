@@ -70,8 +70,11 @@ def demo(out: str = "demo", *, pixels: bool = False) -> Path:
     with ray_session(WORKERS):
         _run_steps(_DemoFolder(folder, variant))
     page = report(str(folder), str(folder / "report.html"))
-    say(f"\nDone in {clock(time.monotonic() - started)}. Open {page}")
-    say(f"Next: {runnable('patchloom models list')}   {runnable('mlflow ui')} --backend-store-uri {shown_uri()}")
+    say(f"\nDone in {clock(time.monotonic() - started)}. Open {page}", is_result=True)
+    say(
+        f"Next: {runnable('patchloom models list')}   {runnable('mlflow ui')} --backend-store-uri {shown_uri()}",
+        is_result=True,
+    )
     return page
 
 

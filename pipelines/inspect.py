@@ -28,6 +28,7 @@ from patchloom.platform.tracking.registry import fetch_model
 DATASET_SHEET = "contact_sheet.png"
 TENSORS = ("image", "mean", "std")
 DECODED_AT_ONCE = 8
+SHOWN_CLASSES = 10  # names of classes in a summary
 INSPECTED_BYTES = 16 << 20  # of rows that are read together
 
 
@@ -39,7 +40,7 @@ class Inspection:
     contact_sheet: str | None = None
 
     def to_json(self) -> str:
-        """What `patchloom inspect` prints."""
+        """What `patchloom inspect --json` prints: the whole card."""
         if isinstance(self.card, DatasetCard):
             values = self.card.to_dict() | {"contact_sheet": self.contact_sheet}
         else:
@@ -47,8 +48,11 @@ class Inspection:
         return json.dumps(values, indent=2, ensure_ascii=False)
 
     def summary(self) -> str:
-        """The counts and statistics of a dataset as text; empty for a model."""
-        return statistics_table(self.card) if isinstance(self.card, DatasetCard) else ""
+        """The counts and statistics of a dataset, or what a model makes of what, as text."""
+        if not isinstance(self.card, DatasetCard):
+            return model_summary(self.card)
+        sheet = f"\n  contact sheet: {self.contact_sheet}" if self.contact_sheet else ""
+        return f"{statistics_table(self.card)}{sheet}"
 
 
 def inspect(what: str) -> Inspection:
@@ -171,7 +175,8 @@ def statistics_table(card: DatasetCard) -> str:
     lines += [f"  skipped {count:,}: {reason}" for reason, count in card.skipped.reasons.items()]
     if card.classes:
         rows = [entry.rows for entry in card.classes]
-        lines.append(f"  {len(rows)} classes of {min(rows):,} to {max(rows):,} rows")
+        counts = f"{min(rows):,}" if min(rows) == max(rows) else f"{min(rows):,} to {max(rows):,}"
+        lines.append(f"  {len(rows)} classes of {counts} rows")
     lines += [
         f"  channel {number}: mean {mean:.4f}, std {std:.4f}"
         for number, (mean, std) in enumerate(zip(card.mean, card.std, strict=True))
@@ -183,6 +188,28 @@ def statistics_table(card: DatasetCard) -> str:
             for number, (mean, std) in enumerate(figures)
         ]
     return "\n".join(lines)
+
+
+def model_summary(card: ModelCard) -> str:
+    """What a model is and how it was trained, as text."""
+    config = card.denoiser
+    shape = f"{config.channels} x {config.resolution} x {config.resolution}"
+    lines = [f"{card.name}: a model of {card.normalisation.kind} of {shape}, verified", f"  network: {config.title}"]
+    if card.autoencoder:
+        side = config.resolution * card.autoencoder.downscale
+        lines.append(f"  its autoencoder decodes them to images of {side} x {side} pixels")
+    if card.images_seen is not None:
+        lines.append(f"  trained on {card.images_seen:,} counted images in {card.updates or 0:,} updates")
+    if card.patches:
+        lines.append(f"  p {card.patches.p:g}, {card.patches.schedule} schedule of patch sizes")
+    if card.class_names:
+        shown, more = card.class_names[:SHOWN_CLASSES], len(card.class_names) - SHOWN_CLASSES
+        lines.append(
+            f"  {len(card.class_names)} classes: {', '.join(shown)}" + (f" and {more} more" if more > 0 else "")
+        )
+    if card.condition:
+        lines.append(f"  follows a condition: {card.condition.summary}")
+    return "\n".join([*lines, f"  weights sha256 {card.weights_sha256}"])
 
 
 def dataset_sheet(dataset: Dataset, path: Path, images: int = 64) -> None:

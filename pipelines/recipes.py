@@ -9,7 +9,7 @@ from typing import Any
 
 from patchloom.pipelines.train.data_shape import DataShape
 from patchloom.pipelines.train.dry_run import STATED_RATE, RunCounts, count_run, gpu_hours
-from patchloom.platform.progress import aligned, clock
+from patchloom.platform.progress import clock, with_descriptions
 from patchloom.platform.recipe.files import SHIPPED
 from patchloom.platform.recipe.run_recipe import Recipe, check_recipe, load_recipe
 from patchloom.platform.recipe.search import Search, load_search
@@ -195,7 +195,7 @@ def recipes_text(recipes: Sequence[ShippedRecipe]) -> str:
     parts = []
     for is_search, title in titles.items():
         rows = [[f"  {one.name}", one.cost, one.data, one.title] for one in recipes if one.is_search == is_search]
-        parts.append(f"{title}\n{aligned(rows)}")
+        parts.append(f"{title}\n{with_descriptions(rows)}")
     return "\n\n".join(parts)
 
 

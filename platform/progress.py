@@ -1,27 +1,60 @@
 """Progress of long jobs: what is done, the rate and the remaining time."""
 
+import enum
 import sys
+import textwrap
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, ProgressColumn, SpinnerColumn, Task, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, Progress, ProgressColumn, SpinnerColumn, Task, TimeElapsedColumn
+from rich.table import Column
 from rich.text import Text
 
 from patchloom.redaction import printable
 
 console = Console(highlight=False, soft_wrap=True)
 LOG_LINE_EVERY_S = 10.0
+WIDE_TERMINAL = 110  # columns from which there is room for a bar
 
 
 _listeners: dict[str, Callable[[str], None]] = {}
 
 
-def say(text: str) -> None:
-    """Print a line without secrets and control characters, and pass it to those who listen."""
+class Verbosity(enum.Enum):
+    """How much this process prints."""
+
+    QUIET = "quiet"  # results and errors
+    NORMAL = "normal"
+    VERBOSE = "verbose"  # the time of each message, and tracebacks
+
+
+_verbosity = Verbosity.NORMAL
+
+
+def set_verbosity(verbosity: Verbosity) -> None:
+    """Print as much from now on."""
+    global _verbosity
+    _verbosity = verbosity
+
+
+def is_verbose() -> bool:
+    """Whether tracebacks of errors are wanted."""
+    return _verbosity is Verbosity.VERBOSE
+
+
+def say(text: str, *, is_result: bool = False) -> None:
+    """Print a line without secrets and control characters, and pass it to those who listen.
+
+    Args:
+        text: the line.
+        is_result: it is what the command was run for, which is printed also with --quiet.
+    """
     text = printable(text)
-    console.print(text, markup=False)
+    if is_result or _verbosity is not Verbosity.QUIET:
+        stamp = time.strftime("%H:%M:%S ") if is_verbose() and not is_result else ""
+        console.print(f"{stamp}{text}", markup=False)
     for listener in list(_listeners.values()):
         listener(text)
 
@@ -50,11 +83,40 @@ def aligned(rows: Sequence[Sequence[str]]) -> str:
     return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
 
 
+def fitted(rows: Sequence[Sequence[str]], least_important: Sequence[str] = ()) -> str:
+    """A table with a header as `aligned` makes it. On a terminal, columns are left out until it fits.
+
+    Args:
+        rows: the header, and rows of equal length.
+        least_important: titles of columns that can be left out, the first one first.
+    """
+    table = aligned(rows)
+    for title in least_important if console.is_terminal else ():
+        if max(map(len, table.splitlines())) <= console.width:
+            break
+        column = list(rows[0]).index(title)
+        rows = [[*row[:column], *row[column + 1 :]] for row in rows]
+        table = aligned(rows)
+    return table
+
+
+def with_descriptions(rows: Sequence[Sequence[str]]) -> str:
+    """A table whose last column is a text. On a terminal that is too narrow for it, the text is below its row."""
+    table = aligned(rows)
+    if not console.is_terminal or max(map(len, table.splitlines())) <= console.width:
+        return table
+    first = aligned([row[:-1] for row in rows]).splitlines()
+    indent = " " * 6
+    texts = [textwrap.fill(row[-1], console.width, initial_indent=indent, subsequent_indent=indent) for row in rows]
+    return "\n".join(line for pair in zip(first, texts, strict=True) for line in pair)
+
+
 class Meter:
-    """How much of a job is done. Its text is the same on a terminal and in a log file."""
+    """How much of a job is done, as text with the most important parts first."""
 
     def __init__(self, total: float, unit: str) -> None:
-        self.total, self.unit, self.done, self.note = total, unit, 0.0, ""
+        self.total, self.unit, self.done = total, unit, 0.0
+        self.notes: tuple[str, ...] = ()
         self._started: tuple[float, float] | None = None  # the time of the first update, and what was done then
 
     def begin(self, done: float) -> None:
@@ -65,11 +127,11 @@ class Meter:
         """Measure the rate from now on, instead of from the first update."""
         self._started = (time.monotonic(), self.done)
 
-    def update(self, done: float, note: str = "") -> None:
-        """Set how much is done now, and a note that is shown with it."""
+    def update(self, done: float, *notes: str) -> None:
+        """Set how much is done now, and notes that are shown with it, the most important one first."""
         if self._started is None:
             self._started = (time.monotonic(), done)
-        self.done, self.note = done, note
+        self.done, self.notes = done, tuple(filter(None, notes))
 
     @property
     def rate(self) -> float:
@@ -79,20 +141,37 @@ class Meter:
         start, start_done = self._started
         return (self.done - start_done) / max(time.monotonic() - start, 1e-9)
 
-    def describe(self) -> str:
-        """The progress as text, such as `120/400 images  31.2/s  ETA 9s  loss 0.31`."""
+    def describe(self, width: float = float("inf")) -> str:
+        """The progress as text, such as `120/400 images  31.2/s  ETA 9s  loss 0.31`.
+
+        Args:
+            width: the most characters. Parts from the end are left out if all are longer.
+        """
         parts = [f"{self.done:,.0f}/{self.total:,.0f} {self.unit}"]
         if self.rate > 0:
             parts.append(f"{self.rate:,.1f}/s")
             if self.done < self.total:
                 parts.append(f"ETA {clock((self.total - self.done) / self.rate)}")
-        return "  ".join([*parts, self.note] if self.note else parts)
+        parts += self.notes
+        while len(parts) > 1 and len("  ".join(parts)) > width:
+            parts.pop()
+        return "  ".join(parts)
 
 
 class _MeterColumn(ProgressColumn):
+    """The title and the meter, in what the other columns leave of the width of the terminal."""
+
+    def __init__(self, taken: int) -> None:
+        super().__init__(table_column=Column(no_wrap=True, overflow="ellipsis"))
+        self._taken = taken
+
     def render(self, task: Task) -> Text:
         meter: Meter = task.fields["meter"]
-        return Text(meter.describe() if meter.done or meter.note else "starting")
+        left, title = console.width - self._taken, task.description
+        if len(title) > left // 2:
+            title = f"{title[: left // 2 - 1]}…"
+        shown = meter.describe(left - len(title) - 1) if meter.done or meter.notes else "starting"
+        return Text(f"{title} {shown}")
 
 
 class _LogMeter(Meter):
@@ -102,8 +181,8 @@ class _LogMeter(Meter):
         super().__init__(total, unit)
         self.title, self._printed_at = title, time.monotonic()
 
-    def update(self, done: float, note: str = "") -> None:
-        super().update(done, note)
+    def update(self, done: float, *notes: str) -> None:
+        super().update(done, *notes)
         if time.monotonic() - self._printed_at >= LOG_LINE_EVERY_S:
             self._printed_at = time.monotonic()
             say(f"  {self.title}: {self.describe()}")
@@ -119,23 +198,17 @@ def progress(title: str, total: float, unit: str) -> Iterator[Meter]:
         unit: name of the unit, such as "images".
     """
     start, title = time.monotonic(), printable(title)
-    if console.is_terminal and sys.stdout.isatty():
-        columns = (
-            SpinnerColumn(),
-            TextColumn("{task.description}"),
-            BarColumn(20),
-            _MeterColumn(),
-            TimeElapsedColumn(),
-        )
-        with Progress(*columns, console=console, transient=True) as bar:
+    if console.is_terminal and sys.stdout.isatty() and _verbosity is not Verbosity.QUIET:
+        # a redirected stdout would make the bar's control characters visible, as those of other texts (`redaction`)
+        with Progress(*_columns(), console=console, transient=True, redirect_stdout=False) as bar:
             meter = Meter(total, unit)
             bar.add_task(title, total=None, meter=meter)
             task = bar.tasks[0]
 
             original = meter.update
 
-            def update(done: float, note: str = "") -> None:
-                original(done, note)
+            def update(done: float, *notes: str) -> None:
+                original(done, *notes)
                 bar.update(task.id, completed=done, total=total)
 
             meter.update = update  # type: ignore[method-assign]
@@ -144,3 +217,10 @@ def progress(title: str, total: float, unit: str) -> Iterator[Meter]:
         meter = _LogMeter(title, total, unit)
         yield meter
     say(f"  {title}: {meter.done:,.0f} {unit} in {clock(time.monotonic() - start)}")
+
+
+def _columns() -> list[ProgressColumn]:
+    """The columns of a progress line: a bar and the elapsed time only on wide terminals."""
+    if console.width < WIDE_TERMINAL:
+        return [SpinnerColumn(), _MeterColumn(taken=2)]
+    return [SpinnerColumn(), BarColumn(20), _MeterColumn(taken=32), TimeElapsedColumn()]

@@ -12,7 +12,9 @@ import typer
 from patchloom import __version__
 from patchloom.errors import Stopped, Terminated, UserError, WorkersFailed
 from patchloom.pipelines.cli.cache import cache_app
+from patchloom.pipelines.cli.completion import completion, prepare_completion
 from patchloom.pipelines.cli.data import inspect, prepare
+from patchloom.pipelines.cli.help import CommandApp
 from patchloom.pipelines.cli.launch import launch_app
 from patchloom.pipelines.cli.machine import benchmark, demo, doctor, reproduce
 from patchloom.pipelines.cli.models import models_app
@@ -20,6 +22,7 @@ from patchloom.pipelines.cli.results import evaluate, report
 from patchloom.pipelines.cli.sample import sample
 from patchloom.pipelines.cli.training import autoencoder_train, recipes, train, tune
 from patchloom.platform.compute.stopping import exit_on_sigterm
+from patchloom.platform.progress import is_verbose
 from patchloom.redaction import RedactedStream, printable
 
 INTERRUPTED = 128 + signal.SIGINT  # exit codes of a shell for Ctrl-C and for SIGTERM
@@ -32,35 +35,45 @@ DISK_PROBLEMS = {
 }
 CONTINUE = "run the same command again to continue (train with --resume, tune with --restore)"
 
-app = typer.Typer(
-    help="Train image diffusion models on patches with Ray, and keep every run and model in MLflow.",
-    rich_markup_mode=None,
-    pretty_exceptions_enable=False,
-    add_completion=False,
-)
-autoencoder_app = typer.Typer(help="Train your own autoencoder.", rich_markup_mode=None)
-app.add_typer(autoencoder_app, name="autoencoder")
-app.add_typer(models_app, name="models")
-app.add_typer(launch_app, name="launch")
-app.add_typer(cache_app, name="cache")
+# the sections of the help
+FIRST_STEPS, ON_DATA, ON_TRAINING = "Begin here", "Data", "Train and search"
+ON_MODELS, ON_MACHINES = "Use and measure models", "Machines and the paper"
 
-app.command(epilog="Example: patchloom demo --out demo")(demo)
-app.command(epilog="Example: patchloom prepare photos.zip dataset --resolution 64 --crop center")(prepare)
-app.command(epilog="Example: patchloom inspect dataset")(inspect)
-autoencoder_app.command("train", epilog="Example: patchloom autoencoder train dataset --out ae --register my-vae")(
-    autoencoder_train
+app = CommandApp(
+    help="Train image diffusion models on patches with Ray, and keep every run and model in MLflow.",
+    epilog="Example: patchloom train --help",
 )
-app.command(epilog="Example: patchloom recipes")(recipes)
-app.command(epilog="Example: patchloom train demo_pixels --data dataset --out run --set patches.p=0.25 --workers 2")(
-    train
+autoencoder_app = CommandApp(
+    help="Train your own autoencoder.",
+    epilog="Example: patchloom autoencoder train dataset --out ae --register my-vae",
 )
-app.command(epilog="Example: patchloom tune demo_pixels_search --data dataset --out search")(tune)
-app.command(epilog="Example: patchloom sample models:/my-model@champion samples --seeds 0-63")(sample)
-app.command(epilog="Example: patchloom evaluate samples --reference dataset")(evaluate)
-app.command(epilog="Example: patchloom report run report.html")(report)
-app.command(epilog="Example: patchloom reproduce figure2 --small --dry-run")(reproduce)
-app.command(epilog="Example: patchloom benchmark train.sizes sample --json")(benchmark)
-app.command(epilog="Example: patchloom doctor")(doctor)
+
+app.add_command(demo, job=FIRST_STEPS, example="patchloom demo --pixels --out demo")
+app.add_command(doctor, job=FIRST_STEPS, example="patchloom doctor")
+app.add_command(completion, job=FIRST_STEPS, has_output_options=False, example='eval "$(patchloom completion bash)"')
+app.add_command(prepare, job=ON_DATA, example="patchloom prepare photos.zip dataset --resolution 64 --crop center")
+app.add_command(inspect, job=ON_DATA, example="patchloom inspect dataset")
+app.add_typer(autoencoder_app, name="autoencoder", rich_help_panel=ON_DATA)
+autoencoder_app.add_command(
+    autoencoder_train, "train", example="patchloom autoencoder train dataset --out ae --register my-vae"
+)
+app.add_command(recipes, job=ON_TRAINING, example="patchloom recipes")
+app.add_command(
+    train,
+    job=ON_TRAINING,
+    example="patchloom train demo_pixels --data dataset --out run --set patches.p=0.25 --workers 2",
+)
+app.add_command(tune, job=ON_TRAINING, example="patchloom tune demo_pixels_search --data dataset --out search")
+app.add_typer(models_app, name="models", rich_help_panel=ON_MODELS)
+app.add_command(sample, job=ON_MODELS, example="patchloom sample models:/my-model@champion samples --seeds 0-63")
+app.add_command(evaluate, job=ON_MODELS, example="patchloom evaluate samples --reference dataset")
+app.add_command(report, job=ON_MODELS, example="patchloom report run report.html")
+app.add_typer(launch_app, name="launch", rich_help_panel=ON_MACHINES)
+app.add_typer(cache_app, name="cache", rich_help_panel=ON_MACHINES)
+app.add_command(
+    benchmark, job=ON_MACHINES, has_output_options=False, example="patchloom benchmark train.sizes sample --json"
+)
+app.add_command(reproduce, job=ON_MACHINES, example="patchloom reproduce figure2 --small --dry-run")
 
 
 @app.callback(invoke_without_command=True)
@@ -91,6 +104,7 @@ def main() -> None:
 
 def _main() -> None:
     exit_on_sigterm()
+    prepare_completion()
     try:
         if os.environ.get("PATCHLOOM_ENV_FILE"):
             from patchloom.platform.compute.session import read_environment_file
@@ -113,6 +127,8 @@ def _main() -> None:
             _exit_interrupted()
         message = _usage_error(error) or _user_error(error)
         if message is not None:
+            if is_verbose():
+                print(printable(traceback.format_exc()), file=sys.stderr)
             _exit(message, 2)
         print(printable(traceback.format_exc()), file=sys.stderr)
         sys.exit(1)

@@ -1,14 +1,21 @@
 """The commands about data: prepare a dataset, inspect a dataset or model."""
 
-import contextlib
-import sys
 from typing import Annotated
 
 import typer
 
 from patchloom.models.backbones import allow_backbones
-from patchloom.pipelines.cli.options import Backbones, FolderToWrite, Gpus, ResourceSettings, Wait, chosen_resources
-from patchloom.redaction import printable
+from patchloom.pipelines.cli.options import (
+    Backbones,
+    FolderToWrite,
+    Gpus,
+    ResourceSettings,
+    Wait,
+    check_order,
+    chosen_resources,
+    exists_here,
+)
+from patchloom.pipelines.cli.output import Printed
 
 ImageSource = Annotated[
     str,
@@ -134,36 +141,35 @@ def prepare(
     gpus: Gpus = None,
     resources: ResourceSettings = None,
     wait: Wait = None,
-) -> None:
+) -> Printed:
     """Turn images into an Arrow dataset of pixels or latents."""
+    check_order("SOURCE DATASET", source, dataset, exists_here)
     allow_backbones(*allow_backbone or [])
     nodes = chosen_resources(resources, wait, workers, gpus)
     from patchloom.pipelines.prepare.preparing import prepare
 
-    prepare(
+    made = prepare(
         source, dataset, resolution=resolution, crop=crop, resize=resize, channels=channels, min_side=min_side,
         labels=labels, image_member=image_member, classes=classes, split=split, autoencoder=autoencoder,
         precision=precision, mirror=mirror, condition=condition, text=text, text_encoder=text_encoder,
         short_side=short_side, stride=stride,
         workers=nodes.workers, resources=nodes,
     )  # fmt: skip
+    skipped = {"count": made.card.skipped.count, "reasons": made.card.skipped.reasons}
+    counts = {"kind": made.card.kind, "rows": made.card.rows, "inputs": made.card.inputs, "skipped": skipped}
+    return Printed({"dataset": made.address, "fingerprint": made.fingerprint, **counts})
 
 
 def inspect(
     what: Annotated[str, typer.Argument(help="Dataset folder, model folder or models:/NAME@ALIAS")],
     allow_backbone: Backbones = None,
-) -> None:
-    """Verify a dataset or model and print its card as JSON.
+) -> Printed:
+    """Verify a dataset or a model, and show what is in it.
 
-    A dataset also gets a contact sheet, contact_sheet.png in its folder.
+    A dataset also gets a contact sheet, contact_sheet.png in its folder. With --json, the whole card is printed.
     """
     allow_backbones(*allow_backbone or [])
     from patchloom.pipelines.inspect import inspect
 
-    with contextlib.redirect_stdout(sys.stderr):  # stdout is the card only
-        found = inspect(what)
-    print(found.to_json())
-    if found.summary():
-        print(printable(found.summary()), file=sys.stderr)
-    if found.contact_sheet:
-        print(f"  contact sheet: {found.contact_sheet}", file=sys.stderr)
+    found = inspect(what)
+    return Printed(found.to_json(), found.summary())

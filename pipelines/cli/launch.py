@@ -1,9 +1,12 @@
 """The commands of `patchloom launch`: run a command as a job on a cluster, and list, follow and stop jobs."""
 
+from dataclasses import asdict
 from typing import Annotated, Any
 
 import typer
-from typer.core import TyperGroup
+
+from patchloom.pipelines.cli.help import CommandApp, GroupByJob
+from patchloom.pipelines.cli.output import Printed
 
 Address = Annotated[
     str | None,
@@ -16,7 +19,7 @@ Address = Annotated[
 JobName = Annotated[str, typer.Argument(metavar="JOB", help="Id of the job")]
 
 
-class LaunchGroup(TyperGroup):
+class LaunchGroup(GroupByJob):
     """A group whose default command is `run`, so that `launch train ...` works."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
@@ -30,20 +33,20 @@ class LaunchGroup(TyperGroup):
         return super().parse_args(ctx, args)
 
 
-launch_app = typer.Typer(
+launch_app = CommandApp(
     cls=LaunchGroup,
-    help="Run a command as a job on a Ray cluster: patchloom launch [--address URL] COMMAND... Or list, follow and "
-    "stop jobs. All options: patchloom launch run --help",
+    help="Run a command as a job on a Ray cluster.\n\n`patchloom launch [--address URL] COMMAND...` is short for "
+    "`patchloom launch run`, whose help has all options. The other commands list, follow and stop jobs.",
     epilog="Example: patchloom launch --address http://head:8265 train my.yaml --data s3://b/data --out s3://b/run",
-    rich_markup_mode=None,
     no_args_is_help=True,
 )
 
 
-@launch_app.command(
+@launch_app.add(
+    "patchloom launch --address http://head:8265 train my.yaml --data s3://b/data --out s3://b/run",
     "run",
+    has_output_options=False,  # those after the command are for the command
     context_settings={"allow_interspersed_args": False, "ignore_unknown_options": False},
-    epilog="Example: patchloom launch --address http://head:8265 train my.yaml --data s3://b/data --out s3://b/run",
 )
 def launch_run(
     context: typer.Context,
@@ -60,9 +63,10 @@ def launch_run(
     ] = None,
     ship: Annotated[bool, typer.Option("--ship", help="Send this code even if the nodes have the same")] = False,
 ) -> None:
-    """Run a command of patchloom as a job; `patchloom launch COMMAND...` is the short form.
+    """Run a command of patchloom as a job.
 
-    The exit code is that of the command. Ctrl-C leaves the job running; a training writes a checkpoint.
+    `patchloom launch COMMAND...` is the short form. The exit code is that of the command. Ctrl-C leaves the job
+    running; a training writes a checkpoint.
     """
     arguments = parsed_arguments(context, command)
     from patchloom.pipelines.launch.launching import LaunchOptions, launch
@@ -83,18 +87,19 @@ def parsed_arguments(context: Any, words: list[str]) -> dict[str, Any]:
         return dict(parsed.params)
 
 
-@launch_app.command("status", epilog="Example: patchloom launch status")
+@launch_app.add("patchloom launch status", "status")
 def launch_status(
     job: Annotated[str | None, typer.Argument(metavar="JOB", help="Id of the job  [default: all jobs]")] = None,
     address: Address = None,
-) -> None:
+) -> Printed:
     """Show the state of a job, or of all."""
-    from patchloom.pipelines.launch.launching import job_status, job_table
+    from patchloom.pipelines.launch.launching import job_reports, job_table
 
-    print(job_status(job, address) if job else job_table(address))
+    found = job_reports(job, address)
+    return Printed([asdict(one) for one in found], job_table(found))
 
 
-@launch_app.command("logs", epilog="Example: patchloom launch logs patchloom-train-1126-101500-1a2b --follow")
+@launch_app.add("patchloom launch logs patchloom-train-1126-101500-1a2b --follow", "logs", has_output_options=False)
 def launch_logs(
     job: JobName,
     follow: Annotated[bool, typer.Option("--follow", help="Go on until the job is over")] = False,
@@ -109,16 +114,17 @@ def launch_logs(
     raise SystemExit(job_logs(job, follow, address))
 
 
-@launch_app.command("stop", epilog="Example: patchloom launch stop patchloom-train-1126-101500-1a2b")
+@launch_app.add("patchloom launch stop patchloom-train-1126-101500-1a2b", "stop")
 def launch_stop(
     job: JobName,
     wait: Annotated[float, typer.Option(min=0, help="Wait this many seconds for its end")] = 600,
     address: Address = None,
-) -> None:
+) -> Printed:
     """Stop a job; a training writes a checkpoint first.
 
     The exit code is 1 if the job still runs after the wait.
     """
     from patchloom.pipelines.launch.launching import stop_job
 
-    raise typer.Exit(0 if stop_job(job, wait, address) else 1)
+    is_stopped = stop_job(job, wait, address)
+    return Printed({"job": job, "stopped": is_stopped}, exit_code=0 if is_stopped else 1)

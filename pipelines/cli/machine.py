@@ -6,7 +6,8 @@ from typing import Annotated
 
 import typer
 
-from patchloom.pipelines.cli.options import Json, messages_to_stderr, print_json
+from patchloom.pipelines.cli.completion import reproduced_tables
+from patchloom.pipelines.cli.output import Json, Printed
 
 
 def demo(
@@ -14,11 +15,11 @@ def demo(
     pixels: Annotated[
         bool, typer.Option("--pixels", help="Train on 32 x 32 pixels, without an autoencoder: faster")
     ] = False,
-) -> None:
+) -> Printed:
     """Run every step on photographs that ship with scikit-image."""
     from patchloom.pipelines.demo import demo
 
-    demo(out, pixels=pixels)
+    return Printed({"page": str(demo(out, pixels=pixels))})
 
 
 def reproduce(
@@ -26,7 +27,8 @@ def reproduce(
         str,
         typer.Argument(
             help="table1, table2, table3, table4, figure2, figure3, schedule, samplers, controlnet, "
-            "efficiency or extrapolation"
+            "efficiency or extrapolation",
+            autocompletion=reproduced_tables,
         ),
     ],
     small: Annotated[
@@ -58,7 +60,7 @@ def reproduce(
         int | None, typer.Option(min=0, help="Workers of each training  [default: 1; 0 with --small]")
     ] = (None),
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the cost and the commands, then exit")] = False,
-) -> None:
+) -> Printed:
     """Reproduce a table or figure of the paper.
 
     Prints the cost first, runs the commands of each stage, and writes a page with the paper's numbers next to these.
@@ -69,9 +71,9 @@ def reproduce(
     named = dict(_name_and_source(text) for text in data or [])
     options = ReproductionOptions(small, named, autoencoder, features, model, workers)
     if dry_run:
-        print(reproduction_plan(table, out, options))
-    else:
-        reproduce(table, out, options)
+        plan = reproduction_plan(table, out, options)
+        return Printed({"plan": plan}, plan)
+    return Printed({"page": str(reproduce(table, out, options))})
 
 
 def _name_and_source(text: str) -> tuple[str, str]:
@@ -86,8 +88,7 @@ def doctor(
         str | None,
         typer.Option(metavar="ADDRESS", help="With --cluster: check that every node can read and write here"),
     ] = None,
-    as_json: Json = False,
-) -> None:
+) -> Printed:
     """Check torch, GPUs, disk space, MLflow and Ray.
 
     With --cluster, also compare the nodes: versions, code, clocks, cache space. The exit code is 1 if something does
@@ -96,20 +97,12 @@ def doctor(
     if not (cluster or store):
         from patchloom.pipelines.doctor.machine import doctor
 
-        with messages_to_stderr(as_json):
-            works = doctor()
-        if as_json:
-            print_json({"works": works})
-        raise typer.Exit(0 if works else 1)
-    from patchloom.pipelines.doctor.cluster import check_nodes, show_nodes
+        works = doctor()
+        return Printed({"works": works}, exit_code=0 if works else 1)
+    from patchloom.pipelines.doctor.cluster import check_nodes, nodes_text
 
-    with messages_to_stderr(as_json):
-        health = check_nodes(store)
-    if as_json:
-        print_json(health.to_json())
-    else:
-        show_nodes(health)
-    raise typer.Exit(0 if health.works else 1)
+    health = check_nodes(store)
+    return Printed(health.to_json(), nodes_text(health), 0 if health.works else 1)
 
 
 def benchmark(

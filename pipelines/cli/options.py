@@ -1,10 +1,8 @@
-"""Options that several commands share, each declared once, and how a command prints JSON."""
+"""Options that several commands share, each declared once."""
 
-import contextlib
-import json
-import sys
-from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, Annotated, Any
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -22,9 +20,6 @@ FolderToWrite = Annotated[str, typer.Argument(help="Folder to write: a path, or 
 ModelFolderToWrite = Annotated[str, typer.Argument(help="New folder for the model")]
 Settings = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a recipe key; can be repeated")
-]
-Json = Annotated[
-    bool, typer.Option("--json", help="Print the result as one JSON object to stdout, and messages to stderr")
 ]
 Backbones = Annotated[
     list[str] | None,
@@ -72,11 +67,6 @@ Wait = Annotated[
 ]
 
 
-def messages_to_stderr(as_json: bool) -> AbstractContextManager[Any]:
-    """With --json, send everything printed in the block to stderr, so that stdout is JSON only."""
-    return contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext()
-
-
 def chosen_resources(
     settings: list[str] | None, wait: float | None, workers: int | None, gpus: float | None, for_trials: bool = False
 ) -> "Resources":
@@ -100,9 +90,28 @@ def chosen_resources(
     return resources
 
 
-def print_json(value: Any) -> None:
-    """Print a JSON value on one line."""
-    print(json.dumps(value))
+def looks_like_model(reference: str) -> bool:
+    """Whether an argument is the reference of a model, or a folder that has one."""
+    if reference.startswith(("models:/", "runs:/")):
+        return True
+    return any((Path(reference) / name).is_file() for name in ("model.json", "model/model.json"))
+
+
+def exists_here(path: str) -> bool:
+    """Whether an argument is a file or folder with something in it that is not a dataset of Patchloom."""
+    place = Path(path)
+    return place.is_file() or (place.is_dir() and any(place.iterdir()) and not is_prepared(path))
+
+
+def is_prepared(path: str) -> bool:
+    """Whether an argument is a prepared dataset, finished or not."""
+    return any((Path(path) / name).is_file() for name in ("dataset.json", ".work/plan.json"))
+
+
+def check_order(names: str, first: str, second: str, is_first: Callable[[str], bool]) -> None:
+    """Raise UserError if two arguments look swapped: the second is what the first should be, and the first is not."""
+    if is_first(second) and not is_first(first) and not Path(first).exists():
+        raise UserError(f"{first} and {second} look swapped: give them in the order {names}, as {second} {first}")
 
 
 def required_out(out: str | None, what: str) -> str:

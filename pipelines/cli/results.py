@@ -6,14 +6,14 @@ import typer
 
 from patchloom.pipelines.cli.options import (
     Gpus,
-    Json,
     MapWorkers,
     ResourceSettings,
     Wait,
+    check_order,
     chosen_resources,
-    messages_to_stderr,
-    print_json,
+    exists_here,
 )
+from patchloom.pipelines.cli.output import Printed
 from patchloom.platform.files.folder import is_remote
 
 
@@ -34,8 +34,8 @@ def evaluate(
     features: Annotated[
         str,
         typer.Option(
-            help="Feature extractor: inception, dinov2, colours (mean tile colours, no network), or a file of "
-            "Inception weights or TorchScript"
+            help="Feature extractor: inception, dinov2, a file of Inception weights or TorchScript, or colours: not "
+            "FID but mean colors of tiles, a quick check without a network"
         ),
     ] = "inception",
     out: Annotated[str | None, typer.Option(help="JSON file to write  [default: SAMPLES/metrics.json]")] = None,
@@ -48,27 +48,26 @@ def evaluate(
     gpus: Gpus = None,
     resources: ResourceSettings = None,
     wait: Wait = None,
-    as_json: Json = False,
-) -> None:
-    """Measure images: FID, KID, precision, recall, ..."""
+) -> Printed:
+    """Measure images: FID, KID, precision, recall and more."""
     nodes = chosen_resources(resources, wait, workers, gpus)
     from patchloom.pipelines.evaluate.evaluation import evaluate
 
-    with messages_to_stderr(as_json):
-        result = evaluate(
-            samples, reference, metrics=tuple(metrics.split(",")) if metrics else None, features=features, out=out,
-            save_reference=save_reference, workers=nodes.workers, batch=batch, resources=nodes,
-        )  # fmt: skip
-    if as_json:
-        print_json(result.to_dict())
+    result = evaluate(
+        samples, reference, metrics=tuple(metrics.split(",")) if metrics else None, features=features, out=out,
+        save_reference=save_reference, workers=nodes.workers, batch=batch, resources=nodes,
+    )  # fmt: skip
+    return Printed(result.to_dict())
 
 
 def report(
     folder: Annotated[str, typer.Argument(help="Folder of a run, a search, samples, a reproduction or a demo")],
     out: Annotated[str, typer.Argument(help="HTML file to write")],
-) -> None:
+) -> Printed:
     """Write an HTML page about a run, search, samples or reproduction."""
+    check_order("FOLDER OUT", folder, out, exists_here)
     from patchloom.pipelines.report import report
 
     page = report(folder, out)
-    print(f"open {out if is_remote(out) else page}")
+    place = out if is_remote(out) else str(page)
+    return Printed({"page": place}, f"open {place}")

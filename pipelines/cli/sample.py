@@ -13,15 +13,15 @@ from patchloom.pipelines.cli.options import (
     Backbones,
     FolderToWrite,
     Gpus,
-    Json,
     MapWorkers,
     ModelReference,
     ResourceSettings,
     Wait,
+    check_order,
     chosen_resources,
-    messages_to_stderr,
-    print_json,
+    looks_like_model,
 )
+from patchloom.pipelines.cli.output import Printed
 from patchloom.pipelines.sample.options import SampleOptions, parse_levels, parse_size
 
 # how a pair of numbers is written on the command line
@@ -35,7 +35,6 @@ def sample(
     model: ModelReference,
     out: FolderToWrite,
     seeds: Annotated[str, typer.Option(help="Seeds: 0-63, or 0,5,9, or a file with one seed per line")] = "0-63",
-    as_json: Json = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the number of images, the batch and the memory, then exit")
     ] = False,
@@ -45,25 +44,23 @@ def sample(
     resources: ResourceSettings = None,
     wait: Wait = None,
     **options: Any,
-) -> None:
+) -> Printed:
     """Sample one image per seed into a folder."""
     given = {declared.name: _parse(declared, options[declared.name]) for declared in fields(SampleOptions)}
     try:
         SampleOptions(**given)  # before the imports, which take seconds
     except ValueError as error:
         raise UserError(str(error)) from None
+    check_order("MODEL OUT", model, out, looks_like_model)
     nodes = chosen_resources(resources, wait, workers, gpus)
     from patchloom.pipelines.sample.sampling import sample as run
     from patchloom.pipelines.sample.sampling import sample_plan
 
     allow_backbones(*allow_backbone or [])
     if dry_run:
-        print(sample_plan(model, out, seeds, workers=nodes.workers, resources=nodes, **given))
-        return
-    with messages_to_stderr(as_json):
-        result = run(model, out, seeds, workers=nodes.workers, resources=nodes, **given)
-    if as_json:
-        print_json(asdict(result))
+        plan = sample_plan(model, out, seeds, workers=nodes.workers, resources=nodes, **given)
+        return Printed({"plan": plan}, plan)
+    return Printed(asdict(run(model, out, seeds, workers=nodes.workers, resources=nodes, **given)))
 
 
 def _parse(declared: "Field[Any]", value: Any) -> Any:
@@ -79,7 +76,11 @@ def _parameter(declared: "Field[Any]") -> inspect.Parameter:
         text += f"; one of {', '.join(limits['choices'])}"
     kind: Any = str | None if declared.type in PAIR_PARSERS else declared.type
     metavar = PAIR_PARSERS[declared.type][0] if declared.type in PAIR_PARSERS else None
-    annotation = Annotated[kind, typer.Option(help=text, min=limits["minimum"], metavar=metavar)]
+    choices = list(limits["choices"] or ())
+    offered = {"autocompletion": lambda incomplete: [one for one in choices if one.startswith(incomplete)]}
+    annotation = Annotated[
+        kind, typer.Option(help=text, min=limits["minimum"], metavar=metavar, **(offered if choices else {}))
+    ]
     return inspect.Parameter(
         declared.name, inspect.Parameter.KEYWORD_ONLY, default=declared.default, annotation=annotation
     )

@@ -2,24 +2,26 @@
 
 import os
 import time
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from patchloom.errors import UserError
 from patchloom.models.backbones import allow_backbones
+from patchloom.pipelines.cli.completion import recipe_names, search_names
 from patchloom.pipelines.cli.options import (
     Backbones,
     Gpus,
-    Json,
     ResourceSettings,
     Settings,
     TrainWorkers,
     Wait,
     chosen_resources,
-    print_json,
+    is_prepared,
     required_out,
 )
+from patchloom.pipelines.cli.output import Printed
 from patchloom.platform.files.folder import Folder
 from patchloom.platform.files.storage import whole_number
 
@@ -36,7 +38,8 @@ MinWorkers = Annotated[
 Microbatch = Annotated[
     int | None,
     typer.Option(
-        min=1, help="Most crops on a device at once, to save memory; the batch stays the same  [default: all]"
+        min=1,
+        help="Most images of a batch on a device at once, to save memory; the batch stays the same  [default: all]",
     ),
 ]
 Like = Annotated[
@@ -88,7 +91,7 @@ def autoencoder_train(
     register: Annotated[
         str | None, typer.Option(metavar="NAME", help="Register the autoencoder in MLflow under this name")
     ] = None,
-) -> None:
+) -> Printed:
     """Train or fine-tune an autoencoder, and measure it.
 
     The network is an AutoencoderKL of diffusers. PSNR and SSIM of held-out images are printed at the end. Run the
@@ -101,7 +104,7 @@ def autoencoder_train(
         _whole_numbers(widths), latent_channels, images, batch_size, patch,
         lr=lr if lr is not None else 1e-4 if init_from else 2e-3, init_from=init_from,
     )  # fmt: skip
-    train_autoencoder(
+    made = train_autoencoder(
         dataset,
         out,
         settings,
@@ -110,6 +113,7 @@ def autoencoder_train(
         resources=nodes,
         max_hours=_remaining(max_hours),
     )
+    return Printed(asdict(made))
 
 
 def _remaining(max_hours: float | None) -> float | None:
@@ -136,7 +140,8 @@ def train(
     recipe: Annotated[
         str | None,
         typer.Argument(
-            help="Recipe: a YAML file, or the name of a shipped recipe; with --resume alone, the run folder"
+            help="Recipe: a YAML file, or the name of a shipped recipe; with --resume alone, the run folder",
+            autocompletion=recipe_names,
         ),
     ] = None,
     data: Annotated[
@@ -175,7 +180,7 @@ def train(
     like_classes: LikeClasses = None,
     like_condition: LikeCondition = None,
     allow_backbone: Backbones = None,
-) -> None:
+) -> Printed:
     """Train a recipe on a prepared dataset."""
     from patchloom.pipelines.train.resuming import dataset_of_run, recipe_of_run
     from patchloom.platform.recipe.run_recipe import load_recipe
@@ -186,13 +191,14 @@ def train(
     check_like(like, like_classes or like_condition, data, dry_run)
     nodes = chosen_resources(resources, wait, workers, gpus)
     run = required_run(recipe, data or like, out, resume)
+    check_recipe_argument(recipe)
     loaded = load_recipe(recipe, set_ or []) if recipe else recipe_of_run(run, set_ or [])
     if dry_run:
         from patchloom.pipelines.train.dry_run import run_plan
 
         shape = like_shape(like, like_classes, like_condition, loaded)
-        print(run_plan(loaded, shape or data or dataset_of_run(run), max(1, train_workers(nodes)), measure, microbatch))
-        return
+        plan = run_plan(loaded, shape or data or dataset_of_run(run), max(1, train_workers(nodes)), measure, microbatch)
+        return Printed({"plan": plan}, plan)
     from patchloom.pipelines.train.training import train
 
     result = train(
@@ -201,8 +207,15 @@ def train(
         resume=resume, resources=nodes, max_hours=_remaining(max_hours),
     )  # fmt: skip
     folder = Folder.at(result.address)
-    print(f"model: {folder.folder('model')}")
-    print(f"register it: patchloom models register {folder} NAME --alias champion")
+    model, last = str(folder.folder("model")), result.last.model_dump(mode="json", exclude_unset=True)
+    text = f"model: {model}\nregister it: patchloom models register {folder} NAME --alias champion"
+    return Printed({"run": str(folder), "model": model, "run_id": result.run_id, "last": last}, text)
+
+
+def check_recipe_argument(recipe: str | None) -> None:
+    """Raise UserError for a dataset in the place of a recipe or a search."""
+    if recipe and is_prepared(recipe):
+        raise UserError(f"{recipe} is a prepared dataset: give a recipe or a search first, and --data {recipe}")
 
 
 def required_run(recipe: str | None, data: str | None, out: str | None, resume: bool) -> str:
@@ -213,15 +226,12 @@ def required_run(recipe: str | None, data: str | None, out: str | None, resume: 
     return out or ""
 
 
-def recipes(as_json: Json = False) -> None:
+def recipes() -> Printed:
     """List the shipped recipes and searches with their costs."""
     from patchloom.pipelines.recipes import recipes_text, shipped_recipes
 
     found = shipped_recipes()
-    if as_json:
-        print_json([recipe.to_json() for recipe in found])
-    else:
-        print(recipes_text(found))
+    return Printed([recipe.to_json() for recipe in found], recipes_text(found))
 
 
 def check_like(like: str | None, more: int | None, data: str | None, dry_run: bool) -> None:
@@ -242,7 +252,9 @@ def like_shape(like: str | None, classes: int | None, condition: int | None, rec
 
 
 def tune(
-    search: Annotated[str, typer.Argument(help="Search: a YAML file, or the name of a shipped search")],
+    search: Annotated[
+        str, typer.Argument(help="Search: a YAML file, or the name of a shipped search", autocompletion=search_names)
+    ],
     data: Annotated[
         str | None, typer.Option(help="Prepared dataset: a folder or a remote address; only --like goes without")
     ] = None,
@@ -281,11 +293,12 @@ def tune(
     like_classes: LikeClasses = None,
     like_condition: LikeCondition = None,
     allow_backbone: Backbones = None,
-) -> None:
+) -> Printed:
     """Search recipe keys in short runs of equal cost.
 
     The result is a ranking of the values of p, the schedule or other keys, with a page that shows it.
     """
+    check_recipe_argument(search)
     check_like(like, like_classes or like_condition, data, dry_run)
     if not data and not like:
         raise UserError("--data is missing: give a prepared dataset, or --like with --dry-run")
@@ -299,8 +312,8 @@ def tune(
 
         shape = like_shape(like, like_classes, like_condition, load_search(search)[1])
         parallel = TuneResources(concurrent, nodes.workers or 0).parallel_trials(os.cpu_count() or 1) or 1
-        print(search_plan(search, shape or data or "", parallel))
-        return
+        plan = search_plan(search, shape or data or "", parallel)
+        return Printed({"plan": plan}, plan)
     from patchloom.pipelines.tune.tuning import tune
 
     assert data is not None  # --like is only for --dry-run
@@ -309,6 +322,11 @@ def tune(
         concurrent=concurrent,
         workers=nodes.workers or 0, register_best=register_best, resources=nodes,
     )  # fmt: skip
-    print(
-        f"train the best at full length: patchloom train {Folder.at(result.address)}/best.yaml --data {data} --out RUN"
-    )
+    best = f"{Folder.at(result.address)}/best.yaml"
+    value = {
+        "search": result.address,
+        "run_id": result.run_id,
+        "best": best,
+        "trials": [trial.to_dict() for trial in result.trials],
+    }
+    return Printed(value, f"train the best at full length: patchloom train {best} --data {data} --out RUN")

@@ -18,7 +18,7 @@ from patchloom.platform.compute.nodes import NodeResult, ask_nodes
 from patchloom.platform.compute.session import ray_session
 from patchloom.platform.files.cache import cache_root
 from patchloom.platform.files.folder import Folder
-from patchloom.platform.progress import aligned, say
+from patchloom.platform.progress import aligned
 from patchloom.platform.tracking.client import connect, experiment_id, require_reachable
 from patchloom.platform.tracking.store import database_path, shown_uri, tracking_uri
 
@@ -184,19 +184,16 @@ def _problems(result: NodeResult[NodeState], states: dict[str, NodeState]) -> li
     return found
 
 
-def show_nodes(health: ClusterHealth) -> None:
-    """Print a table of the nodes, and the problems of each."""
-    say(f"MLflow: {shown_uri()}")
-    if health.store:
-        say(f"store: {health.store}")
+def nodes_text(health: ClusterHealth) -> str:
+    """A table of the nodes, and the problems of each."""
+    lines = [f"MLflow: {shown_uri()}", *([f"store: {health.store}"] if health.store else [])]
     rows = [["node", "cpus", "for Ray", "gpus", "for Ray", "cache free", *SAME]]
     for name, state in health.nodes.items():
         versions = [state.versions[what] for what in SAME]
         cpus, gpus = (str(state.cpus), f"{state.ray_cpus:g}"), (str(len(state.gpus)), f"{state.ray_gpus:g}")
         rows.append([name, *cpus, *gpus, f"{state.cache_free_gib:.0f} GiB", *versions])
-    say(aligned(rows))
-    for name, problems in health.problems.items():
-        for problem in problems:
-            say(f"{name}: FAILED, {problem}")
+    lines.append(aligned(rows))
+    lines += [f"{name}: FAILED, {problem}" for name, problems in health.problems.items() for problem in problems]
     if health.works:
-        say(f"{len(health.nodes)} nodes: all checks passed")
+        lines.append(f"{len(health.nodes)} nodes: all checks passed")
+    return "\n".join(lines)

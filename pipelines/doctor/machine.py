@@ -21,18 +21,18 @@ def doctor() -> bool:
     """
     import torch
 
-    say(f"torch {torch.__version__}, {os.cpu_count()} CPUs, {torch.cuda.device_count()} GPUs")
+    say(f"torch {torch.__version__}, {os.cpu_count()} CPUs, {torch.cuda.device_count()} GPUs", is_result=True)
     for index in range(torch.cuda.device_count()):
-        say(f"  GPU {index}: {torch.cuda.get_device_name(index)}")
+        say(f"  GPU {index}: {torch.cuda.get_device_name(index)}", is_result=True)
     free_gib = shutil.disk_usage(Path.cwd()).free / 2**30
-    say(f"disk: {free_gib:.0f} GiB free in {Path.cwd()}")
+    say(f"disk: {free_gib:.0f} GiB free in {Path.cwd()}", is_result=True)
     works = True
     for name, check in (("MLflow", _check_mlflow), ("Ray", _check_ray)):
         try:
-            say(f"{name}: {check()}")
+            say(f"{name}: {check()}", is_result=True)
         except Exception as error:  # any failure of these libraries is a finding
             works = False
-            say(f"{name}: FAILED, {str(error).splitlines()[0] if str(error) else type(error).__name__}")
+            say(f"{name}: FAILED, {str(error).splitlines()[0] if str(error) else type(error).__name__}", is_result=True)
     return works
 
 

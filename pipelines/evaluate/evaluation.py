@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from patchloom.errors import UserError
+from patchloom.errors import UserError, did_you_mean
 from patchloom.models.features import INCEPTION, Features
 from patchloom.models.metrics import COLOUR_LAYOUT
 from patchloom.pipelines.evaluate.features import (
@@ -159,7 +159,8 @@ class _Available:
         """Raise UserError for a metric that is unknown or that cannot be measured with these."""
         unknown = [name for name in chosen if name not in METRICS]
         if unknown:
-            raise UserError(f"--metrics: unknown metric {','.join(unknown)}; choose from {', '.join(METRICS)}")
+            close = did_you_mean(unknown[0], METRICS)
+            raise UserError(f"--metrics: unknown metric {','.join(unknown)}{close}; choose from {', '.join(METRICS)}")
         for name in chosen:
             metric = METRICS[name]
             if metric.of_inception and self.network.name != INCEPTION:

@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from patchloom.errors import UserError
+from patchloom.errors import UserError, did_you_mean
 from patchloom.models.backbones import allow_backbones, allowed_backbones
 from patchloom.models.features import (
     CLASSIFIER,
@@ -85,9 +85,10 @@ def load_features(reference: str, device: torch.device | str = "cpu") -> Feature
         return _dino(reference, device)
     path = _fetched(reference) if is_remote(reference) else local_path(reference)
     if not path.is_file():
+        close = did_you_mean(reference, ("inception", COLOUR_FEATURES, DINO))
         raise UserError(
-            f"--features {reference} is unknown: give inception, colours, dinov2, a file of Inception's weights, or a "
-            "TorchScript module"
+            f"--features {reference} is unknown{close}: give inception, colours, dinov2, a file of Inception's "
+            "weights, or a TorchScript module"
         )
     return features_of_file(path, device)
 

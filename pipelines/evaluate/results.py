@@ -168,25 +168,28 @@ def _nearest_pairs(distance: np.ndarray, nearest: np.ndarray) -> np.ndarray:
 
 
 def notes_on(evaluation: Evaluation) -> list[str]:
-    """What a reader of the numbers must know."""
-    metrics = evaluation.metrics
-    notes = [note for name in ("fid", "frechet_distance") for note in _frechet_notes(name, evaluation)]
+    """What a reader of the numbers must know, the most important first."""
+    metrics, notes = evaluation.metrics, []
+    if evaluation.identity.features == COLOUR_LAYOUT:
+        notes.append(
+            "This is not FID. The features are the mean colors of 16 tiles, which show colors and where they are, but "
+            "no detail: noise of the right colors can score well"
+        )
+    notes += [note for name in ("fid", "frechet_distance") for note in _frechet_notes(name, evaluation)]
     if "sfid" in metrics:
-        notes.append("sFID is unverified: no published value has been reproduced yet")
+        notes.append("sFID is not verified: it was not compared with a published value yet")
     window = metrics.get("ssim_window")
     if isinstance(window, float):
         notes.append(
-            f"SSIM is computed in uniform windows of {window:.0f} x {window:.0f} pixels, as scikit-image does. "
-            "The Gaussian window of Wang et al. 2004 gives other values"
+            f"SSIM uses uniform windows of {window:.0f} x {window:.0f} pixels, as scikit-image does. Values with the "
+            "Gaussian window of Wang et al. (2004) differ"
         )
     authenticity = metrics.get("authenticity")
     if isinstance(authenticity, float):
         notes.append(
-            f"{1 - authenticity:.0%} of the samples are nearer to a reference image than any other reference image "
-            "is. About half of real images are; a much larger share suggests copies"
+            f"Copies: {1 - authenticity:.0%} of the samples are closer to their nearest reference image than any other "
+            "reference image is. Of new real images, about half are. A much larger share suggests that the model copies"
         )
-    if evaluation.identity.features == COLOUR_LAYOUT:
-        notes.append("mean colours of tiles show colours and where they are, no finer detail: this is not FID")
     return notes
 
 
@@ -195,11 +198,12 @@ def _frechet_notes(name: str, evaluation: Evaluation) -> list[str]:
     title = TITLES[name][0]
     if name in metrics and n < FEW_SAMPLES:
         notes.append(
-            f"{title} of {n:,} samples is biased upwards. {_extrapolation_note(name, evaluation)}. "
-            f"{_interval_note(name, evaluation)}. Compare it only at the same n"
+            f"With {n:,} samples, the {title} is too high (it is biased upwards): compare it only with values of the "
+            f"same n. {_extrapolation_note(name, evaluation)}. {_interval_note(name, evaluation)}"
         )
     if f"{name}_of_real_images" in metrics:
-        notes.append(f"{n:,} real images have a {title} of {metrics[f'{name}_of_real_images']:.4g} from the other ones")
+        real = metrics[f"{name}_of_real_images"]
+        notes.append(f"For comparison: the {title} between {n:,} of the real images and the others is {real:.4g}")
     return notes
 
 
@@ -209,10 +213,10 @@ def _interval_note(name: str, evaluation: Evaluation) -> str:
     interval = evaluation.metrics.get(f"{name}_interval_95")
     if isinstance(interval, list):
         return (
-            f"The mean over draws of {n:,} samples is between {interval[0]:.4g} and {interval[1]:.4g} (95% interval); "
-            "single draws deviate further"
+            f"The mean over many sets of {n:,} samples is between {interval[0]:.4g} and {interval[1]:.4g} (95% "
+            "interval); a single set can be further off"
         )
-    return f"Its 95% interval is unknown: it takes {INTERVAL_ROWS * width:,} samples or more"
+    return f"A 95% interval needs {INTERVAL_ROWS * width:,} samples or more"
 
 
 def _extrapolation_note(name: str, evaluation: Evaluation) -> str:
@@ -220,21 +224,26 @@ def _extrapolation_note(name: str, evaluation: Evaluation) -> str:
     n, width = evaluation.identity.n_samples, evaluation.identity.width
     infinity = evaluation.metrics.get(f"{name}_infinity")
     if isinstance(infinity, float):
-        rough = ", only a hint from few samples" if n < HINT_ROWS * width else ", extrapolated"
-        return f"With unlimited samples it is about {infinity:.4g}{rough}"
+        rough = " (a rough estimate from few samples)" if n < HINT_ROWS * width else " (extrapolated)"
+        return f"With unlimited samples it would be about {infinity:.4g}{rough}"
     if n < EXTRAPOLATION_ROWS * width:
-        return f"The value with unlimited samples is unknown: it takes {EXTRAPOLATION_ROWS * width:,} samples or more"
-    return "The value with unlimited samples is too small to be estimated from these: the extrapolation is below 0"
+        return f"An estimate for unlimited samples needs {EXTRAPOLATION_ROWS * width:,} samples or more"
+    return "The value for unlimited samples is too small to be estimated from these samples"
 
 
 def print_result(result: EvaluationResult) -> None:
     """Print the metrics and the notes."""
     identity = result.identity
     reference = f"{identity.n_reference:,} images" if identity.n_reference else "statistics"
-    say(f"  {identity.n_samples:,} {identity.images} against {reference}, features {identity.features}")
+    say(f"  {identity.n_samples:,} {identity.images} against {reference}, features {identity.features}", is_result=True)
+    if identity.features == COLOUR_LAYOUT:
+        say(f"  {result.notes[0]}", is_result=True)
     for name, (title, _) in TITLES.items():
         if name in result.metrics:
             error = result.metrics.get(f"{name}_standard_error")
-            say(f"    {title:<16} {result.metrics[name]:.4f}" + (f" ± {error:.4f}" if error is not None else ""))
-    for note in result.notes:
-        say(f"  {note}")
+            say(
+                f"    {title:<16} {result.metrics[name]:.4f}" + (f" ± {error:.4f}" if error is not None else ""),
+                is_result=True,
+            )
+    for note in result.notes[identity.features == COLOUR_LAYOUT :]:
+        say(f"  {note}", is_result=True)

@@ -221,19 +221,15 @@ def _check_node(found: NodeAnswer, command: str, settings: dict[str, str], optio
         )
 
 
-def job_table(address: str | None = None) -> str:
-    """All jobs of Patchloom on a cluster as a table: id, state, start, duration and command."""
-    jobs = [job for job in JobServer(address).reports() if "patchloom" in job.labels]
-    return _table(jobs) if jobs else "no job"
+def job_reports(job: str | None = None, address: str | None = None) -> list[JobReport]:
+    """One job of a cluster, or all jobs of Patchloom."""
+    server = JobServer(address)
+    return [server.report(job)] if job else [found for found in server.reports() if "patchloom" in found.labels]
 
 
-def job_status(job: str, address: str | None = None) -> str:
-    """The row of one job in the table."""
-    return _table([JobServer(address).report(job)])
-
-
-def _table(jobs: list[JobReport]) -> str:
-    return aligned([JOB_HEADER, *map(_row, jobs)])
+def job_table(jobs: list[JobReport]) -> str:
+    """Jobs as a table: id, state, start, duration and command."""
+    return aligned([JOB_HEADER, *map(_row, jobs)]) if jobs else "no job"
 
 
 def _row(job: JobReport) -> tuple[str, ...]:

@@ -30,6 +30,8 @@ from patchloom.platform.records.dataset import (
 )
 from patchloom.platform.records.prepare import ChannelSums, PreparationPlan, ShardNote, TextPlan
 
+SHOWN_SKIPPED = 5  # inputs that a command names
+
 
 def note_name(number: int) -> str:
     """The name of the note of a shard, relative to the dataset."""
@@ -70,6 +72,7 @@ class Findings:
     inputs: int = 0
     rows: int = 0
     reasons: Counter[str] = field(default_factory=Counter)
+    first_skipped: list[str] = field(default_factory=list)  # `cats/1.png: is damaged`, at most `SHOWN_SKIPPED`
     classes: Counter[int] = field(default_factory=Counter)
     shape: list[int] = field(default_factory=list)
     sums: list[ChannelSums] = field(default_factory=list)
@@ -83,6 +86,8 @@ class Findings:
         """Add the note of the next shard."""
         self.inputs += note.inputs
         self.reasons.update(entry.error for entry in note.skipped)
+        left = SHOWN_SKIPPED - len(self.first_skipped)
+        self.first_skipped += [f"{entry.key}: {entry.error}" for entry in note.skipped[:left]]
         self.source_digest.update(note.source_sha256.encode())
         if not note.rows:
             return

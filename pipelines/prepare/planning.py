@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from patchloom.errors import UserError
+from patchloom.errors import UserError, did_you_mean
 from patchloom.pipelines.prepare.conditions import computed_condition, described_condition
 from patchloom.pipelines.prepare.encoders import fetch_autoencoder, image_channels
 from patchloom.pipelines.prepare.images import CROPS, FILTERS, MODES, Transform, decode, size_of
@@ -92,7 +92,10 @@ def check_transform(transform: Transform) -> Transform:
     for option, choices in known.items():
         value = getattr(transform, option)
         if value not in choices:
-            raise UserError(f"--{option} {value} is unknown: choose one of {', '.join(map(str, choices))}")
+            listed = [str(choice) for choice in choices]
+            raise UserError(
+                f"--{option} {value} is unknown{did_you_mean(value, listed)}: choose one of {', '.join(listed)}"
+            )
     side = transform.resolution
     if not side and transform.crop != "none":
         raise UserError("--resolution is missing: give the side of the prepared images in pixels, such as 64")

@@ -178,7 +178,7 @@ class PrepareJob(Job[PlannedShard, str]):
             if not isinstance(card, dict) or card.get("preparation") != self.plan.identity():
                 raise UserError(f"{self.folder} contains another dataset: choose an empty folder, or remove it")
             remove_work(self.folder)
-            say(f"{self.folder} is complete: {len(open_dataset(self.folder.address)):,} rows")
+            say(f"{self.folder} is complete: {len(open_dataset(self.folder.address)):,} rows", is_result=True)
             return False
         if self.folder.has(PLAN_FILE):
             found = PlanFile.parse(self.folder.read(PLAN_FILE), f"{self.folder}/{PLAN_FILE}")
@@ -250,7 +250,14 @@ class PrepareJob(Job[PlannedShard, str]):
         others = self.preparation.other_files
         not_read = f" (other files, not read: {others})" if others else ""
         skipped = found.reasons.total()
-        say(f"{found.rows:,} rows + {skipped:,} skipped = {self.total:,} inputs in {self.folder}{not_read}")
+        for line in found.first_skipped:
+            say(f"  skipped {line}")
+        if more := skipped - len(found.first_skipped):
+            say(f"  skipped {more:,} more, which {self.folder}/skipped.jsonl lists")
+        say(
+            f"{found.rows:,} rows + {skipped:,} skipped = {self.total:,} inputs in {self.folder}{not_read}",
+            is_result=True,
+        )
 
     def _refuse(self, reasons: Counter[str]) -> None:
         """Remove what was written; raises UserError with the most common reasons."""

@@ -88,7 +88,10 @@ def import_model(snapshot: str, out: str, autoencoder: str | None = None) -> Pat
             code_version=__version__,
         )
         save_model(partial, denoiser, model_card)
-    say(f"  {path.name}: {config.network}, {denoiser.resolution} pixels, {denoiser.channels} channels -> {folder}")
+    say(
+        f"  {path.name}: {config.title}, {denoiser.resolution} pixels, {denoiser.channels} channels -> {folder}",
+        is_result=True,
+    )
     return _place_of(folder)
 
 
@@ -134,12 +137,12 @@ def export_model(model: str, out: str, *, diffusers: bool = False, license_id: s
         with _written(folder) as partial:
             _write_controlnet(fetched.folder, card, partial)
             write_hub_card(partial, fetched, card, license_id, diffusers=True)
-        say(f"  {card.name} -> {folder}; read it with diffusers.ControlNetModel.from_pretrained")
+        say(f"  {card.name} -> {folder}; read it with diffusers.ControlNetModel.from_pretrained", is_result=True)
         return _place_of(folder)
     with _written(folder) as partial:
         shutil.copytree(fetched.folder, partial, dirs_exist_ok=True)
         write_hub_card(partial, fetched, card, license_id, diffusers=False)
-    say(f"  {card.name} -> {folder}/model.safetensors; read it with safetensors.torch.load_file")
+    say(f"  {card.name} -> {folder}/model.safetensors; read it with safetensors.torch.load_file", is_result=True)
     return _place_of(folder)
 
 
@@ -147,7 +150,7 @@ def _write_controlnet(model: Path, card: ModelCard, folder: Path) -> None:
     """Write the ControlNet of a model in the format of diffusers. Its base is not needed."""
     network = skeleton(card.denoiser).model
     if not isinstance(network, ControlNetwork):
-        raise UserError(f"{card.name} is a {card.denoiser.network}, and only ControlNets are exported for diffusers")
+        raise UserError(f"{card.name} is a {card.denoiser.title}, and only ControlNets are exported for diffusers")
     weights = load_file(model / "model.safetensors")
     network.load_state_dict({name.removeprefix("model."): value for name, value in weights.items()}, assign=True)
     network.controlnet.save_pretrained(folder)
@@ -193,7 +196,7 @@ def average_model(run: str, out: str, sigma_rel: float) -> Path:
             copy_autoencoder(source / "model" / "autoencoder", partial / "autoencoder")
         average = AverageCard(sigma_rel=sigma_rel, snapshots=len(files))
         save_model(partial, denoiser, replace(card, average=average))
-    say(f"  average of width {sigma_rel:g}, from {len(files)} snapshots -> {folder}")
+    say(f"  average of width {sigma_rel:g}, from {len(files)} snapshots -> {folder}", is_result=True)
     return _place_of(folder)
 
 

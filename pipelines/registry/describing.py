@@ -88,7 +88,7 @@ def describe_model(reference: str) -> ModelDescription:
         ),
         kind=card.normalisation.kind,
         resolution=card.denoiser.resolution,
-        network=card.denoiser.network,
+        network=card.denoiser.title,
         images_seen=card.images_seen,
         held_out_loss=tags.get("held_out_loss"),
         class_names=list(card.class_names),

@@ -3,17 +3,18 @@
 import time
 
 from patchloom.pipelines.registry.quality import evaluations_of
-from patchloom.platform.progress import aligned
+from patchloom.platform.progress import fitted
 from patchloom.platform.tracking.store import shown_registry_uri
 from patchloom.platform.tracking.versions import RegisteredVersion
 
 HEADER = ("MODEL", "ALIASES", "KIND", "SIDE", "P", "SCHEDULE", "IMAGES", "QUALITY", "AGE")
+LEAST_IMPORTANT = ("SIDE", "SCHEDULE", "KIND", "IMAGES", "P", "AGE")  # on a terminal that is too narrow for all
 AGE_UNITS = (("d", 86_400), ("h", 3_600), ("m", 60), ("s", 1))  # and their seconds
 
 
 def models_table(versions: list[RegisteredVersion]) -> str:
     """Registered versions as a table: aliases, kind, resolution, p, images seen, quality and age."""
-    return aligned([HEADER, *(_table_line(version) for version in versions)])
+    return fitted([HEADER, *(_table_line(version) for version in versions)], LEAST_IMPORTANT)
 
 
 def empty_list(is_filtered: bool) -> str:

@@ -4,7 +4,7 @@ import re
 
 from pydantic import JsonValue
 
-from patchloom.errors import UserError
+from patchloom.errors import UserError, did_you_mean
 from patchloom.platform.records.evaluation import EvaluationIdentity, MetricValue
 from patchloom.platform.records.record import Record
 
@@ -113,7 +113,7 @@ def comparable(
 def is_better(metric: str, new: float, old: float) -> bool:
     """Whether `new` is better than `old` in a metric; raises UserError for an unknown metric."""
     if metric not in TITLES:
-        raise UserError(f"{metric} is not a metric: choose one of {', '.join(TITLES)}")
+        raise UserError(f"{metric} is not a metric{did_you_mean(metric, TITLES)}: choose one of {', '.join(TITLES)}")
     return new > old if TITLES[metric][1] else new < old
 
 

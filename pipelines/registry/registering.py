@@ -106,7 +106,7 @@ def register(run: str, name: str, alias: str | None = None, *, by_reference: boo
         version = _register_run(folder, name, f"{address}/model" if address else None)
     if alias:
         move_alias(name, alias, version, "register")
-    say(f"  registered models:/{name}/{version}" + (f" as {alias}" if alias else ""))
+    say(f"  registered models:/{name}/{version}" + (f" as {alias}" if alias else ""), is_result=True)
     return f"models:/{name}/{version}"
 
 

@@ -113,7 +113,7 @@ def record_evaluation(result: Evaluation, lineage: ModelLineage, files: list[Pat
     samples, label = result.identity.n_samples, _label_in_run(run_id, result)
     numbers = {name: value for name, value in result.metrics.items() if isinstance(value, float)}
     dataset = log_dataset(run_id, reference.address, reference.fingerprint, "evaluation")
-    by_label = {f"{GROUP}/{name} {label}": value for name, value in numbers.items()}
+    by_label = {f"{GROUP}/{name} {label}": numbers[name] for name in TITLES if name in numbers}
     log_metrics(run_id, by_label, model_id=model_id, dataset=dataset)
     # the latest value has the highest step
     log_metrics(run_id, numbers, step=samples, model_id=model_id, dataset=dataset)

@@ -1,6 +1,5 @@
 """Reproducing: runs the commands of a table one after the other, and writes a page that compares it with the paper."""
 
-import difflib
 import os
 import signal
 import subprocess
@@ -13,7 +12,7 @@ from pathlib import Path
 
 from markupsafe import Markup
 
-from patchloom.errors import UserError, WorkersFailed
+from patchloom.errors import UserError, WorkersFailed, did_you_mean
 from patchloom.pipelines.pages.html import document, is_for_pages
 from patchloom.pipelines.recipes import TWO_CORES_RATE
 from patchloom.pipelines.reproduce.outcome import Outcome
@@ -108,7 +107,7 @@ def reproduce(table: str, out: str | None = None, options: ReproductionOptions =
     write_atomic(here / REPRODUCTION_PAGE, document(_title(place.asked), _section(outcome, place)))
     if folder.is_remote:
         folder.put(here / REPRODUCTION_PAGE, REPRODUCTION_PAGE)
-    say(f"\n{outcome.text()}\n\nOpen {folder}/{REPRODUCTION_PAGE}")
+    say(f"\n{outcome.text()}\n\nOpen {folder}/{REPRODUCTION_PAGE}", is_result=True)
     return here / REPRODUCTION_PAGE
 
 
@@ -172,8 +171,8 @@ def _title(asked: Reproduction) -> str:
 
 def _subject(table: str) -> Subject:
     if table not in SUBJECTS:
-        close = "".join(f"did you mean {name}? " for name in difflib.get_close_matches(table, SUBJECTS, 1))
-        raise UserError(f"{table} cannot be reproduced; {close}Choose from {', '.join(SUBJECTS)}")
+        close = did_you_mean(table, SUBJECTS)
+        raise UserError(f"{table} cannot be reproduced{close}: choose from {', '.join(SUBJECTS)}")
     return SUBJECTS[table]
 
 

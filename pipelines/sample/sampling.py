@@ -141,7 +141,7 @@ def sample(
     began = time.monotonic()
     chosen, job = _planned_job(model, out, seeds, workers, resources, options)
     result = run_job(job, workers, resources)
-    say(f"  {job.images} images and {CONTACT_SHEET} in {job.folder}")
+    say(f"  {job.images} images and {CONTACT_SHEET} in {job.folder}", is_result=True)
     return SampleResult(
         folder=str(job.folder),
         format=chosen.format,

@@ -66,7 +66,7 @@ def _speeds(lines: list[ProgressLine]) -> list[Number]:
         peak = f"{compared[-1].peak_flops_per_second / 1e12:,.3g} TFLOP/s ({compared[-1].peak_flops_source})"
         share = median(line.model_flops_utilisation for line in compared)
         speeds.append(Number(f"model FLOPs utilisation, of {peak}", f"{share:.1%}"))
-    shares = {"straggler_loss": "straggler loss", "data_wait_share": "waiting for data"}
+    shares = {"straggler_loss": "time lost to the slowest worker", "data_wait_share": "waiting for data"}
     speeds += [Number(name, f"{median(line[key] for line in measured):.1%}") for key, name in shares.items()]
     return [*speeds, Number("peak memory", f"{max(line.peak_memory_bytes for line in measured) / 2**30:,.2f} GiB")]
 

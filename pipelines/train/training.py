@@ -197,13 +197,13 @@ def _progress_bar(recipe: Recipe, folder: Path) -> Iterator[ShowLine]:
 
         def show(line: ProgressLine) -> None:
             if line.step > first_step:
-                sizes = "  ".join(f"{size}px {loss:.3f}" for size, loss in line.loss_by_patch_size.items())
+                sizes = (f"{size}px {loss:.3f}" for size, loss in line.loss_by_patch_size.items())
                 loss = "not finite" if line.loss is None else f"{line.loss:.3f}"
                 waits = (
-                    f"  {line.data_wait_share:.0%} waiting for data" if line.data_wait_share >= SHOWN_WAIT_SHARE else ""
+                    f"{line.data_wait_share:.0%} waiting for data" if line.data_wait_share >= SHOWN_WAIT_SHARE else ""
                 )
-                share = f"  {line.model_flops_utilisation:.0%} of peak FLOP/s" if line.has_utilisation else ""
-                meter.update(line.images_seen, f"loss {loss} ({sizes}){share}{waits}")
+                share = f"{line.model_flops_utilisation:.0%} of peak FLOP/s" if line.has_utilisation else ""
+                meter.update(line.images_seen, f"loss {loss}", waits, share, *sizes)
 
         yield show
 

@@ -254,16 +254,18 @@ def decision(order: Sequence[RankedSetting]) -> str:
     needed = compared.decisive_difference(0, 1)
     if needed is None:
         return (
-            "Each setting has one seed, so this may be chance: run more seeds of the best settings (in a grid search: "
-            "--restore --add-seeds 2)."
+            "Each setting was run with one seed, so the difference may be chance: run more seeds of the best settings "
+            "(of a grid search: --restore --add-seeds 2)."
         )
-    rule = f"with {min(map(len, compared.values))} seeds per setting, a lead above {needed:.4f} is decided"
+    rule = f"with {min(map(len, compared.values))} seeds per setting, a difference above {needed:.4f} is significant"
     if compared.winner == 0:
-        return f"This is decided: {rule}."
+        return f"The difference is significant: {rule}."
     enough = compared.seeds_to_decide(0, 1)
     if enough is None:
-        return f"This is undecided: {rule}. This lead would need more than {MOST_SEEDS:,} seeds."
-    return f"This is undecided: {rule}. About {enough} seeds would decide it, if lead and spread stay the same."
+        return f"The difference may be chance: {rule}. This one would need more than {MOST_SEEDS:,} seeds."
+    return (
+        f"The difference may be chance: {rule}. About {enough} seeds could show it, if it and the spread stay the same."
+    )
 
 
 def stochastic_by_p(comparison: EqualCostComparison) -> dict[float, RankedSetting]:

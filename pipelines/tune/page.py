@@ -165,22 +165,25 @@ def _range(low: str, high: str) -> str:
 def _method(search: Search, seeds: int) -> list[str]:
     """How trials were chosen and compared, in sentences."""
     sentences = [
-        "All trials of a seed draw the same noise levels and crop positions in a step, which makes them comparable. "
-        "Trials of different p rarely see the same rows, because rows are counted in crops."
+        "All trials with the same seed use the same noise levels and patch positions in a step, so that they can be "
+        "compared. They rarely use the same images in a step, because smaller patches come in larger batches."
     ]
     if search.metric == HELD_OUT_LOSS:
-        sentences.append("The held-out loss is that of the averaged weights on full-size images.")
+        sentences.append("The held-out loss is measured on full-size images, with the averaged weights (EMA).")
     if seeds > 1:
         sentences.append(
-            f"Values are means over {seeds} seeds, with their standard deviation. A lead is decided if it is more than "
-            "a t test at 5 % asks for, with an error that is pooled over all settings; if all settings are equal, at "
-            "most one search in 20 decides for one of them."
+            f"Values are means over {seeds} seeds, with their standard deviation. A setting counts as better if a t "
+            "test at the 5 % level says so; its error is pooled over all settings. If all settings were equal, at most "
+            "one search in 20 would call one of them better."
         )
     if search.is_adaptive:
         sentences.append(f"Optuna chose the settings ({search.searcher}).")
     if search.stops_early:
         sentences.append("ASHA stopped trials with a worse metric early.")
-    return [*sentences, "Short trials show which setting starts best, not which one ends best."]
+    return [
+        *sentences,
+        "Short trials show which setting learns fastest at first. A longer training can end with another order.",
+    ]
 
 
 @dataclass(frozen=True)
@@ -211,14 +214,15 @@ def _not_compared(units: Sequence[str], search: Search) -> list[str]:
     sentences = []
     if asked:
         sentences.append(
-            f"Settings are not compared at equal {_either(asked)}: a trial failed, or ended more than "
-            f"{EQUAL_WITHIN:.0%} off because a step is a large part of it; then a larger budget helps."
+            f"Settings are not compared at equal {_either(asked)}, because a trial failed, or ended more than "
+            f"{EQUAL_WITHIN:.0%} away from the others: a single step is then a large part of a trial, and a larger "
+            "budget helps."
         )
     if others:
         keys = ", ".join(unit.removesuffix("_seen") for unit in others)
         sentences.append(
-            f"Settings are not compared at equal {_either(others)}, because their trials ended at different ones. With "
-            f"equal_costs: [{keys}], a search runs each setting as long as that takes."
+            f"Settings are not compared at equal {_either(others)}, because their trials ended at different values. "
+            f"Add equal_costs: [{keys}] to the search: it then runs each setting for as long as that takes."
         )
     return sentences
 
@@ -232,7 +236,10 @@ def _ramps(search: Search) -> str:
     fractions = {key.split(".")[-1]: value for key, value in search.of_budget.items()}
     known = [name for name in ("lr_rampup_images", "halflife_images") if name in fractions]
     if not known:
-        return "Ramps and averages are the same for all lengths, so a short trial may end before its ramp does."
+        return (
+            "Learning-rate ramps and averages have the same length in all trials, so a short trial may end during its "
+            "ramp."
+        )
     listed = " and ".join(f"{name} is {fractions[name]:.3g}" for name in known)
     return f"Ramps follow the length of a trial: {listed} of it."
 

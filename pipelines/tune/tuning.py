@@ -178,13 +178,16 @@ def tune(
             if folder.is_remote:
                 folder.put(page, PAGE_FILE)
             log_artifacts(run_id, here / TRIALS_FILE, here / BEST_FILE, page)
-    say(f"  best of {len(order)} settings: {order[0].title}, {definition.metric} {order[0].value_of_n()}")
+    say(
+        f"  best of {len(order)} settings: {order[0].title}, {definition.metric} {order[0].value_of_n()}",
+        is_result=True,
+    )
     if cost := cost_of_best(order):
-        say(f"  {cost}")
+        say(f"  {cost}", is_result=True)
     if folder.is_remote:
-        say(f"  its page: {folder}/{PAGE_FILE}; to see it here: patchloom report {folder} {PAGE_FILE}")
+        say(f"  its page: {folder}/{PAGE_FILE}; to see it here: patchloom report {folder} {PAGE_FILE}", is_result=True)
     else:
-        say(f"  open {folder}/{PAGE_FILE}")
+        say(f"  open {folder}/{PAGE_FILE}", is_result=True)
     if register_best:
         register(_trial_folder(folder, order[0].best).address, register_best)
     return TuneResult(here, run_id, table, best, out)

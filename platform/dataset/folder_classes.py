@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from patchloom.errors import UserError
+from patchloom.errors import UserError, did_you_mean
 from patchloom.platform.dataset.labels import MOST_CLASSES
 from patchloom.platform.dataset.splits import Splits, split_named
 
@@ -127,6 +127,7 @@ def _listed(names: Iterable[str]) -> str:
 def check_class_folder(wanted: str | None, labels: str | None) -> None:
     """Raise UserError if --classes is unknown, or if there are labels too."""
     if wanted is not None and wanted not in CLASS_FOLDERS:
-        raise UserError(f"--classes {wanted} is unknown: choose one of {', '.join(CLASS_FOLDERS)}")
+        close = did_you_mean(wanted, CLASS_FOLDERS)
+        raise UserError(f"--classes {wanted} is unknown{close}: choose one of {', '.join(CLASS_FOLDERS)}")
     if wanted is not None and labels is not None:
         raise UserError(f"--classes {wanted} and --labels {labels} both say what the classes are: give one of them")

@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from patchloom.errors import UserError
+from patchloom.errors import UserError, did_you_mean
 
 ALL_SPLITS = "all"
 SPLIT_CHOICES = ("train", "test", "val", ALL_SPLITS)  # the values of --split
@@ -25,7 +25,8 @@ def split_named(name: str) -> str | None:
 def check_split(wanted: str | None) -> None:
     """Raise UserError if --split is unknown."""
     if wanted is not None and wanted not in SPLIT_CHOICES:
-        raise UserError(f"--split {wanted} is unknown: choose one of {', '.join(SPLIT_CHOICES)}")
+        close = did_you_mean(wanted, SPLIT_CHOICES)
+        raise UserError(f"--split {wanted} is unknown{close}: choose one of {', '.join(SPLIT_CHOICES)}")
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """Sections of recipes and searches: YAML read into frozen values. Errors name the path of the key."""
 
 import difflib
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, TypeVar, get_args
@@ -9,7 +10,7 @@ import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 from pydantic_core import PydanticCustomError
 
-from patchloom.errors import UserError
+from patchloom.errors import UserError, did_you_mean
 from patchloom.platform.files.storage import whole_number
 
 _Number = TypeVar("_Number", int, float)
@@ -163,7 +164,9 @@ def _problem(kind: type[Section], item: Any) -> str:
         return f"{path}: this key is required"
     message = item["msg"]
     if item["type"] == "literal_error":
-        message = f"{item['input']!r} is not one of {item['ctx']['expected']}"
+        expected = item["ctx"]["expected"]
+        similar = did_you_mean(item["input"], re.findall(r"'([^']+)'", expected))
+        message = f"{item['input']!r} is not one of {expected}{similar}"
     elif "valid" in message.lower():
         message = f"{item['input']!r} is not valid: {message[0].lower()}{message[1:]}"
     return f"{path}: {message}" if path else message

@@ -1,5 +1,6 @@
 """The registry: models as versions of a registered name in MLflow, fetched as folders without unpickling."""
 
+import contextlib
 import io
 import re
 import tempfile
@@ -9,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from patchloom.errors import UserError
+from patchloom.errors import UserError, did_you_mean
 from patchloom.platform.files.copies import local_copy
 from patchloom.platform.files.folder import Folder, is_remote
 from patchloom.platform.files.outputs import check_new_file
@@ -29,6 +30,7 @@ OTHER_FOLDERS = {  # what a folder without a model is, by the card in it, and wh
     "search.json": "a search: give one of its runs in the folder trials",
     "run.json": "a run that is not finished: run `patchloom train --resume` first",
 }
+SIMILAR_NAMES = 1000  # registered models among which a similar name is searched
 MISSING = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")  # MLflow's codes for a missing version and alias
 
 
@@ -103,9 +105,21 @@ def find_version(name: str, alias: str | None = None, version: str | None = None
             return client.get_model_version(name, version)
         except MlflowException as error:
             if error.error_code in MISSING:
-                where = f"the registry at {shown_registry_uri()}: list its models with `patchloom models list`"
-                raise UserError(f"{wanted} is not in {where}") from None
+                where = f"the registry at {shown_registry_uri()}{_similar(client, name, alias)}"
+                raise UserError(f"{wanted} is not in {where}: list its models with `patchloom models list`") from None
             raise
+
+
+def _similar(client: Any, name: str, alias: str | None) -> str:
+    """A hint at a name or an alias that exists and that a user may have meant; empty if there is none."""
+    from mlflow.exceptions import MlflowException
+
+    with contextlib.suppress(MlflowException):
+        models = {model.name: model.aliases for model in client.search_registered_models(max_results=SIMILAR_NAMES)}
+        if name not in models:
+            return did_you_mean(name, models)
+        return did_you_mean(alias, models[name]) if alias else ""
+    return ""
 
 
 def has_version(name: str, version: str) -> bool:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from patchloom.pipelines.cache import CacheWish, cache_json, clear_cache, list_cache, show_cache, show_cleared
+from patchloom.pipelines.cache import CacheWish, cache_json, cache_text, clear_cache, cleared_text, list_cache
 from patchloom.platform.files.cache import cached_copy
 
 
@@ -23,7 +23,7 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "cache"
 
 
-def test_clear_removes_what_no_process_uses(own_cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_clear_removes_what_no_process_uses(own_cache: Path) -> None:
     used = fill("used", 3 << 20)
     os.close(fill("free", 5 << 20))
     os.close(fill("other", 7 << 20, "features"))
@@ -31,13 +31,11 @@ def test_clear_removes_what_no_process_uses(own_cache: Path, capsys: pytest.Capt
     sizes = {f"{entry.kind}/{entry.name}": entry.size_bytes >> 20 for entry in found.entries}
     assert sizes == {"datasets/used": 3, "datasets/free": 5, "features/other": 7}
     assert [entry.name for entry in found.entries if entry.in_use] == ["used"]
-    show_cache([found])
-    assert "15.0 MiB" in capsys.readouterr().out
+    assert "15.0 MiB" in cache_text([found])
 
     (cleared,) = clear_cache(CacheWish("datasets"))
     assert cache_json([cleared])[0]["removed"] == ["datasets/free"]
-    show_cleared([cleared])
-    assert "datasets/used" in capsys.readouterr().out
+    assert "datasets/used" in cleared_text([cleared])
     assert (own_cache / "datasets" / "used" / "data").is_file() and not (own_cache / "datasets" / "free").exists()
     assert (own_cache / "features" / "other").is_dir()
     fcntl.flock(used, fcntl.LOCK_UN)

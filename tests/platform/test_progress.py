@@ -4,9 +4,10 @@ import re
 import time
 
 import pytest
+from rich.console import Console
 
 from patchloom.platform import progress
-from patchloom.platform.progress import Meter, aligned, clock, say
+from patchloom.platform.progress import Meter, aligned, clock, fitted, say, with_descriptions
 from patchloom.platform.progress import progress as show_progress
 
 
@@ -29,6 +30,28 @@ def test_durations_are_short_and_rounded_minutes_are_minutes(seconds: float, tex
 
 def test_columns_of_a_table_are_as_wide_as_their_longest_cell() -> None:
     assert aligned([("JOB", "STATE"), ("a", "running"), ("longer", "")]) == "JOB     STATE\na       running\nlonger"
+
+
+@pytest.fixture
+def narrow(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A terminal of 20 columns."""
+    monkeypatch.setattr(progress, "console", Console(force_terminal=True, width=20))
+
+
+def test_tables_fit_a_narrow_terminal(narrow: None) -> None:
+    rows = [("NAME", "SIDE", "QUALITY"), ("first", "64", "a value of 12"), ("second", "64", "")]
+    assert fitted(rows, ("SIDE",)) == "NAME    QUALITY\nfirst   a value of 12\nsecond"
+    assert fitted(rows) == aligned(rows)
+    described = with_descriptions([("first", "1 GPU", "words of a title"), ("second", "2 GPU", "more")])
+    assert described == "first   1 GPU\n      words of a\n      title\nsecond  2 GPU\n      more"
+
+
+def test_the_least_important_parts_of_progress_are_left_out_first() -> None:
+    meter = Meter(1000, "images")
+    meter.update(500, "loss 0.5", "", "16px 0.4")
+    assert meter.describe() == "500/1,000 images  loss 0.5  16px 0.4"
+    assert meter.describe(30) == "500/1,000 images  loss 0.5"
+    assert meter.describe(5) == "500/1,000 images"
 
 
 def test_the_rate_counts_only_the_work_of_this_call(monkeypatch: pytest.MonkeyPatch) -> None:

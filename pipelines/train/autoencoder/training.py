@@ -134,7 +134,7 @@ def train_autoencoder(
         _send_quality(folder, rows)
         card = AutoencoderRunCard.read(folder)
         _publish(folder, address)
-    say(f"  reconstruction of held-out images: PSNR {card.psnr_db:.1f} dB, SSIM {card.ssim:.3f}")
+    say(f"  reconstruction of held-out images: PSNR {card.psnr_db:.1f} dB, SSIM {card.ssim:.3f}", is_result=True)
     return AutoencoderResult(
         folder / "model", float(card.psnr_db or 0), float(card.ssim or 0), card.run_id, card.reference
     )
@@ -288,5 +288,5 @@ def _register(folder: Path, name: str, card: AutoencoderRunCard) -> str:
     if (folder / "model" / FILES_FILE).is_file():  # a run of an earlier version has none
         tags[FILES_TAG] = file_sha256(folder / "model" / FILES_FILE)
     describe_version(name, version, f"Autoencoder: {quality} on {card.measured_images} images", tags)
-    say(f"  registered models:/{name}/{version}")
+    say(f"  registered models:/{name}/{version}", is_result=True)
     return f"models:/{name}/{version}"

@@ -216,8 +216,11 @@ def test_inspect_prints_the_card_and_detects_a_changed_byte(
     data = tmp_path / "data"
     run_main(monkeypatch, "prepare", str(images), str(data), "--resolution", "8")
     capsys.readouterr()
-    assert run_main(monkeypatch, "inspect", str(data)) == 0
+    assert run_main(monkeypatch, "inspect", str(data), "--json") == 0
     assert json.loads(capsys.readouterr().out)["rows"] == 48
+    assert run_main(monkeypatch, "inspect", str(data)) == 0
+    summary = capsys.readouterr().out
+    assert "48 rows + 1 skipped = 49 inputs" in summary and "{" not in summary
     shard = data / "shards" / "part-00000.arrow"
     content = bytearray(shard.read_bytes())
     content[len(content) // 2] ^= 1
@@ -248,8 +251,20 @@ def test_help_of_every_command_has_an_example(
                 "sample", "evaluate", "report", "benchmark", "doctor"]  # fmt: skip
     for command in commands:
         assert run_main(monkeypatch, *command.split(), "--help") == 0
-        words = " ".join(capsys.readouterr().out.split())
-        assert f"Example: patchloom {command}" in words
+        lines = capsys.readouterr().out.splitlines()
+        assert f"Example: $ patchloom {command}" in " ".join(" ".join(lines).split())
+        assert max(map(len, lines)) <= 80
+
+
+def test_help_of_groups_has_whole_summaries_in_80_columns(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for group in ([], ["models"], ["launch"], ["cache"], ["autoencoder"]):
+        assert run_main(monkeypatch, *group, "--help") == 0
+        lines = capsys.readouterr().out.splitlines()
+        assert max(map(len, lines)) <= 80
+        assert [line for line in lines if line.endswith("...")] == [line for line in lines if line.startswith("Usage:")]
+        assert sum("$ patchloom" in line for line in lines) >= 2
 
 
 def test_help_imports_no_heavy_library(tmp_path: Path) -> None:

@@ -6,20 +6,19 @@ from pathlib import Path
 import pytest
 
 from patchloom.errors import UserError
-from patchloom.pipelines.doctor.cluster import NodeState, _problems, check_nodes, show_nodes
+from patchloom.pipelines.doctor.cluster import NodeState, _problems, check_nodes, nodes_text
 from patchloom.platform.compute.nodes import NodeResult, ask_nodes
 
 STATE = NodeState(dict.fromkeys(("python", "torch", "ray", "mlflow", "patchloom", "code"), "1"), 2, [], 2, 0, 100.0)
 
 
 @pytest.mark.ray
-def test_healthy_cluster_has_no_problem(s3: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_healthy_cluster_has_no_problem(s3: str) -> None:
     health = check_nodes(store=f"{s3}/doctor")
     assert health.works and len(health.nodes) == 1
     (state,) = health.nodes.values()
     assert state.cpus > 0 and state.ray_cpus > 0 and state.ray_gpus == 0 and len(state.versions["code"]) == 8
-    show_nodes(health)
-    shown = capsys.readouterr().out
+    shown = nodes_text(health)
     assert next(iter(health.nodes)) in shown and f"store: {health.store}" in shown and "?" not in str(health.store)
 
 

@@ -256,7 +256,7 @@ def test_every_argument_that_can_be_a_path_is_known() -> None:
         "crop", "resize", "image_member", "precision", "allow_backbone", "set_", "register", "register_best", "widths",
         "patch", "sampler", "ladder", "churn_between", "guidance_between", "size", "canvas", "label", "format",
         "metrics", "subjects", "name", "alias", "if_better", "command", "env", "address", "job", "env_file",
-        "where", "sort", "page", "kind", "like", "split", "classes", "outpaint_method", "table",
+        "where", "sort", "page", "kind", "like", "split", "classes", "outpaint_method", "table", "license_id",
     }  # fmt: skip
 
     def texts(group: Any) -> set[str]:
