@@ -14,7 +14,7 @@ from patchloom.pipelines.evaluate.page import (
 )
 from patchloom.pipelines.pages.html import Number, Picture, document, is_for_pages, is_own_page, render
 from patchloom.pipelines.reproduce import reproduction_section
-from patchloom.pipelines.train.page import run_section
+from patchloom.pipelines.train.page import run_section, run_title
 from patchloom.pipelines.tune.page import search_section, search_title
 from patchloom.platform.files.cache import working_copy
 from patchloom.platform.files.copies import local_copy
@@ -67,7 +67,7 @@ def _title_and_body(address: str, folder: Path) -> tuple[str, Markup]:
     if (folder / "search.json").is_file():
         return search_title(folder), search_section(folder)
     if (folder / "run.json").is_file():
-        return f"Run {folder.name}", run_section(folder)
+        return run_title(folder), run_section(folder)
     if (folder / "sampling.json").is_file():
         return f"Samples {folder.name}", samples_section(folder)
     raise UserError(

@@ -33,6 +33,15 @@ class Number:
 
 
 @dataclass(frozen=True)
+class Fact:
+    """A line at the top of a page: what something is made of, by name; `is_code` for commands and addresses."""
+
+    name: str
+    value: str
+    is_code: bool = False
+
+
+@dataclass(frozen=True)
 class Picture:
     """A PNG file with a caption; `pixelated` enlarges it without smoothing."""
 
@@ -88,16 +97,26 @@ def is_own_page(content: bytes) -> bool:
 def svg(figure: Any) -> Markup:
     """A matplotlib figure as inline SVG, the same text for the same numbers."""
     text = io.StringIO()
-    figure.savefig(text, format="svg", metadata={"Date": None})
+    figure.savefig(text, format="svg", metadata={"Date": None}, transparent=True)
     return Markup(text.getvalue()[text.getvalue().index("<svg") :])
 
 
 def tidy(axes: Any) -> None:
-    """Remove the frame, add light grid lines, and add a legend where lines have names."""
+    """Remove the frame, add light grid lines, and add a legend where lines have names.
+
+    A click on a name in the legend hides its line: the line and the name have ids that `page.js` pairs.
+    """
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", color="#e6eaee")
-    if axes.get_legend_handles_labels()[0]:
-        axes.legend(frameon=False, ncols=2, fontsize="small")
+    lines = axes.get_legend_handles_labels()[0]
+    if not lines:
+        return
+    legend = axes.legend(frameon=False, ncols=2, fontsize="small")
+    panel = axes.figure.axes.index(axes)
+    for number, (line, text) in enumerate(zip(lines, legend.get_texts(), strict=True)):
+        if hasattr(line, "set_gid"):
+            line.set_gid(f"line-{panel}-{number}")
+            text.set_gid(f"name-{panel}-{number}")
 
 
 def png_data(path: Path) -> str:

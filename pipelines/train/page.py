@@ -1,6 +1,6 @@
 """The page of a run: its counts, speeds, curves and previews."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -8,30 +8,86 @@ from typing import Any
 from markupsafe import Markup
 
 from patchloom.models.loss import SIGMA_BINS
-from patchloom.pipelines.pages.html import LINE_COLOURS, Number, Picture, render, svg, tidy
+from patchloom.pipelines.pages.html import LINE_COLOURS, Fact, Number, Picture, render, svg, tidy
+from patchloom.pipelines.train.resuming import RECIPE_FILE
+from patchloom.platform.dataset.prepared import is_dataset, open_dataset
+from patchloom.platform.files.folder import Folder
 from patchloom.platform.files.inside import inner_path
 from patchloom.platform.progress import clock
-from patchloom.platform.records.run import PROGRESS_FILE, ProgressLine, read_progress
+from patchloom.platform.recipe.run_recipe import Recipe, load_recipe
+from patchloom.platform.records.run import PROGRESS_FILE, ProgressLine, RunCard, read_progress
+from patchloom.redaction import redacted
 
-SHOWN_PREVIEWS = 3
+SHOWN_PREVIEWS, SHOWN_CLASSES = 3, 8
 
 
 def run_section(folder: Path) -> Markup:
     """The body of the page of a run folder. The run may still be training."""
-    lines = read_progress(folder)
+    lines, about = read_progress(folder), _about(folder)
     if not lines:
-        return render("run.html", counts=[])
+        return render("run.html", about=about, counts=[])
     previews = [
         _shown_preview(folder, line) for line in _spread([line for line in lines if line.preview], SHOWN_PREVIEWS)
     ]
     return render(
         "run.html",
+        about=about,
         counts=_counts(lines[-1]),
         speeds=_speeds(lines),
         curves=_curves(lines),
-        has_sigmas=_has_sigmas(lines),
         previews=previews,
     )
+
+
+def run_title(folder: Path) -> str:
+    """`Training of demo-pixels`: the title of the page of a run folder."""
+    if RunCard.read(folder).kind == "autoencoder":
+        return f"Training of the autoencoder {folder.name}"
+    return f"Training of {load_recipe(folder / RECIPE_FILE).name}"
+
+
+def _about(folder: Path) -> list[Fact]:
+    """What a run is made of: its recipe, data, command, code and MLflow run."""
+    card = RunCard.read(folder)
+    facts = [] if card.kind == "autoencoder" else [Fact("recipe", _recipe_text(load_recipe(folder / RECIPE_FILE)))]
+    if card.dataset is not None:
+        facts.append(Fact("dataset", card.dataset, is_code=True))
+        facts += [Fact("data", text) for text in _data_texts(card)]
+    if card.command:
+        facts.append(Fact("command", card.command, is_code=True))
+    commit = f", commit {card.code_commit[:12]}" if card.code_commit else ""
+    facts.append(Fact("code", f"patchloom {card.code_version}{commit}"))
+    if card.run_id is not None:
+        place = f" in {redacted(card.tracking_uri)}" if card.tracking_uri else ""
+        facts.append(Fact("MLflow run", f"{card.run_id}{place}", is_code=True))
+    return facts
+
+
+def _recipe_text(recipe: Recipe) -> str:
+    patches, train = recipe.patches, recipe.train
+    network = recipe.model.backbone or f"{recipe.model.network} of width {recipe.model.width}"
+    return (
+        f"{recipe.name}: {network}, p = {patches.p:g} ({patches.schedule}), batches of {train.batch_size:,}, "
+        f"{train.images:,} counted images, seed {recipe.seed}"
+    )
+
+
+def _data_texts(card: RunCard) -> list[str]:
+    """The rows and the largest classes of the dataset of a run, if it is on this machine and unchanged."""
+    place = Folder.at(str(card.dataset))
+    if place.is_remote or not is_dataset(place):
+        return []
+    dataset = open_dataset(place.address)
+    if dataset.fingerprint != card.dataset_fingerprint:
+        return []
+    found = dataset.card
+    text = f"{found.rows:,} rows of {found.resolution} x {found.resolution} x {found.channels} {found.kind}"
+    if len(found.classes) < 2:
+        return [text]
+    largest = sorted(found.classes, key=lambda one: -one.rows)
+    shown = ", ".join(f"{one.name} {one.rows:,}" for one in largest[:SHOWN_CLASSES])
+    more = f" and {len(largest) - SHOWN_CLASSES} more" if len(largest) > SHOWN_CLASSES else ""
+    return [f"{text}; {len(found.classes)} classes: {shown}{more}"]
 
 
 def _shown_preview(folder: Path, line: ProgressLine) -> Picture:
@@ -47,8 +103,9 @@ def _counts(last: ProgressLine) -> list[Number]:
             Number("full-size images", f"{last.full_size_images:,}"),
             Number("images-equivalent, by pixels", f"{last.pixel_equivalent_images:,.0f}"),
             Number("TFLOP", f"{last.flops / 1e12:,.1f}"),
-            Number("left to go", clock(last.eta_seconds)),
         ]
+    if last.eta_seconds:
+        counts.append(Number("left to go", clock(last.eta_seconds)))
     return counts
 
 
@@ -78,25 +135,29 @@ def _spread(items: Sequence[Any], most: int) -> Sequence[Any]:
     return [items[round(index * (len(items) - 1) / (most - 1))] for index in range(most)]
 
 
-def _has_sigmas(lines: list[ProgressLine]) -> bool:
-    return any(line.loss_by_sigma for line in lines)
+def _curves(lines: list[ProgressLine]) -> list[tuple[Markup, str]]:
+    """Plots over counted images, with captions. The held-out loss has its own: it is a mean also if training sums."""
+    found = [(_plotted(_plot_sizes, lines, "training loss"), "Training loss by patch size.")]
+    if any(line.held_out_loss is not None for line in lines):
+        held_out = _plotted(_plot_held_out, lines, "held-out loss")
+        found.append((held_out, "Loss of the averaged weights on held-out full-size images."))
+    if any(line.loss_by_sigma for line in lines):
+        found.append((_plotted(_plot_sigmas, lines, "training loss"), "Training loss by noise level."))
+    return found
 
 
-def _curves(lines: list[ProgressLine]) -> Markup:
-    """Loss over counted images: by patch size with the held-out loss, and by noise level."""
+def _plotted(draw: Callable[[Any, list[ProgressLine]], None], lines: list[ProgressLine], title: str) -> Markup:
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
-    panels = 2 if _has_sigmas(lines) else 1
-    figure = Figure(figsize=(11 if panels == 2 else 9, 3.4), layout="constrained")
-    axes = figure.subplots(1, panels, squeeze=False)[0]
-    _plot_sizes(axes[0], lines)
-    if panels == 2:
-        names = [name for name in SIGMA_BINS if any(name in line.loss_by_sigma for line in lines)]
-        labels = {name: f"sigma {name.replace('-inf', ' and more')}" for name in names}
-        _plot(axes[1], lines, "loss_by_sigma", labels)
-    for panel in axes:
-        panel.set_xlabel("counted images")
-        tidy(panel)
+    figure = Figure(figsize=(5.6, 3.4), layout="constrained")
+    axes = figure.subplots()
+    draw(axes, lines)
+    axes.set_ylabel(title)
+    axes.set_xlabel("counted images")
+    axes.xaxis.set_major_formatter("{x:,.0f}")
+    axes.xaxis.set_major_locator(MaxNLocator(5))
+    tidy(axes)
     return svg(figure)
 
 
@@ -105,10 +166,16 @@ def _plot_sizes(axes: Any, lines: list[ProgressLine]) -> None:
     _plot(axes, lines, "loss_by_patch_size", {size: f"{size} x {size}" for size in sizes})
     if not sizes:
         axes.plot([line.images_seen for line in lines], [line.loss for line in lines], color=LINE_COLOURS[0])
-    held_out = [(line.images_seen, line.held_out_loss) for line in lines if line.held_out_loss is not None]
-    if held_out:
-        axes.plot(*zip(*held_out, strict=True), "o--", label="held out, full size", color="#1c2430", markersize=4)
-    axes.set_ylabel("loss")
+
+
+def _plot_held_out(axes: Any, lines: list[ProgressLine]) -> None:
+    points = [(line.images_seen, line.held_out_loss) for line in lines if line.held_out_loss is not None]
+    axes.plot(*zip(*points, strict=True), "o-", color=LINE_COLOURS[1], markersize=4, linewidth=1.4)
+
+
+def _plot_sigmas(axes: Any, lines: list[ProgressLine]) -> None:
+    names = [name for name in SIGMA_BINS if any(name in line.loss_by_sigma for line in lines)]
+    _plot(axes, lines, "loss_by_sigma", {name: f"sigma {name.replace('-inf', ' and more')}" for name in names})
 
 
 def _plot(axes: Any, lines: list[ProgressLine], key: str, labels: dict[str, str]) -> None:

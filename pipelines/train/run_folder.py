@@ -25,7 +25,9 @@ from patchloom.platform.progress import say
 from patchloom.platform.recipe.run_recipe import Recipe, load_recipe, recipe_yaml
 from patchloom.platform.records.run import RUN_FILE, RunCard
 from patchloom.platform.tracking.client import is_reachable
+from patchloom.platform.tracking.origin import code_commit, command_line
 from patchloom.platform.tracking.store import shown_uri
+from patchloom.redaction import redacted
 
 
 @dataclass(frozen=True)
@@ -155,6 +157,8 @@ def _write_card(path: Path, address: Folder, dataset: Dataset, model: ModelCard)
         dataset=dataset.address,
         dataset_fingerprint=dataset.fingerprint,
         code_version=__version__,
+        code_commit=code_commit(),
+        command=redacted(command_line()),
         **({"base_sha256": base} if base else {}),
     ).write(path)
     if address.is_remote:

@@ -30,6 +30,8 @@ class RunCard(VersionedRecord):
     dataset: str | None = None  # its address; older autoencoder runs do not store it
     dataset_fingerprint: str
     code_version: str = ""
+    code_commit: str = ""  # where the code is a checkout
+    command: str = ""  # that started the run, without secrets; empty where a program called a function
     base_sha256: str | None = None  # of the weights of a ControlNet's base
 
     @classmethod

@@ -10,7 +10,7 @@ from search_folders import write_search_folder
 
 from patchloom.pipelines.evaluate import evaluate
 from patchloom.pipelines.inspect import dataset_sheet
-from patchloom.pipelines.pages.html import Number, Picture, Table, document
+from patchloom.pipelines.pages.html import Number, Picture, Table, document, render
 from patchloom.pipelines.report import report
 from patchloom.pipelines.reproduce.outcome import Finding, Outcome
 from patchloom.pipelines.sample import sample
@@ -128,6 +128,40 @@ def faults_of(look: Look) -> list[str]:
     wide = [f"wide: {text}" for text in look.wide] or ["scrolls horizontally"] * look.scrolls
     small = [f"a plot has {scale:.2f} pixels per point" for scale in look.scales if scale < LEAST_SCALE]
     return [*look.errors, *broken, *spilled, *wide, *small]
+
+
+def test_tables_sort_by_a_click(browser: Browser, tmp_path: Path) -> None:
+    rows = [["b", "10"], ["a", "9"], ["c", "1,000"]]
+    table = render("reproduction.html", commands=[], outcome=outcome_of(Table(["name", "images"], rows)))
+    (tmp_path / "page.html").write_text(document("Sorted", table))
+    browser.look(tmp_path / "page.html", 400)
+    names = "[...document.querySelectorAll('tbody tr')].map(row => row.cells[0].textContent).join('')"
+    found = [browser.value(names)]
+    for column in (0, 0, 1, 1):
+        browser.value(f"document.querySelectorAll('th')[{column}].click()")
+        found.append(browser.value(names))
+    assert found == ["bac", "abc", "cba", "abc", "cba"]  # as text, then as numbers: 9, 10, 1,000
+
+
+def outcome_of(table: Table) -> Outcome:
+    return Outcome(lead="", numbers=[], findings=[Finding("A table", table)], texts=[], differences=[])
+
+
+def test_a_name_in_a_legend_hides_its_line_and_a_picture_opens(
+    browser: Browser, make_page: Callable[[str], Path]
+) -> None:
+    browser.look(make_page("run"), 1280)
+    names = browser.value("[...document.querySelectorAll('svg [id^=name-]')].map(name => name.id)")
+    assert len(names) >= 3  # a line for each patch size
+    hidden = "[...document.querySelectorAll('svg [id^=line-]')].filter(line => line.style.display === 'none').length"
+    for count in (1, 0):
+        browser.value(f"document.getElementById('{names[0]}').dispatchEvent(new MouseEvent('click'))")
+        assert browser.value(hidden) == count
+    browser.value("document.querySelector('figure img').click()")
+    assert browser.value("document.querySelector('dialog img').src === document.querySelector('figure img').src")
+    browser.value("document.querySelector('dialog').click()")
+    browser.value("1")  # the dialog is removed after its event
+    assert browser.value("document.querySelector('dialog[open]')") is None
 
 
 FAULTY = """<!doctype html><html><body style="margin: 0"><img alt="gone" src="data:image/png;base64,AAAA">

@@ -122,6 +122,13 @@ class Browser:
         """Send a command of the DevTools protocol to the tab."""
         return self._call(method, self._session, **parameters)
 
+    def value(self, expression: str) -> Any:
+        """The value of an expression in JavaScript, in the page that is open; RuntimeError if it throws."""
+        found = self._call("Runtime.evaluate", self._session, expression=expression, returnByValue=True)
+        if "exceptionDetails" in found:
+            raise RuntimeError(found["exceptionDetails"]["exception"]["description"])
+        return found["result"].get("value")
+
     def _call(self, method: str, session: str | None = None, **parameters: Any) -> dict[str, Any]:
         """Send a command and wait for its answer."""
         self._last += 1

@@ -32,6 +32,7 @@ from patchloom.platform.records.run import RUN_FILE, ProgressLine, RunCard
 from patchloom.platform.tracking.client import is_reachable, require_reachable
 from patchloom.platform.tracking.forwarder import MlflowForwarder
 from patchloom.platform.tracking.names import check_name
+from patchloom.platform.tracking.origin import code_commit, command_line
 from patchloom.platform.tracking.registry import describe_version, register_folder
 from patchloom.platform.tracking.runs import (
     FINISHED,
@@ -46,6 +47,7 @@ from patchloom.platform.tracking.runs import (
 )
 from patchloom.platform.tracking.server_errors import first_line
 from patchloom.platform.tracking.store import check_answers, shown_uri
+from patchloom.redaction import redacted
 
 
 @dataclass(frozen=True)
@@ -187,6 +189,9 @@ def _open_folder(folder: Path, address: Folder, settings: AutoencoderSettings, d
         kind="autoencoder",
         run_id=None,
         code_version=__version__,
+        code_commit=code_commit(),
+        command=redacted(command_line()),
+        dataset=dataset.address,
         settings=settings,
         dataset_fingerprint=dataset.fingerprint,
     )
