@@ -16,7 +16,9 @@ from patchloom.pipelines.reproduce.outcome import Finding, Outcome
 from patchloom.pipelines.sample import sample
 from patchloom.pipelines.tune.page import search_section
 from patchloom.platform.dataset import open_dataset
+from patchloom.platform.files.storage import make_folder
 from patchloom.platform.records.demo import DEMO_FILE, DemoCard
+from patchloom.platform.records.run import ProgressLine, write_progress
 
 pytestmark = pytest.mark.pages
 
@@ -67,6 +69,14 @@ def make_page(
         (place / "progress.jsonl").unlink()
         return report(str(place), str(folder / "started.html"))
 
+    def autoencoder() -> Path:
+        place = make_folder(folder / "autoencoder")
+        (place / "run.json").write_text("{}")
+        write_progress(
+            place, [ProgressLine(step=n, images_seen=8 * n, loss=1 / n, images_per_second=5) for n in (1, 2)]
+        )
+        return report(str(place), str(folder / "autoencoder.html"))
+
     def demo() -> Path:
         place = folder / "demo"
         for name, source in {"run": trained, "pixels": pixels, "samples": samples, "search": search}.items():
@@ -95,6 +105,7 @@ def make_page(
     makers = {
         "run": lambda: report(str(trained), str(folder / "run.html")),
         "started run": started,
+        "autoencoder": autoencoder,
         "samples": lambda: report(str(samples), str(folder / "samples.html")),
         "unmeasured samples": unmeasured,
         "search": lambda: report(str(search), str(folder / "search.html")),
@@ -107,8 +118,8 @@ def make_page(
 @pytest.mark.parametrize(
     ("kind", "pictures", "plots"),
     [
-        ("run", 1, 1), ("started run", 0, 0), ("samples", 3, 0), ("unmeasured samples", 1, 0), ("search", 0, 3),
-        ("demo", 6, 4), ("reproduction", 1, 3),
+        ("run", 1, 1), ("started run", 0, 0), ("autoencoder", 0, 1), ("samples", 3, 0), ("unmeasured samples", 1, 0),
+        ("search", 0, 3), ("demo", 6, 4), ("reproduction", 1, 3),
     ],
 )  # fmt: skip
 def test_page_loads_and_fits(
@@ -127,7 +138,7 @@ def faults_of(look: Look) -> list[str]:
     broken, spilled = (f"broken: {text}" for text in look.broken), (f"spilled: {text}" for text in look.spilled)
     wide = [f"wide: {text}" for text in look.wide] or ["scrolls horizontally"] * look.scrolls
     small = [f"a plot has {scale:.2f} pixels per point" for scale in look.scales if scale < LEAST_SCALE]
-    return [*look.errors, *broken, *spilled, *wide, *small]
+    return [*look.errors, *broken, *spilled, *wide, *small, *(f"cut: {word}" for word in look.cut)]
 
 
 def test_tables_sort_by_a_click(browser: Browser, tmp_path: Path) -> None:
@@ -167,6 +178,7 @@ def test_a_name_in_a_legend_hides_its_line_and_a_picture_opens(
 FAULTY = """<!doctype html><html><body style="margin: 0"><img alt="gone" src="data:image/png;base64,AAAA">
 <img alt="outside" src="https://patchloom.invalid/a.png"><div style="width: 1000px">wide</div>
 <div style="width: 50px">progressiveprogressive</div>
+<div class="numbers" style="width: 50px; overflow-wrap: anywhere"><b>a cutintotwolines</b></div>
 <div style="overflow: auto; width: 50px"><p style="width: 3000px">scrolled</p></div>
 <script>console.error("logged"); undefined.thrown;</script></body></html>"""
 
@@ -177,6 +189,7 @@ def test_faults_of_a_page_are_seen(browser: Browser, tmp_path: Path) -> None:
     assert not wide.scrolls and narrow.scrolls
     assert [text.split()[-1] for text in narrow.wide] == ["wide"] and wide.wide == []
     assert [text.split()[-1] for text in wide.spilled] == ["progressiveprogressive"]
+    assert wide.cut == narrow.cut == ["cutintotwolines"]
     assert wide.broken == ["gone", "outside"]
     errors = "\n".join(wide.errors)
     assert "logged" in errors and "TypeError" in errors and "asks for https://patchloom.invalid/a.png" in errors

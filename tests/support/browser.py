@@ -29,7 +29,16 @@ LOOK = """(() => {
   const isBlock = e => e.clientWidth && getComputedStyle(e).display !== 'inline';
   const name = e => `${e.tagName.toLowerCase()}.${e.className}: ${(e.textContent || '').trim().slice(0, 60)}`;
   const all = [...document.body.querySelectorAll('*')].filter(e => !e.closest('svg') && e.getClientRects().length);
+  const isCut = (node, word, at) => {
+    const range = document.createRange();
+    range.setStart(node, at);
+    range.setEnd(node, at + word.length);
+    return range.getClientRects().length > 1;
+  };
+  const cut = [...document.querySelectorAll('.numbers b')].map(e => e.firstChild).filter(Boolean).flatMap(node =>
+    [...node.data.matchAll(/\\S+/g)].filter(found => isCut(node, found[0], found.index)).map(found => found[0]));
   return {
+    cut,
     broken: [...document.images].filter(i => !i.complete || !i.naturalWidth).map(i => i.alt || i.src.slice(0, 60)),
     images: document.images.length,
     plots: document.querySelectorAll('svg').length,
@@ -54,6 +63,7 @@ class Look:
     Args:
         errors: messages of the console and of the browser, and addresses that the page asks for.
         broken: pictures that cannot be shown.
+        cut: words in tiles that go on in the next line.
         images: number of pictures.
         plots: number of inline plots.
         scales: pixels per unit of each plot that is shown.
@@ -64,6 +74,7 @@ class Look:
 
     errors: list[str]
     broken: list[str] = field(default_factory=list)
+    cut: list[str] = field(default_factory=list)
     images: int = 0
     plots: int = 0
     scales: list[float] = field(default_factory=list)
