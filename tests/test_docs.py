@@ -53,10 +53,11 @@ def test_site_builds_strictly_and_fetches_nothing(site: Path) -> None:
         "reference/method.html", "reference/recipe-keys.html", "decisions.html", "changelog.html",
     }  # fmt: skip
     for page in pages:
-        fetched = re.findall(
-            r"<(?:script|link|img|iframe|source)\b[^>]*?(?:src|href)=\"?(https?:[^\"> ]*)", page.read_text()
-        )
+        text = page.read_text()
+        fetched = re.findall(r"<(?:script|link|img|iframe|source)\b[^>]*?(?:src|href)=\"?(https?:[^\"> ]*)", text)
         assert not fetched, f"{page.name}: {fetched}"
+        shown = re.sub(r"<[^>]+>", "", text)
+        assert not re.search(r"--8 ?(<|&lt;)", shown), f"{page.name}: an excerpt is missing"
 
 
 def test_every_command_has_a_section(site: Path) -> None:

@@ -144,8 +144,8 @@ def sampled() -> None:
 def with_features() -> None:
     make_photos(Path("photos"), count=80)  # so that some are held out
     sampled()
-    runpy.run_path(str(SUPPORT / "own_features.py"))
-    runpy.run_path(str(SUPPORT / "own_metric.py"))
+    for name in ("own_features", "own_metric"):
+        runpy.run_path(str(SUPPORT / f"{name}.py"), run_name=name)
 
 
 def with_drawings() -> None:
