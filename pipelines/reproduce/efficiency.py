@@ -53,7 +53,8 @@ def efficiency_outcome(place: ReproductionFolder, here: Path) -> Outcome:
             chance = chance_by_amount(amounts)
             rows.append(["held-out images (chance)", *(f"{chance[images]:.4f}" for images in amounts.images)])
         header = ["setting", *(f"{images:,} images" for images in amounts.images)]
-        title = f"{MEASURED_TITLES[field].capitalize()}, means over seeds"
+        measured = MEASURED_TITLES[field]
+        title = f"{measured[0].upper()}{measured[1:]}, means over seeds"
         findings.append(Finding(title, Table(header, rows), [decided_by_amount(amounts, field)]))
     card = open_dataset(place.dataset(name, latents=False)).card
     return Outcome(
