@@ -287,9 +287,8 @@ def command_section(path: str, command: Any) -> list[str]:
     context = command.make_context(path, [], resilient_parsing=True)
     usage = " ".join(command.collect_usage_pieces(context))
     lines = [f"## {path}", "", plain(command.help or ""), "", "```text", f"{path} {usage}", "```", ""]
-    examples = re.findall(r"patchloom [^\n]+", command.epilog or "")
-    if examples:
-        lines += ["```sh", *examples, "```", ""]
+    if command.epilog:
+        lines += ["```sh", command.epilog.removeprefix("Example: "), "```", ""]
     records = [
         parameter.get_help_record(context)
         for parameter in command.get_params(context)
