@@ -55,7 +55,7 @@ def test_wheel_has_every_file_of_the_package() -> None:
     files += [path for path in (ROOT / "patchloom").glob("*") if path.is_file()]
     wanted = {path.relative_to(ROOT).as_posix().removeprefix("patchloom/") for path in files if is_packaged(path)}
     assert {name.removeprefix("patchloom/") for name in names} == wanted
-    assert {Path(name).suffix for name in wanted} == {".py", ".typed", ".html", ".svg", ".yaml", ".json"}
+    assert {Path(name).suffix for name in wanted} >= {".py", ".typed", ".html", ".svg", ".yaml", ".json"}
 
 
 def is_packaged(path: Path) -> bool:

@@ -18,7 +18,7 @@ from patchloom.pipelines.tune.page import search_section
 from patchloom.platform.dataset import open_dataset
 from patchloom.platform.files.storage import make_folder
 from patchloom.platform.records.demo import DEMO_FILE, DemoCard
-from patchloom.platform.records.run import ProgressLine, write_progress
+from patchloom.platform.records.run import ProgressLine, RunCard, write_progress
 
 pytestmark = pytest.mark.pages
 
@@ -71,7 +71,8 @@ def make_page(
 
     def autoencoder() -> Path:
         place = make_folder(folder / "autoencoder")
-        (place / "run.json").write_text("{}")
+        card = RunCard(kind="autoencoder", dataset=LONG, dataset_fingerprint="a" * 64, command=COMMAND)
+        (place / "run.json").write_text(card.to_json())
         write_progress(
             place, [ProgressLine(step=n, images_seen=8 * n, loss=1 / n, images_per_second=5) for n in (1, 2)]
         )
