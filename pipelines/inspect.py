@@ -28,7 +28,7 @@ from patchloom.platform.tracking.registry import fetch_model
 DATASET_SHEET = "contact_sheet.png"
 TENSORS = ("image", "mean", "std")
 DECODED_AT_ONCE = 8
-SHOWN_CLASSES = 10  # names of classes in a summary
+LISTED_CLASSES = 10  # names of classes in a summary
 INSPECTED_BYTES = 16 << 20  # of rows that are read together
 
 
@@ -203,7 +203,7 @@ def model_summary(card: ModelCard) -> str:
     if card.patches:
         lines.append(f"  p {card.patches.p:g}, {card.patches.schedule} schedule of patch sizes")
     if card.class_names:
-        shown, more = card.class_names[:SHOWN_CLASSES], len(card.class_names) - SHOWN_CLASSES
+        shown, more = card.class_names[:LISTED_CLASSES], len(card.class_names) - LISTED_CLASSES
         lines.append(
             f"  {len(card.class_names)} classes: {', '.join(shown)}" + (f" and {more} more" if more > 0 else "")
         )
