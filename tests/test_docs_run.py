@@ -116,9 +116,13 @@ def photographs() -> None:
     Image.fromarray(photograph("chelsea.png")).save("photographs/chelsea.png")
 
 
-def pixels() -> None:
+def pixels(side: int = SIDE) -> None:
     photos()
-    run(f"patchloom prepare photos pixels --resolution {SIDE}")
+    run(f"patchloom prepare photos pixels --resolution {side}")
+
+
+def larger_pixels() -> None:
+    pixels(2 * SIDE)
 
 
 def trained() -> None:
@@ -174,7 +178,7 @@ def with_network() -> None:
 GIVEN: dict[str, Callable[[], None]] = {
     "quickstart.md": photos,
     "how-to/images.md": photographs,
-    "how-to/latents.md": pixels,
+    "how-to/latents.md": larger_pixels,
     "how-to/training.md": pixels,
     "how-to/control.md": with_drawings,
     "how-to/search.md": pixels,
@@ -195,9 +199,9 @@ def test_commands_of_a_page_run(page: str, world: Path) -> None:
     here = [line for line in lines if not any(re.search(reason, line) for reason in NOT_HERE)]
     assert here
     for line in here:
-        out = shlex.split(line, comments=True)[3:4]
-        if "sample" in line.split()[1:2] and out and Path(out[0]).exists():
-            shutil.rmtree(out[0])  # the lines of a page are alternatives, with one name for their folder
+        words = shlex.split(line, comments=True)[1:]
+        for out in words[2:3] if words[0] == "sample" else [NAMES["FOLDER"]]:
+            shutil.rmtree(out, ignore_errors=True)  # lines of a page are alternatives, with one name for their folder
         try:
             run(line)
         except BaseException as error:
