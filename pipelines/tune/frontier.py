@@ -259,12 +259,13 @@ def decision(order: Sequence[RankedSetting]) -> str:
         )
     rule = f"with {min(map(len, compared.values))} seeds per setting, a difference above {needed:.4f} is significant"
     if compared.winner == 0:
-        return f"The difference is significant: {rule}."
+        return f"This is decided: {rule}."
     enough = compared.seeds_to_decide(0, 1)
     if enough is None:
-        return f"The difference may be chance: {rule}. This one would need more than {MOST_SEEDS:,} seeds."
+        return f"This is undecided, it may be chance: {rule}. This one would need more than {MOST_SEEDS:,} seeds."
     return (
-        f"The difference may be chance: {rule}. About {enough} seeds could show it, if it and the spread stay the same."
+        f"This is undecided, it may be chance: {rule}. About {enough} seeds could decide it, if it and the spread stay "
+        "the same."
     )
 
 
