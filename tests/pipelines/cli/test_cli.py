@@ -286,5 +286,11 @@ def test_terminal_shows_only_messages_of_patchloom(images: Path, tmp_path: Path)
     output, _ = process.communicate(timeout=180)
     assert process.returncode == 0, output
     lines = [line for line in output.splitlines() if line.strip()]
-    ours = ("  starting Ray on this machine", "  classes: ", "  preparing: ", "48 rows + 1 skipped = 49 inputs in ")
+    ours = (
+        "  starting Ray on this machine",
+        "  classes: ",
+        "  preparing: ",
+        "  skipped ",
+        "48 rows + 1 skipped = 49 inputs in ",
+    )
     assert all(line.startswith(ours) for line in lines), output

@@ -322,15 +322,15 @@ def test_a_distance_of_enough_samples_has_an_interval_for_its_mean(network: str,
     result = evaluate(str(ours), str(theirs), features=network, workers=0)  # 24 features
     low, high = result["metrics"]["frechet_distance_interval_95"]
     assert low < result["metrics"]["frechet_distance"] < high
-    assert any(f"The mean over draws of 60 samples is between {low:.4g} and" in note for note in result["notes"])
+    assert any(all(part in note for part in (f"{low:.4g}", f"{high:.4g}", "60 samples")) for note in result["notes"])
 
 
 @pytest.mark.parametrize(
     ("n", "infinity", "words"),
     [
-        (8_191, None, "unlimited samples is unknown: it takes 8,192 samples or more"),
-        (8_192, None, "too small to be estimated from these: the extrapolation is below 0"),
-        (8_192, 3.25, "With unlimited samples it is about 3.25, only a hint from few samples"),
+        (8_191, None, "8,192 samples or more"),
+        (8_192, None, "too small to be estimated"),
+        (8_192, 3.25, "about 3.25 (a rough estimate"),
     ],
 )
 def test_a_note_says_what_is_known_about_unlimited_samples(n: int, infinity: float | None, words: str) -> None:

@@ -10,7 +10,7 @@ import torch
 from patchloom.pipelines.train.hooks import speed
 from patchloom.pipelines.train.page import run_section
 from patchloom.platform.compute.workers import Worker
-from patchloom.platform.records.run import ProgressLine, write_progress
+from patchloom.platform.records.run import ProgressLine, RunCard, write_progress
 
 
 def hook_with_peaks(monkeypatch: pytest.MonkeyPatch, *peaks: float) -> Any:
@@ -41,6 +41,7 @@ def test_page_shows_no_utilisation_above_1(tmp_path: Path) -> None:
     counts = {"updates": 1, "images_seen": 8, "straggler_loss": 0.0, "peak_flops_source": "measured"}
     wrong = ProgressLine(step=1, model_flops_utilisation=28.31, peak_flops_per_second=1e9, **counts)
     right = ProgressLine(step=2, model_flops_utilisation=0.25, peak_flops_per_second=8e10, **counts)
+    RunCard(kind="autoencoder", dataset_fingerprint="a").write(tmp_path)  # a page needs no recipe of it
     write_progress(tmp_path, [wrong])
     assert "utilisation" not in run_section(tmp_path)
     write_progress(tmp_path, [wrong, right])
