@@ -158,11 +158,11 @@ def test_recommendation_gives_seeds_budget_and_what_the_seeds_decide() -> None:
     text = recommendation(ranked(clear), "1 TFLOP")
     assert text.startswith("Take p 0.5: held-out loss 0.1100 ± 0.0141 (n = 2)") and "1 TFLOP" in text
     # differences .40 and .42: their mean is 41 times its error of .01, and t with one degree of freedom is 12.706
-    assert "0.4100 ahead of p 1. The difference is significant" in text and "0.1271" in text
+    assert "0.4100 ahead of p 1. This is decided" in text and "0.1271" in text
     close = [*clear[:2], trial("002", {"patches.p": 1.0}, 0.12), trial("003", {"patches.p": 1.0}, 0.16, 1)]
     text = recommendation(ranked(close), "b")  # differences .02 and .04: mean .03, standard deviation .0141
     # t .0141 / sqrt(n) is .0450 for 3 seeds, .0225 for 4
-    assert "may be chance" in text and "About 4 seeds" in text
+    assert "undecided" in text and "About 4 seeds" in text
     assert "one seed" in recommendation(ranked(clear[::2]), "b")
     assert "ahead of" not in recommendation(ranked(clear[:1]), "b")
 
