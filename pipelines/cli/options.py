@@ -109,8 +109,11 @@ def is_prepared(path: str) -> bool:
 
 
 def check_order(names: str, first: str, second: str, is_first: Callable[[str], bool]) -> None:
-    """Raise UserError if two arguments look swapped: the second is what the first should be, and the first is not."""
-    if is_first(second) and not is_first(first) and not Path(first).exists():
+    """Raise UserError if two arguments look swapped: the second is what the first should be, and the first is nothing.
+
+    An address as the first one, such as s3://... or models:/..., is never nothing.
+    """
+    if ":/" not in first and not Path(first).exists() and is_first(second) and not is_first(first):
         raise UserError(f"{first} and {second} look swapped: give them in the order {names}, as {second} {first}")
 
 

@@ -17,7 +17,8 @@ import pytest
 from helpers import tiny_recipe
 from PIL import Image
 
-from patchloom.errors import did_you_mean
+from patchloom.errors import UserError, did_you_mean
+from patchloom.pipelines.cli.options import check_order, exists_here
 from patchloom.platform.recipe import recipe_yaml
 
 CLI = [sys.executable, "-m", "patchloom.pipelines.cli"]
@@ -75,6 +76,14 @@ def test_swapped_arguments_are_noticed(photos: Path, tmp_path: Path) -> None:
     done = run("sample", "new", "models:/a/1", cwd=tmp_path)
     assert done.returncode == 2 and "models:/a/1 new" in done.stderr
     assert not (tmp_path / "new").exists()
+
+
+def test_addresses_are_not_swapped(photos: Path) -> None:
+    """A model can have the name of a folder here: `models export` wrote it, for example."""
+    for address in ("s3://bucket/run", "models:/name/1", "runs:/1a2b/model"):
+        check_order("RUN NAME", address, str(photos), exists_here)
+    with pytest.raises(UserError):
+        check_order("RUN NAME", "nothing", str(photos), exists_here)
 
 
 @pytest.mark.parametrize(
