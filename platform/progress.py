@@ -39,6 +39,11 @@ def set_verbosity(verbosity: Verbosity) -> None:
     _verbosity = verbosity
 
 
+def is_quiet() -> bool:
+    """Whether only results and errors are wanted."""
+    return _verbosity is Verbosity.QUIET
+
+
 def is_verbose() -> bool:
     """Whether tracebacks of errors are wanted."""
     return _verbosity is Verbosity.VERBOSE
@@ -52,7 +57,7 @@ def say(text: str, *, is_result: bool = False) -> None:
         is_result: it is what the command was run for, which is printed also with --quiet.
     """
     text = printable(text)
-    if is_result or _verbosity is not Verbosity.QUIET:
+    if is_result or not is_quiet():
         stamp = time.strftime("%H:%M:%S ") if is_verbose() and not is_result else ""
         console.print(f"{stamp}{text}", markup=False)
     for listener in list(_listeners.values()):

@@ -26,7 +26,7 @@ from patchloom.platform.files.fence import fenced
 from patchloom.platform.files.folder import Folder
 from patchloom.platform.files.outputs import check_output_folder
 from patchloom.platform.files.storage import locked, make_folder, write_atomic
-from patchloom.platform.progress import clock, say
+from patchloom.platform.progress import clock, is_quiet, say
 from patchloom.platform.records.reproduction import REPRODUCTION_FILE, Reproduction
 from patchloom.platform.tracking.client import require_reachable
 from patchloom.redaction import redacted
@@ -254,7 +254,9 @@ def _run(stage: Stage, folder: Folder) -> None:
     if stage.again and folder.has(stage.card):
         words.append(stage.again)
     process = subprocess.Popen(
-        [sys.executable, "-m", stage.module, *words], env={**os.environ, **dict(stage.environment)}
+        [sys.executable, "-m", stage.module, *words],
+        env={**os.environ, **dict(stage.environment)},
+        stdout=_messages_file(),
     )
     try:
         code = process.wait()
@@ -273,6 +275,16 @@ def _run(stage: Stage, folder: Folder) -> None:
     if code:
         problem = f"`{stage.command}` {'was refused' if code == _MISTAKE else f'failed with exit code {code}'}"
         raise (UserError if code == _MISTAKE else WorkersFailed)(f"{problem}, see above; {_CONTINUE}")
+
+
+def _messages_file() -> int | None:
+    """Where a command prints: where this process prints messages (stderr with --json), or nowhere with --quiet."""
+    if is_quiet():
+        return subprocess.DEVNULL
+    try:
+        return sys.stdout.fileno()
+    except (AttributeError, OSError):  # a notebook's or a test's stdout is no file
+        return None
 
 
 _CONTINUE = "correct that, then run the same command again to continue with this stage"

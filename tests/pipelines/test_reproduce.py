@@ -1,5 +1,6 @@
 """Reproductions: the commands of a table run and continue where they stopped, and its page has the paper's numbers."""
 
+import contextlib
 import re
 import signal
 import subprocess
@@ -25,21 +26,23 @@ from patchloom.pipelines.reproduce import (
     stages,
 )
 from patchloom.pipelines.reproduce.extrapolation import border_ratio, window_ratio
-from patchloom.pipelines.reproduce.outcome import SearchPart, table_outcome
+from patchloom.pipelines.reproduce.outcome import Outcome, SearchPart, table_outcome
 from patchloom.pipelines.reproduce.paper import TABLES, PaperResult, PaperTable
 from patchloom.pipelines.reproduce.samplers import EVALUATIONS, steps_for
 from patchloom.pipelines.reproduce.stages import (
     FULL_SAMPLES,
     ReproductionFolder,
+    Stage,
     changed_keys,
     samples_flops,
     table_stages,
 )
-from patchloom.pipelines.reproduce.subjects import SUBJECTS, table_subject
+from patchloom.pipelines.reproduce.subjects import SUBJECTS, Subject, table_subject
 from patchloom.pipelines.tune.ranking import ranked
 from patchloom.platform.dataset import open_dataset
 from patchloom.platform.files.folder import Folder
 from patchloom.platform.files.storage import read_json
+from patchloom.platform.progress import Verbosity, set_verbosity
 from patchloom.platform.recipe import load_recipe
 from patchloom.platform.records.evaluation import EvaluationResult
 from patchloom.platform.records.reproduction import Reproduction
@@ -203,6 +206,28 @@ def test_help_lists_every_subject() -> None:
     assert re.findall(r"[a-z]+[0-9]?(?=,| or|$)", help_text) == list(SUBJECTS)
 
 
+def test_commands_print_where_messages_go(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """With --json, stdout is for the result, which the command line prints; with --quiet, commands are silent."""
+    listing = Stage("List the recipes", ("recipes",))
+    outcome = Outcome(lead="", numbers=[], findings=[], texts=[], differences=[])
+    subject = Subject("Recipes", "a list", [], lambda place: [listing], lambda place, here: outcome)
+    monkeypatch.setitem(SUBJECTS, "recipes", subject)
+    with contextlib.redirect_stdout(sys.stderr):
+        reproduce("recipes", str(tmp_path / "json"), ReproductionOptions(small=True))
+    output = capfd.readouterr()
+    assert output.out == "" and "celeba64" in output.err
+    reproduce("recipes", str(tmp_path / "normal"), ReproductionOptions(small=True))
+    assert "celeba64" in capfd.readouterr().out
+    set_verbosity(Verbosity.QUIET)
+    try:
+        reproduce("recipes", str(tmp_path / "quiet"), ReproductionOptions(small=True))
+    finally:
+        set_verbosity(Verbosity.NORMAL)
+    assert "celeba64" not in "".join(capfd.readouterr())
+
+
 def test_mistakes_are_refused_before_anything_is_written(tmp_path: Path) -> None:
     for table, data in (("table9", {}), ("table4", {}), ("table4", {"cow": "x"}), ("table4", {"cat": "missing"})):
         with pytest.raises(UserError):
@@ -233,7 +258,7 @@ sys.path.insert(0, sys.argv[4])
 from pathlib import Path
 from test_reproduce import tiny_table
 from patchloom.pipelines.reproduce import ReproductionOptions, reproduce
-from patchloom.pipelines.reproduce.subjects import SUBJECTS, table_subject
+from patchloom.pipelines.reproduce.subjects import SUBJECTS, Subject, table_subject
 from patchloom.platform.compute.stopping import exit_on_sigterm
 exit_on_sigterm()
 SUBJECTS["table4"] = table_subject(tiny_table(Path(sys.argv[1])))
