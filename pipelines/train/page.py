@@ -7,6 +7,7 @@ from typing import Any
 
 from markupsafe import Markup
 
+from patchloom.errors import UserError
 from patchloom.models.loss import SIGMA_BINS
 from patchloom.pipelines.pages.html import LINE_COLOURS, Fact, Number, Picture, render, svg, tidy
 from patchloom.pipelines.train.resuming import RECIPE_FILE
@@ -73,11 +74,14 @@ def _recipe_text(recipe: Recipe) -> str:
 
 
 def _data_texts(card: RunCard) -> list[str]:
-    """The rows and the largest classes of the dataset of a run, if it is on this machine and unchanged."""
+    """The rows and the largest classes of the dataset of a run, if it is on this machine, whole and unchanged."""
     place = Folder.at(str(card.dataset))
-    if place.is_remote or not is_dataset(place):
+    try:
+        if place.is_remote or not is_dataset(place):
+            return []
+        dataset = open_dataset(place.address)
+    except UserError:  # the page of a run needs no dataset
         return []
-    dataset = open_dataset(place.address)
     if dataset.fingerprint != card.dataset_fingerprint:
         return []
     found = dataset.card

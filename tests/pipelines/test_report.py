@@ -2,6 +2,7 @@
 
 import base64
 import io
+import shutil
 import statistics
 from html.parser import HTMLParser
 from pathlib import Path
@@ -13,7 +14,7 @@ from patchloom.errors import UserError
 from patchloom.pipelines.evaluate import evaluate
 from patchloom.pipelines.report import report
 from patchloom.pipelines.sample import sample
-from patchloom.platform.files.storage import read_json_lines
+from patchloom.platform.files.storage import read_json, read_json_lines, write_json
 
 pytestmark = pytest.mark.ray
 
@@ -65,6 +66,21 @@ def test_a_page_of_samples_shows_their_numbers_and_neighbours(champion: str, pix
     assert {f"{result['metrics']['frechet_distance']:.4g}", "Fréchet distance", "0-5", "colour-layout-48"} <= set(
         page.words
     )
+
+
+def test_a_runs_page_shows_its_data_and_needs_no_dataset(trained: Path, tmp_path: Path) -> None:
+    """A damaged or missing dataset leaves out its rows and classes."""
+    run, card = shutil.copytree(trained, tmp_path / "run"), read_json(trained / "run.json")
+    shutil.copytree(card["dataset"], tmp_path / "data")
+    write_json(run / "run.json", card | {"dataset": str(tmp_path / "data")})
+    page = report(str(run), str(tmp_path / "run.html"))
+    assert "2 classes: " in page.read_text()
+    for damage in (lambda: (tmp_path / "data" / "dataset.json").write_text('{"format_version": 999}'),
+                   lambda: (tmp_path / "data" / "dataset.json").write_text("{"),
+                   lambda: shutil.rmtree(tmp_path / "data")):  # fmt: skip
+        damage()
+        text = report(str(run), str(page)).read_text()
+        assert str(tmp_path / "data") in text and "2 classes" not in text
 
 
 def test_a_runs_page_shows_every_number_that_is_counted(trained: Path, tmp_path: Path) -> None:
