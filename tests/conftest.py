@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from browser import Browser, find_browser
 from helpers import environment, photograph, tiny_recipe
 from PIL import Image
 
@@ -184,3 +185,13 @@ def changed_copy(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path, fl
         return folder
 
     return copy
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator[Browser]:
+    """A headless Chromium."""
+    program = find_browser()
+    if program is None:
+        pytest.skip("no Chromium: install one (apt-get install chromium), or set CHROMIUM to its path")
+    with Browser(program) as opened:
+        yield opened

@@ -10,7 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
-from browser import Browser, find_browser
+from browser import Browser
 from command_lines import BLOCK, all_commands, block_commands, check_command, check_mention, mentioned_commands
 
 import patchloom
@@ -170,15 +170,6 @@ def test_readme_is_one_screen_with_links_that_exist() -> None:
     assert "\nmake demo " in text and "\nmake test " in text
     for link in re.findall(r"\]\(([^)#:]+)(?:#[\w-]+)?\)", text):
         assert (ROOT / link).exists(), link
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    program = find_browser()
-    if program is None:
-        pytest.skip("there is no Chromium (apt-get install chromium, or set CHROMIUM)")
-    with Browser(program) as browser:
-        yield browser
 
 
 @pytest.mark.pages

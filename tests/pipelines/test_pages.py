@@ -1,11 +1,11 @@
 """Pages in a real browser: every kind loads without errors, shows its pictures, and fits wide and narrow windows."""
 
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from browser import Browser, Look, find_browser
+from browser import Browser, Look
 from search_folders import write_search_folder
 
 from patchloom.pipelines.evaluate import evaluate
@@ -28,15 +28,6 @@ LONG = "a/name/without/spaces/" * 8
 COMMAND = (
     "patchloom train demo_pixels --data a-dataset-with-a-long-name --out run --set patches.p=0.25 --workers 2 --seed 3"
 )
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    program = find_browser()
-    if program is None:
-        pytest.skip("no Chromium: install one (apt install chromium), or set CHROMIUM to its path")
-    with Browser(program) as opened:
-        yield opened
 
 
 @pytest.fixture(scope="module")
@@ -143,16 +134,17 @@ def faults_of(look: Look) -> list[str]:
 
 
 def test_tables_sort_by_a_click(browser: Browser, tmp_path: Path) -> None:
-    rows = [["b", "10"], ["a", "9"], ["c", "1,000"]]
-    table = render("reproduction.html", commands=[], outcome=outcome_of(Table(["name", "images"], rows)))
+    rows = [["b", "10", "59m10s"], ["a", "9", "3s"], ["c", "1,000", "1h02m"], ["d", "", ""]]
+    table = render("reproduction.html", commands=[], outcome=outcome_of(Table(["name", "images", "time"], rows)))
     (tmp_path / "page.html").write_text(document("Sorted", table))
     browser.look(tmp_path / "page.html", 400)
     names = "[...document.querySelectorAll('tbody tr')].map(row => row.cells[0].textContent).join('')"
     found = [browser.value(names)]
-    for column in (0, 0, 1, 1):
+    for column in (0, 0, 1, 1, 2):
         browser.value(f"document.querySelectorAll('th')[{column}].click()")
         found.append(browser.value(names))
-    assert found == ["bac", "abc", "cba", "abc", "cba"]  # as text, then as numbers: 9, 10, 1,000
+    # as text, as numbers (9, 10, 1,000) and as times; empty cells come last
+    assert found == ["bacd", "abcd", "dcba", "abcd", "cbad", "abcd"]
 
 
 def outcome_of(table: Table) -> Outcome:

@@ -1,6 +1,10 @@
 // Tables sort by a click on a header, pictures open large, and names in a legend hide their lines.
 const cellText = (row, column) => row.cells[column].textContent.trim();
-const cellNumber = text => parseFloat(text.replace(/,/g, ""));
+const cellNumber = text => {
+  const [isTime, hours = 0, minutes = 0, seconds = 0] = text.match(/^(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s)?$/) || [];
+  if (isTime) return 3600 * hours + 60 * minutes + 1 * seconds; // 1h02m, 2m05s, 3s
+  return parseFloat(text.replace(/,/g, ""));
+};
 
 document.querySelectorAll("table").forEach(table => {
   const body = table.tBodies[0];
@@ -13,8 +17,11 @@ document.querySelectorAll("table").forEach(table => {
       const rows = [...body.rows];
       const isNumeric = rows.every(row => cellText(row, column) === "" || !isNaN(cellNumber(cellText(row, column))));
       const compare = (a, b) => isNumeric
-        ? (cellNumber(a) || 0) - (cellNumber(b) || 0) : a.localeCompare(b, undefined, {numeric: true});
-      rows.sort((a, b) => compare(cellText(a, column), cellText(b, column)) * (falls ? -1 : 1));
+        ? cellNumber(a) - cellNumber(b) : a.localeCompare(b, undefined, {numeric: true});
+      rows.sort((one, other) => {
+        const [a, b] = [cellText(one, column), cellText(other, column)];
+        return a === "" || b === "" ? (a === "") - (b === "") : compare(a, b) * (falls ? -1 : 1); // empty cells last
+      });
       [...header.parentNode.cells].forEach(other => other.removeAttribute("aria-sort"));
       header.setAttribute("aria-sort", falls ? "descending" : "ascending");
       body.append(...rows);
