@@ -173,24 +173,33 @@ def tune(
             table, best = _write_results(folder, base, trials, order)
             spent = {"trials": len(trials), "seconds": time.monotonic() - started}
             log_metrics(run_id, {definition.metric: order[0].mean, **spent})
-            here = local_copy(folder.address, is_for_pages)
-            page = write_search_page(here, here / PAGE_FILE)
-            if folder.is_remote:
-                folder.put(page, PAGE_FILE)
-            log_artifacts(run_id, here / TRIALS_FILE, here / BEST_FILE, page)
-    say(
-        f"  best of {len(order)} settings: {order[0].title}, {definition.metric} {order[0].value_of_n()}",
-        is_result=True,
-    )
+            here = _write_page(folder, run_id)
+    _say_best(folder, order)
+    if register_best:
+        register(_trial_folder(folder, order[0].best).address, register_best)
+    return TuneResult(here, run_id, table, best, out)
+
+
+def _write_page(folder: Folder, run_id: str) -> Path:
+    """Write the page of a finished search, and send it to MLflow; returns a local folder with what it shows."""
+    here = local_copy(folder.address, is_for_pages)
+    page = write_search_page(here, here / PAGE_FILE)
+    if folder.is_remote:
+        folder.put(page, PAGE_FILE)
+    log_artifacts(run_id, here / TRIALS_FILE, here / BEST_FILE, page)
+    return here
+
+
+def _say_best(folder: Folder, order: list[RankedSetting]) -> None:
+    """Print which setting is the best, what it cost, and where the page is."""
+    best = order[0]
+    say(f"  best of {len(order)} settings: {best.title}, {best.metric} {best.value_of_n()}", is_result=True)
     if cost := cost_of_best(order):
         say(f"  {cost}", is_result=True)
     if folder.is_remote:
         say(f"  its page: {folder}/{PAGE_FILE}; to see it here: patchloom report {folder} {PAGE_FILE}", is_result=True)
     else:
         say(f"  open {folder}/{PAGE_FILE}", is_result=True)
-    if register_best:
-        register(_trial_folder(folder, order[0].best).address, register_best)
-    return TuneResult(here, run_id, table, best, out)
 
 
 @contextmanager
