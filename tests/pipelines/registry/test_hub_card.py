@@ -33,7 +33,7 @@ def test_a_version_is_exported_with_its_metrics_and_samples(
     measured = evaluate(str(samples), str(pixels), features="colours", workers=0)["metrics"]
     folder = export_model(reference, str(tmp_path / "exported"), license_id="cc-by-4.0")
     card = HubCard.load(folder / "README.md", ignore_metadata_errors=False)
-    assert (card.data.license, card.data.library_name) == ("cc-by-4.0", "patchloom")
+    assert [card.data.to_dict()[key] for key in ("license", "library_name")] == ["cc-by-4.0", "patchloom"]
     assert card.data.pipeline_tag == "unconditional-image-generation" and card.data.model_name == "carded"
     found = {result.metric_type: result for result in card.data.eval_results or []}
     assert found["frechet_distance"].metric_value == measured["frechet_distance"]

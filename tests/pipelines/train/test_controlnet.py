@@ -176,7 +176,7 @@ def test_a_version_is_exported_for_diffusers(folder: Path, run: Path, tmp_path: 
     exported = ControlNetModel.from_pretrained(export_model(reference, str(tmp_path / "net"), diffusers=True))
     for name, library in (("copy", "patchloom"), ("net", "diffusers")):
         card = ModelCard.load(tmp_path / name / "README.md", ignore_metadata_errors=False)
-        assert (card.data.library_name, card.data.pipeline_tag) == (library, "text-to-image")
+        assert [card.data.to_dict()[key] for key in ("library_name", "pipeline_tag")] == [library, "text-to-image"]
         assert "controlnet" in card.data.tags and str(folder / "base").replace("_", "\\_") in card.text
     network: Any = load_sampling_model(run / "model").denoiser.model
     random = torch.Generator().manual_seed(0)
