@@ -158,12 +158,14 @@ def _ahead(curves: Sequence[SamplerCurve], evaluations: int, title: str) -> str:
     end = best.intervals.get(evaluations, (0.0, float("inf")))[1]
     near = [curve.sampler for curve in order[1:] if curve.intervals.get(evaluations, (0.0, 0.0))[0] <= end]
     ahead = f"{evaluations} evaluations: {best.sampler} has the lowest {title}"
-    overlap = f"the interval of {', '.join(near)} overlaps with its own" if near else "no other interval overlaps"
-    return f"{ahead}; {overlap}."
+    if not near:
+        return f"{ahead}, and no other interval overlaps with its own."
+    return f"{ahead}. Intervals that overlap with its own: {', '.join(near)}."
 
 
 def _plot(curves: Sequence[SamplerCurve], title: str) -> Markup:
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator
 
     figure = Figure(figsize=(8, 4.4), layout="constrained")
     axes = figure.subplots()
@@ -177,6 +179,8 @@ def _plot(curves: Sequence[SamplerCurve], title: str) -> Markup:
     axes.set_xscale("log")
     axes.set_yscale("log")
     axes.set_xticks(EVALUATIONS, [str(one) for one in EVALUATIONS])
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
+    axes.yaxis.set_major_formatter("{x:g}")
     axes.minorticks_off()
     axes.set_xlabel("network evaluations per image")
     axes.set_ylabel(title)
