@@ -86,20 +86,31 @@ def _demo_section(folder: Path) -> Markup:
         "demo.html",
         model=card.model,
         headline=_headline(folder, measured),
-        sheet=Picture(folder / "samples" / "contact_sheet.png", sheet),
+        sheet=Picture(folder / "samples" / "contact_sheet.png", sheet, command=_command(card, "sample")),
         dataset=DatasetCard.from_file(folder / "pixels" / "dataset.json"),
-        windows=Picture(folder / "dataset.png", "Windows spread evenly over the dataset, in its order."),
+        windows=Picture(
+            folder / "dataset.png",
+            "Windows spread evenly over the dataset, in its order.",
+            command=_command(card, "prepare"),
+        ),
         autoencoder=AutoencoderRunCard.read(folder / "autoencoder") if has_autoencoder else None,
         latents=DatasetCard.from_file(folder / "latents" / "dataset.json") if has_autoencoder else None,
         reconstructions=Picture(
-            folder / "autoencoder" / "reconstructions.png", "Top: held-out windows. Bottom: their reconstructions."
+            folder / "autoencoder" / "reconstructions.png",
+            "Top: held-out windows. Bottom: their reconstructions.",
+            command=_command(card, "autoencoder train"),
         ),
-        search=search_section(folder / "search"),
-        run=run_section(folder / "run"),
-        metrics=metrics_section(measured),
+        search=search_section(folder / "search", _command(card, "tune")),
+        run=run_section(folder / "run", _command(card, "train")),
+        metrics=metrics_section(measured, _command(card, "evaluate")),
         commands=card.commands,
         next_commands=_next_commands(card.chain),
     )
+
+
+def _command(card: DemoCard, words: str) -> str:
+    """The first command of a demo that begins with these words; empty if there is none."""
+    return next((line for line in card.commands if line.startswith(f"patchloom {words} ")), "")
 
 
 def _headline(folder: Path, measured: Path) -> list[Number]:

@@ -21,6 +21,8 @@ from patchloom.platform.files.outputs import check_new_file
 from patchloom.platform.files.storage import make_folder, write_json
 from patchloom.platform.progress import say
 from patchloom.platform.records.evaluation import EvaluationIdentity, EvaluationResult
+from patchloom.platform.tracking.origin import command_line
+from patchloom.redaction import redacted
 
 HINT_ROWS = 10  # per feature: an extrapolation from fewer still has 5 to 8 % of the bias
 PICTURED_IMAGES, PICTURES = 16, ("nearest", "density")
@@ -112,6 +114,7 @@ def write_result(evaluation: Evaluation, sets: ComparedSets, address: str, refer
             notes=notes_on(evaluation),
             pictures=[picture.name for picture in pictures],
             code_version=__version__,
+            command=redacted(command_line()),
         )
         write_json(place, result.to_dict())
         for file in (place, *pictures):

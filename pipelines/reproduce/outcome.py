@@ -82,9 +82,9 @@ class Outcome:
     pictures: Sequence[Picture] = field(default=())
     details: Sequence[tuple[str, Markup]] = field(default=())
 
-    def section(self, commands: Sequence[str]) -> Markup:
-        """The body of its page, with the commands that made it."""
-        return render("reproduction.html", outcome=self, commands=commands)
+    def section(self, commands: Sequence[str], command: str = "") -> Markup:
+        """The body of its page, with the commands that made it, and the one that ran all of them."""
+        return render("reproduction.html", outcome=self, commands=commands, command=command)
 
     def text(self) -> str:
         """Its tables and findings for a terminal."""

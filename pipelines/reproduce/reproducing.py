@@ -1,6 +1,7 @@
 """Reproducing: runs the commands of a table one after the other, and writes a page that compares it with the paper."""
 
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -162,7 +163,18 @@ def reproduction_section(folder: str, here: Path) -> tuple[str, Markup]:
 def _section(outcome: Outcome, place: ReproductionFolder) -> Markup:
     """The body of a page, with commands as they run next to the folder."""
     address, name = place.folder.address, place.folder.name
-    return outcome.section([stage.command.replace(address, name) for stage in place.asked.stages])
+    commands = [stage.command.replace(address, name) for stage in place.asked.stages]
+    return outcome.section(commands, reproduce_command(place.asked, name))
+
+
+def reproduce_command(asked: Reproduction, name: str) -> str:
+    """The command of a reproduction into a folder of this name, without the options of its machine."""
+    words = ["patchloom", "reproduce", asked.table, *["--small"] * asked.small, "--out", name]
+    for data, source in asked.data.items():
+        words += ["--data", f"{data}={source}"]
+    options = {"--autoencoder": asked.autoencoder, "--features": asked.features, "--model": asked.model}
+    words += [word for option, value in options.items() if value for word in (option, value)]
+    return redacted(shlex.join(words))
 
 
 def _title(asked: Reproduction) -> str:

@@ -1,5 +1,6 @@
 """The page of a run: its counts, speeds, curves and previews."""
 
+import shlex
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import median
@@ -22,22 +23,39 @@ from patchloom.redaction import redacted
 SHOWN_PREVIEWS, SHOWN_CLASSES = 3, 8
 
 
-def run_section(folder: Path) -> Markup:
-    """The body of the page of a run folder. The run may still be training."""
-    lines, about = read_progress(folder), _about(folder)
+def run_section(folder: Path, command: str = "") -> Markup:
+    """The body of the page of a run folder. The run may still be training.
+
+    Args:
+        folder: the folder.
+        command: the command that does the same as the run; that of its card by default.
+    """
+    lines, about, command = read_progress(folder), _about(folder), command or train_command(folder)
     if not lines:
         return render("run.html", about=about, counts=[])
-    previews = [
-        _shown_preview(folder, line) for line in _spread([line for line in lines if line.preview], SHOWN_PREVIEWS)
-    ]
+    with_preview = _spread([line for line in lines if line.preview], SHOWN_PREVIEWS)
+    previews = [_shown_preview(folder, line, command) for line in with_preview]
     return render(
         "run.html",
         about=about,
         counts=_counts(lines[-1]),
         speeds=_speeds(lines),
         curves=_curves(lines),
+        command=command,
         previews=previews,
     )
+
+
+def train_command(folder: Path) -> str:
+    """The command of a run. Where it was not recorded, one that trains its recipe on its dataset.
+
+    What is not known is in capitals. An autoencoder's run without a command has none.
+    """
+    card = RunCard.read(folder)
+    if card.command or card.kind == "autoencoder":
+        return card.command
+    recipe, dataset = f"{folder.name}/{RECIPE_FILE}", card.dataset or "DATASET"
+    return shlex.join(["patchloom", "train", recipe, "--data", redacted(dataset), "--out", f"{folder.name}-again"])
 
 
 def run_title(folder: Path) -> str:
@@ -94,9 +112,9 @@ def _data_texts(card: RunCard) -> list[str]:
     return [f"{text}; {len(found.classes)} classes: {shown}{more}"]
 
 
-def _shown_preview(folder: Path, line: ProgressLine) -> Picture:
+def _shown_preview(folder: Path, line: ProgressLine, command: str) -> Picture:
     path = inner_path(folder, str(line.preview), folder / PROGRESS_FILE)
-    return Picture(path, f"Preview after {line.images_seen:,} counted images.", pixelated=True)
+    return Picture(path, f"Preview after {line.images_seen:,} counted images.", pixelated=True, command=command)
 
 
 def _counts(last: ProgressLine) -> list[Number]:

@@ -213,15 +213,6 @@ def proxy_correlations(
     return found
 
 
-def recommendation(order: Sequence[RankedSetting], budget: str) -> str:
-    """The best setting in two sentences: its evidence (seeds, budget, lead over the second), and its cost."""
-    best = order[0]
-    text = f"Take {best.title}: {METRIC_TITLES[best.metric]} {best.value_of_n()} with a budget of {budget} per trial"
-    if len(order) == 1:
-        return f"{text}; no other setting finished. {cost_of_best(order)}".strip()
-    return f"{text}{_evidence(order)} {cost_of_best(order)}".strip()
-
-
 def cost_of_best(order: Sequence[RankedSetting]) -> str:
     """What the trials of the best setting spent, also compared with the second and the cheapest setting."""
     best, rest = order[0], order[1:]
@@ -237,12 +228,6 @@ def cost_of_best(order: Sequence[RankedSetting]) -> str:
 
 def _compared_cost(ratio: float, title: str) -> str:
     return f"as many FLOPs as {title}" if f"{ratio:.2g}" == "1" else f"{ratio:.2g} times the FLOPs of {title}"
-
-
-def _evidence(order: Sequence[RankedSetting]) -> str:
-    """How far the best setting is ahead of the second, and whether the seeds decide that."""
-    best, second = order[0], order[1]
-    return f", {second.mean - best.mean:.4f} ahead of {second.title}. {decision(order)}"
 
 
 def decision(order: Sequence[RankedSetting]) -> str:

@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, stdev
+from typing import Any
 
 from markupsafe import Markup
 
@@ -21,8 +22,10 @@ from patchloom.pipelines.tune.frontier import (
     KeyEffect,
     LossCurve,
     compare_at_equal_cost,
+    compared_with_paper,
     held_out_curve,
 )
+from patchloom.pipelines.tune.parallel import parallel_coordinates
 from patchloom.pipelines.tune.ranking import (
     HELD_OUT_LOSS,
     RankedSetting,
@@ -32,10 +35,12 @@ from patchloom.pipelines.tune.ranking import (
     setting_title,
     value_title,
 )
+from patchloom.pipelines.tune.summary import search_summary, tune_command
 from patchloom.platform.files.folder import Folder
 from patchloom.platform.files.storage import write_atomic
 from patchloom.platform.progress import clock
 from patchloom.platform.recipe.search import Search
+from patchloom.platform.records.run import RUN_FILE, RunCard
 from patchloom.platform.records.search import SearchCard, TrialRow, read_trials
 
 EXPENSIVE_METRICS = (FINAL_DISTANCE, PREVIEW_DISTANCE)
@@ -92,8 +97,13 @@ def search_title(folder: Path) -> str:
     return f"Search {SearchCard.read(Folder.at(folder)).search.name}"
 
 
-def search_section(folder: Path) -> Markup:
-    """The body of the page of a search folder; raises UserError where no trial has finished."""
+def search_section(folder: Path, command: str = "") -> Markup:
+    """The body of the page of a search folder; raises UserError where no trial has finished.
+
+    Args:
+        folder: the folder.
+        command: the command that does the same as the search; that of its card by default.
+    """
     card, trials = SearchCard.read(Folder.at(folder)), read_trials(Folder.at(folder))
     search, seeds, all_trials = card.search, card.seeds, trials
     trials = of_budget(trials)
@@ -102,28 +112,44 @@ def search_section(folder: Path) -> Markup:
         raise UserError(f"{folder} has no finished trial: wait for `patchloom tune`, or continue it with --restore")
     curves = {trial.name: held_out_curve(folder, trial) for trial in trials}
     keys = list(dict.fromkeys([*search.space, *(key for setting in search.also for key in setting)]))
-    comparisons = {by: compare_at_equal_cost(all_trials, by) for by in COST_TITLES}
-    by_images = comparisons["images_seen"]
     effects = frontier.key_effects(trials, keys, search.metric)
+    command = command or tune_command(card, folder.name, _dataset_of(folder, trials))
     return render(
         "search.html",
-        recommendation=frontier.recommendation(order, _budget(search)),
+        command=command,
+        summary=search_summary(card, trials, order, effects, _budget(search), command),
         counts=[*_counts(all_trials, order), *_spent_per_trial(trials, _budget(search))],
         method=_method(search, seeds),
         amounts=shown_amounts(trials, search),
         frontier=plots.frontier_plot(folder, all_trials, search.metric),
-        comparisons=[_shown_comparison(comparison) for comparison in comparisons.values() if comparison],
-        not_compared=_not_compared([by for by, comparison in comparisons.items() if not comparison], search),
-        ramps=_ramps(search),
-        p_curves=plots.p_curves([comparison for comparison in comparisons.values() if comparison]),
-        compared_with_paper=frontier.compared_with_paper(by_images) if by_images else "",
+        **_compared(all_trials, search),
         training_curves=plots.training_curves(trials, curves),
         importance=_importance_table(effects) if len(effects) > 1 else None,
-        parallel=plots.parallel_coordinates(trials, keys, search.metric) if len(effects) > 1 else None,
+        parallel=parallel_coordinates(trials, keys, search.metric),
         proxies=_proxy_tables(trials, curves),
         settings=_settings_table(trials, order, keys),
-        not_tried=_not_tried(all_trials, search, seeds, keys),
+        not_tried=_not_tried(all_trials, keys),
     )
+
+
+def _dataset_of(folder: Path, trials: Sequence[TrialRow]) -> str | None:
+    """The address of the dataset of the trials, where their folders have it."""
+    places = [folder / "trials" / trial.name for trial in trials if trial.status == "finished"]
+    return next((RunCard.read(place).dataset for place in places if (place / RUN_FILE).is_file()), None)
+
+
+def _compared(trials: Sequence[TrialRow], search: Search) -> dict[str, Any]:
+    """What the page shows of settings at equal cost."""
+    comparisons = {by: compare_at_equal_cost(trials, by) for by in COST_TITLES}
+    found = [comparison for comparison in comparisons.values() if comparison]
+    by_images = comparisons["images_seen"]
+    return {
+        "comparisons": [_shown_comparison(comparison, search) for comparison in found],
+        "not_compared": _not_compared([by for by, comparison in comparisons.items() if not comparison], search),
+        "ramps": _ramps(search),
+        "p_curves": plots.p_curves(found),
+        "compared_with_paper": compared_with_paper(by_images) if by_images else "",
+    }
 
 
 def _budget(search: Search) -> str:
@@ -172,18 +198,15 @@ def _method(search: Search, seeds: int) -> list[str]:
         sentences.append("The held-out loss is measured on full-size images, with the averaged weights (EMA).")
     if seeds > 1:
         sentences.append(
-            f"Values are means over {seeds} seeds, with their standard deviation. A setting counts as better if a t "
-            "test at the 5 % level says so; its error is pooled over all settings. If all settings were equal, at most "
-            "one search in 20 would call one of them better."
+            f"Values are means over {seeds} seeds, with their standard deviation. A setting is the best one if a t "
+            "test at the 5 % level says so against each other setting; its error is pooled over all settings. If all "
+            "settings were equal, at most one search in 20 would call one of them the best."
         )
     if search.is_adaptive:
         sentences.append(f"Optuna chose the settings ({search.searcher}).")
     if search.stops_early:
         sentences.append("ASHA stopped trials with a worse metric early.")
-    return [
-        *sentences,
-        "Short trials show which setting learns fastest at first. A longer training can end with another order.",
-    ]
+    return sentences
 
 
 @dataclass(frozen=True)
@@ -199,11 +222,17 @@ class _ShownComparison:
     table: Table
 
 
-def _shown_comparison(comparison: EqualCostComparison) -> _ShownComparison:
+def _shown_comparison(comparison: EqualCostComparison, search: Search) -> _ShownComparison:
+    """A comparison, with what its seeds decide unless the summary of the search says that."""
     best = comparison.order[0]
+    has_seeds = any(len(setting.trials) > 1 for setting in comparison.order)
+    is_budget = (
+        search.metric == HELD_OUT_LOSS and getattr(search.budget, comparison.by.removesuffix("_seen")) is not None
+    )
     return _ShownComparison(
         COST_TITLES[comparison.by], f"{comparison.cost:,.4g}", f"{comparison.deviation:.1%}", best.title,
-        best.value_of_n(), frontier.decision(comparison.order), _equal_cost_table(comparison),
+        best.value_of_n(), frontier.decision(comparison.order) if has_seeds and not is_budget else "",
+        _equal_cost_table(comparison),
     )  # fmt: skip
 
 
@@ -304,16 +333,18 @@ def _settings_table(trials: Sequence[TrialRow], order: Sequence[RankedSetting], 
         return [*cells, value, *(column.text(of) for column in columns)]
 
     rows = [row(setting, setting.value(), setting.trials) for setting in order]
-    for trial in trials:
+    others = [trial for trial in trials if trial.status != "finished"]
+    for trial in others:
         value = trial.value_of(metric)
         if trial.status == "stopped":
             rows.append(row(trial, "stopped" if value is None else f"stopped at {value:.4f}", [trial]))
         if trial.status == "failed":
             rows.append(row(trial, f"failed: {trial.error}", [])[: len(keys) + 1])
-    return Table(header, rows, marks_first=True)
+    names = [[trial.name for trial in setting.trials] for setting in order] + [[trial.name] for trial in others]
+    return Table(header, rows, marks_first=True, trials=names)
 
 
-def _not_tried(trials: Sequence[TrialRow], search: Search, seeds: int, keys: Sequence[str]) -> list[str]:
+def _not_tried(trials: Sequence[TrialRow], keys: Sequence[str]) -> list[str]:
     """What this search cannot answer, in sentences."""
     fixed = [text for key, text in COMMON_KEYS.items() if not any(name.startswith(key) for name in keys)]
     sentences = [f"This search did not vary {', '.join(fixed)}."]
@@ -323,6 +354,4 @@ def _not_tried(trials: Sequence[TrialRow], search: Search, seeds: int, keys: Seq
         sentences.append(f"These settings failed and have no result: {titles}.")
     if any(trial.status == "stopped" for trial in trials):
         sentences.append("Settings that were stopped early might have caught up.")
-    if seeds == 1:
-        sentences.append("No setting was repeated with another seed.")
     return [*sentences, "Longer budgets, other data and other networks may rank settings differently."]

@@ -1,13 +1,13 @@
-"""Plots of a search: quality against cost, by p, over time, and key by key."""
+"""Plots of a search: quality against cost, by p, and over time."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from zlib import crc32
 
 from markupsafe import Markup
-from pydantic import JsonValue
 
-from patchloom.pipelines.pages.html import LINE_COLOURS, render, svg, tidy
+from patchloom.pipelines.pages.html import LINE_COLOURS, Panel, panels_attribute, render, svg, tidy
 from patchloom.pipelines.tune.frontier import (
     COST_TITLES,
     METRIC_TITLES,
@@ -17,7 +17,7 @@ from patchloom.pipelines.tune.frontier import (
     pareto_front,
     stochastic_by_p,
 )
-from patchloom.pipelines.tune.ranking import HELD_OUT_LOSS, setting_title, short_value, value_title
+from patchloom.pipelines.tune.ranking import HELD_OUT_LOSS, setting_title, value_title
 from patchloom.platform.files.inside import inner_path
 from patchloom.platform.recipe.search import SCHEDULE_KEY
 from patchloom.platform.records.search import TRIALS_FILE, TrialRow
@@ -114,9 +114,12 @@ def frontier_plot(folder: Path, trials: Sequence[TrialRow], metric: str) -> Plot
                 on_front=index in front,
             )
         )
+    box = (size.margin, TOP, size.width, size.bottom)
+    panel = Panel(box, (x_axis.low, x_axis.high), (y_axis.low, y_axis.high))
     plot = render(
         "frontier.svg", plot=size, x_ticks=x_axis.ticks(), y_ticks=y_axis.ticks(), points=points,
-        metric=METRIC_TITLES[metric], front_colour=LINE_COLOURS[0],
+        metric=METRIC_TITLES[metric], front_colour=LINE_COLOURS[0], panels=panels_attribute([panel]),
+        clip=f"clip-{crc32(repr(values).encode()):x}",
     )  # fmt: skip
     caption = (
         f"{METRIC_TITLES[metric].capitalize()} against FLOPs spent. Each point is a trial; move the mouse over it to "
@@ -188,39 +191,3 @@ def training_curves(trials: Sequence[TrialRow], curves: Mapping[str, LossCurve])
     axes.set_ylabel("held-out loss")
     tidy(axes)
     return Plot(svg(figure), "Dotted: stopped early.")
-
-
-def parallel_coordinates(trials: Sequence[TrialRow], keys: Sequence[str], metric: str) -> Plot:
-    """One line per finished trial through its values of all keys; darker lines are better."""
-    from matplotlib import colormaps
-    from matplotlib.figure import Figure
-
-    finished = sorted((trial for trial in trials if trial.status == "finished"), key=lambda trial: -trial[metric])
-    columns = [_category_positions([trial.settings.get(key, "none") for trial in finished]) for key in keys]
-    columns.append(_category_positions([float(trial[metric]) for trial in finished]))
-    figure = Figure(figsize=(11, 3.4), layout="constrained")
-    axes = figure.subplots()
-    for number in range(len(finished)):
-        shade = colormaps["YlOrBr"](0.15 + 0.8 * number / max(1, len(finished) - 1))
-        axes.plot(range(len(columns)), [positions[number] for positions, _ in columns], color=shade, linewidth=1.6)
-    for column, (_, labels) in enumerate(columns):
-        axes.axvline(column, color="#c9d1d9", linewidth=0.8)
-        for position, label in labels.items():
-            axes.text(column + 0.02, position, label, fontsize="small", va="center")
-    axes.set_xticks(range(len(columns)), [*(key.split(".")[-1] for key in keys), METRIC_TITLES[metric]])
-    axes.set_yticks([])
-    axes.spines[["top", "right", "left", "bottom"]].set_visible(False)
-    return Plot(svg(figure), "Each line is a finished trial; darker lines are better.")
-
-
-def _category_positions(values: Sequence[JsonValue]) -> tuple[list[float], dict[float, str]]:
-    """The positions of values on an axis from 0 to 1, and the labels of the axis."""
-    numbers = [value for value in values if isinstance(value, (int, float)) and not isinstance(value, bool)]
-    if len(numbers) == len(values):
-        low, high = min(numbers), max(numbers)
-        span = (high - low) or 1
-        labels = {0.0: f"{low:.4g}", 1.0: f"{high:.4g}"} if high > low else {0.0: f"{low:.4g}"}
-        return [(number - low) / span for number in numbers], labels
-    names = sorted({short_value(value) for value in values})
-    positions = {name: number / max(1, len(names) - 1) for number, name in enumerate(names)}
-    return [positions[short_value(value)] for value in values], {place: name for name, place in positions.items()}

@@ -260,8 +260,13 @@ def _row_of_training(job: TrialJob, recipe: Recipe, show: ShowLine) -> TrialRow:
         show=show,
     )
     seconds = time.monotonic() - began
-    images = len(training_rows(open_dataset(shared.dataset), recipe))
-    numbers = last_numbers(result.folder) | {"seconds": seconds, "training_images": images}
+    dataset = open_dataset(shared.dataset)
+    held_out = len(dataset.split("held_out", recipe.data.held_out_fraction))
+    counts = {
+        "training_images": len(training_rows(dataset, recipe)),
+        "held_out_images": min(held_out, recipe.train.held_out_images),
+    }
+    numbers = last_numbers(result.folder) | {"seconds": seconds, **counts}
     row = job.row("finished", **numbers, run_id=result.run_id)
     measured_later = shared.search.metric == "final_distance"  # of samples, after all trials
     if row.value_of(shared.search.metric) is None and not measured_later:

@@ -62,6 +62,7 @@ from patchloom.platform.records.search import (
 from patchloom.platform.tracking.client import require_reachable
 from patchloom.platform.tracking.forwarder import JsonLinesTail
 from patchloom.platform.tracking.names import check_name
+from patchloom.platform.tracking.origin import command_line
 from patchloom.platform.tracking.runs import (
     begin_run,
     end_run,
@@ -251,7 +252,11 @@ def _open_folder(
     run_id = _begin_mlflow_run(folder, search, dataset)
     folder.write(DEFINITION_FILE, _definition_yaml(search))
     lengths = [trial.expected_images for trial in planned if trial.repeat == 0 and trial.equal is None]
-    SearchCard(run_id=run_id, images=lengths, search=search, dataset_fingerprint=dataset.fingerprint).write(folder)
+    command = redacted(command_line())
+    card = SearchCard(
+        run_id=run_id, images=lengths, search=search, dataset_fingerprint=dataset.fingerprint, command=command
+    )
+    card.write(folder)
     return run_id
 
 

@@ -49,6 +49,7 @@ class EvaluationResult(VersionedRecord):
     notes: list[str] = Field(default_factory=list)
     pictures: list[str] = Field(default_factory=list)
     code_version: str = ""
+    command: str = ""  # without secrets; empty where a program called a function, and in older results
 
     @classmethod
     def read(cls, path: Path) -> Self:

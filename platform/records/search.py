@@ -17,7 +17,8 @@ SEARCH_FILE, TRIALS_FILE = "search.json", "trials.jsonl"
 class SearchCard(VersionedRecord):
     """`search.json`: the search, its dataset, its MLflow run, and the length of the trials of each setting.
 
-    `added_seeds` is the number of repeats of each setting that were added to those of the search.
+    `added_seeds` is the number of repeats of each setting that were added to those of the search. `command` started
+    the search, without secrets; it is empty where a program called a function, and in older searches.
     """
 
     FORMAT: ClassVar[int] = 2
@@ -28,6 +29,7 @@ class SearchCard(VersionedRecord):
     search: Search
     dataset_fingerprint: str
     added_seeds: int = 0
+    command: str = ""
 
     @property
     def seeds(self) -> int:
@@ -69,6 +71,7 @@ class TrialRow(Record):
     preview: str | None = None  # the newest preview's path in the trial's folder
     final_distance: float | None = None
     training_images: int | None = None  # rows that it was trained on
+    held_out_images: int | None = None  # rows of its held-out loss
     memorised_share: float | None = None  # of the samples of its final distance
     memorised_by_chance: float | None = None  # the same share of held-out images
 

@@ -1,5 +1,6 @@
 """Pages in a real browser: every kind loads without errors, shows its pictures, and fits wide and narrow windows."""
 
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +11,7 @@ from search_folders import write_search_folder
 
 from patchloom.pipelines.evaluate import evaluate
 from patchloom.pipelines.inspect import dataset_sheet
-from patchloom.pipelines.pages.html import Number, Picture, Table, document, render
+from patchloom.pipelines.pages.html import Number, Picture, Table, document, render, svg, tidy
 from patchloom.pipelines.report import report
 from patchloom.pipelines.reproduce.outcome import Finding, Outcome
 from patchloom.pipelines.sample import sample
@@ -91,7 +92,7 @@ def make_page(
             details=[("The search", search_section(search))],
         )
         page = folder / "reproduction.html"
-        page.write_text(document("Table 4 of Patch Diffusion", outcome.section([COMMAND])))
+        page.write_text(document("Table 4 of Patch Diffusion", outcome.section([COMMAND], COMMAND)))
         return page
 
     makers = {
@@ -166,6 +167,107 @@ def test_a_name_in_a_legend_hides_its_line_and_a_picture_opens(
     browser.value("document.querySelector('dialog').click()")
     browser.value("1")  # the dialog is removed after its event
     assert browser.value("document.querySelector('dialog[open]')") is None
+
+
+PLACE = """(place => {{
+    const svg = document.querySelector("{svg}"), box = svg.getBoundingClientRect();
+    scrollTo(0, box.top + scrollY - 100);
+    const point = new DOMPoint({x}, {y}).matrixTransform(svg.getScreenCTM());
+    return [point.x, point.y];
+}})()"""
+
+
+def place(browser: Browser, svg: str, x: float, y: float) -> tuple[float, float]:
+    """Where a point of an SVG is in the window."""
+    left, top = browser.value(PLACE.format(svg=svg, x=x, y=y))
+    return left, top
+
+
+def line_page(folder: Path) -> Path:
+    """A page with a plot of y = 2 x from 0 to 100, with error bars of 1."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(5.6, 3.4))
+    axes = figure.subplots()
+    axes.errorbar(range(101), [2 * x for x in range(101)], [1] * 101, label="twice", capsize=2)
+    axes.set(xlim=(0, 100), ylim=(0, 200), xlabel="x", ylabel="y")
+    tidy(axes)
+    outcome = Outcome("", [], [], [], [], figures=[(svg(figure), "A line.")])
+    (folder / "page.html").write_text(document("A line", outcome.section([], COMMAND)))
+    return folder / "page.html"
+
+
+def test_a_drag_zooms_into_a_range_and_the_reset_returns(browser: Browser, tmp_path: Path) -> None:
+    look = browser.look(line_page(tmp_path), 1280)
+    assert not look.errors
+    (panel,) = browser.value("JSON.parse(document.querySelector('svg').dataset.panels)")
+    left, top, right, bottom = panel["box"]
+    path = "document.querySelector('[id^=line-0-0] path').getAttribute('d')"
+    whole, middle = browser.value(path), (top + bottom) / 2
+    ticks = "[...document.querySelectorAll('.ticks text')].map(tick => tick.textContent)"
+
+    def at(share: float) -> tuple[float, float]:
+        return place(browser, "svg", left + share * (right - left), middle)
+
+    browser.drag(at(0.2), at(0.3), at(0.4))
+    # x from 20 to 40; y from 40 to 80, the bars from 39 to 81, with 5 % of space
+    assert browser.value(ticks) == ["20", "25", "30", "35", "40", "40", "50", "60", "70", "80"]
+    points = [[float(number) for number in pair.split()] for pair in re.findall(r"[ML] (\S+ \S+)", browser.value(path))]
+    assert points[20][0] == pytest.approx(left, abs=0.5) and points[40][0] == pytest.approx(right, abs=0.5)
+    assert points[30][1] == pytest.approx(middle, abs=0.5)
+    assert browser.value("document.querySelectorAll('.reset:not([hidden])').length") == 1
+    browser.click(".reset")
+    assert browser.value(path) == whole and browser.value(ticks) == []
+    assert browser.value("getComputedStyle(document.querySelector('[id^=xtick]')).display") != "none"
+
+
+def test_a_point_shows_its_values_and_touch_does_not_zoom(browser: Browser, tmp_path: Path) -> None:
+    browser.look(line_page(tmp_path), 400)
+    left, top, right, bottom = browser.value("JSON.parse(document.querySelector('svg').dataset.panels)[0].box")
+    middle = place(browser, "svg", (left + right) / 2, (top + bottom) / 2)
+    browser.drag(middle)
+    browser.call("Input.dispatchMouseEvent", type="mouseMoved", x=middle[0], y=middle[1])
+    assert browser.value("document.querySelector('.values').innerText") == "twice\nx 50\ny 100"
+    for kind, x in (("touchStart", middle[0]), ("touchMove", middle[0] - 50), ("touchEnd", None)):
+        points = [] if x is None else [{"x": x, "y": middle[1]}]
+        browser.call("Input.dispatchTouchEvent", type=kind, touchPoints=points)
+    assert browser.value("document.querySelectorAll('.ticks').length") == 0
+
+
+def test_a_brush_filters_lines_and_rows(browser: Browser, search: Path, tmp_path: Path) -> None:
+    """The search has p = 0.25, 0.5 and 1 with two learning rates and two seeds, and a failed trial."""
+    page = report(str(search), str(tmp_path / "search.html"))
+    browser.look(page, 1280)
+    lines = "document.querySelectorAll('.parallel [data-trial]:not(.is-off)').length"
+    rows = "[...document.querySelectorAll('tr[data-trials]')].filter(row => !row.hidden).length"
+    assert browser.value(f"[{lines}, {rows}]") == [12, 7]
+    names = "[...document.querySelectorAll('.parallel .axis > text:first-of-type')].map(name => name.textContent)"
+    assert browser.value(names) == ["p", "lr", "TFLOP", "held-out loss"]
+    x, top, bottom = browser.value("""(() => {
+        const line = document.querySelector('.parallel .axis line');
+        return ['x1', 'y1', 'y2'].map(name => +line.getAttribute(name));
+    })()""")
+    third = (bottom - top) / 3
+    browser.drag(*(place(browser, ".parallel", x, bottom - share * third) for share in (0.05, 1, 1.95)))
+    assert browser.value(f"[{lines}, {rows}]") == [8, 4]  # p = 0.25 and 0.5
+    browser.click(".axis:nth-of-type(2) .value")  # and the smaller learning rate
+    assert browser.value(f"[{lines}, {rows}]") == [4, 2]
+    browser.click(".parallel + figcaption .reset")
+    assert browser.value(f"[{lines}, {rows}]") == [12, 7]
+
+
+@pytest.mark.parametrize("has_clipboard", [True, False])
+def test_the_command_of_a_figure_is_copied(has_clipboard: bool, browser: Browser, tmp_path: Path) -> None:
+    browser.look(line_page(tmp_path), 1280)
+    browser.value("document.addEventListener('copy', () => { document.title = `${getSelection()}`; })")
+    if has_clipboard:
+        browser.value("navigator.clipboard.writeText = async text => { document.title = text; }")
+    else:
+        browser.value("Object.defineProperty(navigator, 'clipboard', {value: undefined})")
+    browser.click(".command summary")
+    browser.click("figure .command button")
+    assert browser.value("document.title") == COMMAND
+    assert browser.value("document.querySelector('figure .command button').textContent") == "copied"
 
 
 FAULTY = """<!doctype html><html><body style="margin: 0"><img alt="gone" src="data:image/png;base64,AAAA">

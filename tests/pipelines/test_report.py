@@ -2,19 +2,28 @@
 
 import base64
 import io
+import shlex
 import shutil
 import statistics
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import pytest
+from command_lines import parse
 from PIL import Image
 
 from patchloom.errors import UserError
 from patchloom.pipelines.evaluate import evaluate
+from patchloom.pipelines.evaluate.page import evaluate_command, sample_command
 from patchloom.pipelines.report import report
+from patchloom.pipelines.reproduce.reproducing import reproduce_command
 from patchloom.pipelines.sample import sample
-from patchloom.platform.files.storage import read_json, read_json_lines, write_json
+from patchloom.pipelines.train.page import train_command
+from patchloom.platform.files.storage import make_folder, read_json, read_json_lines, write_json
+from patchloom.platform.records.evaluation import EvaluationResult
+from patchloom.platform.records.reproduction import Reproduction
+from patchloom.platform.records.samples import ManifestEntry, SamplingCard
 
 pytestmark = pytest.mark.ray
 
@@ -104,6 +113,66 @@ def test_a_runs_page_shows_every_number_that_is_counted(trained: Path, tmp_path:
         rates = [line["images_per_second_by_patch_size"].get(size) for line in lines]
         wanted = statistics.median(rate for rate in rates if rate is not None)
         assert shown[f"images/s of {size} x {size}"] == f"{wanted:,.0f}"
+
+
+def checked_command(line: str) -> list[str]:
+    """The words of a command that the command line accepts."""
+    words = shlex.split(line)
+    parse(words[1:])
+    return words
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({}, ["--batch=8"]),
+        ({"steps": 9, "size": [96, 128], "churn": 2.0, "churn_between": [0.3, 5.0]},
+         ["--steps=9", "--churn=2.0", "--size=96x128", "--churn-between=0.3-5.0", "--batch=8"]),
+        ({"guidance": -1.5, "labels": "fixed", "label": 3, "format": "zip", "shard_size": 50},
+         ["--guidance=-1.5", "--label=3", "--format=zip", "--shard-size=50", "--batch=8"]),
+        ({"labels": "file", "inpaint": {"sha256": "a", "mask_sha256": "b", "method": "resample"}},
+         ["--labels=LABELS", "--inpaint=IMAGE", "--mask=MASK", "--outpaint-method=resample", "--batch=8"]),
+    ],
+)  # fmt: skip
+def test_samples_have_the_command_that_makes_them(options: dict[str, Any], words: list[str], tmp_path: Path) -> None:
+    sampling = {"sampler": "heun", "steps": 18, "guidance": 1.0, "churn": 0.0, "size": None} | options
+    card = {
+        "format_version": 1,
+        "kind": "samples",
+        "model": {"reference": "models:/a/1", "weights_sha256": "c"},
+        "network_evaluations": 35,
+        "labels": "balanced",
+        "label": None,
+        "outpaint": None,
+        "format": "png",
+        "shard_size": None,
+        "batch": 8,
+        "threads": 1,
+        "lineage": {"run_id": None, "name": "a", "version": "1"},
+    }
+    place = make_folder(tmp_path / "samples")
+    entries = [ManifestEntry(seed=seed, label=0, file="a", sha256="d").to_json() for seed in (0, 1, 2, 7)]
+    (place / "manifest.jsonl").write_text("\n".join([*entries, ""]))
+    line = sample_command(SamplingCard.model_validate(card | sampling), place)
+    assert checked_command(line)[:6] == ["patchloom", "sample", "models:/a/1", "samples-again", "--seeds", "0-2,7"]
+    assert checked_command(line)[6:] == words
+
+
+def test_an_evaluation_has_its_command(tmp_path: Path) -> None:
+    identity = {"features": "colour-layout-48", "n_samples": 4, "reference": "a"}
+    result = EvaluationResult.model_validate({"metrics": {}, "identity": identity, "digest": "a"})
+    words = ["patchloom", "evaluate", "samples", "--reference", "REFERENCE", "--features", "colours"]
+    assert checked_command(evaluate_command(result, "samples")) == words
+    line = "patchloom evaluate a --reference b"
+    assert evaluate_command(result.model_copy(update={"command": line}), "samples") == line
+
+
+def test_a_run_and_a_reproduction_have_their_commands(trained: Path) -> None:
+    words = checked_command(train_command(trained))  # a function trained it
+    assert words[:4] == ["patchloom", "train", f"{trained.name}/recipe.yaml", "--data"] and Path(words[4]).is_dir()
+    asked = Reproduction(table="table4", small=True, data={"cats": "cats.zip"}, features="colours")
+    words = ["patchloom", "reproduce", "table4", "--small", "--out", "again", "--data", "cats=cats.zip"]
+    assert checked_command(reproduce_command(asked, "again")) == [*words, "--features", "colours"]
 
 
 def test_a_folder_in_the_pages_place_is_refused(trained: Path, tmp_path: Path) -> None:

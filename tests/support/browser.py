@@ -135,10 +135,34 @@ class Browser:
 
     def value(self, expression: str) -> Any:
         """The value of an expression in JavaScript, in the page that is open; RuntimeError if it throws."""
-        found = self._call("Runtime.evaluate", self._session, expression=expression, returnByValue=True)
+        found = self._call(
+            "Runtime.evaluate", self._session, expression=expression, returnByValue=True, awaitPromise=True
+        )
         if "exceptionDetails" in found:
             raise RuntimeError(found["exceptionDetails"]["exception"]["description"])
         return found["result"].get("value")
+
+    def drag(self, *places: tuple[float, float]) -> None:
+        """Press the mouse at the first place, in CSS pixels of the window, move it over the others, and release it."""
+        moves = [(place, "mouseMoved") for place in places]
+        steps = [moves[0], (places[0], "mousePressed"), *moves[1:], (places[-1], "mouseReleased")]
+        for (x, y), kind in steps:
+            button = "none" if kind == "mouseMoved" and (x, y) == places[0] else "left"
+            self.call("Input.dispatchMouseEvent", type=kind, x=x, y=y, button=button, buttons=int(button == "left"),
+                      clickCount=int(kind != "mouseMoved"))  # fmt: skip
+
+    def click(self, selector: str) -> None:
+        """Click on the middle of the first element that a CSS selector finds."""
+        self.drag(
+            tuple(
+                self.value(f"""(() => {{
+            const found = document.querySelector({json.dumps(selector)});
+            found.scrollIntoView({{block: 'center'}});
+            const box = found.getBoundingClientRect();
+            return [box.x + box.width / 2, box.y + box.height / 2];
+        }})()""")
+            )
+        )
 
     def _call(self, method: str, session: str | None = None, **parameters: Any) -> dict[str, Any]:
         """Send a command and wait for its answer."""

@@ -1,4 +1,4 @@
-// Tables sort by a click on a header, pictures open large, and names in a legend hide their lines.
+// Tables sort by a click on a header, pictures open large, names in a legend hide their lines, and commands are copied.
 const cellText = (row, column) => row.cells[column].textContent.trim();
 const cellNumber = text => {
   const [isTime, hours = 0, minutes = 0, seconds = 0] = text.match(/^(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s)?$/) || [];
@@ -41,8 +41,21 @@ document.querySelectorAll("figure img").forEach(image => image.addEventListener(
 }));
 
 document.querySelectorAll("svg [id^=name-]").forEach(name => name.addEventListener("click", () => {
-  const line = name.closest("svg").querySelector(`[id="${name.id.replace("name", "line")}"]`);
-  if (!line) return;
   const isOff = name.classList.toggle("is-off");
-  line.style.display = isOff ? "none" : "";
+  const [line, part] = ["line", "part"].map(kind => `[id="${name.id.replace("name", kind)}"]`);
+  name.closest("svg").querySelectorAll(`${line}, ${part}`).forEach(one => { one.style.display = isOff ? "none" : ""; });
+}));
+
+const copyText = async shown => {
+  try {
+    await navigator.clipboard.writeText(shown.textContent);
+  } catch { // a browser may offer no clipboard to a file
+    getSelection().selectAllChildren(shown);
+    document.execCommand("copy");
+  }
+};
+
+document.querySelectorAll(".command button").forEach(button => button.addEventListener("click", async () => {
+  await copyText(button.parentElement.querySelector("pre"));
+  button.textContent = "copied";
 }));

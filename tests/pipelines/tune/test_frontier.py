@@ -2,12 +2,14 @@
 
 import math
 import re
+import shlex
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import scipy.stats
+from command_lines import parse
 
 from patchloom.errors import UserError
 from patchloom.pipelines.tune.frontier import (
@@ -21,14 +23,15 @@ from patchloom.pipelines.tune.frontier import (
     pareto_front,
     proxy_correlations,
     rank_correlation,
-    recommendation,
 )
 from patchloom.pipelines.tune.page import search_section
+from patchloom.pipelines.tune.parallel import parallel_coordinates
 from patchloom.pipelines.tune.ranking import ranked
+from patchloom.pipelines.tune.summary import SearchSummary, search_summary, tune_command
 from patchloom.platform.files.folder import Folder
 from patchloom.platform.files.storage import write_json
 from patchloom.platform.records.run import ProgressLine, write_progress
-from patchloom.platform.records.search import TrialRow, write_trials
+from patchloom.platform.records.search import SearchCard, TrialRow, write_trials
 
 RATES = {0.0: 1.0, 0.25: 2.0, 0.5: 3.0, 1.0: 5.0}  # FLOPs per image at each p: larger patches cost more
 
@@ -152,28 +155,64 @@ def test_proxy_correlation_is_measured_at_shares_of_the_budget() -> None:
     assert proxy_correlations(trials[:2], curves, "final_distance") == []
 
 
-def test_recommendation_gives_seeds_budget_and_what_the_seeds_decide() -> None:
+COMMAND = "patchloom tune p_search --data dataset --out search"
+
+
+def summary(trials: list[TrialRow], **values: Any) -> SearchSummary:
+    """The summary of a search of p with a budget of 1 TFLOP."""
+    search = {"space": {"patches.p": {"grid": [0.5, 1.0]}}, "budget": {"flops": 1e12}, "name": "p",
+              "recipe": "base.yaml", "repeats": 1 + max(trial.repeat for trial in trials), **values}  # fmt: skip
+    card = SearchCard.model_validate({"run_id": "0", "images": [], "search": search, "dataset_fingerprint": "a"})
+    effects = key_effects(trials, ["patches.p"], "held_out_loss")
+    return search_summary(card, trials, ranked(trials), effects, "1 TFLOP", COMMAND)
+
+
+def test_summary_gives_seeds_budget_and_what_the_seeds_decide() -> None:
     clear = [trial("000", {"patches.p": 0.5}, 0.10), trial("001", {"patches.p": 0.5}, 0.12, 1),
              trial("002", {"patches.p": 1.0}, 0.50), trial("003", {"patches.p": 1.0}, 0.54, 1)]  # fmt: skip
-    text = recommendation(ranked(clear), "1 TFLOP")
-    assert text.startswith("Take p 0.5: held-out loss 0.1100 ± 0.0141 (n = 2)") and "1 TFLOP" in text
+    found = summary(clear)
+    facts = {fact.name: fact.value for fact in found.facts}
+    assert "p (0.5, 1)" in facts["compared"] and "2 seeds" in facts["compared"] and "1 TFLOP" in facts["compared"]
+    assert facts["lowest mean"].startswith("p 0.5: held-out loss 0.1100 ± 0.0141 (n = 2), 0.4100 below p 1")
     # differences .40 and .42: their mean is 41 times its error of .01, and t with one degree of freedom is 12.706
-    assert "0.4100 ahead of p 1. This is decided" in text and "0.1271" in text
+    assert "p 0.5" in facts["decided"] and "0.1271" in facts["decided"] and found.command == ""
     close = [*clear[:2], trial("002", {"patches.p": 1.0}, 0.12), trial("003", {"patches.p": 1.0}, 0.16, 1)]
-    text = recommendation(ranked(close), "b")  # differences .02 and .04: mean .03, standard deviation .0141
+    found = summary(close)  # differences .02 and .04: mean .03, standard deviation .0141
     # t .0141 / sqrt(n) is .0450 for 3 seeds, .0225 for 4
-    assert "undecided" in text and "About 4 seeds" in text
-    assert "one seed" in recommendation(ranked(clear[::2]), "b")
-    assert "ahead of" not in recommendation(ranked(clear[:1]), "b")
+    assert "4 seeds" in found.advice and found.command == f"{COMMAND} --restore --add-seeds 2"
+    found = summary(clear[::2])  # one seed of each
+    assert found.command == f"{COMMAND} --restore --add-seeds 2" and "chance" in found.facts[-1].value
+    assert summary(clear[:1]).command == summary(close, scheduler={"kind": "asha"}).command == ""
+    parse(shlex.split(found.command)[1:])
 
 
-def test_recommendation_states_its_cost_and_the_page_what_each_trial_spent(tmp_path: Path) -> None:
+def test_command_of_a_search_is_the_recorded_one() -> None:
+    search = {"space": {"patches.p": {"grid": [0.5]}}, "budget": {"flops": 1e12}, "name": "p", "recipe": "base.yaml"}
+    card = SearchCard.model_validate({"run_id": "0", "images": [], "search": search, "dataset_fingerprint": "a"})
+    assert tune_command(card.model_copy(update={"command": COMMAND}), "other", None) == COMMAND
+    for command in ("", "patchloom demo"):
+        line = tune_command(card.model_copy(update={"command": command}), "my search", "data")
+        assert shlex.split(line) == ["patchloom", "tune", "SEARCH.yaml", "--data", "data", "--out", "my search"]
+
+
+def test_parallel_coordinates_are_shown_where_they_say_more_than_the_table() -> None:
+    by_p = [trial(f"{n:03d}", {"patches.p": n / 8}, 0.1 * n, flops=1e12 * n) for n in range(1, 9)]
+    assert parallel_coordinates(by_p[:6], ["patches.p"], "held_out_loss") is None
+    plot = parallel_coordinates(by_p, ["patches.p", "seed"], "held_out_loss")
+    assert plot is not None and plot.plot.count("data-trial=") == 8
+    assert re.findall('font-weight="600">(.*?)<', plot.plot) == ["p", "TFLOP", "held-out loss"]  # one key varies
+    both = [trial(f"{n:03d}", {"patches.p": n % 2, "model.width": n // 2}, 0.1) for n in range(4)]
+    assert parallel_coordinates(both, ["patches.p", "model.width"], "held_out_loss") is not None
+    assert parallel_coordinates(both[:2], ["patches.p", "model.width"], "held_out_loss") is None
+
+
+def test_summary_states_its_cost_and_the_page_what_each_trial_spent(tmp_path: Path) -> None:
     spent = {1.0: (608, 5e12, 0.1), 0.5: (704, 2e12, 0.2), 0.25: (688, 1e12, 0.3)}
     rows = [
         trial(f"{n:03d}", {"patches.p": p}, loss, images_seen=images, flops=flops)
         for n, (p, (images, flops, loss)) in enumerate(spent.items())
     ]
-    text = recommendation(ranked(rows), "600 images")
+    text = summary(rows).facts[2].value
     assert "608 counted images and 5 TFLOP" in text
     assert "2.5 times the FLOPs of p 0.5 and 5 times the FLOPs of p 0.25" in text
     assert cost_of_best(ranked(rows[:2])).count("2.5 times") == 1  # the second is the cheapest
