@@ -27,7 +27,7 @@ def reproduce(
         str,
         typer.Argument(
             help="table1, table2, table3, table4, figure2, figure3, schedule, samplers, controlnet, "
-            "efficiency or extrapolation",
+            "efficiency, speed or extrapolation",
             autocompletion=reproduced_tables,
         ),
     ],

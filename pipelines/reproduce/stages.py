@@ -6,14 +6,15 @@ from functools import partial
 
 from patchloom.models.generate import Sampling
 from patchloom.pipelines.prepare.photographs import PHOTOGRAPHS, copy_photographs
-from patchloom.pipelines.recipes import counted, shape_of_recipe, small_twin
+from patchloom.pipelines.recipes import TWO_CORES_RATE, counted, shape_of_recipe, small_twin
 from patchloom.pipelines.reproduce.paper import DATA, PaperResult, PaperTable
+from patchloom.pipelines.train.dry_run import STATED_RATE
 from patchloom.pipelines.train.resuming import differing_keys
 from patchloom.pipelines.tune.planning import held_out_flops, plan_trials, recipe_of_setting, search_flops
 from patchloom.platform.dataset.prepared import is_dataset
 from patchloom.platform.files.folder import Folder
 from patchloom.platform.recipe.run_recipe import Recipe, load_recipe, with_values
-from patchloom.platform.recipe.search import load_search
+from patchloom.platform.recipe.search import BUDGET_SHARE, load_search
 from patchloom.platform.records.reproduction import Reproduction
 from patchloom.platform.records.run import RUN_FILE
 from patchloom.platform.records.search import SEARCH_FILE
@@ -162,20 +163,34 @@ def data_stages(
 
 
 def search_stage(
-    place: ReproductionFolder, name: str, search: str, dataset: str, environment: tuple[tuple[str, str], ...] = ()
+    place: ReproductionFolder,
+    name: str,
+    search: str,
+    dataset: str,
+    environment: tuple[tuple[str, str], ...] = (),
+    folder: str | None = None,
 ) -> Stage:
-    """Run a search on data of a name."""
+    """Run a search on data of a name, in `folder`/search; the default folder is the name of the data."""
     definition, base = load_search(search)
-    shape = shape_of_recipe(recipe_of_setting(definition, base, {}))
-    planned = plan_trials(definition, base, shape)
-    flops = search_flops(definition, base, shape, planned)
-    recipes = [trial.recipe for trial in planned if trial.recipe]
-    flops += sum(held_out_flops(recipe, shape) for recipe in recipes)
+    settings, folder = definition.settings(), folder or name
+    trials = len(settings) * definition.repeats
+    if definition.budget.seconds is None:
+        shape = shape_of_recipe(recipe_of_setting(definition, base, {}))
+        planned = plan_trials(definition, base, shape)
+        trials = len(planned)
+        recipes = [trial.recipe for trial in planned if trial.recipe]
+        flops = search_flops(definition, base, shape, planned)
+        flops += sum(held_out_flops(recipe, shape) for recipe in recipes)
+    else:  # a plan would measure steps on this machine; the search does that where it runs
+        shares = sum(float(str(setting.get(BUDGET_SHARE, 1))) for setting in settings)
+        rate = TWO_CORES_RATE / 2 if place.asked.small else STATED_RATE
+        recipes = [recipe_of_setting(definition, base, setting) for setting in settings] * definition.repeats
+        flops = definition.budget.seconds * shares * definition.repeats * rate
     if definition.final is not None:
         flops += sum(samples_flops(recipe, definition.final.samples, definition.final.steps) for recipe in recipes)
-    words = ("tune", search, "--data", dataset, "--out", place.path(name, "search"), *place.with_workers)
-    title = f"Compare {len(definition.settings())} settings on {name}, {len(planned)} trials"
-    return Stage(title, words, flops, f"{name}/search/{SEARCH_FILE}", "--restore", environment=environment)
+    words = ("tune", search, "--data", dataset, "--out", place.path(folder, "search"), *place.with_workers)
+    title = f"Compare {len(settings)} settings on {name}, {trials} trials"
+    return Stage(title, words, flops, f"{folder}/search/{SEARCH_FILE}", "--restore", environment=environment)
 
 
 def samples_flops(recipe: Recipe, samples: int, steps: int, guidance: float = 1.0, sampler: str = "heun") -> float:

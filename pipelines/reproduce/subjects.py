@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from patchloom.pipelines.reproduce import controlnet, efficiency, extrapolation, samplers
+from patchloom.pipelines.reproduce import controlnet, efficiency, extrapolation, samplers, speed
 from patchloom.pipelines.reproduce.outcome import Outcome, table_outcome
 from patchloom.pipelines.reproduce.paper import TABLES, PaperTable
 from patchloom.pipelines.reproduce.stages import ReproductionFolder, Stage, table_stages
@@ -61,6 +61,10 @@ SUBJECTS = {name: table_subject(table) for name, table in TABLES.items()} | {
     "efficiency": Subject(
         "Section 4.4", "patches and full images over the number of training images", [efficiency.EFFICIENCY_DATA],
         efficiency.efficiency_stages, efficiency.efficiency_outcome,
+    ),
+    "speed": Subject(
+        "The training speed", "patches and full images after equal time", [speed.SPEED_DATA],
+        speed.speed_stages, speed.speed_outcome, WITH_FEATURES, WITH_FEATURES,
     ),
     "extrapolation": Subject(
         "Section 4.5", "larger canvases, around an image and without one", [extrapolation.CANVAS_DATA],
