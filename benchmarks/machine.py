@@ -1,13 +1,14 @@
 """The machine of a measurement: processor, memory, GPUs and versions, and how busy other processes keep it."""
 
 import hashlib
-import os
 import platform
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
+
+from patchloom.platform.compute.hardware import gpu_names, machine_words, memory_gib, processor_name, usable_cores
 
 PACKAGES = ("torch", "ray", "mlflow", "diffusers", "numpy", "pyarrow", "pillow")
 
@@ -30,21 +31,18 @@ class Machine:
 
 def describe_machine() -> Machine:
     """This machine."""
-    memory_gib = round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30)
-    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    gpus = [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())]
-    processor = _processor()
+    gpus = gpu_names()
     return Machine(
-        processor=processor,
-        cpus=cpus,
-        memory_gib=memory_gib,
+        processor=processor_name(),
+        cpus=usable_cores(),
+        memory_gib=memory_gib(),
         gpus=gpus,
         cuda=torch.version.cuda,
         cudnn=torch.backends.cudnn.version() if gpus else None,
         threads=torch.get_num_threads(),
         python=platform.python_version(),
         versions={name: found for name in PACKAGES if (found := _version(name))},
-        words=", ".join([*gpus, f"{processor}, {cpus} cores, {memory_gib} GiB", f"torch {torch.__version__}"]),
+        words=f"{machine_words()}, torch {torch.__version__}",
     )
 
 
@@ -62,13 +60,6 @@ def busy_share(seconds: float = 1.0) -> float:
     import psutil
 
     return float(psutil.cpu_percent(interval=seconds)) / 100
-
-
-def _processor() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.is_file() else []
-    named = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
-    return named or platform.processor() or platform.machine()
 
 
 def _version(name: str) -> str | None:

@@ -16,7 +16,7 @@ from patchloom.platform.dataset.prepared import DATASETS, open_dataset
 from patchloom.platform.files.cache import CACHE, CACHE_GIB
 from patchloom.platform.files.folder import Folder
 from patchloom.platform.recipe.run_recipe import with_values
-from patchloom.platform.records.run import ProgressLine, read_progress
+from patchloom.platform.records.run import ProgressLine, read_progress, training_seconds
 
 SHARDS, WINDOW_SHARDS = 64, 4
 CACHE_SHARE, EPOCHS = 0.25, 2
@@ -61,8 +61,8 @@ def two_epochs(scale: Scale, say: Say) -> list[Finding]:
         Finding("largest size of the cache", exact(100 * largest.bytes / (CACHE_SHARE * size_bytes)), "%",
                 100.0, "PATCHLOOM_CACHE_GIB, a quarter of the dataset", 100.0, is_cost=True),
         Finding("requests per shard and epoch", exact(requests / SHARDS / EPOCHS), "requests", is_cost=True),
-        Finding("rate of training", exact(lines[-1].images_seen / training_seconds(lines)), "images/s"),
-        Finding("read from the store", exact(EPOCHS * size_bytes / 1e6 / training_seconds(lines)), "MB/s"),
+        Finding("rate of training", exact(lines[-1].images_seen / training_seconds(lines)[-1]), "images/s"),
+        Finding("read from the store", exact(EPOCHS * size_bytes / 1e6 / training_seconds(lines)[-1]), "MB/s"),
     ]  # fmt: skip
 
 
@@ -75,12 +75,6 @@ def waiting_share(lines: Sequence[ProgressLine], first_image: int) -> float:
             waited, total = waited + line.data_wait_share * seconds, total + seconds
         before = line.images_seen
     return waited / total
-
-
-def training_seconds(lines: Sequence[ProgressLine]) -> float:
-    """The time of all lines, without what happened between the lines."""
-    starts = [0, *(line.images_seen for line in lines)]
-    return sum((line.images_seen - start) / line.images_per_second for start, line in zip(starts, lines, strict=False))
 
 
 class LargestSize:

@@ -82,9 +82,15 @@ class Outcome:
     pictures: Sequence[Picture] = field(default=())
     details: Sequence[tuple[str, Markup]] = field(default=())
 
-    def section(self, commands: Sequence[str], command: str = "") -> Markup:
-        """The body of its page, with the commands that made it, and the one that ran all of them."""
-        return render("reproduction.html", outcome=self, commands=commands, command=command)
+    def section(self, commands: Sequence[str], command: str = "", origin: str = "") -> Markup:
+        """The body of its page.
+
+        Args:
+            commands: those that made it.
+            command: the one that ran all of them.
+            origin: on which machine and with which code.
+        """
+        return render("reproduction.html", outcome=self, commands=commands, command=command, origin=origin)
 
     def text(self) -> str:
         """Its tables and findings for a terminal."""

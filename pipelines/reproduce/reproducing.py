@@ -13,6 +13,7 @@ from pathlib import Path
 
 from markupsafe import Markup
 
+from patchloom import __version__
 from patchloom.errors import UserError, WorkersFailed, did_you_mean
 from patchloom.pipelines.pages.html import document, is_for_pages
 from patchloom.pipelines.recipes import TWO_CORES_RATE
@@ -21,6 +22,7 @@ from patchloom.pipelines.reproduce.paper import DATA
 from patchloom.pipelines.reproduce.stages import ReproductionFolder, Stage
 from patchloom.pipelines.reproduce.subjects import SUBJECTS, Subject
 from patchloom.pipelines.train.dry_run import gpu_hours_text
+from patchloom.platform.compute.hardware import machine_words
 from patchloom.platform.dataset.prepared import is_dataset
 from patchloom.platform.files.copies import local_copy
 from patchloom.platform.files.fence import fenced
@@ -30,6 +32,7 @@ from patchloom.platform.files.storage import locked, make_folder, write_atomic
 from patchloom.platform.progress import clock, is_quiet, say
 from patchloom.platform.records.reproduction import REPRODUCTION_FILE, Reproduction
 from patchloom.platform.tracking.client import require_reachable
+from patchloom.platform.tracking.origin import code_commit
 from patchloom.redaction import redacted
 
 REPRODUCTION_PAGE = "report.html"
@@ -95,7 +98,9 @@ def reproduce(table: str, out: str | None = None, options: ReproductionOptions =
         begun = Reproduction.read(folder)
         if not begun.same_work(place.asked):
             raise UserError(f"{folder} has another reproduction ({_described(begun)}): choose another --out")
-        place = place.with_asked(place.asked.model_copy(update={"stages": begun.stages}))
+        place = place.with_asked(place.asked.continuing(begun))
+    else:
+        place = place.with_asked(place.asked.model_copy(update=_origin()))
     require_reachable()
     stages = subject.stages(place)
     say(_plan_text(subject, place, stages))
@@ -110,6 +115,11 @@ def reproduce(table: str, out: str | None = None, options: ReproductionOptions =
         folder.put(here / REPRODUCTION_PAGE, REPRODUCTION_PAGE)
     say(f"\n{outcome.text()}\n\nOpen {folder}/{REPRODUCTION_PAGE}", is_result=True)
     return here / REPRODUCTION_PAGE
+
+
+def _origin() -> dict[str, str]:
+    """The machine and the code of a new reproduction, as fields of its record."""
+    return {"machine": machine_words(), "code_version": __version__, "code_commit": code_commit()}
 
 
 def _run_stages(place: ReproductionFolder, stages: Sequence[Stage]) -> ReproductionFolder:
@@ -164,7 +174,7 @@ def _section(outcome: Outcome, place: ReproductionFolder) -> Markup:
     """The body of a page, with commands as they run next to the folder."""
     address, name = place.folder.address, place.folder.name
     commands = [stage.command.replace(address, name) for stage in place.asked.stages]
-    return outcome.section(commands, reproduce_command(place.asked, name))
+    return outcome.section(commands, reproduce_command(place.asked, name), place.asked.origin)
 
 
 def reproduce_command(asked: Reproduction, name: str) -> str:
@@ -172,8 +182,9 @@ def reproduce_command(asked: Reproduction, name: str) -> str:
     words = ["patchloom", "reproduce", asked.table, *["--small"] * asked.small, "--out", name]
     for data, source in asked.data.items():
         words += ["--data", f"{data}={source}"]
-    options = {"--autoencoder": asked.autoencoder, "--features": asked.features, "--model": asked.model}
-    words += [word for option, value in options.items() if value for word in (option, value)]
+    options = {"autoencoder": asked.autoencoder, "features": asked.features, "model": asked.model}
+    taken = SUBJECTS[asked.table].options(asked.small)
+    words += [word for option, value in options.items() if value and option in taken for word in (f"--{option}", value)]
     return redacted(shlex.join(words))
 
 

@@ -1,6 +1,9 @@
 """Planning: which trials a search runs, how long each one is, and what it is expected to cost."""
 
+import functools
+import json
 import random
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -13,6 +16,7 @@ from patchloom.models.denoiser import build_denoiser
 from patchloom.models.flops import TRAINING_OVER_FORWARD, evaluation_flops, flops_by_size
 from patchloom.models.loss import HELD_OUT_SIGMAS
 from patchloom.models.normalisation import identity_normalisation
+from patchloom.models.patches import PatchSchedule
 from patchloom.models.precision import one_thread
 from patchloom.models.step_plan import StepSettings, plan_step
 from patchloom.pipelines.train.data_shape import DataShape
@@ -26,6 +30,7 @@ from patchloom.platform.recipe.search import BUDGET_SHARE, Search, TrialBudget
 
 TRIED_DRAWS = 8
 WALKED_STEPS = 20_000
+MEASURED_STEPS = 8  # of each patch size; the fastest one counts
 SAME_COST_WITHIN = 0.01  # a trial whose cost differs by less is not run again for an equal cost
 
 
@@ -265,8 +270,20 @@ def held_out_evaluations(recipe: Recipe, dataset: PlannedData) -> int:
     return measurements * rows * len(HELD_OUT_SIGMAS)
 
 
-def _measured_crops(recipe: Recipe, dataset: PlannedData) -> tuple[StepSettings, dict[int, float]]:
+def _measured_crops(recipe: Recipe, dataset: PlannedData) -> tuple[StepSettings, Mapping[int, float]]:
+    """The settings of the steps, and the seconds of a crop by its size.
+
+    Settings that differ in p, in the schedule or in the length share one measurement: its error does not favor any.
+    """
     denoiser, settings = _denoiser_and_settings(recipe, dataset)
+    sizes = tuple(replace(size, probability=1.0) for size in settings.schedule.sizes)
+    alike = replace(settings, seed=0, updates=1, lr_rampup_images=1, schedule=PatchSchedule(sizes))
+    return settings, _seconds_of_crops(json.dumps(denoiser.to_json(), sort_keys=True), alike)
+
+
+@functools.lru_cache(maxsize=64)
+def _seconds_of_crops(denoiser_json: str, settings: StepSettings) -> Mapping[int, float]:
     with one_thread():
-        network = build_denoiser(denoiser).to(own_device()).train()
-        return settings, measured_seconds_of_crop(network, settings, identity_normalisation(network.channels))
+        network = build_denoiser(DenoiserConfig.from_json(json.loads(denoiser_json))).to(own_device()).train()
+        normalisation = identity_normalisation(network.channels)
+        return measured_seconds_of_crop(network, settings, normalisation, repeats=MEASURED_STEPS)

@@ -27,14 +27,31 @@ class Reproduction(VersionedRecord):
     autoencoder: str | None = None
     features: str
     model: str | None = None
+    machine: str = ""  # where it began, in words
+    code_version: str = ""
+    code_commit: str = ""  # where the code is a checkout
     stages: list[FinishedStage] = Field(default_factory=list)
     finished: bool = False
 
     def same_work(self, other: "Reproduction") -> bool:
         """Whether another one has the same commands, as far as they are finished or not."""
-        begin = {"stages": [], "finished": False}
-        mine, theirs = (redacted_values(one.model_copy(update=begin).to_dict()) for one in (self, other))
+        mine, theirs = (
+            redacted_values(one.model_copy(update={"finished": False}).continuing(_NOTHING_DONE).to_dict())
+            for one in (self, other)
+        )
         return bool(mine == theirs)
+
+    @property
+    def origin(self) -> str:
+        """The machine and the code in a line; empty where an older version did not store them."""
+        parts = [self.machine, f"patchloom {self.code_version}", f"commit {self.code_commit[:12]}"]
+        known = [self.machine, self.code_version, self.code_commit]
+        return ", ".join(part for part, is_known in zip(parts, known, strict=True) if is_known)
+
+    def continuing(self, begun: "Reproduction") -> "Reproduction":
+        """It with what an earlier call has done, and where."""
+        done = ("stages", "machine", "code_version", "code_commit")
+        return self.model_copy(update={name: getattr(begun, name) for name in done})
 
     def seconds(self, command: str) -> float | None:
         """How long a command took; None if it has not finished."""
@@ -52,3 +69,6 @@ class Reproduction(VersionedRecord):
     def read(cls, folder: Folder) -> "Reproduction":
         """The record of a folder; raises UserError where it is damaged."""
         return cls.parse(folder.read(REPRODUCTION_FILE), f"{folder}/{REPRODUCTION_FILE}")
+
+
+_NOTHING_DONE = Reproduction(table="", small=False, data={}, features="")

@@ -1,6 +1,8 @@
 """Records of a run folder: `run.json` and the lines of `progress.jsonl`."""
 
+import itertools
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import ClassVar, Self
 
@@ -116,6 +118,15 @@ def read_progress(folder: Path) -> list[ProgressLine]:
     """
     path = folder / PROGRESS_FILE
     return [ProgressLine.parse(line, path) for line in complete_lines(path)]
+
+
+def training_seconds(lines: Sequence[ProgressLine]) -> list[float]:
+    """The time of all steps until each line, without what happened between lines: previews, held-out losses, pauses."""
+    starts = [0, *(line.images_seen for line in lines)]
+    intervals = (
+        (line.images_seen - start) / line.images_per_second for start, line in zip(starts, lines, strict=False)
+    )
+    return list(itertools.accumulate(intervals))
 
 
 def last_progress(folder: Path) -> ProgressLine:

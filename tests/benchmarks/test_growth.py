@@ -70,7 +70,6 @@ def test_the_share_of_waiting_is_weighted_by_time() -> None:
         return ProgressLine(step=images, images_seen=images, images_per_second=rate, data_wait_share=waiting)
 
     lines = [line(100, 10, 0.5), line(200, 100, 0.0), line(400, 100, 0.25)]  # 10 s, 1 s and 2 s
-    assert small_cache.training_seconds(lines) == pytest.approx(13)
     assert small_cache.waiting_share(lines, 0) == pytest.approx(5.5 / 13)
     assert small_cache.waiting_share(lines, 100) == pytest.approx(0.5 / 3)
 

@@ -92,7 +92,8 @@ def make_page(
             details=[("The search", search_section(search))],
         )
         page = folder / "reproduction.html"
-        page.write_text(document("Table 4 of Patch Diffusion", outcome.section([COMMAND], COMMAND)))
+        origin = "two cores, patchloom 0.2.0"
+        page.write_text(document("Table 4 of Patch Diffusion", outcome.section([COMMAND], COMMAND, origin)))
         return page
 
     makers = {

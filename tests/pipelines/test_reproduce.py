@@ -29,7 +29,7 @@ from patchloom.pipelines.reproduce.extrapolation import border_ratio, window_rat
 from patchloom.pipelines.reproduce.outcome import Outcome, SearchPart, table_outcome
 from patchloom.pipelines.reproduce.paper import TABLES, PaperResult, PaperTable
 from patchloom.pipelines.reproduce.samplers import EVALUATIONS, steps_for
-from patchloom.pipelines.reproduce.speed import Cell, Measured, trials_of_whole_time
+from patchloom.pipelines.reproduce.speed import trials_of_whole_time
 from patchloom.pipelines.reproduce.stages import (
     FULL_SAMPLES,
     ReproductionFolder,
@@ -185,26 +185,6 @@ def test_fids_of_the_paper_that_hardly_differ_are_a_tie() -> None:
             for repeat in (0, 1)
         ]
         assert SearchPart("celeba", "faces", results, trials).agrees(ranked(trials)) is wanted
-
-
-def timed(p: float, share: float, losses: list[float]) -> Cell:
-    trials = [
-        row(p, repeat, loss, 1000, 1e12).model_copy(update={"name": f"{p}-{share}-{repeat}", "seconds": 600 * share})
-        for repeat, loss in enumerate(losses)
-    ]
-    return Cell(f"p {p}", share, trials)
-
-
-def test_twice_as_fast_compares_half_of_the_time_with_all_of_it() -> None:
-    """Differences of .1 and of 0, with values that deviate by .001."""
-    for half, verdict in (([0.299, 0.3, 0.301], "better"), ([0.401, 0.4, 0.399], "undecided"), ([0.5] * 3, "worse")):
-        cells = [timed(0.5, 0.5, half), timed(0.5, 1, [0.25, 0.251, 0.249]), timed(1, 1, [0.399, 0.4, 0.401])]
-        values = {trial.name: trial.held_out_loss for cell in cells for trial in cell.trials if trial.held_out_loss}
-        measured = Measured("loss", cells, values)
-        assert verdict in measured.answer(cells[0], cells[2])
-        assert measured.table().header[1:] == ["5m00s", "10m00s"]
-        assert measured.table().rows[1] == ["p 1", "", "0.4000 ± 0.0010"]
-        assert measured.winners()[1].startswith("After 10m00s: p 0.5 (decided)")
 
 
 def test_the_longest_trials_of_a_speed_search_are_those_of_its_plan() -> None:
