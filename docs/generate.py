@@ -38,6 +38,7 @@ def on_files(files: Any, config: Any) -> Any:
         "decisions.md": decisions_page(),
         "contributing.md": root_page("CONTRIBUTING.md"),
         "changelog.md": root_page("CHANGELOG.md"),
+        "emoji.md": example_page("emoji"),
     }
     for name, text in pages.items():
         files.append(File.generated(config, name, content=text))
@@ -58,6 +59,18 @@ def on_post_build(config: Any) -> None:
 def root_page(name: str) -> str:
     """A file of the root, with its links to docs/ as links of the site."""
     return re.sub(r"\]\(docs/", "](", (ROOT / name).read_text())
+
+
+def example_page(name: str) -> str:
+    """The README of an example, with its links as links of the site; its files are shown at the end."""
+    folder = ROOT / "examples" / name
+    text = re.sub(r"\]\(\.\./\.\./docs/", "](", (folder / "README.md").read_text())
+    files = [path for path in sorted(folder.iterdir()) if path.suffix in (".py", ".yaml")]
+    for path in files:
+        text = text.replace(f"]({path.name})", f"](#{path.name.replace('.', '')})")
+        language = {".py": "python", ".yaml": "yaml"}[path.suffix]
+        text += f"\n## {path.name}\n\n```{language}\n{path.read_text()}```\n"
+    return text
 
 
 def decisions_page() -> str:

@@ -20,7 +20,10 @@ from patchloom.platform.recipe.run_recipe import recipe_values
 from patchloom.platform.recipe.search import load_search
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+PAGES = [
+    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "examples/emoji/README.md")),
+    *sorted((ROOT / "docs").rglob("*.md")),
+]
 CITES_PAPER = re.compile(r"Patch Diffusion, (Eq\.|section|Figure|Table)")
 
 

@@ -137,7 +137,9 @@ def faults_of(look: Look) -> list[str]:
 
 def test_tables_sort_by_a_click(browser: Browser, tmp_path: Path) -> None:
     rows = [["b", "10", "59m10s"], ["a", "9", "3s"], ["c", "1,000", "1h02m"], ["d", "", ""]]
-    table = render("reproduction.html", commands=[], outcome=outcome_of(Table(["name", "images", "time"], rows)))
+    table = render(
+        "reproduction.html", commands=[], origin="", outcome=outcome_of(Table(["name", "images", "time"], rows))
+    )
     (tmp_path / "page.html").write_text(document("Sorted", table))
     browser.look(tmp_path / "page.html", 400)
     names = "[...document.querySelectorAll('tbody tr')].map(row => row.cells[0].textContent).join('')"

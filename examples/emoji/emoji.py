@@ -1,0 +1,82 @@
+"""Put the emoji of an npm package into a folder for each category, as `patchloom prepare` reads them.
+
+    python emoji.py emoji-datasource-google-16.0.0.tgz emoji-images
+
+People and parts of bodies are left out: most of them are the same picture in several skin colors.
+"""
+
+import argparse
+import json
+import sys
+import tarfile
+import zlib
+from collections import Counter
+from pathlib import Path
+
+LIST, IMAGES = "package/emoji.json", "package/img/google/64"
+LEFT_OUT = ("People & Body", "Component")
+
+
+def main() -> int:
+    """Unpack the images; prints how many each category has."""
+    parser = argparse.ArgumentParser(description="Put emoji into a folder for each category.")
+    parser.add_argument("package", type=Path, help="emoji-datasource-google-VERSION.tgz of the npm registry")
+    parser.add_argument("out", type=Path, help="new folder for the images")
+    asked = parser.parse_args()
+    try:
+        counts = unpack(asked.package, asked.out)
+    except FileExistsError:
+        print(f"{asked.out} exists: give a new folder", file=sys.stderr)
+        return 2
+    except (OSError, EOFError, ValueError, KeyError, zlib.error, tarfile.TarError) as error:
+        problem = str(error).splitlines()[0]
+        print(f"{asked.package} is not the package emoji-datasource-google ({problem}): download it", file=sys.stderr)
+        return 2
+    for category, count in sorted(counts.items()):
+        print(f"{count:5,} {category}")
+    print(f"{counts.total():5,} images in {asked.out}")
+    return 0
+
+
+def unpack(package: Path, out: Path) -> Counter[str]:
+    """Write `out/CATEGORY/IMAGE.png`; returns the number of images by category.
+
+    Raises:
+        FileExistsError: `out` exists.
+        KeyError, ValueError, OSError, tarfile.TarError: the package is damaged, or another one.
+    """
+    with tarfile.open(package) as archive:
+        content = {member.name: member for member in archive if member.isfile()}
+        listed = json.loads(_read(archive, content[LIST]))
+        chosen = [one for one in listed if one["has_img_google"] and one["category"] not in LEFT_OUT]
+        images = {
+            f"{category_folder(one['category'])}/{Path(one['image']).name}": content[f"{IMAGES}/{one['image']}"]
+            for one in chosen
+        }
+        if out.exists():
+            raise FileExistsError(out)
+        unfinished = out.with_name(f"{out.name}.unfinished")
+        for name, member in images.items():
+            path = unfinished / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(_read(archive, member))
+        unfinished.rename(out)
+    return Counter(name.split("/")[0] for name in images)
+
+
+def category_folder(category: str) -> str:
+    """`Food & Drink` as the name of a folder: `food_and_drink`."""
+    name = category.lower().replace(" & ", "_and_").replace(" ", "_")
+    if not name.replace("_", "").isalnum():
+        raise ValueError(f"the category {category!r} has a strange name")
+    return name
+
+
+def _read(archive: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
+    file = archive.extractfile(member)
+    assert file is not None  # a regular file
+    return file.read()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
