@@ -107,7 +107,7 @@ def _decisions(order: Sequence[RankedSetting], effects: Sequence[KeyEffect]) -> 
     seen, unseen = ([effect.key.split(".")[-1] for effect in effects if effect.is_seen is one] for one in (True, False))
     if seen:
         decided.append(f"The choice of {' and of '.join(seen)} matters: its effect is larger than chance (5 %).")
-    if unseen:
+    if unseen and not _is_decided(order):  # a best setting shows that some key matters
         undecided.append(f"Whether the choice of {' or of '.join(unseen)} matters: its effect may be chance.")
     undecided.append("The order after a longer training: short trials show which setting learns fastest at first.")
     return decided, undecided
