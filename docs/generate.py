@@ -139,7 +139,8 @@ def api_entry(definition: Definition, anchor: str, has_source: bool = False, is_
     lines = [f"### {node.name} {{#{anchor}}}", "", "```python", signature(node), "```", "", *docstring(node)]
     for method in [] if is_whole else definition.methods():
         shown = method.name.replace("__", r"\_\_")
-        lines += [f"#### {node.name}.{shown} {{#{anchor}.{method.name}}}", ""]
+        # `__call__` in an anchor would be read as emphasis, and the anchor would be part of the heading
+        lines += [f"#### {node.name}.{shown} {{#{anchor}.{method.name.strip('_')}}}", ""]
         lines += ["```python", signature(method), "```", "", *docstring(method)]
     if has_source:
         source = textwrap.indent(f"```python\n{definition.source}\n```", "    ")

@@ -61,6 +61,7 @@ def test_site_builds_strictly_and_fetches_nothing(site: Path) -> None:
         assert not fetched, f"{page.name}: {fetched}"
         shown = re.sub(r"<[^>]+>", "", text)
         assert not re.search(r"--8 ?(<|&lt;)", shown), f"{page.name}: an excerpt is missing"
+        assert not re.search(r"<h\d[^>]*>[^<]*\{#", text), f"{page.name}: an anchor is part of a heading"
 
 
 def test_every_command_has_a_section(site: Path) -> None:

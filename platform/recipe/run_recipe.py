@@ -244,11 +244,13 @@ class KeepSection(Section):
 class TrainSection(Section):
     """The length of training in counted images, the batch, the precision and the checkpoints."""
 
-    images: Count
+    images: Count = Field(description="Length of the run in counted images: each crop and each full-size image is one")
     init_from: str | None = Field(
         None, description="Initial weights: models:/NAME@ALIAS, a model folder, or an EDM snapshot (.pkl)"
     )
-    batch_size: Count = 512
+    batch_size: Count = Field(
+        512, description="Full-size images of an update, on all workers together; smaller crops come in larger batches"
+    )
     block_size: Count = Field(8, description="Samples that share a random generator; batch_size is a multiple of it")
     precision: Literal["fp32", "tf32", "bf16", "fp16"] = Field(
         "fp32", description="Precision of the network; weights and averages are always fp32"
@@ -256,7 +258,9 @@ class TrainSection(Section):
     emulated_ranks: Count = Field(
         1, description="Number of groups of the batch that each draw a patch size (patches.draw: independent)"
     )
-    checkpoint_every_images: Count = 1_000_000
+    checkpoint_every_images: Count = Field(
+        1_000_000, description="Counted images between checkpoints; a lost node costs the work since the last one"
+    )
     keep: KeepSection = KeepSection()
     log_every_images: Count = 50_000
     held_out_every_images: Annotated[int, Field(ge=0)] = Field(
