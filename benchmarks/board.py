@@ -177,10 +177,11 @@ def table(name: str, rows: Sequence[BoardRow]) -> str:
         to_loss, to_fid = row.reaches(track)
         ends = spread(row.held_out_loss, 4) + (f"; {spread(row.fid, 1)}" if row.fid else "")
         recipe = f"{row.recipe}, p {row.p:g}" + (f" {row.schedule}" if row.schedule != "stochastic" else "")
+        fid = spread(to_fid, 1) if to_fid else "not reached" if row.fid else "not measured"
         code = f"{row.code_version} {row.code_commit[:12]}".strip()
         cells = [
             row.date, f"{recipe}, {len(row.seeds)} seeds" + (f"; {row.note}" if row.note else ""),
-            spread(to_loss, 1) if to_loss else "not reached", spread(to_fid, 1) if to_fid else "not reached", ends,
+            spread(to_loss, 1) if to_loss else "not reached", fid, ends,
             f"{row.images:,.0f}; {row.flops / 1e12:,.0f}", row.machine, code,
         ]  # fmt: skip
         lines.append(f"| {' | '.join(cells)} |")

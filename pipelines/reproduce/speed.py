@@ -74,7 +74,7 @@ def trials_of_whole_time(small: bool) -> list[str]:
 
 
 def _measuring(place: ReproductionFolder, title: str, samples: str, dataset: str) -> Stage:
-    words = ("evaluate", samples, "--reference", dataset, "--features", place.asked.features)
+    words = ("evaluate", samples, "--reference", dataset, "--features", place.asked.features, *place.with_workers)
     return Stage(f"Measure {title}", words)
 
 

@@ -103,21 +103,23 @@ def _lowest(order: Sequence[RankedSetting]) -> str:
 def _decisions(order: Sequence[RankedSetting], effects: Sequence[KeyEffect]) -> tuple[list[str], list[str]]:
     """What is decided at the 5 % level and what is not, in sentences."""
     decided, undecided = list[str](), list[str]()
-    (decided if _is_decided(order) else undecided).append(_about_best(order))
+    (decided if is_decided(order) else undecided).append(about_best(order))
     seen, unseen = ([effect.key.split(".")[-1] for effect in effects if effect.is_seen is one] for one in (True, False))
-    if seen:
+    is_one_question = len(order) == 2  # whether a key matters is then whether its two values differ
+    if seen and not (is_one_question and undecided):
         decided.append(f"The choice of {' and of '.join(seen)} matters: its effect is larger than chance (5 %).")
-    if unseen and not _is_decided(order):  # a best setting shows that some key matters
+    if unseen and not is_decided(order):  # a best setting shows that some key matters
         undecided.append(f"Whether the choice of {' or of '.join(unseen)} matters: its effect may be chance.")
     undecided.append("The order after a longer training: short trials show which setting learns fastest at first.")
     return decided, undecided
 
 
-def _is_decided(order: Sequence[RankedSetting]) -> bool:
+def is_decided(order: Sequence[RankedSetting]) -> bool:
+    """Whether the seeds decide that the first setting is the best one."""
     return ComparedSettings([setting.by_seed for setting in order]).winner == 0
 
 
-def _about_best(order: Sequence[RankedSetting]) -> str:
+def about_best(order: Sequence[RankedSetting]) -> str:
     """Whether the lead of the best setting is more than chance."""
     if len(order) == 1:
         return "Which setting is the best one: only one has a result."
@@ -133,7 +135,7 @@ def _about_best(order: Sequence[RankedSetting]) -> str:
 
 def _next_step(card: SearchCard, order: Sequence[RankedSetting], command: str) -> tuple[str, str]:
     """What would decide which setting is the best one: a sentence and a command."""
-    if len(order) == 1 or _is_decided(order):
+    if len(order) == 1 or is_decided(order):
         return "", ""
     if card.search.is_adaptive or card.search.stops_early:
         return (

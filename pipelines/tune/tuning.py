@@ -24,6 +24,7 @@ from patchloom.pipelines.tune.frontier import cost_of_best
 from patchloom.pipelines.tune.page import write_search_page
 from patchloom.pipelines.tune.planning import Trial, check_space, full_length_recipe, plan_trials, search_flops
 from patchloom.pipelines.tune.ranking import RankedSetting, of_budget, ranked, setting_title
+from patchloom.pipelines.tune.summary import about_best, is_decided
 from patchloom.pipelines.tune.trials import (
     TRIAL_FILE,
     TRIALS_FOLDER,
@@ -192,11 +193,12 @@ def _write_page(folder: Folder, run_id: str) -> Path:
 
 
 def _say_best(folder: Folder, order: list[RankedSetting]) -> None:
-    """Print which setting is the best, what it cost, and where the page is."""
+    """Print which setting is the best, what it cost, whether the seeds decide it, and where the page is."""
     best = order[0]
     say(f"  best of {len(order)} settings: {best.title}, {best.metric} {best.value_of_n()}", is_result=True)
     if cost := cost_of_best(order):
         say(f"  {cost}", is_result=True)
+    say(f"  {'decided' if is_decided(order) else 'not decided'}: {about_best(order)}", is_result=True)
     if folder.is_remote:
         say(f"  its page: {folder}/{PAGE_FILE}; to see it here: patchloom report {folder} {PAGE_FILE}", is_result=True)
     else:

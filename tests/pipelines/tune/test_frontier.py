@@ -180,6 +180,11 @@ def test_summary_gives_seeds_budget_and_what_the_seeds_decide() -> None:
     found = summary(close)  # differences .02 and .04: mean .03, standard deviation .0141
     # t .0141 / sqrt(n) is .0450 for 3 seeds, .0225 for 4
     assert "4 seeds" in found.advice and found.command == f"{COMMAND} --restore --add-seeds 2"
+    # the key explains more than chance, and its two values differ by less than a pair of settings must
+    losses = [(0.5, [0.096, 0.080, 0.113]), (1.0, [0.124, 0.173, 0.150])]
+    near = [trial(f"{p}-{n}", {"patches.p": p}, loss, n) for p, values in losses for n, loss in enumerate(values)]
+    assert key_effects(near, ["patches.p"], "held_out_loss")[0].is_seen
+    assert [fact.value for fact in summary(near).facts if fact.name == "decided"] == ["Nothing yet."]
     found = summary(clear[::2])  # one seed of each
     assert found.command == f"{COMMAND} --restore --add-seeds 2" and "chance" in found.facts[-1].value
     assert summary(clear[:1]).command == summary(close, scheduler={"kind": "asha"}).command == ""
