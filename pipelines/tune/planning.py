@@ -278,11 +278,12 @@ def _measured_crops(recipe: Recipe, dataset: PlannedData) -> tuple[StepSettings,
     denoiser, settings = _denoiser_and_settings(recipe, dataset)
     sizes = tuple(replace(size, probability=1.0) for size in settings.schedule.sizes)
     alike = replace(settings, seed=0, updates=1, lr_rampup_images=1, schedule=PatchSchedule(sizes))
-    return settings, _seconds_of_crops(json.dumps(denoiser.to_json(), sort_keys=True), alike)
+    return settings, seconds_of_crops(json.dumps(denoiser.to_json(), sort_keys=True), alike)
 
 
 @functools.lru_cache(maxsize=64)
-def _seconds_of_crops(denoiser_json: str, settings: StepSettings) -> Mapping[int, float]:
+def seconds_of_crops(denoiser_json: str, settings: StepSettings) -> Mapping[int, float]:
+    """The seconds of a crop of each size in a step of a denoiser (its card as JSON), measured once in a process."""
     with one_thread():
         network = build_denoiser(DenoiserConfig.from_json(json.loads(denoiser_json))).to(own_device()).train()
         normalisation = identity_normalisation(network.channels)

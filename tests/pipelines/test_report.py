@@ -170,9 +170,10 @@ def test_an_evaluation_has_its_command(tmp_path: Path) -> None:
 def test_a_run_and_a_reproduction_have_their_commands(trained: Path) -> None:
     words = checked_command(train_command(trained))  # a function trained it
     assert words[:4] == ["patchloom", "train", f"{trained.name}/recipe.yaml", "--data"] and Path(words[4]).is_dir()
-    asked = Reproduction(table="table4", small=True, data={"cats": "cats.zip"}, features="colours")
-    words = ["patchloom", "reproduce", "table4", "--small", "--out", "again", "--data", "cats=cats.zip"]
-    assert checked_command(reproduce_command(asked, "again")) == [*words, "--features", "colours"]
+    for table, options in {"table4": [], "samplers": ["--features", "colours"]}.items():  # the first refuses features
+        asked = Reproduction(table=table, small=True, data={"celeba": "faces.zip"}, features="colours")
+        words = ["patchloom", "reproduce", table, "--small", "--out", "again", "--data", "celeba=faces.zip"]
+        assert checked_command(reproduce_command(asked, "again")) == [*words, *options]
 
 
 def test_a_folder_in_the_pages_place_is_refused(trained: Path, tmp_path: Path) -> None:

@@ -181,7 +181,7 @@ def test_dry_run_prints_the_plan_and_writes_nothing(
     assert all(f"{count} " in words for count in ("39", "593", "156"))  # updates, crops, full-size images
     assert all(size in words for size in ("16px", "8px", "4px", "GFLOP", "MiB"))
     assert run_main(monkeypatch, "tune", "demo_pixels_search", "--data", str(pixels), "--dry-run") == 0
-    assert "4 trials" in capsys.readouterr().out
+    assert "6 trials" in capsys.readouterr().out
     assert sorted(tmp_path.iterdir()) == before
 
 

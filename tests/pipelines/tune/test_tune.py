@@ -175,7 +175,7 @@ def test_seconds_buy_what_a_step_was_measured_to_take(
     dataset = open_dataset(pixels)
     assert all(trial.recipe and trial.recipe.train.images > 0 for trial in plan_trials(search, base, dataset))
     seconds_of_crop = {16: 0.01, 8: 0.004, 4: 0.001}
-    monkeypatch.setattr(planning, "measured_seconds_of_crop", lambda *_: seconds_of_crop)
+    monkeypatch.setattr(planning, "seconds_of_crops", lambda *_: seconds_of_crop)
     half, full = (trial.recipe for trial in plan_trials(search, base, dataset))
     assert half and full
     # a step has 8 crops of 16 pixels, 16 of 8 or 32 of 4: 0.08, 0.064 or 0.032 s, in shares of .5, .3 and .2
