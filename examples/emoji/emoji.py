@@ -9,6 +9,7 @@ import argparse
 import json
 import sys
 import tarfile
+import tempfile
 import zlib
 from collections import Counter
 from pathlib import Path
@@ -55,12 +56,13 @@ def unpack(package: Path, out: Path) -> Counter[str]:
         }
         if out.exists():
             raise FileExistsError(out)
-        unfinished = out.with_name(f"{out.name}.unfinished")
-        for name, member in images.items():
-            path = unfinished / name
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(_read(archive, member))
-        unfinished.rename(out)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=out.parent) as unfinished:  # so that `out` is whole or missing
+            for name, member in images.items():
+                path = Path(unfinished) / "images" / name
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_bytes(_read(archive, member))
+            (Path(unfinished) / "images").rename(out)
     return Counter(name.split("/")[0] for name in images)
 
 
