@@ -209,7 +209,9 @@ def page_with_rows(page: str, rows: Sequence[BoardRow]) -> str:
 
 
 def add(row: BoardRow, docs: Path = DOCS) -> None:
-    """Add a row to the file, and write the tables of the page again."""
+    """Add a row to the file, and write the tables of the page again; raises UserError where there is no page."""
+    if not (docs / PAGE_FILE).is_file():
+        raise UserError(f"{docs / PAGE_FILE} does not exist: add rows in a clone of the repository")
     rows = [*read_rows(docs), row]
     write_atomic(docs / ROWS_FILE, "".join(f"{one.to_json()}\n" for one in rows))
     write_atomic(docs / PAGE_FILE, page_with_rows((docs / PAGE_FILE).read_text(), rows))

@@ -90,6 +90,13 @@ def test_a_row_is_added_to_the_file_and_to_the_page(make_run: MakeRun, tmp_path:
     assert ["fast" in line for line in lines if "machine |" in line and "machine | v" not in line] == [True, False]
 
 
+def test_without_the_page_nothing_is_written(make_run: MakeRun, tmp_path: Path) -> None:
+    docs = make_folder(tmp_path / "docs")
+    with pytest.raises(UserError):
+        board.add(board.board_row("emoji", [make_run(0, [0.3])], "two cores"), docs)
+    assert list(docs.iterdir()) == []
+
+
 def test_the_page_has_the_rows_of_the_file() -> None:
     page = (board.DOCS / board.PAGE_FILE).read_text()
     assert board.page_with_rows(page, board.read_rows()) == page
