@@ -93,7 +93,7 @@ def metrics_section(path: Path, command: str = "") -> Markup:
     """
     result = EvaluationResult.read(path)
     command = command or evaluate_command(result, path.parent.name)
-    shown = [Number(TITLES[name][0], f"{result.metrics[name]:.4g}") for name in TITLES if name in result.metrics]
+    shown = [_metric(name, f"{result.metrics[name]:.4g}") for name in TITLES if name in result.metrics]
     nearest = "Top: the samples nearest to a reference image. Bottom: that reference image. Equal pairs are copies."
     density = "Top: samples where reference images are densest. Bottom: samples where they are sparsest."
     pictures = [
@@ -110,7 +110,12 @@ def first_metric(path: Path) -> Number:
     """The first metric in a `metrics.json`, for the top of a page."""
     metrics = EvaluationResult.read(path).metrics
     name = next(name for name in TITLES if name in metrics)
-    return Number(TITLES[name][0], f"{metrics[name]:.3f}")
+    return _metric(name, f"{metrics[name]:.3f}")
+
+
+def _metric(name: str, value: str) -> Number:
+    title, is_higher_better = TITLES[name]
+    return Number(f"{title} ({'higher' if is_higher_better else 'lower'} is better)", value)
 
 
 def _identity_table(identity: EvaluationIdentity) -> Table:

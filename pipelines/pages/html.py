@@ -29,10 +29,11 @@ LINE_COLOURS = ("#b3541e", "#2f6690", "#81a4cd", "#7a9e7e", "#9b7ede")
 
 @dataclass(frozen=True)
 class Number:
-    """A large number at the top of a page, with its name below."""
+    """A large number at the top of a page, with its name below, and what it means where the name does not say it."""
 
     name: str
     value: str
+    meaning: str = ""
 
 
 @dataclass(frozen=True)

@@ -53,7 +53,7 @@ def train_command(folder: Path) -> str:
     """
     card = RunCard.read(folder)
     if card.command or card.kind == "autoencoder":
-        return card.command
+        return " && ".join([card.command, *card.continued])
     recipe, dataset = f"{folder.name}/{RECIPE_FILE}", card.dataset or "DATASET"
     return shlex.join(["patchloom", "train", recipe, "--data", redacted(dataset), "--out", f"{folder.name}-again"])
 
@@ -72,8 +72,7 @@ def _about(folder: Path) -> list[Fact]:
     if card.dataset is not None:
         facts.append(Fact("dataset", card.dataset, is_code=True))
         facts += [Fact("data", text) for text in _data_texts(card)]
-    if card.command:
-        facts.append(Fact("command", card.command, is_code=True))
+    facts += [Fact("command", command, is_code=True) for command in [card.command, *card.continued] if command]
     commit = f", commit {card.code_commit[:12]}" if card.code_commit else ""
     facts.append(Fact("code", f"patchloom {card.code_version}{commit}"))
     if card.run_id is not None:
@@ -119,12 +118,21 @@ def _shown_preview(folder: Path, line: ProgressLine, command: str) -> Picture:
 
 def _counts(last: ProgressLine) -> list[Number]:
     """How far the run is, in every unit of cost."""
-    counts = [Number("updates", f"{last.step:,}"), Number("counted images", f"{last.images_seen:,}")]
+    counts = [
+        Number("updates", f"{last.step:,}", "Steps of the optimizer."),
+        Number("counted images", f"{last.images_seen:,}", "Crops and full-size images of all batches: each is one."),
+    ]
     if last.flops:  # an autoencoder's run does not count these
         counts += [
-            Number("full-size images", f"{last.full_size_images:,}"),
-            Number("images-equivalent, by pixels", f"{last.pixel_equivalent_images:,.0f}"),
-            Number("TFLOP", f"{last.flops / 1e12:,.1f}"),
+            Number("full-size images", f"{last.full_size_images:,}", "Counted images that were not crops."),
+            Number(
+                "images by pixels",
+                f"{last.pixel_equivalent_images:,.0f}",
+                "Pixels of all counted images, divided by those of a full-size image.",
+            ),
+            Number(
+                "TFLOP", f"{last.flops / 1e12:,.1f}", "10^12 floating-point operations of the network, with gradients."
+            ),
         ]
     if last.eta_seconds:
         counts.append(Number("left to go", clock(last.eta_seconds)))
@@ -144,10 +152,18 @@ def _speeds(lines: list[ProgressLine]) -> list[Number]:
     if compared := [line for line in measured if line.has_utilisation]:
         peak = f"{compared[-1].peak_flops_per_second / 1e12:,.3g} TFLOP/s ({compared[-1].peak_flops_source})"
         share = median(line.model_flops_utilisation for line in compared)
-        speeds.append(Number(f"model FLOPs utilisation, of {peak}", f"{share:.1%}"))
-    shares = {"straggler_loss": "time lost to the slowest worker", "data_wait_share": "waiting for data"}
-    speeds += [Number(name, f"{median(line[key] for line in measured):.1%}") for key, name in shares.items()]
-    return [*speeds, Number("peak memory", f"{max(line.peak_memory_bytes for line in measured) / 2**30:,.2f} GiB")]
+        meaning = "FLOPs of the network per second, divided by the most that the devices can do."
+        speeds.append(Number(f"model FLOPs utilisation, of {peak}", f"{share:.1%}", meaning))
+    shares = {
+        "straggler_loss": ("time lost to the slowest worker", "Share of the time in which a worker waits for it."),
+        "data_wait_share": ("waiting for data", "Share of the time in which the network waited for its next batch."),
+    }
+    speeds += [
+        Number(name, f"{median(line[key] for line in measured):.1%}", meaning)
+        for key, (name, meaning) in shares.items()
+    ]
+    peak_memory = f"{max(line.peak_memory_bytes for line in measured) / 2**30:,.2f} GiB"
+    return [*speeds, Number("peak memory", peak_memory, "The most that worker 0 has used.")]
 
 
 def _spread(items: Sequence[Any], most: int) -> Sequence[Any]:

@@ -84,7 +84,7 @@ def open_run_folder(
         if is_new:
             _check_backbone(card)
             _write_recipe(path, address, recipe)
-            _write_card(path, address, dataset, card)
+            _write_card(path, address, _new_card(dataset, card))
         if copy_weights is not None:  # after the card, by which the folder is known as a run
             copy_weights()
         ensure_run = functools.partial(ensure_mlflow_run, path, address, parent_run, run_name)
@@ -135,6 +135,9 @@ def _make_longer(path: Path, address: Folder, recipe: Recipe) -> None:
         raise UserError(f"{address} has no checkpoint to continue from: start a new run with another --out")
     say(f"  {address} continues to {recipe.train.images:,} images")
     _write_recipe(path, address, recipe)
+    if command := redacted(command_line()):
+        card = RunCard.read(path)
+        _write_card(path, address, card.model_copy(update={"continued": [*card.continued, command]}))
 
 
 def _is_model_of(model: Path, recipe: Recipe) -> bool:
@@ -148,9 +151,9 @@ def _write_recipe(path: Path, address: Folder, recipe: Recipe) -> None:
         address.put(path / RECIPE_FILE, RECIPE_FILE)
 
 
-def _write_card(path: Path, address: Folder, dataset: Dataset, model: ModelCard) -> None:
+def _new_card(dataset: Dataset, model: ModelCard) -> RunCard:
     base = model.denoiser.network_options.get("base_sha256")
-    RunCard(
+    return RunCard(
         format_version=RunCard.FORMAT,
         kind="train",
         run_id=None,
@@ -160,6 +163,10 @@ def _write_card(path: Path, address: Folder, dataset: Dataset, model: ModelCard)
         code_commit=code_commit(),
         command=redacted(command_line()),
         **({"base_sha256": base} if base else {}),
-    ).write(path)
+    )
+
+
+def _write_card(path: Path, address: Folder, card: RunCard) -> None:
+    card.write(path)
     if address.is_remote:
         address.put(path / RUN_FILE, RUN_FILE)

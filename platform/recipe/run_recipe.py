@@ -34,7 +34,9 @@ class DataSection(Section):
     resolution: Count | None = Field(
         None, description="Side of the images or latents that the recipe was made for; another one gives a warning"
     )
-    held_out_fraction: Fraction = 0.05
+    held_out_fraction: Fraction = Field(
+        0.05, description="Share of the rows that are never trained on, chosen by their keys, to measure the loss on"
+    )
     images: Count | None = Field(
         None,
         description="Train on so many of the rows for training, the same ones in every run of a dataset; fewer are a "
@@ -66,18 +68,20 @@ def _encoding(value: Any) -> Any:
 class ModelSection(Section):
     """The network: DDPM++ and NCSN++ (EDM's SongUNet), ADM (EDM's DhariwalUNet), a ControlNet, or your `backbone`."""
 
-    network: Literal["ddpmpp", "ncsnpp", "adm", "controlnet"] = "ddpmpp"
+    network: Literal["ddpmpp", "ncsnpp", "adm", "controlnet"] = Field("ddpmpp", description="A built-in network")
     base: str | None = Field(
         None,
         min_length=1,
         description="network: controlnet: the frozen Stable Diffusion that it controls, by hub id or as a folder in "
         "the format of diffusers",
     )
-    width: Count = 128
-    width_multipliers: Annotated[tuple[Count, ...], Field(min_length=1)] = (1, 2, 2, 2)
-    blocks: Count = 4
+    width: Count = Field(128, description="Channels at the highest resolution, before width_multipliers")
+    width_multipliers: Annotated[tuple[Count, ...], Field(min_length=1)] = Field(
+        (1, 2, 2, 2), description="Channels of each resolution in units of width; each resolution is half of the last"
+    )
+    blocks: Count = Field(4, description="Residual blocks of each resolution")
     attention: tuple[Count, ...] = Field((16,), description="Resolutions with attention, for the full-size image")
-    dropout: Fraction = 0.0
+    dropout: Fraction = Field(0.0, description="Dropout in the residual blocks")
     backbone: str | None = Field(
         None,
         pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$",
@@ -89,7 +93,7 @@ class ModelSection(Section):
         "linear", description="How the network gets the coordinates of a patch, if at all"
     )
     patch_size_condition: bool = Field(False, description="Also give the network the patch size (Eq. 4)")
-    class_conditional: bool = False
+    class_conditional: bool = Field(False, description="Give the network the class of the image")
     label_dropout: Fraction = Field(0.0, description="Fraction of labels dropped, for guidance; 0.1 in the paper")
     condition: bool = Field(True, description="Give the network the condition images of the dataset, if it has any")
     condition_dropout: Fraction = Field(
@@ -97,7 +101,7 @@ class ModelSection(Section):
         description="Fraction of condition images replaced by zeros, for guidance; with equal fractions, label and "
         "condition are dropped together",
     )
-    sigma_data: Positive = 0.5
+    sigma_data: Positive = Field(0.5, description="Expected standard deviation of the data (EDM, Table 1)")
 
     @model_validator(mode="after")
     def _dropped_conditions_are_used(self) -> "ModelSection":
@@ -141,16 +145,18 @@ class ModelSection(Section):
 class SmallerPatchSection(Section):
     """One patch size smaller than the full image."""
 
-    fraction: Fraction
-    weight: Positive
-    batch_multiplier: Count
+    fraction: Fraction = Field(description="Side of the patch as a fraction of the image: 0.5 is a quarter of its area")
+    weight: Positive = Field(description="Share of this size in the steps that are not full-size, before normalisation")
+    batch_multiplier: Count = Field(description="Crops of a step for each full-size image of train.batch_size")
 
 
 class PatchesSection(Section):
     """Which patch sizes are trained, and when (Patch Diffusion, Eq. 5)."""
 
     p: Fraction = Field(0.5, description="Fraction of steps on full-size images")
-    schedule: Literal["stochastic", "progressive"] = "stochastic"
+    schedule: Literal["stochastic", "progressive"] = Field(
+        "stochastic", description="A random size in every step, or one size after the other, the smallest first"
+    )
     sizes: tuple[SmallerPatchSection, ...] = (
         SmallerPatchSection(fraction=0.5, weight=0.6, batch_multiplier=2),
         SmallerPatchSection(fraction=0.25, weight=0.4, batch_multiplier=4),
@@ -192,31 +198,37 @@ class PatchesSection(Section):
 class NoiseSection(Section):
     """Training noise: ln(sigma) ~ N(mean, std^2) (EDM, Table 1)."""
 
-    mean: float = -1.2
-    std: Positive = 1.2
+    mean: float = Field(-1.2, description="Mean of ln(sigma)")
+    std: Positive = Field(1.2, description="Standard deviation of ln(sigma)")
 
 
 class LossSection(Section):
     """How the errors of a crop become one number: `mean` over its pixels, or `sum` as in the code of the paper."""
 
-    reduction: Literal["mean", "sum"] = "mean"
+    reduction: Literal["mean", "sum"] = Field(
+        "mean", description="Mean over the pixels of a crop, or their sum, in which smaller crops count less"
+    )
 
 
 class OptimizerSection(Section):
     """Adam, with a learning rate that grows linearly over the first images."""
 
-    lr: Positive = 2e-4
-    beta1: Fraction = 0.9
-    beta2: Fraction = 0.999
-    eps: Positive = 1e-8
-    lr_rampup_images: Annotated[int, Field(ge=0)] = 10_000_000
+    lr: Positive = Field(2e-4, description="Learning rate after the ramp-up")
+    beta1: Fraction = Field(0.9, description="Decay of Adam's average of gradients")
+    beta2: Fraction = Field(0.999, description="Decay of Adam's average of squared gradients")
+    eps: Positive = Field(1e-8, description="Adam's epsilon")
+    lr_rampup_images: Annotated[int, Field(ge=0)] = Field(
+        10_000_000, description="Counted images in which the learning rate grows from 0 to lr; a short run needs fewer"
+    )
 
 
 class AverageSection(Section):
     """A running average of the weights: EDM's with a half-life in images, or EDM2's power function."""
 
-    halflife_images: Positive = 500_000
-    rampup_ratio: Positive = 0.05
+    halflife_images: Positive = Field(500_000, description="Half-life in counted images; a short run needs fewer")
+    rampup_ratio: Positive = Field(
+        0.05, description="The half-life is at most this share of the counted images so far, so that early weights fade"
+    )
     sigma_rel: Annotated[float, Field(gt=0, lt=0.28)] | None = Field(
         None, description="Relative width of a power-function average, which replaces the half-life"
     )
@@ -236,9 +248,9 @@ class AverageSection(Section):
 class KeepSection(Section):
     """Which checkpoints are kept: the newest, one per `every_images`, and those with the lowest held-out loss."""
 
-    last: Count = 2
-    every_images: Annotated[int, Field(ge=0)] = 0
-    best: Annotated[int, Field(ge=0)] = 0
+    last: Count = Field(2, description="So many of the newest")
+    every_images: Annotated[int, Field(ge=0)] = Field(0, description="Also one per so many counted images; 0: none")
+    best: Annotated[int, Field(ge=0)] = Field(0, description="Also so many with the lowest held-out loss")
 
 
 class TrainSection(Section):
@@ -262,7 +274,7 @@ class TrainSection(Section):
         1_000_000, description="Counted images between checkpoints; a lost node costs the work since the last one"
     )
     keep: KeepSection = KeepSection()
-    log_every_images: Count = 50_000
+    log_every_images: Count = Field(50_000, description="Counted images between lines of progress")
     held_out_every_images: Annotated[int, Field(ge=0)] = Field(
         0, description="Measure the loss on held-out images this often; 0: with every preview and at the end"
     )
@@ -282,9 +294,9 @@ class TrainSection(Section):
 class PreviewSection(Section):
     """Grids of samples from fixed seeds during training; `every_images: 0` makes none."""
 
-    every_images: Annotated[int, Field(ge=0)] = 1_000_000
-    count: Count = 16
-    steps: Count = 12
+    every_images: Annotated[int, Field(ge=0)] = Field(1_000_000, description="Counted images between grids; 0: none")
+    count: Count = Field(16, description="Samples of a grid")
+    steps: Count = Field(12, description="Steps of the sampler")
     frechet_samples: Annotated[int, Field(ge=0)] = Field(
         0,
         description="Samples for a Fréchet distance to training rows, on mean tile colours (not FID); 0: none",
@@ -294,9 +306,9 @@ class PreviewSection(Section):
 class Recipe(Section):
     """What a model is. Where it runs (workers, devices, addresses) is not part of a recipe."""
 
-    format_version: Literal[1] = 1
-    name: Annotated[str, Field(min_length=1)]
-    seed: Annotated[int, Field(ge=0)] = 0
+    format_version: Literal[1] = Field(1, description="Format of the file")
+    name: Annotated[str, Field(min_length=1)] = Field(description="Name of the recipe, by which runs are shown")
+    seed: Annotated[int, Field(ge=0)] = Field(0, description="Of the first weights and of all random draws")
     data: DataSection = DataSection()
     model: ModelSection = ModelSection()
     patches: PatchesSection = PatchesSection()

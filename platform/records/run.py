@@ -34,6 +34,7 @@ class RunCard(VersionedRecord):
     code_version: str = ""
     code_commit: str = ""  # where the code is a checkout
     command: str = ""  # that started the run, without secrets; empty where a program called a function
+    continued: list[str] = Field(default_factory=list)  # the commands that made it longer
     base_sha256: str | None = None  # of the weights of a ControlNet's base
 
     @classmethod

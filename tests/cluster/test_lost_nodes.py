@@ -2,6 +2,7 @@
 
 import json
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -63,11 +64,13 @@ def has_checkpoint(run: Folder) -> bool:
     return any(name.endswith("/checkpoint.json") for name in run.files())
 
 
-def start_training(cluster: RayCluster, dataset: str, run: Folder, *more: str) -> "subprocess.Popen[str]":
+def start_training(
+    cluster: RayCluster, dataset: str, run: Folder, *more: str, **environment: str
+) -> "subprocess.Popen[str]":
     """Start a training on two nodes, and wait for its first checkpoint."""
     cluster.head.write("/tmp/recipe.yaml", recipe_yaml(RECIPE))
     options = ["--data", dataset, "--out", str(run), "--workers", "2", *more]
-    process = cluster.start("train", "/tmp/recipe.yaml", *options)
+    process = cluster.start("train", "/tmp/recipe.yaml", *options, **environment)
     wait_for(lambda: has_checkpoint(run) or process.poll() is not None, "a checkpoint", 300)
     assert process.poll() is None, process.communicate()[0]
     return process
@@ -89,6 +92,18 @@ def test_training_ends_with_the_weights_of_one_machine(
     assert_equal_models(local_copy(str(run)), run_of_one_machine)
     if fate == "agent killed":
         cluster.kill("two")  # the machine runs, and is no node any more
+
+
+def test_training_ends_where_a_lost_node_does_not_return(cluster: RayCluster, dataset: str, store: str) -> None:
+    run = Folder.at(f"{store}/runs/never-returned")
+    process = start_training(cluster, dataset, run, RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S="10")
+    cluster.kill("two")
+    lost_at = time.monotonic()
+    output, _ = process.communicate(timeout=400)
+    assert process.returncode == 1 and "--resume" in output.splitlines()[-1], output
+    waited = time.monotonic() - lost_at
+    print(f"waited {waited:.0f} s")
+    assert 8 * 10 < waited < 16 * 10  # docs/faults.md: eight attempts
 
 
 def test_sample_makes_the_shards_of_a_lost_node_again(

@@ -72,9 +72,12 @@ def test_a_page_of_samples_shows_their_numbers_and_neighbours(champion: str, pix
     result = evaluate(str(folder), str(pixels), features="colours")
     page = Page(report(str(folder), str(tmp_path / "page.html")).read_text())
     assert page.open == [] and len(page.sources) == 3  # contact sheet, nearest neighbours, densities
-    assert {f"{result['metrics']['frechet_distance']:.4g}", "Fréchet distance", "0-5", "colour-layout-48"} <= set(
-        page.words
-    )
+    assert {
+        f"{result['metrics']['frechet_distance']:.4g}",
+        "Fréchet distance (lower is better)",
+        "0-5",
+        "colour-layout-48",
+    } <= set(page.words)
 
 
 def test_a_runs_page_shows_its_data_and_needs_no_dataset(trained: Path, tmp_path: Path) -> None:
@@ -94,14 +97,15 @@ def test_a_runs_page_shows_its_data_and_needs_no_dataset(trained: Path, tmp_path
 
 def test_a_runs_page_shows_every_number_that_is_counted(trained: Path, tmp_path: Path) -> None:
     words = Page(report(str(trained), str(tmp_path / "run.html")).read_text()).words
-    shown = dict(zip(words[1:], words, strict=False))  # the number stands before its name
+    pairs = list(zip(words[1:], words, strict=False))  # a number stands before its name
+    shown = dict(reversed(pairs))  # the first one: names are repeated below with their meanings
     lines = read_json_lines(trained / "progress.jsonl")
     last = lines[-1]
 
     def middle(key: str) -> float:
         return statistics.median(line[key] for line in lines if key in line)
 
-    assert shown["images-equivalent, by pixels"] == f"{last['pixel_equivalent_images']:,.0f}"
+    assert shown["images by pixels"] == f"{last['pixel_equivalent_images']:,.0f}"
     assert shown["TFLOP"] == f"{last['flops'] / 1e12:,.1f}"
     assert "left to go" not in shown  # of a finished run
     assert shown["time lost to the slowest worker"] == f"{middle('straggler_loss'):.1%}" == "0.0%"  # of one worker

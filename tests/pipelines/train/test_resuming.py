@@ -2,6 +2,7 @@
 
 import re
 import shutil
+import sys
 from pathlib import Path
 
 import mlflow
@@ -52,8 +53,10 @@ def test_finished_run_becomes_longer_as_if_it_had_that_length_from_the_start(
 
     with monkeypatch.context() as patched, pytest.raises(Stopped):
         patched.setattr(training, "_launch", stop)
+        patched.setattr(sys, "argv", ["patchloom", "train", "--resume", "RUN"])
         command_line("train", "--resume", str(run), "--set", "train.images=600", "--workers", "0")
     assert load_recipe(run / "recipe.yaml") == tiny_recipe()
+    assert read_json(run / "run.json")["continued"] == ["patchloom train --resume RUN"]
     assert load_recipe(run / "model" / "recipe.yaml").train.images == 300  # kept until the new one is written
     command_line("train", "--resume", str(run), "--workers", "0")
     assert_equal_models(run, trained)
