@@ -32,7 +32,8 @@ def reproduce(
         ),
     ],
     small: Annotated[
-        bool, typer.Option("--small", help="Make the same comparison in small, on two CPU cores in an hour or two")
+        bool,
+        typer.Option("--small", help="Make the same comparison at small scale, on two CPU cores in an hour or two"),
     ] = False,
     data: Annotated[
         list[str] | None,
@@ -63,7 +64,7 @@ def reproduce(
 ) -> Printed:
     """Reproduce a table or figure of the paper.
 
-    Prints the cost first, runs the commands of each stage, and writes a page with the paper's numbers next to these.
+    Prints the cost first, runs the commands of each stage, and writes a page with the paper's numbers next to yours.
     Run the same command again to continue after an interruption.
     """
     from patchloom.pipelines.reproduce import ReproductionOptions, reproduce, reproduction_plan
@@ -109,7 +110,8 @@ def benchmark(
     subjects: Annotated[
         list[str] | None,
         typer.Argument(
-            help="train, sample, prepare, read, tune, startup, scaling, or a part such as train.sizes  [default: all]"
+            help="train, sample, prepare, read, tune, startup, scaling, scale, or a part such as train.sizes  "
+            "[default: all]"
         ),
     ] = None,
     as_json: Json = False,

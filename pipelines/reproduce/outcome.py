@@ -130,7 +130,7 @@ def table_outcome(table: PaperTable, place: ReproductionFolder, here: Path) -> O
 
 def _lead(table: PaperTable, place: ReproductionFolder) -> str:
     subject = f"{table.subject[0].upper()}{table.subject[1:]}"
-    size = "in small" if place.asked.small else "at full size"
+    size = "at small scale" if place.asked.small else "at full size"
     return f"{subject} ({table.title} of Wang et al. 2023), {size}. {_data_text(table, place)}"
 
 

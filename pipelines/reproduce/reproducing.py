@@ -49,10 +49,10 @@ class ReproductionOptions:
     Args:
         small: make the same comparison with small networks, on two CPU cores in an hour or two.
         data: sources of images by the paper's names (`celeba`, `cat`, ...), or one source for the first of them by "".
-            They may be prepared datasets of pixels. In small, photographs take the place of all if none is given.
-        autoencoder: for tables of latents: models:/..., a folder or a hub id. Default: Stable Diffusion's; in small,
-            one that is trained on the data.
-        features: features of the metrics, as `evaluate` takes them. Default: `inception`; `colours` in small.
+            They may be prepared datasets of pixels. With `small`, photographs replace all if none is given.
+        autoencoder: for tables of latents: models:/..., a folder or a hub id. Default: Stable Diffusion's; with
+            `small`, one that is trained on the data.
+        features: features of the metrics, as `evaluate` takes them. Default: `inception`; `colours` with `small`.
         model: for subjects that only sample: a finished model, instead of one that is trained.
         workers: workers of each training. Default: those of `train` and `tune`.
     """
@@ -189,7 +189,7 @@ def reproduce_command(asked: Reproduction, name: str) -> str:
 
 
 def _title(asked: Reproduction) -> str:
-    return f"{SUBJECTS[asked.table].title} of Patch Diffusion{', in small' if asked.small else ''}"
+    return f"{SUBJECTS[asked.table].title} of Patch Diffusion{', at small scale' if asked.small else ''}"
 
 
 def _subject(table: str) -> Subject:
@@ -244,7 +244,7 @@ def _described(asked: Reproduction) -> str:
 def _plan_text(subject: Subject, place: ReproductionFolder, stages: Sequence[Stage]) -> str:
     """What is reproduced and what it costs."""
     flops = sum(stage.flops for stage in stages)
-    lines = [f"{subject.title} of Patch Diffusion{', in small' if place.asked.small else ''}: {subject.text}"]
+    lines = [f"{subject.title} of Patch Diffusion{', at small scale' if place.asked.small else ''}: {subject.text}"]
     if place.asked.small:
         rate = f"at {TWO_CORES_RATE / 1e9:g} GFLOP/s of two cores"
         lines.append(
