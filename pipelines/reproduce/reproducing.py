@@ -131,6 +131,9 @@ def _run_stages(place: ReproductionFolder, stages: Sequence[Stage]) -> Reproduct
         if known is not None:
             say(f"  done before, in {clock(known)}")
             continue
+        if stage.needs and not place.folder.has(stage.needs):
+            say(f"  left out: there is no {stage.needs}, because its training failed")
+            continue
         began = time.monotonic()
         _run(stage, place.folder)
         place = place.with_asked(place.asked.with_stage(redacted(stage.command), time.monotonic() - began))

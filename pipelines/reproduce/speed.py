@@ -5,8 +5,12 @@ trained for a quarter, half and all of a time, each with ramps and averages of i
 the time are compared with full images after all of it.
 """
 
+import itertools
 import time
+from collections.abc import Mapping
 from pathlib import Path
+
+from pydantic import JsonValue
 
 from patchloom.pipelines.evaluate.page import METRICS_FILE
 from patchloom.pipelines.pages.html import Picture
@@ -28,7 +32,7 @@ from patchloom.pipelines.tune.ranking import setting_title
 from patchloom.pipelines.tune.trials import trial_name
 from patchloom.platform.dataset.prepared import open_dataset
 from patchloom.platform.files.folder import Folder
-from patchloom.platform.recipe.search import BUDGET_SHARE, load_search
+from patchloom.platform.recipe.search import BUDGET_SHARE, FinalEvaluation, Search, load_search
 from patchloom.platform.records.evaluation import EvaluationResult
 from patchloom.platform.records.run import read_progress, training_seconds
 from patchloom.platform.records.search import TrialRow, read_trials
@@ -36,6 +40,7 @@ from patchloom.platform.records.speed import HeldOutPoint, MeasuredSamples, Spee
 
 SPEED_DATA = "celeba"
 BY_TIME, BY_IMAGES = "time", "images"  # folders of the two searches
+SAMPLING_FILE = "sampling.json"
 SMALL_END_SAMPLES, FULL_END_SAMPLES = 5_000, 50_000
 
 
@@ -55,8 +60,8 @@ def speed_stages(place: ReproductionFolder) -> list[Stage]:
     for folder, search in searches_of(small).items():
         definition, _ = load_search(search)
         for number in range(len(definition.settings()) * definition.repeats):
-            out = place.path(folder, "search", "trials", trial_name(number), "samples")
-            stages.append(_measuring(place, f"trial {trial_name(number)} by {folder}", out, dataset))
+            samples = f"{folder}/search/trials/{trial_name(number)}/samples"
+            stages.append(_measuring(place, f"trial {trial_name(number)} by {folder}", samples, dataset))
     for trial in trials_of_whole_time(small):
         stages += _ends(place, trial, dataset)
     return stages
@@ -74,8 +79,8 @@ def trials_of_whole_time(small: bool) -> list[str]:
 
 
 def _measuring(place: ReproductionFolder, title: str, samples: str, dataset: str) -> Stage:
-    words = ("evaluate", samples, "--reference", dataset, "--features", place.asked.features, *place.with_workers)
-    return Stage(f"Measure {title}", words)
+    options = ("--reference", dataset, "--features", place.asked.features, *place.with_workers)
+    return Stage(f"Measure {title}", ("evaluate", place.path(samples), *options), needs=f"{samples}/{SAMPLING_FILE}")
 
 
 def _ends(place: ReproductionFolder, trial: str, dataset: str) -> list[Stage]:
@@ -83,12 +88,20 @@ def _ends(place: ReproductionFolder, trial: str, dataset: str) -> list[Stage]:
     small = place.asked.small
     count = SMALL_END_SAMPLES if small else FULL_END_SAMPLES
     definition, base = load_search(searches_of(small)[BY_TIME])
-    steps = definition.final.steps if definition.final else 18
-    model, out = place.path(BY_TIME, "search", "trials", trial), place.path("samples", trial)
-    words = ("sample", model, out, "--seeds", f"0-{count - 1}", "--steps", str(steps))
+    steps = _steps(definition)
+    run, out = f"{BY_TIME}/search/trials/{trial}", f"samples/{trial}"
+    words = ("sample", place.path(run), place.path(out), "--seeds", f"0-{count - 1}", "--steps", str(steps))
     flops = samples_flops(recipe_of_setting(definition, base, {}), count, steps)
     title = f"{count:,} samples of trial {trial}"
-    return [Stage(f"Make {title}", words, flops), _measuring(place, title, out, dataset)]
+    return [
+        Stage(f"Make {title}", words, flops, needs=f"{run}/model/model.json"),
+        _measuring(place, title, out, dataset),
+    ]
+
+
+def _steps(definition: Search) -> int:
+    """The steps with which a search samples."""
+    return (definition.final or FinalEvaluation()).steps
 
 
 def speed_outcome(place: ReproductionFolder, here: Path) -> Outcome:
@@ -109,7 +122,7 @@ def _results(place: ReproductionFolder, here: Path) -> SpeedResults:
     dataset = open_dataset(place.dataset(name, latents=False))
     held_out = len(dataset.split("held_out", base.data.held_out_fraction))
     recipe = recipe_of_setting(definition, base, {})
-    card, steps = dataset.card, definition.final.steps if definition.final else 18
+    card, rows = dataset.card, [read_trials(Folder.at(here / by / "search")) for by in (BY_TIME, BY_IMAGES)]
     return SpeedResults(
         date=time.strftime("%Y-%m-%d", time.gmtime()),
         code_version=asked.code_version,
@@ -119,9 +132,10 @@ def _results(place: ReproductionFolder, here: Path) -> SpeedResults:
         recipe=f"{definition.recipe.removesuffix('.yaml')}, width {recipe.model.width}",
         data=f"{Path(place.source(name)).name}: {card.rows:,} images of {card.resolution} x {card.resolution} pixels",
         held_out_images=min(held_out, recipe.train.held_out_images),
-        sampler=f"heun, {steps} steps",
+        sampler=f"heun, {_steps(definition)} steps",
         by_time=_trials(here, BY_TIME),
         by_images=_trials(here, BY_IMAGES),
+        failed=sum(row.status != "finished" for row in itertools.chain(*rows)),
     )
 
 
@@ -133,7 +147,6 @@ def _trials(here: Path, search: str) -> list[SpeedTrial]:
 
 def gathered(run: Path, row: TrialRow, more_samples: Path) -> SpeedTrial:
     """A finished trial with the metrics of its samples; `more_samples` are those of trials of the whole time."""
-    settings = {key: value for key, value in row.settings.items() if key != BUDGET_SHARE}
     lines = read_progress(run)
     seconds = training_seconds(lines)
     points = [
@@ -144,7 +157,7 @@ def gathered(run: Path, row: TrialRow, more_samples: Path) -> SpeedTrial:
     is_whole = BUDGET_SHARE in row.settings and (more_samples / METRICS_FILE).is_file()
     return SpeedTrial(
         name=row.name,
-        setting=setting_title(settings),
+        setting=_title_without_share(row.settings),
         share=float(str(row.settings.get(BUDGET_SHARE, 1))),
         repeat=row.repeat,
         images=row.images_seen,
@@ -167,14 +180,19 @@ def _measured(samples: Path) -> MeasuredSamples:
 def _samples(place: ReproductionFolder, here: Path) -> Picture:
     """The same seeds of the first training of each setting that had the whole time, one row each."""
     definition, _ = load_search(searches_of(place.asked.small)[BY_TIME])
-    names = trials_of_whole_time(place.asked.small)[:: definition.repeats]
-    folders = [place.folder.folder(f"samples/{name}") for name in names]
-    rows = [read_samples(folder, list(read_entries(folder))[:SHOWN_SAMPLES]) for folder in folders]
+    trials, repeats = trials_of_whole_time(place.asked.small), definition.repeats
+    settings = [setting for setting in definition.settings() if setting[BUDGET_SHARE] == 1]
+    rows, titles = [], []
+    for number, setting in enumerate(settings):
+        of_setting = [place.folder.folder(f"samples/{name}") for name in trials[number * repeats :][:repeats]]
+        first = next((folder for folder in of_setting if folder.has(SAMPLING_FILE)), None)
+        if first is not None:
+            rows.append(read_samples(first, list(read_entries(first))[:SHOWN_SAMPLES]))
+            titles.append(_title_without_share(setting))
     path = here / "speed.png"
     save_png(side_by_side(rows, scale=max(1, 64 // rows[0].shape[2])), path)
-    titles = [
-        setting_title({key: value for key, value in setting.items() if key != BUDGET_SHARE})
-        for setting in definition.settings()
-        if setting[BUDGET_SHARE] == 1
-    ]
     return Picture(path, f"The same seeds in each row, after the whole time: {'; '.join(titles)}.", pixelated=True)
+
+
+def _title_without_share(setting: Mapping[str, JsonValue]) -> str:
+    return setting_title({key: value for key, value in setting.items() if key != BUDGET_SHARE})

@@ -1,20 +1,24 @@
 """The outcome of a comparison of training speeds: tables, a plot and an answer, from its record alone."""
 
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from statistics import mean, stdev
+from statistics import mean, stdev, variance
+from typing import Any
 
 from markupsafe import Markup
 
+from patchloom.errors import UserError
 from patchloom.pipelines.pages.html import Number, Picture, Table, svg, tidy
 from patchloom.pipelines.registry.quality import TITLES
 from patchloom.pipelines.reproduce.outcome import Finding, Outcome
-from patchloom.pipelines.tune.decisions import ComparedSettings
+from patchloom.pipelines.tune.decisions import ComparedSettings, t_quantile
 from patchloom.platform.progress import clock
-from patchloom.platform.records.speed import MeasuredSamples, SpeedResults, SpeedTrial
+from patchloom.platform.records.speed import SpeedResults, SpeedTrial
 
 PATCH_SETTING, FULL_SETTING = "p 0.5", "p 1"  # the paper's choice, and training on full-size images
 DISTANCES = ("kid", "fid", "frechet_distance")  # of the samples: the first that was measured
+TWICE_FROM, TWICE_TO = 1.9, 2.1  # ratios of times that count as twice
 END_METRICS = ("fid", "frechet_distance", "kid", "precision", "recall")
 
 
@@ -61,10 +65,6 @@ class Measured:
         """`0.1234 ± 0.0012`."""
         return with_spread(list(self.values(cell).values()))
 
-    def compared(self) -> ComparedSettings:
-        """The test of the differences of all settings."""
-        return ComparedSettings([self.values(cell) for cell in self.cells])
-
     def table(self) -> Table:
         """Settings by the time they had."""
         shares = sorted({cell.share for cell in self.cells})
@@ -80,39 +80,64 @@ class Measured:
 
     def winners(self) -> list[str]:
         """For each share of the time, whether the seeds decide which setting is the best."""
-        compared, shares = self.compared(), sorted({cell.share for cell in self.cells})
-        found = []
+        shares, found = sorted({cell.share for cell in self.cells}), []
         for share in shares:
-            places = [number for number, cell in enumerate(self.cells) if cell.share == share]
-            best = min(places, key=lambda place: float(compared.means[place]))
-            decided = "decided" if compared.winner_among(places) == best else "undecided"
+            cells = [cell for cell in self.cells if cell.share == share]
+            compared = ComparedSettings([self.values(cell) for cell in cells])
+            best = min(range(len(cells)), key=lambda number: float(compared.means[number]))
+            decided = "decided" if compared.winner == best else "undecided"
             when = f"Lowest after {clock(_time_of(self.cells, share))}" if len(shares) > 1 else "Lowest"
-            found.append(f"{when}: {self.cells[best].setting} ({decided}).")
+            found.append(f"{when}: {cells[best].setting} ({decided}).")
         return found
 
     def verdict(self, patches: Cell, full: Cell) -> tuple[str, str]:
         """How patches after less time compare with full images after more: a word, and a sentence with numbers."""
-        compared = self.compared()
-        one, other = self.cells.index(patches), self.cells.index(full)
-        difference, needed = (
-            float(compared.means[one] - compared.means[other]),
-            compared.decisive_difference(one, other),
-        )
+        difference = patches.mean_of(self.value) - full.mean_of(self.value)
+        needed = self.decisive_difference(patches, full)
         word = "undecided"
         if needed is not None and abs(difference) > needed:
             word = "better" if difference < 0 else "worse"
-        rule = "" if needed is None else f" (a difference above {needed:.4f} is decided)"
+        rule = "" if needed is None else f" (a difference above {needed:.2g} is decided)"
         times = [clock(cell.mean_of(lambda trial: trial.seconds)) for cell in (patches, full)]
         return word, (
             f"{self.title}: {patches.setting} has {self.shown(patches)} after {times[0]}, {full.setting} has "
             f"{self.shown(full)} after {times[1]}: {word}{rule}."
         )
 
+    def decisive_difference(self, one: Cell, other: Cell) -> float | None:
+        """What Welch's t test at 5 % asks of two settings; None without two seeds.
+
+        Each error is pooled over the settings that had the same share of the time: after more of it, trainings of
+        different seeds differ less.
+        """
+        errors = [self._error(cell.share) for cell in (one, other)]
+        parts = [
+            (variance / len(cell.trials), freedom)
+            for cell, (variance, freedom) in zip((one, other), errors, strict=True)
+        ]
+        if not all(freedom for _, freedom in parts):
+            return None
+        total = sum(part for part, _ in parts)
+        if total == 0:
+            return 0.0
+        freedom = total**2 / sum(part**2 / freedom for part, freedom in parts)  # Welch and Satterthwaite
+        return t_quantile(int(freedom)) * math.sqrt(total)
+
+    def _error(self, share: float) -> tuple[float, int]:
+        """The variance of a value over seeds, pooled over the settings of a share, and its degrees of freedom."""
+        groups = [list(self.values(cell).values()) for cell in self.cells if cell.share == share]
+        freedom = sum(len(group) - 1 for group in groups)
+        squares = sum((len(group) - 1) * variance(group) for group in groups if len(group) > 1)
+        return (squares / freedom if freedom else 0.0), freedom
+
 
 def with_spread(values: Sequence[float]) -> str:
-    """The mean and the standard deviation: `0.1234 ± 0.0012`, with more digits for smaller numbers."""
-    digits = 4 if max(map(abs, values)) < 10 else 1
-    return f"{mean(values):.{digits}f}" + (f" ± {stdev(values):.{digits}f}" if len(values) > 1 else "")
+    """The mean and the standard deviation, whose first two digits are shown: `0.1234 ± 0.0012`."""
+    spread = stdev(values) if len(values) > 1 else 0.0
+    if spread == 0:
+        return f"{mean(values):.4g}" + (" ± 0" if len(values) > 1 else "")
+    digits = max(0, 1 - math.floor(math.log10(spread) + 1e-9))
+    return f"{mean(values):.{digits}f} ± {spread:.{digits}f}"
 
 
 def outcome_of(results: SpeedResults, samples: Picture, details: Sequence[tuple[str, Markup]] = ()) -> Outcome:
@@ -127,12 +152,12 @@ def outcome_of(results: SpeedResults, samples: Picture, details: Sequence[tuple[
     findings = [
         Finding(f"{one.title} after equal time: mean ± standard deviation", one.table(), one.winners()) for one in timed
     ]
-    findings += [_ends_finding(results), _images_finding(counted)]
+    findings += [*_ends_findings(results), _images_finding(counted)]
     repeats = len({trial.repeat for trial in results.by_time})
     count = results.by_time[0].samples.count
     return Outcome(
         lead="The same network, trained on patches and on full images: each setting for a quarter, half and all of a "
-        f"time, and for equal counted images, with {repeats} seeds each.",
+        f"time, and for equal counted images, with {repeats} seed{'s' * (repeats != 1)} each.",
         numbers=[
             Number("trainings", f"{len(results.trials)}"),
             Number("TFLOP of training", f"{sum(trial.flops for trial in results.trials) / 1e12:,.0f}"),
@@ -147,13 +172,16 @@ def outcome_of(results: SpeedResults, samples: Picture, details: Sequence[tuple[
             "Times are those of the training steps. Their number is planned from a few steps that are measured before "
             "the search.",
             "The paper compares FID at equal counted images, and states the time of a training.",
+            "A lowest setting is decided if a t test at 5 % puts it ahead of each other one in its column or table; "
+            "the answer uses Welch's t test at 5 %. Each is a test of its own.",
+            *([f"{results.failed} trainings failed and have no result."] if results.failed else []),
             "No setting was chosen to agree with the paper.",
         ],
         figures=[
             (
                 _plot(timed),
                 f"Mean and standard deviation over {repeats} seeds; each point is a training of its own. The thin "
-                f"lines are held-out losses during the longest ones. KID is that of {count:,} samples.",
+                f"lines are held-out losses during the longest ones. {timed[1].title} is that of {count:,} samples.",
             )
         ],
         pictures=[samples],
@@ -162,9 +190,17 @@ def outcome_of(results: SpeedResults, samples: Picture, details: Sequence[tuple[
 
 
 def measures(trials: Sequence[SpeedTrial]) -> list[Measured]:
-    """The held-out loss, and the KID or the Fréchet distance of the samples."""
+    """The held-out loss, and the KID or the Fréchet distance of the samples.
+
+    Raises:
+        UserError: there are no trials, or they have no distance in common.
+    """
     cells = cells_of(trials)
-    name = next(name for name in DISTANCES if name in trials[0].samples.metrics)
+    name = next((name for name in DISTANCES if all(name in trial.samples.metrics for trial in trials)), None)
+    if not trials or name is None:
+        raise UserError(
+            f"none of {', '.join(DISTANCES)} was measured for all of {len(trials)} trainings: see their logs"
+        )
     return [
         Measured("Held-out loss", cells, lambda trial: trial.held_out_loss),
         Measured(TITLES[name][0], cells, lambda trial: trial.samples.metrics[name]),
@@ -176,14 +212,18 @@ def answer(timed: Sequence[Measured]) -> list[str]:
     cells = {(cell.setting, cell.share): cell for cell in timed[0].cells}
     if (PATCH_SETTING, 0.5) not in cells or (FULL_SETTING, 1) not in cells:
         return []
-    found = [one.verdict(cells[PATCH_SETTING, 0.5], cells[FULL_SETTING, 1]) for one in timed]
+    patches, full = cells[PATCH_SETTING, 0.5], cells[FULL_SETTING, 1]
+    found = [one.verdict(patches, full) for one in timed]
     words = {word for word, _ in found}
     short = "undecided"
     if "worse" in words:
         short = "no"
     elif words == {"better"}:
         short = "yes"
-    lead = f"Is training on patches twice as fast at an equal quality? Here: {short}."
+    ratio = full.mean_of(lambda trial: trial.seconds) / patches.mean_of(lambda trial: trial.seconds)
+    # times are planned from a few measured steps, and a machine may be slower later
+    times = "twice" if TWICE_FROM <= ratio <= TWICE_TO else f"{ratio:.2f} times"
+    lead = f"Is training on patches {times} as fast at an equal quality? Here: {short}."
     return [lead, *(sentence for _, sentence in found)]
 
 
@@ -192,25 +232,22 @@ def _time_of(cells: Sequence[Cell], share: float) -> float:
     return mean(cell.mean_of(lambda trial: trial.seconds) for cell in cells if cell.share == share)
 
 
-def _ends_finding(results: SpeedResults) -> Finding:
+def _ends_findings(results: SpeedResults) -> list[Finding]:
     """The metrics of many samples of the trainings that had all of the time."""
     ends = {trial.name: trial.end for trial in results.by_time if trial.end}
+    if not ends:
+        return []
     first = next(iter(ends.values()))
-    names = [name for name in END_METRICS if name in first.metrics]
+    names = [name for name in END_METRICS if all(name in end.metrics for end in ends.values())]
+    cells = cells_of([trial for trial in results.by_time if trial.name in ends])
     rows = [
         [cell.setting, *(with_spread([ends[trial.name].metrics[name] for trial in cell.trials]) for name in names)]
-        for cell in cells_of([trial for trial in results.by_time if trial.end])
+        for cell in cells
     ]
+    lowest = Measured(TITLES[names[0]][0], cells, lambda trial: ends[trial.name].metrics[names[0]])
     title = f"{first.count:,} samples of each training of the whole time ({first.features})"
-    return Finding(title, Table(["setting", *(TITLES[name][0] for name in names)], rows), _end_winners(results, ends))
-
-
-def _end_winners(results: SpeedResults, ends: Mapping[str, MeasuredSamples]) -> list[str]:
-    """Whether the seeds decide which setting has the lowest distance."""
-    cells = cells_of([trial for trial in results.by_time if trial.name in ends])
-    name = next(name for name in END_METRICS if name in next(iter(ends.values())).metrics)
-    measured = Measured(TITLES[name][0], cells, lambda trial: ends[trial.name].metrics[name])
-    return [f"{measured.title}. {text}" for text in measured.winners()]
+    header = ["setting", *(TITLES[name][0] for name in names)]
+    return [Finding(title, Table(header, rows), [f"{lowest.title}. {text}" for text in lowest.winners()])]
 
 
 def _images_finding(measured: Sequence[Measured]) -> Finding:
@@ -244,15 +281,18 @@ def _plot(timed: Sequence[Measured]) -> Markup:
                 minutes, list(map(mean, found)), spreads, marker="o", markersize=4, color=f"C{number}", label=setting
             )
             if measured is timed[0]:
-                _plot_course(axes, cells[-1], f"C{number}")
+                _plot_course(axes, cells[-1], number)
         axes.set_xlabel("minutes of training")
         axes.set_ylabel(measured.title)
         tidy(axes)
     return svg(figure)
 
 
-def _plot_course(axes: object, cell: Cell, color: str) -> None:
-    """The mean held-out loss during trainings, without its first value, that of an untrained network."""
-    by_time = list(zip(*(trial.held_out for trial in cell.trials), strict=False))[1:]
+def _plot_course(axes: Any, cell: Cell, number: int) -> None:
+    """The mean held-out loss during trainings; a click on the setting's name hides it, too."""
+    by_time = list(zip(*(trial.held_out for trial in cell.trials), strict=False))
     minutes = [mean(point.seconds for point in points) / 60 for points in by_time]
-    axes.plot(minutes, [mean(point.loss for point in points) for points in by_time], color=color, linewidth=0.7)  # type: ignore[attr-defined]
+    (line,) = axes.plot(
+        minutes, [mean(point.loss for point in points) for points in by_time], color=f"C{number}", linewidth=0.7
+    )
+    line.set_gid(f"part-{axes.figure.axes.index(axes)}-{number}")

@@ -38,6 +38,7 @@ class Stage:
         before: writes files that it needs.
         module: what it runs.
         environment: variables that it needs, with their values.
+        needs: a file without which it is left out, relative to the folder: one of a training that may fail.
     """
 
     title: str
@@ -48,6 +49,7 @@ class Stage:
     before: Callable[[], object] | None = field(default=None, compare=False)
     module: str = "patchloom"
     environment: tuple[tuple[str, str], ...] = ()
+    needs: str = ""
 
     @property
     def command(self) -> str:

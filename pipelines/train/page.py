@@ -1,5 +1,6 @@
 """The page of a run: its counts, speeds, curves and previews."""
 
+import itertools
 import shlex
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -218,6 +219,6 @@ def _plot_sigmas(axes: Any, lines: list[ProgressLine]) -> None:
 
 def _plot(axes: Any, lines: list[ProgressLine], key: str, labels: dict[str, str]) -> None:
     """One curve for each name in the field `key` of the progress lines."""
-    for (name, label), colour in zip(labels.items(), LINE_COLOURS, strict=False):
+    for (name, label), colour in zip(labels.items(), itertools.cycle(LINE_COLOURS), strict=False):
         points = [(line.images_seen, line[key][name]) for line in lines if name in line[key]]
         axes.plot(*zip(*points, strict=True), label=label, color=colour, linewidth=1.4)

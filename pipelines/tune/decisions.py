@@ -78,6 +78,14 @@ class ComparedSettings:
                 return None
         return best if rest else None
 
+    def rival(self, best: int) -> int:
+        """The setting that is the least clearly behind: with the smallest lead over it in decisive differences."""
+
+        def lead(other: int) -> float:
+            return float(self.means[other] - self.means[best]) / (self.decisive_difference(best, other) or 1.0)
+
+        return min((other for other in range(len(self.values)) if other != best), key=lead)
+
     def seeds_to_decide(self, one: int, other: int) -> int | None:
         """How many seeds of each setting would decide between two of them, if their difference and the error stay.
 

@@ -10,7 +10,7 @@ import numpy as np
 from pydantic import JsonValue
 
 from patchloom.pipelines.tune.decisions import MOST_SEEDS, ComparedSettings
-from patchloom.pipelines.tune.ranking import HELD_OUT_LOSS, RankedSetting, mean_of, of_budget, ranked
+from patchloom.pipelines.tune.ranking import HELD_OUT_LOSS, RankedSetting, comparable, mean_of, of_budget, ranked
 from patchloom.platform.recipe.search import SCHEDULE_KEY
 from patchloom.platform.records.run import ProgressLine, read_progress
 from patchloom.platform.records.search import TrialRow
@@ -27,6 +27,7 @@ P_KEY = "patches.p"
 PAPER_FID = {0.0: 14.51, 0.1: 3.05, 0.25: 2.10, 0.5: 1.77, 0.75: 1.65, 1.0: 1.66}
 AGREEMENT_BY_CHANCE = 0.05  # of random orders may agree as well as one that is said to agree
 PERMUTATIONS = 2000  # of the metric over trials, for the share that a key without effect explains
+FALSE_EFFECTS = 0.05  # of searches without effects in which some key seems to have one
 EQUAL_WITHIN = 0.05  # trials whose costs differ by more are not compared
 MIN_PAIRS = 3  # of a rank correlation
 BUDGET_SHARES = (0.25, 0.5, 0.75, 1.0)
@@ -132,7 +133,7 @@ class KeyEffect:
         key: the key.
         share: for a key with few values, omega squared, an estimate without bias that may be negative; for a drawn
             number, the squared rank correlation.
-        by_chance: what a key without effect exceeds in 5 % of searches: a quantile over permutations of the trials.
+        by_chance: what any key exceeds in 5 % of searches whose keys have no effect: a quantile over permutations.
     """
 
     key: str
@@ -146,18 +147,37 @@ class KeyEffect:
 
 
 def key_effects(trials: Sequence[TrialRow], keys: Sequence[str], metric: str) -> list[KeyEffect]:
-    """The effect of each key on a metric over finished trials, largest first. Keys that did not vary are skipped."""
+    """The effect of each key on a metric over finished trials, largest first. Keys that did not vary are skipped.
+
+    Where numbers were drawn, every setting has its own values of all keys, and its repeats are one observation. In a
+    grid, repeats are observations of their own.
+    """
+    finished = [trial for trial in trials if trial.status == "finished"]
+    settings = [setting.trials for setting in ranked(finished, metric)]
+    varied = [
+        key for key in keys if len({repr(trial.settings[key]) for trial in finished if key in trial.settings}) > 1
+    ]
+    is_drawn = len(varied) > 1 and any(_is_drawn([group[0] for group in settings], key) for key in varied)
+    observations = settings if is_drawn else [[trial] for trial in finished]
     found = []
-    for key in keys:
-        with_key = [trial for trial in trials if trial.status == "finished" and key in trial.settings]
-        losses = np.array([float(trial[metric]) for trial in with_key])
-        share_of = _explained_share([trial.settings[key] for trial in with_key])
+    for key in varied:
+        with_key = [group for group in observations if key in group[0].settings]
+        losses = np.array([np.mean([float(trial[metric]) for trial in group]) for group in with_key])
+        share_of = _explained_share([group[0].settings[key] for group in with_key])
         if share_of is None or np.ptp(losses) == 0:
             continue
         generator = np.random.default_rng(0)
         shares = [share_of(generator.permutation(losses)) for _ in range(PERMUTATIONS)]
-        found.append(KeyEffect(key, share_of(losses), float(np.quantile(shares, 0.95, method="higher"))))
+        by_chance = float(np.quantile(shares, 1 - FALSE_EFFECTS / len(varied), method="higher"))
+        found.append(KeyEffect(key, share_of(losses), by_chance))
     return sorted(found, key=lambda effect: -effect.share)
+
+
+def _is_drawn(settings: Sequence[TrialRow], key: str) -> bool:
+    """Whether most settings have their own value of a key, and all values are numbers."""
+    values = [setting.settings[key] for setting in settings if key in setting.settings]
+    are_numbers = all(isinstance(value, (int, float)) for value in values)
+    return are_numbers and len(set(map(repr, values))) > len(values) / 2 and len(values) >= MIN_PAIRS
 
 
 def _explained_share(values: list[JsonValue]) -> Callable[[np.ndarray], float] | None:
@@ -235,8 +255,12 @@ def decision(order: Sequence[RankedSetting]) -> str:
 
     The error is pooled over the settings; see `decisions`. If the seeds do not decide, it says how many would.
     """
+    order = comparable(order)
     compared = ComparedSettings([setting.by_seed for setting in order])
-    needed = compared.decisive_difference(0, 1)
+    if len(order) == 1:
+        return "It is the only one whose trainings all finished."
+    rival = compared.rival(0)
+    needed = compared.decisive_difference(0, rival)
     if needed is None:
         return (
             "Each setting was run with one seed, so the difference may be chance: run more seeds of the best settings "
@@ -245,7 +269,7 @@ def decision(order: Sequence[RankedSetting]) -> str:
     rule = f"with {min(map(len, compared.values))} seeds per setting, a difference above {needed:.4f} is significant"
     if compared.winner == 0:
         return f"This is decided: {rule}."
-    enough = compared.seeds_to_decide(0, 1)
+    enough = compared.seeds_to_decide(0, rival)
     if enough is None:
         return f"This is undecided, it may be chance: {rule}. This one would need more than {MOST_SEEDS:,} seeds."
     return (

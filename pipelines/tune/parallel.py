@@ -10,7 +10,7 @@ from pydantic import JsonValue
 from patchloom.pipelines.pages.html import render
 from patchloom.pipelines.tune.frontier import METRIC_TITLES
 from patchloom.pipelines.tune.plots import Plot
-from patchloom.pipelines.tune.ranking import setting_title, value_title
+from patchloom.pipelines.tune.ranking import is_number_value, setting_title, short_value, value_order, value_title
 from patchloom.platform.records.search import TrialRow
 
 AXIS_DISTANCE, LEAST_WIDTH = 150, 560  # in SVG units
@@ -90,7 +90,7 @@ def _line(
 def _setting_column(trials: Sequence[TrialRow], key: str) -> "_NumberColumn | _NameColumn":
     """Few values stand one by one, in order; many numbers on a scale."""
     values = [trial.settings.get(key, NO_VALUE) for trial in trials]
-    numbers = [float(value) for value in values if isinstance(value, (int, float)) and not isinstance(value, bool)]
+    numbers = [float(str(value)) for value in values if is_number_value(value)]
     if len(numbers) == len(values) and len(set(numbers)) > MOST_VALUES:
         return _NumberColumn(numbers)
     return _NameColumn(values, key)
@@ -105,11 +105,7 @@ class _NameColumn:
 
     @cached_property
     def _places(self) -> dict[str, float]:
-        def order(value: JsonValue) -> tuple[bool, float, str]:
-            is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-            return not is_number, float(value) if is_number else 0.0, str(value)  # type: ignore[arg-type]
-
-        names = list(dict.fromkeys(value_title(self.key, value) for value in sorted(self.values, key=order)))
+        names = list(dict.fromkeys(value_title(self.key, value) for value in sorted(self.values, key=value_order)))
         step = (AXIS_BOTTOM - AXIS_TOP) / len(names)
         return {name: AXIS_BOTTOM - step * (number + 0.5) for number, name in enumerate(names)}
 
@@ -141,5 +137,5 @@ class _NumberColumn:
 
     @property
     def labels(self) -> dict[float, str]:
-        return {place: f"{value:.4g}" for place, value in zip(self.positions, self.values, strict=True)
+        return {place: short_value(value) for place, value in zip(self.positions, self.values, strict=True)
                 if place in (min(self.positions), max(self.positions))}  # fmt: skip

@@ -6,6 +6,7 @@ from statistics import mean, stdev
 
 from pydantic import JsonValue
 
+from patchloom.platform.recipe.search import BUDGET_SHARE
 from patchloom.platform.records.search import TrialRow
 
 HELD_OUT_LOSS = "held_out_loss"
@@ -16,7 +17,8 @@ IMAGES_KEY = "data.images"
 class RankedSetting:
     """A setting with its finished trials.
 
-    `spread` is the standard deviation over repeats, None for a single trial.
+    `spread` is the standard deviation over repeats, None for a single trial. `is_whole` says that no repeat failed or
+    was stopped.
     """
 
     settings: dict[str, JsonValue]
@@ -24,6 +26,7 @@ class RankedSetting:
     mean: float
     spread: float | None
     metric: str
+    is_whole: bool = True
 
     @property
     def best(self) -> TrialRow:
@@ -72,18 +75,39 @@ def ranked(trials: Sequence[TrialRow], metric: str = HELD_OUT_LOSS) -> list[Rank
     for group in groups.values():
         finished = [trial for trial in group if trial.status == "finished"]
         if finished:
-            found.append((len(finished) < len(group), _ranked_setting(finished, metric)))
-    return [setting for _, setting in sorted(found, key=lambda pair: (pair[0], pair[1].mean))]
+            found.append(_ranked_setting(finished, metric, is_whole=len(finished) == len(group)))
+    return sorted(found, key=lambda setting: (not setting.is_whole, setting.mean))
 
 
-def _ranked_setting(trials: list[TrialRow], metric: str) -> RankedSetting:
+def _ranked_setting(trials: list[TrialRow], metric: str, is_whole: bool) -> RankedSetting:
     values = [float(trial[metric]) for trial in trials]
-    return RankedSetting(trials[0].settings, trials, mean(values), stdev(values) if len(values) > 1 else None, metric)
+    spread = stdev(values) if len(values) > 1 else None
+    return RankedSetting(trials[0].settings, trials, mean(values), spread, metric, is_whole)
+
+
+def comparable(order: Sequence[RankedSetting]) -> list[RankedSetting]:
+    """The settings that a test can compare, best first: those that had the largest share of the budget, and of them
+    those that are whole, if any is.
+    """
+    shares = [float(str(setting.settings.get(BUDGET_SHARE, 1))) for setting in order]
+    longest = [setting for setting, share in zip(order, shares, strict=True) if share == max(shares)]
+    return [setting for setting in longest if setting.is_whole] or longest
 
 
 def setting_title(settings: dict[str, JsonValue]) -> str:
     """A setting by the last parts of its keys: `p 0.25, sizes 0.5/0.6/2 + 0.25/0.4/4`."""
     return ", ".join(f"{key.split('.')[-1]} {value_title(key, value)}" for key, value in settings.items())
+
+
+def value_order(value: JsonValue) -> tuple[bool, float, str]:
+    """How values of a key are sorted: numbers by size, then names."""
+    is_number = is_number_value(value)
+    return not is_number, float(str(value)) if is_number else 0.0, str(value)
+
+
+def is_number_value(value: JsonValue) -> bool:
+    """Whether a value is a number; `true` and `false` are names."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def value_title(key: str, value: JsonValue) -> str:

@@ -7,9 +7,17 @@ from dataclasses import dataclass
 from patchloom.pipelines.pages.html import Fact
 from patchloom.pipelines.tune.decisions import MOST_SEEDS, ComparedSettings
 from patchloom.pipelines.tune.frontier import METRIC_TITLES, KeyEffect, cost_of_best
-from patchloom.pipelines.tune.ranking import HELD_OUT_LOSS, RankedSetting, mean_of, value_title
+from patchloom.pipelines.tune.ranking import (
+    HELD_OUT_LOSS,
+    RankedSetting,
+    comparable,
+    is_number_value,
+    mean_of,
+    value_order,
+    value_title,
+)
 from patchloom.platform.progress import clock
-from patchloom.platform.recipe.search import Search
+from patchloom.platform.recipe.search import BUDGET_SHARE, Search
 from patchloom.platform.records.search import SearchCard, TrialRow
 
 LISTED_VALUES = 8  # values of a key
@@ -45,15 +53,16 @@ def search_summary(
         budget: the budget of a trial, as text.
         command: the command that started it.
     """
-    decided, undecided = _decisions(order, effects)
+    tested = comparable(order)
+    decided, undecided = _decisions(tested, effects)
     facts = [
         Fact("compared", _compared(card, trials, order, budget)),
-        Fact("measured", _measured(card.search, order)),
-        Fact("lowest mean", _lowest(order)),
+        Fact("measured", _measured(card.search, tested)),
+        Fact("lowest mean", _lowest(tested)),
         Fact("decided", " ".join(decided) or "Nothing yet."),
-        Fact("not decided", " ".join(undecided)),
+        Fact("not decided", " ".join([*_left_out(order, tested), *undecided])),
     ]
-    return SearchSummary(facts, *_next_step(card, order, command))
+    return SearchSummary(facts, *_next_step(card, tested, command))
 
 
 def _compared(card: SearchCard, trials: Sequence[TrialRow], order: Sequence[RankedSetting], budget: str) -> str:
@@ -62,22 +71,17 @@ def _compared(card: SearchCard, trials: Sequence[TrialRow], order: Sequence[Rank
     texts = [f"{key.split('.')[-1]} ({_values(key, trials)})" for key in keys]
     settings = f"{len(order)} setting{'s' * (len(order) != 1)}"
     seeds = f"{card.seeds} seed{'s' * (card.seeds != 1)} each"
-    return f"{' and '.join(texts)}: {settings}, {seeds}, with a budget of {budget} per trial."
+    shares = " Only trials that had all of it are compared here." if BUDGET_SHARE in keys else ""
+    up_to = "up to " if shares else ""
+    return f"{' and '.join(texts)}: {settings}, {seeds}, with a budget of {up_to}{budget} per trial.{shares}"
 
 
 def _values(key: str, trials: Sequence[TrialRow]) -> str:
-    found = [trial.settings[key] for trial in trials if key in trial.settings]
+    found = sorted((trial.settings[key] for trial in trials if key in trial.settings), key=value_order)
     names = list(dict.fromkeys(value_title(key, value) for value in found))
-    numbers = [value for value in found if isinstance(value, (int, float))]
     if len(names) <= LISTED_VALUES:
-        return ", ".join(sorted(names) if len(numbers) < len(found) else map(_number, sorted(set(numbers))))
-    if len(numbers) < len(found):
-        return f"{len(names)} values"
-    return f"{len(names)} values from {_number(min(numbers))} to {_number(max(numbers))}"
-
-
-def _number(value: float) -> str:
-    return f"{value:.4g}"
+        return ", ".join(names)
+    return f"{len(names)} values" + (f" from {names[0]} to {names[-1]}" if all(map(is_number_value, found)) else "")
 
 
 def _measured(search: Search, order: Sequence[RankedSetting]) -> str:
@@ -114,23 +118,34 @@ def _decisions(order: Sequence[RankedSetting], effects: Sequence[KeyEffect]) -> 
     return decided, undecided
 
 
+def _left_out(order: Sequence[RankedSetting], tested: Sequence[RankedSetting]) -> list[str]:
+    """Settings with a lower mean than the best one, some of whose trainings did not finish, in a sentence."""
+    better = [f"{one.title} ({one.value_of_n()})" for one in order if not one.is_whole and one.mean < tested[0].mean]
+    if not better or not tested[0].is_whole:
+        return []
+    return [f"Whether {' or '.join(better)} is better: some of its trainings failed or were stopped."]
+
+
 def is_decided(order: Sequence[RankedSetting]) -> bool:
-    """Whether the seeds decide that the first setting is the best one."""
-    return ComparedSettings([setting.by_seed for setting in order]).winner == 0
+    """Whether the seeds decide that the first setting is the best one of those that can be compared."""
+    return ComparedSettings([setting.by_seed for setting in comparable(order)]).winner == 0
 
 
 def about_best(order: Sequence[RankedSetting]) -> str:
     """Whether the lead of the best setting is more than chance."""
+    order = comparable(order)
     if len(order) == 1:
-        return "Which setting is the best one: only one has a result."
+        return "Which setting is the best one: only one can be compared."
     compared = ComparedSettings([setting.by_seed for setting in order])
-    needed = compared.decisive_difference(0, 1)
+    rival = compared.rival(0)
+    needed = compared.decisive_difference(0, rival)
     if needed is None:
         return "Which setting is the best one: with one seed per setting, the difference may be chance."
     seeds = f"with {min(map(len, compared.values))} seeds, a difference above {needed:.4f} is significant (t test, 5 %)"
     if compared.winner == 0:
         return f"{order[0].title} is the best of these settings: {seeds}."
-    return f"Which setting is the best one: {seeds}, and the lead is smaller."
+    lead = f"{order[rival].mean - order[0].mean:.4f}"
+    return f"Which setting is the best one: {seeds}, and the lead over {order[rival].title} is {lead}."
 
 
 def _next_step(card: SearchCard, order: Sequence[RankedSetting], command: str) -> tuple[str, str]:
@@ -143,7 +158,7 @@ def _next_step(card: SearchCard, order: Sequence[RankedSetting], command: str) -
             "",
         )
     compared = ComparedSettings([setting.by_seed for setting in order])
-    enough = card.seeds + SEEDS_TO_BEGIN if compared.error is None else compared.seeds_to_decide(0, 1)
+    enough = card.seeds + SEEDS_TO_BEGIN if compared.error is None else compared.seeds_to_decide(0, compared.rival(0))
     if enough is None:
         return f"More than {MOST_SEEDS:,} seeds would be needed: these settings are equal for practical purposes.", ""
     added = max(1, enough - card.seeds)

@@ -1,6 +1,6 @@
 """The record of a comparison of training speeds: `speed.json`. Its pages are made from it alone."""
 
-from typing import Literal, Self
+from typing import Self
 
 from pydantic import Field
 
@@ -62,15 +62,12 @@ class SpeedResults(VersionedRecord):
     sampler: str  # in words
     by_time: list[SpeedTrial]
     by_images: list[SpeedTrial]
+    failed: int = 0  # trainings that have no result
 
     @property
     def trials(self) -> list[SpeedTrial]:
         """All trainings."""
         return [*self.by_time, *self.by_images]
-
-    def of_search(self, name: Literal["time", "images"]) -> list[SpeedTrial]:
-        """The trainings for equal time, or for equal counted images."""
-        return self.by_time if name == "time" else self.by_images
 
     def write(self, folder: Folder) -> None:
         """Write `speed.json`, whole or not at all."""

@@ -136,19 +136,27 @@ def faults_of(look: Look) -> list[str]:
 
 
 def test_tables_sort_by_a_click(browser: Browser, tmp_path: Path) -> None:
-    rows = [["b", "10", "59m10s"], ["a", "9", "3s"], ["c", "1,000", "1h02m"], ["d", "", ""]]
+    rows = [
+        ["b", "10", "59m10s", "p 0.5"],
+        ["a", "9", "3s", "p 1"],
+        ["c", "1,000", "1h02m", "p 0.25"],
+        ["d"],  # as of a failed trial
+    ]
     table = render(
-        "reproduction.html", commands=[], origin="", outcome=outcome_of(Table(["name", "images", "time"], rows))
+        "reproduction.html",
+        commands=[],
+        origin="",
+        outcome=outcome_of(Table(["name", "images", "time", "setting"], rows)),
     )
     (tmp_path / "page.html").write_text(document("Sorted", table))
     browser.look(tmp_path / "page.html", 400)
     names = "[...document.querySelectorAll('tbody tr')].map(row => row.cells[0].textContent).join('')"
     found = [browser.value(names)]
-    for column in (0, 0, 1, 1, 2):
+    for column in (0, 0, 1, 1, 2, 3):
         browser.value(f"document.querySelectorAll('th')[{column}].click()")
         found.append(browser.value(names))
-    # as text, as numbers (9, 10, 1,000) and as times; empty cells come last
-    assert found == ["bacd", "abcd", "dcba", "abcd", "cbad", "abcd"]
+    # as text, as numbers (9, 10, 1,000), as times and by numbers in text; missing cells come last
+    assert found == ["bacd", "abcd", "dcba", "abcd", "cbad", "abcd", "cbad"]
 
 
 def outcome_of(table: Table) -> Outcome:

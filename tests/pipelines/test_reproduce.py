@@ -237,6 +237,18 @@ def test_commands_print_where_messages_go(
     assert "celeba64" not in "".join(capfd.readouterr())
 
 
+def test_what_needs_a_failed_training_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    listing = Stage("List the recipes", ("recipes",))
+    refused = Stage("Measure a trial", ("evaluate", "missing", "--reference", "missing"), needs="trials/003/model")
+    outcome = Outcome(lead="", numbers=[], findings=[], texts=[], differences=[])
+    subject = Subject("Recipes", "a list", [], lambda place: [refused, listing], lambda place, here: outcome)
+    monkeypatch.setitem(SUBJECTS, "recipes", subject)
+    out = tmp_path / "out"
+    reproduce("recipes", str(out), ReproductionOptions(small=True))
+    record = Reproduction.read(Folder.at(str(out)))
+    assert record.finished and [stage.command for stage in record.stages] == ["patchloom recipes"]
+
+
 def test_mistakes_are_refused_before_anything_is_written(tmp_path: Path) -> None:
     for table, data in (("table9", {}), ("table4", {}), ("table4", {"cow": "x"}), ("table4", {"cat": "missing"})):
         with pytest.raises(UserError):

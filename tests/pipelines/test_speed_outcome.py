@@ -1,13 +1,16 @@
 """The comparison of training speeds: its record, and what its page says of numbers that are known."""
 
+import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
+from patchloom.errors import UserError
 from patchloom.pipelines.pages.html import Picture
 from patchloom.pipelines.reproduce.speed import gathered
-from patchloom.pipelines.reproduce.speed_outcome import Cell, answer, measures, outcome_of
+from patchloom.pipelines.reproduce.speed_outcome import Cell, answer, measures, outcome_of, with_spread
 from patchloom.platform.files.folder import Folder
 from patchloom.platform.records.evaluation import EvaluationIdentity, EvaluationResult
 from patchloom.platform.records.run import ProgressLine, training_seconds, write_progress
@@ -61,6 +64,45 @@ def test_twice_as_fast_compares_half_of_the_time_with_all_of_it(half: list[float
     assert short in answer(timed)[0] and len(answer(timed)) == 3
 
 
+def test_a_time_that_was_not_half_is_not_called_so() -> None:
+    half = [trial.model_copy(update={"seconds": 570.0}) for trial in trained("p 0.5", 0.5, [0.299, 0.3, 0.301])]
+    timed = measures([*half, *trained("p 0.5", 1, WHOLE_LOSSES), *trained("p 1", 1, FULL_LOSSES)])
+    assert "1.05 times" in answer(timed)[0] and "twice" not in answer(timed)[0]
+
+
+def test_equal_settings_are_rarely_decided_though_losses_spread_less_after_more_time() -> None:
+    """Four settings, three seeds, and spreads of 3, 1.5 and 1 after a quarter, half and all of the time."""
+    generator, count = np.random.default_rng(0), 1000
+    winners, verdicts = np.zeros(3), 0
+    for _ in range(count):
+        trials = [
+            trial
+            for share, spread in ((0.25, 3.0), (0.5, 1.5), (1.0, 1.0))
+            for setting in ("p 1", "p 0.5", "p 0.25", "p 0.5, schedule progressive")
+            for trial in trained(setting, share, list(10 + spread * generator.normal(size=3)))
+        ]
+        measured = measures(trials)[0]
+        winners += ["(decided)" in text for text in measured.winners()]
+        at = {(cell.setting, cell.share): cell for cell in measured.cells}
+        verdicts += measured.verdict(at["p 0.5", 0.5], at["p 1", 1])[0] != "undecided"
+    noise = 3 * math.sqrt(0.05 * 0.95 / count)
+    assert max(winners) / count < 0.05 + noise and verdicts / count < 0.05 + noise
+    assert verdicts / count > 0.05 - noise  # the test uses what it may
+
+
+def test_trainings_without_a_common_distance_are_refused() -> None:
+    other = trained("p 1", 1, FULL_LOSSES)
+    other[0] = other[0].model_copy(update={"samples": MeasuredSamples(count=9, features="colours", metrics={})})
+    for trials in ([], other):
+        with pytest.raises(UserError):
+            measures(trials)
+
+
+def test_the_spread_has_two_digits() -> None:
+    assert with_spread([0.00028, 0.00031, 0.00034]) == "0.000310 ± 0.000030"
+    assert with_spread([10.0, 20.0, 30.0]) == "20 ± 10" and with_spread([0.5]) == "0.5"
+
+
 def test_no_answer_without_the_trainings_that_it_compares() -> None:
     assert answer(measures(trained("p 0.25", 1, WHOLE_LOSSES))) == []
 
@@ -72,7 +114,7 @@ def test_a_page_is_made_from_the_record_alone(tmp_path: Path) -> None:
     outcome = outcome_of(results, Picture(tmp_path / "speed.png", "samples"))
     assert [number.value for number in outcome.numbers] == ["12", "12", "1h48m", "1,000"]  # 12 trainings: 6510 s
     ends = next(one for one in outcome.findings if one.title.startswith("5,000"))
-    assert ends.table.rows == [["p 0.5", "25.0 ± 0.1", "0.2500 ± 0.0010"], ["p 1", "40.0 ± 0.1", "0.4000 ± 0.0010"]]
+    assert ends.table.rows == [["p 0.5", "25.00 ± 0.10", "0.2500 ± 0.0010"], ["p 1", "40.00 ± 0.10", "0.4000 ± 0.0010"]]
     assert "<svg" in outcome.figures[0][0]
 
 

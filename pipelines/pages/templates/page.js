@@ -1,9 +1,16 @@
 // Tables sort by a click on a header, pictures open large, names in a legend hide their lines, and commands are copied.
-const cellText = (row, column) => row.cells[column].textContent.trim();
+const cellText = (row, column) => row.cells[column]?.textContent.trim() ?? ""; // a failed trial has fewer cells
 const cellNumber = text => {
   const [isTime, hours = 0, minutes = 0, seconds = 0] = text.match(/^(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s)?$/) || [];
   if (isTime) return 3600 * hours + 60 * minutes + 1 * seconds; // 1h02m, 2m05s, 3s
   return parseFloat(text.replace(/,/g, ""));
+};
+
+const compareNames = (a, b) => { // numbers in names by their size: p 0.25 before p 0.5
+  const [parts, others] = [a, b].map(text => text.split(/(\d+(?:\.\d+)?)/));
+  const at = parts.findIndex((part, place) => part !== others[place]);
+  if (at < 0) return a.length - b.length;
+  return at % 2 && others[at] ? parts[at] - others[at] : parts[at].localeCompare(others[at] ?? "");
 };
 
 document.querySelectorAll("table").forEach(table => {
@@ -16,8 +23,7 @@ document.querySelectorAll("table").forEach(table => {
       const falls = header.getAttribute("aria-sort") === "ascending";
       const rows = [...body.rows];
       const isNumeric = rows.every(row => cellText(row, column) === "" || !isNaN(cellNumber(cellText(row, column))));
-      const compare = (a, b) => isNumeric
-        ? cellNumber(a) - cellNumber(b) : a.localeCompare(b, undefined, {numeric: true});
+      const compare = (a, b) => isNumeric ? cellNumber(a) - cellNumber(b) : compareNames(a, b);
       rows.sort((one, other) => {
         const [a, b] = [cellText(one, column), cellText(other, column)];
         return a === "" || b === "" ? (a === "") - (b === "") : compare(a, b) * (falls ? -1 : 1); // empty cells last

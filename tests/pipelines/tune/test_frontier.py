@@ -134,6 +134,35 @@ def test_a_key_without_effect_has_no_share_on_average_and_is_rarely_seen(
     assert seen / 300 < 0.05 + 3 * math.sqrt(0.05 * 0.95 / 300)
 
 
+def test_repeats_of_drawn_settings_are_one_observation(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every draw has its own learning rate and width, so the width seems to explain all that the rate does."""
+    monkeypatch.setattr("patchloom.pipelines.tune.frontier.PERMUTATIONS", 200)
+    generator, seen = np.random.default_rng(3), dict.fromkeys(("optimizer.lr", "model.width"), 0)
+    for _ in range(80):
+        drawn = zip(generator.uniform(1e-4, 1e-3, 10), generator.permutation(range(8, 128, 8))[:10], strict=True)
+        trials = [
+            trial(f"{number}-{repeat}", {"optimizer.lr": rate, "model.width": int(width)}, loss, repeat)
+            for number, (rate, width) in enumerate(drawn)
+            for repeat, loss in enumerate(1000 * rate + generator.normal(0, 0.01, 3))
+        ]
+        for effect in key_effects(trials, list(seen), "held_out_loss"):
+            seen[effect.key] += effect.is_seen
+    assert seen["optimizer.lr"] == 80
+    assert seen["model.width"] / 80 < 0.05 + 3 * math.sqrt(0.05 * 0.95 / 80)
+
+
+def test_many_keys_without_effect_are_rarely_seen_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("patchloom.pipelines.tune.frontier.PERMUTATIONS", 400)
+    generator, keys, searches = np.random.default_rng(4), ["a", "b", "c", "d", "e"], 0
+    for _ in range(150):
+        trials = [
+            trial(f"{number:02d}", dict(zip(keys, map(int, generator.integers(0, 2, 5)), strict=True)), float(loss))
+            for number, loss in enumerate(generator.normal(1, 0.1, 16))
+        ]
+        searches += any(effect.is_seen for effect in key_effects(trials, keys, "held_out_loss"))
+    assert searches / 150 < 0.05 + 3 * math.sqrt(0.05 * 0.95 / 150)
+
+
 @pytest.mark.parametrize("count", [3, 4, 5, 6])
 def test_a_perfect_order_is_one_of_all_orders(count: int) -> None:
     order = [0.3 * number for number in range(count)]
@@ -287,3 +316,42 @@ def test_search_of_an_older_format_is_refused_whatever_its_fields(tmp_path: Path
     with pytest.raises(UserError, match=re.escape(str(tmp_path))) as refused:
         search_section(tmp_path)
     assert "SearchCard" not in str(refused.value)  # the format is the problem, not a field
+
+
+def test_a_failed_repeat_leaves_a_setting_out_of_the_test() -> None:
+    """p 1 has the lower mean, but one of its trainings failed; p 0.5 leads p 0.25 by .02 with an error of .001."""
+    losses = [(0.5, [0.300, 0.301, 0.299]), (0.25, [0.320, 0.321, 0.319]), (1.0, [0.250, 0.251])]
+    trials = [
+        trial(f"{p}-{repeat}", {"patches.p": p}, loss, repeat)
+        for p, values in losses
+        for repeat, loss in enumerate(values)
+    ]
+    trials.append(trials[-1].model_copy(update={"name": "failed", "repeat": 2, "status": "failed"}))
+    facts = {fact.name: fact.value for fact in summary(trials).facts}
+    assert "3 settings" in facts["compared"]
+    assert facts["lowest mean"].startswith("p 0.5: held-out loss 0.3000 ± 0.0010 (n = 3), 0.0200 below p 0.25")
+    assert "p 0.5 is the best" in facts["decided"] and "p 1 (0.2505" in facts["not decided"]
+
+
+def test_only_trials_of_the_whole_budget_are_compared() -> None:
+    trials = [
+        trial(f"{p}-{share}-{repeat}", {"patches.p": p, "budget.share": share}, loss / share + repeat / 1000, repeat)
+        for p, loss in ((0.5, 0.2), (1.0, 0.21))
+        for share in (0.5, 1)
+        for repeat in (0, 1)
+    ]
+    facts = {fact.name: fact.value for fact in summary(trials).facts}
+    assert "up to 1 TFLOP" in facts["compared"]
+    assert "0.0100 below p 1, share 1" in facts["lowest mean"]
+    # the same seeds, and equal differences: no error is left
+    assert "p 0.5, share 1 is the best" in facts["decided"]
+
+
+def test_values_of_a_key_are_listed_in_order_and_as_they_are() -> None:
+    def compared(key: str, values: list[Any]) -> str:
+        trials = [trial(f"{n:03d}", {key: value}, 0.1 + n) for n, value in enumerate(values)]
+        return next(fact.value for fact in summary(trials).facts if fact.name == "compared")
+
+    assert "(False, True)" in compared("model.class_conditional", [True, False])
+    assert "(200, 1000, 20000, all)" in compared("data.images", [20000, None, 1000, 200])
+    assert "(12345, 300000)" in compared("train.images", [300000, 12345])
