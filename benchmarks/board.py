@@ -7,6 +7,8 @@ again. Minutes are those of training steps: starts, previews and measurements do
 """
 
 import argparse
+import html
+import math
 import sys
 import time
 from collections.abc import Sequence
@@ -14,18 +16,25 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, stdev
 
+from pydantic import Field
+
 from patchloom.errors import UserError
 from patchloom.pipelines.train.resuming import RECIPE_FILE, differing_keys
+from patchloom.pipelines.train.run_folder import is_model_of
 from patchloom.platform.compute.hardware import machine_words
-from patchloom.platform.files.storage import complete_lines, write_atomic
+from patchloom.platform.files.storage import read_json, whole_lines, write_atomic
 from patchloom.platform.recipe.run_recipe import Recipe, load_recipe
 from patchloom.platform.records.evaluation import EvaluationResult
 from patchloom.platform.records.record import VersionedRecord
-from patchloom.platform.records.run import RunCard, read_progress, training_seconds
+from patchloom.platform.records.run import ProgressLine, RunCard, read_progress, training_seconds
+from patchloom.platform.records.samples import SamplingCard
 
-DOCS = Path(__file__).resolve().parents[1] / "docs"
+ROOT = Path(__file__).resolve().parents[1]
+DOCS = ROOT / "docs"
 ROWS_FILE, PAGE_FILE, METRICS = "board.jsonl", "board.md", "metrics.json"
 BEGIN, END = "<!-- rows of {} -->", "<!-- end of rows -->"
+UNSHOWN = ("name", "seed", "train.images", "patches.p", "patches.schedule")  # they have cells of their own
+REPORTING = ("preview.", "train.checkpoint_", "train.keep.", "train.log_", "train.held_out_")  # not what is trained
 
 
 @dataclass(frozen=True)
@@ -33,6 +42,7 @@ class Track:
     """A dataset with targets; only runs of the same rows are compared.
 
     Args:
+        recipe: what a run is compared with, to show its changes; in the repository.
         dataset: fingerprint of the prepared dataset.
         held_out_fraction: share of its images that is not trained on.
         held_out_images: of them, how many a held-out loss must use.
@@ -41,6 +51,7 @@ class Track:
         samples: how many samples an FID must have; the reference is the whole dataset.
     """
 
+    recipe: str
     dataset: str
     held_out_fraction: float
     held_out_images: int
@@ -51,6 +62,7 @@ class Track:
 
 TRACKS = {
     "emoji": Track(
+        recipe="examples/emoji/recipe.yaml",
         dataset="b1f6bb49327898fa4483301fb1c981810d0f3e215470b7bf0249234144f8d03e",
         held_out_fraction=0.1, held_out_images=152, loss=0.2, fid=100.0, samples=1520,
     ),
@@ -69,6 +81,7 @@ class BoardRow(VersionedRecord):
     recipe: str
     p: float
     schedule: str
+    changes: list[str] = Field(default_factory=list)  # `key=value`, of what differs from the recipe of the track
     seeds: list[int]
     minutes: list[float]  # of the whole training
     minutes_to_loss: list[float | None]  # None where the loss was not reached
@@ -87,18 +100,32 @@ class BoardRow(VersionedRecord):
 
 @dataclass(frozen=True)
 class Run:
-    """A finished run, and what its samples have."""
+    """A finished run, with its progress, and what its samples have."""
 
     folder: Path
     card: RunCard
     recipe: Recipe
+    lines: Sequence[ProgressLine]
     result: EvaluationResult | None
 
     @classmethod
     def read(cls, folder: Path, samples: Path | None) -> "Run":
-        """Read a run folder; raises UserError where files are missing or damaged."""
-        result = EvaluationResult.read(samples / METRICS) if samples else None
-        return cls(folder, RunCard.read(folder), load_recipe(folder / RECIPE_FILE), result)
+        """Read a run folder.
+
+        Raises:
+            UserError: files are missing or damaged, the run is not finished, or the samples are of another model.
+        """
+        card, recipe, lines = RunCard.read(folder), load_recipe(folder / RECIPE_FILE), read_progress(folder)
+        model = folder / "model"
+        is_finished = (model / "model.json").is_file() and is_model_of(model, recipe)
+        if not (is_finished and lines and lines[-1].held_out_loss is not None):
+            raise UserError(f"{folder} is not finished, or has no held-out loss at its end: continue it with --resume")
+        if samples is None:
+            return cls(folder, card, recipe, lines, None)
+        result, sampled = EvaluationResult.read(samples / METRICS), SamplingCard.from_file(samples / "sampling.json")
+        if sampled.model.weights_sha256 != read_json(model / "model.json").get("weights_sha256"):
+            raise UserError(f"{samples} has samples of another model than that of {folder}: give those of each run")
+        return cls(folder, card, recipe, lines, result)
 
     def check(self, track: Track) -> None:
         """Raise UserError if it cannot be compared with the others of the track."""
@@ -122,42 +149,69 @@ class Run:
                 f"sample --seeds 0-{track.samples - 1}, then evaluate --reference DATASET"
             )
 
+    @property
+    def code(self) -> tuple[str, str]:
+        """The version and the commit of the code."""
+        return self.card.code_version, self.card.code_commit
+
+    @property
+    def minutes(self) -> float:
+        """The time of all steps."""
+        return training_seconds(self.lines)[-1] / 60
+
+    def minutes_to(self, loss: float) -> float | None:
+        """The time of steps until the held-out loss reaches a target, None where it does not.
+
+        Between two measurements it is on a straight line of the logarithm, so that measuring more often does not help.
+        """
+        before: tuple[float, float] | None = None
+        for seconds, line in zip(training_seconds(self.lines), self.lines, strict=True):
+            if line.held_out_loss is None:
+                continue
+            if line.held_out_loss <= loss:
+                if before is None:
+                    return seconds / 60
+                share = math.log(before[1] / loss) / math.log(before[1] / line.held_out_loss)
+                return (before[0] + share * (seconds - before[0])) / 60
+            before = seconds, line.held_out_loss
+        return None
+
 
 def board_row(name: str, runs: Sequence[Run], machine: str, note: str = "") -> BoardRow:
     """The row of runs of one recipe that differ in their seeds.
 
     Raises:
-        UserError: a run does not belong to the track, is not finished, or differs from the first in more than its seed.
+        UserError: a run does not belong to the track, differs from the first in more than its seed, or has its seed.
     """
     track, first = TRACKS[name], runs[0]
-    minutes, to_loss, losses, lines = [], [], [], []
     for run in runs:
         run.check(track)
-        others = set(differing_keys(first.recipe, run.recipe)) - {"seed", "train.images"}
-        if others:
+        if others := set(differing_keys(first.recipe, run.recipe)) - {"seed"}:
             raise UserError(
                 f"{run.folder} differs from {first.folder} in {', '.join(sorted(others))}: add a row for each"
             )
-        progress = read_progress(run.folder)
-        measured = [
-            (seconds / 60, line.held_out_loss)
-            for seconds, line in zip(training_seconds(progress), progress, strict=True)
-            if line.held_out_loss is not None
-        ]
-        if not measured or not (run.folder / "model" / "model.json").is_file():
-            raise UserError(f"{run.folder} is not finished, or has no held-out loss: finish it first")
-        minutes.append(training_seconds(progress)[-1] / 60)
-        to_loss.append(next((at for at, loss in measured if loss <= track.loss), None))
-        losses.append(measured[-1][1])
-        lines.append(progress[-1])
+        if run.code != first.code:
+            raise UserError(f"{run.folder} and {first.folder} come from different versions: add a row for each")
+    seeds = [run.recipe.seed for run in runs]
+    if len(set(seeds)) < len(seeds):
+        raise UserError(f"the seeds of the runs are {', '.join(map(str, seeds))}: give one run for each seed")
     fids = [float(str(run.result.metrics["fid"])) for run in runs if run.result]
     return BoardRow(
         track=name, date=time.strftime("%Y-%m-%d", time.gmtime()), code_version=first.card.code_version,
         code_commit=first.card.code_commit, machine=machine, recipe=first.recipe.name, p=first.recipe.patches.p,
-        schedule=first.recipe.patches.schedule, seeds=[run.recipe.seed for run in runs], minutes=minutes,
-        minutes_to_loss=to_loss, held_out_loss=losses, fid=fids if len(fids) == len(runs) else None,
-        images=mean(line.images_seen for line in lines), flops=mean(line.flops for line in lines), note=note,
+        schedule=first.recipe.patches.schedule, changes=_changes(track, first.recipe), seeds=seeds,
+        minutes=[run.minutes for run in runs], minutes_to_loss=[run.minutes_to(track.loss) for run in runs],
+        held_out_loss=[float(str(run.lines[-1].held_out_loss)) for run in runs],
+        fid=fids if len(fids) == len(runs) else None, images=mean(run.lines[-1].images_seen for run in runs),
+        flops=mean(run.lines[-1].flops for run in runs), note=note,
     )  # fmt: skip
+
+
+def _changes(track: Track, recipe: Recipe) -> list[str]:
+    """The keys that differ from the recipe of the track, and have an effect on what is trained."""
+    found = differing_keys(load_recipe(ROOT / track.recipe), recipe)
+    shown = [key for key in found if key not in UNSHOWN and not key.startswith(REPORTING)]
+    return [f"{key}={found[key][1]}" for key in shown]
 
 
 def table(name: str, rows: Sequence[BoardRow]) -> str:
@@ -179,13 +233,18 @@ def table(name: str, rows: Sequence[BoardRow]) -> str:
         recipe = f"{row.recipe}, p {row.p:g}" + (f" {row.schedule}" if row.schedule != "stochastic" else "")
         fid = spread(to_fid, 1) if to_fid else "not reached" if row.fid else "not measured"
         code = f"{row.code_version} {row.code_commit[:12]}".strip()
+        about = "; ".join(filter(None, [f"{recipe}, {len(row.seeds)} seeds", ", ".join(row.changes), row.note]))
         cells = [
-            row.date, f"{recipe}, {len(row.seeds)} seeds" + (f"; {row.note}" if row.note else ""),
-            spread(to_loss, 1) if to_loss else "not reached", fid, ends,
+            row.date, about, spread(to_loss, 1) if to_loss else "not reached", fid, ends,
             f"{row.images:,.0f}; {row.flops / 1e12:,.0f}", row.machine, code,
         ]  # fmt: skip
-        lines.append(f"| {' | '.join(cells)} |")
+        lines.append(f"| {' | '.join(map(_cell, cells))} |")
     return "\n".join(lines)
+
+
+def _cell(text: str) -> str:
+    """A text in a cell of a Markdown table."""
+    return html.escape(" ".join(text.split()), quote=False).replace("|", "&#124;")
 
 
 def spread(values: Sequence[float], digits: int) -> str:
@@ -196,25 +255,36 @@ def spread(values: Sequence[float], digits: int) -> str:
 def read_rows(docs: Path = DOCS) -> list[BoardRow]:
     """All rows; raises UserError where the file is damaged."""
     path = docs / ROWS_FILE
-    return [BoardRow.parse(line, path) for line in complete_lines(path)]
+    content = path.read_bytes() if path.is_file() else b""
+    if content and not content.endswith(b"\n"):
+        raise UserError(f"{path} ends in the middle of a line: end its last line with a newline, or remove it")
+    return [BoardRow.parse(line, path) for line in whole_lines(content)]
 
 
 def page_with_rows(page: str, rows: Sequence[BoardRow]) -> str:
-    """The page with its tables written again."""
+    """The page with its tables written again; raises UserError where their place is not marked."""
     for name in TRACKS:
         begin = BEGIN.format(name)
-        before, _, rest = page.partition(begin)
-        page = f"{before}{begin}\n{table(name, rows)}\n{END}{rest.partition(END)[2]}"
+        before, begins, rest = page.partition(begin)
+        _, ends, after = rest.partition(END)
+        if not (begins and ends):
+            raise UserError(f"{PAGE_FILE} lacks the lines {begin} and {END}, between which the table is: restore them")
+        page = f"{before}{begin}\n{table(name, rows)}\n{END}{after}"
     return page
 
 
 def add(row: BoardRow, docs: Path = DOCS) -> None:
-    """Add a row to the file, and write the tables of the page again; raises UserError where there is no page."""
+    """Add a row to the file, and write the tables of the page again.
+
+    Raises:
+        UserError: there is no page, or a file is damaged.
+    """
     if not (docs / PAGE_FILE).is_file():
         raise UserError(f"{docs / PAGE_FILE} does not exist: add rows in a clone of the repository")
     rows = [*read_rows(docs), row]
+    page = page_with_rows((docs / PAGE_FILE).read_text(), rows)
     write_atomic(docs / ROWS_FILE, "".join(f"{one.to_json()}\n" for one in rows))
-    write_atomic(docs / PAGE_FILE, page_with_rows((docs / PAGE_FILE).read_text(), rows))
+    write_atomic(docs / PAGE_FILE, page)
 
 
 def main() -> int:

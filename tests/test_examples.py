@@ -23,14 +23,14 @@ ENTRIES = [  # image, category, whether it has a picture, whether it is used
 ]  # fmt: skip
 
 
+def add(archive: tarfile.TarFile, name: str, content: bytes) -> None:
+    member = tarfile.TarInfo(name)
+    member.size = len(content)
+    archive.addfile(member, io.BytesIO(content))
+
+
 def package(path: Path, leave_out: str = "") -> Path:
     """A package of npm's with a square of its own color for each entry."""
-
-    def add(archive: tarfile.TarFile, name: str, content: bytes) -> None:
-        member = tarfile.TarInfo(name)
-        member.size = len(content)
-        archive.addfile(member, io.BytesIO(content))
-
     listed: list[dict[str, Any]] = [
         {"image": f"{name}.png", "category": category, "has_img_google": has_picture}
         for name, category, has_picture, _ in ENTRIES
@@ -59,15 +59,22 @@ def test_emoji_are_put_into_folders_by_category(tmp_path: Path) -> None:
     assert pixel.tolist() == [0x7A, 0xF3, 0x01]
 
 
-@pytest.mark.parametrize("fault", ["exists", "no package", "an image is missing"])
+@pytest.mark.parametrize(
+    "fault", ["exists", "no package", "an image is missing", "no list", "no category", "no folder"]
+)
 def test_emoji_that_cannot_be_written_are_a_line_and_leave_no_folder(tmp_path: Path, fault: str) -> None:
     source = package(tmp_path / "package.tgz", leave_out="1f37a" if fault == "an image is missing" else "")
     if fault == "no package":
         source.write_bytes(b"<html>not found</html>")
+    if fault in ("no list", "no category"):
+        content: Any = {"emoji": 1} if fault == "no list" else [{"has_img_google": True, "category": None}]
+        with tarfile.open(source, "w:gz") as archive:
+            add(archive, "package/emoji.json", json.dumps(content).encode())
     if fault == "exists":
         (tmp_path / "images").mkdir()
-    done = emoji(source, tmp_path / "images")
+    done = emoji(source, source / "images" if fault == "no folder" else tmp_path / "images")
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
+    assert ("cannot be written" in done.stderr) == (fault == "no folder")
     assert sorted(path.name for path in tmp_path.iterdir()) == (["images"] if fault == "exists" else []) + [
         "package.tgz"
     ]

@@ -25,45 +25,64 @@ def main() -> int:
     parser.add_argument("out", type=Path, help="new folder for the images")
     asked = parser.parse_args()
     try:
-        counts = unpack(asked.package, asked.out)
-    except FileExistsError:
-        print(f"{asked.out} exists: give a new folder", file=sys.stderr)
-        return 2
-    except (OSError, EOFError, ValueError, KeyError, zlib.error, tarfile.TarError) as error:
+        images = read_images(asked.package)
+    except (
+        OSError,
+        EOFError,
+        ValueError,
+        TypeError,
+        LookupError,
+        AttributeError,
+        zlib.error,
+        tarfile.TarError,
+    ) as error:
         problem = str(error).splitlines()[0]
         print(f"{asked.package} is not the package emoji-datasource-google ({problem}): download it", file=sys.stderr)
         return 2
+    try:
+        write_images(images, asked.out)
+    except FileExistsError:
+        print(f"{asked.out} exists: give a new folder", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"{asked.out} cannot be written ({error.strerror}): give another folder", file=sys.stderr)
+        return 2
+    counts = Counter(name.split("/")[0] for name in images)
     for category, count in sorted(counts.items()):
         print(f"{count:5,} {category}")
     print(f"{counts.total():5,} images in {asked.out}")
     return 0
 
 
-def unpack(package: Path, out: Path) -> Counter[str]:
-    """Write `out/CATEGORY/IMAGE.png`; returns the number of images by category.
+def read_images(package: Path) -> dict[str, bytes]:
+    """The PNG files of the package by `CATEGORY/IMAGE.png`: 5 MB.
 
     Raises:
-        FileExistsError: `out` exists.
-        KeyError, ValueError, OSError, tarfile.TarError: the package is damaged, or another one.
+        KeyError, ValueError, TypeError, AttributeError, OSError, tarfile.TarError: it is damaged, or another package.
     """
     with tarfile.open(package) as archive:
         content = {member.name: member for member in archive if member.isfile()}
         listed = json.loads(_read(archive, content[LIST]))
         chosen = [one for one in listed if one["has_img_google"] and one["category"] not in LEFT_OUT]
-        images = {
-            f"{category_folder(one['category'])}/{Path(one['image']).name}": content[f"{IMAGES}/{one['image']}"]
+        return {
+            f"{category_folder(one['category'])}/{Path(one['image']).name}": _read(
+                archive, content[f"{IMAGES}/{one['image']}"]
+            )
             for one in chosen
         }
-        if out.exists():
-            raise FileExistsError(out)
-        out.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=out.parent) as unfinished:  # so that `out` is whole or missing
-            for name, member in images.items():
-                path = Path(unfinished) / "images" / name
-                path.parent.mkdir(parents=True, exist_ok=True)
-                path.write_bytes(_read(archive, member))
-            (Path(unfinished) / "images").rename(out)
-    return Counter(name.split("/")[0] for name in images)
+
+
+def write_images(images: dict[str, bytes], out: Path) -> None:
+    """Write the images to a new folder, which is whole or missing. Raises FileExistsError if it exists."""
+    if out.exists():
+        raise FileExistsError(out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out.parent) as unfinished:
+        for name, content in images.items():
+            path = Path(unfinished) / "images" / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(content)
+        (Path(unfinished) / "images").rename(out)
 
 
 def category_folder(category: str) -> str:

@@ -52,7 +52,7 @@ class OpenRun:
     def is_finished(self) -> bool:
         """Whether the model is written, and is not that of a shorter run that goes on."""
         model = self.path / "model"
-        return (model / "model.json").is_file() and _is_model_of(model, load_recipe(self.path / RECIPE_FILE))
+        return (model / "model.json").is_file() and is_model_of(model, load_recipe(self.path / RECIPE_FILE))
 
 
 @contextmanager
@@ -140,7 +140,7 @@ def _make_longer(path: Path, address: Folder, recipe: Recipe) -> None:
         _write_card(path, address, card.model_copy(update={"continued": [*card.continued, command]}))
 
 
-def _is_model_of(model: Path, recipe: Recipe) -> bool:
+def is_model_of(model: Path, recipe: Recipe) -> bool:
     """Whether a model folder is of this recipe."""
     return not (model / RECIPE_FILE).is_file() or not differing_keys(load_recipe(model / RECIPE_FILE), recipe)
 
