@@ -39,11 +39,11 @@ def main() -> int:
         problem = str(error).splitlines()[0]
         print(f"{asked.package} is not the package emoji-datasource-google ({problem}): download it", file=sys.stderr)
         return 2
-    try:
-        write_images(images, asked.out)
-    except FileExistsError:
+    if asked.out.exists():
         print(f"{asked.out} exists: give a new folder", file=sys.stderr)
         return 2
+    try:
+        write_images(images, asked.out)
     except OSError as error:
         print(f"{asked.out} cannot be written ({error.strerror}): give another folder", file=sys.stderr)
         return 2
@@ -73,9 +73,7 @@ def read_images(package: Path) -> dict[str, bytes]:
 
 
 def write_images(images: dict[str, bytes], out: Path) -> None:
-    """Write the images to a new folder, which is whole or missing. Raises FileExistsError if it exists."""
-    if out.exists():
-        raise FileExistsError(out)
+    """Write the images to a new folder, which is whole or missing; raises OSError where it cannot be written."""
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent) as unfinished:
         for name, content in images.items():
