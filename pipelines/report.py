@@ -29,6 +29,7 @@ from patchloom.platform.records.evaluation import EvaluationResult
 from patchloom.platform.records.reproduction import REPRODUCTION_FILE
 from patchloom.platform.records.run import last_progress
 from patchloom.platform.tracking.store import shown_uri
+from patchloom.redaction import redacted
 
 
 def report(folder: str, out: str) -> Path:
@@ -64,12 +65,14 @@ def _title_and_body(address: str, folder: Path) -> tuple[str, Markup]:
         return reproduction_section(address, folder)
     if (folder / DEMO_FILE).is_file():
         return "From photographs to samples", _demo_section(folder)
+    given = Folder.at(address)
+    name = redacted(given.address) if given.is_remote else given.name  # a remote folder has a local copy here
     if (folder / "search.json").is_file():
-        return search_title(folder), search_section(folder)
+        return search_title(folder), search_section(folder, name=name)
     if (folder / "run.json").is_file():
-        return run_title(folder), run_section(folder)
+        return run_title(folder, name), run_section(folder, name=name)
     if (folder / "sampling.json").is_file():
-        return f"Samples {folder.name}", samples_section(folder)
+        return f"Samples {name}", samples_section(folder, name)
     raise UserError(
         f"{folder} is not a run, search, samples, reproduction or demo: give the --out folder of one of these commands"
     )

@@ -27,20 +27,25 @@ DEFAULTS = {declared.name: declared.default for declared in fields(SampleOptions
 CELL_CHARACTERS = 90
 
 
-def samples_section(folder: Path) -> Markup:
-    """The body of the page of a sample folder, with its metrics if it was measured."""
-    card = SamplingCard.from_file(folder / "sampling.json")
-    measured, command = folder / METRICS_FILE, sample_command(card, folder)
+def samples_section(folder: Path, name: str = "") -> Markup:
+    """The body of the page of a sample folder, with its metrics if it was measured.
+
+    Args:
+        folder: the folder, or a local copy of it.
+        name: how commands name it; by default as the folder.
+    """
+    card, name = SamplingCard.from_file(folder / "sampling.json"), name or folder.name
+    measured, command = folder / METRICS_FILE, sample_command(card, folder, name)
     return render(
         "samples.html",
         model=card["model"]["reference"],
         sheet=Picture(folder / "contact_sheet.png", f"{sampling_text(card)}.", command=command),
-        metrics=metrics_section(measured) if measured.is_file() else None,
-        command="" if measured.is_file() else shlex.join(["patchloom", "evaluate", folder.name, *REFERENCE]),
+        metrics=metrics_section(measured, name=name) if measured.is_file() else None,
+        command="" if measured.is_file() else shlex.join(["patchloom", "evaluate", name, *REFERENCE]),
     )
 
 
-def sample_command(card: SamplingCard, folder: Path) -> str:
+def sample_command(card: SamplingCard, folder: Path, name: str) -> str:
     """The command that makes the samples of a folder again, elsewhere. Files that are not known are in capitals."""
     options = {key: value for key, value in (card.model_extra or {}).items() if value != DEFAULTS.get(key, value)}
     known = {
@@ -55,11 +60,11 @@ def sample_command(card: SamplingCard, folder: Path) -> str:
         "shard_size": card.shard_size,
         "batch": card.batch,
     }
-    words = ["patchloom", "sample", card.model.reference, f"{folder.name}-again"]
+    words = ["patchloom", "sample", card.model.reference, f"{name}-again"]
     words += ["--seeds", seed_ranges(entry.seed for entry in read_entries(Folder.at(folder)))]
-    for name, value in {**options, **known}.items():
+    for option, value in {**options, **known}.items():
         if value is not None:
-            words.append(f"--{name.replace('_', '-')}={_option_text(name, value)}")
+            words.append(f"--{option.replace('_', '-')}={_option_text(option, value)}")
     return shlex.join(words)
 
 
@@ -84,15 +89,16 @@ def sampling_text(options: Record) -> str:
     return f"{options['sampler']}, {steps}, guidance {options['guidance']:g}{half}"
 
 
-def metrics_section(path: Path, command: str = "") -> Markup:
+def metrics_section(path: Path, command: str = "", name: str = "") -> Markup:
     """The metrics in a `metrics.json`, with their notes and pictures and what they depend on.
 
     Args:
         path: the file.
         command: the command that measures the same; that of the file by default.
+        name: how commands name the samples; by default as the folder of the file.
     """
     result = EvaluationResult.read(path)
-    command = command or evaluate_command(result, path.parent.name)
+    command = command or evaluate_command(result, name or path.parent.name)
     shown = [_metric(name, f"{result.metrics[name]:.4g}") for name in TITLES if name in result.metrics]
     nearest = "Top: the samples nearest to a reference image. Bottom: that reference image. Equal pairs are copies."
     density = "Top: samples where reference images are densest. Bottom: samples where they are sparsest."

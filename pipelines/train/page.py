@@ -24,14 +24,15 @@ from patchloom.redaction import redacted
 SHOWN_PREVIEWS, SHOWN_CLASSES = 3, 8
 
 
-def run_section(folder: Path, command: str = "") -> Markup:
+def run_section(folder: Path, command: str = "", name: str = "") -> Markup:
     """The body of the page of a run folder. The run may still be training.
 
     Args:
         folder: the folder.
         command: the command that does the same as the run; that of its card by default.
+        name: how commands name it; by default as the folder.
     """
-    lines, about, command = read_progress(folder), _about(folder), command or train_command(folder)
+    lines, about, command = read_progress(folder), _about(folder), command or train_command(folder, name)
     if not lines:
         return render("run.html", about=about, counts=[])
     with_preview = _spread([line for line in lines if line.preview], SHOWN_PREVIEWS)
@@ -47,7 +48,7 @@ def run_section(folder: Path, command: str = "") -> Markup:
     )
 
 
-def train_command(folder: Path) -> str:
+def train_command(folder: Path, name: str = "") -> str:
     """The command of a run. Where it was not recorded, one that trains its recipe on its dataset.
 
     What is not known is in capitals. An autoencoder's run without a command has none.
@@ -55,14 +56,14 @@ def train_command(folder: Path) -> str:
     card = RunCard.read(folder)
     if card.command or card.kind == "autoencoder":
         return " && ".join([card.command, *card.continued])
-    recipe, dataset = f"{folder.name}/{RECIPE_FILE}", card.dataset or "DATASET"
-    return shlex.join(["patchloom", "train", recipe, "--data", redacted(dataset), "--out", f"{folder.name}-again"])
+    name, dataset = name or folder.name, redacted(card.dataset or "DATASET")
+    return shlex.join(["patchloom", "train", f"{name}/{RECIPE_FILE}", "--data", dataset, "--out", f"{name}-again"])
 
 
-def run_title(folder: Path) -> str:
+def run_title(folder: Path, name: str) -> str:
     """`Training of demo-pixels`: the title of the page of a run folder."""
     if RunCard.read(folder).kind == "autoencoder":
-        return f"Training of the autoencoder {folder.name}"
+        return f"Training of the autoencoder {name}"
     return f"Training of {load_recipe(folder / RECIPE_FILE).name}"
 
 

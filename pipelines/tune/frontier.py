@@ -10,7 +10,7 @@ import numpy as np
 from pydantic import JsonValue
 
 from patchloom.pipelines.tune.decisions import MOST_SEEDS, ComparedSettings
-from patchloom.pipelines.tune.ranking import HELD_OUT_LOSS, RankedSetting, comparable, mean_of, of_budget, ranked
+from patchloom.pipelines.tune.ranking import HELD_OUT_LOSS, RankedSetting, mean_of, of_budget, ranked, tested_settings
 from patchloom.platform.recipe.search import SCHEDULE_KEY
 from patchloom.platform.records.run import ProgressLine, read_progress
 from patchloom.platform.records.search import TrialRow
@@ -255,7 +255,7 @@ def decision(order: Sequence[RankedSetting]) -> str:
 
     The error is pooled over the settings; see `decisions`. If the seeds do not decide, it says how many would.
     """
-    order = comparable(order)
+    order = tested_settings(order)
     compared = ComparedSettings([setting.by_seed for setting in order])
     if len(order) == 1:
         return "It is the only one whose trainings all finished."

@@ -97,12 +97,13 @@ def search_title(folder: Path) -> str:
     return f"Search {SearchCard.read(Folder.at(folder)).search.name}"
 
 
-def search_section(folder: Path, command: str = "") -> Markup:
+def search_section(folder: Path, command: str = "", name: str = "") -> Markup:
     """The body of the page of a search folder; raises UserError where no trial has finished.
 
     Args:
         folder: the folder.
         command: the command that does the same as the search; that of its card by default.
+        name: how commands name it; by default as the folder.
     """
     card, trials = SearchCard.read(Folder.at(folder)), read_trials(Folder.at(folder))
     search, seeds, all_trials = card.search, card.seeds, trials
@@ -113,7 +114,7 @@ def search_section(folder: Path, command: str = "") -> Markup:
     curves = {trial.name: held_out_curve(folder, trial) for trial in trials}
     keys = list(dict.fromkeys([*search.space, *(key for setting in search.also for key in setting)]))
     effects = frontier.key_effects(trials, keys, search.metric)
-    command = command or tune_command(card, folder.name, _dataset_of(folder, trials))
+    command = command or tune_command(card, name or folder.name, _dataset_of(folder, trials))
     return render(
         "search.html",
         command=command,

@@ -85,7 +85,7 @@ def _ranked_setting(trials: list[TrialRow], metric: str, is_whole: bool) -> Rank
     return RankedSetting(trials[0].settings, trials, mean(values), spread, metric, is_whole)
 
 
-def comparable(order: Sequence[RankedSetting]) -> list[RankedSetting]:
+def tested_settings(order: Sequence[RankedSetting]) -> list[RankedSetting]:
     """The settings that a test can compare, best first: those that had the largest share of the budget, and of them
     those that are whole, if any is.
     """

@@ -10,9 +10,9 @@ from patchloom.pipelines.tune.frontier import METRIC_TITLES, KeyEffect, cost_of_
 from patchloom.pipelines.tune.ranking import (
     HELD_OUT_LOSS,
     RankedSetting,
-    comparable,
     is_number_value,
     mean_of,
+    tested_settings,
     value_order,
     value_title,
 )
@@ -53,7 +53,7 @@ def search_summary(
         budget: the budget of a trial, as text.
         command: the command that started it.
     """
-    tested = comparable(order)
+    tested = tested_settings(order)
     decided, undecided = _decisions(tested, effects)
     facts = [
         Fact("compared", _compared(card, trials, order, budget)),
@@ -128,12 +128,12 @@ def _left_out(order: Sequence[RankedSetting], tested: Sequence[RankedSetting]) -
 
 def is_decided(order: Sequence[RankedSetting]) -> bool:
     """Whether the seeds decide that the first setting is the best one of those that can be compared."""
-    return ComparedSettings([setting.by_seed for setting in comparable(order)]).winner == 0
+    return ComparedSettings([setting.by_seed for setting in tested_settings(order)]).winner == 0
 
 
 def about_best(order: Sequence[RankedSetting]) -> str:
     """Whether the lead of the best setting is more than chance."""
-    order = comparable(order)
+    order = tested_settings(order)
     if len(order) == 1:
         return "Which setting is the best one: only one can be compared."
     compared = ComparedSettings([setting.by_seed for setting in order])

@@ -65,7 +65,8 @@ def test_a_remote_run_of_remote_data_on_workers_is_the_local_run(
     assert_equal_models(result.folder, tmp_path / "here")
     assert shown == sorted(set(shown)) and shown[-1] == 39
     assert register(run, "remote").startswith("models:/remote/")
-    assert "Run workers" in report(run, str(tmp_path / "page.html")).read_text()
+    page = report(run, str(tmp_path / "page.html")).read_text()
+    assert f"--out {run}-again" in page and "-copy" not in page  # the address, not that of the copy on this machine
 
 
 def test_an_address_that_cannot_be_reached_is_said_in_a_line(s3: str, pixels: Path) -> None:

@@ -157,7 +157,7 @@ def test_samples_have_the_command_that_makes_them(options: dict[str, Any], words
     place = make_folder(tmp_path / "samples")
     entries = [ManifestEntry(seed=seed, label=0, file="a", sha256="d").to_json() for seed in (0, 1, 2, 7)]
     (place / "manifest.jsonl").write_text("\n".join([*entries, ""]))
-    line = sample_command(SamplingCard.model_validate(card | sampling), place)
+    line = sample_command(SamplingCard.model_validate(card | sampling), place, "samples")
     assert checked_command(line)[:6] == ["patchloom", "sample", "models:/a/1", "samples-again", "--seeds", "0-2,7"]
     assert checked_command(line)[6:] == words
 
