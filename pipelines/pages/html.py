@@ -202,6 +202,7 @@ def tidy(axes: Any) -> None:
     """
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", color="#e6eaee")
+    axes.yaxis.labelpad = 10  # a zoom has longer numbers than the whole plot
     handles = axes.get_legend_handles_labels()[0]
     if not handles:
         return
