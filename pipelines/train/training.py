@@ -203,7 +203,7 @@ def _progress_bar(recipe: Recipe, folder: Path) -> Iterator[ShowLine]:
                     f"{line.data_wait_share:.0%} waiting for data" if line.data_wait_share >= SHOWN_WAIT_SHARE else ""
                 )
                 share = f"{line.model_flops_utilisation:.0%} of peak FLOP/s" if line.has_utilisation else ""
-                last = "writing the model" if line.images_seen >= recipe.train.images else ""
+                last = "" if line.eta_seconds else "writing the model"  # steps are planned, counted images are not
                 meter.update(line.images_seen, last, f"loss {loss}", waits, share, *sizes)
 
         yield show
