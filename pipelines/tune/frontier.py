@@ -146,19 +146,25 @@ class KeyEffect:
         return self.share > self.by_chance
 
 
-def key_effects(trials: Sequence[TrialRow], keys: Sequence[str], metric: str) -> list[KeyEffect]:
+def key_effects(
+    trials: Sequence[TrialRow], keys: Sequence[str], metric: str, are_drawn: bool = False
+) -> list[KeyEffect]:
     """The effect of each key on a metric over finished trials, largest first. Keys that did not vary are skipped.
 
-    Where numbers were drawn, every setting has its own values of all keys, and its repeats are one observation. In a
-    grid, repeats are observations of their own.
+    Args:
+        trials: the trials.
+        keys: the keys.
+        metric: the metric.
+        are_drawn: whether numbers were drawn. Then every setting has its own values of all keys, and its repeats are
+            one observation. In a grid, repeats are observations of their own.
     """
     finished = [trial for trial in trials if trial.status == "finished"]
-    settings = [setting.trials for setting in ranked(finished, metric)]
     varied = [
         key for key in keys if len({repr(trial.settings[key]) for trial in finished if key in trial.settings}) > 1
     ]
-    is_drawn = len(varied) > 1 and any(_is_drawn([group[0] for group in settings], key) for key in varied)
-    observations = settings if is_drawn else [[trial] for trial in finished]
+    observations = [[trial] for trial in finished]
+    if are_drawn:
+        observations = [setting.trials for setting in ranked(finished, metric)]
     found = []
     for key in varied:
         with_key = [group for group in observations if key in group[0].settings]
@@ -171,13 +177,6 @@ def key_effects(trials: Sequence[TrialRow], keys: Sequence[str], metric: str) ->
         by_chance = float(np.quantile(shares, 1 - FALSE_EFFECTS / len(varied), method="higher"))
         found.append(KeyEffect(key, share_of(losses), by_chance))
     return sorted(found, key=lambda effect: -effect.share)
-
-
-def _is_drawn(settings: Sequence[TrialRow], key: str) -> bool:
-    """Whether most settings have their own value of a key, and all values are numbers."""
-    values = [setting.settings[key] for setting in settings if key in setting.settings]
-    are_numbers = all(isinstance(value, (int, float)) for value in values)
-    return are_numbers and len(set(map(repr, values))) > len(values) / 2 and len(values) >= MIN_PAIRS
 
 
 def _explained_share(values: list[JsonValue]) -> Callable[[np.ndarray], float] | None:
@@ -256,9 +255,9 @@ def decision(order: Sequence[RankedSetting]) -> str:
     The error is pooled over the settings; see `decisions`. If the seeds do not decide, it says how many would.
     """
     order = tested_settings(order)
-    compared = ComparedSettings([setting.by_seed for setting in order])
     if len(order) == 1:
         return "It is the only one whose trainings all finished."
+    compared = ComparedSettings([setting.by_seed for setting in order])
     rival = compared.rival(0)
     needed = compared.decisive_difference(0, rival)
     if needed is None:

@@ -113,7 +113,8 @@ def search_section(folder: Path, command: str = "", name: str = "") -> Markup:
         raise UserError(f"{folder} has no finished trial: wait for `patchloom tune`, or continue it with --restore")
     curves = {trial.name: held_out_curve(folder, trial) for trial in trials}
     keys = list(dict.fromkeys([*search.space, *(key for setting in search.also for key in setting)]))
-    effects = frontier.key_effects(trials, keys, search.metric)
+    are_drawn = any(value.is_drawn for value in search.space.values())
+    effects = frontier.key_effects(trials, keys, search.metric, are_drawn)
     command = command or tune_command(card, name or folder.name, _dataset_of(folder, trials))
     return render(
         "search.html",

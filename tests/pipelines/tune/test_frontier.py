@@ -145,10 +145,24 @@ def test_repeats_of_drawn_settings_are_one_observation(monkeypatch: pytest.Monke
             for number, (rate, width) in enumerate(drawn)
             for repeat, loss in enumerate(1000 * rate + generator.normal(0, 0.01, 3))
         ]
-        for effect in key_effects(trials, list(seen), "held_out_loss"):
+        for effect in key_effects(trials, list(seen), "held_out_loss", are_drawn=True):
             seen[effect.key] += effect.is_seen
     assert seen["optimizer.lr"] == 80
     assert seen["model.width"] / 80 < 0.05 + 3 * math.sqrt(0.05 * 0.95 / 80)
+
+
+def test_repeats_of_a_grid_are_observations_though_most_settings_have_their_own_value() -> None:
+    """A minimum in the middle has no rank correlation with p, but four seeds of each p show it."""
+    losses = [(0.0, 0.5), (0.25, 0.3), (0.5, 0.1), (0.75, 0.3), (1.0, 0.5)]
+    trials = [
+        trial(f"{p}-{repeat}", {"patches.p": p, "patches.schedule": "stochastic"}, loss + repeat / 1000, repeat)
+        for p, loss in losses
+        for repeat in range(4)
+    ]
+    extra = {"patches.p": 0.5, "patches.schedule": "progressive"}
+    trials += [trial(f"also-{repeat}", extra, 0.3 + repeat / 1000, repeat) for repeat in range(4)]
+    effects = {effect.key: effect for effect in key_effects(trials, ["patches.p", "patches.schedule"], "held_out_loss")}
+    assert effects["patches.p"].is_seen
 
 
 def test_many_keys_without_effect_are_rarely_seen_together(monkeypatch: pytest.MonkeyPatch) -> None:
