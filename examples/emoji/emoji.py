@@ -16,6 +16,7 @@ from pathlib import Path
 
 LIST, IMAGES = "package/emoji.json", "package/img/google/64"
 LEFT_OUT = ("People & Body", "Component")
+DAMAGED = (OSError, EOFError, ValueError, TypeError, LookupError, AttributeError, zlib.error, tarfile.TarError)
 
 
 def main() -> int:
@@ -26,16 +27,7 @@ def main() -> int:
     asked = parser.parse_args()
     try:
         images = read_images(asked.package)
-    except (
-        OSError,
-        EOFError,
-        ValueError,
-        TypeError,
-        LookupError,
-        AttributeError,
-        zlib.error,
-        tarfile.TarError,
-    ) as error:
+    except DAMAGED as error:
         problem = str(error).splitlines()[0]
         print(f"{asked.package} is not the package emoji-datasource-google ({problem}): download it", file=sys.stderr)
         return 2

@@ -111,17 +111,13 @@ class Measured:
         different seeds differ less.
         """
         errors = [self._error(cell.share) for cell in (one, other)]
-        parts = [
-            (variance / len(cell.trials), freedom)
-            for cell, (variance, freedom) in zip((one, other), errors, strict=True)
-        ]
-        if not all(freedom for _, freedom in parts):
+        if not all(freedom for _, freedom in errors):
             return None
-        total = sum(part for part, _ in parts)
-        if total == 0:
+        parts = [error / len(cell.trials) for cell, (error, _) in zip((one, other), errors, strict=True)]
+        if sum(parts) == 0:
             return 0.0
-        freedom = total**2 / sum(part**2 / freedom for part, freedom in parts)  # Welch and Satterthwaite
-        return t_quantile(int(freedom)) * math.sqrt(total)
+        squares = sum(part**2 / freedom for part, (_, freedom) in zip(parts, errors, strict=True))
+        return t_quantile(int(sum(parts) ** 2 / squares)) * math.sqrt(sum(parts))  # Welch and Satterthwaite
 
     def _error(self, share: float) -> tuple[float, int]:
         """The variance of a value over seeds, pooled over the settings of a share, and its degrees of freedom."""
