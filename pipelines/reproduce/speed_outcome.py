@@ -13,6 +13,7 @@ from patchloom.pipelines.pages.html import Number, Picture, Table, svg, tidy
 from patchloom.pipelines.registry.quality import TITLES
 from patchloom.pipelines.reproduce.outcome import Finding, Outcome
 from patchloom.pipelines.tune.decisions import ComparedSettings, t_quantile
+from patchloom.pipelines.tune.ranking import with_spread
 from patchloom.platform.progress import clock
 from patchloom.platform.records.speed import SpeedResults, SpeedTrial
 
@@ -125,15 +126,6 @@ class Measured:
         freedom = sum(len(group) - 1 for group in groups)
         squares = sum((len(group) - 1) * variance(group) for group in groups if len(group) > 1)
         return (squares / freedom if freedom else 0.0), freedom
-
-
-def with_spread(values: Sequence[float]) -> str:
-    """The mean and the standard deviation, whose first two digits are shown: `0.1234 ± 0.0012`."""
-    spread = stdev(values) if len(values) > 1 else 0.0
-    if spread == 0:
-        return f"{mean(values):.4g}" + (" ± 0" if len(values) > 1 else "")
-    digits = max(0, 1 - math.floor(math.log10(spread) + 1e-9))
-    return f"{mean(values):.{digits}f} ± {spread:.{digits}f}"
 
 
 def outcome_of(results: SpeedResults, samples: Picture, details: Sequence[tuple[str, Markup]] = ()) -> Outcome:

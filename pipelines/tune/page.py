@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 from typing import Any
 
 from markupsafe import Markup
@@ -34,6 +34,7 @@ from patchloom.pipelines.tune.ranking import (
     ranked,
     setting_title,
     value_title,
+    with_spread,
 )
 from patchloom.pipelines.tune.summary import search_summary, tune_command
 from patchloom.platform.files.folder import Folder
@@ -281,15 +282,9 @@ def _equal_cost_table(comparison: EqualCostComparison) -> Table:
     lowest = {sigma: min(range(len(losses)), key=lambda row: mean(losses[row][sigma])) for sigma in sigmas}
     rows = []
     for number, setting in enumerate(comparison.order):
-        cells = [
-            _mean_with_spread(losses[number][sigma]) + (" *" if lowest[sigma] == number else "") for sigma in sigmas
-        ]
+        cells = [with_spread(losses[number][sigma]) + (" *" if lowest[sigma] == number else "") for sigma in sigmas]
         rows.append([setting.title, setting.value(), *cells])
     return Table(["setting", "held-out loss", *(f"sigma {sigma}" for sigma in sigmas)], rows, marks_first=True)
-
-
-def _mean_with_spread(values: Sequence[float]) -> str:
-    return f"{mean(values):.3f}" + (f" ± {stdev(values):.3f}" if len(values) > 1 else "")
 
 
 def _importance_table(effects: Sequence[KeyEffect]) -> Table:

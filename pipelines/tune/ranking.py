@@ -1,5 +1,6 @@
 """Ranking: the settings of a search, best first, by the mean over their repeats."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import mean, stdev
@@ -50,6 +51,15 @@ class RankedSetting:
     def value_of_n(self) -> str:
         """`0.5123 ± 0.0040 (n = 3)`."""
         return self.value() + ("" if self.spread is None else f" (n = {len(self.trials)})")
+
+
+def with_spread(values: Sequence[float]) -> str:
+    """The mean and the standard deviation, whose first two digits are shown: `0.1234 ± 0.0012`."""
+    spread = stdev(values) if len(values) > 1 else 0.0
+    if spread == 0:
+        return f"{mean(values):.4g}" + (" ± 0" if len(values) > 1 else "")
+    digits = max(0, 1 - math.floor(math.log10(spread) + 1e-9))
+    return f"{mean(values):.{digits}f} ± {spread:.{digits}f}"
 
 
 def mean_of(trials: Sequence[TrialRow], field: str) -> float | None:

@@ -10,7 +10,8 @@ import pytest
 from patchloom.errors import UserError
 from patchloom.pipelines.pages.html import Picture
 from patchloom.pipelines.reproduce.speed import gathered
-from patchloom.pipelines.reproduce.speed_outcome import Cell, answer, measures, outcome_of, with_spread
+from patchloom.pipelines.reproduce.speed_outcome import Cell, answer, measures, outcome_of
+from patchloom.pipelines.tune.ranking import with_spread
 from patchloom.platform.files.folder import Folder
 from patchloom.platform.records.evaluation import EvaluationIdentity, EvaluationResult
 from patchloom.platform.records.run import ProgressLine, training_seconds, write_progress
