@@ -6,10 +6,9 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from patchloom.models.denoiser import Denoiser
-from patchloom.models.normalisation import Normalisation
+from patchloom.models.normalisation import identity_normalisation
 from patchloom.models.patches import PatchSchedule, PatchSize
-from patchloom.models.step import StoredRows, new_state, training_step
+from patchloom.models.step import StoredRows, TrainingState, training_step
 from patchloom.models.step_plan import CropGroup, StepPlan, StepSettings, plan_step
 
 PLANNED_STEPS = 4000
@@ -84,25 +83,23 @@ def estimated_gain(settings: StepSettings, cost_of_crop: Mapping[int, float], wo
 
 
 def measured_seconds_of_crop(
-    denoiser: Denoiser, settings: StepSettings, normalisation: Normalisation, workers: int = 1, repeats: int = 3
+    state: TrainingState, settings: StepSettings, workers: int = 1, repeats: int = 3
 ) -> dict[int, float]:
     """Measure the seconds of a crop in a training step, on this machine.
 
-    The steps train on noise and change the weights of `denoiser`.
+    The steps train on noise and change the weights.
 
     Args:
-        denoiser: the network, on the device to measure.
+        state: a state before its first step, on the device to measure.
         settings: the settings of the run.
-        normalisation: any normalisation with the channels of the network.
         workers: number of workers; a step has the largest share of one worker.
         repeats: measured steps per size; the fastest one counts.
 
     Returns:
         Seconds by patch size in pixels.
     """
-    state = new_state(denoiser, [], settings, (0.9, 0.999), 1e-8)
-    resolution = settings.schedule.sizes[0].pixels
-    device = state.gradients.flat.device
+    denoiser, device = state.denoiser, state.gradients.flat.device
+    normalisation, resolution = identity_normalisation(denoiser.channels), settings.schedule.sizes[0].pixels
     seconds = {size.pixels: float("inf") for size in settings.schedule.sizes}
     for number in range(repeats + 1):  # the first one is a warm-up
         for size in settings.schedule.sizes:

@@ -31,18 +31,24 @@ def one_thread() -> Iterator[None]:
 
 
 @contextmanager
+def kept_arithmetic() -> Iterator[None]:
+    """Restore at the end of the block how this process rounds and chooses kernels on GPUs."""
+    cudnn, rounding = torch.backends.cudnn, torch.get_float32_matmul_precision()
+    flags = cudnn.allow_tf32, cudnn.benchmark, cudnn.deterministic
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(rounding)
+        cudnn.allow_tf32, cudnn.benchmark, cudnn.deterministic = flags
+
+
+@contextmanager
 def fixed_arithmetic() -> Iterator[None]:
     """Compute the same bytes each time inside the block, and restore the settings of this process at its end.
 
     The CPU uses one thread. GPUs use neither TF32 nor kernels that were chosen by their speed or add in any order.
     """
-    cudnn, rounding = torch.backends.cudnn, torch.get_float32_matmul_precision()
-    flags = cudnn.allow_tf32, cudnn.benchmark, cudnn.deterministic
-    try:
-        with one_thread():
-            set_rounding("fp32")
-            cudnn.benchmark, cudnn.deterministic = False, True
-            yield
-    finally:
-        torch.set_float32_matmul_precision(rounding)
-        cudnn.allow_tf32, cudnn.benchmark, cudnn.deterministic = flags
+    with kept_arithmetic(), one_thread():
+        set_rounding("fp32")
+        torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic = False, True
+        yield

@@ -95,7 +95,8 @@ def evaluate(
     sets = _extract(measured, compared, statistics, network, features, chosen, workers, batch, resources)
     if save_reference:
         _save_reference(sets, save_reference, _outputs(chosen))
-    evaluation = Evaluation(metrics=_metrics(sets, chosen), identity=identity_of(sets, network, reference))
+    identity = identity_of(sets, network, reference, _outputs(chosen))
+    evaluation = Evaluation(metrics=_metrics(sets, chosen), identity=identity)
     result = write_result(evaluation, sets, out or default_address(measured), reference)
     print_result(result)
     return result

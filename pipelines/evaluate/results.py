@@ -9,7 +9,7 @@ from pydantic import JsonValue
 
 from patchloom import __version__
 from patchloom.errors import UserError
-from patchloom.models.features import Features
+from patchloom.models.features import POOL, Features
 from patchloom.models.metrics import COLOUR_LAYOUT, EXTRAPOLATION_ROWS, INTERVAL_ROWS, KID_SUBSET_SIZE, KID_SUBSETS
 from patchloom.pipelines.evaluate.image_sets import ImageSet, SampleImages, sha256_at
 from patchloom.pipelines.evaluate.metrics import FEW_SAMPLES, NEIGHBOURS, ComparedSets
@@ -32,8 +32,15 @@ NOT_IN_IDENTITY = ("model", "batch", "threads", "device", "format", "shard_size"
 DEFAULTS_NOT_IN_IDENTITY = {"precision": "fp32"}  # results of versions without these options stay comparable
 
 
-def identity_of(sets: ComparedSets, network: Features, reference: str) -> EvaluationIdentity:
-    """Everything that the metrics depend on, except the measured images."""
+def identity_of(sets: ComparedSets, network: Features, reference: str, outputs: tuple[str, ...]) -> EvaluationIdentity:
+    """Everything that the metrics depend on, except the measured images.
+
+    Args:
+        sets: what is compared.
+        network: the feature network.
+        reference: the address of the reference.
+        outputs: those of the network that were computed; none for metrics that compare the images themselves.
+    """
     images = sets.samples.images
     options = {
         key: value
@@ -41,9 +48,10 @@ def identity_of(sets: ComparedSets, network: Features, reference: str) -> Evalua
         if key not in NOT_IN_IDENTITY and (key, value) not in DEFAULTS_NOT_IN_IDENTITY.items()
     }
     seeds = seed_ranges(images.seeds()) if isinstance(images, SampleImages) else None
+    used = POOL if POOL in outputs else next(iter(outputs), None)
     return EvaluationIdentity.model_validate({
         **network.describe().to_json(),
-        "width": len(sets.samples.moments().mean),
+        "width": len(sets.samples.moments(used).mean) if used else 0,
         "quantisation": "uint8",
         "images": images.kind,
         "n_samples": len(images),

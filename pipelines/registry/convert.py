@@ -221,6 +221,8 @@ def _place_of(folder: Folder) -> Path:
 def _written(folder: Folder) -> Iterator[Path]:
     """A temporary folder that becomes the model folder at the end of the block. A remote one gets its card last."""
     here = Folder(str(_place_of(folder)))
+    if folder.is_remote:  # a model that was written to this address, and removed there, leaves a copy here
+        shutil.rmtree(here.path, ignore_errors=True)
     make_folder(here.path.parent)
     with whole_folder(here.path) as partial:
         yield partial

@@ -49,9 +49,10 @@ def efficiency_outcome(place: ReproductionFolder, here: Path) -> Outcome:
             [title, *(f"{mean(line[images].values()):.4f}" if images in line else "" for images in amounts.images)]
             for title, line in values.items()
         ]
-        if field == MEMORISED_SHARE:
-            chance = chance_by_amount(amounts)
-            rows.append(["held-out images (chance)", *(f"{chance[images]:.4f}" for images in amounts.images)])
+        chance = chance_by_amount(amounts) if field == MEMORISED_SHARE else {}
+        if chance:  # not measured with very many training images
+            shown = (f"{chance[images]:.4f}" if images in chance else "" for images in amounts.images)
+            rows.append(["held-out images (chance)", *shown])
         header = ["setting", *(f"{images:,} images" for images in amounts.images)]
         measured = MEASURED_TITLES[field]
         title = f"{measured[0].upper()}{measured[1:]}, means over seeds"

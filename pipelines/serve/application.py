@@ -130,12 +130,14 @@ class ModelServer:
         wanted = checked_request(body, self.model.card, limits, self.arguments.batch)
         try:
             async with asyncio.timeout(timeout):
-                answer: _Answer | None = await self._sample(_Waiting(wanted, limits.deadline()))
+                answer: _Answer | RefusedRequest | None = await self._sample(_Waiting(wanted, limits.deadline()))
             if answer is None:
                 raise TimeoutError
         except TimeoutError:
             problem = f"no image within {timeout:g} seconds (request_timeout_s): ask for less, or try again later"
             raise RefusedRequest(503, problem) from None
+        if isinstance(answer, RefusedRequest):
+            raise answer
         headers = {BATCH_IMAGES_HEADER: str(answer.batch_images)}
         pngs = [png_bytes(image) for image in answer.images]
         if wanted.format == "png":
@@ -147,12 +149,12 @@ class ModelServer:
         return JSONResponse({"model": self.fetched.reference, "images": rows}, headers=headers)
 
     @serve.batch(batch_size_fn=lambda waiting: sum(len(one.request.seeds) for one in waiting))  # type: ignore[untyped-decorator]
-    async def _sample(self, waiting: list[_Waiting]) -> list[_Answer | None]:
+    async def _sample(self, waiting: list[_Waiting]) -> list[_Answer | RefusedRequest | None]:
         """Sample requests together; those with the same options share the network's batches."""
         return await asyncio.to_thread(self._sample_all, waiting)  # health checks are answered meanwhile
 
-    def _sample_all(self, waiting: list[_Waiting]) -> list[_Answer | None]:
-        answers: dict[int, _Answer] = {}
+    def _sample_all(self, waiting: list[_Waiting]) -> list[_Answer | RefusedRequest | None]:
+        answers: dict[int, _Answer | RefusedRequest] = {}
         alive = [number for number, one in enumerate(waiting) if one.deadline.at_s > time.monotonic()]
         for sampling in dict.fromkeys(waiting[number].request.sampling for number in alive):
             group = [number for number in alive if waiting[number].request.sampling == sampling]
@@ -163,6 +165,9 @@ class ModelServer:
             try:
                 images = sample_classes(self.model, seeds, classes, sampling, self.arguments.batch, last.check)
             except RequestTooSlow:
+                continue
+            except ValueError as error:  # the model cannot be sampled with these options: others in the batch can be
+                answers.update(dict.fromkeys(group, RefusedRequest(422, str(error))))
                 continue
             ends = np.cumsum([len(request.seeds) for request in requests])
             for number, part in zip(group, np.split(images, ends[:-1]), strict=True):

@@ -9,12 +9,11 @@ from patchloom.models.cost import Gain, estimated_gain, largest_group, measured_
 from patchloom.models.denoiser import build_denoiser, skeleton
 from patchloom.models.flops import evaluation_flops, flops_by_size, parameter_count
 from patchloom.models.memory import frozen_bytes, training_bytes
-from patchloom.models.normalisation import identity_normalisation
 from patchloom.models.step import HALF_PRECISIONS
 from patchloom.models.step_plan import StepSettings
 from patchloom.pipelines.train.data_shape import DataShape, opened
 from patchloom.pipelines.train.model_card import new_denoiser_config
-from patchloom.pipelines.train.run import step_settings
+from patchloom.pipelines.train.run import first_state, step_settings
 from patchloom.pipelines.train.shard_plan import training_rows, unchecked_plan
 from patchloom.platform.compute.devices import own_device
 from patchloom.platform.dataset.prepared import Dataset
@@ -161,7 +160,8 @@ def describe_plan(
         raise UserError(f"--measure needs the weights of {recipe.model.base} and its data: give a dataset with --data")
     if measure:
         denoiser = build_denoiser(network).to(own_device()).train()
-        cost_of_crop = measured_seconds_of_crop(denoiser, settings, identity_normalisation(denoiser.channels), workers)
+        state = first_state(denoiser, recipe.optimizer, recipe.ema, settings)
+        cost_of_crop = measured_seconds_of_crop(state, settings, workers)
     return RunEstimate(
         parameters=counts.parameters,
         updates=counts.updates,

@@ -1,5 +1,6 @@
 """The state of a training run in one worker, opened at its newest checkpoint."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -35,7 +36,7 @@ from patchloom.platform.compute.workers import Worker
 from patchloom.platform.dataset.prepared import Dataset, open_dataset
 from patchloom.platform.files.folder import Folder
 from patchloom.platform.files.storage import whole_folder
-from patchloom.platform.recipe.run_recipe import AverageSection, Recipe, recipe_yaml
+from patchloom.platform.recipe.run_recipe import AverageSection, OptimizerSection, Recipe, recipe_yaml
 
 STORED_COLUMNS = ("image", "mean", "std", "label")
 
@@ -214,7 +215,6 @@ def open_run(worker: Worker, job: TrainJob) -> TrainingRun:
     recipe, folder = job.recipe, Path(job.folder)
     device = worker.device
     settings = step_settings(recipe, job.card.denoiser.resolution, job.draws_version)
-    set_rounding(recipe.train.precision)
     torch.manual_seed(derive_seed(recipe.seed, "weights"))
     denoiser, dataset = build_denoiser(job.card.denoiser), open_dataset(job.dataset)
     newest = starting_checkpoint(worker, folder)
@@ -225,18 +225,25 @@ def open_run(worker: Worker, job: TrainJob) -> TrainingRun:
     denoiser = denoiser.to(device).train()
     if newest is None:
         share_initial_weights(worker, denoiser)
-    if device.type == "cuda":
-        to_channels_last(denoiser)
-        torch.backends.cudnn.benchmark = True  # a run has one shape per patch size and microbatch
-    emas = [new_average(denoiser, average) for average in recipe.ema]
-    optimizer = recipe.optimizer
-    state = new_state(denoiser, emas, settings, (optimizer.beta1, optimizer.beta2), optimizer.eps)
+    state = first_state(denoiser, recipe.optimizer, recipe.ema, settings)
     if newest is not None:
         load_checkpoint(newest, state)
     if job.compile:  # after the averages were copied, which sample without compiling
         compile_network(denoiser, settings.schedule)
     reader = RowReader(dataset, recipe, device, job.draws_version, job.card.condition, denoiser.text_shape is not None)
     return TrainingRun(job, settings, reader, state, worker, device)
+
+
+def first_state(
+    denoiser: Denoiser, optimizer: OptimizerSection, averages: Sequence[AverageSection], settings: StepSettings
+) -> TrainingState:
+    """The state before the first step of a network on its device. Sets how this process rounds and chooses kernels."""
+    set_rounding(settings.precision)
+    if next(denoiser.parameters()).is_cuda:
+        to_channels_last(denoiser)
+        torch.backends.cudnn.benchmark = True  # a run has one shape per patch size and microbatch
+    emas = [new_average(denoiser, average) for average in averages]
+    return new_state(denoiser, emas, settings, (optimizer.beta1, optimizer.beta2), optimizer.eps)
 
 
 def new_average(denoiser: Denoiser, section: AverageSection) -> WeightAverage:

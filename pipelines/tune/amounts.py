@@ -51,17 +51,15 @@ class AmountsOfData:
     def winners(self, field: str) -> dict[int, str | None]:
         """By number of images, the line whose mean of a field is decided to be the lowest; None if it is undecided.
 
-        Each number is compared by itself, with an error that is pooled over all trials. Numbers of images of a single
-        line are skipped.
+        Each number is compared by itself, also its error: a small set makes results vary more. Numbers of images of a
+        single line are skipped.
         """
-        cells = [(title, images, seeds) for title, line in self.values(field).items() for images, seeds in line.items()]
-        compared = ComparedSettings([seeds for _, _, seeds in cells])
-        found: dict[int, str | None] = {}
+        values, found = self.values(field), dict[int, str | None]()
         for images in self.images:
-            positions = [number for number, cell in enumerate(cells) if cell[1] == images]
-            if len(positions) > 1:
-                winner = compared.winner_among(positions)
-                found[images] = None if winner is None else cells[winner][0]
+            cells = {title: line[images] for title, line in values.items() if images in line}
+            if len(cells) > 1:
+                winner = ComparedSettings(list(cells.values())).winner
+                found[images] = None if winner is None else list(cells)[winner]
         return found
 
 

@@ -67,11 +67,7 @@ class ComparedSettings:
     @property
     def winner(self) -> int | None:
         """The setting that is ahead of each other by more than the decisive difference; None if there is none."""
-        return self.winner_among(range(len(self.values)))
-
-    def winner_among(self, settings: Sequence[int]) -> int | None:
-        """Like `winner`, of some of the settings; the error is still pooled over all."""
-        best, *rest = sorted(settings, key=lambda setting: float(self.means[setting]))
+        best, *rest = sorted(range(len(self.values)), key=lambda setting: float(self.means[setting]))
         for other in rest:
             needed = self.decisive_difference(best, other)
             if needed is None or self.means[other] - self.means[best] <= needed:

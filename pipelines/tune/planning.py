@@ -15,17 +15,16 @@ from patchloom.models.cost import measured_seconds_of_crop, step_cost
 from patchloom.models.denoiser import build_denoiser
 from patchloom.models.flops import TRAINING_OVER_FORWARD, evaluation_flops, flops_by_size
 from patchloom.models.loss import HELD_OUT_SIGMAS
-from patchloom.models.normalisation import identity_normalisation
 from patchloom.models.patches import PatchSchedule
-from patchloom.models.precision import one_thread
+from patchloom.models.precision import kept_arithmetic, one_thread
 from patchloom.models.step_plan import StepSettings, plan_step
 from patchloom.pipelines.train.data_shape import DataShape
 from patchloom.pipelines.train.model_card import new_denoiser_config
-from patchloom.pipelines.train.run import step_settings
+from patchloom.pipelines.train.run import first_state, step_settings
 from patchloom.pipelines.tune.ranking import setting_title
 from patchloom.platform.compute.devices import own_device
 from patchloom.platform.dataset.prepared import Dataset
-from patchloom.platform.recipe.run_recipe import Recipe, with_values
+from patchloom.platform.recipe.run_recipe import AverageSection, OptimizerSection, Recipe, with_values
 from patchloom.platform.recipe.search import BUDGET_SHARE, Search, TrialBudget
 
 TRIED_DRAWS = 8
@@ -278,13 +277,16 @@ def _measured_crops(recipe: Recipe, dataset: PlannedData) -> tuple[StepSettings,
     denoiser, settings = _denoiser_and_settings(recipe, dataset)
     sizes = tuple(replace(size, probability=1.0) for size in settings.schedule.sizes)
     alike = replace(settings, seed=0, updates=1, lr_rampup_images=1, schedule=PatchSchedule(sizes))
-    return settings, seconds_of_crops(json.dumps(denoiser.to_json(), sort_keys=True), alike)
+    denoiser_json = json.dumps(denoiser.to_json(), sort_keys=True)
+    return settings, seconds_of_crops(denoiser_json, recipe.optimizer, recipe.ema, alike)
 
 
 @functools.lru_cache(maxsize=64)
-def seconds_of_crops(denoiser_json: str, settings: StepSettings) -> Mapping[int, float]:
+def seconds_of_crops(
+    denoiser_json: str, optimizer: OptimizerSection, averages: tuple[AverageSection, ...], settings: StepSettings
+) -> Mapping[int, float]:
     """The seconds of a crop of each size in a step of a denoiser (its card as JSON), measured once in a process."""
-    with one_thread():
+    with one_thread(), kept_arithmetic():
         network = build_denoiser(DenoiserConfig.from_json(json.loads(denoiser_json))).to(own_device()).train()
-        normalisation = identity_normalisation(network.channels)
-        return measured_seconds_of_crop(network, settings, normalisation, repeats=MEASURED_STEPS)
+        state = first_state(network, optimizer, averages, settings)
+        return measured_seconds_of_crop(state, settings, repeats=MEASURED_STEPS)

@@ -173,6 +173,11 @@ def run_trial(job: TrialJob) -> None:
     ray_tune.report({**numbers, BUDGET_PERCENT: BEFORE_END_PERCENT})
 
 
+def trial_folder(search: Folder, trial: TrialRow) -> Folder:
+    """The run folder of a trial of a search."""
+    return search.folder(TRIALS_FOLDER).folder(trial.name)
+
+
 def read_trial(folder: Folder) -> TrialRow:
     """The row in the run folder of a trial that finished or failed."""
     return TrialRow.parse(folder.read(TRIAL_FILE), f"{folder}/{TRIAL_FILE}")

@@ -1,9 +1,10 @@
 """Tune: many short runs of one recipe on Ray Tune, with equal budgets, ranked by one number."""
 
 import contextlib
+import functools
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,14 +13,11 @@ import yaml
 
 from patchloom import __version__
 from patchloom.errors import UserError
-from patchloom.pipelines.evaluate.evaluation import evaluate
-from patchloom.pipelines.evaluate.memorisation import memorised_shares
+from patchloom.models.backbones import allow_backbones, allowed_backbones
 from patchloom.pipelines.pages.html import is_for_pages
 from patchloom.pipelines.registry.registering import register
-from patchloom.pipelines.sample.sampling import sample
 from patchloom.pipelines.train.mlflow_run import end_tracking
-from patchloom.pipelines.train.resuming import RECIPE_FILE
-from patchloom.pipelines.train.shard_plan import training_rows
+from patchloom.pipelines.tune.final_samples import measure_samples
 from patchloom.pipelines.tune.frontier import cost_of_best
 from patchloom.pipelines.tune.page import write_search_page
 from patchloom.pipelines.tune.planning import Trial, check_space, full_length_recipe, plan_trials, search_flops
@@ -36,10 +34,12 @@ from patchloom.pipelines.tune.trials import (
     run_trial,
     search_job,
     step_of_trial,
+    trial_folder,
     trial_job,
 )
+from patchloom.platform.compute.actors import map_on_actors
+from patchloom.platform.compute.messages import connected_ray
 from patchloom.platform.compute.resources import DEFAULT_RESOURCES, Resources
-from patchloom.platform.compute.session import ray_session
 from patchloom.platform.compute.shared_paths import UsedPaths
 from patchloom.platform.compute.tuner import EndedJob, TuneResources, room_for_trials, run_on_tune
 from patchloom.platform.dataset.prepared import Dataset, open_dataset
@@ -49,8 +49,8 @@ from patchloom.platform.files.folder import Folder
 from patchloom.platform.files.outputs import check_output_folder
 from patchloom.platform.files.storage import locked, make_folder
 from patchloom.platform.progress import Meter, progress, say
-from patchloom.platform.recipe.run_recipe import Recipe, load_recipe, recipe_yaml
-from patchloom.platform.recipe.search import FinalEvaluation, Search, load_search
+from patchloom.platform.recipe.run_recipe import Recipe, recipe_yaml
+from patchloom.platform.recipe.search import Search, load_search
 from patchloom.platform.records.run import PROGRESS_FILE, RUN_FILE
 from patchloom.platform.records.search import (
     SEARCH_FILE,
@@ -160,6 +160,8 @@ def tune(
     with ExitStack() as stack:
         if not folder.has(SEARCH_FILE):
             where = stack.enter_context(room_for_trials(where, UsedPaths(read=(rows.address,), written=(out,))))
+        if _is_measured(definition, folder):
+            planned = _measured_trials(definition, base, rows, where.nodes)
         owner = stack.enter_context(_only_user(folder))
         run_id = _open_folder(folder, definition, rows, restore, planned, add_seeds)
         with _mlflow_run(folder, run_id):
@@ -178,7 +180,7 @@ def tune(
             here = _write_page(folder, run_id)
     _say_best(folder, order)
     if register_best:
-        register(_trial_folder(folder, order[0].best).address, register_best)
+        register(trial_folder(folder, order[0].best).address, register_best)
     return TuneResult(here, run_id, table, best, out)
 
 
@@ -212,10 +214,6 @@ def _only_user(folder: Folder) -> Iterator[str]:
         yield owner
 
 
-def _trial_folder(folder: Folder, trial: TrialRow) -> Folder:
-    return folder.folder(TRIALS_FOLDER).folder(trial.name)
-
-
 def _check_added_seeds(search: Search, folder: Folder, restore: bool) -> None:
     """Raise UserError if a folder has no search to which seeds can be added."""
     if not (restore and folder.has(SEARCH_FILE)):
@@ -225,14 +223,42 @@ def _check_added_seeds(search: Search, folder: Folder, restore: bool) -> None:
 
 
 def _planned_trials(search: Search, base: Recipe, dataset: Dataset, folder: Folder, add_seeds: int) -> list[Trial]:
-    """The trials of a grid search. An adaptive search has none yet; a few of its settings are tried instead."""
+    """The trials of a grid search. An adaptive search has none yet; a few of its settings are tried instead.
+
+    Those of a budget that is measured have one image each: the plan is checked before there is room for a measurement.
+    """
     if search.is_adaptive:
         check_space(search, base, dataset)
         return []
+    if _is_measured(search, folder):
+        return plan_trials(search, base, dataset, [1] * len(search.settings()))
     if not folder.has(SEARCH_FILE):
         return plan_trials(search, base, dataset)
     card = SearchCard.read(folder)
     return plan_trials(search, base, dataset, card.images, card.added_seeds + add_seeds)
+
+
+def _is_measured(search: Search, folder: Folder) -> bool:
+    """Whether the lengths of trials follow from measured steps; those of a search that was started are in its card."""
+    return search.budget.seconds is not None and not search.is_adaptive and not folder.has(SEARCH_FILE)
+
+
+class _Planner:
+    """Plans trials in a process like theirs, on the same kind of node and GPU, where their steps are measured."""
+
+    def __init__(self, backbones: tuple[str, ...]) -> None:
+        allow_backbones(*backbones)
+
+    def __call__(self, plan: Callable[[], list[Trial]], report: Callable[[int], None]) -> list[Trial]:
+        return plan()
+
+
+def _measured_trials(search: Search, base: Recipe, dataset: Dataset, nodes: Resources) -> list[Trial]:
+    say("  measuring some steps of each setting")
+    plan = functools.partial(plan_trials, search, base, dataset)
+    workers = 0 if connected_ray() is None else 1
+    ((_, planned),) = map_on_actors(_Planner, allowed_backbones(), [plan], workers, on_gpus=True, resources=nodes)
+    return planned
 
 
 def _open_folder(
@@ -387,43 +413,3 @@ def _shown_progress(trials: Path, meter: Meter) -> Iterator[None]:
         stop.set()
         thread.join()
         update()
-
-
-def measure_samples(folder: Folder, trials: list[TrialRow], final: FinalEvaluation, dataset: Dataset) -> list[TrialRow]:
-    """Sample the model of every finished trial, and measure the distance of its samples and how many are memorised.
-
-    What an earlier call has measured is kept. Returns the rows with their `final_distance` and memorised shares.
-    """
-    wanted = [trial for trial in trials if trial.status == "finished" and trial.final_distance is None]
-    with ray_session() if wanted else nullcontext():  # of all trials: a session takes seconds to start
-        return [
-            _with_measured_samples(_trial_folder(folder, trial), trial, final, dataset) if trial in wanted else trial
-            for trial in trials
-        ]
-
-
-def _with_measured_samples(run: Folder, trial: TrialRow, final: FinalEvaluation, dataset: Dataset) -> TrialRow:
-    say(f"  trial {trial.name}: {final.samples} samples for the final evaluation")
-    samples = run.folder("samples").address
-    sample(run.address, samples, f"0-{final.samples - 1}", steps=final.steps)
-    metric, name = ("fid", "fid") if final.features == "inception" else ("fd", "frechet_distance")
-    measured = evaluate(samples, dataset.address, metrics=(metric,), features=final.features)
-    distance = measured.metrics[name]
-    assert isinstance(distance, float)
-    found = {"final_distance": distance, **_memorised(run, samples, final, dataset)}
-    row = trial.model_copy(update=found)
-    run.write_json(TRIAL_FILE, row.to_dict())
-    if row.run_id is not None:
-        log_metrics(row.run_id, found)
-    return row
-
-
-def _memorised(run: Folder, samples: str, final: FinalEvaluation, dataset: Dataset) -> dict[str, float]:
-    """The memorised shares of a `TrialRow`, compared with the images that the trial was trained on."""
-    recipe = load_recipe(local_copy(run.address, lambda name: name == RECIPE_FILE) / RECIPE_FILE)
-    held_out = dataset.split("held_out", recipe.data.held_out_fraction)
-    shares = memorised_shares(samples, dataset.address, training_rows(dataset, recipe), held_out, final.features)
-    if shares is None:
-        return {}
-    by_chance = {} if shares.held_out is None else {"memorised_by_chance": shares.held_out}
-    return {"memorised_share": shares.samples, **by_chance}

@@ -45,18 +45,24 @@ def pull_folder(there: Folder, here: Path, wanted: Callable[[str], bool] = lambd
             if name not in names and not is_hidden_name(name):
                 (here / name).unlink(missing_ok=True)
         cards = {name: _read(there, name) for name in names if wanted(name) and name.endswith(".json")}
-        changed = {name.rpartition("/")[0] for name, card in cards.items() if _read(Folder(str(here)), name) != card}
+        described = {_parent(name) for name in cards}
+        changed = {_parent(name) for name, card in cards.items() if _read(Folder(str(here)), name) != card}
         for name, size in names.items():
             if not wanted(name) or name in cards:
                 continue
-            # tensors change only together with their card; small files are always read again
+            # tensors with a card change only together with it; other files are always read again
             is_here = (here / name).is_file() and (here / name).stat().st_size == size
-            if not (is_here and name.endswith(".safetensors") and name.rpartition("/")[0] not in changed):
+            if not (is_here and name.endswith(".safetensors") and _parent(name) in described - changed):
                 with contextlib.suppress(FileNotFoundError):  # removed just now, after its card
                     there.fetch(name, here / name)
         for name, card in cards.items():
             if card is not None:
                 Folder(str(here)).write(name, card)
+
+
+def _parent(name: str) -> str:
+    """The folder of a file."""
+    return name.rpartition("/")[0]
 
 
 def _read(folder: Folder, name: str) -> bytes | None:
@@ -99,7 +105,10 @@ class RemoteMirror:
     def __enter__(self) -> "RemoteMirror":
         here, sent = stamps_of(self.here), {}
         for name, size in self.there.files().items():
-            if not is_hidden_name(name):  # a file that was just fetched is not sent back
+            # a file that was just fetched is not sent back; one that was never here is not removed there, unless it is
+            # a tensor without its card: an incomplete upload
+            was_here = name in here or name in self._journal.sent
+            if not is_hidden_name(name) and (was_here or name.endswith(".safetensors")):
                 stamp = here.get(name, NOT_SENT)
                 known = name.endswith(".safetensors") or self._journal.sent.get(name) == stamp
                 sent[name] = stamp if known and stamp[0] == size else NOT_SENT
@@ -156,7 +165,7 @@ class RemoteMirror:
     @staticmethod
     def _has_card(name: str, stamps: dict[str, Stamp]) -> bool:
         """Whether the card of a tensor is here. The tensor itself may never have been fetched to this node."""
-        folder = name.rpartition("/")[0]
+        folder = _parent(name)
         return any(f"{folder}/{card}" in stamps for card in ("checkpoint.json", "model.json"))
 
     def _send(self) -> bool:

@@ -5,8 +5,8 @@ from typing import Any
 import pytest
 
 from patchloom.models.cost import estimated_gain, measured_seconds_of_crop
-from patchloom.models.normalisation import pixel_normalisation
 from patchloom.models.patches import patch_schedule
+from patchloom.models.step import new_state
 from patchloom.models.step_plan import StepSettings
 
 AS_PIXELS = {64: 64.0**2, 32: 32.0**2, 16: 16.0**2}
@@ -47,6 +47,7 @@ def test_a_progressive_run_by_images_gains_as_its_shares_say() -> None:
 
 def test_the_seconds_of_a_crop_are_measured_for_every_size(tiny_denoiser: Any) -> None:
     method = step_settings(0.5, schedule=patch_schedule(16, 0.5), batch_size=16)
-    seconds = measured_seconds_of_crop(tiny_denoiser().train(), method, pixel_normalisation(), workers=2)
+    state = new_state(tiny_denoiser().train(), [], method, (0.9, 0.999), 1e-8)
+    seconds = measured_seconds_of_crop(state, method, workers=2)
     assert set(seconds) == {16, 8, 4}
     assert all(0 < value < 10 for value in seconds.values())

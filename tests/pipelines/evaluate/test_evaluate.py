@@ -208,6 +208,23 @@ def test_an_autoencoder_is_measured_by_its_latents(pixels: Path, tmp_path: Path,
     assert result["metrics"]["psnr_db"] == pytest.approx(wanted, abs=1e-2)
     assert result["metrics"]["ssim_window"] == 7 and any("windows of 7 x 7 pixels" in note for note in result["notes"])
     assert result["identity"]["images"] == "reconstructions" and result["metrics"]["frechet_distance"] > 0
+    alone = evaluate(str(tmp_path / "latents"), str(pixels), metrics=("psnr",), out=str(tmp_path / "psnr.json"))
+    assert alone["metrics"]["psnr_db"] == result["metrics"]["psnr_db"] and alone["identity"]["width"] == 0
+
+
+def test_sfid_is_measured_without_fid(tmp_path: Path) -> None:
+    from patchloom.models.inception import Inception
+
+    torch.manual_seed(0)
+    torch.save(Inception().state_dict(), tmp_path / "inception.pth")
+    ours, theirs = (pictures(tmp_path / name, noise(4, seed=seed)) for seed, name in enumerate(("a", "b")))
+    features = str(tmp_path / "inception.pth")
+    alone = evaluate(str(ours), str(theirs), metrics=("sfid",), features=features, workers=0)
+    both = evaluate(
+        str(ours), str(theirs), metrics=("fid", "sfid"), features=features, workers=0, out=str(tmp_path / "both.json")
+    )
+    assert alone["metrics"]["sfid"] == both["metrics"]["sfid"] and "fid" not in alone["metrics"]
+    assert (alone["identity"]["width"], both["identity"]["width"]) == (2023, 2048)
 
 
 def evaluation(**changes: Any) -> Evaluation:

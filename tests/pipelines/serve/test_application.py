@@ -2,6 +2,7 @@
 
 import base64
 import json
+import shutil
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -10,10 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from helpers import free_port
 
-from patchloom.models.checkpoints import read_card
+from patchloom.models.checkpoints import load_model, read_card, save_model
 from patchloom.pipelines.sample import sample
+from patchloom.pipelines.serve.requests import RefusedRequest, checked_request
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
@@ -99,3 +102,22 @@ def test_overload_is_answered_with_503_and_the_server_recovers(address: str) -> 
         statuses = list(pool.map(one, range(64)))
     assert set(statuses) == {200, 503}
     assert ask(f"{address}/sample", {"seeds": [1], "steps": 1})[0] == 200
+
+
+def test_options_that_overflow_fail_only_the_requests_that_have_them(trained: Path, tmp_path: Path) -> None:
+    from patchloom.pipelines.serve.application import ModelServer, ServeArguments, _Waiting
+
+    model = Path(shutil.copytree(trained / "model", tmp_path / "model"))
+    denoiser = load_model(model)
+    with torch.no_grad():
+        for parameter in denoiser.parameters():
+            parameter.mul_(300)
+    save_model(model, denoiser, read_card(model))
+    server = ModelServer(ServeArguments(model=str(model)), {})
+    bodies = [{"seeds": [0], "steps": 2}, {"seeds": [1], "steps": 2, "precision": "fp16"}]
+    limits = server.limits
+    waiting = [_Waiting(checked_request(json.dumps(body).encode(), server.model.card, limits, 32), limits.deadline())
+               for body in bodies]  # fmt: skip
+    exact, half = server._sample_all(waiting)
+    assert isinstance(half, RefusedRequest) and half.status == 422
+    assert not isinstance(exact, RefusedRequest) and exact is not None and exact.images.shape[0] == 1

@@ -4,9 +4,10 @@ import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
-from patchloom.pipelines.tune.amounts import amounts_of_data, chance_by_amount, decided_by_amount
+from patchloom.pipelines.tune.amounts import AmountsOfData, amounts_of_data, chance_by_amount, decided_by_amount
 from patchloom.pipelines.tune.page import search_section
 from patchloom.pipelines.tune.ranking import setting_title
 from patchloom.platform.files.folder import Folder
@@ -14,8 +15,8 @@ from patchloom.platform.files.storage import write_json
 from patchloom.platform.records.run import ProgressLine, write_progress
 from patchloom.platform.records.search import TrialRow, read_trials, write_trials
 
-# differences of the two seeds are .1, 0, .1 and 0, so residuals are .025 each: 8 * .025^2 with 3 degrees of freedom is
-# an error of .0408, and t is 3.182: a difference of .1299 is decided
+# the seeds of 10 images differ by 1 and .9: mean .95, standard error .05, so t is 19, and 12.706 decides; those of 40
+# images by .1 and 0
 LOSSES = {(10, 0.5): (1.0, 1.1), (10, 1): (2.0, 2.0), (40, 0.5): (1.1, 1.1), (40, 1): (1.0, 1.1)}
 
 
@@ -31,15 +32,27 @@ def rows_of(losses: dict[tuple[int | None, float], tuple[float, ...]], **more: A
     return found
 
 
-def test_each_number_of_images_is_decided_with_the_error_of_all() -> None:
+def test_each_number_of_images_is_decided_with_its_own_error() -> None:
     amounts = amounts_of_data(rows_of(LOSSES))
     assert amounts is not None and amounts.images == [10, 40] and list(amounts.lines) == ["p 0.5", "p 1"]
     assert amounts.winners("held_out_loss") == {10: "p 0.5", 40: None}
     sentence = decided_by_amount(amounts, "held_out_loss")
     assert sentence.count("undecided") == 1 and sentence.count("(decided)") == 1
-    for gap, winner in ((0.129, None), (0.131, "p 1")):
+    for gap, winner in ((0.63, None), (0.64, "p 1")):  # 12.706 * .05 = .635
         other = amounts_of_data(rows_of({**LOSSES, (40, 0.5): (1.05 + gap, 1.05 + gap)}))
         assert other is not None and other.winners("held_out_loss") == {10: "p 0.5", 40: winner}
+
+
+def test_equal_lines_seldom_have_a_winner_however_much_each_number_of_images_varies() -> None:
+    generator, searches, found = np.random.default_rng(0), 1000, {10: 0, 40: 0, 160: 0}
+    spreads = {10: 3.0, 40: 1.0, 160: 0.3}
+    for _ in range(searches):
+        lines = {p: {images: [TrialRow.model_construct(repeat=seed, held_out_loss=generator.normal(0, spread))
+                              for seed in range(3)] for images, spread in spreads.items()} for p in "ab"}  # fmt: skip
+        for images, winner in AmountsOfData(lines).winners("held_out_loss").items():
+            found[images] += winner is not None
+    most = 0.05 + 3 * (0.05 * 0.95 / searches) ** 0.5
+    assert all(0 < count / searches < most for count in found.values())
 
 
 def test_one_seed_decides_nothing_at_any_number_of_images() -> None:

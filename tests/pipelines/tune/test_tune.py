@@ -185,6 +185,16 @@ def test_seconds_buy_what_a_step_was_measured_to_take(
     assert [trial.recipe.train.images for trial in again if trial.recipe] == [100, 200]  # measured once, and kept
 
 
+def test_lengths_of_a_budget_in_seconds_are_measured_like_a_trial_and_kept(
+    ray_cluster: None, pixels: Path, tmp_path: Path
+) -> None:
+    result = tune(write_search(tmp_path, budget={"seconds": 0.05}), str(pixels), str(tmp_path / "search"))
+    card, batch = SearchCard.read(Folder.at(tmp_path / "search")), tiny_recipe().train.batch_size
+    assert len(card.images) == 2 and all(length and length > 1 for length in card.images)
+    assert all(length is not None and trial.images_seen >= length - batch for length, trial in zip(
+        card.images, sorted(result.trials, key=lambda trial: trial.name), strict=True))  # fmt: skip
+
+
 def test_what_no_recipe_can_be_is_named_before_anything_starts(pixels: Path, tmp_path: Path) -> None:
     path = write_search(tmp_path, space={"patches.p": {"grid": [0.5, 1.4]}})
     with pytest.raises(UserError, match=r"setting 1 \(p 1.4\): patches.p: 1.4 "):

@@ -87,6 +87,13 @@ def test_tensors_whose_card_changed_are_pulled_again(there: Folder, here: Path) 
         assert (here / "model" / "model.safetensors").read_text() == weights
 
 
+def test_tensors_without_a_card_are_pulled_each_time(there: Folder, here: Path) -> None:
+    for weights in ("first", "other"):  # the averages of a run that was trained anew into the same address
+        there.write("ema/sigma-rel-0.1/step-1.safetensors", weights)
+        pull_folder(there, here)
+        assert (here / "ema/sigma-rel-0.1/step-1.safetensors").read_text() == weights
+
+
 def test_a_file_that_is_removed_during_a_pull_is_skipped(there: Folder, here: Path) -> None:
     there.write("checkpoints/step-1/checkpoint.json", "{}")
     there.write("run.json", "{}")
@@ -173,6 +180,16 @@ def test_incomplete_uploads_are_removed_and_files_that_were_never_fetched_are_ke
     with RemoteMirror(here, there):
         (here / old / "checkpoint.json").unlink()
     assert list(there.files()) == [".stop", *kept[2:], "run.json"]
+
+
+def test_initial_weights_that_another_node_fetched_stay_in_the_store(there: Folder, here: Path) -> None:
+    there.write("beginning/snapshot.pkl", "weights")
+    there.write("checkpoints/step-1/state.safetensors", "tensors")
+    there.write("checkpoints/step-1/checkpoint.json", "{}")
+    pull_folder(there, here, lambda name: not name.startswith("beginning/"))
+    with RemoteMirror(here, there):
+        (here / "progress.jsonl").write_text("{}\n")
+    assert there.read("beginning/snapshot.pkl") == b"weights" and there.has("progress.jsonl")
 
 
 def test_the_remote_file_has_only_complete_lines(there: Folder, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
