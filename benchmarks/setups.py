@@ -16,7 +16,7 @@ from patchloom.models.cards import DenoiserConfig, ModelCard
 from patchloom.models.checkpoints import SamplingModel, load_sampling_model, save_model
 from patchloom.models.denoiser import Denoiser, build_denoiser
 from patchloom.models.ema import HalfLifeEMA
-from patchloom.models.flops import training_flops
+from patchloom.models.flops import evaluation_flops
 from patchloom.models.generate import Sampling
 from patchloom.models.normalisation import Normalisation, pixel_normalisation
 from patchloom.models.patches import patch_schedule
@@ -25,7 +25,6 @@ from patchloom.models.step_plan import StepPlan, StepSettings, plan_step
 
 DROPOUT = 0.1
 ADAM = (0.9, 0.999), 1e-8
-TRAINING_OVER_FORWARD = 3  # FLOPs of a training step over those of a forward pass
 BLOCK = 2  # crops; four workers can share a batch of 8
 
 
@@ -159,5 +158,4 @@ def same_networks(config: DenoiserConfig) -> tuple[SamplingModel, PlainDenoiser]
 
 def sampling_flops(config: DenoiserConfig, sampling: Sampling) -> float:
     """FLOPs per image: one forward pass per evaluation of the network."""
-    forward = training_flops(config, config.resolution) / TRAINING_OVER_FORWARD
-    return sampling.network_evaluations * forward
+    return sampling.network_evaluations * float(evaluation_flops(config, config.resolution))

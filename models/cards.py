@@ -297,6 +297,16 @@ class ModelCard(Card):
     weights_sha256: str = ""
 
     @property
+    def downscale(self) -> int:
+        """Image pixels per pixel of the network along a side: 1 for models of pixels."""
+        return self.autoencoder.downscale if self.autoencoder else 1
+
+    @property
+    def image_side(self) -> int:
+        """Side of the images that the model was trained on, in pixels."""
+        return self.denoiser.resolution * self.downscale
+
+    @property
     def sampled_classes(self) -> list[int]:
         """The numbers of the classes that are sampled by default: those with training images."""
         return [number for number in range(self.denoiser.classes) if number not in (self.empty_classes or ())]

@@ -1,11 +1,11 @@
 """Cost: how much patches save, estimated from the seconds or FLOPs of a crop of each size."""
 
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
 
+from patchloom.models.flops import device_time
 from patchloom.models.normalisation import identity_normalisation
 from patchloom.models.patches import PatchSchedule, PatchSize
 from patchloom.models.step import StoredRows, TrainingState, training_step
@@ -112,14 +112,8 @@ def measured_seconds_of_crop(
                 rows = replace(rows, condition=torch.randn(shape[0], channels, *shape[2:], device=device))
             if denoiser.text_shape is not None:
                 rows = replace(rows, text=torch.randn(shape[0], *denoiser.text_shape, device=device))
-            started = _now(device)
+            started = device_time(device)
             training_step(state, single_size, plan, [(group, rows)], normalisation, None)
             if number:
-                seconds[size.pixels] = min(seconds[size.pixels], (_now(device) - started) / len(group.crops))
+                seconds[size.pixels] = min(seconds[size.pixels], (device_time(device) - started) / len(group.crops))
     return seconds
-
-
-def _now(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()

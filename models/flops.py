@@ -171,12 +171,13 @@ def _measured_peak(device: torch.device, dtype: torch.dtype, repeats: int = 3) -
 
 
 def _seconds_of_product(matrix: torch.Tensor) -> float:
-    began = _now(matrix.device)
+    began = device_time(matrix.device)
     torch.mm(matrix, matrix)
-    return _now(matrix.device) - began
+    return device_time(matrix.device) - began
 
 
-def _now(device: torch.device) -> float:
+def device_time(device: torch.device) -> float:
+    """The time in seconds, once a device has done what it was given."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()

@@ -119,13 +119,13 @@ def check_fit(sampling: Sampling, card: ModelCard) -> None:
             f"guidance: {sampling.guidance:g} needs a model trained with classes and label dropout, or with "
             f"a condition and condition dropout, and this model has no {lacks}; leave it at 1"
         )
-    multiple = 2 ** halvings_of(card.denoiser) * (card.autoencoder.downscale if card.autoencoder else 1)
+    multiple = 2 ** halvings_of(card.denoiser) * card.downscale
     if sampling.size and any(side % multiple or side < 1 for side in sampling.size):
         raise ValueError(
             f"size: {sampling.size[0]}x{sampling.size[1]} is not a multiple of {multiple} pixels on both sides; "
             f"choose multiples of {multiple}"
         )
-    trained = card.denoiser.resolution * (card.autoencoder.downscale if card.autoencoder else 1)
+    trained = card.image_side
     if sampling.canvas == "windows" and sampling.size and min(sampling.size) < trained:
         raise ValueError(
             f"size: {sampling.size[0]}x{sampling.size[1]} is smaller on one side than a window of {trained}x{trained}; "
@@ -144,9 +144,9 @@ def _lacks_for_guidance(card: ModelCard) -> str:
     return "condition dropout" if card.condition is not None and not card.condition.dropout else ""
 
 
-def image_size(model: SamplingModel | ModelCard, sampling: Sampling) -> tuple[int, int]:
+def image_size(card: ModelCard, sampling: Sampling) -> tuple[int, int]:
     """Height and width of the images in pixels."""
-    return sampling.size or (model.denoiser.resolution * (model.autoencoder.downscale if model.autoencoder else 1),) * 2
+    return sampling.size or (card.image_side, card.image_side)
 
 
 @torch.no_grad()
@@ -199,11 +199,12 @@ def _generate(
     device: torch.device,
 ) -> Tensor:
     denoiser = model.denoiser
-    check_condition(model.card.condition, None if condition is None else condition.shape, image_size(model, sampling))
+    check_condition(
+        model.card.condition, None if condition is None else condition.shape, image_size(model.card, sampling)
+    )
     if condition is not None and model.card.condition is not None:
         condition = network_condition(model.card.condition, condition.to(device, non_blocking=True))
-    downscale = model.autoencoder.downscale if model.autoencoder else 1
-    height, width = (side // downscale for side in image_size(model, sampling))
+    height, width = (side // model.card.downscale for side in image_size(model.card, sampling))
     noise = SeededNoise(seeds, (denoiser.channels, height, width))
     classes = (
         one_hot(torch.tensor(labels).to(device, non_blocking=True), denoiser.classes) if denoiser.classes else None
@@ -315,7 +316,7 @@ def generate_padded(
     """
     if not seeds:
         channels = IMAGE_CHANNELS if model.autoencoder else model.denoiser.channels
-        return torch.empty(0, channels, *image_size(model, sampling), dtype=torch.uint8)
+        return torch.empty(0, channels, *image_size(model.card, sampling), dtype=torch.uint8)
     images = []
     for start in range(0, len(seeds), batch):
         batch_seeds, batch_labels = seeds[start : start + batch], labels[start : start + batch]

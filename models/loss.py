@@ -8,7 +8,7 @@ from patchloom.models.denoiser import Denoiser
 from patchloom.models.random_draws import derive_seed
 
 SIGMA_EDGES = (0.1, 0.3, 1.0, 3.0)  # borders between `SIGMA_BINS`
-HELD_OUT_SIGMAS = (0.1, 0.3, 1.0, 3.0)  # noise levels of the held-out loss
+HELD_OUT_SIGMAS = SIGMA_EDGES  # noise levels of the held-out loss: the same, so that pages compare them
 SIGMA_BINS = ("0-0.1", "0.1-0.3", "0.3-1", "1-3", "3-inf")
 
 

@@ -121,8 +121,7 @@ def sampling_bytes(
     """
     meta = torch.device("meta")
     denoiser, in_one_batch = model.denoiser, device != "cpu"
-    downscale = model.autoencoder.downscale if model.autoencoder else 1
-    height, width = (side // downscale for side in image_size(model, sampling))
+    height, width = (side // model.card.downscale for side in image_size(model.card, sampling))
     with MetaOperations(device, HALF_PRECISIONS.get(sampling.precision)), LiveBytes() as live:
         x, slope, predicted = torch.empty(3, batch, denoiser.channels, height, width, dtype=torch.float64, device=meta)
         classes = torch.empty(batch, denoiser.classes, device=meta) if denoiser.classes else None

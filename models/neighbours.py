@@ -36,7 +36,7 @@ class Neighbourhood:
 
     @property
     def authenticity(self) -> float:
-        """The share of authentic samples: about .5 for real images, near 0 for copies (Alaa et al. 2022)."""
+        """The share of authentic samples: half or more for new real images, near 0 for copies (Alaa et al. 2022)."""
         return float(self.authentic.double().mean())
 
 

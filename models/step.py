@@ -193,12 +193,14 @@ def seeded_dropout(network: nn.Module, masks: DropoutMasks, seed: int, device: t
     for number, layer in enumerate(layers):
         layer.masks, layer.number = masks, number
     is_unet = any(isinstance(module, UNet) for module in network.modules())
-    with torch.random.fork_rng([device] if device.type == "cuda" else [], enabled=not is_unet):
-        if not is_unet:
-            torch.manual_seed(seed)
-        yield
-    for layer in layers:
-        layer.masks = None
+    try:
+        with torch.random.fork_rng([device] if device.type == "cuda" else [], enabled=not is_unet):
+            if not is_unet:
+                torch.manual_seed(seed)
+            yield
+    finally:
+        for layer in layers:
+            layer.masks = None
 
 
 def learning_rate(settings: StepSettings, images_seen: int) -> float:

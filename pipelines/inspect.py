@@ -196,8 +196,7 @@ def model_summary(card: ModelCard) -> str:
     shape = f"{config.channels} x {config.resolution} x {config.resolution}"
     lines = [f"{card.name}: a model of {card.normalisation.kind} of {shape}, verified", f"  network: {config.title}"]
     if card.autoencoder:
-        side = config.resolution * card.autoencoder.downscale
-        lines.append(f"  its autoencoder decodes them to images of {side} x {side} pixels")
+        lines.append(f"  its autoencoder decodes them to images of {card.image_side} x {card.image_side} pixels")
     if card.images_seen is not None:
         lines.append(f"  trained on {card.images_seen:,} counted images in {card.updates or 0:,} updates")
     if card.patches:

@@ -12,7 +12,7 @@ from patchloom.pipelines.train.dry_run import STATED_RATE, RunCounts, count_run,
 from patchloom.platform.progress import clock, with_descriptions
 from patchloom.platform.recipe.files import SHIPPED
 from patchloom.platform.recipe.run_recipe import Recipe, check_recipe, load_recipe
-from patchloom.platform.recipe.search import Search, load_search
+from patchloom.platform.recipe.search import load_search
 from patchloom.platform.recipe.sections import read_yaml
 
 TWO_CORES_RATE = 1e11  # FLOP/s of the small recipes (docs/LOG.md: steps reach 53 to 73 GFLOP/s per core)
@@ -149,12 +149,7 @@ def _shipped_search(name: str) -> ShippedRecipe:
     others = [unit for unit in search.equal_costs if getattr(search.budget, unit) is None]
     shorter = " and shorter ones" if others else ""
     trials = search.trials if search.is_adaptive else len(search.settings()) * search.repeats
-    return ShippedRecipe(name, _title(name), search.recipe, f"{trials} trials of {_budget(search)}{shorter}", True)
-
-
-def _budget(search: Search) -> str:
-    unit, amount = next((unit, amount) for unit, amount in search.budget if amount is not None)
-    return f"{amount:.3g} {unit}"
+    return ShippedRecipe(name, _title(name), search.recipe, f"{trials} trials of {search.budget.words}{shorter}", True)
 
 
 def _title(name: str) -> str:

@@ -50,6 +50,7 @@ from patchloom.platform.files.storage import local_path, make_folder
 
 OWN_FILE = b"written by patchloom evaluate"  # the comment of an archive of statistics
 BATCH = 32
+MOST_READ_BYTES = 1 << 30  # Linux reads at most 2 GiB at once
 DIGEST_BYTES = 16  # of the sha256 of a range, which are in the names of its files
 COLOUR_FEATURES, DINO, DINO_HUB = "colours", "dinov2", "facebook/dinov2-large"
 INCEPTION_FILES = (
@@ -169,11 +170,18 @@ class StoredFeatures:
         row_bytes = self._width * self._type.itemsize
         if isinstance(rows, slice):
             start, stop, _ = rows.indices(self._rows)
-            content = os.pread(self._file.fileno(), max(0, stop - start) * row_bytes, start * row_bytes)
+            pieces = [(start * row_bytes, max(0, stop - start) * row_bytes)]
         else:
-            places = (int(row) * row_bytes for row in rows)
-            content = b"".join(os.pread(self._file.fileno(), row_bytes, place) for place in places)
-        return torch.from_numpy(np.frombuffer(bytearray(content), self._type).reshape(-1, self._width))
+            pieces = [(int(row) * row_bytes, row_bytes) for row in rows]
+        content, at = bytearray(sum(size for _, size in pieces)), 0
+        for place, size in pieces:
+            for done in range(0, size, MOST_READ_BYTES):
+                part = os.pread(self._file.fileno(), min(size - done, MOST_READ_BYTES), place + done)
+                content[at : at + len(part)] = part
+                at += len(part)
+        if at < len(content):
+            raise UserError(f"a temporary file of features has {at:,} of {len(content):,} bytes: run it again")
+        return torch.from_numpy(np.frombuffer(content, self._type).reshape(-1, self._width))
 
 
 class Extracted:

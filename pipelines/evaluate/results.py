@@ -199,7 +199,7 @@ def notes_on(evaluation: Evaluation) -> list[str]:
     if isinstance(authenticity, float):
         notes.append(
             f"Copies: {1 - authenticity:.0%} of the samples are closer to their nearest reference image than any other "
-            "reference image is. Of new real images, about half are. A much larger share suggests that the model copies"
+            "reference image is. Of new real images, up to half are. A much larger share suggests that the model copies"
         )
     return notes
 

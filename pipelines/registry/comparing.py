@@ -109,9 +109,7 @@ def compare_models(
 
 def _image_shape(card: ModelCard) -> tuple[int, int]:
     """Channels and side of the images that a model makes."""
-    if card.autoencoder:
-        return 3, card.denoiser.resolution * card.autoencoder.downscale
-    return card.denoiser.channels, card.denoiser.resolution
+    return 3 if card.autoencoder else card.denoiser.channels, card.image_side
 
 
 def _check_one_size(one: ModelCard, other: ModelCard) -> None:

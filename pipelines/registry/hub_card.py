@@ -126,8 +126,7 @@ def _summary(card: ModelCard) -> str:
     what = "ControlNet" if card.denoiser.network == CONTROLNET else "diffusion model"
     text = f"A {what} of {size} x {size} {space} with {channels} channels"
     if card.autoencoder:
-        side = size * card.autoencoder.downscale
-        text += f", which its autoencoder decodes to {side} x {side} pixels"
+        text += f", which its autoencoder decodes to {card.image_side} x {card.image_side} pixels"
     if card.patches:
         text += f". It was trained on patches, with p = {card.patches.p:g} and the {card.patches.schedule} schedule"
     if card.condition:

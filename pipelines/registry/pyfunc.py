@@ -88,7 +88,7 @@ class SamplerModel(PythonModel):
         try:
             options = SampleOptions(**{name: _value(name, value) for name, value in (params or {}).items()})
             batch, sampling = options.batch or DEFAULT_BATCH, options.sampling()
-            self.limits.check(len(model_input), sampling, batch, max(image_size(self.model, sampling)))
+            self.limits.check(len(model_input), sampling, batch, max(image_size(self.model.card, sampling)))
             check = self.limits.deadline().check
             classes, images = sample_rows(self.model, columns["seed"], labels, sampling, batch, check)
         except (UserError, ValueError, RequestTooSlow) as error:

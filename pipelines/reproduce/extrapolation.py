@@ -1,5 +1,6 @@
 """Extrapolation (section 4.5): images on larger canvases, around a given image or without one, and their borders."""
 
+import shlex
 from functools import partial
 from pathlib import Path
 
@@ -181,7 +182,8 @@ def _center(size: int, side: int) -> np.ndarray:
 def _seconds(place: ReproductionFolder, size: int, method: str) -> str:
     """The time of all commands with a method, with the starts of their processes."""
     paths = [place.path(*_around(size, method, number)) for number in range(GIVEN_IMAGES)]
-    return clock(sum(one.seconds for one in place.asked.stages if any(path in one.command.split() for path in paths)))
+    commands = [(shlex.split(one.command), one.seconds) for one in place.asked.stages]
+    return clock(sum(seconds for words, seconds in commands if any(path in words for path in paths)))
 
 
 def _around_picture(place: ReproductionFolder, here: Path, size: int) -> Picture:

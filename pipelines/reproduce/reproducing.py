@@ -106,8 +106,8 @@ def reproduce(table: str, out: str | None = None, options: ReproductionOptions =
     say(_plan_text(subject, place, stages))
     with fenced(folder), nullcontext() if folder.is_remote else locked(make_folder(folder.path)):
         place = _run_stages(place, stages)
-    place = place.with_asked(place.asked.model_copy(update={"finished": True}))
-    place.asked.write(folder)
+        place = place.with_asked(place.asked.model_copy(update={"finished": True}))
+        place.asked.write(folder)
     here = local_copy(folder.address, is_for_pages)
     outcome = subject.outcome(place, here)
     write_atomic(here / REPRODUCTION_PAGE, document(_title(place.asked), _section(outcome, place)))

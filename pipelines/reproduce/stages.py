@@ -1,5 +1,6 @@
 """Stages: the commands that reproduce a table, in order, with the FLOPs that each one is expected to need."""
 
+import shlex
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -53,10 +54,10 @@ class Stage:
 
     @property
     def command(self) -> str:
-        """It as a line."""
-        settings = [f"{name}={value}" for name, value in self.environment]
-        program = "patchloom" if self.module == "patchloom" else f"python -m {self.module}"
-        return " ".join([*settings, program, *self.words])
+        """It as a line for a shell."""
+        settings = [f"{name}={shlex.quote(value)}" for name, value in self.environment]
+        program = ["patchloom"] if self.module == "patchloom" else ["python", "-m", self.module]
+        return " ".join([*settings, shlex.join([*program, *self.words])])
 
 
 @dataclass(frozen=True)

@@ -64,18 +64,17 @@ def read_known_image(options: SampleOptions, sampling: Sampling, card: ModelCard
     Raises:
         UserError: a file cannot be read, or does not fit.
     """
-    downscale = card.autoencoder.downscale if card.autoencoder else 1
     is_grey = card.normalisation.kind == "pixels" and card.denoiser.channels == 1
     if options.outpaint is not None:
-        return _centered(options.outpaint, options, downscale, is_grey), sampling
+        return _centered(options.outpaint, options, card.downscale, is_grey), sampling
     if options.inpaint is None or options.mask is None:
         return None, sampling
     known = _masked(options.inpaint, options.mask, options, is_grey)
     height, width = known.mask.shape
     if (sampling.size or (height, width)) != (height, width):
         raise UserError(f"--inpaint {options.inpaint} is {height}x{width}: leave --size out, or give this size")
-    side = card.denoiser.resolution * downscale
-    return known, sampling if (height, width) == (side, side) else replace(sampling, size=(height, width))
+    is_trained_size = height == width == card.image_side
+    return known, sampling if is_trained_size else replace(sampling, size=(height, width))
 
 
 def _centered(address: str, options: SampleOptions, downscale: int, is_grey: bool) -> KnownImage:

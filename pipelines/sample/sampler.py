@@ -266,7 +266,7 @@ class Sampler:
         self, rows: list[CheckedRow], batch: dict[str, np.ndarray]
     ) -> tuple[list[CheckedRow], list[np.ndarray]]:
         """The rows, with an error where the condition does not fit, and the (K, H, W) conditions."""
-        card, (height, width) = self._model.card.condition, image_size(self._model, self._sampling)
+        card, (height, width) = self._model.card.condition, image_size(self._model.card, self._sampling)
         assert card is not None
         if "condition" not in batch:
             raise UserError(

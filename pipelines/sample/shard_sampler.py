@@ -100,7 +100,7 @@ class ShardSampler:
         self.conditions, card = None, self.model.card.condition
         if argument.conditions is not None and card is not None:
             self.conditions = open_sample_conditions(
-                argument.conditions, card, image_size(self.model, argument.sampling)
+                argument.conditions, card, image_size(self.model.card, argument.sampling)
             )
         kind = next(self.model.denoiser.parameters()).device.type
         if argument.device not in (None, kind):

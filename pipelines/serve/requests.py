@@ -89,8 +89,7 @@ def checked_request(body: bytes, card: ModelCard, limits: ServerLimits, batch: i
     try:
         sampling = request.sampling()
         _check_counts(request)
-        side = card.denoiser.resolution * (card.autoencoder.downscale if card.autoencoder else 1)
-        limits.check(len(request.seeds), sampling, batch, side)
+        limits.check(len(request.seeds), sampling, batch, card.image_side)
         check_fit(sampling, card)
         refuse_condition(card)
         classes = class_numbers(request.seeds, request.labels, card)

@@ -11,6 +11,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 from torch import Tensor
 
+from patchloom.errors import CheckpointError
 from patchloom.models.cards import CheckpointCard
 from patchloom.models.checkpoints import checkpoint_content, read_checkpoint_card, write_checkpoint
 from patchloom.models.step import TrainingState
@@ -120,9 +121,12 @@ class Checkpointer:
             )
 
     def _remove_old(self) -> None:
-        """Remove the checkpoints that no rule of `train.keep` keeps."""
-        folders = sorted(path.parent for path in self.folder.glob("step-*/checkpoint.json"))
-        cards = {folder: read_checkpoint_card(folder) for folder in folders}
+        """Remove the checkpoints that no rule of `train.keep` keeps. One whose card cannot be read is left alone."""
+        cards = {}
+        for path in sorted(self.folder.glob("step-*/checkpoint.json")):
+            with contextlib.suppress(CheckpointError):
+                cards[path.parent] = read_checkpoint_card(path.parent)
+        folders = list(cards)
         kept = set(folders[-self.keep.last :])
         if self.keep.every_images:
             milestones: dict[int, Path] = {}

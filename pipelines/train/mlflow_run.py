@@ -14,6 +14,7 @@ from patchloom.platform.tracking.runs import (
     log_artifacts,
     log_dataset,
     recorded_value,
+    reopen_run,
     run_exists,
     tag_run,
 )
@@ -40,7 +41,7 @@ def ensure_mlflow_run(folder: Path, address: Folder, parent_run: str | None = No
     card = RunCard.read(folder)
     recipe = load_recipe(folder / "recipe.yaml")
     if card.run_id is not None and run_exists(card.run_id):
-        _record_length(card.run_id, recipe, folder)
+        reopen_run(card.run_id, is_made_longer=_records_new_length(card.run_id, recipe, folder))
         return card.run_id
     tags = {
         "patchloom.dataset": card.dataset_fingerprint,
@@ -86,11 +87,13 @@ def _description(recipe: Recipe, card: RunCard) -> str:
     return "\n".join([*lines, f"- Command: `{command}`"] if command else lines)
 
 
-def _record_length(run_id: str, recipe: Recipe, folder: Path) -> None:
+def _records_new_length(run_id: str, recipe: Recipe, folder: Path) -> bool:
     """Record a longer recipe in the run: as its artifact and as a tag, because MLflow keeps parameters as they are."""
-    if recorded_value(run_id, "train.images") != str(recipe.train.images):
-        log_artifacts(run_id, folder / "recipe.yaml")
-        tag_run(run_id, {"train.images": str(recipe.train.images)})
+    if recorded_value(run_id, "train.images") == str(recipe.train.images):
+        return False
+    log_artifacts(run_id, folder / "recipe.yaml")
+    tag_run(run_id, {"train.images": str(recipe.train.images)})
+    return True
 
 
 def end_tracking(folder: Path, status: str) -> None:

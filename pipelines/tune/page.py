@@ -120,8 +120,8 @@ def search_section(folder: Path, command: str = "", name: str = "") -> Markup:
     return render(
         "search.html",
         command=command,
-        summary=search_summary(card, trials, order, effects, _budget(search), command),
-        counts=[*_counts(all_trials, order), *_spent_per_trial(trials, _budget(search))],
+        summary=search_summary(card, trials, order, effects, search.budget.words, command),
+        counts=[*_counts(all_trials, order), *_spent_per_trial(trials, search.budget.words)],
         method=_method(search, seeds),
         amounts=shown_amounts(trials, search),
         frontier=plots.frontier_plot(folder, all_trials, search.metric),
@@ -153,14 +153,6 @@ def _compared(trials: Sequence[TrialRow], search: Search) -> dict[str, Any]:
         "p_curves": plots.p_curves(found),
         "compared_with_paper": compared_with_paper(by_images) if by_images else "",
     }
-
-
-def _budget(search: Search) -> str:
-    """`4 TFLOP`, `20,000 images`."""
-    if search.budget.flops is not None:
-        return f"{search.budget.flops / 1e12:,.4g} TFLOP"
-    name, value = next((name, value) for name, value in search.budget if value is not None)
-    return f"{value:,.10g} {name}"
 
 
 def _counts(trials: Sequence[TrialRow], order: Sequence[RankedSetting]) -> list[Number]:

@@ -70,6 +70,7 @@ from patchloom.platform.tracking.runs import (
     log_artifacts,
     log_dataset,
     log_metrics,
+    reopen_run,
     run_exists,
 )
 from patchloom.redaction import redacted, redacted_values
@@ -272,7 +273,11 @@ def _open_folder(
         same = redacted_values(card.search.model_dump(mode="json")) == redacted_values(search.model_dump(mode="json"))
         if not same or card.dataset_fingerprint != dataset.fingerprint:
             raise UserError(f"{folder} has another search or dataset: pass the same ones, or choose another folder")
-        run_id = card.run_id if run_exists(card.run_id) else _begin_mlflow_run(folder, search, dataset)  # another store
+        if run_exists(card.run_id):
+            run_id = card.run_id
+            reopen_run(run_id, is_made_longer=add_seeds > 0)
+        else:  # another store
+            run_id = _begin_mlflow_run(folder, search, dataset)
         changed = card.model_copy(update={"run_id": run_id, "added_seeds": card.added_seeds + add_seeds})
         if changed != card:
             changed.write(folder)

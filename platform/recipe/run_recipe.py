@@ -263,7 +263,9 @@ class TrainSection(Section):
     batch_size: Count = Field(
         512, description="Full-size images of an update, on all workers together; smaller crops come in larger batches"
     )
-    block_size: Count = Field(8, description="Samples that share a random generator; batch_size is a multiple of it")
+    block_size: Count = Field(
+        8, description="Crops that stay together on a worker, and the smallest microbatch; batch_size is a multiple"
+    )
     precision: Literal["fp32", "tf32", "bf16", "fp16"] = Field(
         "fp32", description="Precision of the network; weights and averages are always fp32"
     )

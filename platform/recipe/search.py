@@ -97,6 +97,14 @@ class TrialBudget(Section):
     flops: Positive | None = None
     seconds: Positive | None = Field(None, description="Of training, estimated from a few steps before the search")
 
+    @property
+    def words(self) -> str:
+        """`4 TFLOP`, `20,000 images`."""
+        if self.flops is not None:
+            return f"{self.flops / 1e12:,.4g} TFLOP"
+        unit, amount = next((unit, amount) for unit, amount in self if amount is not None)
+        return f"{amount:,.10g} {unit}"
+
     @model_validator(mode="after")
     def _has_one_unit(self) -> "TrialBudget":
         given = [name for name in BUDGET_UNITS if getattr(self, name) is not None]

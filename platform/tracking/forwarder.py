@@ -1,5 +1,6 @@
 """The MLflow forwarder: a thread that sends the progress lines of a run to MLflow."""
 
+import contextlib
 import os
 import re
 import threading
@@ -7,6 +8,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from patchloom.errors import UserError
 from patchloom.platform.files.inside import inner_path
 from patchloom.platform.progress import say
 from patchloom.platform.records.run import PROGRESS_FILE, ProgressLine
@@ -47,7 +49,10 @@ class JsonLinesTail:
         self._inode, self._offset = 0, 0  # of the file that was read, and the bytes that were read
 
     def new_lines(self) -> list[ProgressLine]:
-        """The complete lines since the last call. A last line without its newline is still being written."""
+        """The complete lines since the last call, without damaged ones.
+
+        A last line without its newline is still being written.
+        """
         try:
             with self.path.open("rb") as file:
                 inode = os.fstat(file.fileno()).st_ino
@@ -59,7 +64,11 @@ class JsonLinesTail:
             return []
         complete = content[: content.rfind(b"\n") + 1]
         self._offset += len(complete)
-        return [ProgressLine.parse(line, self.path) for line in complete.splitlines()]
+        found = []
+        for line in complete.splitlines():
+            with contextlib.suppress(UserError):  # commands that read the whole file name it
+                found.append(ProgressLine.parse(line, self.path))
+        return found
 
 
 class MlflowForwarder:

@@ -12,7 +12,7 @@ from patchloom.platform.tracking.client import connect, experiment_id
 from patchloom.platform.tracking.origin import origin_tags
 from patchloom.redaction import redacted, redacted_values
 
-FINISHED = "FINISHED"
+RUNNING, FINISHED = "RUNNING", "FINISHED"
 PARAM_CHARACTERS = 500  # MLflow's limit for the value of a parameter
 
 
@@ -80,6 +80,12 @@ def end_run(run_id: str, status: str = FINISHED) -> None:
     """End a run as FINISHED, FAILED or KILLED. A run with this status already keeps its end time."""
     if run_status(run_id) != status:
         connect().set_terminated(run_id, status)
+
+
+def reopen_run(run_id: str, is_made_longer: bool = False) -> None:
+    """Show a run that goes on as running again. One that finished stays as it is, unless it is made longer."""
+    if run_status(run_id) not in (RUNNING, *(() if is_made_longer else (FINISHED,))):
+        connect().update_run(run_id, RUNNING)
 
 
 def run_exists(run_id: str) -> bool:

@@ -98,6 +98,11 @@ def test_models_pages_and_recipes_can_be_remote(s3: str, trained: Path, tmp_path
         assert there.read(name) == (trained / "model" / name).read_bytes() == (here / name).read_bytes()
     with pytest.raises(UserError, match="not empty"):
         export_model(str(trained), str(there))
+    (here / "of-another-model.txt").write_text("")
+    for name in there.files():
+        there.remove(name)
+    export_model(str(trained), str(there))
+    assert not there.has("of-another-model.txt")
     page = report(str(trained), f"{s3}/pages/run.html")
     assert Folder.at(f"{s3}/pages").read("run.html") == page.read_bytes()
     assert load_recipe(f"{there}/recipe.yaml", ["patches.p=0.25"]).patches.p == 0.25

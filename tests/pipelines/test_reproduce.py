@@ -2,6 +2,7 @@
 
 import contextlib
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -215,6 +216,13 @@ def test_help_lists_every_subject() -> None:
     assert re.findall(r"[a-z]+[0-9]?(?=,| or|$)", help_text) == list(SUBJECTS)
 
 
+def test_command_of_a_stage_is_a_line_for_a_shell() -> None:
+    stage = Stage("Sample", ("sample", "my runs/one", "it's", "--seeds", "0-3"), environment=(("NAME", "a b"),))
+    assert shlex.split(stage.command) == ["NAME=a b", "patchloom", "sample", "my runs/one", "it's", "--seeds", "0-3"]
+    plain = Stage("Prepare", ("prepare", "s3://images/a_b", "data/celeba=x", "--resolution", "32"))
+    assert plain.command == "patchloom prepare s3://images/a_b data/celeba=x --resolution 32"
+
+
 def test_commands_print_where_messages_go(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -385,12 +393,15 @@ def test_canvases_are_sampled_around_held_out_images(
     for name, value in changed.items():
         monkeypatch.setattr(extrapolation, name, value)
     monkeypatch.setattr(extrapolation, "SMALL_SIDE", 16)
-    out = tmp_path / "out"
-    reproduce("extrapolation", str(out), ReproductionOptions(small=True, data={"": str(pixels)}, model=str(trained)))
+    out = tmp_path / "my out"
+    page = reproduce(
+        "extrapolation", str(out), ReproductionOptions(small=True, data={"": str(pixels)}, model=str(trained))
+    )
     given = np.asarray(Image.open(out / "references" / "0.png"))
     rows = open_dataset(pixels).rows(range(len(open_dataset(pixels))))["image"].transpose(0, 2, 3, 1)
     assert any((given == row).all() for row in rows)
     for method in ("replace", "resample", "reconstruct"):
         sampled = np.asarray(Image.open(out / "around" / f"32-{method}-0" / "000000" / "000000.png"))
         assert sampled.shape == (32, 32, 3) and np.abs(sampled[8:24, 8:24].astype(int) - given).max() <= 1
+    assert "<td>0s</td>" not in page.read_text()  # of each method
     assert {path.name for path in (out / "wide").iterdir()} == {"rescale", "extrapolate", "windows"}

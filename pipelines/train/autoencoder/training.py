@@ -13,6 +13,7 @@ from patchloom.pipelines.train.autoencoder.quality import RECONSTRUCTIONS, measu
 from patchloom.pipelines.train.autoencoder.worker import AutoencoderJob, autoencoder_worker
 from patchloom.pipelines.train.checkpointer import without_tensors
 from patchloom.pipelines.train.control import prepare_control
+from patchloom.pipelines.train.monitor import Verdict
 from patchloom.pipelines.train.node_copies import command_copy
 from patchloom.pipelines.train.training import resume_meter
 from patchloom.platform.compute.resources import DEFAULT_RESOURCES, Resources
@@ -42,6 +43,7 @@ from patchloom.platform.tracking.runs import (
     log_artifacts,
     log_dataset,
     log_metrics,
+    reopen_run,
     run_exists,
     run_status,
 )
@@ -204,6 +206,7 @@ def ensure_autoencoder_run(folder: Path, dataset: Dataset) -> str:
     """Find the MLflow run of an autoencoder's run folder in the current store, or create it; returns its id."""
     card = AutoencoderRunCard.read(folder)
     if card.run_id is not None and run_exists(card.run_id):
+        reopen_run(card.run_id)
         return card.run_id
     tags = {"patchloom.dataset": card.dataset_fingerprint, "patchloom.version": card.code_version}
     run_id = begin_run(
@@ -241,19 +244,21 @@ def _run(
 
         def show(line: ProgressLine) -> None:
             if line.step > first_step:
-                meter.update(line.images_seen, f"loss {line.loss:.3f}")
+                meter.update(line.images_seen, "loss not finite" if line.loss is None else f"loss {line.loss:.3f}")
 
         with (
             MlflowForwarder(folder, ensure, show, answers),
             ProgressFetcher(address, folder) if address.is_remote else nullcontext(),
         ):
-            is_finished = run_workers(
+            verdict = run_workers(
                 autoencoder_worker, job, workers, folder / ".ray", "autoencoder", prepare_control(address, stop_at),
                 resources=resources, paths=UsedPaths(read=(job.dataset,), written=(job.folder,)),
             )  # fmt: skip
         if address.is_remote:
             pull_folder(address, folder, without_tensors)
-        if not is_finished:
+        if verdict == Verdict.DIVERGED:
+            raise UserError(f"{address}: the loss diverged: start again in another folder with a lower --lr")
+        if verdict == Verdict.STOPPED:
             raise Stopped(f"{address} has a checkpoint: run the same command again to continue")
 
 

@@ -1,5 +1,6 @@
 """The training loop of an autoencoder in one worker, which continues from the newest checkpoint."""
 
+import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,8 @@ from patchloom.models.step_plan import draw_source
 from patchloom.pipelines.train.agreement import check_agreement, share_initial_weights, starting_checkpoint
 from patchloom.pipelines.train.checkpointer import Checkpointer, worker_lock
 from patchloom.pipelines.train.control import requested, show_training
+from patchloom.pipelines.train.hooks.losses import Divergence
+from patchloom.pipelines.train.monitor import Verdict
 from patchloom.pipelines.train.node_copies import worker_copy
 from patchloom.pipelines.train.progress_log import LineWriter, ProgressLog
 from patchloom.platform.compute.workers import Worker
@@ -59,11 +62,11 @@ class AutoencoderJob:
     draws_version: int = CURRENT_DRAWS
 
 
-def autoencoder_worker(worker: Worker, job: AutoencoderJob) -> bool:
+def autoencoder_worker(worker: Worker, job: AutoencoderJob) -> Verdict:
     """Train one worker's share of each batch. Worker 0 writes progress, checkpoints and the model.
 
     Returns:
-        Whether the training is finished. A request to stop ends it earlier, with a checkpoint.
+        Why the training ended. A request to stop ends it with a checkpoint.
     """
     there = Folder(job.folder)
     with worker_copy(worker, there, job.owner) as folder, worker_lock(worker, folder):
@@ -73,15 +76,16 @@ def autoencoder_worker(worker: Worker, job: AutoencoderJob) -> bool:
             return trainer.train()
         show_training(there)
         with _Watcher(folder, job.settings, trainer.state) as watcher:
-            if not trainer.train(watcher):
-                return False
+            verdict = trainer.train(watcher)
+        if verdict != Verdict.FINISHED:
+            return verdict
         network: Any = trainer.state.denoiser
         network.register_to_config(
             scaling_factor=_latent_scale(network, trainer.dataset, trainer.split, trainer.device)
         )
         with whole_folder(folder / "model") as model:
             save_autoencoder(network.cpu(), model)
-        return True
+        return verdict
 
 
 class _Trainer:
@@ -101,18 +105,32 @@ class _Trainer:
         if newest is not None:
             load_checkpoint(newest, self.state)
 
-    def train(self, watcher: "_Watcher | None" = None) -> bool:
-        """Take the remaining steps, until all are taken (True) or the run was asked to stop (False)."""
-        is_stopped = False
-        while self.state.step < self.settings.steps and not is_stopped:
+    def train(self, watcher: "_Watcher | None" = None) -> Verdict:
+        """Take the remaining steps, until all are taken, the run was asked to stop, or its loss has diverged."""
+        divergence, verdict = Divergence(), Verdict.TRAINING
+        if self.state.step == self.settings.steps:
+            verdict = Verdict.FINISHED
+        while verdict == Verdict.TRAINING:
             self._step()
             ends = self.state.step == self.settings.steps
             request = requested(self.worker, self.folder, self.state.step)
-            is_stopped = request == "" and not ends
+            is_logged = ends or request is not None or self.state.step % LOG_EVERY_STEPS == 0
+            loss = self.loss() if is_logged else 0.0
+            if is_logged and divergence.shows_in(loss):
+                verdict = Verdict.DIVERGED
+            elif ends:
+                verdict = Verdict.FINISHED
+            elif request == "":
+                verdict = Verdict.STOPPED
             if watcher:
-                watcher.after_step(ends or request is not None)
+                watcher.after_step(loss if is_logged else None, verdict, request is not None)
         self.worker.meet()
-        return not is_stopped
+        return verdict
+
+    def loss(self) -> float:
+        """The mean loss of the last step, summed over all workers."""
+        losses, patches = self.state.gradients.loss_and_crops[0].tolist()
+        return float(losses / patches)
 
     def _step(self) -> None:
         state, settings, worker = self.state, self.settings, self.worker
@@ -159,20 +177,26 @@ class _Watcher:
     def __exit__(self, *_: object) -> None:
         self.checkpointer.wait()
 
-    def after_step(self, ends: bool) -> None:
-        """Write what is due after a step, or after the last one of this session."""
-        step = self.state.step
-        if ends or step % LOG_EVERY_STEPS == 0:
-            self._write_line()
-        if ends or step % self.checkpoint_every == 0:
+    def after_step(self, loss: float | None, verdict: Verdict, is_asked: bool) -> None:
+        """Write what is due after a step: a line with its loss, if there is one, and a checkpoint.
+
+        Args:
+            loss: the loss, for a line.
+            verdict: what the run is doing, or why it ends. A diverged run gets no checkpoint.
+            is_asked: whether a checkpoint was asked for.
+        """
+        if loss is not None:
+            self._write_line(loss)
+        is_due = is_asked or verdict != Verdict.TRAINING or self.state.step % self.checkpoint_every == 0
+        if is_due and verdict != Verdict.DIVERGED:
             self.checkpointer.save(self.state, "autoencoder", self.lines.newest)
 
-    def _write_line(self) -> None:
-        losses, patches = self.state.gradients.loss_and_crops[0].tolist()
+    def _write_line(self, loss: float) -> None:
         seen, (start, before) = self.state.images_seen, self._since
         rate = (seen - before) / max(time.monotonic() - start, 1e-9)
         fields: LineFields = {
-            "step": self.state.step, "images_seen": seen, "loss": losses / patches, "images_per_second": rate,
+            "step": self.state.step, "images_seen": seen, "loss": loss if math.isfinite(loss) else None,
+            "images_per_second": rate,
         }  # fmt: skip
         self.lines.write(lambda: fields)
         self._since = (time.monotonic(), seen)

@@ -15,12 +15,25 @@ from patchloom.platform.records.run import LineFields
 DIVERGED_RATIO = 1000.0
 
 
+class Divergence:
+    """Whether a run has diverged: its loss is not finite, or far above the lowest one so far."""
+
+    def __init__(self) -> None:
+        self._lowest_loss = math.inf
+
+    def shows_in(self, loss: float) -> bool:
+        """Whether the next loss of the run shows it."""
+        diverged = not math.isfinite(loss) or loss > DIVERGED_RATIO * self._lowest_loss
+        self._lowest_loss = min(self._lowest_loss, loss)
+        return diverged
+
+
 class LossHook(Hook):
     """Adds the losses. They are summed on the device and read only when a line is written."""
 
     def __init__(self, run: TrainingRun) -> None:
         super().__init__(run)
-        self._lowest_loss = math.inf
+        self._divergence = Divergence()
         self.after_line()
 
     def after_line(self) -> None:
@@ -37,8 +50,7 @@ class LossHook(Hook):
         totals = self._totals.double().cpu()
         losses, crops = totals.sum((0, 1)).tolist()
         loss = losses / crops if crops else math.nan
-        self.has_diverged = not math.isfinite(loss) or loss > DIVERGED_RATIO * self._lowest_loss
-        self._lowest_loss = min(self._lowest_loss, loss)
+        self.has_diverged = self._divergence.shows_in(loss)
         seen = self.run.state.images_seen - self._images_before
         return {
             "loss": loss if math.isfinite(loss) else None,

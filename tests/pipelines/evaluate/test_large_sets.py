@@ -44,6 +44,13 @@ def stored(rows: torch.Tensor) -> StoredFeatures:
     return StoredFeatures(part.numpy() for part in rows.split(13))
 
 
+def test_features_of_more_bytes_than_one_read_gives(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("patchloom.pipelines.evaluate.features.MOST_READ_BYTES", 100)  # a row has 24
+    rows = cloud(50)
+    in_file = stored(rows)
+    assert torch.equal(in_file[3:47], rows[3:47]) and torch.equal(in_file[torch.tensor([9, 0])], rows[[9, 0]])
+
+
 def test_features_in_a_file_give_the_numbers_of_features_in_memory() -> None:
     a, b = cloud(500), cloud(300, seed=1) * 0.8
     in_file = stored(a)

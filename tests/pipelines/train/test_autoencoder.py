@@ -67,6 +67,15 @@ def finished(pixels: Path, tmp_path_factory: pytest.TempPathFactory) -> Autoenco
     return train_autoencoder(str(pixels), str(folder), SETTINGS, workers=0, register="finished-ae")
 
 
+def test_diverged_training_ends_without_a_model(pixels: Path, tmp_path: Path) -> None:
+    settings = replace(SETTINGS, lr=1e12)
+    with pytest.raises(UserError, match="--lr"):
+        train_autoencoder(str(pixels), str(tmp_path / "ae"), settings, workers=0, register="diverged-ae")
+    assert not (tmp_path / "ae" / "model").exists()
+    assert read_progress(tmp_path / "ae")[-1].loss is None and "NaN" not in (tmp_path / "ae/progress.jsonl").read_text()
+    assert not mlflow.MlflowClient().search_registered_models("name = 'diverged-ae'")
+
+
 def test_mlflow_contains_quality_and_reconstructions(finished: AutoencoderResult, tmp_path: Path) -> None:
     client = mlflow.MlflowClient()
     run = client.get_run(finished.run_id)

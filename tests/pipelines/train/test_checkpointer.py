@@ -74,3 +74,15 @@ def test_last_checkpoints_are_kept(tmp_path: Path, last: int) -> None:
     checkpointer.wait()
     kept = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
     assert kept == [f"step-{step:08d}" for step in range(5 - last, 5)]
+
+
+def test_a_checkpoint_whose_card_is_damaged_is_left_alone_and_training_goes_on(tmp_path: Path) -> None:
+    state, checkpointer = make_state(width=8), Checkpointer(tmp_path, KeepSection(last=1))
+    for step in range(1, 5):
+        state.step = step
+        checkpointer.save(state, "tiny", None)
+        checkpointer.wait()
+        if step == 2:
+            (tmp_path / "checkpoints" / "step-00000002" / "checkpoint.json").write_text("{")
+    kept = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
+    assert kept == ["step-00000002", "step-00000004"] and checkpointer.failed == 0

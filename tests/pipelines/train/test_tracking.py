@@ -18,8 +18,11 @@ from helpers import tiny_recipe, wait_until
 from patchloom.errors import UserError
 from patchloom.pipelines.registry.registering import register
 from patchloom.pipelines.train import train
+from patchloom.pipelines.train.mlflow_run import ensure_mlflow_run
+from patchloom.platform.files.folder import Folder
 from patchloom.platform.files.storage import read_json
-from patchloom.platform.records.run import ProgressLine, read_progress
+from patchloom.platform.recipe import load_recipe, recipe_yaml
+from patchloom.platform.records.run import ProgressLine, RunCard, read_progress
 from patchloom.platform.tracking.forwarder import MlflowForwarder, line_metrics
 
 pytestmark = pytest.mark.ray
@@ -113,6 +116,32 @@ def test_run_without_a_line_is_created_too(tmp_path: Path) -> None:
     with MlflowForwarder(tmp_path, create, lambda _: None):
         pass
     assert len(created) == 1  # not requested, and there was nothing to send
+
+
+def test_run_that_goes_on_is_shown_as_running(trained: Path, tmp_path: Path) -> None:
+    client = mlflow.MlflowClient(os.environ["MLFLOW_TRACKING_URI"])
+    run = Path(shutil.copytree(trained, tmp_path / "run"))
+    RunCard.read(run).model_copy(update={"run_id": None}).write(run)
+    run_id = ensure_mlflow_run(run, Folder(str(run)))
+    for ended, then in (("KILLED", "RUNNING"), ("FAILED", "RUNNING"), ("FINISHED", "FINISHED")):
+        client.set_terminated(run_id, ended)
+        assert ensure_mlflow_run(run, Folder(str(run))) == run_id
+        assert client.get_run(run_id).info.status == then
+    longer = load_recipe(run / "recipe.yaml", ["train.images=100000"])
+    (run / "recipe.yaml").write_text(recipe_yaml(longer))
+    ensure_mlflow_run(run, Folder(str(run)))
+    assert client.get_run(run_id).info.status == "RUNNING"
+
+
+def test_damaged_line_is_skipped_and_the_others_are_sent(tmp_path: Path) -> None:
+    client, shown = mlflow.MlflowClient(os.environ["MLFLOW_TRACKING_URI"]), list[int]()
+    run_id = client.create_run("0").info.run_id
+    lines = ['{"step": 1, "loss": 0.5}', '{"step": 2, "lo', '{"step": 3, "loss": 0.25}']
+    (tmp_path / "progress.jsonl").write_text("\n".join(lines) + "\n")
+    with MlflowForwarder(tmp_path, lambda: run_id, lambda line: shown.append(line.step)):
+        pass
+    assert shown == [1, 3]
+    assert [(one.step, one.value) for one in client.get_metric_history(run_id, "loss")] == [(1, 0.5), (3, 0.25)]
 
 
 LOADED = """

@@ -33,6 +33,7 @@ from patchloom.platform.files.folder import Folder
 from patchloom.platform.files.storage import read_json, read_json_lines
 from patchloom.platform.recipe import Recipe, load_recipe, recipe_yaml
 from patchloom.platform.recipe.search import load_search
+from patchloom.platform.records.search import SearchCard
 
 pytestmark = pytest.mark.ray
 
