@@ -22,7 +22,7 @@ def guided(
 ) -> Denoise:
     """The denoiser as a sampler calls it, with classifier-free guidance (Ho & Salimans 2022).
 
-    D = D_none + guidance * (D_label - D_none) (Patch Diffusion, section 4.1). D_none has neither label nor condition.
+    D = D_none + guidance * (D_label - D_none) (Patch Diffusion, section 4.2). D_none has neither label nor condition.
 
     Args:
         denoiser: the network.

@@ -177,7 +177,9 @@ def test_constraints_are_within_the_ranges_of_the_dependencies() -> None:
     pins = dict(
         line.split("==") for line in (ROOT / "constraints.txt").read_text().splitlines() if not line.startswith("#")
     )
-    for text in project["dependencies"] + project["optional-dependencies"]["dev"]:
+    for text in (
+        project["dependencies"] + project["optional-dependencies"]["dev"] + project["optional-dependencies"]["docs"]
+    ):
         requirement = Requirement(text)
         assert pins[requirement.name] in requirement.specifier, text
 
@@ -197,3 +199,18 @@ def test_every_dependency_is_imported() -> None:
     for text in tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]:
         name = Requirement(text).name
         assert names.get(name, name) in used, f"{name} is required and never imported"
+
+
+def test_functions_and_files_are_short() -> None:
+    """As CONTRIBUTING says: 60 lines without the docstring, and 550 lines."""
+    long = []
+    for path in (path for folder in (*FOLDERS, "tests") for path in (ROOT / folder).rglob("*.py")):
+        text = path.read_text()
+        if len(text.splitlines()) > 550:
+            long.append(path.name)
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.FunctionDef) and path.parent.name != "cli":
+                docstring = (ast.get_docstring(node, clean=False) or "").count("\n")
+                if (node.end_lineno or 0) - node.lineno - docstring >= 60:
+                    long.append(f"{path.name}: {node.name}")
+    assert not long
