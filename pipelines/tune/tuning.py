@@ -1,7 +1,6 @@
 """Tune: many short runs of one recipe on Ray Tune, with equal budgets, ranked by one number."""
 
 import contextlib
-import functools
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -250,15 +249,15 @@ class _Planner:
     def __init__(self, backbones: tuple[str, ...]) -> None:
         allow_backbones(*backbones)
 
-    def __call__(self, plan: Callable[[], list[Trial]], report: Callable[[int], None]) -> list[Trial]:
-        return plan()
+    def __call__(self, searched: tuple[Search, Recipe, str], report: Callable[[int], None]) -> list[Trial]:
+        search, base, dataset = searched
+        return plan_trials(search, base, open_dataset(dataset))
 
 
 def _measured_trials(search: Search, base: Recipe, dataset: Dataset, nodes: Resources) -> list[Trial]:
     say("  measuring some steps of each setting")
-    plan = functools.partial(plan_trials, search, base, dataset)
-    workers = 0 if connected_ray() is None else 1
-    ((_, planned),) = map_on_actors(_Planner, allowed_backbones(), [plan], workers, on_gpus=True, resources=nodes)
+    searched, workers = (search, base, dataset.address), 0 if connected_ray() is None else 1
+    ((_, planned),) = map_on_actors(_Planner, allowed_backbones(), [searched], workers, on_gpus=True, resources=nodes)
     return planned
 
 
