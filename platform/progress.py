@@ -31,6 +31,7 @@ class Verbosity(enum.Enum):
 
 
 _verbosity = Verbosity.NORMAL
+_shows_results = True
 
 
 def set_verbosity(verbosity: Verbosity) -> None:
@@ -49,6 +50,17 @@ def is_verbose() -> bool:
     return _verbosity is Verbosity.VERBOSE
 
 
+@contextmanager
+def without_results() -> Iterator[None]:
+    """Do not print the results of commands that are a part of another one during the block; progress is shown."""
+    global _shows_results
+    before, _shows_results = _shows_results, False
+    try:
+        yield
+    finally:
+        _shows_results = before
+
+
 def say(text: str, *, is_result: bool = False) -> None:
     """Print a line without secrets and control characters, and pass it to those who listen.
 
@@ -57,7 +69,7 @@ def say(text: str, *, is_result: bool = False) -> None:
         is_result: it is what the command was run for, which is printed also with --quiet.
     """
     text = printable(text)
-    if is_result or not is_quiet():
+    if _shows_results if is_result else not is_quiet():
         stamp = time.strftime("%H:%M:%S ") if is_verbose() and not is_result else ""
         console.print(f"{stamp}{text}", markup=False)
     for listener in list(_listeners.values()):

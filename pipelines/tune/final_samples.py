@@ -4,6 +4,7 @@ from contextlib import nullcontext
 
 from patchloom.pipelines.evaluate.evaluation import evaluate
 from patchloom.pipelines.evaluate.memorisation import memorised_shares
+from patchloom.pipelines.registry.quality import TITLES
 from patchloom.pipelines.sample.sampling import sample
 from patchloom.pipelines.train.resuming import RECIPE_FILE
 from patchloom.pipelines.train.shard_plan import training_rows
@@ -12,7 +13,7 @@ from patchloom.platform.compute.session import ray_session
 from patchloom.platform.dataset.prepared import Dataset
 from patchloom.platform.files.copies import local_copy
 from patchloom.platform.files.folder import Folder
-from patchloom.platform.progress import say
+from patchloom.platform.progress import say, without_results
 from patchloom.platform.recipe.run_recipe import load_recipe
 from patchloom.platform.recipe.search import FinalEvaluation
 from patchloom.platform.records.search import TrialRow
@@ -35,12 +36,14 @@ def measure_samples(folder: Folder, trials: list[TrialRow], final: FinalEvaluati
 def _with_measured_samples(run: Folder, trial: TrialRow, final: FinalEvaluation, dataset: Dataset) -> TrialRow:
     say(f"  trial {trial.name}: {final.samples} samples for the final evaluation")
     samples = run.folder("samples").address
-    sample(run.address, samples, f"0-{final.samples - 1}", steps=final.steps)
     metric, name = ("fid", "fid") if final.features == "inception" else ("fd", "frechet_distance")
-    measured = evaluate(samples, dataset.address, metrics=(metric,), features=final.features)
-    distance = measured.metrics[name]
-    assert isinstance(distance, float)
-    found = {"final_distance": distance, **_memorised(run, samples, final, dataset)}
+    with without_results():
+        sample(run.address, samples, f"0-{final.samples - 1}", steps=final.steps)
+        measured = evaluate(samples, dataset.address, metrics=(metric,), features=final.features)
+        distance = measured.metrics[name]
+        assert isinstance(distance, float)
+        found = {"final_distance": distance, **_memorised(run, samples, final, dataset)}
+    say(f"  trial {trial.name}: {TITLES[name][0]} {distance:.4g}")
     row = trial.model_copy(update=found)
     run.write_json(TRIAL_FILE, row.to_dict())
     if row.run_id is not None:

@@ -121,7 +121,7 @@ def search_section(folder: Path, command: str = "", name: str = "") -> Markup:
         "search.html",
         command=command,
         summary=search_summary(card, trials, order, effects, search.budget.words, command),
-        counts=[*_counts(all_trials, order), *_spent_per_trial(trials, search.budget.words)],
+        counts=[*_counts(all_trials, order), *_spent_per_trial(trials)],
         method=_method(search, seeds),
         amounts=shown_amounts(trials, search),
         frontier=plots.frontier_plot(folder, all_trials, search.metric),
@@ -169,18 +169,17 @@ def _counts(trials: Sequence[TrialRow], order: Sequence[RankedSetting]) -> list[
     ]
 
 
-def _spent_per_trial(trials: Sequence[TrialRow], budget: str) -> list[Number]:
-    """The range of what finished trials spent. Whole updates of random sizes meet a budget only on average."""
+def _spent_per_trial(trials: Sequence[TrialRow]) -> list[Number]:
+    """The ranges of what finished trials spent, without those that are the same for all: the summary has the budget."""
     finished = [trial for trial in trials if trial.status == "finished"]
-    images, tflop = [trial.images_seen for trial in finished], [(trial.flops or 0.0) / 1e12 for trial in finished]
-    return [
-        Number(f"counted images per trial (budget: {budget})", _range(f"{min(images):,}", f"{max(images):,}")),
-        Number("TFLOP per trial", _range(f"{min(tflop):,.3g}", f"{max(tflop):,.3g}")),
-    ]
-
-
-def _range(low: str, high: str) -> str:
-    return low if low == high else f"{low} to {high}"
+    spent = {
+        "counted images per trial": [f"{trial.images_seen:,}" for trial in finished],
+        "TFLOP per trial": [f"{(trial.flops or 0.0) / 1e12:,.3g}" for trial in finished],
+    }
+    number = {
+        unit: sorted(set(values), key=lambda value: float(value.replace(",", ""))) for unit, values in spent.items()
+    }
+    return [Number(unit, f"{values[0]} to {values[-1]}") for unit, values in number.items() if len(values) > 1]
 
 
 def _method(search: Search, seeds: int) -> list[str]:
@@ -224,8 +223,9 @@ def _shown_comparison(comparison: EqualCostComparison, search: Search) -> _Shown
     is_budget = (
         search.metric == HELD_OUT_LOSS and getattr(search.budget, comparison.by.removesuffix("_seen")) is not None
     )
+    cost = f"{comparison.cost / 1e12:,.4g} TFLOP" if comparison.by == "flops" else f"{comparison.cost:,.0f}"
     return _ShownComparison(
-        COST_TITLES[comparison.by], f"{comparison.cost:,.4g}", f"{comparison.deviation:.1%}", best.title,
+        COST_TITLES[comparison.by], cost, f"{comparison.deviation:.1%}", best.title,
         best.value_of_n(), frontier.decision(comparison.order) if has_seeds and not is_budget else "",
         _equal_cost_table(comparison),
     )  # fmt: skip
@@ -274,7 +274,7 @@ def _equal_cost_table(comparison: EqualCostComparison) -> Table:
     lowest = {sigma: min(range(len(losses)), key=lambda row: mean(losses[row][sigma])) for sigma in sigmas}
     rows = []
     for number, setting in enumerate(comparison.order):
-        cells = [with_spread(losses[number][sigma]) + (" *" if lowest[sigma] == number else "") for sigma in sigmas]
+        cells = [with_spread(losses[number][sigma], 1) + (" *" if lowest[sigma] == number else "") for sigma in sigmas]
         rows.append([setting.title, setting.value(), *cells])
     return Table(["setting", "held-out loss", *(f"sigma {sigma}" for sigma in sigmas)], rows, marks_first=True)
 

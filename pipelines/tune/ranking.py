@@ -53,13 +53,13 @@ class RankedSetting:
         return self.value() + ("" if self.spread is None else f" (n = {len(self.trials)})")
 
 
-def with_spread(values: Sequence[float]) -> str:
-    """The mean and the standard deviation, whose first two digits are shown: `0.1234 ± 0.0012`."""
+def with_spread(values: Sequence[float], digits: int = 2) -> str:
+    """The mean and the standard deviation, of which so many digits are shown: `0.1234 ± 0.0012`."""
     spread = stdev(values) if len(values) > 1 else 0.0
     if spread == 0:
         return f"{mean(values):.4g}" + (" ± 0" if len(values) > 1 else "")
-    digits = max(0, 1 - math.floor(math.log10(spread) + 1e-9))
-    return f"{mean(values):.{digits}f} ± {spread:.{digits}f}"
+    places = max(0, digits - 1 - math.floor(math.log10(spread) + 1e-9))
+    return f"{mean(values):.{places}f} ± {spread:.{places}f}"
 
 
 def mean_of(trials: Sequence[TrialRow], field: str) -> float | None:

@@ -102,6 +102,7 @@ def test_trainings_without_a_common_distance_are_refused() -> None:
 def test_the_spread_has_two_digits() -> None:
     assert with_spread([0.00028, 0.00031, 0.00034]) == "0.000310 ± 0.000030"
     assert with_spread([10.0, 20.0, 30.0]) == "20 ± 10" and with_spread([0.5]) == "0.5"
+    assert with_spread([0.301, 0.303, 0.305], 1) == "0.303 ± 0.002"
 
 
 def test_no_answer_without_the_trainings_that_it_compares() -> None:

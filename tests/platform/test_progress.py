@@ -7,7 +7,7 @@ import pytest
 from rich.console import Console
 
 from patchloom.platform import progress
-from patchloom.platform.progress import Meter, aligned, clock, fitted, say, with_descriptions
+from patchloom.platform.progress import Meter, aligned, clock, fitted, say, with_descriptions, without_results
 from patchloom.platform.progress import progress as show_progress
 
 
@@ -92,3 +92,11 @@ def test_a_job_ends_with_one_line_with_its_duration(capsys: pytest.CaptureFixtur
 def test_brackets_are_printed_unchanged(capsys: pytest.CaptureFixture[str]) -> None:
     say("[red]data[/red] \\[x] 3/4")
     assert capsys.readouterr().out == "[red]data[/red] \\[x] 3/4\n"
+
+
+def test_results_of_a_part_are_not_printed_and_its_messages_are(capsys: pytest.CaptureFixture[str]) -> None:
+    with without_results():
+        say("a message")
+        say("the result of a part", is_result=True)
+    say("the result", is_result=True)
+    assert capsys.readouterr().out.splitlines() == ["a message", "the result"]

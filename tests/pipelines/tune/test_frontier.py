@@ -274,7 +274,7 @@ def test_summary_states_its_cost_and_the_page_what_each_trial_spent(tmp_path: Pa
         (tmp_path / "trials" / row.name).mkdir(parents=True)
         write_progress(tmp_path / "trials" / row.name, [line(row.images_seen, row.held_out_loss or 0.0)])
     page = str(search_section(tmp_path))
-    assert "608 to 704" in page and "budget: 600 images" in page and "1 to 5" in page
+    assert "608 to 704" in page and "budget of 600 images" in page and "1 to 5" in page
     for images in ("608", "704", "688"):  # in the table of settings
         assert f"<td>{images}</td>" in page
 
