@@ -145,7 +145,7 @@ def cached_copy(
     kind: str,
     name: str,
     size_bytes: int,
-    fill: Callable[[Path], None],
+    fill: Callable[[Path], object],
     take_room: Callable[[Path, int], None] | None = None,
 ) -> tuple[int, Path]:
     """A folder in the cache of this node, filled once for all processes.

@@ -1,6 +1,7 @@
 """References: registered versions whose files stay in an object store, fetched from there and checked."""
 
 import hashlib
+from collections.abc import Callable
 from pathlib import Path
 
 from patchloom.errors import UserError
@@ -42,10 +43,21 @@ def fetch_stored(stored: StoredModel) -> Path:
         for name, file in stored.files.items():
             _fetch_checked(there, inner_name(name, there), file, folder)
 
-    key = hashlib.sha256(stored.to_json().encode()).hexdigest()[:24]
+    return kept_copy(stored.to_json(), sum(file.size_bytes for file in stored.files.values()), fill)
+
+
+def kept_copy(identity: str, size_bytes: int, fill: Callable[[Path], object]) -> Path:
+    """A copy of a model in the cache of this node, filled once for all processes, and kept until this one ends.
+
+    Args:
+        identity: a text that is another one for other files.
+        size_bytes: their size.
+        fill: writes the files into the folder.
+    """
+    key = hashlib.sha256(identity.encode()).hexdigest()[:24]
     place = cache_folder("models") / key
     if place not in _kept:
-        _kept[place] = cached_copy("models", key, sum(file.size_bytes for file in stored.files.values()), fill)
+        _kept[place] = cached_copy("models", key, size_bytes, fill)
     return _kept[place][1]
 
 

@@ -4,11 +4,13 @@ import contextlib
 import io
 import re
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
-from pathlib import Path
+from functools import partial
+from pathlib import Path, PurePosixPath
 from typing import Any
+from urllib.parse import urlsplit
 
 from patchloom.errors import UserError, did_you_mean
 from patchloom.platform.files.copies import local_copy
@@ -17,7 +19,7 @@ from patchloom.platform.files.outputs import check_new_file
 from patchloom.platform.files.storage import file_sha256, read_json, write_atomic
 from patchloom.platform.records.reference import FILES_FILE, FILES_TAG, REFERENCE_FILE, StoredModel
 from patchloom.platform.tracking.client import connect, open_registry, open_store
-from patchloom.platform.tracking.references import fetch_stored
+from patchloom.platform.tracking.references import fetch_stored, kept_copy
 from patchloom.platform.tracking.server_errors import first_line
 from patchloom.platform.tracking.store import shown_registry_uri
 from patchloom.platform.tracking.versions import RegisteredVersion, list_versions, registered_version
@@ -30,6 +32,7 @@ OTHER_FOLDERS = {  # what a folder without a model is, by the card in it, and wh
     "search.json": "a search: give one of its runs in the folder trials",
     "run.json": "a run that is not finished: run `patchloom train --resume` first",
 }
+_of_runs: dict[str, tempfile.TemporaryDirectory[str]] = {}
 SIMILAR_NAMES = 1000  # registered models among which a similar name is searched
 MISSING = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")  # MLflow's codes for a missing version and alias
 
@@ -57,7 +60,7 @@ def fetch_model(reference: str) -> FetchedModel:
     if reference.startswith("models:/"):
         return _fetch_version(reference)
     if reference.startswith("runs:/"):
-        folder = _download(reference)
+        folder = _fetched_of_run(reference)
         return FetchedModel(_model_folder(folder), reference, run_id=reference.split("/")[1])
     folder = local_copy(reference, lambda name: not name.startswith(("checkpoints/", "ema/")))
     if (folder / "model" / "model.json").is_file():  # the model folder of a run folder
@@ -81,7 +84,7 @@ def _fetch_version(reference: str) -> FetchedModel:
     name, alias, number = match.groups()
     version = find_version(name, alias=alias, version=number)
     numbered = f"models:/{name}/{version.version}"
-    folder = _model_folder(_download(numbered), numbered, version.tags)
+    folder = _model_folder(_fetched_version(numbered, version), numbered, version.tags)
     return FetchedModel(folder, numbered, version.run_id, name, str(version.version))
 
 
@@ -133,15 +136,60 @@ def described_version(name: str, version: str) -> RegisteredVersion:
     return registered_version(found, connect().get_registered_model(name).aliases)
 
 
-def _download(uri: str) -> Path:
-    import mlflow.artifacts
+def _fetched_version(numbered: str, version: Any) -> Path:
+    """The artifacts of a version: its folder in a local store, else a copy that all processes of this node share."""
+    with _fetching(numbered) as client:
+        if _is_local(client.get_model_version_download_uri(version.name, version.version)):
+            return _download(numbered)
+        size_bytes = sum(_file_sizes(numbered))
+        created = f"{version.creation_timestamp} {version.tags.get(FILES_TAG)}"  # a deleted name begins again with 1
+        return kept_copy(f"{shown_registry_uri()} {numbered} {created}", size_bytes, partial(_download, numbered))
+
+
+def _fetched_of_run(reference: str) -> Path:
+    """Artifacts of a run: their folder in a local store, else a copy that is removed when this process ends."""
+    with _fetching(reference) as client:
+        if _is_local(client.get_run(reference.split("/")[1]).info.artifact_uri):
+            return _download(reference)
+        if reference not in _of_runs:  # they may change, so other processes fetch them again
+            folder = tempfile.TemporaryDirectory(prefix="patchloom-")
+            _download(reference, Path(folder.name))
+            _of_runs[reference] = folder
+        return Path(_of_runs[reference].name)
+
+
+@contextlib.contextmanager
+def _fetching(uri: str) -> Iterator[Any]:
+    """A client of the store of a reference; its errors become a UserError."""
     from mlflow.exceptions import MlflowException
 
-    with open_registry() if uri.startswith("models:") else open_store():
+    with open_registry() if uri.startswith("models:") else open_store() as client:
         try:
-            return Path(mlflow.artifacts.download_artifacts(artifact_uri=uri))
+            yield client
         except (MlflowException, OSError) as error:
             raise UserError(f"{uri} cannot be fetched from {shown_registry_uri()} ({first_line(error)})") from None
+
+
+def _is_local(address: str) -> bool:
+    return urlsplit(address).scheme in ("", "file")
+
+
+def _file_sizes(address: str) -> Iterator[int]:
+    """The sizes of all files below an address of MLflow, in bytes."""
+    import mlflow.artifacts
+
+    for item in mlflow.artifacts.list_artifacts(artifact_uri=address):
+        if item.is_dir:
+            yield from _file_sizes(f"{address}/{PurePosixPath(item.path).name}")
+        else:
+            yield item.file_size or 0
+
+
+def _download(uri: str, to: Path | None = None) -> Path:
+    """Fetch artifacts into a folder; without one, a local store gives its own folder."""
+    import mlflow.artifacts
+
+    return Path(mlflow.artifacts.download_artifacts(artifact_uri=uri, dst_path=None if to is None else str(to)))
 
 
 def _model_folder(folder: Path, version: str | None = None, tags: Mapping[str, str] | None = None) -> Path:

@@ -19,11 +19,13 @@ from patchloom.errors import UserError
 from patchloom.pipelines.registry.registering import register
 from patchloom.pipelines.train import train
 from patchloom.pipelines.train.mlflow_run import ensure_mlflow_run
+from patchloom.platform.files.cache import cache_folder
 from patchloom.platform.files.folder import Folder
 from patchloom.platform.files.storage import read_json
 from patchloom.platform.recipe import load_recipe, recipe_yaml
 from patchloom.platform.records.run import ProgressLine, RunCard, read_progress
 from patchloom.platform.tracking.forwarder import MlflowForwarder, line_metrics
+from patchloom.platform.tracking.registry import fetch_model
 
 pytestmark = pytest.mark.ray
 
@@ -90,6 +92,23 @@ def test_restarted_server_receives_every_line_and_preview_once(
     assert_is_mirrored(server.address, made.run_id, run)
     assert mlflow.MlflowClient(server.address).get_run(made.run_id).info.status == "FINISHED"
     forward_while_the_server_restarts(server, run, tmp_path / "again")
+
+
+def test_version_on_a_server_is_fetched_once_into_the_cache_of_the_node(
+    server: Server, trained: Path, tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server.start()
+    reference = register(str(trained / "model"), "on-a-server")
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
+    folder = fetch_model(reference).folder
+    assert (folder / "model.safetensors").read_bytes() == (trained / "model" / "model.safetensors").read_bytes()
+    assert cache_folder("models") in folder.parents and not any((tmp_path / "temporary").iterdir())
+    shutil.rmtree(server.folder / "artifacts")
+    assert fetch_model(reference).folder == folder
+    code = f"from patchloom.platform.tracking.registry import fetch_model; print(fetch_model({reference!r}).folder)"
+    other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert other.stdout.strip() == str(folder)
 
 
 def test_resume_sends_the_run_to_another_store(
