@@ -29,6 +29,7 @@ from patchloom.platform.tracking.registry import MODEL_FOLDER, logged_model, reg
 from patchloom.platform.tracking.runs import (
     begin_run,
     end_run,
+    failed_on_error,
     log_artifacts,
     log_dataset,
     log_metrics,
@@ -168,7 +169,8 @@ def _register_folder(folder: Path, name: str, address: str | None) -> str:
         run_id = begin_run(
             card.name, "import", parameters, tags, description=f"A model that was registered from `{folder}`."
         )
-        version = _create_version(folder, name, run_id, _tags_of_model(card), address)
+        with failed_on_error(run_id):
+            version = _create_version(folder, name, run_id, _tags_of_model(card), address)
         end_run(run_id)
     return version
 

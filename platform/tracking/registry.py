@@ -254,13 +254,21 @@ def register_pyfunc(
     Returns:
         The number of the version.
     """
-    import mlflow
+    import mlflow.pyfunc
+    from mlflow.models import Model
 
-    connect()
-    output = io.StringIO()  # MLflow prints what it registered, and so does Patchloom
-    with redirect_stdout(output), redirect_stderr(output), mlflow.start_run(run_id=run_id):
-        info = mlflow.pyfunc.log_model(
-            name="model",
+    client = connect()
+    run, output = client.get_run(run_id), io.StringIO()  # MLflow prints what it registered, and so does Patchloom
+    with redirect_stdout(output), redirect_stderr(output):
+        # mlflow.pyfunc.log_model needs an active run, and would change its status and the time of its end
+        logged = client.create_logged_model(
+            run.info.experiment_id, name=MODEL_FOLDER, source_run_id=run_id, params=dict(run.data.params)
+        )
+        info = Model.log(
+            artifact_path=None,
+            model_id=logged.model_id,
+            flavor=mlflow.pyfunc,
+            run_id=run_id,
             python_model=str(entry),
             artifacts={MODEL_FOLDER: folder.as_uri(), "wheel": wheel.as_uri()},  # MLflow would unquote plain paths
             # MLflow installs the requirements with the folder of the version as the working directory

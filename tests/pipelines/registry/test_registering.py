@@ -15,7 +15,9 @@ from helpers import environment
 
 from patchloom.models.checkpoints import load_model, read_card, save_model
 from patchloom.pipelines.registry.registering import register
+from patchloom.platform.records.run import RunCard
 from patchloom.platform.tracking.aliases import move_alias
+from patchloom.platform.tracking.client import connect, experiment_id
 from patchloom.platform.tracking.registry import fetch_model
 from patchloom.platform.tracking.versions import list_versions
 
@@ -136,3 +138,19 @@ def test_a_folder_with_characters_of_addresses_is_registered(name: str, trained:
     shutil.copytree(trained / "model", tmp_path / name / "model")
     reference = register(str(tmp_path / name / "model"), "quoted")
     assert read_card(fetch_model(reference).folder) == read_card(trained / "model")
+
+
+def test_registration_leaves_the_status_and_the_end_of_the_training_run(trained: Path, tmp_path: Path) -> None:
+    client, run_id = connect(), str(RunCard.read(trained).run_id)
+    before = client.get_run(run_id).info
+    reference = register(str(trained), "registered-later")
+    after, version = client.get_run(run_id).info, list_versions("registered-later")[0]
+    assert (after.status, after.end_time) == (before.status, before.end_time) == ("FINISHED", before.end_time)
+    assert version.run_id == run_id and fetch_model(reference).run_id == run_id
+    damaged = Path(shutil.copytree(trained / "model", tmp_path / "model"))
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("patchloom.pipelines.registry.registering.wheel_bytes", lambda: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            register(str(damaged), "never-registered")
+    runs = client.search_runs([experiment_id(client)], max_results=1)
+    assert runs[0].data.tags["patchloom.folder"] == str(damaged) and runs[0].info.status == "FAILED"
