@@ -1,10 +1,8 @@
 """The machine of a measurement: processor, memory, GPUs and versions, and how busy other processes keep it."""
 
-import hashlib
 import platform
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 
 import torch
 
@@ -44,15 +42,6 @@ def describe_machine() -> Machine:
         versions={name: found for name in PACKAGES if (found := _version(name))},
         words=f"{machine_words()}, torch {torch.__version__}",
     )
-
-
-def code_digest() -> str:
-    """The first 12 hexadecimal digits of the sha256 of all Python files of the package."""
-    root, digest = Path(__file__).resolve().parents[1], hashlib.sha256()
-    for folder in ("benchmarks", "models", "pipelines", "platform"):
-        for path in sorted((root / folder).rglob("*.py")):
-            digest.update(path.read_bytes())
-    return digest.hexdigest()[:12]
 
 
 def busy_share(seconds: float = 1.0) -> float:

@@ -21,7 +21,7 @@ class BenchmarkResult:
     seconds: float
     findings: list[Finding]
     at: str | None = None  # ISO 8601, UTC
-    code: str | None = None  # see `code_digest`
+    code: str | None = None  # of `patchloom.pipelines.launch.node.code_digest`, the first 12 digits
 
     def fields(self) -> dict[str, Any]:
         """The value of this benchmark in a result file."""

@@ -9,10 +9,12 @@ from datetime import UTC, datetime
 from importlib import import_module
 from pathlib import Path
 
+import patchloom
 from patchloom.benchmarks.findings import TINY, Finding, Say, Scale, findings_table
-from patchloom.benchmarks.machine import busy_share, code_digest, describe_machine
+from patchloom.benchmarks.machine import busy_share, describe_machine
 from patchloom.benchmarks.result_file import BenchmarkResult, SuiteResults
 from patchloom.errors import UserError
+from patchloom.pipelines.launch.node import code_digest
 from patchloom.platform.compute.machine import keep_freed_memory
 from patchloom.platform.files.storage import local_path, make_folder, write_atomic
 from patchloom.platform.progress import clock, say
@@ -117,7 +119,7 @@ def run_benchmarks(
         minutes = sum(BENCHMARKS[name].minutes for name in selected)
         say(f"{len(selected)} benchmarks, about {clock(60 * minutes)} on two cores")
         _require_quiet(force)
-    code = code_digest()
+    code = code_digest(Path(patchloom.__file__).parent)[:12]
     for number, name in enumerate(selected, 1):
         say(f"\n{name}: {BENCHMARKS[name].description} ({number} of {len(selected)})")
         results.subjects[name] = _measure(name, scale, code)

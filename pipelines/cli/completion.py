@@ -46,7 +46,7 @@ def search_names(incomplete: str) -> list[str]:
 def _shipped_names(incomplete: str) -> list[str]:
     from patchloom.platform.recipe.files import SHIPPED
 
-    return sorted(path.stem for path in SHIPPED.glob(f"{incomplete}*.yaml"))
+    return sorted(path.stem for path in SHIPPED.glob("*.yaml") if path.stem.startswith(incomplete))
 
 
 def reproduced_tables(incomplete: str) -> list[str]:

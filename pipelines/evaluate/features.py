@@ -46,6 +46,7 @@ from patchloom.platform.files.cache import cache_folder, cached_copy, working_co
 from patchloom.platform.files.downloads import Download, fetch_first
 from patchloom.platform.files.folder import Folder, is_remote
 from patchloom.platform.files.outputs import check_new_file
+from patchloom.platform.files.spool import write_whole
 from patchloom.platform.files.storage import local_path, make_folder
 
 OWN_FILE = b"written by patchloom evaluate"  # the comment of an archive of statistics
@@ -159,7 +160,7 @@ class StoredFeatures:
         self._file, self._rows = tempfile.TemporaryFile(buffering=0), 0  # noqa: SIM115 closed with the object
         for rows in arrays:
             self._width, self._type = rows.shape[1], rows.dtype
-            self._file.write(rows.tobytes())
+            write_whole(self._file, rows.tobytes())
             self._rows += len(rows)
 
     def __len__(self) -> int:

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from PIL import Image
@@ -18,7 +18,6 @@ EDGE_SIGMA = 1.0  # of the Gaussian filter before Canny's detector, in pixels
 LOW_RES = re.compile(r"low-res:([0-9]{1,4})")
 ENLARGE = Image.Resampling.BICUBIC
 FLOAT_TYPES = ("float16", "float32")
-COMPUTED = ("edges", "low-res")
 MOST_CONDITION_CHANNELS = 1024
 
 
@@ -89,7 +88,8 @@ class ConditionMaker:
         """
         planes = condition_planes(content, self.plan)
         _check_geometry(planes[0].size, size)
-        return joined(planes, self.transform.apply, self.plan.dtype)
+        # a smaller condition is allowed
+        return joined(planes, replace(self.transform, min_side=0).apply, self.plan.dtype)
 
     def photograph(self, content: bytes | np.ndarray, size: tuple[int, int]) -> np.ndarray:
         """The condition of a photograph that is divided into windows, resized like it: (H, W, K)."""

@@ -36,7 +36,7 @@ def fetch_autoencoder(reference: str) -> "tuple[Path, AutoencoderCard]":
     if reference.startswith(("models:/", "runs:/")):
         fetched = fetch_model(reference)
         folder, resolved = fetched.folder, fetched.reference
-    elif not is_remote(reference) and not local_path(reference).exists() and HUB_NAME.fullmatch(reference):
+    elif _is_hub_name(reference):
         folder, resolved = _from_hub(reference)
     else:
         folder, resolved = local_copy(reference), Folder.at(reference).name  # the path differs between machines
@@ -56,7 +56,7 @@ def fetch_text_encoder(reference: str) -> tuple[Path, str]:
         UserError: it cannot be fetched, or a file is missing.
     """
     files = (*NETWORK_FILES, *TOKENIZER_FILES)
-    if not is_remote(reference) and not local_path(reference).exists() and HUB_NAME.fullmatch(reference):
+    if _is_hub_name(reference):
         folder = _snapshot("--text-encoder", reference, files, "give a folder")
         resolved = f"{reference}@{folder.name}"
     else:
@@ -64,6 +64,12 @@ def fetch_text_encoder(reference: str) -> tuple[Path, str]:
         resolved = Folder.at(reference).name  # the path differs between machines
     text_encoder_files(folder)
     return folder, resolved
+
+
+def _is_hub_name(reference: str) -> bool:
+    """Whether a reference is the id of a model on Hugging Face's hub, because there is no such folder."""
+    is_here = is_remote(reference) or local_path(reference).exists()
+    return not is_here and HUB_NAME.fullmatch(reference) is not None
 
 
 def image_channels(folder: Path) -> int:

@@ -35,6 +35,7 @@ ORIENTATIONS = {
 FLAT_STD, DARK_MEAN = 10.0, 20.0  # windows below these are skipped
 MOST_WINDOWS = 1 << 22  # of a photograph
 KEPT_PROFILES, MOST_KEPT_PROFILE_BYTES = 16, 4 << 20  # colour profiles in the cache; larger ones are not kept
+WINDOW_MARK = "@"  # before the window in the key of a window of a photograph
 BAND_VALUES = 1 << 22  # values that are converted at once
 
 
@@ -58,11 +59,14 @@ class Transform:
 
     def apply(self, image: Image.Image) -> np.ndarray:
         """Crop and resize a decoded image to (R, R, C) uint8; raises ValueError if it cannot be used."""
-        if min(image.size) < self.min_side:
-            raise ValueError(f"is {image.width}x{image.height}, smaller than --min-side {self.min_side}")
+        self._check_side(image.size)
         square = {"none": self._unchanged, "dhariwal": self._dhariwal}.get(self.crop, self._center)(image)
         pixels = np.asarray(square)
         return pixels if pixels.ndim == 3 else pixels[:, :, None]
+
+    def _check_side(self, size: tuple[int, int]) -> None:
+        if min(size) < self.min_side:
+            raise ValueError(f"is {size[0]}x{size[1]}, smaller than --min-side {self.min_side}")
 
     def _unchanged(self, image: Image.Image) -> Image.Image:
         side = self.resolution
@@ -96,10 +100,11 @@ class Transform:
         return _bounded((max(short, round(size[0] * scale)), max(short, round(size[1] * scale))))
 
     def windows(self, size: tuple[int, int]) -> Iterator[tuple[str, int, int]]:
-        """(region, y, x) of every window of a photograph of (width, height); raises ValueError if there are too many.
+        """(region, y, x) of every window of a photograph of (width, height); raises ValueError if it cannot be used.
 
         There may be millions, which are not kept in memory.
         """
+        self._check_side(size)
         (width, height), side, stride = self.resized_size(size), self.resolution, self.stride or 1
         if width * height > MOST_WINDOWS * stride**2:
             raise ValueError(f"has {width}x{height} pixels after resizing, with more than {MOST_WINDOWS:,} windows")
@@ -123,6 +128,11 @@ class Transform:
         if window.std() < FLAT_STD:
             raise ValueError(f"flat window (standard deviation below {FLAT_STD:g})")
         return window
+
+
+def photograph_key(key: str) -> str:
+    """The key of the photograph of a window."""
+    return key.rsplit(WINDOW_MARK, 1)[0]
 
 
 def _bounded(size: tuple[int, int]) -> tuple[int, int]:

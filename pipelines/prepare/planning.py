@@ -12,11 +12,11 @@ import numpy as np
 from patchloom.errors import UserError, did_you_mean
 from patchloom.pipelines.prepare.conditions import computed_condition, described_condition
 from patchloom.pipelines.prepare.encoders import fetch_autoencoder, image_channels
-from patchloom.pipelines.prepare.images import CROPS, FILTERS, MODES, Transform, decode, size_of
+from patchloom.pipelines.prepare.images import CROPS, FILTERS, MODES, WINDOW_MARK, Transform, decode, size_of
 from patchloom.pipelines.prepare.inputs import DatasetLines, InputLines, KeptLines, MirroredLines
 from patchloom.platform.dataset.condition_source import ConditionSource
 from patchloom.platform.dataset.prepared import Dataset, open_dataset
-from patchloom.platform.dataset.readers import SourceReader
+from patchloom.platform.dataset.readers import SourceReader, is_of_node_or_store
 from patchloom.platform.dataset.sources import Source, count_endings, open_source
 from patchloom.platform.progress import say
 from patchloom.platform.records.dataset import DatasetAutoencoder, ImageTransform
@@ -99,6 +99,10 @@ def check_transform(transform: Transform) -> Transform:
     side = transform.resolution
     if not side and transform.crop != "none":
         raise UserError("--resolution is missing: give the side of the prepared images in pixels, such as 64")
+    if transform.crop != "windows" and (transform.short_side or transform.stride):
+        raise UserError("--short-side and --stride are of --crop windows: leave them out, or cut windows")
+    if transform.crop == "dhariwal" and transform.resize != "lanczos":
+        raise UserError(f"--resize {transform.resize}: --crop dhariwal has filters of its own: leave --resize out")
     if transform.crop != "windows" or not side:
         return transform
     short_side, stride = transform.short_side or 4 * side, transform.stride or max(1, side // 10)
@@ -193,7 +197,7 @@ def plan_images(
 
 def _first_side(reader: SourceReader, source: Source) -> int:
     for one in source.inputs:
-        with contextlib.suppress(Exception):  # its shard lists it with the reason
+        with _left_to_its_shard():
             return min(decode(reader.read(one.place)).size)
     raise UserError(f"none of the {len(source.inputs)} inputs in {source.name} can be read: give readable images")
 
@@ -225,11 +229,21 @@ def _prepared_inputs(
             yield entry
 
 
+@contextlib.contextmanager
+def _left_to_its_shard() -> Iterator[None]:
+    """Suppress the errors of an input, which its shard lists with the reason; not those of the store or this node."""
+    try:
+        yield
+    except Exception as error:
+        if is_of_node_or_store(error):
+            raise
+
+
 def _described(conditions: ConditionSource) -> ConditionPlan:
     """The channels and type of the first condition that can be read, which the others must have too."""
     reader = conditions.reader()
     for _, place, _, error in conditions.rows():
-        with contextlib.suppress(Exception):  # the shard of its image lists it with the reason
+        with _left_to_its_shard():
             if error is None:
                 found = described_condition(reader.read(place))
                 return found.model_copy(update={"source_kind": conditions.kind})
@@ -238,13 +252,14 @@ def _described(conditions: ConditionSource) -> ConditionPlan:
 
 def _windows(reader: SourceReader, whole: PreparedInput, transform: Transform) -> Iterator[PreparedInput]:
     """The windows of one photograph, or the photograph itself if it cannot be read."""
-    try:
+    windows = None
+    with _left_to_its_shard():
         windows = transform.windows(size_of(reader.read(whole.place)))
-    except Exception:
-        yield whole  # its shard lists it with the reason
+    if windows is None:
+        yield whole
         return
     for region, y, x in windows:
-        yield replace(whole, key=f"{whole.key}@{region}#{y:05d},{x:05d}", window=(y, x))
+        yield replace(whole, key=f"{whole.key}{WINDOW_MARK}{region}#{y:05d},{x:05d}", window=(y, x))
 
 
 def _with_encoder(preparation: Preparation, autoencoder: str | None, precision: str, channels: int) -> Preparation:

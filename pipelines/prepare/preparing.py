@@ -128,10 +128,11 @@ def prepare(
         print(len(dataset), dataset.card["mean"])
     """
     if is_dataset(Folder.at(source)):
-        if classes is not None:
-            raise UserError(f"--classes {classes}: {source} is a prepared dataset, which has its classes")
-        if split is not None:
-            raise UserError(f"--split {split}: {source} is a prepared dataset, which has no splits")
+        _refuse_for_a_dataset(
+            source, resolution=(resolution, None), crop=(crop, "center"), resize=(resize, "lanczos"),
+            channels=(channels, 3), min_side=(min_side, 0), labels=(labels, None), image_member=(image_member, None),
+            classes=(classes, None), split=(split, None), short_side=(short_side, None), stride=(stride, None),
+        )  # fmt: skip
         preparation = plan_dataset(source, autoencoder, precision, condition)
     else:
         transform = check_transform(Transform(
@@ -145,6 +146,16 @@ def prepare(
         preparation = with_mirror_images(preparation)
     run_job(PrepareJob(Folder.at(dataset), preparation.with_shards(shard_rows)), workers, resources)
     return open_dataset(dataset)
+
+
+def _refuse_for_a_dataset(source: str, **options: tuple[object, object]) -> None:
+    """Raise UserError for an option of images, given with its default, that is not left at it."""
+    for name, (value, default) in options.items():
+        if value != default:
+            raise UserError(
+                f"--{name.replace('_', '-')} {value}: {source} is a prepared dataset, whose images are done: leave the "
+                "option out, or prepare the images again"
+            )
 
 
 class PrepareJob(Job[PlannedShard, str]):

@@ -17,18 +17,17 @@ import pyarrow.compute as pc
 from patchloom.errors import UserError
 from patchloom.models.backbones import allow_backbones
 from patchloom.pipelines.prepare.conditions import ConditionMaker
-from patchloom.pipelines.prepare.images import Transform, decode, size_of
+from patchloom.pipelines.prepare.images import Transform, decode, photograph_key, size_of
 from patchloom.pipelines.prepare.notes import note_name, split_unit
 from patchloom.platform.compute.devices import own_device
 from patchloom.platform.compute.jobs import INPUTS_FOLDER, PLAN_FILE, TEXT_ENCODER_FOLDER
 from patchloom.platform.dataset.index import MIRRORED, unit_hashes
 from patchloom.platform.dataset.prepared import open_dataset, shard_bytes
-from patchloom.platform.dataset.readers import SourceReader, UnopenedError
+from patchloom.platform.dataset.readers import SourceReader, is_of_node_or_store
 from patchloom.platform.dataset.shard_table import shard_name
 from patchloom.platform.dataset.texts import TextEmbeddings
 from patchloom.platform.files.copies import local_copy
 from patchloom.platform.files.folder import Folder
-from patchloom.platform.files.patience import StoreError
 from patchloom.platform.records.dataset import DatasetAutoencoder
 from patchloom.platform.records.prepare import (
     PlanFile,
@@ -166,7 +165,9 @@ class TextRows:
 
     def add(self, key: str, entry: PreparedInput, known: np.ndarray | None = None) -> None:
         """Add the embedding for the key of an input, or the known one of a row; raises ValueError if there is none."""
-        text = known if self._texts is None else self._texts.of(key)
+        # a window has the text of its photograph, unless it has one of its own
+        photograph = () if entry.window is None else (photograph_key(key),)
+        text = known if self._texts is None else self._texts.of(key, *photograph)
         if self._values is not None:
             self._values[self._rows] = text
             self._rows += 1
@@ -439,10 +440,8 @@ class ShardMaker:
             image, condition = self.reader.read(entry.place), None
             if self.condition_reader is not None and entry.condition is not None:
                 condition = self.condition_reader.read(entry.condition)
-        except UnopenedError:  # this node has no room, or no package for it; the image may be fine
-            raise
         except Exception as error:
-            if isinstance(error, StoreError) and error.is_passing:  # the store is down; the image may be fine
+            if is_of_node_or_store(error):
                 raise
             return error, b""
         return InputContent(image, condition), _digest(image) + (b"" if condition is None else _digest(condition))

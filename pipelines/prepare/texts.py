@@ -11,6 +11,7 @@ import numpy as np
 from patchloom.errors import UserError
 from patchloom.models.text_encoder import TextEncoder, text_encoder_sha256
 from patchloom.pipelines.prepare.encoders import fetch_text_encoder
+from patchloom.pipelines.prepare.images import photograph_key
 from patchloom.pipelines.prepare.inputs import InputLines, KeptLines
 from patchloom.pipelines.prepare.planning import Preparation
 from patchloom.platform.dataset.captions import Captions, is_caption_table
@@ -21,7 +22,6 @@ from patchloom.platform.progress import say
 from patchloom.platform.records.prepare import PreparedInput, TextPlan, parse_inputs
 
 KEYS_AT_ONCE = 4096  # of a dataset
-WINDOW_MARK = "@"  # before the window in the key of a window of a photograph
 
 
 def with_texts(preparation: Preparation, address: str | None, encoder: str | None = None) -> Preparation:
@@ -107,16 +107,12 @@ def _keys(preparation: Preparation) -> Iterator[str]:
     """The key of each input; of a window of a photograph, that of the photograph."""
     if preparation.plan.source_kind != "dataset":
         for entry in _parsed(preparation.inputs):
-            yield _photograph(entry.key) if entry.window else entry.key
+            yield photograph_key(entry.key) if entry.window else entry.key
         return
     dataset = open_dataset(preparation.plan.source)
     for first in range(0, len(dataset), KEYS_AT_ONCE):
         keys = dataset.rows(range(first, min(first + KEYS_AT_ONCE, len(dataset))), ["key"])["key"]
-        yield from map(_photograph, keys) if dataset.card.split_by == "region" else keys
-
-
-def _photograph(key: str) -> str:
-    return key.rsplit(WINDOW_MARK, 1)[0]
+        yield from map(photograph_key, keys) if dataset.card.split_by == "region" else keys
 
 
 def array_bytes(values: np.ndarray) -> bytes:

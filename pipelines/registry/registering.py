@@ -15,7 +15,7 @@ from patchloom.pipelines.registry.version_card import write_card
 from patchloom.pipelines.registry.wheel import wheel_bytes, wheel_name
 from patchloom.pipelines.train.checkpointer import without_tensors
 from patchloom.platform.files.copies import local_copy
-from patchloom.platform.files.folder import is_remote
+from patchloom.platform.files.folder import Folder, is_remote
 from patchloom.platform.files.inside import check_links
 from patchloom.platform.files.storage import file_sha256, make_folder
 from patchloom.platform.progress import say
@@ -37,6 +37,7 @@ from patchloom.platform.tracking.runs import (
 )
 from patchloom.platform.tracking.store import shown_uri
 from patchloom.platform.tracking.versions import list_versions
+from patchloom.redaction import redacted
 
 ENTRY = Path(__file__).parent / "pyfunc_entry.py"
 
@@ -98,13 +99,16 @@ def register(run: str, name: str, alias: str | None = None, *, by_reference: boo
             f"{run} cannot be registered by reference: give an address of an object store, such as s3://..."
         )
     require_reachable()
-    folder = local_copy(run, without_tensors)
-    is_model = (folder / "model.json").is_file()
-    address = run.rstrip("/") if by_reference else None
-    if is_model:
-        version = _register_folder(folder, name, address)
+    if by_reference and redacted(run) != run:
+        raise UserError(
+            f"{redacted(run)} cannot be registered by reference: a version has no keys; set AWS_ACCESS_KEY_ID and "
+            "AWS_SECRET_ACCESS_KEY on every machine instead"
+        )
+    folder, there = local_copy(run, without_tensors), Folder.at(run)
+    if (folder / "model.json").is_file():
+        version = _register_folder(folder, name, there.address if by_reference else None)
     else:
-        version = _register_run(folder, name, f"{address}/model" if address else None)
+        version = _register_run(folder, name, there.folder("model").address if by_reference else None)
     if alias:
         move_alias(name, alias, version, "register")
     say(f"  registered models:/{name}/{version}" + (f" as {alias}" if alias else ""), is_result=True)

@@ -53,7 +53,9 @@ def card_text(name: str, version: str, run_id: str, tags: dict[str, str]) -> str
 
     The address of the picture is relative, so that it is right behind any server's address.
     """
-    lines = [f"Patch diffusion denoiser of {tags['resolution']} x {tags['resolution']} {tags['kind']}.", ""]
+    # a registration that was killed leaves a version without tags
+    size = f" of {tags['resolution']} x {tags['resolution']} {tags['kind']}" if "resolution" in tags else ""
+    lines = [f"Patch diffusion denoiser{size}.", ""]
     if PREVIEW in tags:
         query = urlencode({"run_uuid": run_id, "path": tags[PREVIEW]})
         lines += [f"![samples of fixed seeds](get-artifact?{query})", ""]

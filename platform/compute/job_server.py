@@ -192,7 +192,10 @@ def job_server_address(given: str | None) -> str:
     parts = urlsplit(url)
     if parts.scheme not in ("http", "https") or address in ("auto", "local"):
         raise UserError(f"{address} is not the address of a job server: give --address http://HOST:8265")
-    host, port = split_place(parts.netloc.rpartition("@")[2])
+    place = parts.netloc.rpartition("@")[2]
+    host, port = split_place(place)
+    if not host:
+        raise UserError(f"{address}: {place!r} is not HOST:PORT: give --address http://HOST:8265")
     if not given and "://" not in address and host and port and ask_ray(host, port).name != "FOREIGN":
         raise UserError(f"RAY_ADDRESS={address} is no job server: give --address http://{host}:8265 (the dashboard)")
     return url.rstrip("/")

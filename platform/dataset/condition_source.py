@@ -113,9 +113,7 @@ def _listed(kind: str, folder: Folder, names: dict[str, int]) -> Iterator[tuple[
         (archive,) = names
         files = zip_images(folder, archive)
     else:
-        yield from (
-            (one.key, one.place, one.size_bytes, one.error) for one in LISTERS[kind](folder, names, None).inputs
-        )
+        yield from ((one.key, one.place, one.size_bytes, one.error) for one in LISTERS[kind](folder, names).inputs)
         return
     for key, place, size in files:
         if key.lower().endswith(CONDITION_ENDINGS) and not is_hidden(key):

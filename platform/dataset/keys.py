@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from patchloom.platform.files.spool import write_whole
+
 RUN_ROWS = 1 << 17  # in memory, before they are sorted and written
 PARTS = 256  # of the range of hashes, which are read one after another
 HIGH, LOW, VALUE = 0, 1, 2  # the columns of a part: both halves of the hash, and the value
@@ -38,7 +40,7 @@ class KeyTable:
             self._file = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115 closed with the object
         rows = self._pending()
         content = rows.tobytes()
-        self._file.write(content)
+        write_whole(self._file, content)
         self._runs.append((self._end, _ends_of_parts(rows)))
         self._end += len(content)
         self._hashes, self._values = bytearray(), array("Q")

@@ -54,14 +54,6 @@ class Labels:
         """Each key with its label. A key may be there more than once."""
         return ((key, self._read_as[label]) for key, label in self._rows)
 
-    def by_key(self) -> dict[str, Label]:
-        """The label of each key, all in memory; raises UserError where a key has two different labels."""
-        found: dict[str, Label] = {}
-        for key, label in self.pairs():
-            if found.setdefault(key, label) != label:
-                raise self.conflict(key, found[key], label)
-        return found
-
     def conflict(self, key: str, one: Label, other: Label) -> UserError:
         """The error of a key with two different labels."""
         return UserError(f"{self.name} has two labels for {key}, {one!r} and {other!r}: remove one of the rows")

@@ -53,7 +53,7 @@ def _images(
     listing.labels = find_labels(tables, lambda name: opened(tables[name]))
 
 
-def list_files(folder: Folder, names: dict[str, int], image_member: str | None) -> Listing:
+def list_files(folder: Folder, names: dict[str, int]) -> Listing:
     """The files of a folder."""
     listing = Listing(has_folders=True)
     listed = (ListedInput(name, [name], size) for name, size in folder.walk(follow_links=True))
@@ -61,7 +61,7 @@ def list_files(folder: Folder, names: dict[str, int], image_member: str | None) 
     return listing
 
 
-def list_zip(folder: Folder, names: dict[str, int], image_member: str | None) -> Listing:
+def list_zip(folder: Folder, names: dict[str, int]) -> Listing:
     """The members of a zip archive."""
     (name,) = names
     listing = Listing(has_folders=True)
@@ -77,7 +77,7 @@ def list_zip(folder: Folder, names: dict[str, int], image_member: str | None) ->
     return listing
 
 
-def list_tables(folder: Folder, names: dict[str, int], image_member: str | None) -> Listing:
+def list_tables(folder: Folder, names: dict[str, int]) -> Listing:
     """The rows of Parquet and Arrow files."""
     listing = Listing()
     listing.inputs = _table_rows(listing, folder, list(names))
@@ -167,7 +167,7 @@ def _class_names(folder: Folder, schema: pa.Schema, label: str | None) -> list[s
     return feature.class_names or None if feature else None
 
 
-def list_npz(folder: Folder, names: dict[str, int], image_member: str | None) -> Listing:
+def list_npz(folder: Folder, names: dict[str, int]) -> Listing:
     """The rows of an `.npz`."""
     (name,) = names
     images = npz_images(folder, name)
@@ -195,7 +195,7 @@ def _array_rows(folder: Folder, name: str, images: np.ndarray, labels: NpzArray 
         yield ListedInput(f"{row:0{width}d}", [name, row], size_bytes, known)
 
 
-def list_lmdb(folder: Folder, names: dict[str, int], image_member: str | None) -> Listing:
+def list_lmdb(folder: Folder, names: dict[str, int]) -> Listing:
     """The values of LMDBs. The name of a database is no class, unless there are several of them."""
     listing = Listing(has_folders=len(names) > 1)
     listing.inputs = (
@@ -217,7 +217,7 @@ def _lmdb_values(folder: Folder, name: str, prefix: str) -> Iterator[ListedInput
         yield ListedInput(prefix + shown, [name, key.hex()], size)
 
 
-LISTERS: dict[str, Callable[[Folder, dict[str, int], str | None], Listing]] = {
+LISTERS: dict[str, Callable[[Folder, dict[str, int]], Listing]] = {
     "files": list_files,
     "zip": list_zip,
     "tar": list_tars,

@@ -39,7 +39,7 @@ LABEL_BLOCK_BYTES = 1 << 16
 RECORDS_AT_ONCE = 1024
 
 
-def list_idx(folder: Folder, names: dict[str, int], image_member: str | None) -> Listing:
+def list_idx(folder: Folder, names: dict[str, int]) -> Listing:
     """The images of idx files, with the labels in the files next to them."""
     files = {name.removesuffix(".gz"): name for name in sorted(names, reverse=True)}  # the unpacked one of two
     parts = {name: _idx_part(name) for name in sorted(files.values())}
@@ -134,7 +134,7 @@ def cifar_batches(names: Iterable[str]) -> list[str]:
     return found
 
 
-def list_cifar(folder: Folder, names: dict[str, int], image_member: str | None) -> Listing:
+def list_cifar(folder: Folder, names: dict[str, int]) -> Listing:
     """The images of CIFAR-10 or CIFAR-100, in an archive or in files."""
     first = next(iter(names))
     if first.lower().endswith(TAR_ENDINGS):

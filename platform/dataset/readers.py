@@ -57,6 +57,11 @@ class UnopenedError(UserError):
     """
 
 
+def is_of_node_or_store(error: Exception) -> bool:
+    """Whether an input could not be read for a reason that is not its own: it may be fine."""
+    return isinstance(error, UnopenedError) or (isinstance(error, StoreError) and error.is_passing)
+
+
 class SourceReader:
     """Reads inputs of a source by their places, in any process.
 

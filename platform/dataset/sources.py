@@ -23,6 +23,7 @@ from patchloom.platform.dataset.listing import LISTERS
 from patchloom.platform.dataset.raw_listing import CIFAR_FILE, cifar_batches, is_cifar_archive
 from patchloom.platform.dataset.readers import TAR_ENDINGS, Place, lmdb_in_zip
 from patchloom.platform.dataset.splits import ALL_SPLITS, Splits, check_split
+from patchloom.platform.dataset.tar_listing import list_tars
 from patchloom.platform.files.folder import Folder
 from patchloom.platform.files.inside import inner_name
 from patchloom.platform.files.spool import RowSpool
@@ -129,7 +130,9 @@ def open_source(
     check_class_folder(classes, labels)
     check_split(split)
     kind, folder, names = kind_of_source(address)
-    listing = LISTERS[kind](folder, names, image_member)
+    if image_member is not None and kind != "tar":
+        raise UserError(f"--image-member {image_member}: {address} is no WebDataset of tar files: leave the option out")
+    listing = list_tars(folder, names, image_member) if image_member else LISTERS[kind](folder, names)
     name = str(Folder.at(address))
     rows, keys = RowSpool(), KeyTable()
     found = _Found()

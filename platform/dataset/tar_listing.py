@@ -28,7 +28,7 @@ MOST_SIDECAR_BYTES, MOST_ROOT_LABEL_BYTES = 1 << 26, 1 << 20  # of a larger data
 LOCAL_PIECE_BYTES, REMOTE_PIECE_BYTES = 1 << 16, 1 << 20  # of a tar file, where only the headers are read
 
 
-def list_tars(folder: Folder, names: dict[str, int], image_member: str | None) -> Listing:
+def list_tars(folder: Folder, names: dict[str, int], image_member: str | None = None) -> Listing:
     """The members of tar files, in their order.
 
     Several tars, or a tar with `.cls` or `.json` next to images, are WebDataset shards: the key of a member ends at

@@ -1,5 +1,7 @@
 """Texts: embeddings of the texts of images in an .npz file, by the keys of the images."""
 
+import zipfile
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -33,7 +35,7 @@ class TextEmbeddings:
             self._file = np.load(self.path, allow_pickle=False)
             self._members = {condition_key(member): member for member in self._file.files}
             self.no_text = self._array(NO_TEXT)
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
             raise UserError(
                 f"--text {address} cannot be used ({error}): it needs arrays (tokens, width), one of them {NO_TEXT}"
             ) from None
@@ -43,9 +45,14 @@ class TextEmbeddings:
         """The sha256 of the file."""
         return file_sha256(self.path)
 
-    def of(self, key: str) -> np.ndarray:
-        """The embedding of a text, (tokens, width) float16; raises ValueError if there is none or it does not fit."""
-        member = self._members.get(condition_key(key))
+    def of(self, *keys: str) -> np.ndarray:
+        """The embedding of a text, (tokens, width) float16; raises ValueError if there is none or it does not fit.
+
+        Args:
+            keys: the key of an image, and others that are tried if it has none.
+        """
+        members = (self._members.get(condition_key(key)) for key in keys)
+        member = next((member for member in members if member is not None), None)
         if member is None:
             raise ValueError("has no text")
         found = self._array(member)

@@ -123,13 +123,10 @@ class Folder:
         return Folder(f"{base}/{name}{mark}{options}")
 
     @_patient
-    def files(self, follow_links: bool = False) -> dict[str, int]:
-        """All files, also in sub-folders, with their sizes in bytes; empty if there is no folder.
-
-        With `follow_links`, also those in folders that symbolic links point to, except links to a folder above.
-        """
+    def files(self) -> dict[str, int]:
+        """All files, also in sub-folders, with their sizes in bytes; empty if there is no folder."""
         if not self.is_remote:
-            return dict(_local_files(self.path, "", follow_links, frozenset()))
+            return dict(_local_files(self.path, "", False, frozenset()))
         import pyarrow.fs
 
         with self._connected() as (system, base):

@@ -22,6 +22,13 @@ def temporary_file(pieces: Iterable[bytes]) -> BinaryIO:
     return file
 
 
+def write_whole(file: Any, content: bytes) -> None:
+    """Write all of the content to an unbuffered file, which may take less at once, such as on a full disk."""
+    left = memoryview(content)
+    while left:
+        left = left[file.write(left) :]
+
+
 class Spool:
     """Texts or bytes that are kept in a temporary file, by number.
 
@@ -39,7 +46,7 @@ class Spool:
 
     def keep(self, number: int, content: bytes) -> None:
         """Keep the content of a number."""
-        self._file.write(content)
+        write_whole(self._file, content)
         self._starts[number], self._sizes[number] = self._end, len(content)
         self._end += len(content)
 
@@ -74,7 +81,7 @@ class RowSpool:
             if self._file is None:
                 self._file = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115 closed with the object
             block = marshal.dumps(self._pending)
-            self._file.write(block)
+            write_whole(self._file, block)
             self._starts.append(self._starts[-1] + len(block))
             self._pending = []
 
