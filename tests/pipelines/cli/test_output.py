@@ -131,6 +131,7 @@ def test_progress_fits_a_terminal_of_80_columns(pixels: Path, tmp_path: Path) ->
         (["ins"], {"inspect"}),
         (["models", "pro"], {"promote"}),
         (["train", "demo_pi"], {"demo_pixels"}),
+        (["train", "/no/such/pa"], set()),
         (["tune", "demo_pi"], {"demo_pixels_search"}),
         (["sample", "--sampler", "dp"], {"dpmpp-2m", "dpmpp-2m-sde"}),
         (["evaluate", "--save"], {"--save-reference"}),
@@ -151,4 +152,4 @@ def test_bash_completes_commands_options_and_names(words: list[str], wanted: set
     done = subprocess.run(
         ["bash", "--norc", "-c", script], capture_output=True, text=True, timeout=120, env={**os.environ, "PATH": path}
     )
-    assert set(done.stdout.split()) == wanted, done.stderr
+    assert set(done.stdout.split()) == wanted and "Traceback" not in done.stderr, done.stderr

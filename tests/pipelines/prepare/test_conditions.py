@@ -115,7 +115,7 @@ def test_inputs_without_a_condition_that_fits_are_counted_as_skipped(photographs
     np.save(masks / "05.npy", np.zeros((48, 32, 1), np.uint8))
     Image.new("L", (24, 16), 120).save(masks / "06.png")  # half of the size
     Image.new("L", (48, 32)).save(masks / "unused.png")
-    made = make(photographs, tmp_path / "out", condition=str(masks))
+    made = make(photographs, tmp_path / "out", condition=str(masks), min_side=32)  # of images, not of masks
     assert [made.rows([row])["key"][0] for row in range(len(made))] == ["00.png", "05.png", "06.png", "07.png"]
     assert np.array_equal(made.rows(range(4))["condition"][:, 0, 0, 0], [0, 100, 120, 140])
     skipped = [json.loads(line) for line in (tmp_path / "out" / "skipped.jsonl").read_text().splitlines()]

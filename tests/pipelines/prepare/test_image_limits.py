@@ -91,6 +91,17 @@ def test_photograph_with_too_many_windows_is_listed_with_the_reason(tmp_path: Pa
     assert f"{MOST_WINDOWS:,} windows" in (tmp_path / "data" / "skipped.jsonl").read_text()
 
 
+def test_small_photographs_are_not_enlarged_to_windows(tmp_path: Path) -> None:
+    photograph = np.kron(PIXELS, np.ones((8, 8, 1), np.uint8))
+    (tmp_path / "photos").mkdir()
+    Image.fromarray(PIXELS).save(tmp_path / "photos" / "thumbnail.png")
+    Image.fromarray(photograph).save(tmp_path / "photos" / "photo.png")
+    options = {"resolution": 16, "crop": "windows", "min_side": min(photograph.shape[:2]), "workers": 0}
+    made = prepare(str(tmp_path / "photos"), str(tmp_path / "data"), **options)
+    assert {key.rpartition("@")[0] for key in made.rows(range(len(made)))["key"]} == {"photo.png"}
+    assert "thumbnail.png" in (tmp_path / "data" / "skipped.jsonl").read_text()
+
+
 def test_cache_of_colour_profiles_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     decoding._transform_to_srgb.cache_clear()
     for number in range(40):

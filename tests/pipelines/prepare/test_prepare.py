@@ -4,6 +4,7 @@ import json
 import shutil
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -187,3 +188,31 @@ def test_latents_equal_those_of_diffusers(pixels: Path, tmp_path: Path) -> None:
     np.testing.assert_allclose(latents.card["std"], np.sqrt(variance), rtol=1e-9)
     shutil.rmtree(tmp_path / "ae")
     assert (latents.path / "autoencoder" / "diffusion_pytorch_model.safetensors").is_file()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"resolution": 8}, {"crop": "none"}, {"resize": "box"}, {"channels": 1}, {"min_side": 9}, {"labels": "a.csv"},
+        {"image_member": "png"}, {"classes": "first"}, {"split": "train"}, {"short_side": 9}, {"stride": 2},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_options_of_images_are_refused_for_a_prepared_dataset(
+    options: dict[str, Any], pixels: Path, tmp_path: Path
+) -> None:
+    ((name, value),) = options.items()
+    with pytest.raises(UserError, match=f"--{name.replace('_', '-')} {value}"):
+        prepare(str(pixels), str(tmp_path / "out"), autoencoder="no-such-autoencoder", workers=0, **options)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"short_side": 32}, {"stride": 2}, {"image_member": "input.png"}, {"crop": "dhariwal", "resize": "box"}],
+    ids=str,
+)
+def test_options_that_would_be_ignored_are_refused(options: dict[str, Any], images: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="--"):
+        prepare(str(images), str(tmp_path / "out"), resolution=8, workers=0, **options)
+    assert not (tmp_path / "out").exists()

@@ -109,6 +109,29 @@ def test_windows_have_the_caption_of_their_photograph(folder: Path, tmp_path: Pa
     np.testing.assert_allclose(rows["text"], of_photograph, atol=2e-3)
 
 
+def test_windows_have_the_embedding_of_their_photograph(folder: Path, tmp_path: Path) -> None:
+    values = {key: np.full((2, 3), number + 1, np.float32) for number, key in enumerate(CAPTIONS)}
+    np.savez(tmp_path / "texts.npz", no_text=np.ones((2, 3)), **values)
+    windows = prepare(
+        str(folder / "images"), str(tmp_path / "windows"), text=str(tmp_path / "texts.npz"), resolution=8,
+        crop="windows", short_side=16, stride=8, workers=0, autoencoder=str(folder / "autoencoder"),
+    )  # fmt: skip
+    rows = all_rows(windows)
+    assert len(rows["key"]) == 4 * 20
+    assert all(
+        (text == values[key.rpartition("@")[0]]).all() for key, text in zip(rows["key"], rows["text"], strict=True)
+    )
+
+
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04 cut off"])
+def test_damaged_file_of_embeddings_is_refused(content: bytes, folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "texts.npz").write_bytes(content)
+    with pytest.raises(UserError, match=r"texts\.npz"):
+        prepare(
+            str(folder / "images"), str(tmp_path / "out"), text=str(tmp_path / "texts.npz"), resolution=16, workers=0
+        )
+
+
 def test_an_unfinished_preparation_continues_only_with_the_same_texts(folder: Path, tmp_path: Path) -> None:
     code = (
         "import os, sys\n"

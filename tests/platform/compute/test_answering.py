@@ -2,6 +2,7 @@
 
 import http.server
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from helpers import environment, start_cli
 
 from patchloom.errors import UserError
 from patchloom.platform.compute.answering import ANSWER_WAIT_S, answers_http, check_ray_address
+from patchloom.platform.compute.job_server import job_server_address
 
 START_S = 60.0  # of a command on a busy machine, far below the minutes that Ray and MLflow wait
 
@@ -73,6 +75,12 @@ def test_malformed_ray_address_is_refused(address: str, monkeypatch: pytest.Monk
     with pytest.raises(UserError) as refused:
         check_ray_address()
     assert address in str(refused.value)
+
+
+@pytest.mark.parametrize("address", ["http://127.0.0.1:x", "http://127.0.0.1:99999", "http://:8265"])
+def test_malformed_address_of_a_job_server_is_refused(address: str) -> None:
+    with pytest.raises(UserError, match=re.escape(address)):
+        job_server_address(address)
 
 
 @pytest.mark.parametrize("address", ["", "auto", "local"])
