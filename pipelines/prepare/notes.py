@@ -31,6 +31,8 @@ from patchloom.platform.records.dataset import (
 from patchloom.platform.records.prepare import ChannelSums, PreparationPlan, ShardNote, TextPlan
 
 SHOWN_SKIPPED = 5  # inputs that a command names
+# in the card: reasons contain sizes and names, and all of them are in `skipped.jsonl`
+MOST_REASONS, OTHER_REASONS = 20, "other reasons"
 
 
 def note_name(number: int) -> str:
@@ -143,6 +145,14 @@ def split_unit(plan: PreparationPlan, parent: DatasetCard | None) -> SplitBy:
     return "region" if plan.transform is not None and plan.transform.crop == "windows" else "key"
 
 
+def shown_reasons(reasons: Counter[str]) -> dict[str, int]:
+    """The most common reasons in the order of their first inputs, and the number of inputs with another one."""
+    common = {reason for reason, _ in reasons.most_common(MOST_REASONS)}
+    shown = {reason: count for reason, count in reasons.items() if reason in common}
+    others = reasons.total() - sum(shown.values())
+    return shown | ({OTHER_REASONS: others} if others else {})
+
+
 def dataset_card(plan: PreparationPlan, found: Findings, no_text: bytes = b"") -> DatasetCard:
     """The card of a dataset from the notes of all its shards, and from its file of the embedding of the empty text."""
     mean, std = statistics(found.sums)
@@ -155,7 +165,7 @@ def dataset_card(plan: PreparationPlan, found: Findings, no_text: bytes = b"") -
         dtype="float16" if plan.autoencoder else "uint8",
         rows=found.rows,
         inputs=found.inputs,
-        skipped=SkippedInputs(count=found.reasons.total(), reasons=dict(found.reasons)),
+        skipped=SkippedInputs(count=found.reasons.total(), reasons=shown_reasons(found.reasons)),
         classes=[ClassRows(name=name, rows=found.classes[number]) for number, name in enumerate(plan.class_names)],
         mean=mean.tolist(),
         std=std.tolist(),

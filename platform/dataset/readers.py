@@ -29,7 +29,7 @@ from patchloom.platform.files.bounds import (
     most_unpacked_bytes,
     reading_damaged,
 )
-from patchloom.platform.files.cache import cached_copy, copy_name, make_room
+from patchloom.platform.files.cache import cached_copy, copy_name, kept_with, make_room
 from patchloom.platform.files.folder import COPY_BYTES, Folder
 from patchloom.platform.files.inside import inner_path
 from patchloom.platform.files.patience import StoreError
@@ -280,8 +280,10 @@ def open_lmdb(folder: Folder, name: str) -> LmdbFile:
         with reading_damaged(f"{folder}/{name}", "a complete zip file"), (target / LMDB_NAME).open("wb") as unpacked:
             unpacked.writelines(ARCHIVE_MEMBERS["zip"](folder, *place))
 
-    _, here = cached_copy("archives", copy_name(folder, name, LMDB_NAME), size, fill)
-    return lmdb_file(here / LMDB_NAME, f"{folder}/{name}")
+    handle, here = cached_copy("archives", copy_name(folder, name, LMDB_NAME), size, fill)
+    opened = lmdb_file(here / LMDB_NAME, f"{folder}/{name}")
+    kept_with(opened, handle)
+    return opened
 
 
 def lmdb_in_zip(folder: Folder, name: str) -> Place | None:
@@ -393,11 +395,12 @@ def npz_images(folder: Folder, name: str) -> np.ndarray:
             ):
                 shutil.copyfileobj(source, unpacked, COPY_BYTES)
 
-        _, here = cached_copy("arrays", copy_name(folder, name, members[found]), member.file_size, unpack)
+        handle, here = cached_copy("arrays", copy_name(folder, name, members[found]), member.file_size, unpack)
     with reading_damaged(f"{folder}/{name}: {found}", "an array of images"):
         images: np.ndarray = np.load(here / "images.npy", mmap_mode="r", allow_pickle=False)
     if images.ndim == 4 and images.shape[-1] > 4 and images.shape[1] in (1, 2, 3, 4):
         images = images.transpose(0, 2, 3, 1)  # stored as (N, C, H, W)
+    kept_with(images, handle)
     return images
 
 
@@ -435,8 +438,10 @@ def plain_file(folder: Folder, name: str) -> BinaryIO:
         ):
             unpack_within_bounds(cast(IO[bytes], source), unpacked, target.parent, f"{folder}/{name}", size)
 
-    _, here = cached_copy("archives", copy_name(folder, name), min(4 * size, most_unpacked_bytes(size)), unpack)
-    return (here / "plain.tar").open("rb")
+    handle, here = cached_copy("archives", copy_name(folder, name), min(4 * size, most_unpacked_bytes(size)), unpack)
+    opened = (here / "plain.tar").open("rb")
+    kept_with(opened, handle)
+    return opened
 
 
 def unpack_within_bounds(source: IO[bytes], unpacked: IO[bytes], cache: Path, name: str, packed_bytes: int) -> None:

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet
 
 from patchloom.platform.files.bounds import check_rows, reading_damaged
-from patchloom.platform.files.cache import cached_copy, copy_name
+from patchloom.platform.files.cache import cached_copy, copy_name, kept_with
 from patchloom.platform.files.folder import Folder
 
 TABLE_BATCH_ROWS, SMALL_BATCH_ROWS, LEAST_BATCH_ROWS = 32, 8192, 16
@@ -130,11 +130,12 @@ def _arrow(folder: Folder, name: str) -> SourceTable:
     """An Arrow IPC file or stream, memory-mapped; a remote one is copied to the cache of this node."""
     if folder.is_remote:
         place = copy_name(folder, name)
-        _, here = cached_copy("tables", place, folder.size(name), lambda new: folder.fetch(name, new / "table.arrow"))
-        path = here / "table.arrow"
+        size = folder.size(name)
+        handle, here = cached_copy("tables", place, size, lambda new: folder.fetch(name, new / "table.arrow"))
+        batches = _ArrowBatches(here / "table.arrow")
+        kept_with(batches, handle)
     else:
-        path = folder.path / name
-    batches = _ArrowBatches(path)
+        batches = _ArrowBatches(folder.path / name)
 
     def cells(column: str, row: int) -> Iterator[tuple[int, pa.Array]]:
         number = int(np.searchsorted(batches.starts, row, side="right")) - 1

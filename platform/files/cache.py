@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shutil
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -139,6 +140,11 @@ def copy_name(folder: Folder, name: str, member: str = "") -> str:
     """
     identity = (folder.address, name, member, folder.stamp(name))
     return hashlib.sha256(json.dumps(identity).encode(errors="surrogatepass")).hexdigest()[:32]
+
+
+def kept_with(owner: object, handle: int) -> None:
+    """Keep a copy as long as the object that reads it; `handle` is that of `cached_copy`."""
+    weakref.finalize(owner, os.close, handle)
 
 
 def cached_copy(

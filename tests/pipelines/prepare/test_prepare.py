@@ -216,3 +216,16 @@ def test_options_that_would_be_ignored_are_refused(options: dict[str, Any], imag
     with pytest.raises(UserError, match="--"):
         prepare(str(images), str(tmp_path / "out"), resolution=8, workers=0, **options)
     assert not (tmp_path / "out").exists()
+
+
+def test_card_has_the_most_common_reasons_and_counts_the_others(tmp_path: Path) -> None:
+    (tmp_path / "images").mkdir()
+    for number in range(30):
+        side = 10 + number
+        Image.new("RGB", (side, side)).save(tmp_path / "images" / f"{number:02d}.png")
+    Image.new("RGB", (10, 10)).save(tmp_path / "images" / "last.png")  # the only reason of two images
+    Image.new("RGB", (64, 64)).save(tmp_path / "images" / "large.png")
+    card = prepare(str(tmp_path / "images"), str(tmp_path / "out"), resolution=8, min_side=50, workers=0).card
+    reasons = list(card.skipped.reasons.values())
+    assert card.skipped.count == 31 and len(reasons) == 21
+    assert reasons == [2, *[1] * 19, 10] and card.rows == 1

@@ -1,6 +1,8 @@
 """Readers: members of zip archives, cells of damaged and of rewritten tables, read by their places."""
 
+import gc
 import io
+import os
 import struct
 import zipfile
 import zlib
@@ -15,6 +17,7 @@ from patchloom.errors import UserError
 from patchloom.platform.dataset.readers import SourceReader, zip_place
 from patchloom.platform.dataset.sources import open_source
 from patchloom.platform.dataset.tables import open_table
+from patchloom.platform.files.cache import cache_folder
 from patchloom.platform.files.folder import Folder
 
 GENERATOR = np.random.default_rng(0)
@@ -114,6 +117,21 @@ def test_the_error_of_a_damaged_label_column_is_one_line(tmp_path: Path) -> None
     with pytest.raises(UserError, match=r"rows\.parquet") as refused:
         open_source(str(path))
     assert "\n" not in str(refused.value)
+
+
+def test_copies_of_remote_files_are_open_only_while_they_are_read(s3: str, tmp_path: Path, cache: Path) -> None:
+    there = Folder.at(f"{s3}/{tmp_path.name}")
+    for number in range(5):
+        sink, table = pa.BufferOutputStream(), pa.table({"image": CONTENTS})
+        with pa.ipc.new_file(sink, table.schema) as writer:
+            writer.write_table(table)
+        there.write(f"{number}.arrow", sink.getvalue())
+    source = open_source(str(there))
+    reader = SourceReader(source.kind, source.address)
+    assert [reader.read(one.place) for one in source.inputs] == CONTENTS * 5
+    gc.collect()
+    files = [os.readlink(path) for path in Path("/proc/self/fd").iterdir() if path.is_symlink()]
+    assert sum(file.startswith(str(cache_folder("tables"))) for file in files) <= 2  # the last one and its lock
 
 
 def test_a_remote_table_that_was_rewritten_is_read_again(s3: str, tmp_path: Path) -> None:
