@@ -2,7 +2,6 @@
 
 import gc
 import io
-import os
 import struct
 import zipfile
 import zlib
@@ -130,7 +129,7 @@ def test_copies_of_remote_files_are_open_only_while_they_are_read(s3: str, tmp_p
     reader = SourceReader(source.kind, source.address)
     assert [reader.read(one.place) for one in source.inputs] == CONTENTS * 5
     gc.collect()
-    files = [os.readlink(path) for path in Path("/proc/self/fd").iterdir() if path.is_symlink()]
+    files = [str(path.readlink()) for path in Path("/proc/self/fd").iterdir() if path.is_symlink()]
     assert sum(file.startswith(str(cache_folder("tables"))) for file in files) <= 2  # the last one and its lock
 
 
