@@ -37,7 +37,7 @@ from patchloom.platform.tracking.runs import (
 )
 from patchloom.platform.tracking.store import shown_uri
 from patchloom.platform.tracking.versions import list_versions
-from patchloom.redaction import redacted
+from patchloom.redaction import HIDDEN, redacted
 
 ENTRY = Path(__file__).parent / "pyfunc_entry.py"
 
@@ -99,10 +99,10 @@ def register(run: str, name: str, alias: str | None = None, *, by_reference: boo
             f"{run} cannot be registered by reference: give an address of an object store, such as s3://..."
         )
     require_reachable()
-    if by_reference and redacted(run) != run:
+    if by_reference and HIDDEN in redacted(run):  # other keys are left out, which the address does without
         raise UserError(
-            f"{redacted(run)} cannot be registered by reference: a version has no keys; set AWS_ACCESS_KEY_ID and "
-            "AWS_SECRET_ACCESS_KEY on every machine instead"
+            f"{redacted(run)} cannot be registered by reference, because versions have no keys: set AWS_ACCESS_KEY_ID "
+            "and AWS_SECRET_ACCESS_KEY instead"
         )
     folder, there = local_copy(run, without_tensors), Folder.at(run)
     if (folder / "model.json").is_file():

@@ -11,7 +11,7 @@ from small_networks import NETWORKS, SIDE, small_config
 from torch import Tensor, nn
 
 from patchloom.models.autoencoder import Autoencoder
-from patchloom.models.cards import DenoiserConfig, ModelCard
+from patchloom.models.cards import AutoencoderCard, DenoiserConfig, ModelCard
 from patchloom.models.checkpoints import SamplingModel
 from patchloom.models.denoiser import Denoiser, skeleton
 from patchloom.models.ema import HalfLifeEMA, PowerEMA, WeightAverage
@@ -126,7 +126,11 @@ class OneConvolution(nn.Module):
 
 def meta_model(config: DenoiserConfig, denoiser: Denoiser, latents: bool = False) -> SamplingModel:
     normalisation, codec = (LATENTS, HalvingCodec()) if latents else (pixel_normalisation(), None)
-    return SamplingModel(denoiser.eval(), normalisation, codec, ModelCard(denoiser=config, normalisation=normalisation))
+    described = AutoencoderCard(
+        class_name="HalvingCodec", weights_sha256="0" * 64, downscale=2, latent_channels=4, scale=1.0, shift=0.0
+    )
+    card = ModelCard(denoiser=config, normalisation=normalisation, autoencoder=described if latents else None)
+    return SamplingModel(denoiser.eval(), normalisation, codec, card)
 
 
 @pytest.mark.parametrize("guidance", [{}, {"guidance": 1.3}, {"guidance": 1.3, "guidance_between": (0.1, 5.0)}])
