@@ -153,14 +153,15 @@ def tune(
     check_output_folder(folder, "search", SEARCH_FILE, {DEFINITION_FILE: _definition_yaml(definition)})
     if add_seeds:
         _check_added_seeds(definition, folder, restore)
-    planned = _planned_trials(definition, base, rows, folder, add_seeds)
+    is_measured = _is_measured(definition, folder)
+    planned = _planned_trials(definition, base, rows, folder, add_seeds, is_measured)
     if gpus is not None:
         resources = resources.with_values(gpus_per_worker=gpus)
     where = TuneResources(concurrent, workers, resources)
     with ExitStack() as stack:
         if not folder.has(SEARCH_FILE):
             where = stack.enter_context(room_for_trials(where, UsedPaths(read=(rows.address,), written=(out,))))
-        if _is_measured(definition, folder):
+        if is_measured:
             planned = _measured_trials(definition, base, rows, where.nodes)
         owner = stack.enter_context(_only_user(folder))
         run_id = _open_folder(folder, definition, rows, restore, planned, add_seeds)
@@ -222,15 +223,18 @@ def _check_added_seeds(search: Search, folder: Folder, restore: bool) -> None:
         raise UserError("seeds can only be added to a grid search without asha: repeat the best settings with a grid")
 
 
-def _planned_trials(search: Search, base: Recipe, dataset: Dataset, folder: Folder, add_seeds: int) -> list[Trial]:
+def _planned_trials(
+    search: Search, base: Recipe, dataset: Dataset, folder: Folder, add_seeds: int, is_measured: bool
+) -> list[Trial]:
     """The trials of a grid search. An adaptive search has none yet; a few of its settings are tried instead.
 
-    Those of a budget that is measured have one image each: the plan is checked before there is room for a measurement.
+    If their lengths are measured later, they have one image each here: a plan that is wrong is refused before a
+    command waits for nodes.
     """
     if search.is_adaptive:
         check_space(search, base, dataset)
         return []
-    if _is_measured(search, folder):
+    if is_measured:
         return plan_trials(search, base, dataset, [1] * len(search.settings()))
     if not folder.has(SEARCH_FILE):
         return plan_trials(search, base, dataset)
