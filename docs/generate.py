@@ -46,7 +46,7 @@ def on_files(files: Any, config: Any) -> Any:
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
-    """Blocks of commands get the colors of a shell, and short lines: a comment is above its command."""
+    """Blocks of commands get the colours of a shell, and short lines: a comment is above its command."""
     return SHELL.sub(lambda found: f"```sh\n{COMMENTED.sub(COMMENT_ABOVE, found[1])}```", markdown)
 
 

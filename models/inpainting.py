@@ -57,7 +57,7 @@ class KnownPixels:
         """The values of a network that these pixels determine.
 
         A latent is known if all of its pixels are. The encoder sees the smallest rectangle that contains the known
-        pixels, and there their mean color in place of the others.
+        pixels, and there their mean colour in place of the others.
 
         Args:
             normalisation: the model's.

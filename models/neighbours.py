@@ -89,12 +89,8 @@ def neighbourhood(
     )
 
 
-def nearest_others(features: FeatureRows, k: int, block: int = BLOCK) -> Tensor:
-    """(n, d) -> (n, k) squared Euclidean distances of each row to its nearest other rows, ascending."""
-    return _nearest_others(_Centred(features, None), k, block)
-
-
 def _nearest_others(features: _Centred, k: int, block: int) -> Tensor:
+    """(n, d) -> (n, k) squared Euclidean distances of each row to its nearest other rows, ascending."""
     near = torch.full((len(features), k), torch.inf, device=features[:1].device)
     for rows, columns, squares in _squares_of(features, features, block, is_symmetric=True):
         if rows.start == columns.start:

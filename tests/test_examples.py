@@ -30,7 +30,7 @@ def add(archive: tarfile.TarFile, name: str, content: bytes) -> None:
 
 
 def package(path: Path, leave_out: str = "") -> Path:
-    """A package of npm's with a square of its own color for each entry."""
+    """A package of npm's with a square of its own colour for each entry."""
     listed: list[dict[str, Any]] = [
         {"image": f"{name}.png", "category": category, "has_img_google": has_picture}
         for name, category, has_picture, _ in ENTRIES
@@ -40,8 +40,8 @@ def package(path: Path, leave_out: str = "") -> Path:
         for name, *_ in ENTRIES:
             if name != leave_out:
                 content = io.BytesIO()
-                color = tuple(int(name, 16) >> shift & 255 for shift in (0, 8, 16))
-                Image.new("RGB", (64, 64), color).save(content, "PNG")
+                colour = tuple(int(name, 16) >> shift & 255 for shift in (0, 8, 16))
+                Image.new("RGB", (64, 64), colour).save(content, "PNG")
                 add(archive, f"package/img/google/64/{name}.png", content.getvalue())
     return path
 

@@ -2,7 +2,7 @@
 
     python emoji.py emoji-datasource-google-16.0.0.tgz emoji-images
 
-People and parts of bodies are left out: most of them are the same picture in several skin colors.
+People and parts of bodies are left out: most of them are the same picture in several skin colours.
 """
 
 import argparse

@@ -104,7 +104,7 @@ print(f"loss: {sum(losses[:20]) / 20:.3f} in the first 20 steps, {sum(losses[-20
 # ## Sampling
 #
 # Heun's method on the full grid of coordinates, with the averaged weights. Nothing is stitched together: the network
-# denoises the whole image at once. After 300 steps the samples have the colors of the photograph and little of its
+# denoises the whole image at once. After 300 steps the samples have the colours of the photograph and little of its
 # structure: raise `STEPS` for more.
 
 # %%

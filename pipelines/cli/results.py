@@ -35,7 +35,7 @@ def evaluate(
         str,
         typer.Option(
             help="Feature extractor: inception, dinov2, a file of Inception weights or TorchScript, or colours: not "
-            "FID but mean colors of tiles, a quick check without a network"
+            "FID but mean colours of tiles, a quick check without a network"
         ),
     ] = "inception",
     out: Annotated[str | None, typer.Option(help="JSON file to write  [default: SAMPLES/metrics.json]")] = None,

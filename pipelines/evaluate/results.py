@@ -183,8 +183,8 @@ def notes_on(evaluation: Evaluation) -> list[str]:
     metrics, notes = evaluation.metrics, []
     if evaluation.identity.features == COLOUR_LAYOUT:
         notes.append(
-            "This is not FID. The features are the mean colors of 16 tiles, which show colors and where they are, but "
-            "no detail: noise of the right colors can score well"
+            "This is not FID. The features are the mean colours of 16 tiles, which show colours and where they are, "
+            "but no detail: noise of the right colours can score well"
         )
     notes += [note for name in ("fid", "frechet_distance") for note in _frechet_notes(name, evaluation)]
     if "sfid" in metrics:

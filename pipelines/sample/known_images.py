@@ -109,8 +109,8 @@ def _masked(address: str, mask_address: str, options: SampleOptions, is_grey: bo
             f"--mask {mask_address} is {found}, and --inpaint {address} is {wanted}: give a mask of this size"
         )
     if mask.all() or not mask.any():
-        color, rest = ("white", "sampled: paint black what") if mask.all() else ("black", "kept: paint white what")
-        raise UserError(f"--mask {mask_address} is {color} everywhere, so nothing would be {rest} should be")
+        colour, rest = ("white", "sampled: paint black what") if mask.all() else ("black", "kept: paint white what")
+        raise UserError(f"--mask {mask_address} is {colour} everywhere, so nothing would be {rest} should be")
     record = KeptImage(sha256=sha256, mask_sha256=mask_sha256, method=options.outpaint_method)
     return KnownImage(image * mask, mask, options.outpaint_method, record)
 

@@ -34,7 +34,7 @@ class ParallelAxis:
 
 @dataclass(frozen=True)
 class ParallelLine:
-    """A finished trial: its name, its points, its color, and what it shows under the mouse."""
+    """A finished trial: its name, its points, its colour, and what it shows under the mouse."""
 
     name: str
     points: list[tuple[float, float]]

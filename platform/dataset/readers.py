@@ -196,11 +196,6 @@ def member_runs(members: Iterable[tuple[str, int, int]]) -> dict[tuple[str, int]
     return runs
 
 
-def zip_place(name: str, member: zipfile.ZipInfo) -> Place:
-    """The place of a member of the zip archive `name`."""
-    return [name, member.header_offset, member.compress_size, member.CRC, member.file_size]
-
-
 def zip_images(folder: Folder, name: str) -> Iterator[tuple[str, Place, int]]:
     """The name, place and size in bytes of each member of a zip archive; raises UserError if it is damaged.
 

@@ -119,13 +119,8 @@ def whole_lines(content: bytes) -> list[bytes]:
     return [line for line in content[: content.rfind(b"\n") + 1].splitlines() if line]
 
 
-def read_json_lines(path: Path) -> list[dict[str, Any]]:
-    """The objects of a JSON-lines file, without an incomplete last line; empty if there is no file."""
-    return list(each_json_line(path))
-
-
 def each_json_line(path: Path) -> Iterator[dict[str, Any]]:
-    """What `read_json_lines` returns, one by one: there may be millions."""
+    """The objects of a JSON-lines file, without an incomplete last line; none if there is no file."""
     if not path.is_file():
         return
     with path.open("rb") as file:

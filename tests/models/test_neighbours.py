@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 
-from patchloom.models.neighbours import nearest_others, neighbourhood
+from patchloom.models.neighbours import neighbourhood
 
 
 def cloud(n: int, d: int = 4, seed: int = 0) -> torch.Tensor:
@@ -25,7 +25,6 @@ def test_blocks_of_any_size_agree_with_whole_matrices(block: int) -> None:
     assert torch.allclose(found.density.double(), (between <= radii).sum(1).double() / 3)
     assert torch.allclose(found.nearest_distance.double(), between.min(1).values, atol=1e-5)
     assert torch.equal(found.authentic, between.min(1).values > within[between.argmin(1), 1])
-    assert torch.allclose(nearest_others(real, 2, block).double().sqrt(), within[:, 1:3], atol=1e-5)
 
 
 def test_a_cloud_far_away_has_neither_precision_nor_recall() -> None:

@@ -20,7 +20,7 @@ from patchloom.pipelines.report import report
 from patchloom.pipelines.reproduce.reproducing import reproduce_command
 from patchloom.pipelines.sample import sample
 from patchloom.pipelines.train.page import train_command
-from patchloom.platform.files.storage import make_folder, read_json, read_json_lines, write_json
+from patchloom.platform.files.storage import each_json_line, make_folder, read_json, write_json
 from patchloom.platform.records.evaluation import EvaluationResult
 from patchloom.platform.records.reproduction import Reproduction
 from patchloom.platform.records.samples import ManifestEntry, SamplingCard
@@ -56,13 +56,13 @@ class Page(HTMLParser):
 def test_a_runs_page_stands_alone_and_shows_its_counts(trained: Path, tmp_path: Path) -> None:
     page = Page(report(str(trained), str(tmp_path / "run.html")).read_text())
     assert page.open == []
-    previews = [line for line in read_json_lines(trained / "progress.jsonl") if "preview" in line]
+    previews = [line for line in each_json_line(trained / "progress.jsonl") if "preview" in line]
     assert len(page.sources) == len(previews) > 0
     for source in page.sources:
         assert source.startswith("data:image/png;base64,")
         with Image.open(io.BytesIO(base64.b64decode(source.split(",")[1]))) as picture:
             assert picture.size == (4 * 18 - 2, 16)
-    last = read_json_lines(trained / "progress.jsonl")[-1]
+    last = list(each_json_line(trained / "progress.jsonl"))[-1]
     assert {f"{last['step']:,}", f"{last['images_seen']:,}", f"{last['full_size_images']:,}"} <= set(page.words)
 
 
@@ -99,7 +99,7 @@ def test_a_runs_page_shows_every_number_that_is_counted(trained: Path, tmp_path:
     words = Page(report(str(trained), str(tmp_path / "run.html")).read_text()).words
     pairs = list(zip(words[1:], words, strict=False))  # a number stands before its name
     shown = dict(reversed(pairs))  # the first one: names are repeated below with their meanings
-    lines = read_json_lines(trained / "progress.jsonl")
+    lines = list(each_json_line(trained / "progress.jsonl"))
     last = lines[-1]
 
     def middle(key: str) -> float:

@@ -57,3 +57,8 @@ def arrow_stream(table: pa.Table) -> bytes:
 
 
 MEMBERS = [("cat/", b""), *zip(NAMES, ENCODED, strict=True), ("README.txt", b"no input")]
+
+
+def zip_place(name: str, member: zipfile.ZipInfo) -> list[str | int]:
+    """The place of a member of the zip archive `name`."""
+    return [name, member.header_offset, member.compress_size, member.CRC, member.file_size]

@@ -22,7 +22,7 @@ from patchloom.pipelines.sample.folder import read_samples
 from patchloom.pipelines.train import train
 from patchloom.platform.dataset.sources import open_source
 from patchloom.platform.files.folder import Folder
-from patchloom.platform.files.storage import parse_json, parse_json_object, read_json, read_json_lines
+from patchloom.platform.files.storage import each_json_line, parse_json, parse_json_object, read_json
 from patchloom.platform.recipe import recipe_yaml
 from patchloom.platform.records.samples import ManifestEntry
 
@@ -140,7 +140,7 @@ def reads_a_manifest(folder: Path) -> object:
 
 @pytest.mark.parametrize("read", [
     reads_a_manifest, lambda folder: Folder(str(folder)).read_json("file"), lambda folder: read_json(folder / "file"),
-    lambda folder: read_json_lines(folder / "file"),
+    lambda folder: list(each_json_line(folder / "file")),
 ], ids=["manifest", "remote JSON", "JSON", "JSON lines"])  # fmt: skip
 @pytest.mark.parametrize(
     "content", [b"{\n", DEEP.encode() + b"\n", b"\xff\n", b'{"seed": "x"}{}\n', b"9" * 5000 + b"\n"]

@@ -25,7 +25,7 @@ from patchloom.pipelines.train.autoencoder import (
 )
 from patchloom.pipelines.train.checkpointer import newest_checkpoint
 from patchloom.platform.dataset import open_dataset
-from patchloom.platform.files.storage import read_json, read_json_lines
+from patchloom.platform.files.storage import each_json_line, read_json
 from patchloom.platform.records.run import read_progress
 from patchloom.platform.tracking.registry import fetch_model
 
@@ -38,7 +38,7 @@ def test_training_lowers_the_loss_and_registers_the_autoencoder(
 ) -> None:
     folder = tmp_path / "ae"
     result = train_autoencoder(str(pixels), str(folder), SETTINGS, workers=2, register="tiny-ae")
-    lines = read_json_lines(folder / "progress.jsonl")
+    lines = list(each_json_line(folder / "progress.jsonl"))
     assert lines[-1]["images_seen"] == 400
     assert lines[-1]["loss"] < lines[0]["loss"]
 
@@ -95,7 +95,7 @@ def test_fine_tuning_starts_with_the_given_weights(finished: AutoencoderResult, 
         """The result of a short run, and the loss of its first ten steps."""
         settings = replace(SETTINGS, images=40, lr=1e-3, **changes)
         result = train_autoencoder(str(pixels), str(tmp_path / name), settings, workers=0)
-        return result, read_json_lines(tmp_path / name / "progress.jsonl")[0]["loss"]
+        return result, next(each_json_line(tmp_path / name / "progress.jsonl"))["loss"]
 
     tuned, tuned_loss = run("tuned", init_from=finished.reference, widths=(99, 1))  # widths come from init_from
     scratch, scratch_loss = run("scratch")

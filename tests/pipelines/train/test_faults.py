@@ -19,7 +19,7 @@ from patchloom.models.checkpoints import load_model, read_card, save_model
 from patchloom.pipelines.train import train
 from patchloom.pipelines.train.checkpointer import newest_checkpoint
 from patchloom.pipelines.train.dry_run import describe_plan
-from patchloom.platform.files.storage import read_json, read_json_lines
+from patchloom.platform.files.storage import each_json_line, read_json
 from patchloom.platform.recipe import Recipe, recipe_yaml
 
 pytestmark = pytest.mark.ray
@@ -60,7 +60,7 @@ def test_full_disk_skips_checkpoints_and_training_continues(pixels: Path, tmp_pa
     assert newest_checkpoint(run) is None
     assert not list((run / "checkpoints").iterdir())  # no incomplete files are left
     assert load_model(run / "model")
-    assert read_json_lines(run / "progress.jsonl")[-1]["step"] == 13
+    assert list(each_json_line(run / "progress.jsonl"))[-1]["step"] == 13
 
 
 def test_disk_without_space_for_the_model_is_a_user_error(pixels: Path, tmp_path: Path) -> None:
@@ -91,7 +91,7 @@ def test_divergence_ends_the_run(pixels: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"step \d+ .*optimizer\.lr"):
         train(recipe, str(pixels), str(tmp_path / "run"), workers=0)
     assert not (tmp_path / "run" / "model").exists()
-    lines = read_json_lines(tmp_path / "run" / "progress.jsonl")
+    lines = list(each_json_line(tmp_path / "run" / "progress.jsonl"))
     assert lines[-1]["step"] < 39
     newest = newest_checkpoint(tmp_path / "run")
     assert newest is None or read_json(newest / "checkpoint.json")["step"] < lines[-1]["step"]
@@ -106,7 +106,7 @@ def test_nan_losses_end_the_run(trained: Path, pixels: Path, tmp_path: Path) -> 
     recipe = tiny_recipe(train__init_from=str(tmp_path / "broken"))
     with pytest.raises(UserError, match=r"step \d+ \(loss not finite\)"):
         train(recipe, str(pixels), str(tmp_path / "run"), workers=0)
-    (line,) = read_json_lines(tmp_path / "run" / "progress.jsonl")
+    (line,) = each_json_line(tmp_path / "run" / "progress.jsonl")
     assert line["loss"] is None and line["bad_crops"] == line["images_seen"] > 0
 
 
@@ -127,7 +127,7 @@ def test_fp16_whose_loss_scale_keeps_falling_ends_the_run(
     monkeypatch.setattr(torch.amp, "GradScaler", Overflowing)
     with pytest.raises(UserError, match=r"fp16.*step \d+ \(loss [\d.]+\).*bf16 or fp32"):
         train(tiny_recipe(train__precision="fp16"), str(pixels), str(tmp_path / "run"), workers=0)
-    (line,) = read_json_lines(tmp_path / "run" / "progress.jsonl")
+    (line,) = each_json_line(tmp_path / "run" / "progress.jsonl")
     assert line["loss_scale"] == 2.0 ** (-13 - line["step"])
 
 
@@ -139,7 +139,7 @@ def test_keep_rules_choose_the_checkpoints(pixels: Path, tmp_path: Path) -> None
     run = train(recipe, str(pixels), str(tmp_path / "run"), workers=0).folder
     kept = {path.name: read_json(path / "checkpoint.json") for path in (run / "checkpoints").iterdir()}
     steps = {int(name.removeprefix("step-")) for name in kept}
-    lines = read_json_lines(run / "progress.jsonl")
+    lines = list(each_json_line(run / "progress.jsonl"))
     losses = {line["step"]: line["held_out_loss"] for line in lines if "held_out_loss" in line}
     assert set(losses) == set(range(10, 101, 10))
     best = min(losses, key=losses.__getitem__)  # of ten checkpoints, one every ten steps
@@ -152,7 +152,7 @@ def test_microbatches_give_the_same_losses(pixels: Path, tmp_path: Path) -> None
     folders = [tmp_path / "whole", tmp_path / "pieces"]
     for folder, microbatch in zip(folders, (None, 8), strict=True):
         train(recipe, str(pixels), str(folder), workers=0, microbatch=microbatch)
-    one, two = (read_json_lines(folder / "progress.jsonl") for folder in folders)
+    one, two = (list(each_json_line(folder / "progress.jsonl")) for folder in folders)
     assert [line["loss"] for line in two] == pytest.approx([line["loss"] for line in one], rel=1e-4)
 
 
@@ -190,7 +190,7 @@ def undisturbed(ray_cluster: None, pixels: Path, tmp_path_factory: pytest.TempPa
 
 @pytest.mark.slow
 def test_two_workers_give_the_losses_of_one(undisturbed: dict[int, Path]) -> None:
-    one, two = (read_json_lines(undisturbed[workers] / "progress.jsonl") for workers in (0, 2))
+    one, two = (list(each_json_line(undisturbed[workers] / "progress.jsonl")) for workers in (0, 2))
     assert len(one) == len(two) == 59
     assert [line["images_seen"] for line in one] == [line["images_seen"] for line in two]
     for a, b in zip(one[:50], two[:50], strict=True):  # rounding differences grow with every step
@@ -275,7 +275,7 @@ def kill(victims: list[psutil.Process], moment: str | int, process: Popen[str], 
 
 
 def images_seen(run: Path) -> int:
-    lines = read_json_lines(run / "progress.jsonl")
+    lines = list(each_json_line(run / "progress.jsonl"))
     return lines[-1]["images_seen"] if lines else 0
 
 
@@ -286,7 +286,7 @@ def half_written(run: Path, file: str = "") -> list[Path]:
 
 def assert_ended_the_same(run: Path, wanted: Path, killed_at: float, at_least: int) -> None:
     """Check that a killed run repeated no step before `at_least` images, and equals a run that was not killed."""
-    lines, wanted_lines = (read_json_lines(folder / "progress.jsonl") for folder in (run, wanted))
+    lines, wanted_lines = (list(each_json_line(folder / "progress.jsonl")) for folder in (run, wanted))
     kept = [line["images_seen"] for line in lines if line["time_unix_s"] < killed_at]
     assert len(kept) < len(lines) and max(kept, default=0) >= at_least
     compared = ("step", "loss", "held_out_loss", "preview")

@@ -24,7 +24,7 @@ from patchloom.pipelines.registry.convert import average_model
 from patchloom.pipelines.train import train
 from patchloom.pipelines.train.checkpointer import newest_checkpoint
 from patchloom.platform.dataset import open_dataset
-from patchloom.platform.files.storage import read_json, read_json_lines
+from patchloom.platform.files.storage import each_json_line, read_json
 from patchloom.platform.recipe import Recipe, check_recipe, recipe_yaml
 
 pytestmark = pytest.mark.ray
@@ -50,7 +50,7 @@ CHOICES: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("choice", CHOICES)
 def test_option_is_trained_and_sampled(choice: str, pixels: Path, tmp_path: Path) -> None:
     result = train(tiny_recipe(**CHOICES[choice]), str(pixels), str(tmp_path / "run"), workers=0)
-    lines = read_json_lines(result.folder / "progress.jsonl")
+    lines = list(each_json_line(result.folder / "progress.jsonl"))
     assert all(math.isfinite(line["loss"]) for line in lines)
     assert set().union(*(line["loss_by_sigma"] for line in lines)) >= {"0-0.1", "0.1-0.3", "0.3-1", "1-3"}
     batch = 16 if choice != "by images" else 8
@@ -119,7 +119,7 @@ def test_own_network_is_named_in_the_recipe(pixels: Path, tmp_path: Path, monkey
         assert not made.exists()
         command_line(*command, "--allow-backbone", "own_network")
     assert (samples / "000000" / "000003.png").is_file()
-    lines = read_json_lines(run / "progress.jsonl")
+    lines = list(each_json_line(run / "progress.jsonl"))
     assert lines[-1]["flops"] > 0 and math.isfinite(lines[-1]["loss"])
 
 
@@ -216,7 +216,7 @@ def test_precision_applies_to_arithmetic_and_not_to_weights(
     run = train(recipe, str(pixels), str(tmp_path / "run"), workers=0).folder
     assert torch.backends.cudnn.allow_tf32 is rounds
     assert torch.get_float32_matmul_precision() == ("high" if rounds else "highest")
-    lines = read_json_lines(run / "progress.jsonl")
+    lines = list(each_json_line(run / "progress.jsonl"))
     assert all(math.isfinite(line["loss"]) and not line["bad_crops"] for line in lines)
     assert {tensor.dtype for tensor in load_file(run / "model" / "model.safetensors").values()} == {torch.float32}
 
@@ -258,7 +258,7 @@ def test_compiled_network_has_one_graph_per_patch_size_and_the_same_losses(pixel
     ]
     counters = torch._dynamo.utils.counters
     assert counters["stats"]["unique_graphs"] == 3 and not counters["graph_break"]
-    eager, compiled = ([line["loss"] for line in read_json_lines(run / "progress.jsonl")] for run in runs)
+    eager, compiled = ([line["loss"] for line in each_json_line(run / "progress.jsonl")] for run in runs)
     assert compiled == pytest.approx(eager, rel=1e-3)
 
 

@@ -18,7 +18,7 @@ from patchloom.pipelines.train.checkpointer import newest_checkpoint
 from patchloom.platform.compute.stopping import RunControl
 from patchloom.platform.compute.workers import Worker, run_workers
 from patchloom.platform.files.folder import Folder
-from patchloom.platform.files.storage import read_json, read_json_lines
+from patchloom.platform.files.storage import each_json_line, read_json
 from patchloom.platform.recipe import recipe_yaml
 
 TERMINATED = 128 + signal.SIGTERM
@@ -149,7 +149,7 @@ def test_autoencoder_stops_at_sigterm_and_continues(pixels: Path, tmp_path: Path
 
 
 def lines(run: Path) -> list[Any]:
-    return read_json_lines(run / "progress.jsonl")
+    return list(each_json_line(run / "progress.jsonl"))
 
 
 def control_of(folder: Path) -> RunControl:

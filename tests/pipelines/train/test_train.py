@@ -17,7 +17,7 @@ from patchloom.models.checkpoints import load_model
 from patchloom.pipelines.train import train
 from patchloom.pipelines.train.checkpointer import newest_checkpoint
 from patchloom.pipelines.train.dry_run import describe_plan
-from patchloom.platform.files.storage import read_json, read_json_lines
+from patchloom.platform.files.storage import each_json_line, read_json
 from patchloom.platform.recipe import recipe_yaml
 from patchloom.platform.records.run import ProgressLine, read_progress
 from patchloom.platform.tracking.forwarder import line_metrics
@@ -26,7 +26,7 @@ pytestmark = pytest.mark.ray
 
 
 def test_number_of_updates_follows_from_the_images(trained: Path) -> None:
-    lines = read_json_lines(trained / "progress.jsonl")
+    lines = list(each_json_line(trained / "progress.jsonl"))
     assert lines[-1]["step"] == round(600 / (8 * 1.9)) == 39
     assert [line["step"] for line in lines] == sorted({line["step"] for line in lines})
     last = lines[-1]
@@ -38,7 +38,7 @@ def test_number_of_updates_follows_from_the_images(trained: Path) -> None:
 
 
 def test_rates_in_a_line_agree_with_its_counts(trained: Path) -> None:
-    lines = read_json_lines(trained / "progress.jsonl")
+    lines = list(each_json_line(trained / "progress.jsonl"))
     before: dict[str, Any] = {"images_seen": 0, "flops": 0, "step": 0}
     for line in lines:
         seconds = (line["images_seen"] - before["images_seen"]) / line["images_per_second"]
@@ -63,7 +63,7 @@ def test_model_folder_loads(trained: Path) -> None:
 
 
 def test_mlflow_contains_lines_parameters_and_preview(trained: Path) -> None:
-    lines = read_json_lines(trained / "progress.jsonl")
+    lines = list(each_json_line(trained / "progress.jsonl"))
     run_id = read_json(trained / "run.json")["run_id"]
     client = mlflow.MlflowClient(os.environ["MLFLOW_TRACKING_URI"])
     history = client.get_metric_history(run_id, "loss")
@@ -121,7 +121,7 @@ def test_workers_of_a_killed_command_stop_writing(pixels: Path, tmp_path: Path) 
     output, _ = finished.communicate(timeout=240)
     assert finished.returncode == 0, output
     assert "from step" in output
-    steps = [line["step"] for line in read_json_lines(run / "progress.jsonl")]
+    steps = [line["step"] for line in each_json_line(run / "progress.jsonl")]
     assert steps == sorted(set(steps)) and steps[-1] == round(3000 / (8 * 1.9))
 
 

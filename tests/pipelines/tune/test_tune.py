@@ -30,7 +30,7 @@ from patchloom.pipelines.tune.planning import plan_trials
 from patchloom.platform.dataset import open_dataset
 from patchloom.platform.dataset.prepared import Dataset
 from patchloom.platform.files.folder import Folder
-from patchloom.platform.files.storage import read_json, read_json_lines
+from patchloom.platform.files.storage import each_json_line, read_json
 from patchloom.platform.recipe import Recipe, load_recipe, recipe_yaml
 from patchloom.platform.recipe.search import load_search
 from patchloom.platform.records.search import SearchCard
@@ -57,7 +57,7 @@ def test_a_search_compares_its_trials_and_keeps_the_best(
 ) -> None:
     folder = tmp_path / "search"
     result = tune(write_search(tmp_path), str(pixels), str(folder))
-    rows = read_json_lines(folder / "trials.jsonl")
+    rows = list(each_json_line(folder / "trials.jsonl"))
     assert sorted(trial["settings"]["patches.p"] for trial in rows) == [0.5, 1.0]
     assert [trial["updates"] for trial in rows] == [5, 5]
     assert rows[0]["held_out_loss"] == min(trial["held_out_loss"] for trial in rows)
@@ -350,7 +350,7 @@ def test_a_trial_whose_process_dies_goes_on(pixels: Path, tmp_path: Path) -> Non
     victims[0].kill()
     output, _ = process.communicate(timeout=300)
     assert process.returncode == 0, output
-    (row,) = read_json_lines(tmp_path / "search" / "trials.jsonl")
+    (row,) = each_json_line(tmp_path / "search" / "trials.jsonl")
     assert row["status"] == "finished" and row["updates"] == 400
     assert lock not in output and "best of 1 settings" in output
 
@@ -391,7 +391,7 @@ def test_a_stopped_and_killed_search_ends_as_if_it_had_not_been(pixels: Path, tm
         output, _ = ended.communicate(timeout=600)
         assert ended.returncode == 0, output
     assert before == {place: place.stat().st_mtime_ns for place in before}
-    tables = [read_json_lines(tmp_path / out / "trials.jsonl") for out in ("killed", "whole")]
+    tables = [list(each_json_line(tmp_path / out / "trials.jsonl")) for out in ("killed", "whole")]
     chance = {"seconds", "run_id"}
     table, whole = ([{key: row[key] for key in row.keys() - chance} for row in rows] for rows in tables)
     assert table == whole

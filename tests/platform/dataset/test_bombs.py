@@ -14,10 +14,10 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 from helpers import environment, run_bounded
-from sources_on_disk import ENCODED, PIXELS, write_tar, write_zip
+from sources_on_disk import ENCODED, PIXELS, write_tar, write_zip, zip_place
 
 from patchloom.errors import UserError
-from patchloom.platform.dataset.readers import SourceReader, zip_place
+from patchloom.platform.dataset.readers import SourceReader
 from patchloom.platform.dataset.sources import open_source
 from patchloom.platform.dataset.tables import open_table
 from patchloom.platform.files import bounds

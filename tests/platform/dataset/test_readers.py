@@ -11,9 +11,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
+from sources_on_disk import zip_place
 
 from patchloom.errors import UserError
-from patchloom.platform.dataset.readers import SourceReader, zip_place
+from patchloom.platform.dataset.readers import SourceReader
 from patchloom.platform.dataset.sources import open_source
 from patchloom.platform.dataset.tables import open_table
 from patchloom.platform.files.cache import cache_folder

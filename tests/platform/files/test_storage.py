@@ -10,11 +10,11 @@ import pytest
 
 from patchloom.errors import UserError
 from patchloom.platform.files.storage import (
+    each_json_line,
     local_path,
     locked,
     make_folder,
     read_json,
-    read_json_lines,
     whole_folder,
     write_atomic,
     write_json_lines,
@@ -66,8 +66,8 @@ def test_an_incomplete_last_line_is_skipped(tmp_path: Path) -> None:
     write_json_lines(path, [{"step": 1}, {"step": 2}])
     with path.open("a") as file:
         file.write('{"step": 3')
-    assert read_json_lines(path) == [{"step": 1}, {"step": 2}]
-    assert read_json_lines(tmp_path / "none.jsonl") == []
+    assert list(each_json_line(path)) == [{"step": 1}, {"step": 2}]
+    assert list(each_json_line(tmp_path / "none.jsonl")) == []
 
 
 def test_invalid_paths_are_refused(tmp_path: Path) -> None:

@@ -11,10 +11,10 @@ from helpers import run_python
 
 from patchloom.errors import UserError
 from patchloom.platform.files.storage import (
+    each_json_line,
     local_path,
     locked,
     make_folder,
-    read_json_lines,
     sweep_partial,
     whole_folder,
     write_atomic,
@@ -65,7 +65,7 @@ def test_a_line_cut_in_the_middle_of_a_character_is_skipped(tmp_path: Path) -> N
     first = whole.splitlines(keepends=True)[0]
     for end in range(len(first), len(whole)):
         path.write_bytes(whole[:end])
-        assert read_json_lines(path) == [{"key": "Ærø"}]
+        assert list(each_json_line(path)) == [{"key": "Ærø"}]
 
 
 def test_missing_permissions_raise(tmp_path: Path) -> None:
