@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from patchloom.pipelines.cli.completion import reproduced_tables
-from patchloom.pipelines.cli.output import Json, Printed
+from patchloom.pipelines.cli.output import Json, Printed, printed_plan
 
 
 def demo(
@@ -67,13 +67,13 @@ def reproduce(
     Prints the cost first, runs the commands of each stage, and writes a page with the paper's numbers next to yours.
     Run the same command again to continue after an interruption.
     """
-    from patchloom.pipelines.reproduce import ReproductionOptions, reproduce, reproduction_plan
+    from patchloom.pipelines.reproduce import ReproductionOptions, describe_reproduction, reproduce
 
     named = dict(_name_and_source(text) for text in data or [])
     options = ReproductionOptions(small, named, autoencoder, features, model, workers)
     if dry_run:
-        plan = reproduction_plan(table, out, options)
-        return Printed({"plan": plan}, plan)
+        plan = describe_reproduction(table, out, options)
+        return printed_plan(plan, flops=plan.flops)
     return Printed({"page": str(reproduce(table, out, options))})
 
 

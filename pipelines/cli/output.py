@@ -6,8 +6,8 @@ import inspect
 import json
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Annotated, Any
+from dataclasses import asdict, dataclass
+from typing import Annotated, Any, ClassVar, Protocol
 
 import typer
 
@@ -36,6 +36,21 @@ class Printed:
     value: Any
     text: str | Callable[[], str] = ""
     exit_code: int = 0
+
+
+class DryRun(Protocol):
+    """What `--dry-run` found: a dataclass with a text."""
+
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+
+    @property
+    def text(self) -> str:
+        """It as lines for a terminal."""
+
+
+def printed_plan(found: DryRun, **more: Any) -> Printed:
+    """What a command prints with --dry-run: the text, or with --json its numbers and `more`, and the text as `plan`."""
+    return Printed({"plan": found.text, **more, **asdict(found)}, found.text)
 
 
 def with_output_options(function: Callable[..., Printed]) -> Callable[..., None]:

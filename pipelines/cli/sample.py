@@ -21,7 +21,7 @@ from patchloom.pipelines.cli.options import (
     chosen_resources,
     looks_like_model,
 )
-from patchloom.pipelines.cli.output import Printed
+from patchloom.pipelines.cli.output import Printed, printed_plan
 from patchloom.pipelines.sample.options import SampleOptions, parse_levels, parse_size
 
 # how a pair of numbers is written on the command line
@@ -53,13 +53,12 @@ def sample(
         raise UserError(str(error)) from None
     check_order("MODEL OUT", model, out, looks_like_model)
     nodes = chosen_resources(resources, wait, workers, gpus)
+    from patchloom.pipelines.sample.sampling import describe_sampling
     from patchloom.pipelines.sample.sampling import sample as run
-    from patchloom.pipelines.sample.sampling import sample_plan
 
     allow_backbones(*allow_backbone or [])
     if dry_run:
-        plan = sample_plan(model, out, seeds, workers=nodes.workers, resources=nodes, **given)
-        return Printed({"plan": plan}, plan)
+        return printed_plan(describe_sampling(model, out, seeds, workers=nodes.workers, resources=nodes, **given))
     return Printed(asdict(run(model, out, seeds, workers=nodes.workers, resources=nodes, **given)))
 
 

@@ -21,7 +21,7 @@ from patchloom.pipelines.cli.options import (
     is_prepared,
     required_out,
 )
-from patchloom.pipelines.cli.output import Printed
+from patchloom.pipelines.cli.output import Printed, printed_plan
 from patchloom.platform.files.folder import Folder
 from patchloom.platform.files.storage import whole_number
 
@@ -194,11 +194,12 @@ def train(
     check_recipe_argument(recipe)
     loaded = load_recipe(recipe, set_ or []) if recipe else recipe_of_run(run, set_ or [])
     if dry_run:
-        from patchloom.pipelines.train.dry_run import run_plan
+        from patchloom.pipelines.train.dry_run import describe_plan
 
         shape = like_shape(like, like_classes, like_condition, loaded)
-        plan = run_plan(loaded, shape or data or dataset_of_run(run), max(1, train_workers(nodes)), measure, microbatch)
-        return Printed({"plan": plan}, plan)
+        dataset = shape or data or dataset_of_run(run)
+        plan = describe_plan(loaded, dataset, max(1, train_workers(nodes)), measure, microbatch)
+        return printed_plan(plan, flops=plan.flops, crops=plan.crops, full_size_images=plan.full_size_images)
     from patchloom.pipelines.train.training import train
 
     result = train(
@@ -307,13 +308,12 @@ def tune(
 
     allow_backbones(*allow_backbone or [])
     if dry_run:
-        from patchloom.pipelines.tune.dry_run import search_plan
+        from patchloom.pipelines.tune.dry_run import describe_search
         from patchloom.platform.recipe.search import load_search
 
         shape = like_shape(like, like_classes, like_condition, load_search(search)[1])
         parallel = TuneResources(concurrent, nodes.workers or 0).parallel_trials(os.cpu_count() or 1) or 1
-        plan = search_plan(search, shape or data or "", parallel)
-        return Printed({"plan": plan}, plan)
+        return printed_plan(describe_search(search, shape or data or "", parallel))
     from patchloom.pipelines.tune.tuning import tune
 
     assert data is not None  # --like is only for --dry-run

@@ -2,9 +2,9 @@
 
 from patchloom.pipelines.reproduce.reproducing import (
     ReproductionOptions,
+    describe_reproduction,
     reproduce,
-    reproduction_plan,
     reproduction_section,
 )
 
-__all__ = ["ReproductionOptions", "reproduce", "reproduction_plan", "reproduction_section"]
+__all__ = ["ReproductionOptions", "describe_reproduction", "reproduce", "reproduction_section"]

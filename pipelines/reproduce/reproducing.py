@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -103,7 +103,7 @@ def reproduce(table: str, out: str | None = None, options: ReproductionOptions =
         place = place.with_asked(place.asked.model_copy(update=_origin()))
     require_reachable()
     stages = subject.stages(place)
-    say(_plan_text(subject, place, stages))
+    say(_estimate(subject, place, stages).summary)
     with fenced(folder), nullcontext() if folder.is_remote else locked(make_folder(folder.path)):
         place = _run_stages(place, stages)
         place = place.with_asked(place.asked.model_copy(update={"finished": True}))
@@ -141,17 +141,80 @@ def _run_stages(place: ReproductionFolder, stages: Sequence[Stage]) -> Reproduct
     return place
 
 
-def reproduction_plan(table: str, out: str | None = None, options: ReproductionOptions = DEFAULT_OPTIONS) -> str:
-    """The text of `patchloom reproduce --dry-run`: the cost and the commands. At full size it needs no data."""
+@dataclass(frozen=True)
+class PlannedStage:
+    """A stage that would run.
+
+    Args:
+        title: what it does.
+        command: a line for a shell.
+        flops: its expected FLOPs; 0 for a negligible amount.
+    """
+
+    title: str
+    command: str
+    flops: float
+
+
+@dataclass(frozen=True)
+class ReproductionEstimate:
+    """What a reproduction is expected to do: the result of `patchloom reproduce --dry-run`.
+
+    Args:
+        title: what is reproduced, as a sentence.
+        small: whether it is the small one.
+        stages: its commands in order.
+        notes: what else it needs, as sentences.
+    """
+
+    title: str
+    small: bool
+    stages: tuple[PlannedStage, ...]
+    notes: tuple[str, ...]
+
+    @property
+    def flops(self) -> float:
+        """Expected FLOPs of all stages."""
+        return sum(stage.flops for stage in self.stages)
+
+    @property
+    def summary(self) -> str:
+        """What is reproduced and what it costs."""
+        cost = f"{self.flops:.3g} FLOPs, {gpu_hours_text(self.flops)}; metrics and data are extra"
+        if self.small:
+            rate = f"at {TWO_CORES_RATE / 1e9:g} GFLOP/s of two cores"
+            time_text = clock(self.flops / TWO_CORES_RATE)
+            cost = f"{self.flops / 1e12:,.0f} TFLOP, about {time_text} {rate}; starts and data are extra"
+        return "\n".join([self.title, *(f"  {line}" for line in (cost, *self.notes))])
+
+    @property
+    def text(self) -> str:
+        """The summary and the commands."""
+        commands = [
+            f"[{number}/{len(self.stages)}] {stage.title}\n  $ {stage.command}"
+            for number, stage in enumerate(self.stages, 1)
+        ]
+        return "\n".join([self.summary, *commands])
+
+
+def describe_reproduction(
+    table: str, out: str | None = None, options: ReproductionOptions = DEFAULT_OPTIONS
+) -> ReproductionEstimate:
+    """The cost and the commands of a reproduction. At full size it needs no data.
+
+    Args:
+        table: a name in `SUBJECTS`, such as `table4`.
+        out: the folder that would be written.
+        options: in which size, from which data, and with which models.
+
+    Raises:
+        UserError: the table is unknown, or data are missing.
+    """
     subject = _subject(table)
     if not options.small and not options.data:
         options = replace(options, data={name: name.upper() for name in subject.data})  # what a user puts there
     subject, place = _planned(table, out, options)
-    stages = subject.stages(place)
-    shown = [
-        f"[{number}/{len(stages)}] {one.title}\n  $ {_shown(one, place.folder)}" for number, one in enumerate(stages, 1)
-    ]
-    return "\n".join([_plan_text(subject, place, stages), *shown])
+    return _estimate(subject, place, subject.stages(place))
 
 
 def reproduction_section(folder: str, here: Path) -> tuple[str, Markup]:
@@ -244,27 +307,24 @@ def _described(asked: Reproduction) -> str:
     return ", ".join(parts)
 
 
-def _plan_text(subject: Subject, place: ReproductionFolder, stages: Sequence[Stage]) -> str:
-    """What is reproduced and what it costs."""
-    flops = sum(stage.flops for stage in stages)
-    lines = [f"{subject.title} of Patch Diffusion{', at small scale' if place.asked.small else ''}: {subject.text}"]
+def _estimate(subject: Subject, place: ReproductionFolder, stages: Sequence[Stage]) -> ReproductionEstimate:
+    planned = tuple(PlannedStage(stage.title, _shown(stage, place.folder), stage.flops) for stage in stages)
+    title = f"{_title(place.asked)}: {subject.text}"
+    return ReproductionEstimate(title, place.asked.small, planned, tuple(_data_notes(place)))
+
+
+def _data_notes(place: ReproductionFolder) -> Iterator[str]:
     if place.asked.small:
-        rate = f"at {TWO_CORES_RATE / 1e9:g} GFLOP/s of two cores"
-        lines.append(
-            f"  {flops / 1e12:,.0f} TFLOP, about {clock(flops / TWO_CORES_RATE)} {rate}; starts and data are extra"
-        )
         if not place.asked.data and place.asked.model is None:
-            lines.append("  data: photographs that ship with scikit-image; --data takes yours")
-        return "\n".join(lines)
-    lines.append(f"  {flops:.3g} FLOPs, {gpu_hours_text(flops)}; metrics and data are extra")
+            yield "data: photographs that ship with scikit-image; --data takes yours"
+        return
     pixels = {
         name: DATA[name].images * DATA[name].resolution ** 2 * RGB
         for name in place.asked.data
         if name in DATA and not is_dataset(Folder.at(place.asked.data[name]))
     }
     if sum(pixels.values()) > MANY_BYTES:
-        lines.append(f"  about {sum(pixels.values()) / 1e9:,.0f} GB of prepared pixels")
-    return "\n".join(lines)
+        yield f"about {sum(pixels.values()) / 1e9:,.0f} GB of prepared pixels"
 
 
 def _shown(stage: Stage, folder: Folder) -> str:

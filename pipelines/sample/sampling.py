@@ -155,7 +155,39 @@ def sample(
     )
 
 
-def sample_plan(
+@dataclass(frozen=True, kw_only=True)
+class SamplingEstimate:
+    """What sampling is expected to do and need: the result of `patchloom sample --dry-run`.
+
+    Args:
+        images: images of the folder when it is complete.
+        network_evaluations: evaluations of the network per image.
+        batch: images per network batch.
+        precision: arithmetic of the network.
+        device: cpu or cuda; None for a folder that an earlier version began.
+        bytes_per_worker: memory for weights and activations at the peak; None if the network cannot be simulated.
+    """
+
+    images: int
+    network_evaluations: int
+    batch: int
+    precision: str
+    device: str | None
+    bytes_per_worker: int | None
+
+    @property
+    def text(self) -> str:
+        """It as sentences."""
+        memory = "unknown memory"
+        if self.bytes_per_worker is not None:
+            memory = f"{self.bytes_per_worker / 2**20:,.0f} MiB per worker at the peak: weights and activations"
+        return (
+            f"{self.images:,} images with {self.network_evaluations} network evaluations each, in batches of "
+            f"{self.batch} in {self.precision} on {self.device or 'the device of the folder'}\n  {memory}"
+        )
+
+
+def describe_sampling(
     model: str,
     out: str,
     seeds: str | list[int] = "0-63",
@@ -163,20 +195,23 @@ def sample_plan(
     workers: int | None = None,
     resources: Resources = DEFAULT_RESOURCES,
     **options: Any,
-) -> str:
-    """The text of `patchloom sample --dry-run`; nothing is written. The arguments are those of `sample`."""
+) -> SamplingEstimate:
+    """Estimate sampling without starting it; nothing is written. The arguments are those of `sample`."""
     _, job = _planned_job(model, out, seeds, workers, resources, options)
     card, sampling = job.card, job.argument.sampling
     try:
         skeleton = sampling_skeleton(job.model_folder)
         with_gradients = job.known is not None and job.known.pixels().needs_gradients
-        needed = sampling_bytes(skeleton, sampling, card.batch, card.device or "cpu", with_gradients)
-        memory = f"{needed / 2**20:,.0f} MiB per worker at the peak: weights and activations"
+        needed: int | None = sampling_bytes(skeleton, sampling, card.batch, card.device or "cpu", with_gradients)
     except NotImplementedError:  # a backbone may not support the meta device
-        memory = "unknown memory"
-    return (
-        f"{job.total:,} images with {card.network_evaluations} network evaluations each, in batches of {card.batch} "
-        f"in {sampling.precision} on {card.device or 'the device of the folder'}\n  {memory}"
+        needed = None
+    return SamplingEstimate(
+        images=job.total,
+        network_evaluations=card.network_evaluations,
+        batch=card.batch,
+        precision=sampling.precision,
+        device=card.device,
+        bytes_per_worker=needed,
     )
 
 

@@ -74,23 +74,74 @@ class RunCounts:
 
 @dataclass(frozen=True, kw_only=True)
 class RunEstimate(RunCounts):
-    """What a run is expected to do and need.
+    """What a run is expected to do and need: the result of `patchloom train --dry-run`.
 
     Args:
-        train_rows: rows of the dataset to train on; None without a dataset.
+        recipe: name of the recipe.
+        workers: number of workers that the gains are for.
+        split_rows: training rows that the dataset has; None without a dataset.
+        train_rows: rows to train on; None if only a dataset can tell.
         state_bytes: memory per worker of weights, gradients, optimiser and averages, without activations.
         step_bytes: further memory per worker at the peak of a step; None if the network cannot be simulated.
         gains: by draw of patch sizes, the gain over training on full images only.
         cost_of_crop: by side of the patch, what the gains were computed from: FLOPs, or measured seconds.
+        is_measured: whether they are seconds.
         data: what each node reads and keeps of the dataset, as a sentence.
     """
 
+    recipe: str
+    workers: int
+    split_rows: int | None
     train_rows: int | None
     state_bytes: int
     step_bytes: int | None
     gains: Mapping[str, Gain]
     cost_of_crop: Mapping[int, float]
+    is_measured: bool
     data: str
+
+    @property
+    def text(self) -> str:
+        """It as a table and sentences."""
+        sizes = [
+            f"  {size.pixels:>4}px  {size.share_of_updates:>16.1%}  {size.crops:>12,}  "
+            f"{size.flops_per_crop / 1e9:>14.3f}"
+            for size in self.sizes
+        ]
+        gains = [
+            f"    {draw:<11}  {gain.per_image:.2f}x per counted image, {gain.per_update:.2f}x per update"
+            for draw, gain in self.gains.items()
+        ]
+        evaluation = self.evaluation_flops / 1e9
+        return "\n".join([
+            f"{self.recipe}: {self.parameters:,} parameters{self._rows_text()}",
+            f"  {'patch':>6}  {'share of updates':>16}  {'crops':>12}  {'GFLOP per crop':>14}",
+            *sizes,
+            f"  {self.updates:,} updates, {self.crops:,} counted images (crops), "
+            f"{self.full_size_images:,} full-size images",
+            f"  {self.flops / 1e12:,.2f} TFLOP in total (forward and backward), {gpu_hours_text(self.flops)}",
+            f"  {evaluation:,.4g} GFLOP ({evaluation / 2:,.4g} G multiply-adds) per evaluation of the network at "
+            "full size",
+            self._memory_text(),
+            f"  {self.data}",
+            f"  gain over p = 1 with {self.workers} worker{'s' if self.workers > 1 else ''}, "
+            + ("from measured seconds:" if self.is_measured else "from FLOPs (--measure uses seconds measured here):"),
+            *gains,
+        ])  # fmt: skip
+
+    def _rows_text(self) -> str:
+        if self.train_rows is None:
+            return ""
+        is_part = self.split_rows not in (None, self.train_rows)
+        return f", {self.train_rows:,} {f'of {self.split_rows:,} ' if is_part else ''}training rows"
+
+    def _memory_text(self) -> str:
+        state = f"{self.state_bytes / 2**20:,.0f} MiB for weights, gradients, optimiser and averages"
+        if self.step_bytes is None:
+            return f"  {state} per worker, and unknown memory for activations"
+        peak = (self.state_bytes + self.step_bytes) / 2**20
+        activations = f"{self.step_bytes / 2**20:,.0f} MiB for activations"
+        return f"  {peak:,.0f} MiB per worker at the peak: {state}, and {activations}"
 
 
 def gpu_hours(flops: float) -> float:
@@ -163,27 +214,22 @@ def describe_plan(
         state = first_state(denoiser, recipe.optimizer, recipe.ema, settings)
         cost_of_crop = measured_seconds_of_crop(state, settings, workers)
     return RunEstimate(
+        recipe=recipe.name,
+        workers=workers,
         parameters=counts.parameters,
         updates=counts.updates,
         sizes=counts.sizes,
         evaluation_flops=counts.evaluation_flops,
-        train_rows=len(training_rows(data, recipe)) if isinstance(data, Dataset) else None,
+        split_rows=len(data.split("train", recipe.data.held_out_fraction)) if isinstance(data, Dataset) else None,
+        train_rows=len(training_rows(data, recipe)) if isinstance(data, Dataset) else recipe.data.images,
         # weights, gradients, Adam's two moments and the averages
         state_bytes=counts.parameters * FLOAT32_BYTES * (4 + len(recipe.ema)) + frozen_bytes(skeleton(network)),
         step_bytes=_step_bytes(network, settings, workers, microbatch, data.kind == "latents"),
         gains={draw: estimated_gain(drawn, cost_of_crop, workers) for draw, drawn in _draws(settings, workers).items()},
         cost_of_crop=cost_of_crop,
+        is_measured=measure,
         data=_reading(recipe, data),
     )
-
-
-def _rows_text(recipe: Recipe, dataset: str | DataShape, train_rows: int | None) -> str:
-    """`, 500 of 3,000 training rows`; without a dataset, only a number that the recipe has."""
-    of_recipe, data = recipe.data.images, opened(dataset)
-    if of_recipe is None or isinstance(data, DataShape):
-        rows = train_rows or of_recipe
-        return "" if rows is None else f", {rows:,} training rows"
-    return f", {of_recipe:,} of {len(data.split('train', recipe.data.held_out_fraction)):,} training rows"
 
 
 def _reading(recipe: Recipe, data: Dataset | DataShape) -> str:
@@ -217,42 +263,3 @@ def _draws(settings: StepSettings, workers: int) -> dict[str, StepSettings]:
         if draw not in draws and fits[draw]:
             draws[draw] = replace(settings, draw=draw, emulated_ranks=ranks)
     return draws
-
-
-def _memory_text(plan: RunEstimate) -> str:
-    state = f"{plan.state_bytes / 2**20:,.0f} MiB for weights, gradients, optimiser and averages"
-    if plan.step_bytes is None:
-        return f"  {state} per worker, and unknown memory for activations"
-    peak = (plan.state_bytes + plan.step_bytes) / 2**20
-    return f"  {peak:,.0f} MiB per worker at the peak: {state}, and {plan.step_bytes / 2**20:,.0f} MiB for activations"
-
-
-def run_plan(
-    recipe: Recipe, dataset: str | DataShape, workers: int = 1, measure: bool = False, microbatch: int | None = None
-) -> str:
-    """The text of `patchloom train --dry-run`. The arguments are those of `describe_plan`."""
-    plan = describe_plan(recipe, dataset, workers, measure, microbatch)
-    sizes = [
-        f"  {size.pixels:>4}px  {size.share_of_updates:>16.1%}  {size.crops:>12,}  {size.flops_per_crop / 1e9:>14.3f}"
-        for size in plan.sizes
-    ]
-    gains = [
-        f"    {draw:<11}  {gain.per_image:.2f}x per counted image, {gain.per_update:.2f}x per update"
-        for draw, gain in plan.gains.items()
-    ]
-    rows = _rows_text(recipe, dataset, plan.train_rows)
-    evaluation = plan.evaluation_flops / 1e9
-    return "\n".join([
-        f"{recipe.name}: {plan.parameters:,} parameters{rows}",
-        f"  {'patch':>6}  {'share of updates':>16}  {'crops':>12}  {'GFLOP per crop':>14}",
-        *sizes,
-        f"  {plan.updates:,} updates, {plan.crops:,} counted images (crops), "
-        f"{plan.full_size_images:,} full-size images",
-        f"  {plan.flops / 1e12:,.2f} TFLOP in total (forward and backward), {gpu_hours_text(plan.flops)}",
-        f"  {evaluation:,.4g} GFLOP ({evaluation / 2:,.4g} G multiply-adds) per evaluation of the network at full size",
-        _memory_text(plan),
-        f"  {plan.data}",
-        f"  gain over p = 1 with {workers} worker{'s' if workers > 1 else ''}, "
-        + ("from measured seconds:" if measure else "from FLOPs (--measure uses seconds measured here):"),
-        *gains,
-    ])  # fmt: skip

@@ -24,7 +24,7 @@ from patchloom.pipelines.recipes import (
     small_twin,
 )
 from patchloom.pipelines.train.data_shape import DataShape
-from patchloom.pipelines.train.dry_run import gpu_hours, run_plan
+from patchloom.pipelines.train.dry_run import describe_plan, gpu_hours
 from patchloom.pipelines.train.model_card import new_denoiser_config
 from patchloom.pipelines.train.resuming import differing_keys
 from patchloom.platform.recipe import Recipe, load_recipe, with_values
@@ -94,13 +94,13 @@ def test_controlnets_have_the_sizes_of_an_independent_count() -> None:
 def test_a_plan_without_data_needs_no_files_of_a_known_base(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATCHLOOM_BASE_MODEL", "/nowhere")
     recipe, shape = load_recipe("controlnet_small"), DataShape.parse("16x16x4", conditions=3, kind="latents")
-    assert "5,000 updates" in run_plan(recipe, shape, microbatch=4)
+    assert "5,000 updates" in describe_plan(recipe, shape, microbatch=4).text
     with pytest.raises(UserError, match="--measure"):
-        run_plan(recipe, shape, measure=True)
+        describe_plan(recipe, shape, measure=True)
     with pytest.raises(UserError, match="--like-condition"):
-        run_plan(recipe, replace(shape, condition_channels=0))
+        describe_plan(recipe, replace(shape, condition_channels=0))
     with pytest.raises(UserError, match="/nowhere"):
-        run_plan(with_values(recipe, {"model.base": "./another"}), shape)
+        describe_plan(with_values(recipe, {"model.base": "./another"}), shape)
 
 
 def test_length_and_cost_follow_from_the_paper() -> None:
@@ -118,7 +118,7 @@ def test_length_and_cost_follow_from_the_paper() -> None:
 def test_dry_run_prints_the_size_and_costs(name: str) -> None:
     """Also the memory, for a worker that trains on 8 crops at a time; one recipe of each network."""
     recipe, system = load_recipe(name), SYSTEMS[name]
-    counts, text = counted(recipe, system.shape), run_plan(recipe, system.shape, microbatch=8)
+    counts, text = counted(recipe, system.shape), describe_plan(recipe, system.shape, microbatch=8).text
     assert f"{counts.parameters:,} parameters" in text and f"{counts.updates:,} updates" in text
     assert f"{counts.evaluation_flops / 1e9:,.4g} GFLOP" in text
 

@@ -20,9 +20,9 @@ from patchloom.pipelines.recipes import PAPER, counted
 from patchloom.pipelines.report import report
 from patchloom.pipelines.reproduce import (
     ReproductionOptions,
+    describe_reproduction,
     extrapolation,
     reproduce,
-    reproduction_plan,
     samplers,
     stages,
 )
@@ -200,7 +200,7 @@ def test_the_longest_trials_of_a_speed_search_are_those_of_its_plan() -> None:
 )
 def test_every_subject_can_be_planned(name: str) -> None:
     for small in (False, True):
-        lines = reproduction_plan(name, options=ReproductionOptions(small=small)).splitlines()
+        lines = describe_reproduction(name, options=ReproductionOptions(small=small)).text.splitlines()
         commands = [line for line in lines if line.startswith("  $ patchloom ")]
         cost = re.match(r"  ([0-9,.e+]+) (TFLOP|FLOPs),", lines[1])
         assert len(commands) >= 2 and cost and float(cost[1].replace(",", "")) > 0

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from helpers import start_cli, tiny_recipe
@@ -207,6 +208,24 @@ def test_like_replaces_a_dataset_in_dry_runs_only(
         assert run_main(monkeypatch, *wrong) == 2
         said = capsys.readouterr().err
         assert "--like" in said or "--data" in said
+
+
+def test_dry_runs_print_their_numbers_as_json(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def numbers(*command: str) -> Any:
+        assert run_main(monkeypatch, *command, "--dry-run", "--json") == 0
+        return json.loads(capsys.readouterr().out)
+
+    training = numbers("train", "celeba64", "--like", "64x64x3")
+    assert training["parameters"] == 61_806_723 and training["split_rows"] is None
+    assert training["flops"] == sum(size["crops"] * size["flops_per_crop"] for size in training["sizes"])
+    search = numbers("tune", "schedule_search", "--like", "64x64x3")
+    assert search["trials"] == 8 and search["settings"] == len(search["of_settings"]) == 4
+    assert search["flops"] == pytest.approx(8 * 2e18, rel=1e-3) and search["seconds"] is None
+    figure = numbers("reproduce", "figure2", "--small")
+    assert figure["flops"] == sum(stage["flops"] for stage in figure["stages"]) > 0
+    assert all(found["plan"] for found in (training, search, figure))
 
 
 @pytest.mark.ray

@@ -30,7 +30,7 @@ from patchloom.pipelines.registry.registering import register
 from patchloom.pipelines.sample import sample
 from patchloom.pipelines.sample.conditions import finished_condition
 from patchloom.pipelines.sample.sampler import Sampler
-from patchloom.pipelines.sample.sampling import sample_plan
+from patchloom.pipelines.sample.sampling import describe_sampling
 from patchloom.pipelines.train import train
 
 OPTIONS: dict[str, Any] = {"steps": 2, "batch": 4, "workers": 0}
@@ -142,9 +142,8 @@ def test_conditions_and_models_must_fit(folder: Path, champion: str, tmp_path: P
     with pytest.raises(UserError, match=r"bad: a\.png"):
         sample(str(folder / "run"), out, SEEDS, conditions=str(tmp_path / "bad"), **OPTIONS)
     assert not Path(out).exists()
-    assert "network evaluations" in sample_plan(
-        str(folder / "run"), out, SEEDS, conditions=str(folder / "edges"), **OPTIONS
-    )
+    plan = describe_sampling(str(folder / "run"), out, SEEDS, conditions=str(folder / "edges"), **OPTIONS)
+    assert "network evaluations" in plan.text
 
 
 def test_guidance_moves_away_from_the_sample_without_condition(folder: Path, samples: Path, tmp_path: Path) -> None:

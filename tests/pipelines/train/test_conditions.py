@@ -15,7 +15,7 @@ from patchloom.models.checkpoints import load_model, load_sampling_model, read_c
 from patchloom.models.normalisation import pixel_normalisation
 from patchloom.pipelines.prepare import prepare
 from patchloom.pipelines.train import train
-from patchloom.pipelines.train.dry_run import describe_plan, run_plan
+from patchloom.pipelines.train.dry_run import describe_plan
 from patchloom.pipelines.train.model_card import new_model_card
 from patchloom.pipelines.train.run import RowReader
 from patchloom.platform.dataset import open_dataset
@@ -117,7 +117,7 @@ def test_the_dry_run_includes_the_condition(folder: Path) -> None:
     assert with_condition.flops > without.flops
     assert with_condition.step_bytes is not None and without.step_bytes is not None
     assert with_condition.step_bytes > without.step_bytes
-    run_plan(recipe(), str(folder / "with"), measure=True)
+    describe_plan(recipe(), str(folder / "with"), measure=True)
 
 
 def test_dropped_conditions_need_conditions(folder: Path) -> None:

@@ -27,7 +27,7 @@ from patchloom.pipelines.registry.convert import export_model
 from patchloom.pipelines.registry.registering import register
 from patchloom.pipelines.sample import sample
 from patchloom.pipelines.train import train
-from patchloom.pipelines.train.dry_run import describe_plan, run_plan
+from patchloom.pipelines.train.dry_run import describe_plan
 from patchloom.platform.dataset import open_dataset
 from patchloom.platform.files.folder import Folder
 from patchloom.platform.files.storage import file_sha256
@@ -200,7 +200,7 @@ def test_the_dry_run_counts_what_is_trained(folder: Path) -> None:
     full = plan.sizes[0].flops_per_crop
     assert 2 * plan.evaluation_flops < full < 3 * plan.evaluation_flops  # the frozen encoder has no backward pass
     assert plan.step_bytes is not None and plan.step_bytes > 0
-    run_plan(recipe(folder / "base"), str(folder / "data"), measure=True)
+    describe_plan(recipe(folder / "base"), str(folder / "data"), measure=True)
 
 
 def test_data_that_do_not_fit_are_refused(folder: Path, tmp_path: Path) -> None:

@@ -9,8 +9,8 @@ from helpers import tiny_recipe
 
 from patchloom.errors import UserError
 from patchloom.pipelines.train.data_shape import DataShape
-from patchloom.pipelines.train.dry_run import describe_plan, run_plan
-from patchloom.pipelines.tune.dry_run import search_plan
+from patchloom.pipelines.train.dry_run import describe_plan
+from patchloom.pipelines.tune.dry_run import describe_search
 from patchloom.platform.dataset import open_dataset
 
 
@@ -18,7 +18,7 @@ def test_estimate_for_a_shape_is_that_of_a_dataset_of_the_shape(pixels: Path) ->
     shape = DataShape.of(open_dataset(pixels))
     assert shape == DataShape.parse(f"16x16x{shape.channels}", len(open_dataset(pixels).class_names))
     estimate, known = describe_plan(tiny_recipe(), shape), describe_plan(tiny_recipe(), str(pixels))
-    assert estimate == replace(known, train_rows=None, data=estimate.data)
+    assert estimate == replace(known, train_rows=None, split_rows=None, data=estimate.data)
     assert known.train_rows and str(shape) in estimate.data
 
 
@@ -60,12 +60,12 @@ def test_another_text_is_no_shape(text: str) -> None:
 def test_an_evaluation_costs_a_third_of_a_training_step_on_a_full_image() -> None:
     plan = describe_plan(tiny_recipe(), DataShape("pixels", 16, 3, 2))
     assert plan.evaluation_flops * 3 == plan.sizes[0].flops_per_crop
-    assert f"{plan.evaluation_flops / 1e9:.4g} GFLOP" in run_plan(tiny_recipe(), DataShape("pixels", 16, 3, 2))
+    assert f"{plan.evaluation_flops / 1e9:.4g} GFLOP" in plan.text
 
 
 def test_a_search_is_planned_for_a_shape_without_measuring() -> None:
     # its steps, of 512 to 2048 crops, need more memory than a laptop has
-    first, *trials, total = search_plan("schedule_search", DataShape("pixels", 64, 3)).splitlines()
+    first, *trials, total = describe_search("schedule_search", DataShape("pixels", 64, 3)).text.splitlines()
     assert "8 trials" in first and len(trials) == 4  # each with two seeds, for 2e18 FLOPs
     assert all(re.search(r"\b(1,999|2,000),\d{3}\.\d+ TFLOP", line) for line in trials)
     assert "44.4 GPU-hours at 100 TFLOP/s" in total  # 8 x 2e18 / 1e14 / 3600

@@ -11,7 +11,7 @@ from safetensors.numpy import load_file
 
 from patchloom.errors import UserError
 from patchloom.pipelines.train import train
-from patchloom.pipelines.train.dry_run import run_plan
+from patchloom.pipelines.train.dry_run import describe_plan
 from patchloom.pipelines.train.run import RowReader
 from patchloom.platform.dataset.prepared import open_dataset, write_shard
 from patchloom.platform.files.storage import write_json
@@ -103,5 +103,7 @@ def test_more_images_than_there_are_are_refused_before_a_run_is_written(whole: P
 
 def test_dry_run_says_how_many_of_the_images_are_used(whole: Path) -> None:
     rows = len(open_dataset(whole).split("train", 0.2))
-    assert f"parameters, 20 of {rows} training rows" in run_plan(recipe_of(), str(whole))
-    assert f"parameters, {rows} training rows" in run_plan(recipe_of(data__images=None), str(whole))
+    some, every = (describe_plan(recipe_of(data__images=images), str(whole)) for images in (20, None))
+    assert (some.train_rows, every.train_rows, some.split_rows) == (20, rows, rows)
+    assert f"parameters, 20 of {rows} training rows" in some.text
+    assert f"parameters, {rows} training rows" in every.text

@@ -16,7 +16,7 @@ from helpers import assert_equal_models, dataset_card, start_cli, tiny_recipe, w
 from patchloom.errors import UserError
 from patchloom.pipelines.train import train
 from patchloom.pipelines.train.checkpointer import whole_checkpoints
-from patchloom.pipelines.train.dry_run import run_plan
+from patchloom.pipelines.train.dry_run import describe_plan
 from patchloom.pipelines.train.run import RowReader
 from patchloom.pipelines.train.shard_plan import unchecked_plan
 from patchloom.platform.dataset.prepared import open_dataset, write_shard
@@ -145,7 +145,7 @@ def test_a_cache_that_is_too_small_is_refused_before_the_run_is_written(
 
 
 def test_dry_run_says_what_is_read_and_kept(local: Path, remote: Folder, quarter: int, tmp_path: Path) -> None:
-    text = run_plan(windowed(), str(remote))
+    text = describe_plan(windowed(), str(remote)).text
     assert "at most once per epoch, in 13 windows per epoch; the cache needs 0.000" in text
     assert f"here in {tmp_path / 'cache'}" in text
     in_place = unchecked_plan(open_dataset(local), windowed())
