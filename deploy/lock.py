@@ -24,7 +24,7 @@ def make_lock() -> int:
         report = Path(scratch) / "report.json"
         command = [sys.executable, "-m", "pip", "install", "--dry-run", "--ignore-installed", "--quiet",
                    "--disable-pip-version-check", "--report", str(report), "-c", str(ROOT / "constraints.txt"),
-                   f"{ROOT}[dev]"]  # fmt: skip
+                   f"{ROOT}[dev,docs]"]  # fmt: skip
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
             print(f"make lock: pip cannot resolve the packages: {last_line(done.stderr)}", file=sys.stderr)

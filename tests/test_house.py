@@ -177,7 +177,8 @@ def test_constraints_are_within_the_ranges_of_the_dependencies() -> None:
     pins = dict(
         line.split("==") for line in (ROOT / "constraints.txt").read_text().splitlines() if not line.startswith("#")
     )
-    for text in project["dependencies"] + project["optional-dependencies"]["dev"]:
+    tested = project["optional-dependencies"]["dev"] + project["optional-dependencies"]["docs"]
+    for text in project["dependencies"] + tested:
         requirement = Requirement(text)
         assert pins[requirement.name] in requirement.specifier, text
 
