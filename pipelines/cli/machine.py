@@ -96,14 +96,14 @@ def doctor(
     not work.
     """
     if not (cluster or store):
-        from patchloom.pipelines.doctor.machine import doctor
+        from patchloom.pipelines.doctor.machine import check_machine
 
-        works = doctor()
-        return Printed({"works": works}, exit_code=0 if works else 1)
+        machine = check_machine()
+        return Printed(machine.to_json(), exit_code=0 if machine.works else 1)
     from patchloom.pipelines.doctor.cluster import check_nodes, nodes_text
 
-    health = check_nodes(store)
-    return Printed(health.to_json(), nodes_text(health), 0 if health.works else 1)
+    nodes = check_nodes(store)
+    return Printed(nodes.to_json(), nodes_text(nodes), 0 if nodes.works else 1)
 
 
 def benchmark(

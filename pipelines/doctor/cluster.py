@@ -1,18 +1,17 @@
 """Doctor of a cluster: run the checks on every node, and report what fails and what differs between nodes."""
 
 import os
-import platform
 import shutil
 import socket
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import patchloom
 from patchloom.errors import UserError
+from patchloom.pipelines.doctor.machine import installed_versions
 from patchloom.pipelines.launch.node import code_digest
 from patchloom.platform.compute.nodes import NodeResult, ask_nodes
 from patchloom.platform.compute.session import ray_session
@@ -118,8 +117,7 @@ def check_node(checks: NodeChecks) -> NodeState:
 
     os.environ["MLFLOW_TRACKING_URI"] = checks.tracking_uri
     digest = code_digest(Path(patchloom.__file__).parent)
-    versions = {name: version(name) for name in ("torch", "ray", "mlflow")}
-    versions |= {"python": platform.python_version(), "patchloom": patchloom.__version__, "code": digest[:8]}
+    versions = installed_versions() | {"code": digest[:8]}
     cache = cache_root()
     while not cache.exists():
         cache = cache.parent

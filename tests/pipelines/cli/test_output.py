@@ -2,6 +2,7 @@
 
 import json
 import os
+import platform
 import pty
 import re
 import select
@@ -11,6 +12,7 @@ import sys
 import termios
 import time
 from fcntl import ioctl
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -46,6 +48,19 @@ def test_json_is_one_document_on_stdout_and_progress_on_stderr(photos: Path, tmp
     assert "11 images" in done.stderr
     card = json.loads(run("inspect", "out", "--json", cwd=tmp_path).stdout)
     assert card["rows"] == 4 and Path(card["contact_sheet"]).is_file()
+
+
+def test_the_doctor_names_the_versions_for_a_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:9")  # nothing listens there
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://user:secret@127.0.0.1:9")
+    done = run("doctor", "--json", cwd=tmp_path)
+    found = json.loads(done.stdout)
+    assert done.returncode == 1 and "secret" not in done.stdout + done.stderr
+    assert found["versions"] == {
+        name: platform.python_version() if name == "python" else version(name)
+        for name in ("patchloom", "python", "torch", "ray", "mlflow")
+    }
+    assert {name: service["works"] for name, service in found["services"].items()} == {"MLflow": False, "Ray": False}
 
 
 def test_the_first_five_skipped_files_are_named(photos: Path, tmp_path: Path) -> None:
