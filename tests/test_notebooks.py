@@ -64,8 +64,8 @@ def test_the_method_learns_to_denoise_a_photograph(tmp_path: Path, monkeypatch: 
 
 
 def test_a_search_is_read_as_a_data_frame(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "demo").mkdir()
-    write_search_folder(tmp_path / "demo" / "search")
+    (tmp_path / "demo-pixels").mkdir()
+    write_search_folder(tmp_path / "demo-pixels" / "search")
     found = run_notebook("search", tmp_path, monkeypatch)
     trials, table = found["trials"], found["table"]
     assert len(trials) == 13 and list(found["keys"]) == list(SPACE)
@@ -74,7 +74,7 @@ def test_a_search_is_read_as_a_data_frame(tmp_path: Path, monkeypatch: pytest.Mo
     assert np.isnan(trials.loc["099-0", "held_out_loss"]) and trials.loc["099-0", "status"] == "failed"
     assert table.index[0] == (0.25, 1e-3) and set(table["count"]) == {2}
     with pytest.raises(UserError, match="demo"):
-        load_trials(str(tmp_path / "demo"))
+        load_trials(str(tmp_path / "demo-pixels"))
 
 
 def test_a_registered_model_is_sampled_and_out_painted(

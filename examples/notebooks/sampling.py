@@ -13,8 +13,8 @@
 # %% [markdown]
 # # A registered model in Python
 #
-# Your own sampler, and out-painting, with a model of the registry. `patchloom demo --pixels` registers this one: run it
-# first, or give another model of pixels.
+# Your own sampler, and out-painting, with a model of the registry. `patchloom demo --pixels --out demo-pixels`
+# registers this one: run it first, or give another model of pixels.
 
 # %%
 from itertools import pairwise

@@ -14,14 +14,15 @@
 # # A search as a data frame
 #
 # `patchloom tune` writes a folder with one row per trial. `patchloom.load_trials` reads it as a pandas `DataFrame`.
-# This reads the search of `patchloom demo --pixels`: run it first, or put the folder of your own search here.
+# This reads the search of `patchloom demo --pixels --out demo-pixels`: run it first, or put the folder of your own
+# search here.
 
 # %%
 import matplotlib.pyplot as plt
 
 import patchloom
 
-SEARCH = "demo/search"
+SEARCH = "demo-pixels/search"
 
 # %%
 trials = patchloom.load_trials(SEARCH)

@@ -11,7 +11,7 @@ from typing import Any
 
 import patchloom
 from patchloom.errors import UserError
-from patchloom.pipelines.doctor.machine import installed_versions
+from patchloom.pipelines.doctor.machine import versions_here
 from patchloom.pipelines.launch.node import code_digest
 from patchloom.platform.compute.nodes import NodeResult, ask_nodes
 from patchloom.platform.compute.session import ray_session
@@ -117,7 +117,7 @@ def check_node(checks: NodeChecks) -> NodeState:
 
     os.environ["MLFLOW_TRACKING_URI"] = checks.tracking_uri
     digest = code_digest(Path(patchloom.__file__).parent)
-    versions = installed_versions() | {"code": digest[:8]}
+    versions = versions_here() | {"code": digest[:8]}
     cache = cache_root()
     while not cache.exists():
         cache = cache.parent

@@ -67,7 +67,7 @@ def check_machine() -> MachineHealth:
     """Check torch, GPUs, disk space, MLflow and Ray, and print one line for each as soon as it is known."""
     import torch
 
-    versions, commit, system, cpus = installed_versions(), code_commit(), platform.platform(), os.cpu_count() or 1
+    versions, commit, system, cpus = versions_here(), code_commit(), platform.platform(), os.cpu_count() or 1
     gpus = [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())]
     free_gib = shutil.disk_usage(Path.cwd()).free / 2**30
     lines = [
@@ -86,7 +86,7 @@ def check_machine() -> MachineHealth:
     return MachineHealth(versions, commit, system, cpus, gpus, str(Path.cwd()), free_gib, services)
 
 
-def installed_versions() -> dict[str, str]:
+def versions_here() -> dict[str, str]:
     """The versions of Patchloom, of Python, and of the packages that the commands need most."""
     packages = {name: version(name) for name in ("torch", "ray", "mlflow")}
     return {"patchloom": patchloom.__version__, "python": platform.python_version(), **packages}

@@ -38,11 +38,19 @@ class Number:
 
 @dataclass(frozen=True)
 class Fact:
-    """A line at the top of a page: what something is made of, by name; `is_code` for commands and addresses."""
+    """A line at the top of a page: what something is made of, by name.
+
+    Args:
+        name: what it is.
+        value: the text.
+        is_code: for commands and addresses.
+        link: a web page that it leads to, if there is one.
+    """
 
     name: str
     value: str
     is_code: bool = False
+    link: str = ""
 
 
 @dataclass(frozen=True)

@@ -187,7 +187,7 @@ def _training(card: ModelCard) -> list[str]:
     facts = {
         "network": card.denoiser.network,
         "classes": names + more,
-        "counted images": f"{card.images_seen:,}" if card.images_seen is not None else "",
+        "counted images (crops and full images)": f"{card.images_seen:,}" if card.images_seen is not None else "",
         "updates": f"{card.updates:,}" if card.updates is not None else "",
         "imported from": card.imported_from.file if card.imported_from else "",
         "dataset fingerprint": card.dataset_fingerprint or "",

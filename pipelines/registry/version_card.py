@@ -25,7 +25,7 @@ CARD_SECTIONS = {  # of the description: tags with their words
     "Training": {
         "p": "p, the share of steps on full-size images",
         "schedule": "Schedule of patch sizes",
-        "images_seen": "Counted images",
+        "images_seen": "Counted images (crops and full images)",
         "updates": "Updates",
         "held_out_loss": "Held-out loss",
         "condition": "Condition",

@@ -77,7 +77,8 @@ def _description(recipe: Recipe, card: RunCard) -> str:
             f"({patches.schedule} schedule)."
         )
     lines = [
-        f"Trains the network `{network}` of the recipe `{recipe.name}` on {recipe.train.images:,} counted images.",
+        f"Trains the network `{network}` of the recipe `{recipe.name}` on {recipe.train.images:,} counted images "
+        "(crops and full images).",
         "",
         f"- {steps}",
         f"- Dataset: `{card.dataset}` (fingerprint `{card.dataset_fingerprint[:12]}`)",

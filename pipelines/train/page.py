@@ -78,8 +78,10 @@ def _about(folder: Path) -> list[Fact]:
     commit = f", commit {card.code_commit[:12]}" if card.code_commit else ""
     facts.append(Fact("code", f"patchloom {card.code_version}{commit}"))
     if card.run_id is not None:
-        place = f" in {redacted(card.tracking_uri)}" if card.tracking_uri else ""
-        facts.append(Fact("MLflow run", f"{card.run_id}{place}", is_code=True))
+        server = redacted(card.tracking_uri or "")
+        link = f"{server.rstrip('/')}/#/runs/{card.run_id}" if server.startswith(("http://", "https://")) else ""
+        place = f" in {server}" if server else ""
+        facts.append(Fact("MLflow run", f"{card.run_id}{place}", is_code=True, link=link))
     return facts
 
 

@@ -2,12 +2,14 @@
 
 import base64
 import io
+import re
 import shlex
 import shutil
 import statistics
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import pytest
 from command_lines import parse
@@ -93,6 +95,21 @@ def test_a_runs_page_shows_its_data_and_needs_no_dataset(trained: Path, tmp_path
         damage()
         text = report(str(run), str(page)).read_text()
         assert str(tmp_path / "data") in text and "2 classes" not in text
+
+
+@pytest.mark.parametrize(
+    ("server", "address"),
+    [("https://me:secret@host:5000/", "host:5000"), ("sqlite:///mlflow.db", ""), ("javascript:alert(1)", "")],
+)
+def test_a_runs_page_links_its_run_on_a_server(server: str, address: str, trained: Path, tmp_path: Path) -> None:
+    run, card = shutil.copytree(trained, tmp_path / "run"), read_json(trained / "run.json")
+    write_json(run / "run.json", card | {"tracking_uri": server, "run_id": "a1b2"})
+    text = report(str(run), str(tmp_path / "run.html")).read_text()
+    links = [urlsplit(link) for link in re.findall(r'<a href="([^"]*)"><code>a1b2', text)]
+    assert [(link.netloc.rpartition("@")[2], link.fragment) for link in links] == (
+        [(address, "/runs/a1b2")] if address else []
+    )
+    assert "secret" not in text
 
 
 def test_a_runs_page_shows_every_number_that_is_counted(trained: Path, tmp_path: Path) -> None:

@@ -1,6 +1,8 @@
 """An autoencoder from outside the package: a tiny real one, pretrained, of 32 latent channels and no posterior."""
 
 import json
+
+# --8<-- [start:imports]
 from pathlib import Path
 
 import torch
@@ -8,6 +10,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from patchloom.models.autoencoder import Autoencoder
+
+# --8<-- [end:imports]
 
 WIDTH, LATENTS = 64, 32
 
