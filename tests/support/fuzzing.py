@@ -1,6 +1,6 @@
 """Fuzzing: damaged inputs of every parser, made from good ones by a seeded mutator, read in bounded memory and time.
 
-`python fuzzing.py PARSER COUNT FOLDER MEBIBYTES` prints what a parser raised that is no error of Patchloom.
+`python fuzzing.py COUNT FOLDER MEBIBYTES PARSER...` prints what each parser raised that is no error of Patchloom.
 """
 
 import gzip
@@ -377,11 +377,13 @@ def _too_slow(signum: int, frame: FrameType | None) -> None:
 def failures(name: str, count: int, folder: Path, mebibytes: int) -> Iterator[str]:
     """What a parser raised that is no error of Patchloom, with the number of the input."""
     warnings.simplefilter("ignore")
+    most = resource.getrlimit(resource.RLIMIT_AS)[1]
+    resource.setrlimit(resource.RLIMIT_AS, (most, most))  # the limit of a parser before this one
     inputs, parse = parser(name, folder)
     for content in inputs:
         parse(content) if name not in ("safetensors", "pickle", "manifest", "idx") else None
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    resource.setrlimit(resource.RLIMIT_AS, (used + (mebibytes << 20),) * 2)
+    resource.setrlimit(resource.RLIMIT_AS, (used + (mebibytes << 20), most))
     signal.signal(signal.SIGALRM, _too_slow)
     for number in range(count):
         draw = random.Random(f"{name} {number}")
@@ -400,14 +402,17 @@ def failures(name: str, count: int, folder: Path, mebibytes: int) -> Iterator[st
 
 
 def main() -> Any:
-    """Fuzz one parser."""
-    name, count, folder, mebibytes = sys.argv[1], int(sys.argv[2]), Path(sys.argv[3]), int(sys.argv[4])
-    started, found = time.monotonic(), 0
-    for failure in failures(name, count, folder, mebibytes):
-        print(failure)
-        found += 1
-    print(f"{name}: {count} inputs, {found} failures, {time.monotonic() - started:.0f} s", file=sys.stderr)
-    return found > 0
+    """Fuzz parsers one after the other in this process."""
+    count, folder, mebibytes, all_found = int(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), 0
+    for name in sys.argv[4:]:
+        place, started, found = folder / name.replace("/", "-"), time.monotonic(), 0
+        place.mkdir()
+        for failure in failures(name, count, place, mebibytes):
+            print(failure)
+            found += 1
+        print(f"{name}: {count} inputs, {found} failures, {time.monotonic() - started:.0f} s", file=sys.stderr)
+        all_found += found
+    return all_found > 0
 
 
 if __name__ == "__main__":
